@@ -1,0 +1,33 @@
+#include "bind/module.hpp"
+#include <string>
+
+namespace tokcredit::bind {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = TOKCREDIT_COMPILER;
+#ifdef TOKCREDIT_CUDA
+  info["cuda"] = true;
+  info["cuda_architectures"] = TOKCREDIT_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = false;
+  info["cuda_architectures"] = "";
+#endif
+  return info;
+}
+
+} // namespace
+} // namespace tokcredit::bind
+
+PYBIND11_MODULE(_C, m) {
+  using namespace tokcredit::bind;
+  m.doc() = "Native operations of tokcredit; contracts in csrc/ops.";
+  m.def("build_info", &build_info);
+  bind_scan(m);
+  bind_tree(m);
+  bind_segment(m);
+  bind_select(m);
+  bind_policy_loss(m);
+  bind_logits(m);
+}

@@ -1,0 +1,17 @@
+// One function per operation adds it to the module.
+#pragma once
+#include "bind/array.hpp"
+
+namespace tokcredit::bind {
+
+void bind_scan(py::module_ &);
+void bind_tree(py::module_ &);
+void bind_segment(py::module_ &);
+void bind_select(py::module_ &);
+void bind_policy_loss(py::module_ &);
+void bind_logits(py::module_ &);
+
+// float64 computes in itself, every other float type in float32.
+inline Type accumulated(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
+
+} // namespace tokcredit::bind

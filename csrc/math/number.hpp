@@ -1,0 +1,83 @@
+// Storage types and the type each is computed in: half precision in float, float and double in themselves.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define TOKCREDIT_FN __host__ __device__ inline
+#else
+#define TOKCREDIT_FN inline
+#endif
+
+namespace tokcredit {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T> struct accumulate {
+  using type = float;
+};
+template <> struct accumulate<double> {
+  using type = double;
+};
+template <class T> using accumulate_t = typename accumulate<T>::type;
+
+TOKCREDIT_FN float load(float x) { return x; }
+TOKCREDIT_FN double load(double x) { return x; }
+TOKCREDIT_FN float load(bf16 x) {
+  uint32_t wide = uint32_t(x.bits) << 16;
+  float out;
+  memcpy(&out, &wide, 4);
+  return out;
+}
+TOKCREDIT_FN float load(f16 x) {
+  // Shift the magnitude under float's exponent and rescale by 2^112: subnormals come out right as well.
+  uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  float out;
+  memcpy(&out, &magnitude, 4);
+  out *= 5.192296858534828e33f;
+  uint32_t wide;
+  memcpy(&wide, &out, 4);
+  if ((x.bits & 0x7c00) == 0x7c00)
+    wide = 0x7f800000u | magnitude;
+  wide |= uint32_t(x.bits & 0x8000) << 16;
+  memcpy(&out, &wide, 4);
+  return out;
+}
+
+TOKCREDIT_FN void store(float *p, float x) { *p = x; }
+TOKCREDIT_FN void store(double *p, double x) { *p = x; }
+TOKCREDIT_FN void store(bf16 *p, float x) {
+  uint32_t wide;
+  memcpy(&wide, &x, 4);
+  const bool nan = (wide & 0x7fffffffu) > 0x7f800000u;
+  p->bits = nan ? 0x7fc0 : uint16_t((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
+}
+TOKCREDIT_FN void store(f16 *p, float x) {
+  uint32_t wide;
+  memcpy(&wide, &x, 4);
+  const uint32_t sign = (wide >> 16) & 0x8000u;
+  wide &= 0x7fffffffu;
+  uint32_t out;
+  if (wide > 0x7f800000u) {
+    out = 0x7e00;
+  } else if (wide >= 0x477ff000u) { // rounds beyond the largest half
+    out = 0x7c00;
+  } else if (wide < 0x38800000u) { // subnormal half: let float addition do the rounding
+    float shifted;
+    memcpy(&shifted, &wide, 4);
+    shifted += 0.5f;
+    uint32_t bits;
+    memcpy(&bits, &shifted, 4);
+    out = bits - 0x3f000000u;
+  } else {
+    out = (wide - 0x38000000u + 0x0fffu + ((wide >> 13) & 1u)) >> 13;
+  }
+  p->bits = uint16_t(sign | out);
+}
+
+} // namespace tokcredit

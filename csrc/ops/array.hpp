@@ -1,0 +1,20 @@
+// What every contract is written in: typed contiguous arrays, and rows as spans of flat token buffers.
+#pragma once
+#include <cstdint>
+
+namespace tokcredit {
+
+enum class Type : int32_t { f32, f64, bf16, f16, i32, i64, b8 };
+
+// Row r is the span [begin[r], end[r]) of every buffer of `size` tokens. Spans are disjoint and in increasing
+// order; tokens between them are padding, and every operation writes 0 there. `mask` may be null (all true);
+// a token that is false takes no part: its values are never read into a result, so NaN under it is harmless.
+struct Rows {
+  const int64_t *begin;
+  const int64_t *end;
+  const bool *mask;
+  int64_t count;
+  int64_t size;
+};
+
+} // namespace tokcredit

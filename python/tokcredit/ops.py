@@ -1,0 +1,146 @@
+"""Torch registrations of the native operations: shapes, devices and gradients. Contracts are in ``csrc/ops``.
+
+Private: users call the stage modules. Every operation is defined in ``torch.library`` with a fake implementation
+that also allocates its outputs, so it composes with ``torch.compile`` and is checked by ``opcheck``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import define, impl, register_fake
+
+from tokcredit import _C
+
+_DEVICES = ("cpu", "cuda")
+_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def num_threads() -> int:
+    """Threads that CPU operations use, by default the CPUs this process may run on (``OMP_NUM_THREADS`` is not read)."""
+    return _threads
+
+
+def set_num_threads(count: int) -> None:
+    """Sets :func:`num_threads`; results do not depend on it, not even in the last bit."""
+    if count < 1:
+        raise ValueError(f"count: expected at least 1, got {count}")
+    global _threads
+    _threads = count
+
+
+class Rows(NamedTuple):
+    """Spans of flat token buffers: row r is ``[begin[r], end[r])``, and only tokens with ``mask`` take part.
+
+    ``begin`` and ``end`` are int64 ``[R]``, increasing and disjoint; ``mask`` is bool ``[N]`` or None for all.
+    """
+
+    begin: Tensor
+    end: Tensor
+    mask: Tensor | None = None
+
+
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _plain(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+# -- scan --------------------------------------------------------------------------------------------------------
+
+define(
+    "tokcredit::scan",
+    "(Tensor x, Tensor begin, Tensor end, Tensor? mask, float decay, Tensor? carry, bool reverse, bool exclusive, "
+    "int threads) -> (Tensor, Tensor)",
+)
+
+
+@register_fake("tokcredit::scan")
+def _scan_outputs(
+    x: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    mask: Tensor | None,
+    decay: float,
+    carry: Tensor | None,
+    reverse: bool,
+    exclusive: bool,
+    threads: int,
+) -> tuple[Tensor, Tensor]:
+    dtype = _accumulated(x.dtype)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(begin.shape, dtype=dtype)
+
+
+@impl("tokcredit::scan", _DEVICES)
+def _scan(
+    x: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    mask: Tensor | None,
+    decay: float,
+    carry: Tensor | None,
+    reverse: bool,
+    exclusive: bool,
+    threads: int,
+) -> tuple[Tensor, Tensor]:
+    y, last = _scan_outputs(x, begin, end, mask, decay, carry, reverse, exclusive, threads)
+    if begin.numel() == 0:
+        return y.zero_(), last
+    _C.scan(
+        x.contiguous(), begin, end, _plain(mask), decay, _plain(carry), reverse, exclusive, y, last, threads
+    )
+    return y, last
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, carry: Tensor | None, rows: Rows, decay: float, reverse: bool, exclusive: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.rows, ctx.decay, ctx.reverse, ctx.exclusive, ctx.dtype = rows, decay, reverse, exclusive, x.dtype
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        return torch.ops.tokcredit.scan(  # type: ignore[no-any-return]
+            x, *rows, decay, carry, reverse, exclusive, num_threads()
+        )
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor | None, grad_last: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        # The adjoint of a decayed recurrence is the same recurrence walked the other way.
+        def adjoint(g: Tensor, carry: Tensor | None, exclusive: bool) -> tuple[Tensor, Tensor]:
+            return torch.ops.tokcredit.scan(  # type: ignore[no-any-return]
+                g, *ctx.rows, ctx.decay, carry, not ctx.reverse, exclusive, num_threads()
+            )
+
+        gx = gcarry = None
+        if grad is not None:
+            gx, gcarry = adjoint(grad, None, ctx.exclusive)
+            gcarry = gcarry if ctx.exclusive else gcarry * ctx.decay
+        if grad_last is not None:
+            through, first = adjoint(grad_last.new_zeros(ctx.shape), grad_last, True)
+            gx = through if gx is None else gx + through
+            gcarry = first if gcarry is None else gcarry + first
+        return None if gx is None else gx.to(ctx.dtype), gcarry, None, None, None, None
+
+
+def scan(
+    x: Tensor,
+    rows: Rows,
+    decay: float = 1.0,
+    carry: Tensor | None = None,
+    reverse: bool = False,
+    exclusive: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and last states of the masked recurrence of ``csrc/ops/scan.hpp``."""
+    if x.requires_grad or (carry is not None and carry.requires_grad):
+        return _Scan.apply(x, carry, rows, decay, reverse, exclusive)  # type: ignore[no-any-return]
+    return torch.ops.tokcredit.scan(  # type: ignore[no-any-return]
+        x, *rows, decay, carry, reverse, exclusive, num_threads()
+    )
