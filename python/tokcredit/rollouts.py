@@ -1,0 +1,264 @@
+"""A batch of rollouts: rows of tokens in flat buffers, their groups and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokcredit import ops
+from tokcredit.ops import Rows
+
+_TOKEN_FIELDS = ("old_log_probs", "rollout_log_probs", "ref_log_probs", "entropies")
+_INTEGERS = (torch.int32, torch.int64)
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _describe(x: Any) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else repr(type(x).__name__)
+
+
+def _check(name: str, x: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected torch.Tensor, got {type(x).__name__}")
+    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {names} {list(shape)}, got {_describe(x)}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected {names} {list(shape)}, got {_describe(x)}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected device {device}, the one of tokens, got {x.device}")
+    return x
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """Rows of tokens, packed one after another, with the group and the reward of each.
+
+    Row r is ``tokens[cu_seqlens[r] : cu_seqlens[r + 1]]``. :meth:`from_padded` makes the same from ``(B, T)`` tensors
+    without copying them.
+
+    Args:
+        tokens: int32 or int64 ``[N]``, token ids.
+        cu_seqlens: int32 or int64 ``[R + 1]``, where rows begin and end; from 0 to N, never decreasing.
+        group_ids: integer ``[R]``, the prompt of each row; any values in any order, groups of any size.
+        rewards: float ``[R]``, finite.
+        response_mask: bool ``[N]``, True where the policy chose the token, or None for all. A False token inside a row
+            (a tool's reply) is part of the state but is paid nothing and trains nothing.
+        old_log_probs: float ``[N]``, of the policy that the update starts from; None means exactly on policy.
+        rollout_log_probs: float ``[N]``, of the engine that sampled.
+        ref_log_probs: float ``[N]``, of the reference policy.
+        entropies: float ``[N]``, of the next-token distributions, in nats.
+        extras: further evidence by name, whatever a method asks for.
+
+    Raises:
+        TypeError, ValueError: ``argument: expected ..., got ...``.
+    """
+
+    tokens: Tensor
+    cu_seqlens: Tensor
+    group_ids: Tensor
+    rewards: Tensor
+    response_mask: Tensor = None  # type: ignore[assignment]
+    old_log_probs: Tensor | None = None
+    rollout_log_probs: Tensor | None = None
+    ref_log_probs: Tensor | None = None
+    entropies: Tensor | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    shape: tuple[int, int] | None = field(default=None, repr=False)
+    begin: Tensor = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    end: Tensor = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    group_index: Tensor = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    num_groups: int = field(default=0, init=False, repr=False)
+    lengths: Tensor = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        if not isinstance(self.tokens, Tensor):
+            raise TypeError(f"tokens: expected torch.Tensor, got {type(self.tokens).__name__}")
+        device, n = self.tokens.device, self.tokens.numel()
+        _check("tokens", self.tokens, _INTEGERS, (n,), device)
+        if self.shape is None:
+            edges = self.cu_seqlens
+            size = edges.numel() if isinstance(edges, Tensor) else 0
+            edges = _check("cu_seqlens", edges, _INTEGERS, (size,), device).long()
+            if size == 0 or edges[0] != 0 or edges[-1] != n or bool((edges.diff() < 0).any()):
+                raise ValueError(f"cu_seqlens: expected to rise from 0 to {n}, got {edges.tolist()[:8]}...")
+            put("begin", edges[:-1].contiguous())
+            put("end", edges[1:].contiguous())
+        else:
+            put("begin", self.cu_seqlens[0])
+            put("end", self.cu_seqlens[1])
+        rows = self.begin.numel()
+        groups = _check("group_ids", self.group_ids, (*_INTEGERS, torch.int16, torch.uint8), (rows,), device)
+        rewards = _check("rewards", self.rewards, _FLOATS, (rows,), device)
+        if not bool(torch.isfinite(rewards).all()):
+            raise ValueError(f"rewards: expected finite numbers, got {rewards[~torch.isfinite(rewards)].tolist()[:4]}")
+        put("rewards", rewards.double() if rewards.dtype == torch.float64 else rewards.float())
+        names, index = torch.unique(groups, return_inverse=True)
+        put("group_index", index.long())
+        put("num_groups", names.numel())
+        if self.response_mask is None:
+            put("response_mask", torch.ones(n, dtype=torch.bool, device=device))
+        _check("response_mask", self.response_mask, (torch.bool,), (n,), device)
+        for name in _TOKEN_FIELDS:
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), _FLOATS, (n,), device)
+        ones = torch.ones((), device=device).expand(n)
+        put("lengths", ops.scan(ones, self.rows)[1].long())
+
+    @classmethod
+    def from_padded(
+        cls,
+        tokens: Tensor,
+        response_mask: Tensor,
+        group_ids: Tensor,
+        rewards: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        extras: Mapping[str, Any] | None = None,
+        **per_token: Tensor | None,
+    ) -> Rollouts:
+        """The same batch from right-padded ``(B, T)`` tensors, which are viewed, not copied.
+
+        Args:
+            tokens: integer ``(B, T)``.
+            response_mask: bool ``(B, T)``; integer and float masks of 0 and 1 are accepted.
+            group_ids: integer ``(B,)``.
+            rewards: float ``(B,)``.
+            attention_mask: ``(B, T)``, True on real tokens, which come first. Without it a row ends after the last True
+                of ``response_mask``.
+            extras: as in the class.
+            per_token: ``old_log_probs`` and the other per-token fields, each ``(B, T)``.
+        """
+        if not isinstance(tokens, Tensor) or tokens.dim() != 2:
+            raise ValueError(f"tokens: expected integers (B, T), got {_describe(tokens)}")
+        if unknown := set(per_token) - set(_TOKEN_FIELDS):
+            raise TypeError(f"{sorted(unknown)[0]}: expected one of {', '.join(_TOKEN_FIELDS)}")
+        shape = (tokens.shape[0], tokens.shape[1])
+
+        def as_mask(name: str, mask: Any) -> Tensor:
+            if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+                raise ValueError(f"{name}: expected bool {list(shape)}, got {_describe(mask)}")
+            return mask if mask.dtype == torch.bool else mask != 0
+
+        mask = as_mask("response_mask", response_mask)
+        columns = torch.arange(1, shape[1] + 1, device=tokens.device)
+        real = mask if attention_mask is None else as_mask("attention_mask", attention_mask)
+        length = (real * columns).amax(1) if shape[1] else columns.new_zeros(shape[0])
+        if attention_mask is not None:
+            if not torch.equal(real.sum(1), length):
+                raise ValueError("attention_mask: expected real tokens first (right padding), got a gap in a row")
+            if bool((mask & ~real).any()):
+                raise ValueError("response_mask: expected False on padding, got True outside attention_mask")
+        begin = torch.arange(shape[0], device=tokens.device) * shape[1]
+        for name, x in per_token.items():
+            if x is not None and (not isinstance(x, Tensor) or tuple(x.shape) != shape):
+                raise ValueError(f"{name}: expected float {list(shape)}, got {_describe(x)}")
+        return cls(
+            tokens.reshape(-1),
+            torch.stack([begin, begin + length]),
+            group_ids,
+            rewards,
+            mask.reshape(-1),
+            **{name: None if x is None else x.reshape(-1) for name, x in per_token.items()},
+            extras=extras or {},
+            shape=shape,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.begin.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """N, the length of the flat buffers, padding included."""
+        return self.tokens.numel()
+
+    @property
+    def rows(self) -> Rows:
+        """Spans and mask as the native operations take them."""
+        return Rows(self.begin, self.end, self.response_mask)
+
+    @property
+    def everything(self) -> Rows:
+        """Spans without the mask: all real tokens."""
+        return Rows(self.begin, self.end)
+
+    def flat(self, x: Tensor, name: str = "x") -> Tensor:
+        """A per-token tensor in the layout of the inputs, ``(B, T)`` or ``[N]``, as ``[N]``."""
+        expected = self.shape or (self.num_tokens,)
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{name}: expected {list(expected)}, got {list(x.shape)}")
+        return x.reshape(-1)
+
+    def shaped(self, x: Tensor) -> Tensor:
+        """A flat ``[N]`` tensor in the layout of the inputs."""
+        return x if self.shape is None else x.view(self.shape)
+
+    def to_padded(self, x: Tensor) -> Tensor:
+        """A per-token tensor as ``(B, T)``, 0 on padding; a packed batch is unpacked to its longest row."""
+        if self.shape is not None:
+            return self.flat(x.reshape(-1).view(self.shape)).view(self.shape)
+        length = self.end - self.begin
+        width = int(length.max()) if self.num_rows else 0
+        columns = torch.arange(width, device=x.device)
+        inside = columns < length[:, None]
+        out = x.new_zeros(self.num_rows, width)
+        out[inside] = self.flat(x)
+        return out
+
+    def select(self, rows: Tensor) -> Rollouts:
+        """The batch of these rows, in this order. Per-row and per-token extras follow.
+
+        Args:
+            rows: integer ``[M]`` or bool ``[R]``.
+        """
+        rows = row_indices(rows, self.num_rows, self.tokens.device)
+        if self.shape is None:
+            length = (self.end - self.begin)[rows]
+            edges = torch.cat([length.new_zeros(1), length.cumsum(0)])
+            take = torch.repeat_interleave(self.begin[rows] - edges[:-1], length)
+            take = take + torch.arange(take.numel(), device=take.device)
+            cu_seqlens, shape = edges, None
+        else:
+            width = self.shape[1]
+            take = (rows[:, None] * width + torch.arange(width, device=rows.device)).reshape(-1)
+            begin = torch.arange(rows.numel(), device=rows.device) * width
+            cu_seqlens = torch.stack([begin, begin + (self.end - self.begin)[rows]])
+            shape = (rows.numel(), width)
+
+        def pick(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.dim() == 0:
+                return x
+            return x[take] if x.shape[0] == self.num_tokens else x[rows] if x.shape[0] == self.num_rows else x
+
+        return replace(
+            self,
+            tokens=self.tokens[take],
+            cu_seqlens=cu_seqlens,
+            group_ids=self.group_ids[rows],
+            rewards=self.rewards[rows],
+            response_mask=self.response_mask[take],
+            **{n: None if (x := getattr(self, n)) is None else x[take] for n in _TOKEN_FIELDS},
+            extras={name: pick(x) for name, x in self.extras.items()},
+            shape=shape,
+        )
+
+
+def row_indices(rows: Tensor, count: int, device: torch.device) -> Tensor:
+    """Row numbers from row numbers or a row mask, checked against ``count``."""
+    rows = torch.as_tensor(rows, device=device)
+    if rows.dtype == torch.bool:
+        if tuple(rows.shape) != (count,):
+            raise ValueError(f"rows: expected bool [{count}], got {_describe(rows)}")
+        return rows.nonzero().squeeze(1)
+    if rows.dim() != 1 or rows.dtype.is_floating_point:
+        raise ValueError(f"rows: expected integers [M] or bool [{count}], got {_describe(rows)}")
+    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= count):
+        raise ValueError(f"rows: expected numbers from 0 to {count - 1}, got {int(rows.min())} to {int(rows.max())}")
+    return rows.long()
