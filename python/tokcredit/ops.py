@@ -247,3 +247,100 @@ def spread(row: Tensor, rows: Rows, like: Tensor) -> Tensor:
     return torch.ops.tokcredit.expand(  # type: ignore[no-any-return]
         like, row.dtype, *rows, row, None, None, None, None, None, num_threads()
     )
+
+
+# -- policy_loss -------------------------------------------------------------------------------------------------
+
+SURROGATES = ("clip", "weighted", "soft", "k1", "k2", "k3")
+LOSS_STATS = ("loss", "tokens", "below", "above", "capped", "ratio", "divergence")
+
+define(
+    "tokcredit::policy_loss",
+    "(Tensor log_probs, Tensor? reference, Tensor? log_ratio, Tensor? advantages, Tensor? weights, Tensor? low, "
+    "Tensor? high, Tensor? cap, Tensor? width, Tensor begin, Tensor end, Tensor? mask, int surrogate, "
+    "float clamp_low, float clamp_high, bool differentiate, int threads) -> (Tensor, Tensor)",
+)
+
+
+@register_fake("tokcredit::policy_loss")
+def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    begin, differentiate = arguments[8], arguments[14]
+    return (
+        log_probs.new_empty((begin.shape[0], len(LOSS_STATS)), dtype=torch.float64),
+        log_probs.new_empty(log_probs.shape if differentiate else (0,), dtype=_accumulated(log_probs.dtype)),
+    )
+
+
+@impl("tokcredit::policy_loss", _DEVICES)
+def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    stats, gradient = _policy_loss_outputs(log_probs, *arguments)
+    *tensors, begin, end, mask, surrogate, low, high, differentiate, threads = arguments
+    if begin.numel() == 0:
+        return stats, gradient.zero_()
+    _C.policy_loss(
+        log_probs.contiguous(),
+        *map(_plain, tensors),
+        begin,
+        end,
+        _plain(mask),
+        surrogate,
+        low,
+        high,
+        stats,
+        gradient if differentiate else None,
+        threads,
+    )
+    return stats, gradient
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, *arguments: Any) -> Tensor:  # type: ignore[override]
+        stats, gradient = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
+        ctx.save_for_backward(gradient)
+        ctx.dtype, ctx.count = log_probs.dtype, 1 + len(arguments)
+        return stats  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        # Only the loss column is differentiable, and it is always summed over rows: one number for all of them.
+        (gradient,) = ctx.saved_tensors
+        scale = grad[0, 0] if grad.shape[0] else grad.new_zeros(())
+        return (gradient * scale.to(gradient.dtype)).to(ctx.dtype), *([None] * (ctx.count - 1))
+
+
+def policy_loss(
+    log_probs: Tensor,
+    rows: Rows,
+    surrogate: str,
+    *,
+    reference: Tensor | None = None,
+    log_ratio: Tensor | None = None,
+    advantages: Tensor | None = None,
+    weights: Tensor | None = None,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+    cap: Tensor | None = None,
+    width: Tensor | None = None,
+    clamp: tuple[float, float] = (-float("inf"), float("inf")),
+) -> tuple[Tensor, Tensor]:
+    """Sum of the weighted surrogate over all rows, and ``LOSS_STATS`` ``[R, 7]``; see ``csrc/ops/policy_loss.hpp``.
+
+    Every operand may be 0-d (one for all), ``[R, 1]`` (one per row) or ``[N]`` (one per token).
+    """
+    dtype = _accumulated(log_probs.dtype)
+    operands = [None if x is None else x.to(dtype) for x in (log_ratio, advantages, weights, low, high, cap, width)]
+    arguments = (
+        None if reference is None else reference.to(log_probs.dtype),
+        *operands,
+        *rows,
+        SURROGATES.index(surrogate),
+        *clamp,
+        log_probs.requires_grad and torch.is_grad_enabled(),
+        num_threads(),
+    )
+    if arguments[-2]:
+        stats = _PolicyLoss.apply(log_probs, *arguments)
+    else:
+        stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
+    return stats[:, 0].sum().to(dtype), stats.detach()

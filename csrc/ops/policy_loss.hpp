@@ -1,0 +1,48 @@
+// The one operation with a policy gradient: weighted surrogate per row, and its derivative per token, in one pass.
+//
+// For every unmasked token t of row r:
+//     log_ratio = clamp(given log_ratio, or log_probs - reference)
+//     value, gradient = surrogate(log_ratio, log_probs, advantages, low * width, high * width, cap * width)
+//     stats[r] += weights * value, ...;     gradient[t] = weights * gradient
+// and gradient is 0 elsewhere. The derivative is with respect to the token's own log-prob only, whatever log_ratio
+// was made of. Each Operand is one number, one per row, or one per token.
+//
+//     log_probs -1 -1   reference -1 -1.5   advantages 2 2   low, high = log 0.8, log 1.2   weights 0.5
+//     ratio      1  1.65                    value -2 -2.4    gradient -1 0    stats.loss -2.2
+//
+// stats[r] holds, in float64: loss, tokens, stopped below, stopped above, capped, sum of ratios,
+// sum of (ratio - 1 - log_ratio). Time: one read of each operand, one write of the gradient.
+#pragma once
+#include "ops/array.hpp"
+
+namespace tokcredit {
+
+enum class Per : int32_t { batch, row, token };
+
+struct Operand {
+  const void *data; // null: absent
+  Per per;
+};
+
+constexpr int loss_stats = 7;
+
+struct PolicyLoss {
+  Rows rows;
+  Type type;             // of log_probs and reference; the operands are its accumulation type
+  const void *log_probs; // [N]
+  const void *reference; // [N], or null: then log_ratio is given, or is 0
+  Operand log_ratio, advantages, weights, low, high, cap, width;
+  int32_t surrogate; // enum Surrogate in math/surrogate.hpp
+  double clamp_low, clamp_high;
+  double *stats;  // [R, loss_stats]
+  void *gradient; // [N] of the accumulation type, or null
+};
+
+namespace cpu {
+void policy_loss(const PolicyLoss &, int threads);
+}
+namespace cuda {
+void policy_loss(const PolicyLoss &, void *stream);
+}
+
+} // namespace tokcredit
