@@ -1,3 +1,54 @@
 """Token-level credit assignment for reinforcement learning on language models."""
 
+from __future__ import annotations
+
 __version__ = "0.1.0"
+
+try:
+    import torch as _torch
+except ImportError as error:
+    raise ImportError("tokcredit needs torch>=2.10: pip install torch") from error
+if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(f"tokcredit needs torch>=2.10, found {_torch.__version__}: pip install -U torch")
+
+from tokcredit import (
+    aggregation,
+    clip,
+    credit,
+    loss,
+    methods,
+    policy,
+    ratio,
+    scan,
+    segment,
+    select,
+    tree,
+    values,
+    weights,
+)
+from tokcredit._C import build_info
+from tokcredit.objective import Objective, Prepared
+from tokcredit.ops import num_threads, set_num_threads
+from tokcredit.rollouts import Rollouts
+
+__all__ = [
+    "Objective",
+    "Prepared",
+    "Rollouts",
+    "aggregation",
+    "build_info",
+    "clip",
+    "credit",
+    "loss",
+    "methods",
+    "num_threads",
+    "policy",
+    "ratio",
+    "scan",
+    "segment",
+    "select",
+    "set_num_threads",
+    "tree",
+    "values",
+    "weights",
+]

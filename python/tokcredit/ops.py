@@ -295,18 +295,17 @@ def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, *arguments: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         stats, gradient = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
         ctx.save_for_backward(gradient)
-        ctx.dtype, ctx.count = log_probs.dtype, 1 + len(arguments)
-        return stats  # type: ignore[no-any-return]
+        ctx.mark_non_differentiable(stats)
+        ctx.dtype, ctx.count = log_probs.dtype, len(arguments)
+        return stats[:, 0].sum().to(gradient.dtype), stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # Only the loss column is differentiable, and it is always summed over rows: one number for all of them.
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        scale = grad[0, 0] if grad.shape[0] else grad.new_zeros(())
-        return (gradient * scale.to(gradient.dtype)).to(ctx.dtype), *([None] * (ctx.count - 1))
+        return (gradient * grad).to(ctx.dtype), *([None] * ctx.count)
 
 
 def policy_loss(
@@ -339,8 +338,7 @@ def policy_loss(
         log_probs.requires_grad and torch.is_grad_enabled(),
         num_threads(),
     )
-    if arguments[-2]:
-        stats = _PolicyLoss.apply(log_probs, *arguments)
-    else:
-        stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
-    return stats[:, 0].sum().to(dtype), stats.detach()
+    if log_probs.requires_grad and torch.is_grad_enabled():
+        return _PolicyLoss.apply(log_probs, *arguments)  # type: ignore[no-any-return]
+    stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
+    return stats[:, 0].sum().to(dtype), stats

@@ -212,6 +212,19 @@ class Rollouts:
         out[inside] = self.flat(x)
         return out
 
+    def token_positions(self, rows: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+        """Where the tokens of these rows (int64 ``[M]``) are, and the spans and shape of the batch they make."""
+        length = (self.end - self.begin)[rows]
+        if self.shape is None:
+            edges = torch.cat([length.new_zeros(1), length.cumsum(0)])
+            take = torch.repeat_interleave(self.begin[rows] - edges[:-1], length)
+            return take + torch.arange(take.numel(), device=take.device), edges, None
+        width = self.shape[1]
+        columns = torch.arange(width, device=rows.device)
+        begin = torch.arange(rows.numel(), device=rows.device) * width
+        take = (rows[:, None] * width + columns).reshape(-1)
+        return take, torch.stack([begin, begin + length]), (rows.numel(), width)
+
     def select(self, rows: Tensor) -> Rollouts:
         """The batch of these rows, in this order. Per-row and per-token extras follow.
 
@@ -219,18 +232,7 @@ class Rollouts:
             rows: integer ``[M]`` or bool ``[R]``.
         """
         rows = row_indices(rows, self.num_rows, self.tokens.device)
-        if self.shape is None:
-            length = (self.end - self.begin)[rows]
-            edges = torch.cat([length.new_zeros(1), length.cumsum(0)])
-            take = torch.repeat_interleave(self.begin[rows] - edges[:-1], length)
-            take = take + torch.arange(take.numel(), device=take.device)
-            cu_seqlens, shape = edges, None
-        else:
-            width = self.shape[1]
-            take = (rows[:, None] * width + torch.arange(width, device=rows.device)).reshape(-1)
-            begin = torch.arange(rows.numel(), device=rows.device) * width
-            cu_seqlens = torch.stack([begin, begin + (self.end - self.begin)[rows]])
-            shape = (rows.numel(), width)
+        take, spans, shape = self.token_positions(rows)
 
         def pick(x: Any) -> Any:
             if not isinstance(x, Tensor) or x.dim() == 0:
@@ -240,7 +242,7 @@ class Rollouts:
         return replace(
             self,
             tokens=self.tokens[take],
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=spans,
             group_ids=self.group_ids[rows],
             rewards=self.rewards[rows],
             response_mask=self.response_mask[take],

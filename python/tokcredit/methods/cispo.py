@@ -1,0 +1,21 @@
+"""Clipped importance-sampling weights."""
+
+from __future__ import annotations
+
+from tokcredit import aggregation, clip
+from tokcredit.objective import Objective
+
+
+def cispo(clip_low: float = 10.0, clip_high: float = 0.2) -> Objective:
+    """GRPO whose clipped ratio only weighs the log-prob's gradient, so clipped tokens keep learning.
+
+    ``loss = -sg[clip(q, 1 - clip_low, 1 + clip_high)] A log p``, mean over tokens.
+
+    Args:
+        clip_low: the weight is at least ``1 - clip_low``; 1 or more is no lower bound.
+        clip_high: the weight is at most ``1 + clip_high``.
+
+    Source: MiniMax, arXiv 2506.13585.
+    Departs from the paper: bounds as in verl; TRL's ``epsilon_high`` is the cap itself, so its 5.0 is 4.0 here.
+    """
+    return Objective(clip=clip.weighted(clip_low, clip_high), aggregation=aggregation.token_mean())

@@ -1,0 +1,77 @@
+"""Which probability ratio weighs a token: its own, its row's, or that of everything up to it.
+
+Whatever a ratio is made of, its gradient reaches only the log-prob of the current token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from tokcredit import scan, segment
+from tokcredit.ops import Rows
+
+
+class LogRatio(NamedTuple):
+    """How the loss gets ``log q``: given (``[N]`` or ``[R, 1]``), or as log_probs minus ``reference``, or 0."""
+
+    log_ratio: Tensor | None
+    reference: Tensor | None
+    clamp: tuple[float, float]
+
+
+class Ratio(Protocol):
+    """The log-ratio of each token between the current policy and the one the update started from."""
+
+    def __call__(self, rows: Rows, log_probs: Tensor, old_log_probs: Tensor) -> LogRatio: ...
+
+
+def _difference(rows: Rows, log_probs: Tensor, old_log_probs: Tensor, bound: float) -> Tensor:
+    difference = (log_probs.float() if log_probs.dtype.itemsize < 4 else log_probs) - old_log_probs
+    return difference.clamp_(-bound, bound)
+
+
+@dataclass(frozen=True)
+class token:
+    """The token's own ratio, ``q[t] = p[t] / p_old[t]``, with ``|log q| <= bound``."""
+
+    bound: float = 20.0
+
+    def __call__(self, rows: Rows, log_probs: Tensor, old_log_probs: Tensor) -> LogRatio:
+        return LogRatio(None, old_log_probs, (-self.bound, self.bound))
+
+
+@dataclass(frozen=True)
+class sequence:
+    """The geometric mean of the row's ratios at every token, ``log q = mean_t(log p[t] - log p_old[t])``."""
+
+    bound: float = 20.0
+    high: float = 10.0
+
+    def __call__(self, rows: Rows, log_probs: Tensor, old_log_probs: Tensor) -> LogRatio:
+        mean = segment.mean(_difference(rows, log_probs, old_log_probs, self.bound), rows)
+        return LogRatio(mean[:, None], None, (-float("inf"), self.high))
+
+
+@dataclass(frozen=True)
+class cumulative:
+    """The ratio of the whole prefix, ``log q[t] = sum_{s <= t} (log p[s] - log p_old[s])``, at most ``high``."""
+
+    bound: float = 20.0
+    high: float = 10.0
+
+    def __call__(self, rows: Rows, log_probs: Tensor, old_log_probs: Tensor) -> LogRatio:
+        total = scan.cumulative(_difference(rows, log_probs, old_log_probs, self.bound), rows)
+        return LogRatio(total, None, (-float("inf"), self.high))
+
+
+@dataclass(frozen=True)
+class one:
+    """No ratio: ``q = 1``, the score-function estimator."""
+
+    def __call__(self, rows: Rows, log_probs: Tensor, old_log_probs: Tensor) -> LogRatio:
+        return LogRatio(None, None, (0.0, 0.0))
+
+

@@ -1,0 +1,84 @@
+"""Which tokens train, and how much: selections and multipliers, decided once per batch.
+
+A weight maps a batch and its advantages to a tensor ``[R, 1]`` or ``[N]``. Bool selects: False tokens leave the mask and
+every denominator with it. Float multiplies the token's loss and leaves the denominators alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from tokcredit import segment
+from tokcredit.rollouts import Rollouts
+
+
+class Weight(Protocol):
+    """Selection (bool) or multiplier (float), ``[R, 1]`` or ``[N]``; ``needs`` names the evidence it reads."""
+
+    needs: ClassVar[frozenset[str]]
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor: ...
+
+
+_ENGINE = frozenset({"old_log_probs", "rollout_log_probs"})
+
+
+def _importance(batch: Rollouts, whole_rows: bool) -> Tensor:
+    """Probability under the trainer over probability under the engine, of the token or of the whole row.
+
+    A log-prob that the engine did not report (NaN) counts as equal.
+    """
+    assert batch.old_log_probs is not None and batch.rollout_log_probs is not None
+    difference = batch.old_log_probs.float() - batch.rollout_log_probs.float()
+    difference = difference.masked_fill(~batch.response_mask | difference.isnan(), 0)
+    if whole_rows:
+        difference = segment.sum(difference, batch.rows)[:, None]
+    return difference.clamp(-20, 20).exp()
+
+
+@dataclass(frozen=True)
+class importance_truncated:
+    """Corrects rollouts of an engine whose probabilities differ: ``min(trainer / engine, high)``.
+
+    ``whole_rows`` takes the ratio of the whole response instead of the token's. Source: the truncated importance
+    sampling of verl and TRL.
+    """
+
+    high: float = 2.0
+    whole_rows: bool = False
+    needs: ClassVar[frozenset[str]] = _ENGINE
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        return _importance(batch, self.whole_rows).clamp(max=self.high)
+
+
+@dataclass(frozen=True)
+class importance_masked:
+    """As :class:`importance_truncated`, but a ratio outside ``[low, high]`` counts 0."""
+
+    low: float = 0.0
+    high: float = 3.0
+    whole_rows: bool = True
+    needs: ClassVar[frozenset[str]] = _ENGINE
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        ratio = _importance(batch, self.whole_rows)
+        return torch.where((ratio >= self.low) & (ratio <= self.high), ratio, 0)
+
+
+@dataclass(frozen=True)
+class with_credit:
+    """Selects the rows that are paid anything, so that groups without signal leave the denominators."""
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        if advantages.dim() == 2:
+            return advantages != 0
+        paid = torch.where(advantages.isnan(), math.inf, advantages.abs())
+        return (segment.maximum(paid, batch.rows) > 0)[:, None]
