@@ -1,7 +1,7 @@
 // Per-token surrogates: value and derivative with respect to the token's log-prob.
 #pragma once
-#include "math/number.hpp"
-#include <cmath>
+#include "math/exponential.hpp"
+
 
 namespace tokcredit {
 
@@ -36,30 +36,29 @@ template <class A> struct Paid {
 template <class A> TOKCREDIT_FN A bounded(A x, A low, A high) { return x < low ? low : x > high ? high : x; }
 
 template <class A> TOKCREDIT_FN Paid<A> surrogate(Surrogate kind, const Token<A> &t) {
-  using std::exp;
-  const A q = exp(t.log_ratio);
+  const A q = exponential(t.log_ratio);
   switch (kind) {
   case Surrogate::clip: {
     const bool below = t.log_ratio < t.low && t.advantage < A(0);
     const bool above = t.log_ratio > t.high && t.advantage > A(0);
-    const A stopped = exp(below ? t.low : t.high);
+    const A stopped = exponential(below ? t.low : t.high);
     A value = -t.advantage * (below || above ? stopped : q);
     A gradient = below || above || !t.moves ? A(0) : -t.advantage * q;
     const bool capped = t.advantage < A(0) && t.log_ratio > t.cap;
     if (capped) {
-      value = -t.advantage * exp(t.cap);
+      value = -t.advantage * exponential(t.cap);
       gradient = A(0);
     }
     return {value, gradient, q, below, above, capped};
   }
   case Surrogate::weighted: {
-    const A weight = exp(bounded(t.log_ratio, t.low, t.high));
+    const A weight = exponential(bounded(t.log_ratio, t.low, t.high));
     return {-weight * t.advantage * t.log_prob, -weight * t.advantage, q, t.log_ratio < t.low,
             t.log_ratio > t.high, false};
   }
   case Surrogate::soft: {
     const A tau = t.advantage > A(0) ? t.high : t.low;
-    const A gate = A(1) / (A(1) + exp(-tau * (q - A(1))));
+    const A gate = A(1) / (A(1) + exponential(-tau * (q - A(1))));
     return {-(A(4) / tau) * gate * t.advantage,
             t.moves ? -A(4) * gate * (A(1) - gate) * q * t.advantage : A(0), q, false, false, false};
   }
@@ -69,7 +68,7 @@ template <class A> TOKCREDIT_FN Paid<A> surrogate(Surrogate kind, const Token<A>
     return {t.advantage * t.log_ratio * t.log_ratio / A(2), t.moves ? t.advantage * t.log_ratio : A(0), q,
             false, false, false};
   default: {
-    const A inverse = exp(-t.log_ratio);
+    const A inverse = exponential(-t.log_ratio);
     return {t.advantage * (inverse + t.log_ratio - A(1)), t.moves ? t.advantage * (A(1) - inverse) : A(0), q,
             false, false, false};
   }

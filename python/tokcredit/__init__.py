@@ -21,7 +21,7 @@ from tokcredit import (
     ratio,
     scan,
     segment,
-    select,
+
     tree,
     values,
     weights,
@@ -46,7 +46,7 @@ __all__ = [
     "ratio",
     "scan",
     "segment",
-    "select",
+
     "set_num_threads",
     "tree",
     "values",

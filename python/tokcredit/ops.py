@@ -342,3 +342,174 @@ def policy_loss(
         return _PolicyLoss.apply(log_probs, *arguments)  # type: ignore[no-any-return]
     stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
     return stats[:, 0].sum().to(dtype), stats
+
+
+    if arguments[-2]:
+        stats = _PolicyLoss.apply(log_probs, *arguments)
+    else:
+        stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
+    return stats[:, 0].sum().to(dtype), stats.detach()
+
+
+# -- logits ------------------------------------------------------------------------------------------------------
+
+define(
+    "tokcredit::logits",
+    "(Tensor logits, Tensor tokens, float temperature, int threads) -> (Tensor, Tensor, Tensor)",
+)
+define(
+    "tokcredit::logits_gradient",
+    "(Tensor logits, Tensor tokens, float temperature, Tensor logsumexp, Tensor entropies, "
+    "Tensor? grad_log_probs, Tensor? grad_entropies, int threads) -> Tensor",
+)
+
+
+@register_fake("tokcredit::logits")
+def _logits_outputs(
+    logits: Tensor, tokens: Tensor, temperature: float, threads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _accumulated(logits.dtype)
+    return (
+        logits.new_empty(tokens.shape, dtype=dtype),
+        logits.new_empty(tokens.shape, dtype=dtype),
+        logits.new_empty(tokens.shape, dtype=torch.float64),
+    )
+
+
+@impl("tokcredit::logits", _DEVICES)
+def _logits(
+    logits: Tensor, tokens: Tensor, temperature: float, threads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _logits_outputs(logits, tokens, temperature, threads)
+    _C.logits(logits.contiguous(), tokens.contiguous(), temperature, *outputs, threads)
+    return outputs
+
+
+@register_fake("tokcredit::logits_gradient")
+def _logits_gradient_output(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    logsumexp: Tensor,
+    entropies: Tensor,
+    grad_log_probs: Tensor | None,
+    grad_entropies: Tensor | None,
+    threads: int,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@impl("tokcredit::logits_gradient", _DEVICES)
+def _logits_gradient(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    logsumexp: Tensor,
+    entropies: Tensor,
+    grad_log_probs: Tensor | None,
+    grad_entropies: Tensor | None,
+    threads: int,
+) -> Tensor:
+    grad = logits.new_empty(logits.shape)
+    _C.logits_gradient(
+        logits.contiguous(),
+        tokens.contiguous(),
+        temperature,
+        logsumexp,
+        entropies,
+        _plain(grad_log_probs),
+        _plain(grad_entropies),
+        grad,
+        threads,
+    )
+    return grad
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        logits, tokens = logits.contiguous(), tokens.contiguous()
+        log_probs, entropies, logsumexp = torch.ops.tokcredit.logits(
+            logits, tokens, temperature, num_threads()
+        )
+        ctx.save_for_backward(logits, tokens, logsumexp, entropies)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return log_probs, entropies
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        if grad_log_probs is None and grad_entropies is None:
+            return None, None, None
+        logits, tokens, logsumexp, entropies = ctx.saved_tensors
+        grad = torch.ops.tokcredit.logits_gradient(
+            logits,
+            tokens,
+            ctx.temperature,
+            logsumexp,
+            entropies,
+            grad_log_probs,
+            grad_entropies,
+            num_threads(),
+        )
+        return grad, None, None
+
+
+def logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probabilities ``[N]`` and entropies ``[N]`` of ``csrc/ops/logits.hpp``."""
+    if logits.requires_grad:
+        return _Logits.apply(logits, tokens, temperature)  # type: ignore[no-any-return]
+    log_probs, entropies, _ = torch.ops.tokcredit.logits(logits, tokens, temperature, num_threads())
+    return log_probs, entropies
+
+
+# -- segment -----------------------------------------------------------------------------------------------------
+
+REDUCTIONS = ("sum", "mean", "var", "minimum", "maximum", "count", "logsumexp")
+
+define(
+    "tokcredit::segment_rows",
+    "(Tensor x, Tensor begin, Tensor end, Tensor? mask, int reduction, float ddof, int threads) -> Tensor",
+)
+define(
+    "tokcredit::segment_ids",
+    "(Tensor x, Tensor ids, Tensor? mask, int segments, int reduction, float ddof) -> Tensor",
+)
+
+
+@register_fake("tokcredit::segment_rows")
+def _segment_rows_output(
+    x: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, reduction: int, ddof: float, threads: int
+) -> Tensor:
+    return x.new_empty(begin.shape, dtype=_accumulated(x.dtype))
+
+
+@impl("tokcredit::segment_rows", _DEVICES)
+def _segment_rows(
+    x: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, reduction: int, ddof: float, threads: int
+) -> Tensor:
+    y = _segment_rows_output(x, begin, end, mask, reduction, ddof, threads)
+    if begin.numel():
+        _C.segment_rows(x.contiguous(), begin, end, _plain(mask), reduction, ddof, y, threads)
+    return y
+
+
+@register_fake("tokcredit::segment_ids")
+def _segment_ids_output(
+    x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float
+) -> Tensor:
+    return x.new_empty((segments,), dtype=_accumulated(x.dtype))
+
+
+@impl("tokcredit::segment_ids", _DEVICES)
+def _segment_ids(
+    x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float
+) -> Tensor:
+    y = _segment_ids_output(x, ids, mask, segments, reduction, ddof)
+    if segments:
+        _C.segment_ids(x.contiguous(), ids.contiguous(), _plain(mask), reduction, ddof, y)
+    return y
