@@ -1,6 +1,7 @@
 // Tensors as the contracts want them: a pointer, checked once. The only place that looks into a Python tensor.
 #pragma once
 #include "ops/array.hpp"
+#include "ops/device.hpp"
 #include <pybind11/pybind11.h>
 #include <vector>
 
@@ -46,21 +47,6 @@ private:
 };
 
 } // namespace tokcredit::bind
-
-#ifdef TOKCREDIT_CUDA
-namespace tokcredit::cuda {
-// The tensor's device for the length of a call.
-class DeviceGuard {
-public:
-  explicit DeviceGuard(int device);
-  ~DeviceGuard();
-  DeviceGuard(const DeviceGuard &) = delete;
-
-private:
-  int previous_;
-};
-} // namespace tokcredit::cuda
-#endif
 
 namespace tokcredit::bind {
 

@@ -1,0 +1,33 @@
+# `make test`: the whole suite.  Everything is installed into .venv on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(shell find csrc python -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
+
+.PHONY: test lint bench clean
+
+.venv/tools: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -U pip
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt numpy pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis ruff mypy clang-format
+	touch $@
+
+.venv/installed: .venv/tools $(SOURCES)
+	$(BIN)/pip install -q -c constraints.txt --no-deps --force-reinstall .
+	touch $@
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/tools
+	$(BIN)/ruff check python tests bench
+	$(BIN)/ruff format --check python tests bench
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python bench/tree.py
+	$(BIN)/python bench/policy.py
+
+clean:
+	rm -rf .venv build
