@@ -2,6 +2,7 @@
 
 import torch
 from hypothesis import strategies as st
+from tokcredit import Rollouts
 from tokcredit.ops import Rows
 
 
@@ -23,3 +24,30 @@ def rows(draw, max_rows=6, max_length=9):
 
 def values(size, dtype=torch.float64, seed=0):
     return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@st.composite
+def grouped(draw, max_rows=9, max_length=6, tokens=2):
+    """Sequences over few tokens, so that rows share prefixes, repeat and end inside each other; interleaved groups."""
+    sequences = draw(st.lists(st.lists(st.integers(0, tokens - 1), max_size=max_length), min_size=1, max_size=max_rows))
+    count = len(sequences)
+    groups = draw(st.lists(st.sampled_from([7, -3, 10**12]), min_size=count, max_size=count))
+    rewards = draw(st.lists(st.sampled_from([0.0, 1.0, 0.5, -2.0]), min_size=count, max_size=count))
+    return sequences, groups, rewards
+
+
+def batch(sequences, groups, rewards, padded=False, mask=None, **per_token):
+    """The same rows as a packed or as a padded batch."""
+    lengths = [len(s) for s in sequences]
+    r = torch.tensor(rewards, dtype=torch.float64)
+    g = torch.tensor(groups)
+    if not padded:
+        flat = torch.tensor([t for s in sequences for t in s], dtype=torch.int64)
+        return Rollouts(flat, torch.tensor([0, *lengths]).cumsum(0), g, r, mask, **per_token)
+    width = max(lengths) + 1
+    # Padding repeats a real token: the end of a row must not be told from its id.
+    tokens = torch.zeros(len(sequences), width, dtype=torch.int64)
+    real = torch.arange(width) < torch.tensor(lengths)[:, None]
+    for row, s in enumerate(sequences):
+        tokens[row, : len(s)] = torch.tensor(s, dtype=torch.int64)
+    return Rollouts.from_padded(tokens, real, g, r)

@@ -1,0 +1,83 @@
+import pytest
+import ragged
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokcredit import Rollouts
+
+TOKENS = torch.arange(6)
+EDGES = torch.tensor([0, 2, 2, 6])
+GROUPS = torch.tensor([3, 3, 8])
+REWARDS = torch.tensor([1.0, 0.0, 2.0])
+
+
+def make(**changes):
+    arguments = {"tokens": TOKENS, "cu_seqlens": EDGES, "group_ids": GROUPS, "rewards": REWARDS} | changes
+    return Rollouts(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"tokens": TOKENS.float()}, TypeError, r"tokens: expected int32 or int64 \[6\], got float32 \[6\]"),
+        ({"tokens": [1, 2]}, TypeError, "tokens: expected torch.Tensor, got list"),
+        ({"tokens": TOKENS.view(2, 3)}, ValueError, r"tokens: expected .* \[6\], got int64 \[2, 3\]"),
+        ({"cu_seqlens": torch.tensor([0, 4, 2, 6])}, ValueError, "cu_seqlens: expected to rise from 0 to 6"),
+        ({"cu_seqlens": torch.tensor([0, 2, 2, 5])}, ValueError, "cu_seqlens: expected to rise from 0 to 6"),
+        ({"cu_seqlens": EDGES.float()}, TypeError, "cu_seqlens: expected int32 or int64"),
+        ({"group_ids": GROUPS[:2]}, ValueError, r"group_ids: expected .* \[3\], got int64 \[2\]"),
+        ({"rewards": REWARDS / 0 * 0}, ValueError, "rewards: expected finite numbers, got"),
+        ({"rewards": REWARDS.long()}, TypeError, "rewards: expected float32"),
+        ({"response_mask": torch.ones(5, dtype=torch.bool)}, ValueError, r"response_mask: expected bool \[6\], got bool \[5\]"),
+        ({"response_mask": torch.ones(6)}, TypeError, "response_mask: expected bool"),
+        ({"old_log_probs": torch.zeros(6, device="meta")}, ValueError, "old_log_probs: expected device cpu"),
+        ({"entropies": torch.zeros(7)}, ValueError, r"entropies: expected .* \[6\], got float32 \[7\]"),
+    ],
+)
+def test_bad_input_names_the_argument(changes, error, message):
+    with pytest.raises(error, match=message):
+        make(**changes)
+
+
+def test_padded_and_packed_describe_the_same_rows():
+    mask = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    attention = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    padded = Rollouts.from_padded(torch.arange(12).view(3, 4), mask, GROUPS, REWARDS, attention)
+    assert (padded.end - padded.begin).tolist() == [3, 0, 4]
+    assert padded.lengths.tolist() == [2, 0, 4]
+    assert padded.group_index.tolist() == [0, 0, 1] and padded.num_groups == 2
+    assert padded.tokens.data_ptr() == padded.shaped(padded.tokens).data_ptr()
+    assert make().to_padded(TOKENS).tolist() == [[0, 1, 0, 0], [0, 0, 0, 0], [2, 3, 4, 5]]
+
+
+def test_padded_input_is_checked():
+    tokens, mask = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3)
+    arguments = (torch.tensor([0, 1]), torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match="attention_mask: expected real tokens first"):
+        Rollouts.from_padded(tokens, mask, *arguments, torch.tensor([[0, 1, 1], [1, 1, 1]]))
+    with pytest.raises(ValueError, match="response_mask: expected False on padding"):
+        Rollouts.from_padded(tokens, mask, *arguments, torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    with pytest.raises(ValueError, match=r"response_mask: expected bool \[2, 3\]"):
+        Rollouts.from_padded(tokens, mask[:1], *arguments)
+    with pytest.raises(ValueError, match=r"old_log_probs: expected float \[2, 3\]"):
+        Rollouts.from_padded(tokens, mask, *arguments, old_log_probs=torch.zeros(2))
+    with pytest.raises(TypeError, match="logprobs: expected one of old_log_probs"):
+        Rollouts.from_padded(tokens, mask, *arguments, logprobs=torch.zeros(2, 3))
+
+
+@given(ragged.grouped(), st.booleans(), st.data())
+def test_select_keeps_rows(data, padded, draw):
+    sequences, groups, rewards = data
+    rows = draw.draw(st.lists(st.integers(0, len(sequences) - 1), max_size=6))
+    batch = ragged.batch(*data, padded=padded)
+    part = batch.select(torch.tensor(rows, dtype=torch.long))
+    for k, r in enumerate(rows):
+        assert part.tokens[part.begin[k] : part.end[k]].tolist() == sequences[r]
+        assert part.rewards[k] == rewards[r] and part.group_ids[k] == groups[r]
+
+
+def test_select_rejects_what_is_not_a_row():
+    with pytest.raises(ValueError, match="rows: expected numbers from 0 to 2, got 0 to 3"):
+        make().select(torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"rows: expected bool \[3\]"):
+        make().select(torch.tensor([True]))
