@@ -2,8 +2,8 @@
 
     python bench/policy.py [--rows 1024] [--vocabulary 49152] [--repeats 5]
 
-Every provider computes both outputs and the gradient of a weighted sum of them. Results are compared with float64
-torch before anything is timed.
+Every provider computes both outputs and the gradient of a weighted sum of them. Results are compared with
+float64 torch before anything is timed.
 """
 
 from __future__ import annotations

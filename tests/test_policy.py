@@ -268,3 +268,11 @@ def test_rejects_wrong_arguments():
         policy.log_probs(logits, tokens.float())
     with pytest.raises(ValueError, match=r"logits: tokens: expected -1 or an id below the vocabulary of 0"):
         policy.log_probs(torch.zeros(1, 0), torch.tensor([0]))
+
+
+def test_second_derivative_is_refused():
+    logits, tokens = sample(2, 5)
+    logits.requires_grad_()
+    (grad,) = torch.autograd.grad(policy.log_probs(logits, tokens).square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

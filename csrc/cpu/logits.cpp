@@ -53,8 +53,8 @@ template <class T> TOKCREDIT_INLINE accumulate_t<T> row_max_body(const T *x, int
 }
 
 // Pairwise: the upper half is added to the lower until `lanes` are left, which are added in double.
-template <class A> TOKCREDIT_INLINE double fold(A *v) {
-  for (int64_t half = block / 2; half >= lanes; half /= 2)
+template <class A> TOKCREDIT_INLINE double fold(A *v, int64_t width) {
+  for (int64_t half = width / 2; half >= lanes; half /= 2)
     for (int64_t k = 0; k < half; ++k)
       v[k] += v[k + half];
   double sum = 0;
@@ -77,10 +77,13 @@ TOKCREDIT_INLINE void row_sums_body(const T *x, int64_t n, A most, A inverse, do
       e[k] = exponential(d);
       w[k] = e[k] * d;
     }
-    for (int64_t k = m; k < block; ++k)
+    int64_t width = lanes;
+    while (width < m)
+      width *= 2;
+    for (int64_t k = m; k < width; ++k)
       e[k] = w[k] = 0;
-    s += fold(e);
-    u += fold(w);
+    s += fold(e, width);
+    u += fold(w, width);
   }
   *exps = s;
   *weighted = u;

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
@@ -351,7 +352,7 @@ def policy_loss(
     return stats[:, 0].sum().to(dtype), stats.detach()
 
 
-# -- logits ------------------------------------------------------------------------------------------------------
+# -- logits -------------------------------------------------------------------------------------------------
 
 define(
     "tokcredit::logits",
@@ -364,7 +365,7 @@ define(
 )
 
 
-@register_fake("tokcredit::logits")
+@register_fake("tokcredit::logits")  # type: ignore[untyped-decorator]
 def _logits_outputs(
     logits: Tensor, tokens: Tensor, temperature: float, threads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -380,12 +381,12 @@ def _logits_outputs(
 def _logits(
     logits: Tensor, tokens: Tensor, temperature: float, threads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _logits_outputs(logits, tokens, temperature, threads)
+    outputs: tuple[Tensor, Tensor, Tensor] = _logits_outputs(logits, tokens, temperature, threads)
     _C.logits(logits.contiguous(), tokens.contiguous(), temperature, *outputs, threads)
     return outputs
 
 
-@register_fake("tokcredit::logits_gradient")
+@register_fake("tokcredit::logits_gradient")  # type: ignore[untyped-decorator]
 def _logits_gradient_output(
     logits: Tensor,
     tokens: Tensor,
@@ -427,9 +428,7 @@ def _logits_gradient(
 
 class _Logits(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits, tokens = logits.contiguous(), tokens.contiguous()
         log_probs, entropies, logsumexp = torch.ops.tokcredit.logits(
             logits, tokens, temperature, num_threads()
@@ -440,7 +439,8 @@ class _Logits(torch.autograd.Function):
         return log_probs, entropies
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    @once_differentiable
+    def backward(
         ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None
     ) -> tuple[Tensor | None, None, None]:
         if grad_log_probs is None and grad_entropies is None:
@@ -462,7 +462,7 @@ class _Logits(torch.autograd.Function):
 def logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities ``[N]`` and entropies ``[N]`` of ``csrc/ops/logits.hpp``."""
     if logits.requires_grad:
-        return _Logits.apply(logits, tokens, temperature)  # type: ignore[no-any-return]
+        return _Logits.apply(logits, tokens, temperature)  # type: ignore[no-any-return, no-untyped-call]
     log_probs, entropies, _ = torch.ops.tokcredit.logits(logits, tokens, temperature, num_threads())
     return log_probs, entropies
 

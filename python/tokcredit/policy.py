@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of tokens from the logits of a language model, with gradients.
 
-One pass over the logits instead of a float32 copy of ``(N, V)``: with a vocabulary of 150k and bf16 logits the copy
-that ``log_softmax`` makes and keeps for the gradient is twice the size of the logits.
+No float32 copy of ``(N, V)`` is made: with bf16 logits, the one that ``log_softmax`` in float32 makes and
+keeps for the gradient is twice the size of the logits. Here two numbers per row are kept beside the logits.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ def log_probs_and_entropies(
         log_probs[i] = log(p[tokens[i]])
         entropies[i] = -sum(p[j] * log(p[j]) for j in range(V))
 
-    A token of -1 marks a position that takes no part: both results and the gradient are 0 there and its logits are
-    not read. So the shift by one that next-token prediction needs is best done on the tokens (drop the first and
-    append -1) and not on the logits: ``logits[:, :-1]`` is another layout and has to be copied first. Positions
-    whose incoming gradient is 0 get a gradient of 0, whatever their logits hold.
+    A token of -1 marks a position that takes no part: both results and the gradient are 0 there and its
+    logits are not read. So the shift by one that next-token prediction needs is best done on the tokens (drop
+    the first and append -1) and not on the logits: ``logits[:, :-1]`` is another layout and has to be copied
+    first. Positions whose incoming gradient is 0 get a gradient of 0, whatever their logits hold.
 
     Args:
-        logits: float ``(..., V)``; bf16 and fp16 are computed in float32. A logit of -inf is a probability of 0.
+        logits: float ``(..., V)``; bf16 and fp16 are computed in float32. A logit of -inf has probability 0.
         tokens: int64 or int32 ``(...)``, -1 or an id below V.
         temperature: positive; what the logits were divided by when the tokens were drawn.
 
     Returns:
-        Two tensors ``(...)``, float32, or float64 for float64 logits. Both are differentiable once in the logits.
+        Two tensors ``(...)``, float32, or float64 for float64 logits. Both have a gradient in the logits.
 
     Raises:
         ValueError: if shapes disagree, a token is out of range, or the temperature is not positive.
