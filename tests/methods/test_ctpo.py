@@ -1,0 +1,65 @@
+import math
+
+import naive
+import pytest
+import torch
+import tokcredit as tc
+from tokcredit.ops import Rows
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("cap", [0.05, None])
+@pytest.mark.parametrize("token_mean", [True, False])
+def test_formula(seed, cap, token_mean):
+    def formula(batch, log_probs):
+        advantages = naive.group_advantages(batch)
+        losses = []
+        for r, tokens in enumerate(naive.rows_of(batch)):
+            total, row = 0.0, []
+            for position, t in enumerate(tokens, start=1):
+                total += (log_probs[t] - batch.old_log_probs[t]).item()
+                log_q = total + log_probs[t] - log_probs[t].detach()
+                s = math.sqrt(position)
+                limit = None if cap is None else math.exp(cap * s)
+                low, high = math.exp(-0.025 * s), math.exp(0.05 * s)
+                row.append(naive.clipped(advantages[r], log_q.exp(), low, high, limit))
+            losses.append(row)
+        return (naive.token_mean if token_mean else naive.sequence_mean)(batch, losses)
+
+    out = naive.check(tc.methods.ctpo(cap=cap, token_mean=token_mean), *naive.random_batch(seed), formula)
+    assert out.metrics["clip_high"] > 0 and (out.metrics["clip_cap"] > 0) == (cap is not None)
+
+
+def test_by_hand():
+    rows = Rows(torch.tensor([0]), torch.tensor([4]), torch.tensor([True, True, False, True]))
+    log_ratio = tc.ratio.cumulative()(rows, torch.tensor([0.04, 0.04, -0.2, 0.01]), torch.zeros(4)).log_ratio
+    window = tc.clip.growing(0.025, 0.05, 0.5)(rows, 4)
+    assert log_ratio.tolist() == pytest.approx([0.04, 0.08, 0.0, 0.09])
+    upper = window.high * window.width
+    assert upper[[0, 1, 3]].tolist() == pytest.approx([0.05, 0.0707, 0.0866], abs=1e-4)
+    clipped = torch.minimum(log_ratio, upper)[[0, 1, 3]]
+    assert clipped.tolist() == pytest.approx([0.04, 0.0707, 0.0866], abs=1e-4)
+
+
+def test_tokens_of_negative_rows_are_stopped_on_both_sides():
+    batch = tc.Rollouts(
+        torch.arange(4), torch.tensor([0, 1, 2, 3, 4]), torch.zeros(4, dtype=torch.long),
+        torch.tensor([1.0, 0.0, 0.0, 0.0]), old_log_probs=torch.zeros(4),
+    )
+    log_probs = torch.tensor([0.04, 0.06, -0.03, 0.01], requires_grad=True)
+    objective = tc.methods.ctpo()
+    objective.loss(objective.prepare(batch), log_probs).loss.backward()
+    assert [g != 0 for g in log_probs.grad.tolist()] == [True, False, False, True]
+
+
+def test_ratio_is_bounded():
+    batch = tc.Rollouts(
+        torch.arange(2), torch.tensor([0, 1, 2]), torch.tensor([0, 0]), torch.tensor([1.0, 0.0]),
+        old_log_probs=torch.tensor([0.0, -15.0]),
+    )
+    log_probs = torch.zeros(2, requires_grad=True)
+    objective = tc.methods.ctpo(cap=None)
+    out = objective.loss(objective.prepare(batch), log_probs)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx((math.exp(10) - 1) / 2 * 0.70711, rel=1e-4)
+    assert log_probs.grad[1] == 0

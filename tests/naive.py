@@ -1,0 +1,86 @@
+"""The stages of a loss as float64 loops over one row at a time, for checking methods against their papers' formulas."""
+
+import math
+
+import torch
+import tokcredit as tc
+
+
+def random_batch(seed=0, groups=3, size=4, length=7, padded=True, **extra):
+    """A batch in which every branch of the formulas is taken: prefixes shared, masked holes, one empty row."""
+    g = torch.Generator().manual_seed(seed)
+    rows = groups * size
+    tokens = torch.randint(0, 3, (rows, length), generator=g)
+    mask = torch.rand(rows, length, generator=g) > 0.2
+    mask[1] = False
+    order = torch.randperm(rows, generator=g)
+    old = -torch.rand(rows, length, generator=g, dtype=torch.float64)
+    rewards = torch.randint(0, 2, (rows,), generator=g).double()
+    rewards[order < 3] += torch.rand(3, generator=g, dtype=torch.float64)
+    current = old + 0.4 * torch.randn(rows, length, generator=g, dtype=torch.float64)
+    batch = tc.Rollouts.from_padded(tokens, mask, order % groups, rewards, old_log_probs=old, **extra)
+    return batch, current
+
+
+def rows_of(batch):
+    """For each row, the flat positions of its training tokens."""
+    flat = batch.response_mask.tolist()
+    spans = zip(batch.begin.tolist(), batch.end.tolist(), strict=True)
+    return [[t for t in range(b, e) if flat[t]] for b, e in spans]
+
+
+def group_rows(batch):
+    index = batch.group_index.tolist()
+    return [[r for r in range(len(index)) if index[r] == g] for g in range(batch.num_groups)]
+
+
+def group_advantages(batch, scale=True, epsilon=1e-6):
+    rewards, out = batch.rewards.tolist(), [0.0] * batch.num_rows
+    for rows in group_rows(batch):
+        own = [rewards[r] for r in rows]
+        mean = sum(own) / len(own) if len(own) > 1 else 0.0
+        std = math.sqrt(sum((x - mean) ** 2 for x in own) / (len(own) - 1)) if len(own) > 1 else 1.0
+        for r in rows:
+            out[r] = (rewards[r] - mean) / ((std + epsilon) if scale else 1.0)
+    return out
+
+
+def clipped(advantage, ratio, low, high, cap=None):
+    """The clipped surrogate of one token; ``ratio`` may carry a gradient."""
+    value = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(low, high))
+    if cap is not None and advantage < 0:
+        value = torch.minimum(value, torch.as_tensor(-advantage * cap, dtype=value.dtype))
+    return value
+
+
+def check(objective, batch, current, naive):
+    """Loss and gradient of the objective equal those of ``naive(batch, flat log_probs)``, differentiated by torch."""
+    ours = current.clone().requires_grad_()
+    out = objective.loss(objective.prepare(batch), ours)
+    out.loss.backward()
+    theirs = current.clone().requires_grad_()
+    expected = naive(batch, theirs.reshape(-1))
+    expected.backward()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+    assert theirs.grad.abs().sum() > 0, "a comparison of zeros proves nothing"
+    return out
+
+
+def token_mean(batch, losses):
+    total = sum(len(t) for t in rows_of(batch))
+    return sum(x for row in losses for x in row) / total
+
+
+def sequence_mean(batch, losses):
+    rows = [row for row in losses if row]
+    return sum(sum(row) / len(row) for row in rows) / len(rows)
+
+
+def ppo(batch, log_probs, advantages, low, high, cap=None):
+    """Clipped token losses, row by row; advantages per row."""
+    old = batch.old_log_probs
+    return [
+        [clipped(advantages[r], (log_probs[t] - old[t]).exp(), low, high, cap) for t in tokens]
+        for r, tokens in enumerate(rows_of(batch))
+    ]
