@@ -1,0 +1,182 @@
+import dataclasses
+
+import naive
+import pytest
+import torch
+import tokcredit as tc
+
+
+def mixture(**changes):
+    return dataclasses.replace(
+        tc.Objective(
+            credit=tc.credit.tempo_like(),
+            ratio=tc.ratio.cumulative(),
+            clip=tc.clip.growing(0.025, 0.05, 0.5),
+            aggregation=tc.aggregation.balanced(),
+        ),
+        **changes,
+    )
+
+
+def test_any_mixture_is_the_product_of_its_stages():
+    """Tree credit, prefix ratio, growing window and balanced weights, each written naively."""
+
+    def formula(batch, log_probs):
+        advantages = tc.methods.tempo().prepare(batch).advantages.reshape(-1)
+        outcome = naive.group_advantages(batch)
+        losses = []
+        for tokens in naive.rows_of(batch):
+            total, row = 0.0, []
+            for position, t in enumerate(tokens, start=1):
+                total += (log_probs[t] - batch.old_log_probs[t]).item()
+                q = (total + log_probs[t] - log_probs[t].detach()).exp()
+                s = torch.tensor(position).double().sqrt()
+                row.append(naive.clipped(advantages[t].item(), q, (-0.025 * s).exp(), (0.05 * s).exp()))
+            losses.append(row)
+        total = 0.0
+        for rows in naive.group_rows(batch):
+            rows = [r for r in rows if losses[r]]
+            for sign in (1, -1):
+                side = [r for r in rows if outcome[r] * sign > 0]
+                if side:
+                    tokens = sum(len(losses[r]) for r in side)
+                    total = total + len(side) / len(rows) * sum(sum(losses[r]) for r in side) / tokens
+        return total / batch.num_groups
+
+    for seed in range(3):
+        naive.check(mixture(), *naive.random_batch(seed), formula)
+
+
+@pytest.mark.parametrize("whole_rows", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rollout_importance_weights(whole_rows, masked):
+    engine = -torch.rand(12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    engine[0, 0] = float("nan")
+    batch, current = naive.random_batch(rollout_log_probs=engine)
+    if masked:
+        stage = tc.weights.importance_masked(0.5, 1.5, whole_rows)
+    else:
+        stage = tc.weights.importance_truncated(1.3, whole_rows)
+
+    def formula(batch, log_probs):
+        losses = naive.ppo(batch, log_probs, naive.group_advantages(batch), 0.8, 1.2)
+        weighed = []
+        for tokens, row in zip(naive.rows_of(batch), losses, strict=True):
+            d = [batch.old_log_probs[t] - batch.rollout_log_probs[t] for t in tokens]
+            d = [torch.zeros_like(x) if x.isnan() else x for x in d]
+            ratios = [sum(d).exp()] * len(d) if whole_rows and d else [x.exp() for x in d]
+            if masked:
+                ratios = [float(q) if 0.5 <= q <= 1.5 else 0.0 for q in ratios]
+            else:
+                ratios = [min(float(q), 1.3) for q in ratios]
+            weighed.append([w * x for w, x in zip(ratios, row, strict=True)])
+        return naive.sequence_mean(batch, weighed)
+
+    naive.check(dataclasses.replace(tc.methods.grpo(), weights=(stage,)), batch, current, formula)
+
+
+def test_row_and_token_weights_multiply():
+    engine = -torch.rand(12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    batch, _ = naive.random_batch(rollout_log_probs=engine)
+    row, token = tc.weights.importance_truncated(1.3, True), tc.weights.importance_truncated(1.3, False)
+    both = dataclasses.replace(tc.methods.grpo(), weights=(row, token)).prepare(batch).multiplier
+    expected = row(batch, None) * batch.shaped(token(batch, None))
+    mask = batch.shaped(batch.response_mask)
+    torch.testing.assert_close(batch.shaped(both)[mask], expected[mask])
+
+
+def test_selection_leaves_the_denominators():
+    batch, current = naive.random_batch()
+    batch = dataclasses.replace(batch, rewards=torch.where(batch.group_index == 0, 1.0, batch.rewards))
+    plain = tc.methods.dapo()
+    chosen = dataclasses.replace(plain, weights=(tc.weights.with_credit(),))
+    a, b = plain.prepare(batch), chosen.prepare(batch)
+    paid = a.has_credit
+    ratio = batch.lengths.sum() / batch.lengths[paid].sum()
+    torch.testing.assert_close(
+        chosen.loss(b, current).loss, plain.loss(a, current).loss * ratio, rtol=1e-6, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("penalty", [tc.loss.k1, tc.loss.k2, tc.loss.k3])
+@pytest.mark.parametrize("method", ["grpo", "ba"])
+def test_penalty(penalty, method):
+    batch, current = naive.random_batch()
+    ref = current + 0.3 * torch.randn(current.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    batch = dataclasses.replace(batch, ref_log_probs=ref.reshape(-1))
+    plain = tc.methods.load(method)
+    objective = dataclasses.replace(plain, kl=penalty(0.1))
+
+    def formula(batch, log_probs):
+        u = log_probs - batch.ref_log_probs
+        each = {"k1": u, "k2": u**2 / 2, "k3": (-u).exp() + u - 1}[penalty.surrogate]
+        losses = [[0.1 * each[t] for t in tokens] for tokens in naive.rows_of(batch)]
+        kl = (naive.sequence_mean if method == "grpo" else naive.token_mean)(batch, losses)
+        return kl + plain.loss(plain.prepare(batch), log_probs.view(current.shape)).loss
+
+    out = naive.check(objective, batch, current, formula)
+    assert out.metrics["kl"].abs() > 0
+    assert objective.needs == {"ref_log_probs"}
+
+
+def test_minibatch_counts_its_own_rows():
+    batch, current = naive.random_batch()
+    rows = torch.arange(6)
+    for name in ("dapo", "grpo", "ba"):
+        objective = tc.methods.load(name)
+        part = objective.prepare(batch).minibatch(rows)
+        alone = objective.prepare(batch.select(rows))
+        alone = dataclasses.replace(alone, credits=part.credits).aggregated()
+        torch.testing.assert_close(objective.loss(part, current[rows]).loss, objective.loss(alone, current[rows]).loss)
+        assert not torch.equal(part.row_weights, objective.prepare(batch).select(rows).row_weights)
+
+
+def test_missing_evidence_and_denominators_are_errors():
+    batch, current = naive.random_batch()
+    objective = dataclasses.replace(tc.methods.grpo(), kl=tc.loss.k3())
+    with pytest.raises(ValueError, match="ref_log_probs: expected in the batch"):
+        objective.prepare(batch)
+    with pytest.raises(ValueError, match="batch_num_tokens: expected the count over all ranks because dp_size is 2"):
+        tc.methods.grpo().prepare(batch, dp_size=2)
+    with pytest.raises(ValueError, match="global_num_groups: expected"):
+        tc.methods.ba().prepare(batch, batch_num_tokens=9, global_batch_size=3, dp_size=2)
+    with pytest.raises(ValueError, match=r"log_probs: expected \[12, 7\], got \[12, 6\]"):
+        tc.methods.grpo().loss(tc.methods.grpo().prepare(batch), current[:, 1:])
+    with pytest.raises(ValueError, match="cap: expected at least 1"):
+        tc.clip.ppo(cap=0.5)
+
+
+def test_metrics_are_tensors_that_nothing_waits_for():
+    batch, current = naive.random_batch()
+    objective = tc.methods.ctpo()
+    out = objective.loss(objective.prepare(batch), current)
+    assert set(out.metrics) >= {"loss", "ratio", "approx_kl", "clip_low", "clip_high", "clip_cap", "tokens"}
+    assert all(m.dim() == 0 and not m.requires_grad for m in out.metrics.values())
+    flat = [t for row in naive.rows_of(batch) for t in row]
+    assert out.metrics["tokens"] == len(flat)
+
+
+def test_loss_compiles_without_graph_breaks():
+    batch, current = naive.random_batch()
+    objective = mixture()
+    prepared = objective.prepare(batch)
+
+    def f(x):
+        return objective.loss(prepared, x).loss
+
+    x = current.clone().requires_grad_()
+    (eager,) = torch.autograd.grad(f(x), x)
+    (compiled,) = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("name", tc.methods.names())
+def test_empty_batch(name):
+    batch = tc.Rollouts(
+        torch.zeros(0, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0)
+    )
+    objective = tc.methods.load(name)
+    log_probs = torch.zeros(0, requires_grad=True)
+    out = objective.loss(objective.prepare(batch), log_probs)
+    out.loss.backward()
+    assert out.loss == 0

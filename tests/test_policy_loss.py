@@ -1,0 +1,174 @@
+import math
+
+import pytest
+import ragged
+import reference.policy_loss as reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokcredit import ops
+from tokcredit.ops import Rows
+
+OPERANDS = ("advantages", "weights", "low", "high", "cap", "width")
+
+
+def shapes():
+    return st.fixed_dictionaries({name: st.sampled_from(["batch", "row", "token"]) for name in OPERANDS})
+
+
+def operands(rows, size, per, dtype=torch.float64):
+    made = {}
+    for k, name in enumerate(OPERANDS):
+        shape = {"batch": (), "row": (len(rows.begin), 1), "token": (size,)}[per[name]]
+        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+        if name in ("high", "cap", "width", "weights"):
+            x = x.abs() + 0.05
+        if name == "low":
+            x = -x.abs() - 0.05
+        made[name] = x.to(dtype)
+    return made
+
+
+def at(x, r, t):
+    return x if x.dim() == 0 else x[r, 0] if x.dim() == 2 else x[t]
+
+
+def definition(log_probs, rows, kind, ops_, reference_log_probs=None, log_ratio=None, clamp=(-20.0, 20.0)):
+    total = log_probs.sum() * 0
+    for r, (b, e) in enumerate(zip(rows.begin.tolist(), rows.end.tolist(), strict=True)):
+        for t in range(b, e):
+            if rows.mask is None or rows.mask[t]:
+                width = at(ops_["width"], r, t)
+                if kind == "soft":
+                    low, high = at(ops_["low"], r, t).abs() * width, at(ops_["high"], r, t) * width
+                else:
+                    low, high = at(ops_["low"], r, t) * width, at(ops_["high"], r, t) * width
+                total = total + at(ops_["weights"], r, t) * reference.token(
+                    kind,
+                    log_probs[t],
+                    at(ops_["advantages"], r, t),
+                    low,
+                    high,
+                    at(ops_["cap"], r, t) * width,
+                    None if reference_log_probs is None else reference_log_probs[t],
+                    None if log_ratio is None else at(log_ratio, r, t),
+                    clamp,
+                )
+    return total
+
+
+@given(ragged.rows(), shapes(), st.sampled_from(ops.SURROGATES), st.sampled_from(["reference", "given", "none"]))
+def test_matches_definition(batch, per, kind, source):
+    rows, size = batch
+    args = operands(rows, size, per)
+    if kind == "soft":
+        args["low"] = args["low"].abs()
+    old = ragged.values(size, seed=9) if source == "reference" else None
+    log_ratio = ragged.values(size, seed=8) if source == "given" else None
+    ours = ragged.values(size).requires_grad_()
+    value, stats = ops.policy_loss(ours, rows, kind, reference=old, log_ratio=log_ratio, clamp=(-1.5, 1.5), **args)
+    theirs = ragged.values(size).requires_grad_()
+    expected = definition(theirs, rows, kind, args, old, log_ratio, (-1.5, 1.5))
+    if source == "none" and kind in ("clip", "soft", "k1", "k2", "k3"):
+        # With no ratio at all q is the constant 1; the gradient is that of a ratio evaluated on policy.
+        theirs = ragged.values(size).requires_grad_()
+        expected = definition(theirs, rows, kind, args, theirs.detach(), None, (-1.5, 1.5))
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, torch.zeros_like(ours) if theirs.grad is None else theirs.grad)
+    valid = sum(
+        int(rows.mask[b:e].sum()) if rows.mask is not None else e - b
+        for b, e in zip(rows.begin.tolist(), rows.end.tolist(), strict=True)
+    )
+    assert stats[:, ops.LOSS_STATS.index("tokens")].sum() == valid
+
+
+def test_worked_example():
+    log_probs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    value, stats = ops.policy_loss(
+        log_probs,
+        Rows(torch.tensor([0]), torch.tensor([2])),
+        "clip",
+        reference=torch.tensor([-1.0, -1.5]),
+        advantages=torch.tensor(2.0),
+        weights=torch.tensor(0.5),
+        low=torch.tensor(0.8).log(),
+        high=torch.tensor(1.2).log(),
+    )
+    value.backward()
+    assert value.item() == pytest.approx(-2.2)
+    assert log_probs.grad.tolist() == [-1.0, 0.0]
+    named = dict(zip(ops.LOSS_STATS, stats[0].tolist(), strict=True))
+    assert named["above"] == 1 and named["below"] == 0 and named["capped"] == 0
+    assert named["ratio"] == pytest.approx(1 + math.exp(0.5))
+    assert named["divergence"] == pytest.approx(math.exp(0.5) - 1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ops.SURROGATES)
+def test_low_precision(dtype, kind):
+    size = 2000
+    rows = Rows(torch.tensor([0, 900]), torch.tensor([900, size]))
+    args = operands(rows, size, dict.fromkeys(OPERANDS, "token"), torch.float32)
+    args["low"] = args["low"].abs() if kind == "soft" else args["low"]
+    log_probs, old = ragged.values(size, dtype), ragged.values(size, dtype, seed=5)
+    value, _ = ops.policy_loss(log_probs, rows, kind, reference=old, **args)
+    exact, _ = ops.policy_loss(
+        log_probs.double(), rows, kind, reference=old.double(), **{n: x.double() for n, x in args.items()}
+    )
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), exact, rtol=2e-6, atol=1e-4)
+
+
+def test_extreme_ratios_stay_finite_behind_the_clamp():
+    log_probs = torch.tensor([200.0, -200.0], requires_grad=True)
+    rows = Rows(torch.tensor([0]), torch.tensor([2]))
+    value, _ = ops.policy_loss(
+        log_probs, rows, "clip", reference=torch.zeros(2), advantages=torch.tensor([-1.0, 1.0]), clamp=(-20.0, 20.0)
+    )
+    value.backward()
+    assert value.item() == pytest.approx(math.exp(20) - math.exp(-20))
+    assert log_probs.grad.tolist() == [0.0, 0.0]
+
+
+def test_thread_count_does_not_change_bits(monkeypatch):
+    size = 300_000
+    edges = torch.arange(0, size + 1, 1000)
+    rows = Rows(edges[:-1], edges[1:])
+    results = []
+    for threads in (1, 6):
+        monkeypatch.setattr(ops, "_threads", threads)
+        log_probs = ragged.values(size, torch.float32).requires_grad_()
+        value, stats = ops.policy_loss(log_probs, rows, "clip", reference=ragged.values(size, torch.float32, seed=1))
+        value.backward()
+        results.append((value.detach(), stats, log_probs.grad))
+    for one, many in zip(*results, strict=True):
+        assert torch.equal(one, many)
+
+
+def test_opcheck_and_compile():
+    rows = Rows(torch.tensor([0, 2]), torch.tensor([2, 5]), torch.tensor([True, False, True, True, True]))
+    args = operands(rows, 5, dict.fromkeys(OPERANDS, "row"))
+    log_probs = ragged.values(5)
+    torch.library.opcheck(
+        torch.ops.tokcredit.policy_loss.default,
+        (log_probs, log_probs + 0.1, None, *args.values(), *rows, 0, -20.0, 20.0, True, 1),
+    )
+
+    def f(x):
+        return ops.policy_loss(x, rows, "clip", reference=log_probs.detach() + 0.1, **args)[0]
+
+    x = log_probs.clone().requires_grad_()
+    (eager,) = torch.autograd.grad(f(x), x)
+    (compiled,) = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(compiled, eager)
+    assert eager.abs().sum() > 0
+
+
+def test_rejects_wrong_arguments():
+    rows = Rows(torch.tensor([0]), torch.tensor([3]))
+    with pytest.raises(ValueError, match=r"policy_loss: weights: expected float32 \[3\], got float32 \[7\]"):
+        ops.policy_loss(torch.zeros(3), rows, "clip", weights=torch.ones(7))
+    with pytest.raises(ValueError, match=r"policy_loss: old_log_probs: expected float32 \[3\]"):
+        ops.policy_loss(torch.zeros(3), rows, "clip", reference=torch.ones(2))

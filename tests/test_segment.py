@@ -1,0 +1,110 @@
+import math
+
+import pytest
+import ragged
+import reference.segment as reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokcredit import ops, segment
+from tokcredit.ops import Rows
+
+NAMES = ops.REDUCTIONS
+
+
+def members(by, size):
+    if isinstance(by, Rows):
+        spans = zip(by.begin.tolist(), by.end.tolist(), strict=True)
+        return [[t for t in range(b, e) if by.mask is None or by.mask[t]] for b, e in spans]
+    return [
+        [i for i in range(size) if by.ids[i] == s and (by.mask is None or by.mask[i])] for s in range(by.count)
+    ]
+
+
+@st.composite
+def groupings(draw):
+    if draw(st.booleans()):
+        return draw(ragged.rows())
+    size = draw(st.integers(0, 20))
+    count = draw(st.integers(0, 4))
+    ids = torch.tensor(draw(st.lists(st.integers(-1, 4), min_size=size, max_size=size)), dtype=torch.int64)
+    mask = draw(st.none() | st.lists(st.booleans(), min_size=size, max_size=size))
+    return segment.Ids(ids, count, None if mask is None else torch.tensor(mask, dtype=torch.bool)), size
+
+
+@given(groupings(), st.sampled_from(NAMES), st.integers(0, 3))
+def test_matches_definition(grouping, name, seed):
+    by, size = grouping
+    x = ragged.values(size, seed=seed)
+    inside = torch.zeros(size, dtype=torch.bool)
+    expected = []
+    for group in members(by, size):
+        inside[group] = True
+        expected.append(reference.reduce(name, x[group].tolist()))
+    ours = getattr(segment, name)(x.masked_fill(~inside, math.nan), by)
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
+
+
+@given(groupings(), st.sampled_from(["sum", "mean", "logsumexp"]))
+def test_gradient(grouping, name):
+    by, size = grouping
+    x = ragged.values(size).requires_grad_()
+
+    def f(x):
+        y = getattr(segment, name)(x, by)
+        return torch.where(y.isfinite(), y, 0)
+
+    torch.autograd.gradcheck(f, (x,))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_long_rows_in_blocks(name, dtype, monkeypatch):
+    """A row of several blocks, merged, equals its definition; the number of threads changes no bit."""
+    n = 200_000
+    x = (ragged.values(n) + 3).to(dtype)
+    rows = Rows(torch.tensor([0, 10]), torch.tensor([10, n]))
+    results = []
+    for threads in (1, 5):
+        monkeypatch.setattr(ops, "_threads", threads)
+        results.append(getattr(segment, name)(x, rows))
+    assert torch.equal(*results) and results[0].dtype == torch.float32
+    exact = [reference.reduce(name, part.tolist()) for part in (x[:10].double(), x[10:].double())]
+    torch.testing.assert_close(results[0].double(), torch.tensor(exact, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def test_small_spread_about_a_large_mean_keeps_its_digits():
+    x = 1e8 + torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    rows = Rows(torch.tensor([0]), torch.tensor([4]))
+    torch.testing.assert_close(segment.var(x, rows).item(), 5 / 3)
+    assert segment.var(x, rows, ddof=4).item() == 0
+
+
+def test_infinities_in_logsumexp():
+    rows = Rows(torch.tensor([0, 2]), torch.tensor([2, 4]))
+    x = torch.tensor([-math.inf, 1.0, -math.inf, -math.inf])
+    assert segment.logsumexp(x, rows).tolist() == [1.0, -math.inf]
+    x.requires_grad_()
+    segment.logsumexp(x, rows).sum().backward()
+    assert x.grad.tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_opcheck_and_compile():
+    x = ragged.values(6)
+    rows = Rows(torch.tensor([0, 2]), torch.tensor([2, 6]), torch.tensor([True, False] * 3))
+    torch.library.opcheck(torch.ops.tokcredit.segment_rows.default, (x, *rows, 1, 0.0, 1))
+    ids = torch.tensor([0, 1, 1, 0, 2, -1])
+    torch.library.opcheck(torch.ops.tokcredit.segment_ids.default, (x, ids, None, 3, 2, 1.0))
+
+    def f(x):
+        return (segment.mean(x, rows) * segment.logsumexp(x, rows)).sum()
+
+    x.requires_grad_()
+    (eager,) = torch.autograd.grad(f(x), x)
+    (compiled,) = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(compiled, eager)
+
+
+def test_rejects_wrong_arguments():
+    with pytest.raises(ValueError, match=r"segment: ids: expected int64 \[3\], got int64 \[2\]"):
+        segment.sum(torch.ones(3), segment.Ids(torch.zeros(2, dtype=torch.long), 1))
