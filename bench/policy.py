@@ -86,9 +86,7 @@ def main():
             check(provider, logits, tokens, a, h)
             with torch.no_grad():
                 forward = seconds(lambda f=provider, x=logits, t=tokens: f(x, t), options.repeats)
-            both = seconds(
-                lambda f=provider, x=logits, t=tokens, a=a, h=h: run(f, x, t, a, h), options.repeats
-            )
+            both = seconds(lambda f=provider, x=logits, t=tokens, a=a, h=h: run(f, x, t, a, h), options.repeats)
             ours = both if ours is None else ours
             print(
                 f"  {name:14} forward {forward * 1e3:8.1f} ms   forward+backward {both * 1e3:8.1f} ms"

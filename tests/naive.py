@@ -2,8 +2,8 @@
 
 import math
 
-import torch
 import tokcredit as tc
+import torch
 
 
 def random_batch(seed=0, groups=3, size=4, length=7, padded=True, **extra):

@@ -10,7 +10,12 @@ from tokcredit.ops import Rows
 def rows(draw, max_rows=6, max_length=9):
     """Rows and the size of their buffer; empty rows, padding between rows, all-masked rows included."""
     lengths = draw(st.lists(st.integers(0, max_length), min_size=1, max_size=max_rows))
-    gaps = draw(st.one_of(st.just([0] * len(lengths)), st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths))))
+    gaps = draw(
+        st.one_of(
+            st.just([0] * len(lengths)),
+            st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)),
+        )
+    )
     begin, end, at = [], [], draw(st.integers(0, 2)) if sum(gaps) else 0
     for length, gap in zip(lengths, gaps, strict=True):
         begin.append(at)

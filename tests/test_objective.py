@@ -2,8 +2,8 @@ import dataclasses
 
 import naive
 import pytest
-import torch
 import tokcredit as tc
+import torch
 
 
 def mixture(**changes):
@@ -93,9 +93,7 @@ def test_selection_leaves_the_denominators():
     a, b = plain.prepare(batch), chosen.prepare(batch)
     paid = a.has_credit
     ratio = batch.lengths.sum() / batch.lengths[paid].sum()
-    torch.testing.assert_close(
-        chosen.loss(b, current).loss, plain.loss(a, current).loss * ratio, rtol=1e-6, atol=1e-8
-    )
+    torch.testing.assert_close(chosen.loss(b, current).loss, plain.loss(a, current).loss * ratio, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("penalty", [tc.loss.k1, tc.loss.k2, tc.loss.k3])
@@ -173,7 +171,10 @@ def test_loss_compiles_without_graph_breaks():
 @pytest.mark.parametrize("name", tc.methods.names())
 def test_empty_batch(name):
     batch = tc.Rollouts(
-        torch.zeros(0, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0)
+        torch.zeros(0, dtype=torch.long),
+        torch.zeros(1, dtype=torch.long),
+        torch.zeros(0, dtype=torch.long),
+        torch.zeros(0),
     )
     objective = tc.methods.load(name)
     log_probs = torch.zeros(0, requires_grad=True)

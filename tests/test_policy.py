@@ -248,9 +248,7 @@ def test_compiles_without_graph_breaks():
 
 @pytest.mark.parametrize("token", [-2, 4, 2**40])
 def test_rejects_tokens_out_of_range(token):
-    with pytest.raises(
-        ValueError, match=rf"logits: tokens: expected -1 or an id below .* 4, got {token} at 1"
-    ):
+    with pytest.raises(ValueError, match=rf"logits: tokens: expected -1 or an id below .* 4, got {token} at 1"):
         policy.log_probs(torch.zeros(2, 4), torch.tensor([0, token]))
 
 

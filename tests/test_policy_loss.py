@@ -125,7 +125,12 @@ def test_extreme_ratios_stay_finite_behind_the_clamp():
     log_probs = torch.tensor([200.0, -200.0], requires_grad=True)
     rows = Rows(torch.tensor([0]), torch.tensor([2]))
     value, _ = ops.policy_loss(
-        log_probs, rows, "clip", reference=torch.zeros(2), advantages=torch.tensor([-1.0, 1.0]), clamp=(-20.0, 20.0)
+        log_probs,
+        rows,
+        "clip",
+        reference=torch.zeros(2),
+        advantages=torch.tensor([-1.0, 1.0]),
+        clamp=(-20.0, 20.0),
     )
     value.backward()
     assert value.item() == pytest.approx(math.exp(20) - math.exp(-20))

@@ -28,7 +28,11 @@ def make(**changes):
         ({"group_ids": GROUPS[:2]}, ValueError, r"group_ids: expected .* \[3\], got int64 \[2\]"),
         ({"rewards": REWARDS / 0 * 0}, ValueError, "rewards: expected finite numbers, got"),
         ({"rewards": REWARDS.long()}, TypeError, "rewards: expected float32"),
-        ({"response_mask": torch.ones(5, dtype=torch.bool)}, ValueError, r"response_mask: expected bool \[6\], got bool \[5\]"),
+        (
+            {"response_mask": torch.ones(5, dtype=torch.bool)},
+            ValueError,
+            r"response_mask: expected bool \[6\], got bool \[5\]",
+        ),
         ({"response_mask": torch.ones(6)}, TypeError, "response_mask: expected bool"),
         ({"old_log_probs": torch.zeros(6, device="meta")}, ValueError, "old_log_probs: expected device cpu"),
         ({"entropies": torch.zeros(7)}, ValueError, r"entropies: expected .* \[6\], got float32 \[7\]"),

@@ -67,9 +67,7 @@ def test_thread_count_does_not_change_bits(monkeypatch):
 
 def test_opcheck():
     x = ragged.values(4, torch.float32)
-    torch.library.opcheck(
-        torch.ops.tokcredit.scan.default, (x, *ONE_ROW, 0.9, torch.ones(1), True, False, 1)
-    )
+    torch.library.opcheck(torch.ops.tokcredit.scan.default, (x, *ONE_ROW, 0.9, torch.ones(1), True, False, 1))
 
 
 def test_compiles_without_graph_breaks():

@@ -16,9 +16,7 @@ def members(by, size):
     if isinstance(by, Rows):
         spans = zip(by.begin.tolist(), by.end.tolist(), strict=True)
         return [[t for t in range(b, e) if by.mask is None or by.mask[t]] for b, e in spans]
-    return [
-        [i for i in range(size) if by.ids[i] == s and (by.mask is None or by.mask[i])] for s in range(by.count)
-    ]
+    return [[i for i in range(size) if by.ids[i] == s and (by.mask is None or by.mask[i])] for s in range(by.segments)]
 
 
 @st.composite

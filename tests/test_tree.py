@@ -1,8 +1,8 @@
 import pytest
 import ragged
 import reference.tree as reference
-import torch
 import tokcredit as tc
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokcredit import ops, tree, values
@@ -74,10 +74,10 @@ def test_values(data, padded):
             before = reference.mean_after(sequences, groups, rewards, i, k)
             assert mean[i][k] == pytest.approx(after)
             assert change[i][k] == pytest.approx(after - before)
-            assert children[i][k] == pytest.approx(
-                reference.mean_of_children(sequences, groups, rewards, i, k + 1)
+            assert children[i][k] == pytest.approx(reference.mean_of_children(sequences, groups, rewards, i, k + 1))
+            shared = next(
+                n for n in range(k + 1, -1, -1) if n == 0 or len(reference.sharers(sequences, groups, i, n)) > 1
             )
-            shared = next(n for n in range(k + 1, -1, -1) if n == 0 or len(reference.sharers(sequences, groups, i, n)) > 1)
             rest = [rewards[j] for j in reference.sharers(sequences, groups, i, shared) if j != i]
             assert others[i][k] == pytest.approx(sum(rest) / len(rest) if rest else 0.0)
 
@@ -89,9 +89,7 @@ def test_changes_cancel_over_children(data):
     balance = torch.zeros(t.parent.numel(), dtype=torch.float64)
     inner = t.parent >= 0
     balance.index_add_(0, t.parent[inner], change[inner])
-    ends = torch.zeros_like(balance).index_add_(
-        0, t.leaf, t.batch.rewards - values.monte_carlo(t)[t.leaf]
-    )
+    ends = torch.zeros_like(balance).index_add_(0, t.leaf, t.batch.rewards - values.monte_carlo(t)[t.leaf])
     torch.testing.assert_close(balance + ends, torch.zeros_like(balance))
 
 
@@ -105,7 +103,9 @@ def test_large(dtype, shape):
     ids = torch.arange(rows) // group
     for r in range(rows):
         tokens[r, : shared[r]] = tokens[int(ids[r]) * group, : shared[r]]
-    batch = tc.Rollouts.from_padded(tokens, torch.ones(rows, length, dtype=torch.bool), ids, torch.rand(rows, generator=generator))
+    batch = tc.Rollouts.from_padded(
+        tokens, torch.ones(rows, length, dtype=torch.bool), ids, torch.rand(rows, generator=generator)
+    )
     t = tree.build(batch)
     node = batch.shaped(t.node)
     for g in range(rows // group):
@@ -144,7 +144,20 @@ def test_opcheck():
     head = values.monte_carlo(t)
     torch.library.opcheck(
         torch.ops.tokcredit.expand.default,
-        (b.tokens, head.dtype, b.begin, b.end, b.response_mask, b.rewards, t.leaf, t.parent, t.depth, head, head, 1),
+        (
+            b.tokens,
+            head.dtype,
+            b.begin,
+            b.end,
+            b.response_mask,
+            b.rewards,
+            t.leaf,
+            t.parent,
+            t.depth,
+            head,
+            head,
+            1,
+        ),
     )
 
 

@@ -5,7 +5,8 @@
 namespace tokcredit::bind {
 namespace {
 
-// torch.Tensor's exchange table, found on the first tensor; its address is the process's, so it is kept as is.
+// torch.Tensor's exchange table, found on the first tensor; its address is the process's, so it is kept as
+// is.
 const dlpack::ExchangeApi *exchange(const py::handle &tensor) {
   static const dlpack::ExchangeApi *table = nullptr;
   if (!table) {
@@ -13,8 +14,8 @@ const dlpack::ExchangeApi *exchange(const py::handle &tensor) {
     if (!py::hasattr(type, "__dlpack_c_exchange_api__"))
       return nullptr;
     py::capsule capsule = type.attr("__dlpack_c_exchange_api__");
-    auto *found = static_cast<const dlpack::ExchangeApi *>(
-        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    auto *found =
+        static_cast<const dlpack::ExchangeApi *>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!found)
       throw py::error_already_set();
     while (found && found->major != 1)
@@ -73,7 +74,8 @@ void Call::fail(const char *name, const std::string &expected, const std::string
 Array Call::read(const char *name, const py::handle &tensor) {
   const dlpack::ExchangeApi *api = exchange(tensor);
   const std::string python_type = Py_TYPE(tensor.ptr())->tp_name;
-  // A subclass may override the data (FakeTensor has none), so only what carries the table itself is borrowed.
+  // A subclass may override the data (FakeTensor has none), so only what carries the table itself is
+  // borrowed.
   if (!api || !py::hasattr(py::type::of(tensor), "__dlpack_c_exchange_api__"))
     throw py::type_error(std::string(op_) + ": " + name + ": expected torch.Tensor, got " + python_type);
   dlpack::Tensor t{};

@@ -1,4 +1,5 @@
-// Tensors as the contracts want them: a pointer, checked once. The only place that looks into a Python tensor.
+// Tensors as the contracts want them: a pointer, checked once. The only place that looks into a Python
+// tensor.
 #pragma once
 #include "ops/array.hpp"
 #include "ops/device.hpp"

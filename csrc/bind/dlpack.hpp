@@ -1,5 +1,5 @@
-// The part of the DLPack 1.x binary interface that reading a tensor needs (https://dmlc.github.io/dlpack): field
-// order and types are the standard's, the rest of the standard is left out.
+// The part of the DLPack 1.x binary interface that reading a tensor needs (https://dmlc.github.io/dlpack):
+// field order and types are the standard's, the rest of the standard is left out.
 #pragma once
 #include <cstdint>
 

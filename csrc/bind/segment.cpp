@@ -9,12 +9,8 @@ void segment_rows(const py::object &x, const py::object &begin, const py::object
   Call call("segment");
   const Array values = call.read("x", x);
   const Rows rows = call.rows(begin, end, mask, values.size());
-  const SegmentRows s{rows,
-                      values.type,
-                      values.data,
-                      reduction,
-                      ddof,
-                      call.read("y", y, accumulated(values.type), rows.count).data};
+  const SegmentRows s{rows,      values.type, values.data,
+                      reduction, ddof,        call.read("y", y, accumulated(values.type), rows.count).data};
   call.run_on_cpu([&] { cpu::segment_rows(s, threads); });
 }
 

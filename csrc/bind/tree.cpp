@@ -30,8 +30,8 @@ void tree_build(const py::object &tokens, const py::object &begin, const py::obj
   call.run_on_cpu([&] { cpu::tree_build(b, threads); });
 }
 
-void tree_fold(const py::object &leaf, const py::object &parent, const py::object &scale,
-               const py::object &x, const py::object &y) {
+void tree_fold(const py::object &leaf, const py::object &parent, const py::object &scale, const py::object &x,
+               const py::object &y) {
   Call call("tree_fold");
   const Array values = call.read("x", x);
   const Array up = call.read("parent", parent);

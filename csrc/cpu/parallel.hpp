@@ -1,5 +1,5 @@
-// A chunker over std::thread. Chunks are fixed by `grain`, never by the number of threads, so a result that is
-// combined per chunk has the same bits on any machine. No pool: host processes fork.
+// A chunker over std::thread. Chunks are fixed by `grain`, never by the number of threads, so a result that
+// is combined per chunk has the same bits on any machine. No pool: host processes fork.
 #pragma once
 #include <algorithm>
 #include <atomic>

@@ -11,8 +11,8 @@ namespace {
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr int64_t block = 65536;
 
-// What any of the reductions needs of the values seen so far. Moments are kept about the first value's running
-// mean (Welford), so that a spread far smaller than the mean keeps its digits.
+// What any of the reductions needs of the values seen so far. Moments are kept about the first value's
+// running mean (Welford), so that a spread far smaller than the mean keeps its digits.
 struct Moments {
   double count = 0, sum = 0, mean = 0, square = 0, minimum = infinity, maximum = -infinity, scaled = 0;
 
@@ -143,9 +143,8 @@ template <class Body> void with_reduction(int32_t reduction, Body &&body) {
 
 void segment_rows(const SegmentRows &s, int threads) {
   with_reduction(s.reduction, [&](auto kind) {
-    with_float(s.type, [&](auto t) {
-      reduce_rows<typename decltype(t)::type, decltype(kind)::value>(s, threads);
-    });
+    with_float(s.type,
+               [&](auto t) { reduce_rows<typename decltype(t)::type, decltype(kind)::value>(s, threads); });
   });
 }
 

@@ -2,7 +2,6 @@
 #pragma once
 #include "math/exponential.hpp"
 
-
 namespace tokcredit {
 
 enum class Surrogate : int32_t {
@@ -18,9 +17,9 @@ template <class A> struct Token {
   A log_ratio; // already clamped; `moves` is false where the clamp cut its gradient
   A log_prob;
   A advantage;
-  A low;  // bounds on the log-ratio
+  A low; // bounds on the log-ratio
   A high;
-  A cap;  // +inf for none
+  A cap; // +inf for none
   bool moves;
 };
 
@@ -53,24 +52,36 @@ template <class A> TOKCREDIT_FN Paid<A> surrogate(Surrogate kind, const Token<A>
   }
   case Surrogate::weighted: {
     const A weight = exponential(bounded(t.log_ratio, t.low, t.high));
-    return {-weight * t.advantage * t.log_prob, -weight * t.advantage, q, t.log_ratio < t.low,
-            t.log_ratio > t.high, false};
+    return {-weight * t.advantage * t.log_prob, -weight * t.advantage, q,
+            t.log_ratio<t.low, t.log_ratio> t.high, false};
   }
   case Surrogate::soft: {
     const A tau = t.advantage > A(0) ? t.high : t.low;
     const A gate = A(1) / (A(1) + exponential(-tau * (q - A(1))));
     return {-(A(4) / tau) * gate * t.advantage,
-            t.moves ? -A(4) * gate * (A(1) - gate) * q * t.advantage : A(0), q, false, false, false};
+            t.moves ? -A(4) * gate * (A(1) - gate) * q * t.advantage : A(0),
+            q,
+            false,
+            false,
+            false};
   }
   case Surrogate::k1:
     return {t.advantage * t.log_ratio, t.moves ? t.advantage : A(0), q, false, false, false};
   case Surrogate::k2:
-    return {t.advantage * t.log_ratio * t.log_ratio / A(2), t.moves ? t.advantage * t.log_ratio : A(0), q,
-            false, false, false};
+    return {t.advantage * t.log_ratio * t.log_ratio / A(2),
+            t.moves ? t.advantage * t.log_ratio : A(0),
+            q,
+            false,
+            false,
+            false};
   default: {
     const A inverse = exponential(-t.log_ratio);
-    return {t.advantage * (inverse + t.log_ratio - A(1)), t.moves ? t.advantage * (A(1) - inverse) : A(0), q,
-            false, false, false};
+    return {t.advantage * (inverse + t.log_ratio - A(1)),
+            t.moves ? t.advantage * (A(1) - inverse) : A(0),
+            q,
+            false,
+            false,
+            false};
   }
   }
 }

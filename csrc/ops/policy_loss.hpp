@@ -1,11 +1,12 @@
-// The one operation with a policy gradient: weighted surrogate per row, and its derivative per token, in one pass.
+// The one operation with a policy gradient: weighted surrogate per row, and its derivative per token, in one
+// pass.
 //
 // For every unmasked token t of row r:
 //     log_ratio = clamp(given log_ratio, or log_probs - reference)
 //     value, gradient = surrogate(log_ratio, log_probs, advantages, low * width, high * width, cap * width)
 //     stats[r] += weights * value, ...;     gradient[t] = weights * gradient
-// and gradient is 0 elsewhere. The derivative is with respect to the token's own log-prob only, whatever log_ratio
-// was made of. Each Operand is one number, one per row, or one per token.
+// and gradient is 0 elsewhere. The derivative is with respect to the token's own log-prob only, whatever
+// log_ratio was made of. Each Operand is one number, one per row, or one per token.
 //
 //     log_probs -1 -1   reference -1 -1.5   advantages 2 2   low, high = log 0.8, log 1.2   weights 0.5
 //     ratio      1  1.65                    value -2 -2.4    gradient -1 0    stats.loss -2.2

@@ -1,7 +1,8 @@
 // Reductions of token values over rows, and of values over arbitrary ids.
 //
-// Every segment accumulates count, mean, second moment about it, minimum, maximum and log-sum-exp by merging the
-// moments of fixed blocks in order, so the bits do not depend on the number of threads. Masked values are not read.
+// Every segment accumulates count, mean, second moment about it, minimum, maximum and log-sum-exp by merging
+// the moments of fixed blocks in order, so the bits do not depend on the number of threads. Masked values are
+// not read.
 //
 //     x 1 2 3 4   rows [0,3) [3,4)   sum 6 4   mean 2 4   var(ddof 1) 1 0
 //

@@ -1,11 +1,11 @@
 // Grouped rollouts as radix trees, one tree per group.
 //
-// A node is a maximal run of tokens shared by one set of rows. Each group has exactly one root: the tokens that
-// all its rows share, possibly none (length 0). Rows are compared by token id up to their own end, so a row that
-// is a prefix of another ends at an inner node, and equal rows end at the same node. A group of G rows has at
-// most 2G - 1 nodes; arrays over nodes have a fixed capacity of 2R, slots from `size` on are unused (parent -1,
-// everything else 0). Nodes are numbered by first appearance, walking the rows in order from root to leaf, so a
-// parent comes before its children.
+// A node is a maximal run of tokens shared by one set of rows. Each group has exactly one root: the tokens
+// that all its rows share, possibly none (length 0). Rows are compared by token id up to their own end, so a
+// row that is a prefix of another ends at an inner node, and equal rows end at the same node. A group of G
+// rows has at most 2G - 1 nodes; arrays over nodes have a fixed capacity of 2R, slots from `size` on are
+// unused (parent -1, everything else 0). Nodes are numbered by first appearance, walking the rows in order
+// from root to leaf, so a parent comes before its children.
 //
 //     row 0: a b c E      node  0: "a" (depth 0)   rows 0 1 2   parent -1
 //     row 1: a b d E      node  1: "b" (depth 1)   rows 0 1     parent 0
@@ -35,8 +35,8 @@ struct TreeBuild {
   int64_t *size;     // [] number of nodes
 };
 
-// From the leaves to the roots: y[v] = scale[v] * (sum of x over rows ending at v + sum of y over children of v).
-// Without scale it is the sum over all rows through v; with 1 / degree it is the mean of means.
+// From the leaves to the roots: y[v] = scale[v] * (sum of x over rows ending at v + sum of y over children of
+// v). Without scale it is the sum over all rows through v; with 1 / degree it is the mean of means.
 struct TreeFold {
   Type type; // f32 or f64, of x, scale and y; sums are kept in double
   const int64_t *leaf;

@@ -21,7 +21,6 @@ from tokcredit import (
     ratio,
     scan,
     segment,
-
     tree,
     values,
     weights,
@@ -46,7 +45,6 @@ __all__ = [
     "ratio",
     "scan",
     "segment",
-
     "set_num_threads",
     "tree",
     "values",

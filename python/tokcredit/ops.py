@@ -21,7 +21,7 @@ _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 
 
 def num_threads() -> int:
-    """Threads that CPU operations use, by default the CPUs this process may run on (``OMP_NUM_THREADS`` is not read)."""
+    """Threads of CPU operations: the CPUs this process may run on, whatever ``OMP_NUM_THREADS`` says."""
     return _threads
 
 
@@ -92,33 +92,25 @@ def _scan(
     y, last = _scan_outputs(x, begin, end, mask, decay, carry, reverse, exclusive, threads)
     if begin.numel() == 0:
         return y.zero_(), last
-    _C.scan(
-        x.contiguous(), begin, end, _plain(mask), decay, _plain(carry), reverse, exclusive, y, last, threads
-    )
+    _C.scan(x.contiguous(), begin, end, _plain(mask), decay, _plain(carry), reverse, exclusive, y, last, threads)
     return y, last
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, carry: Tensor | None, rows: Rows, decay: float, reverse: bool, exclusive: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.rows, ctx.decay, ctx.reverse, ctx.exclusive, ctx.dtype = rows, decay, reverse, exclusive, x.dtype
         ctx.set_materialize_grads(False)
         ctx.shape = x.shape
-        return torch.ops.tokcredit.scan(  # type: ignore[no-any-return]
-            x, *rows, decay, carry, reverse, exclusive, num_threads()
-        )
+        return torch.ops.tokcredit.scan(x, *rows, decay, carry, reverse, exclusive, num_threads())
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor | None, grad_last: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         # The adjoint of a decayed recurrence is the same recurrence walked the other way.
         def adjoint(g: Tensor, carry: Tensor | None, exclusive: bool) -> tuple[Tensor, Tensor]:
-            return torch.ops.tokcredit.scan(  # type: ignore[no-any-return]
-                g, *ctx.rows, ctx.decay, carry, not ctx.reverse, exclusive, num_threads()
-            )
+            return torch.ops.tokcredit.scan(g, *ctx.rows, ctx.decay, carry, not ctx.reverse, exclusive, num_threads())
 
         gx = gcarry = None
         if grad is not None:
@@ -142,10 +134,8 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Outputs and last states of the masked recurrence of ``csrc/ops/scan.hpp``."""
     if x.requires_grad or (carry is not None and carry.requires_grad):
-        return _Scan.apply(x, carry, rows, decay, reverse, exclusive)  # type: ignore[no-any-return]
-    return torch.ops.tokcredit.scan(  # type: ignore[no-any-return]
-        x, *rows, decay, carry, reverse, exclusive, num_threads()
-    )
+        return _Scan.apply(x, carry, rows, decay, reverse, exclusive)
+    return torch.ops.tokcredit.scan(x, *rows, decay, carry, reverse, exclusive, num_threads())
 
 
 # -- tree --------------------------------------------------------------------------------------------------------
@@ -235,9 +225,7 @@ def _expand(
     y = _expand_output(like, dtype, begin, end, mask, row, leaf, parent, depth, body, head, threads)
     if begin.numel() == 0:
         return y.zero_()
-    _C.expand(
-        begin, end, _plain(mask), _plain(row), leaf, parent, depth, _plain(body), _plain(head), y, threads
-    )
+    _C.expand(begin, end, _plain(mask), _plain(row), leaf, parent, depth, _plain(body), _plain(head), y, threads)
     return y
 
 
@@ -245,9 +233,7 @@ def spread(row: Tensor, rows: Rows, like: Tensor) -> Tensor:
     """Each row's number at each of its unmasked tokens and 0 elsewhere, in the layout of ``like``."""
     if row.dtype not in (torch.float32, torch.float64, torch.int64, torch.bool):
         row = row.float()
-    return torch.ops.tokcredit.expand(  # type: ignore[no-any-return]
-        like, row.dtype, *rows, row, None, None, None, None, None, num_threads()
-    )
+    return torch.ops.tokcredit.expand(like, row.dtype, *rows, row, None, None, None, None, None, num_threads())
 
 
 # -- policy_loss -------------------------------------------------------------------------------------------------
@@ -296,7 +282,7 @@ def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         stats, gradient = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(stats)
@@ -304,7 +290,7 @@ class _PolicyLoss(torch.autograd.Function):
         return stats[:, 0].sum().to(gradient.dtype), stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad).to(ctx.dtype), *([None] * ctx.count)
 
@@ -340,10 +326,9 @@ def policy_loss(
         num_threads(),
     )
     if log_probs.requires_grad and torch.is_grad_enabled():
-        return _PolicyLoss.apply(log_probs, *arguments)  # type: ignore[no-any-return]
+        return _PolicyLoss.apply(log_probs, *arguments)
     stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
     return stats[:, 0].sum().to(dtype), stats
-
 
     if arguments[-2]:
         stats = _PolicyLoss.apply(log_probs, *arguments)
@@ -365,10 +350,8 @@ define(
 )
 
 
-@register_fake("tokcredit::logits")  # type: ignore[untyped-decorator]
-def _logits_outputs(
-    logits: Tensor, tokens: Tensor, temperature: float, threads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+@register_fake("tokcredit::logits")
+def _logits_outputs(logits: Tensor, tokens: Tensor, temperature: float, threads: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _accumulated(logits.dtype)
     return (
         logits.new_empty(tokens.shape, dtype=dtype),
@@ -378,15 +361,13 @@ def _logits_outputs(
 
 
 @impl("tokcredit::logits", _DEVICES)
-def _logits(
-    logits: Tensor, tokens: Tensor, temperature: float, threads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _logits(logits: Tensor, tokens: Tensor, temperature: float, threads: int) -> tuple[Tensor, Tensor, Tensor]:
     outputs: tuple[Tensor, Tensor, Tensor] = _logits_outputs(logits, tokens, temperature, threads)
     _C.logits(logits.contiguous(), tokens.contiguous(), temperature, *outputs, threads)
     return outputs
 
 
-@register_fake("tokcredit::logits_gradient")  # type: ignore[untyped-decorator]
+@register_fake("tokcredit::logits_gradient")
 def _logits_gradient_output(
     logits: Tensor,
     tokens: Tensor,
@@ -430,9 +411,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits, tokens = logits.contiguous(), tokens.contiguous()
-        log_probs, entropies, logsumexp = torch.ops.tokcredit.logits(
-            logits, tokens, temperature, num_threads()
-        )
+        log_probs, entropies, logsumexp = torch.ops.tokcredit.logits(logits, tokens, temperature, num_threads())
         ctx.save_for_backward(logits, tokens, logsumexp, entropies)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -462,7 +441,7 @@ class _Logits(torch.autograd.Function):
 def logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probabilities ``[N]`` and entropies ``[N]`` of ``csrc/ops/logits.hpp``."""
     if logits.requires_grad:
-        return _Logits.apply(logits, tokens, temperature)  # type: ignore[no-any-return, no-untyped-call]
+        return _Logits.apply(logits, tokens, temperature)
     log_probs, entropies, _ = torch.ops.tokcredit.logits(logits, tokens, temperature, num_threads())
     return log_probs, entropies
 
@@ -506,9 +485,7 @@ def _segment_ids_output(
 
 
 @impl("tokcredit::segment_ids", _DEVICES)
-def _segment_ids(
-    x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float
-) -> Tensor:
+def _segment_ids(x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float) -> Tensor:
     y = _segment_ids_output(x, ids, mask, segments, reduction, ddof)
     if segments:
         _C.segment_ids(x.contiguous(), ids.contiguous(), _plain(mask), reduction, ddof, y)

@@ -13,9 +13,7 @@ from torch import Tensor
 from tokcredit import ops
 
 
-def log_probs_and_entropies(
-    logits: Tensor, tokens: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def log_probs_and_entropies(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probability of each token, and entropy in nats of the distribution it was drawn from.
 
     With ``p = softmax(logits[i] / temperature)``::
@@ -41,9 +39,7 @@ def log_probs_and_entropies(
     """
     if logits.dim() == 0 or logits.shape[:-1] != tokens.shape:
         expected = "at least one dimension" if logits.dim() == 0 else f"{list(logits.shape[:-1])}"
-        raise ValueError(
-            f"tokens: expected the shape of logits without V, {expected}, got {list(tokens.shape)}"
-        )
+        raise ValueError(f"tokens: expected the shape of logits without V, {expected}, got {list(tokens.shape)}")
     if not logits.is_floating_point():
         raise TypeError(f"logits: expected a float dtype, got {logits.dtype}")
     if not (temperature > 0 and math.isfinite(temperature)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,7 +76,9 @@ class Rollouts:
     lengths: Tensor = field(default=None, init=False, repr=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
         if not isinstance(self.tokens, Tensor):
             raise TypeError(f"tokens: expected torch.Tensor, got {type(self.tokens).__name__}")
         device, n = self.tokens.device, self.tokens.numel()
@@ -239,14 +241,14 @@ class Rollouts:
                 return x
             return x[take] if x.shape[0] == self.num_tokens else x[rows] if x.shape[0] == self.num_rows else x
 
-        return replace(
-            self,
-            tokens=self.tokens[take],
-            cu_seqlens=spans,
-            group_ids=self.group_ids[rows],
-            rewards=self.rewards[rows],
-            response_mask=self.response_mask[take],
-            **{n: None if (x := getattr(self, n)) is None else x[take] for n in _TOKEN_FIELDS},
+        per_token = {name: x[take] for name in _TOKEN_FIELDS if (x := getattr(self, name)) is not None}
+        return Rollouts(
+            self.tokens[take],
+            spans,
+            self.group_ids[rows],
+            self.rewards[rows],
+            self.response_mask[take],
+            **per_token,
             extras={name: pick(x) for name, x in self.extras.items()},
             shape=shape,
         )

@@ -1,9 +1,10 @@
 """Reductions over rows, groups, tree nodes or any ids, with masks.
 
 ``by`` says what belongs together: :class:`~tokcredit.ops.Rows` for the tokens of each row (``x`` is ``[N]``, the result
-``[R]``), or :class:`Ids` for any grouping of any elements (``x`` is ``[M]``, the result ``[count]``). Masked elements are
-not read. Results are float32, or float64 when ``x`` is; accumulation is in float64, in an order that does not depend on
-the number of threads. ``sum``, ``mean`` and ``logsumexp`` have gradients.
+``[R]``), or :class:`Ids` for any grouping of any elements (``x`` is ``[M]``, the result ``[segments]``).
+
+Masked elements are not read. Results are float32, or float64 when ``x`` is; accumulation is in float64, in an order that
+does not depend on the number of threads. ``sum``, ``mean`` and ``logsumexp`` have gradients.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from tokcredit.ops import Rows
 
 
 class Ids(NamedTuple):
-    """Element i belongs to segment ``ids[i]`` (int64 ``[M]``) of ``count``; ids out of range belong to none."""
+    """Element i belongs to segment ``ids[i]`` (int64 ``[M]``) of ``segments``; ids out of range belong to none."""
 
     ids: Tensor
-    count: int
+    segments: int
     mask: Tensor | None = None
 
 
@@ -30,47 +31,45 @@ def _reduce(name: str, x: Tensor, by: Rows | Ids, ddof: float = 0.0) -> Tensor:
         x = x.float()
     kind = ops.REDUCTIONS.index(name)
     if isinstance(by, Rows):
-        return torch.ops.tokcredit.segment_rows(  # type: ignore[no-any-return]
-            x, *by, kind, ddof, ops.num_threads()
-        )
-    return torch.ops.tokcredit.segment_ids(x, by.ids, by.mask, by.count, kind, ddof)  # type: ignore[no-any-return]
+        return torch.ops.tokcredit.segment_rows(x, *by, kind, ddof, ops.num_threads())
+    return torch.ops.tokcredit.segment_ids(x, by.ids, by.mask, by.segments, kind, ddof)
 
 
 def _back(per_segment: Tensor, by: Rows | Ids, like: Tensor) -> Tensor:
     """Each element's own segment's number, 0 for elements that belong to none."""
     if isinstance(by, Rows):
         return ops.spread(per_segment, by, like)
-    inside = (by.ids >= 0) & (by.ids < by.count)
+    inside = (by.ids >= 0) & (by.ids < by.segments)
     if by.mask is not None:
         inside = inside & by.mask
-    if by.count == 0:
+    if by.segments == 0:
         return per_segment.new_zeros(by.ids.shape)
-    return torch.where(inside, per_segment[by.ids.clamp(0, by.count - 1)], 0)
+    return torch.where(inside, per_segment[by.ids.clamp(0, by.segments - 1)], 0)
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, by: Rows | Ids) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, by: Rows | Ids) -> Tensor:
         ctx.by, ctx.dtype = by, x.dtype
         ctx.save_for_backward(x)
         return _reduce("sum", x, by)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         return _back(grad.contiguous(), ctx.by, x).to(ctx.dtype), None
 
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, by: Rows | Ids) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, by: Rows | Ids) -> Tensor:
         y = _reduce("logsumexp", x, by)
         ctx.by = by
         ctx.save_for_backward(x, y)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, y = ctx.saved_tensors
         finite = torch.where(y.isfinite(), y, 0)
         weight = _back(grad.contiguous(), ctx.by, x)
@@ -80,7 +79,7 @@ class _LogSumExp(torch.autograd.Function):
 
 def sum(x: Tensor, by: Rows | Ids) -> Tensor:
     """Sum; 0 of nothing."""
-    return _Sum.apply(x, by) if x.requires_grad else _reduce("sum", x, by)  # type: ignore[no-any-return]
+    return _Sum.apply(x, by) if x.requires_grad else _reduce("sum", x, by)
 
 
 def count(x: Tensor, by: Rows | Ids) -> Tensor:
@@ -112,4 +111,4 @@ def maximum(x: Tensor, by: Rows | Ids) -> Tensor:
 
 def logsumexp(x: Tensor, by: Rows | Ids) -> Tensor:
     """``log(sum(exp(x)))``; -inf of nothing."""
-    return _LogSumExp.apply(x, by) if x.requires_grad else _reduce("logsumexp", x, by)  # type: ignore[no-any-return]
+    return _LogSumExp.apply(x, by) if x.requires_grad else _reduce("logsumexp", x, by)

@@ -82,11 +82,9 @@ class PrefixTree:
         nodes = torch.tensor([v for path in paths for v in path], dtype=torch.int64)
         return lengths.cumsum(0).to(self.leaf.device), nodes.to(self.leaf.device)
 
-    def _expand(
-        self, mask: Tensor | None, body: Tensor | None, head: Tensor | None, row: Tensor | None
-    ) -> Tensor:
+    def _expand(self, mask: Tensor | None, body: Tensor | None, head: Tensor | None, row: Tensor | None) -> Tensor:
         given = next(x for x in (body, head, row) if x is not None)
-        return torch.ops.tokcredit.expand(  # type: ignore[no-any-return]
+        return torch.ops.tokcredit.expand(
             self.batch.tokens,
             given.dtype,
             self.batch.begin,

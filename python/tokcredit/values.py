@@ -35,7 +35,7 @@ def mean_of_children(tree: PrefixTree, rewards: Tensor | None = None) -> Tensor:
     """
     rewards = _rewards(tree, rewards)
     scale = 1 / tree.degree.clamp(min=1).to(rewards.dtype)
-    return torch.ops.tokcredit.tree_fold(tree.leaf, tree.parent, scale, rewards)  # type: ignore[no-any-return]
+    return torch.ops.tokcredit.tree_fold(tree.leaf, tree.parent, scale, rewards)
 
 
 def leave_one_out(tree: PrefixTree, rewards: Tensor | None = None) -> Tensor:

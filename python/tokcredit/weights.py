@@ -1,7 +1,7 @@
 """Which tokens train, and how much: selections and multipliers, decided once per batch.
 
-A weight maps a batch and its advantages to a tensor ``[R, 1]`` or ``[N]``. Bool selects: False tokens leave the mask and
-every denominator with it. Float multiplies the token's loss and leaves the denominators alone.
+A weight maps a batch and its advantages to a tensor ``[R, 1]`` or ``[N]``. Bool selects: False tokens leave the mask
+and every denominator with it. Float multiplies the token's loss and leaves the denominators alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 import naive
 import pytest
-import torch
 import tokcredit as tc
+import torch
 
 
 @pytest.mark.parametrize("low", [0.3, 10.0])
@@ -20,7 +20,10 @@ def test_formula(low):
 def test_by_hand():
     # Ratio 1.5 with A > 0 is weighed 1.2 and still learns; PPO would stop it.
     batch = tc.Rollouts(
-        torch.arange(2), torch.tensor([0, 1, 2]), torch.tensor([0, 0]), torch.tensor([1.0, 0.0]),
+        torch.arange(2),
+        torch.tensor([0, 1, 2]),
+        torch.tensor([0, 0]),
+        torch.tensor([1.0, 0.0]),
         old_log_probs=torch.tensor([-1.5, -1.0]),
     )
     log_probs = torch.tensor([-1.5, -1.0]).add(torch.tensor([1.5, 1.0]).log()).requires_grad_()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import naive
 import pytest
-import torch
 import tokcredit as tc
+import torch
 
 ROOT = Path(__file__).parents[2]
 METHODS = tc.methods.names()
@@ -104,7 +104,11 @@ def test_packed_equals_padded(name):
         batch.group_ids,
         batch.rewards,
         batch.response_mask[keep],
-        **{n: x[keep] for n in ("old_log_probs", "rollout_log_probs", "ref_log_probs", "entropies") if (x := getattr(batch, n)) is not None},
+        **{
+            n: x[keep]
+            for n in ("old_log_probs", "rollout_log_probs", "ref_log_probs", "entropies")
+            if (x := getattr(batch, n)) is not None
+        },
     )
     if name == "dr_grpo":
         objective = tc.methods.dr_grpo(max_length=7)

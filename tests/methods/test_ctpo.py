@@ -2,8 +2,8 @@ import math
 
 import naive
 import pytest
-import torch
 import tokcredit as tc
+import torch
 from tokcredit.ops import Rows
 
 
@@ -43,8 +43,11 @@ def test_by_hand():
 
 def test_tokens_of_negative_rows_are_stopped_on_both_sides():
     batch = tc.Rollouts(
-        torch.arange(4), torch.tensor([0, 1, 2, 3, 4]), torch.zeros(4, dtype=torch.long),
-        torch.tensor([1.0, 0.0, 0.0, 0.0]), old_log_probs=torch.zeros(4),
+        torch.arange(4),
+        torch.tensor([0, 1, 2, 3, 4]),
+        torch.zeros(4, dtype=torch.long),
+        torch.tensor([1.0, 0.0, 0.0, 0.0]),
+        old_log_probs=torch.zeros(4),
     )
     log_probs = torch.tensor([0.04, 0.06, -0.03, 0.01], requires_grad=True)
     objective = tc.methods.ctpo()
@@ -54,7 +57,10 @@ def test_tokens_of_negative_rows_are_stopped_on_both_sides():
 
 def test_ratio_is_bounded():
     batch = tc.Rollouts(
-        torch.arange(2), torch.tensor([0, 1, 2]), torch.tensor([0, 0]), torch.tensor([1.0, 0.0]),
+        torch.arange(2),
+        torch.tensor([0, 1, 2]),
+        torch.tensor([0, 0]),
+        torch.tensor([1.0, 0.0]),
         old_log_probs=torch.tensor([0.0, -15.0]),
     )
     log_probs = torch.zeros(2, requires_grad=True)

@@ -24,7 +24,10 @@ def test_by_hand():
     import torch
 
     batch = tc.Rollouts(
-        torch.arange(3), torch.tensor([0, 2, 3]), torch.tensor([0, 0]), torch.tensor([1.0, 0.0]),
+        torch.arange(3),
+        torch.tensor([0, 2, 3]),
+        torch.tensor([0, 0]),
+        torch.tensor([1.0, 0.0]),
         old_log_probs=torch.tensor([-0.2, 0.0, 0.0]),
     )
     objective = tc.methods.gspo(1.0, 1.0)

@@ -1,7 +1,7 @@
 import naive
 import pytest
-import torch
 import tokcredit as tc
+import torch
 
 
 def test_formula():

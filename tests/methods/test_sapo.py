@@ -1,6 +1,6 @@
 import naive
-import torch
 import tokcredit as tc
+import torch
 
 
 def test_formula():

@@ -2,8 +2,8 @@ import naive
 import pytest
 import ragged
 import reference.tree as reference
-import torch
 import tokcredit as tc
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,10 +26,12 @@ def test_by_hand():
     batch = ragged.batch([list(b"abcE"), list(b"abdE"), list(b"aefE"), list(b"ghE")], [0] * 4, [1.0, 0.0, 1.0, 0.0])
     advantages = tc.methods.tempo().prepare(batch).advantages
     assert advantages.tolist() == pytest.approx(
-        [1.1547, 0.5773, 1.7320, 0.8660]
-        + [-0.5773, -1.1547, -1.7320, -0.8660]
-        + [1.1547, 1.4434, 0.8660, 0.8660]
-        + [-1.7320, -0.8660, -0.8660],
+        [
+            *(1.1547, 0.5773, 1.7320, 0.8660),
+            *(-0.5773, -1.1547, -1.7320, -0.8660),
+            *(1.1547, 1.4434, 0.8660, 0.8660),
+            *(-1.7320, -0.8660, -0.8660),
+        ],
         abs=1e-4,
     )
 
@@ -38,7 +40,10 @@ def test_loss():
     def formula(batch, log_probs):
         advantages = tc.methods.tempo().prepare(batch).advantages.reshape(-1)
         losses = [
-            [naive.clipped(advantages[t].item(), (log_probs[t] - batch.old_log_probs[t]).exp(), 0.8, 1.28, 3.0) for t in row]
+            [
+                naive.clipped(advantages[t].item(), (log_probs[t] - batch.old_log_probs[t]).exp(), 0.8, 1.28, 3.0)
+                for t in row
+            ]
             for row in naive.rows_of(batch)
         ]
         return naive.token_mean(batch, losses)

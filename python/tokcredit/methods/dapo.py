@@ -19,5 +19,7 @@ def dapo(clip_low: float = 0.2, clip_high: float = 0.28, cap: float | None = Non
     objective. The token mean is over the batch; the paper writes it per group.
     """
     return Objective(
-        credit.group_normalized(), clip=clip.ppo(clip_low, clip_high, cap), aggregation=aggregation.token_mean()
+        credit.group_normalized(),
+        clip=clip.ppo(clip_low, clip_high, cap),
+        aggregation=aggregation.token_mean(),
     )

@@ -1,0 +1,3 @@
+from tokcredit.cli import main
+
+main()
