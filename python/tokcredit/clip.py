@@ -60,8 +60,8 @@ class ppo:
 class growing:
     """The clipped surrogate in a log-space window that widens along the row: ``[-low, high] * position ** power``.
 
-    Positions count the row's unmasked tokens from 1. Where A < 0 the loss is at most ``-A exp(cap * position ** power)``;
-    ``cap=None`` leaves that out.
+    Positions count the row's unmasked tokens from 1. Where A < 0 the loss is at most ``-A exp(cap * position **
+    power)``; ``cap=None`` leaves that out.
     """
 
     low: float

@@ -79,8 +79,8 @@ class leave_one_out:
 class tempo_like:
     """Group-normalized reward, plus at each branch token the change of the tree's value that the token caused.
 
-    ``A[t] = (r - mean + V(after t) - V(before t)) / (std + epsilon)``, V of a prefix being the mean reward of the group's
-    rollouts that run through it. The difference is 0 wherever no other rollout parts.
+    ``A[t] = (r - mean + V(after t) - V(before t)) / (std + epsilon)``, V of a prefix being the mean reward of the
+    group's rollouts that run through it. The difference is 0 wherever no other rollout parts.
     """
 
     scale: bool = True

@@ -14,7 +14,7 @@ from tokcredit.rollouts import Rollouts, row_indices
 
 @dataclass(frozen=True)
 class Objective:
-    """Credit, weights, ratio, clip, aggregation and penalty; the defaults are those of :func:`tokcredit.methods.grpo`."""
+    """One choice per stage; the defaults are those of :func:`tokcredit.methods.grpo`."""
 
     credit: credit.Credit = field(default_factory=credit.group_normalized)
     weights: tuple[weights.Weight, ...] = ()

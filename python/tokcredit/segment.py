@@ -3,8 +3,8 @@
 ``by`` says what belongs together: :class:`~tokcredit.ops.Rows` for the tokens of each row (``x`` is ``[N]``, the result
 ``[R]``), or :class:`Ids` for any grouping of any elements (``x`` is ``[M]``, the result ``[segments]``).
 
-Masked elements are not read. Results are float32, or float64 when ``x`` is; accumulation is in float64, in an order that
-does not depend on the number of threads. ``sum``, ``mean`` and ``logsumexp`` have gradients.
+Masked elements are not read. Results are float32, or float64 when ``x`` is; accumulation is in float64, in an order
+that does not depend on the number of threads. ``sum``, ``mean`` and ``logsumexp`` have gradients.
 """
 
 from __future__ import annotations

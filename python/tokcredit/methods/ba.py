@@ -16,7 +16,8 @@ def ba(clip_low: float = 0.2, clip_high: float = 0.28) -> Objective:
         clip_high: the ratio may rise to ``1 + clip_high``.
 
     Source: arXiv 2605.04077.
-    Departs from the paper: what it leaves open is read so: rows with A = 0 count in the group's size only; advantages that vary
-    inside a row are split by the row's outcome; groups weigh equally; a KL term keeps the token mean.
+    Departs from the paper: what it leaves open is read so: rows with A = 0 count in the group's size only;
+    advantages that vary inside a row are split by the row's outcome; groups weigh equally; a KL term keeps the token
+    mean.
     """
     return Objective(clip=clip.ppo(clip_low, clip_high), aggregation=aggregation.balanced())

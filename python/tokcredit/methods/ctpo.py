@@ -15,8 +15,8 @@ def ctpo(
 ) -> Objective:
     """GRPO with the ratio of the whole prefix, in a log-space window that widens with the square root of the position.
 
-    ``log q[t] = sum_{s <= t} (log p - log p_old)``, at most 10, clipped to ``[-clip_low, clip_high] * position ** power``;
-    positions count trained tokens, and the gradient reaches the current token only.
+    ``log q[t] = sum_{s <= t} (log p - log p_old)``, at most 10, clipped to ``[-clip_low, clip_high] * position **
+    power``; positions count trained tokens, and the gradient reaches the current token only.
 
     Args:
         clip_low: lower half-width at position 1.

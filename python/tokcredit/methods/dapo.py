@@ -15,8 +15,8 @@ def dapo(clip_low: float = 0.2, clip_high: float = 0.28, cap: float | None = Non
         cap: where A < 0 the loss is at most ``-A cap``.
 
     Source: Yu et al., arXiv 2503.14476.
-    Departs from the paper: dynamic sampling and overlong reward shaping belong to the sampler and the reward, not to the
-    objective. The token mean is over the batch; the paper writes it per group.
+    Departs from the paper: dynamic sampling and overlong reward shaping belong to the sampler and the reward, not to
+    the objective. The token mean is over the batch; the paper writes it per group.
     """
     return Objective(
         credit.group_normalized(),

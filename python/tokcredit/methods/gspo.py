@@ -14,8 +14,8 @@ def gspo(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
         clip_high: the ratio may rise to ``1 + clip_high``.
 
     Source: Zheng et al., arXiv 2507.18071.
-    Departs from the paper: the token form of the gradient (equal to the sequence form when a row has one advantage), and the
-    log-ratio is at most 10, both as in verl.
+    Departs from the paper: the token form of the gradient (equal to the sequence form when a row has one advantage),
+    and the log-ratio is at most 10, both as in verl.
     """
     return Objective(
         ratio=ratio.sequence(), clip=clip.ppo(clip_low, clip_high), aggregation=aggregation.sequence_mean()

@@ -16,7 +16,7 @@ def rloo(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
         clip_high: the ratio may rise to ``1 + clip_high``.
 
     Source: Ahmadian et al., arXiv 2402.14740.
-    Departs from the paper: token ratios with PPO's clip and the mean over tokens, as verl runs it; on policy its gradient is
-    the score function's. A group of one is paid 0 (verl's loop pays it the reward, its vectorised twin 0).
+    Departs from the paper: token ratios with PPO's clip and the mean over tokens, as verl runs it; on policy its
+    gradient is the score function's. A group of one is paid 0 (verl's loop pays it the reward, its vectorised twin 0).
     """
     return Objective(credit.leave_one_out(), clip=clip.ppo(clip_low, clip_high), aggregation=aggregation.token_mean())

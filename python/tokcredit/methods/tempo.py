@@ -15,8 +15,8 @@ def tempo(
 ) -> Objective:
     """GRPO plus, at tokens where rollouts of a group part, the change in mean reward that the token caused.
 
-    ``A[t] = (r - mean + V(prefix with t) - V(prefix before t)) / (std + epsilon)``, V(prefix) being the mean reward of the
-    group's rollouts that begin with it. No critic and no extra rollouts; elsewhere the advantage is GRPO's.
+    ``A[t] = (r - mean + V(prefix with t) - V(prefix before t)) / (std + epsilon)``, V(prefix) being the mean reward
+    of the group's rollouts that begin with it. No critic and no extra rollouts; elsewhere the advantage is GRPO's.
 
     Args:
         clip_low: the ratio may fall to ``1 - clip_low``.
@@ -26,8 +26,8 @@ def tempo(
         epsilon: added to it.
 
     Source: arXiv 2509.18314.
-    Departs from the released code: the end of a row is a symbol of its own, not the padding id; a group of one is paid as
-    in GRPO (the release gives NaN); tool tokens are compared but not paid (the release stops at the first).
+    Departs from the released code: the end of a row is a symbol of its own, not the padding id; a group of one is
+    paid as in GRPO (the release gives NaN); tool tokens are compared but not paid (the release stops at the first).
     """
     return Objective(
         credit.tempo_like(scale, epsilon),
