@@ -16,7 +16,7 @@ ALLOWED = {
     "bind": ("ops/", "bind/"),
 }
 FLOW = ["ops", "rollouts", "tree", "values", "credit", "weights", "ratio", "clip", "aggregation", "loss", "objective"]
-BLOCKS = ["scan", "segment", "policy"]  # built on ops and rollouts alone, open to every stage
+BLOCKS = ["scan", "segment", "select", "policy"]  # built on ops and rollouts alone, open to every stage
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
@@ -39,7 +39,7 @@ def imports(path):
 
 @pytest.mark.parametrize("stage", [*FLOW, *BLOCKS])
 def test_stages_import_earlier_ones(stage):
-    earlier = FLOW[: FLOW.index(stage)] + BLOCKS if stage in FLOW else ["ops", "rollouts"]
+    earlier = FLOW[: FLOW.index(stage)] + BLOCKS if stage in FLOW else ["ops", "rollouts", "segment"]
     assert imports(ROOT / f"python/tokcredit/{stage}.py") - {"_C"} <= set(earlier) - {stage}
 
 

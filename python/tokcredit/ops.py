@@ -490,3 +490,59 @@ def _segment_ids(x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, red
     if segments:
         _C.segment_ids(x.contiguous(), ids.contiguous(), _plain(mask), reduction, ddof, y)
     return y
+
+
+# -- select ------------------------------------------------------------------------------------------------------
+
+define(
+    "tokcredit::select",
+    "(Tensor x, Tensor begin, Tensor end, Tensor? mask, Tensor scope, Tensor wanted, bool ranks, int threads) "
+    "-> Tensor",
+)
+
+
+@register_fake("tokcredit::select")
+def _select_output(
+    x: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    mask: Tensor | None,
+    scope: Tensor,
+    wanted: Tensor,
+    ranks: bool,
+    threads: int,
+) -> Tensor:
+    if ranks:
+        return x.new_empty(wanted.shape, dtype=_accumulated(x.dtype))
+    return x.new_empty(x.shape, dtype=torch.bool)
+
+
+@impl("tokcredit::select", _DEVICES)
+def _select(
+    x: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    mask: Tensor | None,
+    scope: Tensor,
+    wanted: Tensor,
+    ranks: bool,
+    threads: int,
+) -> Tensor:
+    y = _select_output(x, begin, end, mask, scope, wanted, ranks, threads)
+    _C.select(x.contiguous(), begin, end, _plain(mask), scope.contiguous(), wanted.contiguous(), ranks, y, threads)
+    return y
+
+
+define("tokcredit::maximum_variance", "(Tensor x, Tensor scope, Tensor wanted) -> Tensor")
+
+
+@register_fake("tokcredit::maximum_variance")
+def _maximum_variance_output(x: Tensor, scope: Tensor, wanted: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.bool)
+
+
+@impl("tokcredit::maximum_variance", _DEVICES)
+def _maximum_variance(x: Tensor, scope: Tensor, wanted: Tensor) -> Tensor:
+    chosen = _maximum_variance_output(x, scope, wanted)
+    _C.maximum_variance(x.double().contiguous(), scope.contiguous(), wanted.contiguous(), chosen)
+    return chosen

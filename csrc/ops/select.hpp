@@ -1,0 +1,41 @@
+// Exact selection inside scopes of rows: the k largest tokens, the value of a rank, the most varied subset.
+//
+// Row r belongs to scope[r] of `scopes` (outside that range: to none). Only unmasked tokens take part. Values
+// are ordered by an integer key, so ranks are exact at any size: -0 equals 0, and NaN ranks above +inf. Ties
+// go to the token that comes first.
+//
+//     x 3 1 3 2   one scope   k 2 -> 1 0 1 0     rank 1 (from the smallest, counted from 0) -> 2
+//
+// Time: three reads (six for float64) to find the threshold digit by digit, one to mark.
+#pragma once
+#include "ops/array.hpp"
+
+namespace tokcredit {
+
+struct Select {
+  Rows rows;
+  Type type;
+  const void *x;
+  const int64_t *scope;  // [R]
+  const int64_t *wanted; // [scopes]: how many tokens (top_k), or which rank (kth)
+  int64_t scopes;
+};
+
+// The subset of `wanted` rows of each scope whose population variance is largest: for some i the first i and
+// the last wanted - i in descending order of x, the smallest such i among equals.
+struct MaximumVariance {
+  const double *x;       // [R]
+  const int64_t *scope;  // [R]
+  const int64_t *wanted; // [scopes]
+  int64_t rows;
+  int64_t scopes;
+  bool *chosen; // [R]
+};
+
+namespace cpu {
+void top_k(const Select &, bool *chosen, int threads); // [N]
+void kth(const Select &, void *values, int threads);   // [scopes] of x's accumulation type, NaN if none
+void maximum_variance(const MaximumVariance &);
+} // namespace cpu
+
+} // namespace tokcredit
