@@ -2,11 +2,15 @@
 #include "cpu/dispatch.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
+#include "cpu/simd.hpp"
 #include "math/surrogate.hpp"
 #include <limits>
+#include <memory>
 
 namespace tokcredit::cpu {
 namespace {
+
+constexpr int64_t block = 512;
 
 // One operand seen from one row: a number per token (step 1) or one for all of them (step 0).
 template <class A> struct Lane {
@@ -19,41 +23,101 @@ template <class A> struct Lane {
     if (data && o.per == Per::row)
       data += row;
   }
-  A at(int64_t t) const { return data ? data[t * step] : fallback; }
+
+  void read(int64_t first, int64_t n, A *out) const {
+    if (data && step)
+      std::copy(data + first, data + first + n, out);
+    else
+      std::fill(out, out + n, data ? *data : fallback);
+  }
 };
 
-template <class T> void row(const PolicyLoss &p, int64_t r) {
-  using A = accumulate_t<T>;
+// Up to `block` tokens of a row: what goes in, and what comes out in its place. `live` is 0 where masked, and
+// everything that is masked has been replaced by harmless numbers.
+template <class A> struct Block {
+  A live[block], raw[block], log_prob[block], advantage[block], weight[block], low[block], high[block],
+      cap[block], width[block];
+  A gradient[block], columns[loss_stats][block];
+};
+
+template <Surrogate kind, class A>
+TOKCREDIT_INLINE void evaluate_body(Block<A> &b, int64_t n, A clamp_low, A clamp_high) {
+  for (int64_t i = 0; i < n; ++i) {
+    const A x = bounded(b.raw[i], clamp_low, clamp_high), w = b.width[i], live = b.live[i];
+    const Paid<A> paid = surrogate<kind, A>(
+        {x, b.log_prob[i], b.advantage[i], b.low[i] * w, b.high[i] * w, b.cap[i] * w, x == b.raw[i]});
+    b.gradient[i] = b.weight[i] * paid.gradient;
+    b.columns[0][i] = b.weight[i] * paid.value;
+    b.columns[1][i] = live;
+    b.columns[2][i] = paid.below ? live : A(0);
+    b.columns[3][i] = paid.above ? live : A(0);
+    b.columns[4][i] = paid.capped ? live : A(0);
+    b.columns[5][i] = live * paid.ratio;
+    b.columns[6][i] = live * (paid.ratio - A(1) - x);
+  }
+}
+
+#define TOKCREDIT_EVALUATE(kind, A)                                                                          \
+  TOKCREDIT_CLONES void kind##_##A(Block<A> &b, int64_t n, A low, A high) {                                  \
+    evaluate_body<Surrogate::kind, A>(b, n, low, high);                                                      \
+  }
+#define TOKCREDIT_EVALUATE_ALL(A)                                                                            \
+  TOKCREDIT_EVALUATE(clip, A)                                                                                \
+  TOKCREDIT_EVALUATE(weighted, A)                                                                            \
+  TOKCREDIT_EVALUATE(soft, A)                                                                                \
+  TOKCREDIT_EVALUATE(k1, A)                                                                                  \
+  TOKCREDIT_EVALUATE(k2, A)                                                                                  \
+  TOKCREDIT_EVALUATE(k3, A)                                                                                  \
+  void evaluate(Surrogate kind, Block<A> &b, int64_t n, A low, A high) {                                     \
+    void (*const table[])(Block<A> &, int64_t, A, A) = {clip_##A, weighted_##A, soft_##A,                    \
+                                                        k1_##A,   k2_##A,       k3_##A};                     \
+    table[int(kind)](b, n, low, high);                                                                       \
+  }
+TOKCREDIT_EVALUATE_ALL(float)
+TOKCREDIT_EVALUATE_ALL(double)
+#undef TOKCREDIT_EVALUATE_ALL
+#undef TOKCREDIT_EVALUATE
+
+template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b) {
   const A infinity = std::numeric_limits<A>::infinity();
   const T *log_probs = static_cast<const T *>(p.log_probs), *reference = static_cast<const T *>(p.reference);
   A *gradient = static_cast<A *>(p.gradient);
+  const bool *mask = p.rows.mask;
   const Lane<A> log_ratio(p.log_ratio, r, 0), advantages(p.advantages, r, 1), weights(p.weights, r, 1),
       low(p.low, r, -infinity), high(p.high, r, infinity), cap(p.cap, r, infinity), width(p.width, r, 1);
-  const A clamp_low = A(p.clamp_low), clamp_high = A(p.clamp_high);
-  const auto kind = Surrogate(p.surrogate);
   double stats[loss_stats] = {};
-  for (int64_t t = p.rows.begin[r]; t < p.rows.end[r]; ++t) {
-    if (p.rows.mask && !p.rows.mask[t]) {
-      if (gradient)
-        gradient[t] = A(0);
-      continue;
+  for (int64_t first = p.rows.begin[r]; first < p.rows.end[r]; first += block) {
+    const int64_t n = std::min(block, p.rows.end[r] - first);
+    for (int64_t i = 0; i < n; ++i)
+      b.log_prob[i] = load(log_probs[first + i]);
+    if (p.log_ratio.data || !reference)
+      log_ratio.read(first, n, b.raw);
+    else
+      for (int64_t i = 0; i < n; ++i)
+        b.raw[i] = b.log_prob[i] - load(reference[first + i]);
+    advantages.read(first, n, b.advantage);
+    weights.read(first, n, b.weight);
+    low.read(first, n, b.low);
+    high.read(first, n, b.high);
+    cap.read(first, n, b.cap);
+    width.read(first, n, b.width);
+    for (int64_t i = 0; i < n; ++i) {
+      const bool live = !mask || mask[first + i];
+      b.live[i] = live ? A(1) : A(0);
+      b.raw[i] = live ? b.raw[i] : A(0);
+      b.log_prob[i] = live ? b.log_prob[i] : A(0);
+      b.advantage[i] = live ? b.advantage[i] : A(0);
+      b.weight[i] = live ? b.weight[i] : A(0);
+      b.width[i] = live ? b.width[i] : A(1);
     }
-    const A log_prob = load(log_probs[t]);
-    const A raw = p.log_ratio.data ? log_ratio.at(t) : reference ? log_prob - load(reference[t]) : A(0);
-    const A inside = bounded(raw, clamp_low, clamp_high);
-    const A w = width.at(t);
-    const Paid<A> paid = surrogate(kind, Token<A>{inside, log_prob, advantages.at(t), low.at(t) * w,
-                                                  high.at(t) * w, cap.at(t) * w, inside == raw});
-    const A weight = weights.at(t);
+    evaluate(Surrogate(p.surrogate), b, n, A(p.clamp_low), A(p.clamp_high));
+    for (int c = 0; c < loss_stats; ++c) {
+      std::fill(b.columns[c] + n, b.columns[c] + block, A(0));
+      stats[c] += fold(b.columns[c], block);
+    }
     if (gradient)
-      gradient[t] = weight * paid.gradient;
-    stats[0] += double(weight * paid.value);
-    stats[1] += 1;
-    stats[2] += paid.below;
-    stats[3] += paid.above;
-    stats[4] += paid.capped;
-    stats[5] += double(paid.ratio);
-    stats[6] += double(paid.ratio - A(1) - inside);
+      for (int64_t i = 0; i < n; ++i)
+        gradient[first + i] = b.live[i] != A(0) ? b.gradient[i] : A(0);
   }
   std::copy(stats, stats + loss_stats, p.stats + r * loss_stats);
   if (gradient)
@@ -65,9 +129,11 @@ template <class T> void row(const PolicyLoss &p, int64_t r) {
 void policy_loss(const PolicyLoss &p, int threads) {
   with_float(p.type, [&](auto t) {
     using T = typename decltype(t)::type;
+    using A = accumulate_t<T>;
     parallel(p.rows.count, row_grain(p.rows.count, p.rows.size), threads, [&](int64_t first, int64_t last) {
+      const auto b = std::make_unique<Block<A>>();
       for (int64_t r = first; r < last; ++r)
-        row<T>(p, r);
+        row<T>(p, r, *b);
     });
   });
 }

@@ -32,57 +32,37 @@ template <class A> struct Paid {
   bool capped; // the cap did
 };
 
-template <class A> TOKCREDIT_FN A bounded(A x, A low, A high) { return x < low ? low : x > high ? high : x; }
+template <class A> TOKCREDIT_FN A bounded(A x, A low, A high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
 
-template <class A> TOKCREDIT_FN Paid<A> surrogate(Surrogate kind, const Token<A> &t) {
-  const A q = exponential(t.log_ratio);
-  switch (kind) {
-  case Surrogate::clip: {
-    const bool below = t.log_ratio < t.low && t.advantage < A(0);
-    const bool above = t.log_ratio > t.high && t.advantage > A(0);
-    const A stopped = exponential(below ? t.low : t.high);
-    A value = -t.advantage * (below || above ? stopped : q);
-    A gradient = below || above || !t.moves ? A(0) : -t.advantage * q;
-    const bool capped = t.advantage < A(0) && t.log_ratio > t.cap;
-    if (capped) {
-      value = -t.advantage * exponential(t.cap);
-      gradient = A(0);
-    }
-    return {value, gradient, q, below, above, capped};
-  }
-  case Surrogate::weighted: {
-    const A weight = exponential(bounded(t.log_ratio, t.low, t.high));
-    return {-weight * t.advantage * t.log_prob, -weight * t.advantage, q,
-            t.log_ratio<t.low, t.log_ratio> t.high, false};
-  }
-  case Surrogate::soft: {
-    const A tau = t.advantage > A(0) ? t.high : t.low;
+// Selects instead of branches, so that a loop over tokens becomes vector code.
+template <Surrogate kind, class A> TOKCREDIT_FN Paid<A> surrogate(const Token<A> &t) {
+  const A q = exponential(t.log_ratio), x = t.log_ratio, a = t.advantage;
+  if constexpr (kind == Surrogate::clip) {
+    const bool below = (x < t.low) & (a < A(0)), above = (x > t.high) & (a > A(0));
+    const bool capped = (x > t.cap) & (a < A(0));
+    A stop = below ? t.low : x;
+    stop = above ? t.high : stop;
+    stop = capped ? t.cap : stop;
+    const A gradient = below | above | capped | !t.moves ? A(0) : -a * q;
+    return {-a * exponential(stop), gradient, q, below, above, capped};
+  } else if constexpr (kind == Surrogate::weighted) {
+    const A weight = exponential(bounded(x, t.low, t.high));
+    return {-weight * a * t.log_prob, -weight * a, q, x<t.low, x> t.high, false};
+  } else if constexpr (kind == Surrogate::soft) {
+    const A tau = a > A(0) ? t.high : t.low;
     const A gate = A(1) / (A(1) + exponential(-tau * (q - A(1))));
-    return {-(A(4) / tau) * gate * t.advantage,
-            t.moves ? -A(4) * gate * (A(1) - gate) * q * t.advantage : A(0),
-            q,
-            false,
-            false,
-            false};
-  }
-  case Surrogate::k1:
-    return {t.advantage * t.log_ratio, t.moves ? t.advantage : A(0), q, false, false, false};
-  case Surrogate::k2:
-    return {t.advantage * t.log_ratio * t.log_ratio / A(2),
-            t.moves ? t.advantage * t.log_ratio : A(0),
-            q,
-            false,
-            false,
-            false};
-  default: {
-    const A inverse = exponential(-t.log_ratio);
-    return {t.advantage * (inverse + t.log_ratio - A(1)),
-            t.moves ? t.advantage * (A(1) - inverse) : A(0),
-            q,
-            false,
-            false,
-            false};
-  }
+    const A slope = -A(4) * gate * (A(1) - gate) * q * a;
+    return {-(A(4) / tau) * gate * a, t.moves ? slope : A(0), q, false, false, false};
+  } else if constexpr (kind == Surrogate::k1) {
+    return {a * x, t.moves ? a : A(0), q, false, false, false};
+  } else if constexpr (kind == Surrogate::k2) {
+    return {a * x * x / A(2), t.moves ? a * x : A(0), q, false, false, false};
+  } else {
+    const A inverse = exponential(-x);
+    return {a * (inverse + x - A(1)), t.moves ? a * (A(1) - inverse) : A(0), q, false, false, false};
   }
 }
 
