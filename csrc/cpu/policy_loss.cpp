@@ -24,16 +24,24 @@ template <class A> struct Lane {
       data += row;
   }
 
-  void read(int64_t first, int64_t n, A *out) const {
-    if (data && step)
-      std::copy(data + first, data + first + n, out);
-    else
-      std::fill(out, out + n, data ? *data : fallback);
+  bool per_token() const { return data && step; }
+
+  // Once per row: the number that all of its tokens share, if they do.
+  void begin(A *out) const {
+    if (!per_token())
+      std::fill(out, out + block, data ? *data : fallback);
+  }
+
+  // Once per block: its own numbers, with a harmless one where masked.
+  void read(int64_t first, int64_t n, const A *live, A harmless, A *out) const {
+    if (per_token())
+      for (int64_t i = 0; i < n; ++i)
+        out[i] = live[i] != A(0) ? data[first + i] : harmless;
   }
 };
 
-// Up to `block` tokens of a row: what goes in, and what comes out in its place. `live` is 0 where masked, and
-// everything that is masked has been replaced by harmless numbers.
+// Up to `block` tokens of a row: what goes in, and what comes out. `live` is 0 where masked, and whatever the
+// arguments hold there has been replaced by a harmless number.
 template <class A> struct Block {
   A live[block], raw[block], log_prob[block], advantage[block], weight[block], low[block], high[block],
       cap[block], width[block];
@@ -46,14 +54,14 @@ TOKCREDIT_INLINE void evaluate_body(Block<A> &b, int64_t n, A clamp_low, A clamp
     const A x = bounded(b.raw[i], clamp_low, clamp_high), w = b.width[i], live = b.live[i];
     const Paid<A> paid = surrogate<kind, A>(
         {x, b.log_prob[i], b.advantage[i], b.low[i] * w, b.high[i] * w, b.cap[i] * w, x == b.raw[i]});
-    b.gradient[i] = b.weight[i] * paid.gradient;
-    b.columns[0][i] = b.weight[i] * paid.value;
+    b.gradient[i] = live != A(0) ? b.weight[i] * paid.gradient : A(0);
+    b.columns[0][i] = live != A(0) ? b.weight[i] * paid.value : A(0);
     b.columns[1][i] = live;
     b.columns[2][i] = paid.below ? live : A(0);
     b.columns[3][i] = paid.above ? live : A(0);
     b.columns[4][i] = paid.capped ? live : A(0);
-    b.columns[5][i] = live * paid.ratio;
-    b.columns[6][i] = live * (paid.ratio - A(1) - x);
+    b.columns[5][i] = live != A(0) ? paid.ratio : A(0);
+    b.columns[6][i] = live != A(0) ? paid.ratio - A(1) - x : A(0);
   }
 }
 
@@ -85,39 +93,41 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
   const bool *mask = p.rows.mask;
   const Lane<A> log_ratio(p.log_ratio, r, 0), advantages(p.advantages, r, 1), weights(p.weights, r, 1),
       low(p.low, r, -infinity), high(p.high, r, infinity), cap(p.cap, r, infinity), width(p.width, r, 1);
+  const bool subtract = reference && !p.log_ratio.data;
+  std::fill(b.live, b.live + block, A(1));
+  log_ratio.begin(b.raw);
+  advantages.begin(b.advantage);
+  weights.begin(b.weight);
+  low.begin(b.low);
+  high.begin(b.high);
+  cap.begin(b.cap);
+  width.begin(b.width);
   double stats[loss_stats] = {};
   for (int64_t first = p.rows.begin[r]; first < p.rows.end[r]; first += block) {
     const int64_t n = std::min(block, p.rows.end[r] - first);
-    for (int64_t i = 0; i < n; ++i)
-      b.log_prob[i] = load(log_probs[first + i]);
-    if (p.log_ratio.data || !reference)
-      log_ratio.read(first, n, b.raw);
-    else
+    if (mask)
       for (int64_t i = 0; i < n; ++i)
-        b.raw[i] = b.log_prob[i] - load(reference[first + i]);
-    advantages.read(first, n, b.advantage);
-    weights.read(first, n, b.weight);
-    low.read(first, n, b.low);
-    high.read(first, n, b.high);
-    cap.read(first, n, b.cap);
-    width.read(first, n, b.width);
-    for (int64_t i = 0; i < n; ++i) {
-      const bool live = !mask || mask[first + i];
-      b.live[i] = live ? A(1) : A(0);
-      b.raw[i] = live ? b.raw[i] : A(0);
-      b.log_prob[i] = live ? b.log_prob[i] : A(0);
-      b.advantage[i] = live ? b.advantage[i] : A(0);
-      b.weight[i] = live ? b.weight[i] : A(0);
-      b.width[i] = live ? b.width[i] : A(1);
-    }
+        b.live[i] = A(mask[first + i]);
+    for (int64_t i = 0; i < n; ++i)
+      b.log_prob[i] = b.live[i] != A(0) ? A(load(log_probs[first + i])) : A(0);
+    if (subtract)
+      for (int64_t i = 0; i < n; ++i)
+        b.raw[i] = b.live[i] != A(0) ? b.log_prob[i] - load(reference[first + i]) : A(0);
+    else
+      log_ratio.read(first, n, b.live, A(0), b.raw);
+    advantages.read(first, n, b.live, A(0), b.advantage);
+    weights.read(first, n, b.live, A(0), b.weight);
+    low.read(first, n, b.live, A(0), b.low);
+    high.read(first, n, b.live, A(0), b.high);
+    cap.read(first, n, b.live, A(0), b.cap);
+    width.read(first, n, b.live, A(1), b.width);
     evaluate(Surrogate(p.surrogate), b, n, A(p.clamp_low), A(p.clamp_high));
     for (int c = 0; c < loss_stats; ++c) {
       std::fill(b.columns[c] + n, b.columns[c] + block, A(0));
       stats[c] += fold(b.columns[c], block);
     }
     if (gradient)
-      for (int64_t i = 0; i < n; ++i)
-        gradient[first + i] = b.live[i] != A(0) ? b.gradient[i] : A(0);
+      std::copy(b.gradient, b.gradient + n, gradient + first);
   }
   std::copy(stats, stats + loss_stats, p.stats + r * loss_stats);
   if (gradient)
