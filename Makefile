@@ -28,6 +28,7 @@ lint: .venv/tools
 bench: .venv/installed
 	$(BIN)/python bench/tree.py
 	$(BIN)/python bench/policy.py
+	$(BIN)/python bench/loss.py
 
 clean:
 	rm -rf .venv build

@@ -121,6 +121,18 @@ def test_low_precision(dtype, kind):
     torch.testing.assert_close(value.double(), exact, rtol=2e-6, atol=1e-4)
 
 
+def test_two_precisions_meet_in_the_wider():
+    size = 500
+    rows = Rows(torch.tensor([0]), torch.tensor([size]))
+    old = ragged.values(size, torch.float32, seed=5)
+    log_probs = old.bfloat16().requires_grad_()
+    value, _ = ops.policy_loss(log_probs, rows, "clip", reference=old)
+    exact, _ = ops.policy_loss(log_probs.detach().double(), rows, "clip", reference=old.double())
+    torch.testing.assert_close(value.double(), exact, rtol=1e-6, atol=0)
+    value.backward()
+    assert log_probs.grad.dtype == torch.bfloat16 and (log_probs.grad < 0).all()
+
+
 def test_extreme_ratios_stay_finite_behind_the_clamp():
     log_probs = torch.tensor([200.0, -200.0], requires_grad=True)
     rows = Rows(torch.tensor([0]), torch.tensor([2]))

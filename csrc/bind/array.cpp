@@ -5,23 +5,33 @@
 namespace tokcredit::bind {
 namespace {
 
-// torch.Tensor's exchange table, found on the first tensor; its address is the process's, so it is kept as
-// is.
+// The exchange table that a type carries, or null.
+const dlpack::ExchangeApi *table_of(const py::handle &type) {
+  const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api"))
+    return nullptr;
+  auto *found =
+      static_cast<const dlpack::ExchangeApi *>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (found && found->major != 1)
+    found = found->previous;
+  return found;
+}
+
+// torch.Tensor's exchange table, for objects whose type carries it: torch.Tensor and its subclasses. Types
+// that passed are kept alive, so that a type made later at the same address is looked at anew.
 const dlpack::ExchangeApi *exchange(const py::handle &tensor) {
   static const dlpack::ExchangeApi *table = nullptr;
-  if (!table) {
-    py::object type = py::type::of(tensor);
-    if (!py::hasattr(type, "__dlpack_c_exchange_api__"))
-      return nullptr;
-    py::capsule capsule = type.attr("__dlpack_c_exchange_api__");
-    auto *found =
-        static_cast<const dlpack::ExchangeApi *>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!found)
-      throw py::error_already_set();
-    while (found && found->major != 1)
-      found = found->previous;
-    table = found;
-  }
+  static std::vector<PyTypeObject *> known;
+  PyTypeObject *type = Py_TYPE(tensor.ptr());
+  for (PyTypeObject *seen : known)
+    if (seen == type)
+      return table;
+  if (!table)
+    table = table_of(py::module_::import("torch").attr("Tensor"));
+  if (!table || table_of(py::type::of(tensor)) != table)
+    return nullptr;
+  Py_INCREF(type);
+  known.push_back(type);
   return table;
 }
 

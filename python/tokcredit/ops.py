@@ -315,9 +315,14 @@ def policy_loss(
     Every operand may be 0-d (one for all), ``[R, 1]`` (one per row) or ``[N]`` (one per token).
     """
     dtype = _accumulated(log_probs.dtype)
+    if reference is not None and reference.dtype != log_probs.dtype:
+        # Differences are taken in the wider of the two, never after rounding one of them.
+        common = torch.promote_types(log_probs.dtype, reference.dtype)
+        log_probs, reference = log_probs.to(common), reference.to(common)
+        dtype = _accumulated(common)
     operands = [None if x is None else x.to(dtype) for x in (log_ratio, advantages, weights, low, high, cap, width)]
     arguments = (
-        None if reference is None else reference.to(log_probs.dtype),
+        reference,
         *operands,
         *rows,
         SURROGATES.index(surrogate),
