@@ -1,0 +1,1 @@
+"""See the credit: which tokens of a run were paid, and why."""
