@@ -38,7 +38,8 @@ class Data:
             unknown or unbounded); ``weight`` of the token in the loss, 1 being what the mean over all training tokens
             gives; ``trains``; ``clipped``: 0, 1 where the clip stops the gradient, 2 where it bounds the ratio only;
             ``gradient`` of the loss to the log-prob, in the units of weight. And one number per rollout:
-            ``constant``, the median advantage of its training tokens, and ``moves``: whether it can move the policy.
+            ``constant``, the median advantage of its training tokens; ``largest``, their largest ``|A|``; ``moves``:
+            whether it can move the policy.
         notes: what a reader must know to trust the numbers.
     """
 
@@ -166,6 +167,7 @@ def _method(batch: Rollouts, log_probs: Tensor | None, objective: Objective) -> 
     return {
         **{name: _numpy(x) for name, x in table.items()},
         "constant": _numpy(select.quantile(advantages.float(), 0.5, rows)),
+        "largest": _numpy(segment.maximum(advantages.abs(), rows).clamp(min=0)),
         "moves": _numpy(prepared.has_credit),
     }
 

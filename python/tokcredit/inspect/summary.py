@@ -17,7 +17,8 @@ def summarize(data: Data) -> Table:
 
     Returns:
         ``groups``: how many, and ``silent`` ones whose rewards are all equal, which pay nothing relative to the group;
-        ``rollouts``, ``tokens``; ``lengths``: histogram of trained tokens by the sign of the reward relative to the
+        ``rollouts``, ``tokens``, mean ``reward``; ``means``: histogram of the prompts' mean rewards; ``edges``: of the
+        bins of positions and lengths; ``lengths``: histogram of trained tokens by the sign of the reward relative to the
         group; ``branches``: share of branch tokens by position; ``methods``: per method the figures of
         :func:`method_figures`.
     """
@@ -31,7 +32,7 @@ def summarize(data: Data) -> Table:
         "tokens": len(tokens["token"]),
         "reward": float(rows["reward"].mean()) if len(rows["reward"]) else 0.0,
         "edges": edges.tolist(),
-        "means": groups["mean"].tolist(),
+        "means": _means(groups["mean"]),
         "lengths": _lengths(data, edges),
         "branches": _mean_by(tokens["branch"].astype(float), where, len(edges) - 1),
         "branch_share": float(tokens["branch"].mean()) if len(tokens["branch"]) else 0.0,
@@ -88,6 +89,11 @@ def _mean_by(x: Any, where: Any, bins: int) -> list[float | None]:
     count = np.bincount(where, minlength=bins)
     total = np.bincount(where, weights=x, minlength=bins)
     return [float(t / c) if c else None for t, c in zip(total, count, strict=True)]
+
+
+def _means(mean: Any) -> Table:
+    edges = np.linspace(mean.min(initial=0), mean.max(initial=1), 21)
+    return {"edges": edges.tolist(), "counts": np.histogram(mean, edges)[0].tolist()}
 
 
 def _lengths(data: Data, edges: Any) -> Table:

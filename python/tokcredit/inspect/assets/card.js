@@ -1,0 +1,72 @@
+// Small builders of elements, and the card that shows numbers beside what is pointed at. Text is only ever set as text.
+
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+function draw(tag, attributes = {}, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [key, value] of Object.entries(attributes)) if (value !== null && value !== undefined) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
+}
+
+const card = document.getElementById("card");
+
+function showCard(rect, ...content) {
+  card.replaceChildren(...content);
+  card.hidden = false;
+  const { offsetWidth: width, offsetHeight: height } = card;
+  const left = Math.max(8, Math.min(rect.left, innerWidth - width - 8));
+  const below = rect.bottom + 10;
+  const top = below + height < innerHeight ? below : Math.max(8, rect.top - height - 10);
+  card.style.left = `${left}px`;
+  card.style.top = `${top}px`;
+}
+
+function hideCard() {
+  card.hidden = true;
+}
+
+function say(text) {
+  document.getElementById("said").textContent = text;
+}
+
+// The numbers of one token under every method.
+function tokenCard(group, row, position) {
+  const token = row.begin + position, r = row.number;
+  const v = group.nodeAt(row, position), { value, before, depth } = group.nodes;
+  const branch = group.flags(METHODS[0], row, position) & BRANCH;
+  const first = depth[v] === position;
+  const line = (name, field, cells) => el("tr", {}, el("th", { scope: "row" }, name),
+    ...cells.map((cell, i) => el("td", { "data-field": field, "data-method": cells.length > 1 || METHODS.length === 1 ? METHODS[i] : null }, cell ?? "–")));
+  const each = (name, field, get) => line(name, field, METHODS.map((m) => get(group.methods[m], m)));
+  const was = first ? before[v] : value[v];
+  const facts = el("table", {}, line("log-prob", "log_prob", [group.logProb.text(r, token)]),
+    line("value before, after", "value", [`${plain(was)} → ${plain(value[v])}${branch ? ", a branch" : ""}`]));
+  const span = (own) => {
+    const low = own.low.text(r, token), high = own.high.text(r, token);
+    return low === null && high === null ? null : `${low ?? "0"} … ${high ?? "∞"}`;
+  };
+  const clip = (own, m) => {
+    const flags = group.flags(m, row, position);
+    return flags & STOPPED ? "stopped" : flags & BOUNDED ? "bounded" : flags & TRAINS ? "no" : "not trained";
+  };
+  const table = el("table", {}, METHODS.length > 1 ? el("thead", {}, el("tr", {}, el("th"), ...METHODS.map((m) => el("th", { scope: "col" }, m)))) : null,
+    el("tbody", {}, each("advantage", "advantage", (own) => own.advantage.text(r, token)),
+      each("ratio", "ratio", (own) => own.ratio.text(r, token)), each("window", "window", span),
+      each("weight", "weight", (own) => own.weight.text(r, token)), each("clipped", "clipped", clip)));
+  const text = group.word(row, position);
+  return [el("div", { class: "token" }, text.trim() ? text : `“${text.replace(/\n/g, "↵")}”`),
+    el("div", { class: "place" }, `token ${position + 1} of ${row.length}, rollout ${r + 1}`), facts, table];
+}
+
+function plain(x) {
+  return x === null ? "–" : shown(x, 3);
+}
