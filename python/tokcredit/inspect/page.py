@@ -32,6 +32,7 @@ def render(data: Data, limit: int = LIMIT) -> str:
     environment = Environment(
         loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the methods' order is the caller's
     template = environment.get_template("report.html.j2")
     words, places = packing.vocabulary(data)
     vocabulary = packing.blob(json.dumps(words, ensure_ascii=False).encode("utf-8", "replace"))
@@ -83,7 +84,7 @@ def _entry(data: Data, group: int) -> Table:
         "group": group,
         "prompt": visible(data.groups["prompt"][group], SNIPPET),
         "rewards": rewards.tolist(),
-        "tokens": int(data.groups["tokens"][group]),
+        "mean": float(data.groups["mean"][group]),
         "signal": bool(data.groups["signal"][group]),
     }
 

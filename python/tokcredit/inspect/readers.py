@@ -30,7 +30,7 @@ class Run:
         advantages: float32 ``[N]``, as the trainer computed them, or None.
         prompts: one per group.
         vocabulary: text of the token ids.
-        name: the file.
+        name: the file and its folder.
         step: its training step, or None.
         settings: what the trainer wrote about itself (version, method, objective, model, tokenizer), or nothing.
     """
@@ -194,7 +194,7 @@ def _run(
         None if mask is None else mask.bool(),
         **columns,
     )
-    return Run(batch, log_probs, advantages, prompts, vocabulary, str(file), step, settings)
+    return Run(batch, log_probs, advantages, prompts, vocabulary, "/".join(file.absolute().parts[-2:]), step, settings)
 
 
 def _column(name: str, rows: list[dict[str, Any]], lengths: list[int]) -> Tensor | None:

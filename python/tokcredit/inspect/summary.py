@@ -23,8 +23,9 @@ def summarize(data: Data) -> Table:
         :func:`method_figures`.
     """
     rows, tokens, groups = data.rollouts, data.tokens, data.groups
-    edges = _edges(int(rows["length"].max(initial=0)))
-    where = _bin(tokens["position"], edges)
+    longest = int(rows["length"].max(initial=0))
+    edges, growing = _edges(longest), _growing(longest)
+    where = _bin(tokens["position"], growing)
     return {
         "groups": len(groups["prompt"]),
         "silent": int((~groups["signal"]).sum()),
@@ -34,7 +35,10 @@ def summarize(data: Data) -> Table:
         "edges": edges.tolist(),
         "means": _means(groups["mean"]),
         "lengths": _lengths(data, edges),
-        "branches": _mean_by(tokens["branch"].astype(float), where, len(edges) - 1),
+        "branches": {
+            "edges": growing.tolist(),
+            "share": _mean_by(tokens["branch"].astype(float), where, len(growing) - 1),
+        },
         "branch_share": float(tokens["branch"].mean()) if len(tokens["branch"]) else 0.0,
         "methods": {name: method_figures(data, table, edges) for name, table in data.methods.items()},
     }
@@ -79,6 +83,11 @@ def _share(part: Any, whole: Any) -> float:
 
 def _edges(longest: int) -> Any:
     return np.unique(np.linspace(0, max(longest, 1), min(BINS, max(longest, 1)) + 1).round().astype(np.int64))
+
+
+def _growing(longest: int) -> Any:
+    """Edges of bins that widen with the position, because rollouts part early."""
+    return np.unique(np.geomspace(1, max(longest, 1) + 1, min(BINS, max(longest, 1)) + 1).round().astype(np.int64)) - 1
 
 
 def _bin(position: Any, edges: Any) -> Any:

@@ -44,12 +44,11 @@ function tokenCard(group, row, position) {
   const v = group.nodeAt(row, position), { value, before, depth } = group.nodes;
   const branch = group.flags(METHODS[0], row, position) & BRANCH;
   const first = depth[v] === position;
-  const line = (name, field, cells) => el("tr", {}, el("th", { scope: "row" }, name),
-    ...cells.map((cell, i) => el("td", { "data-field": field, "data-method": cells.length > 1 || METHODS.length === 1 ? METHODS[i] : null }, cell ?? "–")));
-  const each = (name, field, get) => line(name, field, METHODS.map((m) => get(group.methods[m], m)));
+  const heading = (name) => el("th", { scope: "row" }, name);
+  const shared = (name, field, text) => el("tr", {}, heading(name), el("td", { "data-field": field, colspan: METHODS.length }, text ?? "–"));
+  const each = (name, field, get) => el("tr", {}, heading(name),
+    ...METHODS.map((m) => el("td", { "data-field": field, "data-method": m }, get(group.methods[m], m) ?? "–")));
   const was = first ? before[v] : value[v];
-  const facts = el("table", {}, line("log-prob", "log_prob", [group.logProb.text(r, token)]),
-    line("value before, after", "value", [`${plain(was)} → ${plain(value[v])}${branch ? ", a branch" : ""}`]));
   const span = (own) => {
     const low = own.low.text(r, token), high = own.high.text(r, token);
     return low === null && high === null ? null : `${low ?? "0"} … ${high ?? "∞"}`;
@@ -58,13 +57,15 @@ function tokenCard(group, row, position) {
     const flags = group.flags(m, row, position);
     return flags & STOPPED ? "stopped" : flags & BOUNDED ? "bounded" : flags & TRAINS ? "no" : "not trained";
   };
-  const table = el("table", {}, METHODS.length > 1 ? el("thead", {}, el("tr", {}, el("th"), ...METHODS.map((m) => el("th", { scope: "col" }, m)))) : null,
-    el("tbody", {}, each("advantage", "advantage", (own) => own.advantage.text(r, token)),
+  const names = METHODS.length > 1 ? el("tr", { class: "names" }, el("td"), ...METHODS.map((m) => el("th", { scope: "col" }, m))) : null;
+  const table = el("table", {},
+    el("tbody", {}, shared("log-prob", "log_prob", group.logProb.text(r, token)),
+      shared("value before, after", "value", `${branch ? "branch, " : ""}${plain(was)} → ${plain(value[v])}`), names, each("advantage", "advantage", (own) => own.advantage.text(r, token)),
       each("ratio", "ratio", (own) => own.ratio.text(r, token)), each("window", "window", span),
       each("weight", "weight", (own) => own.weight.text(r, token)), each("clipped", "clipped", clip)));
   const text = group.word(row, position);
   return [el("div", { class: "token" }, text.trim() ? text : `“${text.replace(/\n/g, "↵")}”`),
-    el("div", { class: "place" }, `token ${position + 1} of ${row.length}, rollout ${r + 1}`), facts, table];
+    el("div", { class: "place" }, `token ${position + 1} of ${row.length}, rollout ${r + 1}`), table];
 }
 
 function plain(x) {

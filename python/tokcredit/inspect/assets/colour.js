@@ -15,8 +15,17 @@ function paint(x, scale) {
   return `rgb(${rgb} / ${(level(x, scale) * 0.075).toFixed(3)})`;
 }
 
-// For lines, which must be seen where they are zero: from the river's grey to either end.
-function mixed(x, scale) {
-  const share = scale ? Math.round(Math.min(1, Math.abs(x) / scale) * 100) : 0;
-  return `color-mix(in oklab, rgb(var(${x < 0 ? "--neg" : "--pos"})) ${share}%, var(--river))`;
+// For bands, which must be seen at their middle too: from grey at `middle` to either end of [low, high].
+function mixed(x, range) {
+  const share = Math.round(strength(x, range) * 100);
+  return `color-mix(in oklab, rgb(var(${x < range[1] ? "--neg" : "--pos"})) ${share}%, var(--river))`;
+}
+
+function strength(x, [low, middle, high]) {
+  const room = x < middle ? middle - low : high - middle;
+  return room > 0 ? Math.min(1, Math.abs(x - middle) / room) : 0;
+}
+
+function span(rewards, middle) {
+  return [Math.min(...rewards), middle, Math.max(...rewards)];
 }

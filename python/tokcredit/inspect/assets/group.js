@@ -16,10 +16,10 @@ class GroupPage {
   }
 
   render() {
-    const { group } = this, entry = HEADER.prompts.findIndex((p) => p.group === group.index), rewards = group.rows.map((r) => r.reward);
-    const root = group.nodes.value[0] ?? 0, spread = Math.max(0, ...rewards.map((r) => Math.abs(r - root)));
-    const scale = el("p", { class: "scale" }, plain(root - spread), el("i", { class: "values" }), plain(root + spread), el("span", {}, "mean reward of the rollouts through a band"));
+    const { group } = this, entry = HEADER.prompts.findIndex((p) => p.group === group.index),  [low, middle, high] = this.tree.range;
+    const scale = el("p", { class: "scale" }, plain(low), el("i", { class: "values" }), plain(high), el("span", {}, `mean reward of a band's rollouts, grey at ${plain(middle)}`));
     this.chosen = el("div", { class: "chosen", hidden: true });
+    this.count = el("small", { class: "count", role: "status" });
     this.list = el("div", {});
     this.legend = el("div", { class: "legend row" });
     this.view = el("div", {},
@@ -28,7 +28,7 @@ class GroupPage {
       el("h2", {}, "Where rollouts part"),
       el("div", { class: "row" }, el("p", { class: "muted" }, "A band is a run of tokens that its rollouts share, as thick as they are many. Click one to keep its rollouts only."), scale),
       el("div", { class: "tree" }, this.tree.svg), this.chosen,
-      el("h2", {}, "Rollouts"), this.tools(), this.legend, this.list);
+      el("h2", {}, "Rollouts ", this.count), this.tools(), this.legend, this.list);
     for (const text of this.texts) this.list.append(this.article(text));
     this.sort("tree");
     this.repaint();
@@ -45,10 +45,9 @@ class GroupPage {
     this.search = el("input", { type: "search", placeholder: "Search the rollouts", "aria-label": "Search the rollouts", oninput: () => this.filter(true),
       onkeydown: (event) => event.key === "Enter" && this.nextHit() });
     const order = el("select", { "aria-label": "Order", onchange: () => this.sort(order.value) },
-      ...[["tree", "as in the tree"], ["number", "as sampled"], ["reward", "by reward"], ["length", "by length"]].map(([value, text]) => el("option", { value }, text)));
-    this.count = el("span", { class: "count", role: "status" });
+      ...[["tree", "tree order"], ["number", "as sampled"], ["reward", "by reward"], ["length", "by length"]].map(([value, text]) => el("option", { value }, text)));
     this.form = el("form", { class: "tools row", onsubmit: (event) => event.preventDefault() }, this.switch, this.search, pair("reward", "reward"), pair("length", "tokens"),
-      el("label", {}, "|A| at least", number("paid-low", "largest absolute advantage, at least")), order, this.count);
+      el("label", {}, "|A| at least", number("paid-low", "largest absolute advantage, at least")), order);
     this.form.querySelector("[name=length-high]").placeholder = longest;
     return this.form;
   }
@@ -64,7 +63,7 @@ class GroupPage {
     text.paid = el("span", {});
     text.columns = el("div", { class: "texts" });
     text.article = el("article", { tabindex: 0, "aria-label": `Rollout ${row.number + 1}, reward ${plain(row.reward)}, ${row.length} tokens`, "data-row": row.number },
-      el("header", {}, el("b", {}, `Rollout ${row.number + 1}`), el("span", {}, "reward ", el("b", { class: row.reward > node.value[0] ? "up" : row.reward < node.value[0] ? "down" : "" }, plain(row.reward))),
+      el("header", {}, el("b", {}, `Rollout ${row.number + 1}`), el("span", {}, "reward ", el("b", { class: sign(row.reward, node.value[0]) }, plain(row.reward))),
         el("span", {}, `${whole(row.length)} tokens`), el("span", {}, `${branches} branch ${branches === 1 ? "token" : "tokens"}`), text.paid, row.length > FOLD ? text.button : null),
       text.canvas, text.columns);
     text.article.addEventListener("focus", () => (this.current = text));

@@ -5,8 +5,8 @@ let view = null;
 
 function promptList() {
   document.getElementById("prompts").append(...HEADER.prompts.map((prompt, i) => {
-    const mean = prompt.rewards.reduce((a, b) => a + b, 0) / prompt.rewards.length, spread = Math.max(...prompt.rewards.map((r) => Math.abs(r - mean)));
-    const dots = prompt.rewards.toSorted((a, b) => b - a).slice(0, 24).map((r) => el("i", { style: `background:${mixed(prompt.signal ? r - mean : 0, spread)}` }));
+    const { mean } = prompt, range = span(prompt.rewards, mean);
+    const dots = prompt.rewards.toSorted((a, b) => b - a).slice(0, 24).map((r) => el("i", { style: `background:${mixed(r, range)}` }));
     return el("li", {}, el("a", { href: `#${prompt.group}`, "data-group": prompt.group, "aria-label": `Prompt ${i + 1}, mean reward ${plain(mean)}: ${prompt.prompt}` }, el("p", {}, prompt.prompt || `Prompt ${i + 1}`),
       el("div", { class: "rewards" }, ...dots, el("span", {}, prompt.signal ? shown(mean, 2) : "no signal"))));
   }));

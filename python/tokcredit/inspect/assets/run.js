@@ -10,7 +10,6 @@ function runPage() {
   ];
   const from = [settings.model && `model ${settings.model}`, settings.method && `trained with ${settings.method}`, settings.version && `tokcredit ${settings.version}`];
   return el("div", {},
-    el("p", { class: "crumb" }, HEADER.name),
     el("h1", {}, step === null ? "The run" : `Step ${step}`),
     el("p", { class: "muted" }, from.filter(Boolean).join(" · ")),
     ...notes.map((note) => el("p", { class: "note", role: "note" }, note)),
@@ -18,14 +17,14 @@ function runPage() {
     el("h2", {}, "What each method pays"),
     el("p", {}, "A token carries credit beyond the constant when its advantage is not the median of its rollout. The effective share is (Σ q)² / (n Σ q²) of the ratios: 1 when all are equal."),
     methodTable(summary.methods),
-    el("div", { class: "charts" }, branches(summary), ...METHODS.map((m) => advantages(m, summary.methods[m])),
+    el("div", { class: "charts" }, branches(summary), lengths(summary), ...METHODS.map((m) => advantages(m, summary.methods[m])),
       ...METHODS.filter((m) => summary.methods[m].ratios).map((m) => ratios(m, summary.methods[m].ratios, summary.edges)),
-      lengths(summary), ...METHODS.map((m) => signs(m, summary.methods[m].signs)), rewards(summary)));
+      ...METHODS.map((m) => signs(m, summary.methods[m].signs)), rewards(summary)));
 }
 
 function methodTable(figures) {
   const columns = [
-    ["tokens with credit beyond the constant", (f) => percent(f.beyond)], ["of the credit", (f) => percent(f.beyond_credit)],
+    ["tokens beyond the constant", (f) => percent(f.beyond)], ["credit beyond the constant", (f) => percent(f.beyond_credit)],
     ["rollouts that move the policy", (f) => percent(f.moves, 0)], ["tokens the clip stops", (f) => percent(f.clipped)],
     ["effective share", (f) => (f.effective === null ? "–" : shown(f.effective, 3))],
   ];
@@ -40,9 +39,12 @@ function methodTable(figures) {
 const middle = (edges, i) => (edges[i] + edges[i + 1]) / 2;
 const between = (edges, i) => `tokens ${whole(edges[i] + 1)} to ${whole(edges[i + 1])}`;
 
-function branches({ branches: share, edges }) {
-  const top = largest(share) || 1, end = edges.at(-1);
-  const chart = new Chart([0, end], [0, top], "Share of branch tokens by position").axes(ticks(0, end), ticks(0, top), "position in the rollout", brief, (v) => percent(v, top < 0.05 ? 1 : 0));
+function branches({ branches: { share, edges } }) {
+  const top = largest(share) || 1, end = edges.at(-1), log = Math.log1p;
+  const chart = new Chart([0, log(end)], [0, top], "Share of branch tokens by position");
+  chart.x = ((scale) => (v) => scale(log(v)))(chart.x);
+  const decades = [0, 1, 3, 10, 30, 100, 300, 1000, 3000, 1e4, 3e4, 1e5].filter((v) => v <= end);
+  chart.axes(decades, ticks(0, top).filter((v) => v <= top), "position in the rollout, logarithmic", brief, (v) => percent(v, top < 0.05 ? 1 : 0));
   share.forEach((y, i) => y && chart.bar(edges[i], edges[i + 1], 0, y));
   return figure("Where rollouts part", "Share of tokens, by position, at which a rollout leaves the others of its prompt.",
     chart.tips(edges, (i) => share[i] !== null && [between(edges, i), `${percent(share[i], 2)} branch`]).svg);
@@ -50,7 +52,7 @@ function branches({ branches: share, edges }) {
 
 function advantages(method, { advantages: { edges, counts } }) {
   // Roots of counts: a few tokens with much credit are what one looks for.
-  const top = Math.sqrt(largest(counts)) || 1, end = edges.at(-1), y = ticks(0, largest(counts), 3).filter((v) => v >= 0);
+  const top = Math.sqrt(largest(counts)) || 1, end = edges.at(-1), y = [0, 0.25, 0.5, 0.75, 1].map((part) => +((part * top) ** 2).toPrecision(1));
   const chart = new Chart([-end, end], [0, top], `Distribution of the advantages of ${method}`);
   chart.y = ((scale) => (v) => scale(Math.sqrt(v)))(chart.y);
   chart.axes(ticks(-end, end, 6), y, "advantage");
@@ -66,7 +68,7 @@ function ratios(method, { quantiles, low, high, clipped }, edges) {
   const bound = Math.max(...spread.map(Math.abs), Math.min(1, Math.max(0, ...window.map(Math.abs)))) * 1.08 || 0.1;
   const end = edges.at(-1);
   const chart = new Chart([0, end], [-bound, bound], `Ratios of ${method} by position, with the clip window`);
-  chart.axes(ticks(0, end), ticks(-bound, bound, 4), "position in the rollout", brief, (v) => brief(Math.exp(v)));
+  chart.axes(ticks(0, end), ratioTicks(bound), "position in the rollout", brief, (v) => `${+Math.exp(v).toPrecision(5)}`);
   const points = (get) => quantiles.map((q, i) => [middle(edges, i), ...get(q, i)]);
   chart.band(points((q) => (q ? [log(q[0]), log(q[4])] : [null])));
   chart.band(points((q) => (q ? [log(q[1]), log(q[3])] : [null])), "inner");
@@ -77,6 +79,13 @@ function ratios(method, { quantiles, low, high, clipped }, edges) {
   return figure(`Ratios, ${method}`, "New over old probability, by position, against the window of the clip.",
     chart.tips(edges, (i) => quantiles[i] && [between(edges, i), `median ${shown(quantiles[i][2], 4)}`, `90% within ${shown(quantiles[i][0], 3)} … ${shown(quantiles[i][4], 3)}`,
       low[i] === null && high[i] === null ? "no window" : `window ${low[i] === null ? 0 : shown(low[i], 4)} … ${high[i] === null ? "∞" : shown(high[i], 4)}`, `${percent(clipped[i])} stopped`]).svg, key);
+}
+
+// Round ratios whose logarithms lie within the bound.
+function ratioTicks(bound) {
+  const far = [1e-4, 1e-3, 0.01, 0.1, 1, 10, 100, 1e3, 1e4], near = [0.2, 0.5, 1, 2, 5];
+  const round = bound > 2.4 ? far : bound > 0.7 ? near : ticks(Math.exp(-bound), Math.exp(bound), 4);
+  return round.map(Math.log).filter((v) => Math.abs(v) <= bound);
 }
 
 function lengths({ lengths: { above, below, mean_above, mean_below }, edges }) {

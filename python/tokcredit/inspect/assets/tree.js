@@ -8,17 +8,19 @@ function treePicture(group, choose) {
   const pitch = Math.max(7, Math.min(22, 560 / rows)), thick = Math.min(9, pitch * 0.55);
   const warp = warped(group);
   const width = Math.max(720, document.getElementById("main").clientWidth - 2 * parseFloat(getComputedStyle(document.getElementById("main")).paddingLeft));
-  const x = (position) => 8 + warp.at(position) * Math.max(warp.least, width - GUTTER - 16);
-  const full = x(warp.last) + GUTTER, height = rows * pitch + 40;
+  const x = (position) => 14 + warp.at(position) * Math.max(warp.least, width - GUTTER - 22);
+  const full = x(warp.last) + GUTTER, height = rows * pitch + 44;
   const svg = draw("svg", { width: full, height, viewBox: `0 0 ${full} ${height}`, role: "group", "aria-label": `Prefix tree of ${rows} rollouts` });
   const { parent, depth, length, count, value } = group.nodes;
   const middle = parent.map(() => 0), offset = parent.map(() => 0);
   const inside = parent.map(() => []);
   lanes.forEach((row, lane) => row.path.forEach((v) => inside[v].push(lane)));
-  inside.forEach((own, v) => (middle[v] = 16 + (own.reduce((a, b) => a + b, 0) / own.length + 0.5) * pitch));
-  const spread = Math.max(...group.rows.map((row) => Math.abs(row.reward - value[0])));
+  inside.forEach((own, v) => (middle[v] = 20 + (own.reduce((a, b) => a + b, 0) / own.length + 0.5) * pitch));
+  const range = span(group.rows.map((row) => row.reward), value[0]);
 
   for (const tick of warp.ticks(x)) svg.append(draw("text", { x: x(tick), y: height - 4, "text-anchor": "middle" }, whole(tick)));
+  for (const [at, name] of [[12, "rollout"], [98, "reward"], [152, "length"]])
+    svg.append(draw("text", { x: full - GUTTER + at, y: 9, "text-anchor": at === 12 ? "start" : "end" }, name));
   lanes.forEach((row, lane) => svg.append(draw("line", { class: "leader", x1: x(row.length) + 6, x2: full - GUTTER + 6, y1: ends(lane), y2: ends(lane) })));
 
   const bands = draw("g"), tags = draw("g"), paths = [];
@@ -29,11 +31,9 @@ function treePicture(group, choose) {
     offset[v] = p < 0 ? middle[v] : middle[p] + (before + count[v] / 2 - count[p] / 2) * thick;
   });
   parent.forEach((p, v) => {
-    const x0 = x(depth[v]), x1 = Math.max(x(depth[v] + length[v]), x0 + (p < 0 ? 3 : 1)), bend = x0 + Math.min(26, (x1 - x0) * 0.7);
-    const mid = (x0 + bend) / 2, y0 = offset[v], y1 = middle[v];
-    const d = p < 0 ? `M${x0 - 4},${y1}L${x1 + 0.6},${y1}` : `M${x0},${y0}C${mid},${y0} ${mid},${y1} ${bend},${y1}L${x1 + 0.6},${y1}`;
-    const band = draw("path", { class: "node", d, "stroke-width": Math.max(2, count[v] * thick), style: `stroke:${mixed(value[v] - value[0], spread)}`,
-      tabindex: v ? -1 : 0, role: "button", "aria-pressed": "false", "aria-label": nodeLabel(group, v), "data-node": v });
+    const x0 = x(depth[v]), x1 = Math.max(x(depth[v] + length[v]), x0 + (p < 0 ? 3 : 1)), bend = x0 + Math.min(44, (x1 - x0) * 0.75);
+    const d = flow(p < 0 ? x0 - 6 : x0, p < 0 ? x1 : bend, x1 + 0.5, offset[v], middle[v], count[v] * thick);
+    const band = draw("path", { class: "node", d, style: `fill:${mixed(value[v], range)}`, tabindex: v ? -1 : 0, role: "button", "aria-pressed": "false", "aria-label": nodeLabel(group, v), "data-node": v });
     band.addEventListener("pointerenter", () => { highlight(v); showNode(v); });
     band.addEventListener("pointerleave", () => { highlight(chosen); hideCard(); });
     band.addEventListener("focus", () => showNode(v));
@@ -42,7 +42,7 @@ function treePicture(group, choose) {
     band.addEventListener("keydown", (event) => walk(event, v));
     bands.append(band);
     paths[v] = band;
-    label(v, bend, x1, y1);
+    label(v, p < 0 ? x0 : bend, x1, middle[v]);
   });
   svg.append(bands, tags);
   lanes.forEach((row, lane) => svg.append(endLabel(row, lane)));
@@ -52,10 +52,10 @@ function treePicture(group, choose) {
   function isEnd(v) { return group.children[v].length === 0 && count[v] === 1; }
 
   function endLabel(row, lane) {
-    const y = 16 + (lane + 0.5) * pitch, at = full - GUTTER + 12, small = pitch < 13 ? `font-size:${(pitch * 0.85).toFixed(1)}px` : null;
+    const y = 20 + (lane + 0.5) * pitch, at = full - GUTTER + 12, small = pitch < 13 ? `font-size:${(pitch * 0.85).toFixed(1)}px` : null;
     const text = draw("text", { x: at, y: y + 4, style: small }, `${row.number + 1}`);
-    text.append(draw("tspan", { x: at + 62, "text-anchor": "end", class: row.reward > value[0] ? "up" : "down", style: `font-weight:600;fill:var(${row.reward === value[0] ? "--muted" : row.reward > value[0] ? "--pos-ink" : "--neg-ink"})` }, plain(row.reward)));
-    text.append(draw("tspan", { x: at + 156, "text-anchor": "end", class: "dim" }, `${whole(row.length)} tokens`));
+    text.append(draw("tspan", { x: at + 86, "text-anchor": "end", class: sign(row.reward, value[0]) }, plain(row.reward)));
+    text.append(draw("tspan", { x: at + 140, "text-anchor": "end", class: "dim" }, whole(row.length)));
     const link = draw("a", { href: `#${group.index}-${row.number}`, "data-row": row.number, "aria-label": `Rollout ${row.number + 1}, reward ${plain(row.reward)}, ${row.length} tokens` }, text);
     link.addEventListener("click", (event) => { event.preventDefault(); choose(null, row.number); });
     link.addEventListener("pointerenter", () => highlight(row.leaf, lane));
@@ -65,9 +65,10 @@ function treePicture(group, choose) {
 
   function label(v, from, to, y) {
     const room = to - from;
-    if (count[v] * thick >= 15 && room > 34) tags.append(draw("text", { class: "inside", x: from + 5, y: y + 4 }, plain(value[v])));
+    if (count[v] * thick >= 15 && room > 34) tags.append(draw("text", { class: `inside ${strength(value[v], range) > 0.45 ? "strong" : ""}`, x: from + 5, y: y + 4 }, plain(value[v])));
     if (parent[v] < 0 || pitch < 16 || room < 30) return;
-    const text = group.nodeTexts(v, 12).join("").replace(/\n/g, "↵").replace(/\s+/g, " ").slice(0, Math.floor(room / 6.4));
+    const most = Math.floor(room / 6.4), whole = group.nodeTexts(v, 24).join("").replace(/\n/g, "↵").replace(/\s+/g, " ");
+    const text = whole.length > most ? `${whole.slice(0, most - 1).trimEnd()}…` : whole;
     tags.append(draw("text", { class: "tag", x: from + 3, y: y - (count[v] * thick) / 2 - 2.5 }, text));
   }
 
@@ -109,11 +110,17 @@ function treePicture(group, choose) {
     event.stopPropagation();
   }
 
-  return { svg, lanes, mark(v) {
+  return { svg, lanes, range, mark(v) {
     chosen = v;
     paths.forEach((band, u) => band.setAttribute("aria-pressed", String(u === v)));
     highlight(v);
   } };
+}
+
+// A band of even height: from y0 it bends to y1 until `bend`, then runs on to x1.
+function flow(x0, bend, x1, y0, y1, height) {
+  const middle = (x0 + bend) / 2, h = height / 2;
+  return `M${x0},${y0 - h}C${middle},${y0 - h} ${middle},${y1 - h} ${bend},${y1 - h}H${x1}V${y1 + h}H${bend}C${middle},${y1 + h} ${middle},${y0 + h} ${x0},${y0 + h}Z`;
 }
 
 // Rollouts from top to bottom: subtrees stay together, the better ones above.
@@ -133,7 +140,7 @@ function warped(group) {
   const { depth, length, count } = group.nodes;
   const starts = new Set(depth), events = [...new Set([0, ...depth, ...depth.map((d, v) => d + length[v])])].sort((a, b) => a - b);
   const places = [0];
-  for (let i = 1; i < events.length; i++) places.push(places[i - 1] + Math.log2(1 + events[i] - events[i - 1]) + (starts.has(events[i - 1]) ? 1.5 : 0.2));
+  for (let i = 1; i < events.length; i++) places.push(places[i - 1] + Math.log2(1 + events[i] - events[i - 1]) + (starts.has(events[i - 1]) ? 2.5 : 0.2));
   const total = places.at(-1) || 1;
   return {
     last: events.at(-1), least: Math.min(events.length, 160) * 9,
@@ -149,6 +156,10 @@ function warped(group) {
       return out;
     },
   };
+}
+
+function sign(x, middle) {
+  return x > middle ? "up" : x < middle ? "down" : "";
 }
 
 function nodeLabel(group, v) {
