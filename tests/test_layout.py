@@ -43,6 +43,14 @@ def test_stages_import_earlier_ones(stage):
     assert imports(ROOT / f"python/tokcredit/{stage}.py") - {"_C"} <= set(earlier) - {stage}
 
 
+def test_inspect_knows_neither_trainer_nor_hosts():
+    for path in (ROOT / "python/tokcredit/inspect").glob("*.py"):
+        assert not imports(path) & {"train", "adapters", "cli"}, path.name
+    for path in (ROOT / "python/tokcredit").rglob("*.py"):
+        if path.stem != "cli" and path.parent.name not in ("inspect", "train"):
+            assert "inspect" not in imports(path), path.name
+
+
 def test_every_module_has_its_place():
     modules = {p.stem for p in (ROOT / "python/tokcredit").glob("*.py")} - {"__init__", "__main__", "cli"}
     assert modules == {*FLOW, *BLOCKS}
@@ -54,4 +62,4 @@ def test_import_is_light():
     code = "import sys, tokcredit, torch; print(torch.cuda.is_initialized(), *sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert out[0] == "False"
-    assert not {"transformers", "accelerate", "trl", "verl", "vllm", "tokcredit.cli"} & set(out)
+    assert not {"transformers", "accelerate", "trl", "verl", "vllm", "jinja2", "pyarrow", "rich", "tokcredit.inspect", "tokcredit.cli"} & set(out)

@@ -17,6 +17,7 @@ LIMIT = 5_000_000
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("decode", "colour", "chart", "run", "tree", "card", "text", "group", "page")
 SNIPPET = 240
+NOTE, TAG = 200, 60
 
 
 def render(data: Data, limit: int = LIMIT) -> str:
@@ -38,25 +39,24 @@ def render(data: Data, limit: int = LIMIT) -> str:
     vocabulary = packing.blob(json.dumps(words, ensure_ascii=False).encode("utf-8", "replace"))
     style = (ASSETS / "report.css").read_text()
     script = "\n".join((ASSETS / f"{name}.js").read_text() for name in SCRIPTS)
-    summary = summarize(data)
-    blobs, notes = _fitting(data, places, limit - len(vocabulary) - len(style) - len(script) - 40_000)
     header = {
         "name": visible(data.run.name),
         "step": data.run.step,
         "settings": {key: visible(value) for key, value in data.run.settings.items()},
-        "notes": [*data.notes, *notes],
-        "summary": summary,
+        "notes": data.notes,
+        "summary": _finite(summarize(data)),
         "methods": {name: visible(repr(objective), 2000) for name, objective in data.objectives.items()},
-        "prompts": [_entry(data, group) for group in blobs],
+        "prompts": [_entry(data, group) for group in range(len(data.groups["prompt"]))],
     }
-    return template.render(
-        title=Path(data.run.name).name,
-        style=style,
-        script=script,
-        header=_finite(header),
-        vocabulary=vocabulary,
-        blobs=blobs,
-    )
+
+    def page(header: Table, blobs: dict[int, str]) -> str:
+        return template.render(
+            title=Path(data.run.name).name, style=style, script=script, header=header, vocabulary=vocabulary, blobs=blobs
+        )
+
+    blobs, notes = _fitting(data, places, limit - len(page(header, {}).encode()) - NOTE)
+    shown = {**header, "notes": data.notes + notes, "prompts": [header["prompts"][group] for group in blobs]}
+    return page(shown, blobs)
 
 
 def _fitting(data: Data, places: Any, room: int) -> tuple[dict[int, str], list[str]]:
@@ -66,15 +66,19 @@ def _fitting(data: Data, places: Any, room: int) -> tuple[dict[int, str], list[s
     blobs: dict[int, str] = {}
     for digits in (packing.LOG_PROB + 1, packing.LOG_PROB):
         blobs = {g: packing.group_blob(data, g, places, decimals, digits) for g in groups}
-        if sum(map(len, blobs.values())) <= room:
+        if _size(blobs, groups) <= room:
             return blobs, []
     # The largest number of evenly spread prompts that fit.
     for count in range(len(groups) - 1, 0, -1):
         kept = np.unique(np.linspace(0, len(groups) - 1, count).round().astype(int)).tolist()
-        if count == 1 or sum(len(blobs[g]) for g in kept) <= room:
+        if count == 1 or _size(blobs, kept) <= room:
             note = f"{len(kept)} of {len(groups)} prompts are shown, evenly spread; the run's figures count all of them."
             return {g: blobs[g] for g in kept}, [note]
     return blobs, []
+
+
+def _size(blobs: dict[int, str], groups: list[int]) -> int:
+    return sum(len(blobs[group]) + TAG for group in groups)
 
 
 def _entry(data: Data, group: int) -> Table:

@@ -19,11 +19,21 @@ function draw(tag, attributes = {}, ...children) {
 
 const card = document.getElementById("card");
 
-function showCard(rect, ...content) {
+let anchor = null;
+
+// Shows the content beside an element, and keeps it there while the page scrolls; `least` is its leftmost edge.
+function showCard(beside, content, least = 8) {
+  anchor = { beside, least };
   card.replaceChildren(...content);
   card.hidden = false;
-  const { offsetWidth: width, offsetHeight: height } = card;
-  const left = Math.max(8, Math.min(rect.left, innerWidth - width - 8));
+  placeCard();
+}
+
+function placeCard() {
+  if (card.hidden) return;
+  const rect = anchor.beside.getBoundingClientRect(), { offsetWidth: width, offsetHeight: height } = card;
+  if (!anchor.beside.isConnected || rect.bottom < 48 || rect.top > innerHeight) return hideCard();
+  const left = Math.max(anchor.least, Math.min(rect.left, innerWidth - width - 8));
   const below = rect.bottom + 10;
   const top = below + height < innerHeight ? below : Math.max(8, rect.top - height - 10);
   card.style.left = `${left}px`;

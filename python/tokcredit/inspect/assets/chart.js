@@ -47,7 +47,7 @@ class Chart {
       if (!text) continue;
       const x = this.x(edges[i]);
       const area = draw("rect", { class: "hit-area", x, width: Math.max(1, this.x(edges[i + 1]) - x), y: top, height: height - top - bottom });
-      area.addEventListener("pointerenter", () => showCard(area.getBoundingClientRect(), ...text.map((t) => el("div", {}, t))));
+      area.addEventListener("pointerenter", () => showCard(area, text.map((t) => el("div", {}, t))));
       area.addEventListener("pointerleave", hideCard);
       this.svg.append(area);
     }

@@ -69,7 +69,7 @@ class GroupPage {
     text.article.addEventListener("focus", () => (this.current = text));
     text.article.addEventListener("pointerover", (event) => {
       if (event.target.position === undefined) return;
-      showCard(event.target.getBoundingClientRect(), ...tokenCard(this.group, row, event.target.position));
+      showCard(event.target, tokenCard(this.group, row, event.target.position));
     });
     text.article.addEventListener("pointerout", hideCard);
     text.article.addEventListener("click", (event) => event.target.position !== undefined && getSelection().isCollapsed && this.move(text, event.target.position));

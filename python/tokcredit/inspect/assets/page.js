@@ -79,7 +79,7 @@ addEventListener("resize", () => {
   cancelAnimationFrame(resizing);
   resizing = requestAnimationFrame(() => view?.texts.forEach((text) => text.strip(view.shownMethods[0])));
 });
-addEventListener("scroll", hideCard, { passive: true });
+addEventListener("scroll", placeCard, { passive: true });
 addEventListener("hashchange", route);
 dark.addEventListener("change", () => theme(dark.matches ? "dark" : "light"));
 document.getElementById("theme").addEventListener("click", flip);

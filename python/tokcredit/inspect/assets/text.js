@@ -90,7 +90,7 @@ class RolloutText {
     const span = piece.children[position - begin], box = span.getBoundingClientRect();
     if (box.top < 150 || box.bottom > innerHeight - 230) span.scrollIntoView({ block: "center" });
     await new Promise(requestAnimationFrame);
-    showCard((span.isConnected ? span : piece.children[position - begin] ?? piece).getBoundingClientRect(), ...tokenCard(this.group, this.row, position));
+    showCard(piece.children[position - begin] ?? piece, tokenCard(this.group, this.row, position));
     say(`${this.texts[position]}, ${METHODS.map((m) => `${m} ${this.group.methods[m].advantage.text(this.row.number, this.row.begin + position)}`).join(", ")}`);
   }
 

@@ -74,13 +74,9 @@ function treePicture(group, choose) {
 
   function showNode(v) {
     const text = group.nodeTexts(v, 60).join("").slice(0, 240);
-    showCard(paths[v].getBoundingClientRect().width > 500 ? nearest(paths[v]) : paths[v].getBoundingClientRect(), el("div", { class: "token" }, text || "(nothing in common)"),
-      el("div", { class: "place" }, `tokens ${whole(depth[v] + 1)} to ${whole(depth[v] + length[v])}`), ...nodeNumbers(group, v));
-  }
-
-  function nearest(band) {
-    const box = band.getBoundingClientRect();
-    return { left: Math.max(box.left, 300), bottom: box.bottom, top: box.top };
+    const place = `tokens ${whole(depth[v] + 1)} to ${whole(depth[v] + length[v])}`;
+    const named = el("div", { class: "token" }, text || "(nothing in common)");
+    showCard(paths[v], [named, el("div", { class: "place" }, place), nodeNumbers(group, v)], svg.parentElement.getBoundingClientRect().left);
   }
 
   function highlight(v, lane = null) {
@@ -170,5 +166,5 @@ function nodeLabel(group, v) {
 function nodeNumbers(group, v) {
   const { count, value, before } = group.nodes;
   const line = (name, field, text) => el("tr", {}, el("th", { scope: "row" }, name), el("td", { "data-field": field }, text));
-  return [el("table", {}, line("rollouts", "count", `${count[v]} of ${group.rows.length}`), line("value before, after", "value", `${plain(before[v])} → ${plain(value[v])}`))];
+  return el("table", {}, line("rollouts", "count", `${count[v]} of ${group.rows.length}`), line("value before, after", "value", `${plain(before[v])} → ${plain(value[v])}`));
 }
