@@ -24,7 +24,11 @@ CHECKS = (
     "That looks right so far, and I carry {c} forward.\n",
     "Hmm, is {c} plausible? Between {low} and {high}, so yes.\n",
 )
-ENDINGS = ("Adding up: {x} + {y} = {z}.\nAnswer: {z}", "So {x} plus {y} is {z}.\nAnswer: {z}", "Therefore the answer is {z}")
+ENDINGS = (
+    "Adding up: {x} + {y} = {z}.\nAnswer: {z}",
+    "So {x} plus {y} is {z}.\nAnswer: {z}",
+    "Therefore the answer is {z}",
+)
 
 
 def _derivation(rng, problem, length):
@@ -62,7 +66,12 @@ def tokenizer(texts, size=900):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=size, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False
+        ),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
 
 
@@ -99,8 +108,11 @@ def write(folder, step=10, method="tempo", extra=(), **size):
             sure[key] = -rng.expovariate(1 / (0.02 if rng.random() < 0.7 else 0.9))
         return sure[key]
 
-    old = [[log_prob(a, b) for a, b in zip([-1, *row], row)] for row in ids]
-    new = [[x + rng.gauss(0.0015 if r["reward"] > 0.5 else -0.0015, 0.02 + 0.12 * min(1, -x)) for x in row] for row, r in zip(old, data)]
+    old = [[log_prob(a, b) for a, b in zip([-1, *row[:-1]], row, strict=True)] for row in ids]
+    new = [
+        [x + rng.gauss(0.0015 if r["reward"] > 0.5 else -0.0015, 0.02 + 0.12 * min(1, -x)) for x in row]
+        for row, r in zip(old, data, strict=True)
+    ]
     batch = Rollouts(
         torch.tensor([t for row in ids for t in row]),
         torch.tensor([0, *map(len, ids)]).cumsum(0),
@@ -109,7 +121,7 @@ def write(folder, step=10, method="tempo", extra=(), **size):
     )
     objective = tc.methods.load(method)
     paid = objective.prepare(batch).advantages
-    cut = lambda x: [x[a:b].tolist() for a, b in zip(batch.begin, batch.end)]  # noqa: E731
+    cut = lambda x: [x[a:b].tolist() for a, b in zip(batch.begin, batch.end, strict=True)]  # noqa: E731
     ints, floats, flags = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.bool_())
     table = pa.table(
         {
@@ -129,7 +141,13 @@ def write(folder, step=10, method="tempo", extra=(), **size):
             "advantages": pa.array(cut(paid), floats),
         }
     )
-    settings = {"version": tc.__version__, "method": method, "objective": repr(objective), "model": "example", "tokenizer": "tokenizer"}
+    settings = {
+        "version": tc.__version__,
+        "method": method,
+        "objective": repr(objective),
+        "model": "example",
+        "tokenizer": "tokenizer",
+    }
     table = table.replace_schema_metadata({"tokcredit": json.dumps(settings)})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rollouts-{step:06d}.parquet"

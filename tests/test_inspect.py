@@ -7,15 +7,13 @@ import derivations
 import numpy as np
 import pytest
 import tokcredit as tc
-import torch
+from tokcredit import inspect
+from tokcredit.cli import main
+from tokcredit.inspect.summary import summarize
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("transformers")
-
-from tokcredit import inspect
-from tokcredit.cli import main
-from tokcredit.inspect.summary import summarize
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,11 @@ def test_reads_what_the_trainer_wrote(folder):
         assert batch.tokens[span].tolist() == row["tokens"]
         assert batch.rewards[r].item() == row["reward"]
         assert run.prompts[int(batch.group_index[r])] == row["prompt"]
-        for name, x in [("old_log_probs", batch.old_log_probs), ("log_probs", run.log_probs), ("advantages", run.advantages)]:
+        for name, x in [
+            ("old_log_probs", batch.old_log_probs),
+            ("log_probs", run.log_probs),
+            ("advantages", run.advantages),
+        ]:
             assert x[span].tolist() == row[name], name
         assert "".join(run.vocabulary.texts(row["tokens"][:-1])) == row["completion"]
 
@@ -65,14 +67,24 @@ def test_verl_jsonl(folder, tmp_path):
     run = inspect.read(tmp_path, tokenizer=str(folder / "tokenizer"))
     assert run.step == 3 and run.prompts == ["2+2", "1+1"]
     assert run.batch.group_index.tolist() == [0, 1, 0] and run.batch.rewards.tolist() == [1, 0, 0]
-    texts = ["".join(run.vocabulary.texts(run.batch.tokens[a:b].tolist())) for a, b in zip(run.batch.begin, run.batch.end, strict=True)]
+    texts = [
+        "".join(run.vocabulary.texts(run.batch.tokens[a:b].tolist()))
+        for a, b in zip(run.batch.begin, run.batch.end, strict=True)
+    ]
     assert texts == ["The product of 2", "So 2", "First, 4"]
 
 
 def test_trl_completions(folder, tmp_path):
     chat = [[{"role": "user", "content": "2+2"}]] * 2
     answers = [[{"role": "assistant", "content": "First, 4"}], [{"role": "assistant", "content": "So 2"}]]
-    table = {"step": [7, 7], "prompt": chat, "completion": answers, "right": [1.0, 0.0], "form": [0.5, math.nan], "advantage": [1.0, -1.0]}
+    table = {
+        "step": [7, 7],
+        "prompt": chat,
+        "completion": answers,
+        "right": [1.0, 0.0],
+        "form": [0.5, math.nan],
+        "advantage": [1.0, -1.0],
+    }
     (tmp_path / "completions").mkdir()
     pq.write_table(pa.table(table), tmp_path / "completions" / "completions_00007.parquet")
     run = inspect.read(tmp_path, tokenizer=str(folder / "tokenizer"))
@@ -82,9 +94,23 @@ def test_trl_completions(folder, tmp_path):
 
 def test_plain_jsonl(tmp_path):
     rows = [
-        {"group": "b", "prompt": "p", "tokens": [1, 2, 3], "reward": 1, "log_probs": [-1, None, -0.5], "response_mask": [True, False, True]},
+        {
+            "group": "b",
+            "prompt": "p",
+            "tokens": [1, 2, 3],
+            "reward": 1,
+            "log_probs": [-1, None, -0.5],
+            "response_mask": [True, False, True],
+        },
         {"group": "a", "prompt": "q", "tokens": [], "reward": 0, "log_probs": [], "response_mask": []},
-        {"group": "b", "prompt": "p", "tokens": [1, 4], "reward": 0, "log_probs": [-1, -2], "response_mask": [True, True]},
+        {
+            "group": "b",
+            "prompt": "p",
+            "tokens": [1, 4],
+            "reward": 0,
+            "log_probs": [-1, -2],
+            "response_mask": [True, True],
+        },
     ]
     run = inspect.read(lines(tmp_path / "x.jsonl", rows))
     assert run.batch.group_index.tolist() == [0, 1, 0] and run.prompts == ["p", "q"]
@@ -96,10 +122,16 @@ def test_plain_jsonl(tmp_path):
 @pytest.mark.parametrize(
     "records, message",
     [
-        ([{"group": 0, "text": "a", "reward": 1}], r"tokenizer: expected one because .* holds text and no token ids, got None"),
+        (
+            [{"group": 0, "text": "a", "reward": 1}],
+            r"tokenizer: expected one because .* holds text and no token ids, got None",
+        ),
         ([{"group": 0, "tokens": [1]}], "reward: expected in every row of .*, got none in row 0"),
         ([{"group": 0, "reward": 1}], "tokens or text: expected in every row of .*, got none in row 0"),
-        ([{"group": 0, "tokens": [1, 2], "reward": 1, "log_probs": [0.5]}], "log_probs: expected 2 numbers in row 0, got 1"),
+        (
+            [{"group": 0, "tokens": [1, 2], "reward": 1, "log_probs": [0.5]}],
+            "log_probs: expected 2 numbers in row 0, got 1",
+        ),
         ([{"group": 0, "tokens": [1], "reward": math.inf}], "rewards: expected finite numbers"),
         ([[1]], "path: expected an object in line 1 of .*, got list"),
         ([], "path: expected rollouts in .*, got an empty file"),
@@ -138,7 +170,15 @@ def test_text_that_would_act_is_written_out():
         def decode(self, ids, **settings):
             return {"▁the": "the", "<0xF0>": "\ufffd"}.get(self.pieces[ids[0]], self.pieces[ids[0]])
 
-    assert Vocabulary(SentencePiece()).texts([0, 1, 2, 3, 4, 5, -1]) == [" the", "the", "⟨f0⟩", "⟨⟩", r"\u{202e}", "⟨5⟩", "⟨-1⟩"]
+    assert Vocabulary(SentencePiece()).texts([0, 1, 2, 3, 4, 5, -1]) == [
+        " the",
+        "the",
+        "⟨f0⟩",
+        "⟨⟩",
+        r"\u{202e}",
+        "⟨5⟩",
+        "⟨-1⟩",
+    ]
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -149,11 +189,29 @@ def four(tmp_path):
     """The rollouts of the README, with log-probs that move both ways, and a group of one between them."""
     shared = {"group": 5, "prompt": "p"}
     rows = [
-        {"tokens": [5, 8, 2], "reward": 1.0, "old_log_probs": [-1.0, -1, -1], "log_probs": [-0.5, -1.0, -1.4], **shared},
-        {"tokens": [5, 9, 2], "reward": 0.0, "old_log_probs": [-1.0, -1, -1], "log_probs": [-0.5, -1.0, -1.4], **shared},
+        {
+            "tokens": [5, 8, 2],
+            "reward": 1.0,
+            "old_log_probs": [-1.0, -1, -1],
+            "log_probs": [-0.5, -1.0, -1.4],
+            **shared,
+        },
+        {
+            "tokens": [5, 9, 2],
+            "reward": 0.0,
+            "old_log_probs": [-1.0, -1, -1],
+            "log_probs": [-0.5, -1.0, -1.4],
+            **shared,
+        },
         {"tokens": [6], "reward": 3.0, "old_log_probs": [-1.0], "log_probs": [-1.0], "group": 6, "prompt": "q"},
         {"tokens": [7, 2], "reward": 0.0, "old_log_probs": [-1.0, -1], "log_probs": [-1.5, -0.9], **shared},
-        {"tokens": [5, 8, 2], "reward": 1.0, "old_log_probs": [-1.0, -1, -1], "log_probs": [-1.0, -1.0, -1.0], **shared},
+        {
+            "tokens": [5, 8, 2],
+            "reward": 1.0,
+            "old_log_probs": [-1.0, -1, -1],
+            "log_probs": [-1.0, -1.0, -1.0],
+            **shared,
+        },
     ]
     path = lines(tmp_path / "x.jsonl", rows)
     run = inspect.read(path)
@@ -170,7 +228,20 @@ def test_tables_by_hand(four):
     assert nodes["count"][order].tolist() == [4, 3, 1, 2, 1, 1]
     assert nodes["value"][order].tolist() == pytest.approx([0.5, 2 / 3, 0, 1, 0, 3])
     assert nodes["before"][order].tolist() == pytest.approx([0.5, 0.5, 0.5, 2 / 3, 2 / 3, 3])
-    assert data.tokens["branch"].tolist() == [True, True, False, True, True, False, False, True, False, True, True, False]
+    assert data.tokens["branch"].tolist() == [
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
     assert data.groups["signal"].tolist() == [True, False]
     paid = data.methods["tempo"]["advantage"]
     assert paid[:6] == pytest.approx([1.1547, 1.4434, 0.8660, -0.5773, -2.0207, -0.8660], abs=1e-4)
@@ -208,10 +279,24 @@ def test_tables_are_the_stages_own(folder):
 
 def test_masked_empty_and_alone(tmp_path):
     rows = [
-        {"group": 0, "tokens": [1, 2, 9, 3], "reward": 1, "old_log_probs": [-1, -1, None, -1], "log_probs": [-1, -1, None, -0.9], "response_mask": [1, 1, 0, 1]},
+        {
+            "group": 0,
+            "tokens": [1, 2, 9, 3],
+            "reward": 1,
+            "old_log_probs": [-1, -1, None, -1],
+            "log_probs": [-1, -1, None, -0.9],
+            "response_mask": [1, 1, 0, 1],
+        },
         {"group": 1, "tokens": [4], "reward": 2, "old_log_probs": [-1], "log_probs": [-1], "response_mask": [1]},
         {"group": 0, "tokens": [], "reward": 0, "old_log_probs": [], "log_probs": [], "response_mask": []},
-        {"group": 2, "tokens": [5, 6], "reward": 1, "old_log_probs": [-1, -1], "log_probs": [-1, -1], "response_mask": [0, 0]},
+        {
+            "group": 2,
+            "tokens": [5, 6],
+            "reward": 1,
+            "old_log_probs": [-1, -1],
+            "log_probs": [-1, -1],
+            "response_mask": [0, 0],
+        },
     ]
     data = inspect.compute(inspect.read(lines(tmp_path / "x.jsonl", rows)), ["tempo", "ctpo"])
     for table in data.methods.values():
@@ -246,7 +331,9 @@ def test_other_advantages_than_the_trainers_are_told(folder):
     other = run.advantages.clone()
     other[3] += 0.5
     notes = inspect.compute(replace(run, advantages=other), ["tempo"]).notes
-    assert notes == [f"The advantages that the trainer wrote differ from those of tempo at 1 of {other.numel()} tokens."]
+    assert notes == [
+        f"The advantages that the trainer wrote differ from those of tempo at 1 of {other.numel()} tokens."
+    ]
 
 
 def test_summary_by_hand(four):
@@ -301,7 +388,9 @@ def test_terminal_shows_text_as_text(tmp_path, folder):
 
     words = inspect.read(folder).vocabulary.tokenizer
     said = "[bold]a[/bold] \x1b[31m \u202e"
-    rows = [{"group": 0, "prompt": said, "tokens": words.encode(said + end), "reward": r} for end, r in (("1", 1), ("2", 0))]
+    rows = [
+        {"group": 0, "prompt": said, "tokens": words.encode(said + end), "reward": r} for end, r in (("1", 1), ("2", 0))
+    ]
     path = lines(tmp_path / "x.jsonl", rows)
     data = inspect.compute(inspect.read(path, tokenizer=str(folder / "tokenizer")), ["tempo"])
     console = rich.Console(width=200, record=True, color_system="truecolor", file=io.StringIO())

@@ -212,12 +212,13 @@ def test_prompts_are_left_out_where_all_do_not_fit(example):
 
 @needs_chromium
 def test_the_run(browser, example):
-    data, page = example
+    _, page = example
     browser.open(page)
     text = browser.js("return document.body.innerText")
     assert "Step 10" in text and "tempo" in text and "4 rollouts" not in text
     assert len(browser.all("figure svg")) == 9
-    unnamed = "return [...document.querySelectorAll('button,input,select,a,svg')].filter(e => !(e.ariaLabel || e.textContent.trim() || e.ariaHidden)).length"
+    unnamed = """return [...document.querySelectorAll("button, input, select, a, svg")]
+        .filter(e => !(e.ariaLabel || e.textContent.trim() || e.ariaHidden)).length"""
     assert browser.js(unnamed) == 0
     # Nothing is asked of any network.
     assert browser.js("return performance.getEntriesByType('resource').length") == 0
@@ -335,14 +336,19 @@ def test_filters_and_search(browser, example):
         fill(name, value)
         assert browser.shown() == np.flatnonzero(passes).tolist(), name
         browser.press(Keys.ESCAPE)
-    texts = ["".join(data.run.vocabulary.texts(data.tokens["token"][data.tokens["rollout"] == r].tolist())) for r in rows]
+    texts = [
+        "".join(data.run.vocabulary.texts(data.tokens["token"][data.tokens["rollout"] == r].tolist())) for r in rows
+    ]
     browser.press("/")
     browser.press("MULTIPLY")
     wanted = [i for i, text in enumerate(texts) if "multiply" in text.lower()]
     assert 0 < len(wanted) < 8 and browser.shown() == wanted
     browser.press(Keys.ENTER)
     browser.wait(lambda: browser.all(".text .cursor"))
-    hit = browser.js("return [...document.querySelector('.text .cursor').parentElement.querySelectorAll('.hit')].map(s => s.textContent).join('')")
+    hit = browser.js(
+        "const piece = document.querySelector('.text .cursor').parentElement;"
+        "return [...piece.querySelectorAll('.hit')].map(s => s.textContent).join('')"
+    )
     assert "Multiply" in hit
 
 
@@ -411,9 +417,15 @@ def test_untrusted_text_stays_text(browser, tmp_path):
     words.add_tokens(["x" * 5000])
     words.save_pretrained(tmp_path / "tokenizer")
     invalid = [words.convert_tokens_to_ids(c) for c in ("ð", "ÿ", "À")]
-    rows = [{"group": 0, "prompt": said, "tokens": words.encode(said), "reward": i % 2} for i, said in enumerate(HOSTILE)]
-    rows.append({"group": 0, "prompt": "", "tokens": [*invalid, 10**6, words.convert_tokens_to_ids("x" * 5000)], "reward": 1})
-    rows += [{"group": 1 + i, "prompt": said + "\ud800", "tokens": [1, 2 + i], "reward": 0} for i, said in enumerate(HOSTILE)]
+    rows = [
+        {"group": 0, "prompt": said, "tokens": words.encode(said), "reward": i % 2} for i, said in enumerate(HOSTILE)
+    ]
+    rows.append(
+        {"group": 0, "prompt": "", "tokens": [*invalid, 10**6, words.convert_tokens_to_ids("x" * 5000)], "reward": 1}
+    )
+    rows += [
+        {"group": 1 + i, "prompt": said + "\ud800", "tokens": [1, 2 + i], "reward": 0} for i, said in enumerate(HOSTILE)
+    ]
     source = tmp_path / "</script><b>.jsonl".replace("/", "_")
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = tmp_path / "page.html"
@@ -424,7 +436,8 @@ def test_untrusted_text_stays_text(browser, tmp_path):
 
     browser.open(page, "0")
     texts = browser.wait(lambda: len(browser.all("article .text span")) > 20) and [
-        browser.js(f"return document.querySelector('article[data-row=\"{i}\"] .text').textContent") for i in range(len(rows) - 7)
+        browser.js(f"return document.querySelector('article[data-row=\"{i}\"] .text').textContent")
+        for i in range(len(rows) - 7)
     ]
     assert [texts[i] for i in range(4)] == HOSTILE[:4]
     assert texts[4] == "right ⟨e2⟩⟨80⟩⟨ae⟩ to left ⟨e2⟩⟨81⟩⟨a6⟩ and ⟨e2⟩⟨80⟩⟨8f⟩ back"
@@ -461,6 +474,9 @@ def test_a_large_run(browser, tmp_path):
         browser.js("scrollTo(0, arguments[0] * document.body.scrollHeight)", float(part))
         browser.js("return new Promise(done => setTimeout(done, 150))")
         most = max(most, browser.js("return document.querySelectorAll('.text span').length"))
-        visible = "return [...document.querySelectorAll('.text > div')].filter(d => { const b = d.getBoundingClientRect(); return b.bottom > 0 && b.top < innerHeight && !d.firstChild }).length"
-        assert browser.js(visible) == 0
+        empty = """return [...document.querySelectorAll('.text > div')].filter(d => {
+            const { top, bottom } = d.getBoundingClientRect();
+            return bottom > 0 && top < innerHeight && !d.firstChild;
+        }).length"""
+        assert browser.js(empty) == 0
     assert 0 < most < total / 5

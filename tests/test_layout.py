@@ -62,4 +62,15 @@ def test_import_is_light():
     code = "import sys, tokcredit, torch; print(torch.cuda.is_initialized(), *sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert out[0] == "False"
-    assert not {"transformers", "accelerate", "trl", "verl", "vllm", "jinja2", "pyarrow", "rich", "tokcredit.inspect", "tokcredit.cli"} & set(out)
+    assert not {
+        "transformers",
+        "accelerate",
+        "trl",
+        "verl",
+        "vllm",
+        "jinja2",
+        "pyarrow",
+        "rich",
+        "tokcredit.inspect",
+        "tokcredit.cli",
+    } & set(out)

@@ -80,9 +80,7 @@ def compute(run: Run, objectives: Mapping[str, Objective] | tuple[str, ...] | li
     tables = {name: _method(batch, run.log_probs, objective) for name, objective in objectives.items()}
     notes += _differences(run, tables)
     nodes = _nodes(trees)
-    return Data(
-        run, objectives, _groups(run, batch), _rollouts(trees), nodes, _tokens(trees), tables, notes
-    )
+    return Data(run, objectives, _groups(run, batch), _rollouts(trees), nodes, _tokens(trees), tables, notes)
 
 
 def _batch(run: Run) -> tuple[Rollouts, list[str]]:
@@ -91,7 +89,9 @@ def _batch(run: Run) -> tuple[Rollouts, list[str]]:
     if batch.old_log_probs is None and batch.rollout_log_probs is not None:
         batch = replace(batch, old_log_probs=batch.rollout_log_probs)
         if run.log_probs is not None:
-            notes.append("Ratios are to the log-probs of the engine that sampled; the trainer's own are not in the file.")
+            notes.append(
+                "Ratios are to the log-probs of the engine that sampled; the trainer's own are not in the file."
+            )
     if run.log_probs is None:
         notes.append("The file has no log-probs of the updated policy, so there are no ratios and nothing is clipped.")
     elif batch.old_log_probs is None:

@@ -13,7 +13,6 @@ import base64
 import json
 import math
 import zlib
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -169,7 +168,7 @@ def _ratio_decimals(table: Table, take: Any) -> int:
     return RATIO + 2 * _narrow(table, take)
 
 
-def _node_tokens(data: Data, rows: Sequence[int], nodes: Any, words: Any) -> Any:
+def _node_tokens(data: Data, rows: Any, nodes: Any, words: Any) -> Any:
     """Tokens of the nodes, one node after the other, each read from one rollout that runs through it."""
     source = {}
     parent = data.nodes["parent"]

@@ -15,7 +15,7 @@ from tokcredit.inspect.vocabulary import visible
 
 LIMIT = 5_000_000
 ASSETS = Path(__file__).parent / "assets"
-SCRIPTS = ("decode", "colour", "chart", "run", "tree", "card", "text", "group", "page")
+SCRIPTS = ("decode", "colour", "chart", "run", "pictures", "tree", "card", "text", "tools", "group", "page")
 SNIPPET = 240
 NOTE, TAG = 200, 60
 
@@ -31,7 +31,11 @@ def render(data: Data, limit: int = LIMIT) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # the methods' order is the caller's
     template = environment.get_template("report.html.j2")
@@ -51,7 +55,12 @@ def render(data: Data, limit: int = LIMIT) -> str:
 
     def page(header: Table, blobs: dict[int, str]) -> str:
         return template.render(
-            title=Path(data.run.name).name, style=style, script=script, header=header, vocabulary=vocabulary, blobs=blobs
+            title=Path(data.run.name).name,
+            style=style,
+            script=script,
+            header=header,
+            vocabulary=vocabulary,
+            blobs=blobs,
         )
 
     blobs, notes = _fitting(data, places, limit - len(page(header, {}).encode()) - NOTE)
@@ -72,7 +81,9 @@ def _fitting(data: Data, places: Any, room: int) -> tuple[dict[int, str], list[s
     for count in range(len(groups) - 1, 0, -1):
         kept = np.unique(np.linspace(0, len(groups) - 1, count).round().astype(int)).tolist()
         if count == 1 or _size(blobs, kept) <= room:
-            note = f"{len(kept)} of {len(groups)} prompts are shown, evenly spread; the run's figures count all of them."
+            note = (
+                f"{len(kept)} of {len(groups)} prompts are shown, evenly spread; the run's figures count all of them."
+            )
             return {g: blobs[g] for g in kept}, [note]
     return blobs, []
 

@@ -49,8 +49,8 @@ def read(path: str | Path, tokenizer: str | None = None, step: int | None = None
     """The rollouts of one step of a file or of a run folder.
 
     Reads ``rollouts-*.parquet`` as our trainer writes it, the completions parquet of TRL (``log_completions``), the
-    JSONL of verl (``rollout_data_dir``), and JSONL of ``{"group", "prompt", "tokens" | "text", "reward", "log_probs"?}``
-    with the further per-token names of our parquet. TRL's reward is the sum of its reward functions.
+    JSONL of verl (``rollout_data_dir``), and JSONL of ``{"group", "prompt", "tokens" | "text", "reward",
+    "log_probs"?}`` with the further per-token names of our parquet. TRL's reward is the sum of its reward functions.
 
     Args:
         path: a file, or a folder that holds such files, of which the one of ``step`` is taken.
@@ -73,10 +73,10 @@ def read(path: str | Path, tokenizer: str | None = None, step: int | None = None
     beside = file.parent / "tokenizer"
     loaded = load_tokenizer(tokenizer or str(beside)) if tokenizer or beside.is_dir() else None
     rows = [_row(record, number, file) for number, record in enumerate(records)]
-    if loaded is None and any("tokens" not in row for row in rows):
-        raise ValueError(f"tokenizer: expected one because {file} holds text and no token ids, got None")
     for row in rows:
         if "tokens" not in row:
+            if loaded is None:
+                raise ValueError(f"tokenizer: expected one because {file} holds text and no token ids, got None")
             row["tokens"] = loaded.encode(row["text"], add_special_tokens=False)
     return _run(rows, Vocabulary(loaded), file, wanted, settings)
 
@@ -106,7 +106,7 @@ def _parquet(file: Path) -> tuple[list[Record], dict[str, str]]:
     table = pyarrow.parquet.read_table(file)
     settings = json.loads((table.schema.metadata or {}).get(b"tokcredit", b"{}"))
     columns = [_cells(column.combine_chunks()) for column in table.columns]
-    records = [dict(zip(table.column_names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    records: list[Record] = [dict(zip(table.column_names, cells, strict=True)) for cells in zip(*columns, strict=True)]
     return records, {key: str(value) for key, value in settings.items() if value is not None}
 
 
@@ -117,12 +117,10 @@ def _cells(column: Any) -> list[Any]:
     if not types.is_list(column.type) or not (
         types.is_primitive(column.type.value_type) or types.is_boolean(column.type.value_type)
     ):
-        return column.to_pylist()  # type: ignore[no-any-return]
+        return column.to_pylist()
     offsets, values = column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False)
     present = column.is_valid().to_numpy(zero_copy_only=False)
-    return [
-        values[a:b] if there else None for a, b, there in zip(offsets[:-1], offsets[1:], present, strict=True)
-    ]
+    return [values[a:b] if there else None for a, b, there in zip(offsets[:-1], offsets[1:], present, strict=True)]
 
 
 def _jsonl(file: Path) -> list[Record]:
@@ -191,8 +189,8 @@ def _run(
         torch.tensor([0, *lengths]).cumsum(0),
         torch.tensor(group_ids),
         torch.tensor([float(row["reward"]) for row in rows]),
-        None if mask is None else mask.bool(),
-        **columns,
+        None if mask is None else mask.bool(),  # type: ignore[arg-type]
+        **columns,  # type: ignore[arg-type]
     )
     return Run(batch, log_probs, advantages, prompts, vocabulary, "/".join(file.absolute().parts[-2:]), step, settings)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ def summarize(data: Data) -> Table:
     """Figures of the run.
 
     Returns:
-        ``groups``: how many, and ``silent`` ones whose rewards are all equal, which pay nothing relative to the group;
+        ``groups``: how many, and ``silent`` ones, whose rewards are all equal, so that no rollout beats another;
         ``rollouts``, ``tokens``, mean ``reward``; ``means``: histogram of the prompts' mean rewards; ``edges``: of the
-        bins of positions and lengths; ``lengths``: histogram of trained tokens by the sign of the reward relative to the
-        group; ``branches``: share of branch tokens by position; ``methods``: per method the figures of
+        bins of positions and lengths; ``lengths``: histograms of trained tokens of the rollouts above and below their
+        prompt's mean reward; ``branches``: share of branch tokens by position; ``methods``: per method the figures of
         :func:`method_figures`.
     """
     rows, tokens, groups = data.rollouts, data.tokens, data.groups
@@ -112,7 +113,9 @@ def _lengths(data: Data, edges: Any) -> Table:
     sign = np.where(np.abs(centred) > 1e-9, np.sign(centred), 0)
     trained = np.bincount(data.tokens["rollout"][data.tokens["response"]], minlength=len(sign))
     counts = {name: np.histogram(trained[sign == s], edges)[0].tolist() for name, s in (("above", 1), ("below", -1))}
-    means = {f"mean_{name}": _share(trained[sign == s].sum(), (sign == s).sum()) for name, s in (("above", 1), ("below", -1))}
+    means = {
+        f"mean_{name}": _share(trained[sign == s].sum(), (sign == s).sum()) for name, s in (("above", 1), ("below", -1))
+    }
     return {**counts, **means}
 
 
@@ -130,7 +133,7 @@ def _ratios(data: Data, table: Table, edges: Any) -> Table:
     stops = np.searchsorted(where[order], np.arange(len(edges)))
     columns = {name: table[name][use][order].astype(float) for name in ("ratio", "low", "high")}
     stopped = (table["clipped"][use][order] == STOPPED).astype(float)
-    spans = list(zip(stops[:-1], stops[1:], strict=True))
+    spans = list(pairwise(stops))
 
     def each(measure: Any, x: Any) -> list[Any]:
         return [measure(x[a:b]) if b > a and np.isfinite(x[a]) else None for a, b in spans]

@@ -64,13 +64,21 @@ def _head(data: Data, group: int, count: int) -> Any:
 def _figures(figures: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    names = ("tokens beyond the constant", "credit beyond the constant", "move the policy", "clipped", "effective share")
+    names = (
+        "tokens beyond the constant",
+        "credit beyond the constant",
+        "move the policy",
+        "clipped",
+        "effective share",
+    )
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("method", style="bold")
     for name in names:
         table.add_column(name, justify="right")
     for method, f in figures["methods"].items():
-        shares = [f"{f[key]:.1%}" if f[key] is not None else "–" for key in ("beyond", "beyond_credit", "moves", "clipped")]
+        shares = [
+            f"{f[key]:.1%}" if f[key] is not None else "–" for key in ("beyond", "beyond_credit", "moves", "clipped")
+        ]
         table.add_row(method, *shares, "–" if f["effective"] is None else f"{f['effective']:.3f}")
     return table
 
@@ -80,11 +88,11 @@ def _tree(data: Data, group: int) -> Any:
 
     nodes, rollouts = data.nodes, data.rollouts
     places = np.flatnonzero(nodes["group"] == group)
-    source = {}
+    source: dict[int, int] = {}
     for row in np.flatnonzero(rollouts["group"] == group):
         v = int(rollouts["leaf"][row])
         while v >= 0:
-            source.setdefault(v, row)
+            source.setdefault(v, int(row))
             v = int(nodes["parent"][v])
     drawn: dict[int, Any] = {}
     for v in places.tolist():

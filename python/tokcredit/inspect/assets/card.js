@@ -4,15 +4,16 @@ function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [key, value] of Object.entries(attributes)) {
     if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) node.setAttribute(key, value === true ? "" : value);
+    else if (value === true) node.setAttribute(key, "");
+    else if (value !== null && value !== false) node.setAttribute(key, value);
   }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
+  node.append(...children.filter((child) => child !== null));
   return node;
 }
 
 function draw(tag, attributes = {}, ...children) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [key, value] of Object.entries(attributes)) if (value !== null && value !== undefined) node.setAttribute(key, value);
+  for (const [key, value] of Object.entries(attributes)) if (value !== null) node.setAttribute(key, value);
   node.append(...children);
   return node;
 }
@@ -50,32 +51,31 @@ function say(text) {
 
 // The numbers of one token under every method.
 function tokenCard(group, row, position) {
-  const token = row.begin + position, r = row.number;
-  const v = group.nodeAt(row, position), { value, before, depth } = group.nodes;
-  const branch = group.flags(METHODS[0], row, position) & BRANCH;
-  const first = depth[v] === position;
-  const heading = (name) => el("th", { scope: "row" }, name);
-  const shared = (name, field, text) => el("tr", {}, heading(name), el("td", { "data-field": field, colspan: METHODS.length }, text ?? "–"));
-  const each = (name, field, get) => el("tr", {}, heading(name),
-    ...METHODS.map((m) => el("td", { "data-field": field, "data-method": m }, get(group.methods[m], m) ?? "–")));
-  const was = first ? before[v] : value[v];
-  const span = (own) => {
+  const token = row.begin + position, r = row.number, v = group.nodeAt(row, position);
+  const { value, before, depth } = group.nodes, branch = group.flags(METHODS[0], row, position) & BRANCH;
+  const was = depth[v] === position ? before[v] : value[v];
+  const title = (name) => el("th", { scope: "row" }, name);
+  const shared = (name, field, text) =>
+    el("tr", {}, title(name), el("td", { "data-field": field, colspan: METHODS.length }, text ?? "–"));
+  const each = (name, get) => el("tr", {}, title(name), ...METHODS.map((m) =>
+    el("td", { "data-field": name, "data-method": m }, get(group.methods[m], group.flags(m, row, position)) ?? "–")));
+  const number = (name) => each(name, (own) => own[name].text(r, token));
+  const window = (own) => {
     const low = own.low.text(r, token), high = own.high.text(r, token);
     return low === null && high === null ? null : `${low ?? "0"} … ${high ?? "∞"}`;
   };
-  const clip = (own, m) => {
-    const flags = group.flags(m, row, position);
-    return flags & STOPPED ? "stopped" : flags & BOUNDED ? "bounded" : flags & TRAINS ? "no" : "not trained";
-  };
-  const names = METHODS.length > 1 ? el("tr", { class: "names" }, el("td"), ...METHODS.map((m) => el("th", { scope: "col" }, m))) : null;
-  const table = el("table", {},
-    el("tbody", {}, shared("log-prob", "log_prob", group.logProb.text(r, token)),
-      shared("value before, after", "value", `${branch ? "branch, " : ""}${plain(was)} → ${plain(value[v])}`), names, each("advantage", "advantage", (own) => own.advantage.text(r, token)),
-      each("ratio", "ratio", (own) => own.ratio.text(r, token)), each("window", "window", span),
-      each("weight", "weight", (own) => own.weight.text(r, token)), each("clipped", "clipped", clip)));
-  const text = group.word(row, position);
-  return [el("div", { class: "token" }, text.trim() ? text : `“${text.replace(/\n/g, "↵")}”`),
-    el("div", { class: "place" }, `token ${position + 1} of ${row.length}, rollout ${r + 1}`), table];
+  const clipped = (_, flags) =>
+    flags & STOPPED ? "stopped" : flags & BOUNDED ? "bounded" : flags & TRAINS ? "no" : "not trained";
+  const names = METHODS.map((m) => el("th", { scope: "col" }, m)), text = group.word(row, position);
+  return [
+    el("div", { class: "token" }, text.trim() ? text : `“${text.replace(/\n/g, "↵")}”`),
+    el("div", { class: "place" }, `token ${position + 1} of ${row.length}, rollout ${r + 1}`),
+    el("table", {}, el("tbody", {},
+      shared("log-prob", "log_prob", group.logProb.text(r, token)),
+      shared("value before, after", "value", `${branch ? "branch, " : ""}${plain(was)} → ${plain(value[v])}`),
+      METHODS.length > 1 ? el("tr", { class: "names" }, el("td"), ...names) : null,
+      number("advantage"), number("ratio"), each("window", window), number("weight"), each("clipped", clipped))),
+  ];
 }
 
 function plain(x) {

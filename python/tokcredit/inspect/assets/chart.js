@@ -6,64 +6,77 @@ class Chart {
   constructor(x, y, label) {
     const { width, height, left, right, top, bottom } = FRAME;
     this.svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label });
-    this.x = (v) => left + ((v - x[0]) / (x[1] - x[0] || 1)) * (width - left - right);
-    this.y = (v) => height - bottom - ((Math.max(y[0], Math.min(y[1], v)) - y[0]) / (y[1] - y[0] || 1)) * (height - top - bottom);
-    this.domain = { x, y };
+    const inner = { x: width - left - right, y: height - top - bottom };
+    const within = (v, [low, high]) => (Math.max(low, Math.min(high, v)) - low) / (high - low || 1);
+    this.x = (v) => left + within(v, x) * inner.x;
+    this.y = (v) => height - bottom - within(v, y) * inner.y;
   }
 
   axes(xTicks, yTicks, xName, xText = brief, yText = brief) {
     const { width, height, left, right, bottom } = FRAME;
+    const text = (x, y, anchor, words) => this.svg.append(draw("text", { x, y, "text-anchor": anchor }, words));
     for (const v of yTicks) {
-      this.svg.append(draw("line", { class: "axis", x1: left, x2: width - right, y1: this.y(v), y2: this.y(v) }));
-      this.svg.append(draw("text", { x: left - 7, y: this.y(v) + 4, "text-anchor": "end" }, yText(v)));
+      const y = this.y(v);
+      this.svg.append(draw("line", { class: "axis", x1: left, x2: width - right, y1: y, y2: y }));
+      text(left - 7, y + 4, "end", yText(v));
     }
-    for (const v of xTicks) this.svg.append(draw("text", { x: this.x(v), y: height - bottom + 16, "text-anchor": "middle" }, xText(v)));
-    this.svg.append(draw("text", { x: width - right, y: height - 1, "text-anchor": "end" }, xName));
-    return this;
+    for (const v of xTicks) text(this.x(v), height - bottom + 16, "middle", xText(v));
+    text(width - right, height - 1, "end", xName);
   }
 
   bar(x0, x1, y0, y1, kind = "") {
-    const left = this.x(x0) + 0.5, top = Math.min(this.y(y0), this.y(y1));
-    this.svg.append(draw("rect", { class: `bar ${kind}`, x: left, width: Math.max(0.8, this.x(x1) - left - 0.5), y: top, height: Math.abs(this.y(y0) - this.y(y1)) }));
+    const x = this.x(x0) + 0.5, y = Math.min(this.y(y0), this.y(y1)), height = Math.abs(this.y(y0) - this.y(y1));
+    this.svg.append(draw("rect", { class: `bar ${kind}`, x, y, width: Math.max(0.8, this.x(x1) - x - 0.5), height }));
   }
 
+  place(x, y) {
+    return `${this.x(x).toFixed(1)},${this.y(y).toFixed(1)}`;
+  }
+
+  // Points whose height is null interrupt the line.
   line(points, kind = "") {
-    const parts = points.map(([x, y], i) => (y === null ? null : `${i && points[i - 1][1] !== null ? "L" : "M"}${this.x(x).toFixed(1)},${this.y(y).toFixed(1)}`));
-    this.svg.append(draw("path", { class: `line ${kind}`, d: parts.filter(Boolean).join("") }));
+    let d = "", on = false;
+    for (const [x, y] of points) {
+      if (y !== null) d += `${on ? "L" : "M"}${this.place(x, y)}`;
+      on = y !== null;
+    }
+    this.svg.append(draw("path", { class: `line ${kind}`, d }));
   }
 
   band(points, kind = "") {
     const known = points.filter(([, low]) => low !== null);
-    const there = known.map(([x, low]) => `${this.x(x).toFixed(1)},${this.y(low).toFixed(1)}`);
-    const back = known.map(([x, , high]) => `${this.x(x).toFixed(1)},${this.y(high).toFixed(1)}`).reverse();
-    if (known.length) this.svg.append(draw("path", { class: `band ${kind}`, d: `M${[...there, ...back].join("L")}Z` }));
+    if (!known.length) return;
+    const there = known.map(([x, low]) => this.place(x, low)), back = known.map(([x, , high]) => this.place(x, high));
+    this.svg.append(draw("path", { class: `band ${kind}`, d: `M${[...there, ...back.reverse()].join("L")}Z` }));
   }
 
-  // What lies under the pointer, column by column.
+  // What is under the pointer, column by column: `tell` gives the lines of a column, or nothing.
   tips(edges, tell) {
     const { height, top, bottom } = FRAME;
     for (let i = 0; i + 1 < edges.length; i++) {
-      const text = tell(i);
-      if (!text) continue;
-      const x = this.x(edges[i]);
-      const area = draw("rect", { class: "hit-area", x, width: Math.max(1, this.x(edges[i + 1]) - x), y: top, height: height - top - bottom });
-      area.addEventListener("pointerenter", () => showCard(area, text.map((t) => el("div", {}, t))));
+      const lines = tell(i), x = this.x(edges[i]), width = Math.max(1, this.x(edges[i + 1]) - x);
+      if (!lines) continue;
+      const area = draw("rect", { class: "hit-area", x, width, y: top, height: height - top - bottom });
+      area.addEventListener("pointerenter", () => showCard(area, lines.map((line) => el("div", {}, line))));
       area.addEventListener("pointerleave", hideCard);
       this.svg.append(area);
     }
-    return this;
+    return this.svg;
   }
 }
 
-function figure(title, caption, body, ...more) {
-  return el("figure", {}, el("h3", {}, title), el("figcaption", {}, caption), body, ...more);
+function figure(title, caption, ...body) {
+  return el("figure", {}, el("h3", {}, title), el("figcaption", {}, caption), ...body);
+}
+
+function key(...entries) {
+  return el("p", { class: "key" }, ...entries.map(([kind, text]) => el("span", {}, el("i", { class: kind }), text)));
 }
 
 function ticks(low, high, about = 4) {
   const rough = (high - low) / about || 1, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((s) => s * power).find((s) => s >= rough * 0.999);
-  const out = [];
-  for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step) out.push(Math.abs(v) < step * 1e-9 ? 0 : v);
+  const step = [1, 2, 2.5, 5, 10].map((s) => s * power).find((s) => s >= rough * 0.999), out = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) out.push(i * step);
   return out;
 }
 
@@ -73,7 +86,8 @@ function brief(x) {
 }
 
 function percent(x, digits = 1) {
-  return x === null ? "–" : x && x * 100 < 0.1 ** digits ? `< ${0.1 ** digits}%` : `${(x * 100).toFixed(digits)}%`;
+  if (x === null) return "–";
+  return x && x * 100 < 0.1 ** digits ? `< ${0.1 ** digits}%` : `${(x * 100).toFixed(digits)}%`;
 }
 
 const whole = (x) => x.toLocaleString("en");

@@ -66,7 +66,8 @@ class Group {
     const length = new DataView(bytes.buffer).getUint32(0, true);
     const told = JSON.parse(new TextDecoder().decode(bytes.subarray(4, 4 + length)));
     const body = bytes.subarray(4 + length);
-    Object.assign(this, { index, prompt: told.prompt, rows: told.rows, nodes: told.nodes, methods: told.methods, dictionary: words });
+    const { prompt, rows, nodes, methods } = told;
+    Object.assign(this, { index, prompt, rows, nodes, methods, dictionary: words });
     this.size = this.rows.reduce((n, row) => n + row.length, 0);
     this.columns = told.columns.map((entry) => new Column(entry, body, this.size));
     this.logProb = this.columns[told.log_prob];
@@ -107,8 +108,8 @@ class Group {
   }
 
   nodeTexts(v, limit = Infinity) {
-    const begin = this.starts[v];
-    return Array.from(this.words.subarray(begin, begin + Math.min(limit, this.nodes.length[v])), (w) => this.dictionary[w]);
+    const begin = this.starts[v], end = begin + Math.min(limit, this.nodes.length[v]);
+    return Array.from(this.words.subarray(begin, end), (word) => this.dictionary[word]);
   }
 
   flags(method, row, position) {
@@ -123,7 +124,8 @@ async function open(index) {
   dictionary ??= inflate("vocabulary").then((bytes) => JSON.parse(new TextDecoder().decode(bytes)));
   if (!opened.has(index)) {
     if (opened.size > 8) opened.delete(opened.keys().next().value);
-    opened.set(index, Promise.all([inflate(`group-${index}`), dictionary]).then(([bytes, words]) => new Group(bytes, words, index)));
+    const both = Promise.all([inflate(`group-${index}`), dictionary]);
+    opened.set(index, both.then(([bytes, words]) => new Group(bytes, words, index)));
   }
   return opened.get(index);
 }

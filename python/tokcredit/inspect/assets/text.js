@@ -1,51 +1,84 @@
 // Rollouts as text: tokens coloured by what they are paid, built only where they are seen.
 
-const PIECE = 220, FOLD = 340, LINE = 13 * 1.72;
+const PIECE = 220, FOLD = 340, LINE = 13 * 1.72, STRIP = 18;
 
-// Pieces of at most about 220 tokens, cut after line breaks where there are any.
+// Spans of at most about 220 tokens, cut after line breaks where there are any.
 function pieces(texts) {
   const out = [];
   let begin = 0, broken = 0;
   for (let i = 0; i < texts.length; i++) {
     if (texts[i].includes("\n")) broken = i + 1;
     if (i + 1 - begin < PIECE) continue;
-    const cut = broken > begin ? broken : i + 1;
-    out.push([begin, cut]);
-    begin = cut;
+    const end = broken > begin ? broken : i + 1;
+    out.push([begin, end]);
+    begin = end;
   }
   if (begin < texts.length || !out.length) out.push([begin, texts.length]);
   return out;
 }
 
 const seen = new IntersectionObserver((entries) => {
-  for (const entry of entries) entry.isIntersecting ? entry.target.fill() : entry.target.empty();
+  for (const { isIntersecting, target } of entries) isIntersecting ? target.fill() : target.empty();
 }, { rootMargin: "900px 0px" });
 
 class RolloutText {
-  constructor(group, row) {
-    this.group = group;
-    this.row = row;
+  constructor(page, group, row) {
+    Object.assign(this, { page, group, row, cursor: null, hits: new Set() });
     this.texts = group.texts(row);
     this.cuts = pieces(this.texts);
-    this.hits = new Set();
-    this.cursor = null;
+    this.longest = Math.max(...group.rows.map((r) => r.length));
+    this.article = this.frame();
+    this.fold(true);
   }
 
-  // One column of text for a method.
-  column(method) {
-    const box = el("div", { class: "text" });
-    box.append(...this.cuts.map(([begin, end]) => this.piece(method, begin, end)));
-    return box;
+  frame() {
+    const { row, group } = this, reward = plain(row.reward), length = whole(row.length);
+    const branches = this.texts.reduce((n, _, i) => n + (this.isBranch(i) ? 1 : 0), 0);
+    const fold = () => this.fold(!this.article.classList.contains("folded"));
+    this.button = el("button", { type: "button", hidden: row.length <= FOLD, onclick: fold });
+    this.canvas = el("canvas", { "aria-hidden": "true", onclick: ({ offsetX }) => {
+      const position = Math.floor((offsetX / this.canvas.clientWidth) * this.longest);
+      this.page.move(this, Math.min(row.length - 1, position));
+    } });
+    this.paid = el("span", {});
+    this.columns = el("div", { class: "texts" });
+    const label = `Rollout ${row.number + 1}, reward ${reward}, ${length} tokens`;
+    return el("article", { tabindex: 0, "aria-label": label, "data-row": row.number,
+      onfocus: () => (this.page.current = this),
+      onpointerover: ({ target }) =>
+        target.position !== undefined && showCard(target, tokenCard(group, row, target.position)),
+      onpointerout: hideCard,
+      onclick: ({ target }) =>
+        target.position !== undefined && getSelection().isCollapsed && this.page.move(this, target.position) },
+    el("header", {}, el("b", {}, `Rollout ${row.number + 1}`),
+      el("span", {}, "reward ", el("b", { class: sign(row.reward, group.nodes.value[0]) }, reward)),
+      el("span", {}, `${length} tokens`), el("span", {}, `${branches} branch ${branches === 1 ? "token" : "tokens"}`),
+      this.paid, this.button),
+    this.canvas, this.columns);
+  }
+
+  // Text columns for these methods.
+  show(methods) {
+    for (const piece of this.columns.querySelectorAll(".text > div")) seen.unobserve(piece);
+    const several = methods.length > 1;
+    this.columns.replaceChildren(...methods.map((m) => el("div", {}, several ? el("h4", {}, m) : null,
+      el("div", { class: "text" }, ...this.cuts.map(([begin, end]) => this.piece(m, begin, end))))));
+    this.paid.textContent = methods.map((m) => {
+      const { constant, moves } = this.group.methods[m], { number } = this.row;
+      const stays = moves[number] ? "" : ", does not move the policy";
+      return `${several ? m : "advantage"} ${plain(constant[number])}${stays}`;
+    }).join(" · ");
   }
 
   piece(method, begin, end) {
-    const piece = el("div", { "data-begin": begin, "data-method": method });
-    const characters = this.texts.slice(begin, end).reduce((n, text) => n + text.length, 0);
-    const breaks = this.texts.slice(begin, end).filter((text) => text.includes("\n")).length;
+    const piece = el("div", { "data-begin": begin, "data-method": method }), texts = this.texts.slice(begin, end);
+    const characters = texts.reduce((n, text) => n + text.length, 0);
+    const breaks = texts.filter((text) => text.includes("\n")).length;
+    // A guess until it is built, so that the page is as long as it will be.
     piece.style.minHeight = `${Math.max(1, Math.ceil(characters / 110) + breaks * 0.6) * LINE}px`;
     piece.fill = () => {
       if (piece.firstChild) return;
-      piece.append(...this.texts.slice(begin, end).map((text, i) => this.token(method, begin + i, text)));
+      piece.append(...texts.map((text, i) => this.token(method, begin + i, text)));
       piece.style.minHeight = "";
     };
     piece.empty = () => {
@@ -57,41 +90,47 @@ class RolloutText {
     return piece;
   }
 
+  advantage(method, position) {
+    return this.group.methods[method].advantage.number(this.row.number, this.row.begin + position);
+  }
+
   token(method, position, text) {
-    const { group, row } = this, flags = group.flags(method, row, position);
-    const paid = group.methods[method].advantage.number(row.number, row.begin + position);
-    const kinds = [shade(paid, HEADER.summary.methods[method].scale)];
-    if (flags & BRANCH) kinds.push("branch");
-    if (flags & (STOPPED | BOUNDED)) kinds.push("stopped");
-    if (!(flags & TRAINS)) kinds.push("outside");
-    if (this.hits.has(position)) kinds.push("hit");
-    if (this.cursor === position) kinds.push("cursor");
+    const flags = this.group.flags(method, this.row, position);
+    const kinds = [shade(this.advantage(method, position), HEADER.summary.methods[method].scale),
+      flags & BRANCH && "branch", flags & (STOPPED | BOUNDED) && "stopped", !(flags & TRAINS) && "outside",
+      this.hits.has(position) && "hit", this.cursor === position && "cursor"];
     const span = el("span", { class: kinds.filter(Boolean).join(" ") }, text.replace(/\n/g, "↵\n"));
     span.position = position;
     return span;
   }
 
   redraw() {
-    for (const piece of this.article.querySelectorAll(".text > div")) {
+    for (const piece of this.columns.querySelectorAll(".text > div")) {
       if (!piece.firstChild) continue;
       piece.replaceChildren();
       piece.fill();
     }
   }
 
-  // Unfolds as needed, scrolls to the token and shows its numbers.
+  // Puts the cursor on a token: unfolds, scrolls there if need be and shows its numbers.
   async reveal(position, method) {
     this.cursor = position;
     this.fold(false);
     const [begin] = this.cuts.findLast(([b]) => b <= position);
-    const piece = this.article.querySelector(`.text > div[data-begin="${begin}"][data-method="${CSS.escape(method)}"]`);
+    const piece = this.columns.querySelector(`[data-begin="${begin}"][data-method="${CSS.escape(method)}"]`);
     piece.fill();
     this.redraw();
-    const span = piece.children[position - begin], box = span.getBoundingClientRect();
-    if (box.top < 150 || box.bottom > innerHeight - 230) span.scrollIntoView({ block: "center" });
+    const { top, bottom } = piece.children[position - begin].getBoundingClientRect();
+    if (top < 150 || bottom > innerHeight - 230) piece.children[position - begin].scrollIntoView({ block: "center" });
     await new Promise(requestAnimationFrame);
     showCard(piece.children[position - begin] ?? piece, tokenCard(this.group, this.row, position));
-    say(`${this.texts[position]}, ${METHODS.map((m) => `${m} ${this.group.methods[m].advantage.text(this.row.number, this.row.begin + position)}`).join(", ")}`);
+    say([this.texts[position], ...METHODS.map((m) => `${m} ${plain(this.advantage(m, position))}`)].join(", "));
+  }
+
+  leave() {
+    if (this.cursor === null) return;
+    this.cursor = null;
+    this.redraw();
   }
 
   fold(folded) {
@@ -101,21 +140,23 @@ class RolloutText {
     this.button.setAttribute("aria-expanded", String(!folded));
   }
 
+  // Finds the tokens that hold the text, however it is cut into tokens.
   search(wanted) {
     this.hits.clear();
-    if (!wanted) return;
-    const starts = [];
-    let at = 0;
-    for (const text of this.texts) { starts.push(at); at += text.length; }
-    const all = this.texts.join("").toLowerCase();
-    let token = 0;
-    for (let found = all.indexOf(wanted); found >= 0; found = all.indexOf(wanted, found + wanted.length)) {
-      while (token + 1 < starts.length && starts[token + 1] <= found) token++;
-      for (let i = token; i < starts.length && starts[i] < found + wanted.length; i++) this.hits.add(i);
+    if (wanted) {
+      const starts = [];
+      this.texts.reduce((at, text) => (starts.push(at), at + text.length), 0);
+      const all = this.texts.join("").toLowerCase();
+      let token = 0;
+      for (let at = all.indexOf(wanted); at >= 0; at = all.indexOf(wanted, at + wanted.length)) {
+        while (token + 1 < starts.length && starts[token + 1] <= at) token++;
+        for (let i = token; i < starts.length && starts[i] < at + wanted.length; i++) this.hits.add(i);
+      }
     }
+    this.redraw();
   }
 
-  step(from, direction, wanted) {
+  find(from, direction, wanted) {
     for (let i = from + direction; i >= 0 && i < this.texts.length; i += direction) if (wanted(i)) return i;
     return null;
   }
@@ -124,27 +165,25 @@ class RolloutText {
     return this.group.flags(METHODS[0], this.row, position) & BRANCH;
   }
 
-  // The whole rollout as a strip: a column of pixels per token or per few, branches as ticks above.
+  // The whole rollout as a strip, on the scale of the longest, with a tick at every branch token.
   strip(method) {
-    const canvas = this.canvas, width = canvas.clientWidth, ratio = devicePixelRatio || 1;
+    const { canvas, row } = this, width = canvas.clientWidth, dense = devicePixelRatio || 1;
     if (!width) return;
-    canvas.width = width * ratio;
-    canvas.height = 18 * ratio;
-    const pen = canvas.getContext("2d"), { row, group } = this, longest = Math.max(...group.rows.map((r) => r.length));
-    pen.scale(ratio, ratio);
-    const unit = width / longest, scale = HEADER.summary.methods[method].scale, ink = getComputedStyle(canvas).color;
-    const colours = new Map();
+    canvas.width = width * dense;
+    canvas.height = STRIP * dense;
+    const pen = canvas.getContext("2d"), unit = width / this.longest, colours = new Map();
+    const { scale } = HEADER.summary.methods[method];
+    pen.scale(dense, dense);
     for (let i = 0; i < row.length; i++) {
-      const paid = group.methods[method].advantage.number(row.number, row.begin + i), key = shade(paid, scale);
-      if (key) {
-        if (!colours.has(key)) colours.set(key, paint(paid, scale));
-        pen.fillStyle = colours.get(key);
-        pen.fillRect(i * unit, 5, Math.max(unit, 0.7), 13);
-      }
+      const paid = this.advantage(method, i), key = shade(paid, scale);
+      if (!key) continue;
+      if (!colours.has(key)) colours.set(key, paint(paid, scale));
+      pen.fillStyle = colours.get(key);
+      pen.fillRect(i * unit, 5, Math.max(unit, 0.7), STRIP - 5);
     }
-    pen.fillStyle = ink;
-    for (let i = 0; i < row.length; i++) if (this.isBranch(i)) pen.fillRect(i * unit, 0, 1.2, 18);
+    pen.fillStyle = getComputedStyle(canvas).color;
+    for (let i = 0; i < row.length; i++) if (this.isBranch(i)) pen.fillRect(i * unit, 0, 1.2, STRIP);
     pen.globalAlpha = 0.25;
-    pen.fillRect(0, 17, row.length * unit, 1);
+    pen.fillRect(0, STRIP - 1, row.length * unit, 1);
   }
 }
