@@ -453,6 +453,34 @@ def test_untrusted_text_stays_text(browser, tmp_path):
 
 
 @needs_chromium
+def test_odd_rollouts(browser, tmp_path):
+    rows = [
+        {"group": 0, "prompt": "", "tokens": [], "reward": 0, "response_mask": []},
+        {"group": 1, "prompt": "alone", "tokens": [4], "reward": -2.5, "response_mask": [1]},
+        {"group": 2, "prompt": "masked", "tokens": [5, 6], "reward": 1, "response_mask": [0, 0]},
+        {"group": 2, "prompt": "masked", "tokens": [5], "reward": 1, "response_mask": [1]},
+        {"group": 3, "prompt": "empty and not", "tokens": [], "reward": 0, "response_mask": []},
+        {"group": 3, "prompt": "empty and not", "tokens": [7, 8], "reward": 1, "response_mask": [1, 1]},
+    ]
+    source, page = tmp_path / "x.jsonl", tmp_path / "x.html"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inspect.run(source, ["tempo", "gspo"], page)
+    browser.open(page)
+    assert "so there are no ratios" in browser.js("return document.querySelector('.note').textContent")
+    for group, lengths in enumerate([[0], [1], [1, 2], [0, 2]]):
+        browser.open(page, str(group))
+        spans = [len(a.find_elements(By.CSS_SELECTOR, ".text span")) for a in browser.all("article")]
+        assert sorted(spans) == lengths
+        browser.press("j", "b", Keys.ARROW_RIGHT, "x", "m", Keys.ESCAPE)
+        assert browser.shown() == list(range(len(lengths)))
+    browser.open(page, "2")
+    browser.hover(browser.all("article[data-row='0'] .text span")[1])
+    card = browser.card()
+    assert card["clipped", "tempo"] == "not trained" and card["ratio", "gspo"] == "–"
+    assert number(card["advantage", "tempo"]) == 0 == number(card["weight", "tempo"])
+
+
+@needs_chromium
 @pytest.mark.slow
 def test_a_large_run(browser, tmp_path):
     derivations.write(tmp_path, groups=64, rollouts=16, length=2000)

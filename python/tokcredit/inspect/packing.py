@@ -59,8 +59,10 @@ class _Columns:
 
     def _entry(self, integers: Any, decimals: int, width: int, lowest: int) -> Table:
         entry: Table = {"decimals": decimals}
+        if not integers.size:
+            return {**entry, "all": None}
         heads = integers[self.first]
-        if integers.size and (integers == heads[0]).all():
+        if (integers == heads[0]).all():
             return {**entry, "all": None if heads[0] == lowest else int(heads[0])}
         number = np.searchsorted(self.first, np.arange(integers.size), side="right") - 1
         if (integers == heads[number]).all():

@@ -55,7 +55,7 @@ def render(data: Data, limit: int = LIMIT) -> str:
 
     def page(header: Table, blobs: dict[int, str]) -> str:
         return template.render(
-            title=Path(data.run.name).name,
+            title=visible(Path(data.run.name).name),
             style=style,
             script=script,
             header=header,
