@@ -1,0 +1,294 @@
+"""The training loop: sample, reward, credit, update."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import get_scheduler
+
+from tokcredit import segment
+from tokcredit.objective import Prepared
+from tokcredit.rollouts import Rollouts
+from tokcredit.train import models, tasks
+from tokcredit.train.sampler import Sampler, TransformersSampler
+from tokcredit.train.scoring import padded_prompts, score
+from tokcredit.train.settings import Settings
+
+COLLECTED = frozenset({"old_log_probs", "rollout_log_probs", "ref_log_probs", "entropies"})
+"""Evidence that the loop can give an objective."""
+
+
+class Step(NamedTuple):
+    """What a step sampled, how it was paid, and what came of it.
+
+    Attributes:
+        problems: of each rollout.
+        replies: text of each rollout.
+        prepared: the rollouts with their credit.
+        log_probs: ``[N]``, at the last pass over the rollout; NaN where it was paid nothing.
+        metrics: numbers by name, over all ranks.
+    """
+
+    problems: list[tasks.Problem]
+    replies: list[str]
+    prepared: Prepared
+    log_probs: Tensor
+    metrics: dict[str, float]
+
+
+class Trainer:
+    """A policy, its optimizer and everything that trains it; :func:`tokcredit.train.run` records it into a folder.
+
+    Args:
+        settings: resolved ones: no field that the recipe decides is None.
+
+    Raises:
+        ValueError: the objective needs evidence that the loop does not collect, or the prompts do not divide by ranks.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        sampling, optimizer = settings.sampling, settings.optimizer
+        self.objective = settings.objective.build()
+        if unknown := self.objective.needs - COLLECTED:
+            raise ValueError(
+                f"method: expected one whose evidence is among {', '.join(sorted(COLLECTED))}, "
+                f"got {settings.objective.method}, which needs {', '.join(sorted(unknown))}"
+            )
+        self.accelerator = Accelerator(mixed_precision=optimizer.precision)
+        self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
+        if sampling.prompts % self.ranks:  # type: ignore[operator]
+            raise ValueError(f"prompts: expected a multiple of the {self.ranks} processes, got {sampling.prompts}")
+        self.problems = tasks.load(settings.tasks or (), settings.held_out, settings.reward, settings.seed)
+        with self.accelerator.main_process_first():
+            model, self.tokenizer = models.load(settings.model)
+        # Without the float32 wrapper of the outputs, which would copy all logits.
+        model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        self.reference = copy.deepcopy(self.model) if "ref_log_probs" in self.objective.needs else None
+        self.optimizer = self.accelerator.prepare_optimizer(
+            torch.optim.AdamW(self.model.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+        )
+        self.schedule = get_scheduler(
+            optimizer.schedule,
+            self.optimizer.optimizer,
+            num_warmup_steps=optimizer.warmup,
+            num_training_steps=settings.steps,
+        )
+        self.accelerator.register_for_checkpointing(self.schedule)
+        dtype = torch.bfloat16 if optimizer.precision == "bf16" else None
+        self.sampler: Sampler = TransformersSampler(self.model, self.tokenizer, dtype, sampling.sampling_batch)
+
+    def step(self, number: int) -> Step:
+        """Samples, pays and learns from the prompts of step ``number``, counted from 1."""
+        clock = _Clock()
+        with clock("sample"):
+            problems, batch, replies, finished = self._rollouts(number)
+        with clock("train"):
+            batch = self._evidence(batch)
+            with clock("credit"):
+                prepared = self._over_ranks(self.objective.prepare(batch))
+            metrics, log_probs = self._update(prepared, number, clock)
+        lengths = batch.lengths.float()
+        # The spread inside each group: where it is 0 nothing can be told from the rewards.
+        spread = segment.var(batch.rewards, segment.Ids(batch.group_index, batch.num_groups))
+        metrics |= self._mean(
+            {
+                "reward": batch.rewards.mean(),
+                "length": lengths.mean(),
+                "finished": finished.float().mean(),
+                "groups_with_signal": (spread > 0).float().mean(),
+                "rows_with_credit": prepared.has_credit.float().mean(),
+            }
+        )
+        tokens = self._sum({"tokens": lengths.sum()})["tokens"]
+        metrics |= {"lr": self.schedule.get_last_lr()[0], "tokens": tokens, **clock.seconds}
+        metrics["seconds"] = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
+        self.schedule.step()
+        return Step(problems, replies, prepared, log_probs, metrics)
+
+    def evaluate(self) -> float:
+        """Mean reward of greedy replies to held-out problems."""
+        everything = self.problems.held_out
+        count = min(len(everything), self.settings.eval_problems)
+        chosen = [everything[i * len(everything) // count] for i in range(count)][self.rank :: self.ranks]
+        self.sampler.sync()
+        _, replies, _ = self._sample(chosen, 1, 0.0)
+        rewards = [p.reward(reply) for p, reply in zip(chosen, replies, strict=True)]
+        total = self._sum({"reward": torch.tensor(rewards).sum(), "count": torch.tensor(len(rewards))})
+        return total["reward"] / total["count"]
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank."""
+        return self._sum({"flag": torch.tensor(float(flag))})["flag"] > 0
+
+    def _sample(self, problems: Sequence[tasks.Problem], count: int, temperature: float) -> Any:
+        prompts = [self._prompt(p.question) for p in problems]
+        made = self.sampler.sample(prompts, count, self.settings.sampling.max_tokens or 0, temperature)
+        rows = made.tokens.split(made.cu_seqlens.diff().tolist())
+        return prompts, self.tokenizer.batch_decode(rows, skip_special_tokens=True), made
+
+    def _prompt(self, question: str) -> list[int]:
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer(question).input_ids)
+        messages = [{"role": "user", "content": question}]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _rollouts(self, number: int) -> tuple[list[tasks.Problem], Rollouts, list[str], Tensor]:
+        s = self.settings.sampling
+        everything = self.problems.step(number - 1, s.prompts or 0, self.settings.seed)
+        mine = range(self.rank, len(everything), self.ranks)
+        chosen, group = [everything[i] for i in mine], s.group
+        self.sampler.sync()
+        with torch.random.fork_rng():
+            # Seeded anew in each step, so that a resumed run draws what an uninterrupted one would.
+            torch.manual_seed(_mixed(self.settings.seed, number, self.rank))
+            prompts, replies, made = self._sample(chosen, group, s.temperature)
+        problems = [p for p in chosen for _ in range(group)]
+        rewards = [p.reward(reply) for p, reply in zip(problems, replies, strict=True)]
+        device = made.tokens.device
+        batch = Rollouts(
+            made.tokens,
+            made.cu_seqlens,
+            group_ids=torch.tensor([i for i in mine for _ in range(group)], device=device),
+            rewards=torch.tensor(rewards, dtype=torch.float32, device=device),
+            rollout_log_probs=made.log_probs,
+            extras={"prompt_tokens": padded_prompts([p for p in prompts for _ in range(group)], device)},
+        )
+        return problems, batch, replies, made.finished
+
+    def _evidence(self, batch: Rollouts) -> Rollouts:
+        """The batch with what the objective reads of the policy before the update, and of the reference."""
+        needs, o = self.objective.needs, self.settings.optimizer
+        found: dict[str, Tensor] = {}
+        if {"old_log_probs", "entropies"} & needs or o.epochs * o.minibatches > 1:
+            found["old_log_probs"], found["entropies"] = self._score(self.model, batch)
+        if self.reference is not None:
+            found["ref_log_probs"], _ = self._score(self.reference, batch)
+        return dataclasses.replace(batch, **found)
+
+    @torch.no_grad()
+    def _score(self, model: Any, batch: Rollouts) -> tuple[Tensor, Tensor]:
+        out = torch.zeros(2, batch.num_tokens, device=batch.tokens.device)
+        for rows in self._micro_batches(batch, torch.arange(batch.num_rows, device=batch.tokens.device)):
+            with self.accelerator.autocast():
+                scores = score(model, batch.select(rows), self.settings.sampling.temperature)
+            out[:, batch.token_positions(rows)[0]] = torch.stack(scores)
+        return out[0], out[1]
+
+    def _micro_batches(self, batch: Rollouts, rows: Tensor) -> Iterator[Tensor]:
+        """Parts of the rows, of like length so that little is padded."""
+        order = (batch.end - batch.begin)[rows].argsort(descending=True, stable=True)
+        return iter(rows[order].split(self.settings.optimizer.micro_batch))
+
+    def _update(self, prepared: Prepared, number: int, clock: _Clock) -> tuple[dict[str, float], Tensor]:
+        """Optimizer steps of one training step; metrics, and the log-probs of the rows that were paid (else NaN)."""
+        o, batch = self.settings.optimizer, prepared.batch
+        log_probs = torch.full((batch.num_tokens,), torch.nan, device=batch.tokens.device)
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        steps = 0
+        for epoch in range(o.epochs):
+            order = torch.from_numpy(np.random.default_rng([self.settings.seed, number, epoch]).permutation(batch.num_rows))
+            for chosen in order.to(batch.tokens.device).tensor_split(o.minibatches):
+                part = prepared if o.minibatches == 1 else self._over_ranks(prepared.select(chosen))
+                paid = part.has_credit.nonzero()[:, 0]
+                if not self._sum({"paid": torch.tensor(len(paid))})["paid"]:
+                    continue
+                for rows in self._micro_batches(part.batch, paid):
+                    micro = part.select(rows)
+                    with self.accelerator.autocast():
+                        current, entropies = score(self.model, micro.batch, self.settings.sampling.temperature)
+                    with clock("credit"):
+                        out = self.objective.loss(micro, current)
+                    out.loss.backward()
+                    origin = rows if o.minibatches == 1 else chosen[rows]
+                    log_probs[batch.token_positions(origin)[0]] = current.detach()
+                    _add(totals, out.metrics | {"entropy": entropies.mean()})
+                self._average_gradients()
+                totals["grad_norm"] += self.accelerator.clip_grad_norm_(self.model.parameters(), o.max_grad_norm).cpu()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                steps += 1
+        tokens = max(float(totals.pop("tokens")), 1.0)
+        return self._mean(
+            {
+                name: total / (max(steps, 1) if name in ("loss", "policy_loss", "kl", "grad_norm") else tokens)
+                for name, total in totals.items()
+            }
+        ), log_probs
+
+    def _over_ranks(self, part: Prepared) -> Prepared:
+        """These rows as an optimizer step of their own, with denominators over all ranks."""
+        if self.ranks == 1:
+            return part.aggregated()
+        lengths = segment.count(part.batch.tokens, part.rows)
+        trained = lengths > 0
+        counts = self._sum(
+            {
+                "batch_num_tokens": lengths.sum(),
+                "global_batch_size": trained.sum(),
+                "global_num_groups": part.batch.group_ids[trained].unique().numel() * torch.ones(()),
+            }
+        )
+        return part.aggregated(**{name: int(x) for name, x in counts.items()}, dp_size=self.ranks)
+
+    def _average_gradients(self) -> None:
+        # Ranks skip rows without credit, so their passes differ in number: one average of the sums fits all of them.
+        if self.ranks == 1:
+            return
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(grad, "mean")
+
+    def _sum(self, numbers: dict[str, Tensor]) -> dict[str, float]:
+        return self._reduced(numbers, "sum")
+
+    def _mean(self, numbers: dict[str, Tensor]) -> dict[str, float]:
+        return self._reduced(numbers, "mean")
+
+    def _reduced(self, numbers: dict[str, Tensor], how: str) -> dict[str, float]:
+        if not numbers:
+            return {}
+        stacked = torch.stack([x.double().cpu() for x in numbers.values()])
+        if self.ranks > 1:
+            stacked = self.accelerator.reduce(stacked.to(self.accelerator.device), how)
+        return dict(zip(numbers, stacked.tolist(), strict=True))
+
+
+class _Clock:
+    """Seconds by name, parts inside parts allowed."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[f"{name}_seconds"] += time.perf_counter() - start
+
+
+def _add(totals: dict[str, Tensor], metrics: dict[str, Tensor]) -> None:
+    """Sums of what adds up, and token-weighted sums of what is a mean over tokens."""
+    tokens = metrics["tokens"].double().cpu()
+    for name, value in metrics.items():
+        weight = 1.0 if name in ("loss", "policy_loss", "kl", "tokens") else tokens
+        totals[name] = totals[name] + value.detach().double().cpu() * weight
+
+
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
