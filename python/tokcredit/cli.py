@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -77,7 +77,7 @@ def _compare(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one of the commands on ``arguments``, the command line by default."""
-    commands = {"train": _train, "compare": _compare, "info": info, "methods": methods}
+    commands: dict[str, Callable[..., Any]] = {"train": _train, "compare": _compare, "info": info, "methods": methods}
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="tokcredit", description=tc.__doc__, args=None if arguments is None else list(arguments)

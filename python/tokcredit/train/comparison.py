@@ -44,7 +44,9 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
                 return None
     runs = {m: [folder / f"{m}-seed{seed}" for seed in numbers] for m in methods}
     draw_curves(folder / "compare.png", {m: [read_metrics(f) for f in folders] for m, folders in runs.items()})
-    table = Table("method", "before", "after", "best", "seconds", title=f"held-out accuracy, {seeds} seeds, mean ± spread")
+    table = Table(
+        "method", "before", "after", "best", "seconds", title=f"held-out accuracy, {seeds} seeds, mean ± spread"
+    )
     lines = ["| method | before | after | best | seconds |", "| --- | --- | --- | --- | --- |"]
     for method, folders in runs.items():
         summaries = [json.loads((f / "summary.json").read_text()) for f in folders]

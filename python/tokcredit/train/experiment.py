@@ -42,7 +42,7 @@ def run(settings: Settings) -> dict[str, float] | None:
     main = trainer.accelerator.is_main_process
     done = checkpoint.load(trainer.accelerator, folder)
     record = Record(folder, done + 1 if done else 0, _header(settings, trainer)) if main else None
-    steps = settings.steps or 0
+    steps = settings.steps
     if main and not done:
         _introduce(settings, trainer)
         trainer.tokenizer.save_pretrained(folder / "tokenizer")
@@ -94,11 +94,11 @@ def resolved(settings: Settings) -> Settings:
         ),
         optimizer=dataclasses.replace(
             optimizer,
-            lr=recipe.lr if optimizer.lr is None else optimizer.lr,
-            precision=optimizer.precision or recipe.precision,
+            lr=optimizer.lr or recipe.lr,
+            precision=recipe.precision if optimizer.precision == "auto" else optimizer.precision,
         ),
         tasks=settings.tasks or recipe.tasks,
-        steps=recipe.steps if settings.steps is None else settings.steps,
+        steps=settings.steps or recipe.steps,
         output=settings.output or Path("runs") / name,
     )
 
@@ -112,11 +112,9 @@ def _claim(folder: Path, settings: Settings) -> None:
         if not settings.resume:
             raise ValueError(f"output: expected a folder without a run, or --resume, got {folder}")
         before = json.loads(path.read_text())
-        different = [name for name in chosen if name not in ("steps", "output") and chosen[name] != before.get(name)]
-        if different:
-            raise ValueError(
-                f"{different[0]}: expected {before.get(different[0])} as in the run to resume, got {chosen[different[0]]}"
-            )
+        for name, value in chosen.items():
+            if name not in ("steps", "output") and value != before.get(name):
+                raise ValueError(f"{name}: expected {before.get(name)} as in the run to resume, got {value}")
     folder.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(chosen, indent=2) + "\n")
 
@@ -136,7 +134,7 @@ def _introduce(settings: Settings, trainer: Trainer) -> None:
     problems = trainer.problems
     Console().print(
         f"[bold]{settings.model}[/bold], {parameters / 1e6:.1f} M parameters, on {trainer.accelerator.device}\n"
-        f"{' + '.join(settings.tasks or ())}: {sum(map(len, problems.train))} problems to train on, "
+        f"{' + '.join(settings.tasks)}: {sum(map(len, problems.train))} problems to train on, "
         f"{len(problems.held_out)} held out\n{trainer.objective}",
         highlight=False,
     )

@@ -60,7 +60,9 @@ def construct(text: str, argument: str, choices: dict[str, Callable[..., Any]]) 
     try:
         inspect.signature(choice).bind(*call.positional, **call.named)
     except TypeError as error:
-        raise ValueError(f"{argument}: expected {call.name}{inspect.signature(choice)}, got {text!r}: {error}") from None
+        raise ValueError(
+            f"{argument}: expected {call.name}{inspect.signature(choice)}, got {text!r}: {error}"
+        ) from None
     return choice(*call.positional, **call.named)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import get_scheduler
 
 from tokcredit import segment
 from tokcredit.objective import Prepared
@@ -22,7 +22,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.train import models, tasks
 from tokcredit.train.sampler import Sampler, TransformersSampler
 from tokcredit.train.scoring import padded_prompts, score
-from tokcredit.train.settings import Settings
+from tokcredit.train.settings import OptimizerSettings, Settings
 
 COLLECTED = frozenset({"old_log_probs", "rollout_log_probs", "ref_log_probs", "entropies"})
 """Evidence that the loop can give an objective."""
@@ -67,9 +67,9 @@ class Trainer:
             )
         self.accelerator = Accelerator(mixed_precision=optimizer.precision)
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
-        if sampling.prompts % self.ranks:  # type: ignore[operator]
+        if sampling.prompts % self.ranks:
             raise ValueError(f"prompts: expected a multiple of the {self.ranks} processes, got {sampling.prompts}")
-        self.problems = tasks.load(settings.tasks or (), settings.held_out, settings.reward, settings.seed)
+        self.problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
         with self.accelerator.main_process_first():
             model, self.tokenizer = models.load(settings.model)
         # Without the float32 wrapper of the outputs, which would copy all logits.
@@ -79,13 +79,6 @@ class Trainer:
         self.optimizer = self.accelerator.prepare_optimizer(
             torch.optim.AdamW(self.model.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay)
         )
-        self.schedule = get_scheduler(
-            optimizer.schedule,
-            self.optimizer.optimizer,
-            num_warmup_steps=optimizer.warmup,
-            num_training_steps=settings.steps,
-        )
-        self.accelerator.register_for_checkpointing(self.schedule)
         dtype = torch.bfloat16 if optimizer.precision == "bf16" else None
         self.sampler: Sampler = TransformersSampler(self.model, self.tokenizer, dtype, sampling.sampling_batch)
 
@@ -112,9 +105,8 @@ class Trainer:
             }
         )
         tokens = self._sum({"tokens": lengths.sum()})["tokens"]
-        metrics |= {"lr": self.schedule.get_last_lr()[0], "tokens": tokens, **clock.seconds}
+        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "tokens": tokens, **clock.seconds}
         metrics["seconds"] = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
-        self.schedule.step()
         return Step(problems, replies, prepared, log_probs, metrics)
 
     def evaluate(self) -> float:
@@ -134,7 +126,7 @@ class Trainer:
 
     def _sample(self, problems: Sequence[tasks.Problem], count: int, temperature: float) -> Any:
         prompts = [self._prompt(p.question) for p in problems]
-        made = self.sampler.sample(prompts, count, self.settings.sampling.max_tokens or 0, temperature)
+        made = self.sampler.sample(prompts, count, self.settings.sampling.max_tokens, temperature)
         rows = made.tokens.split(made.cu_seqlens.diff().tolist())
         return prompts, self.tokenizer.batch_decode(rows, skip_special_tokens=True), made
 
@@ -147,7 +139,7 @@ class Trainer:
 
     def _rollouts(self, number: int) -> tuple[list[tasks.Problem], Rollouts, list[str], Tensor]:
         s = self.settings.sampling
-        everything = self.problems.step(number - 1, s.prompts or 0, self.settings.seed)
+        everything = self.problems.step(number - 1, s.prompts, self.settings.seed)
         mine = range(self.rank, len(everything), self.ranks)
         chosen, group = [everything[i] for i in mine], s.group
         self.sampler.sync()
@@ -171,7 +163,7 @@ class Trainer:
     def _evidence(self, batch: Rollouts) -> Rollouts:
         """The batch with what the objective reads of the policy before the update, and of the reference."""
         needs, o = self.objective.needs, self.settings.optimizer
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         if {"old_log_probs", "entropies"} & needs or o.epochs * o.minibatches > 1:
             found["old_log_probs"], found["entropies"] = self._score(self.model, batch)
         if self.reference is not None:
@@ -198,8 +190,12 @@ class Trainer:
         log_probs = torch.full((batch.num_tokens,), torch.nan, device=batch.tokens.device)
         totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         steps = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(o, number, self.settings.steps)
         for epoch in range(o.epochs):
-            order = torch.from_numpy(np.random.default_rng([self.settings.seed, number, epoch]).permutation(batch.num_rows))
+            order = torch.from_numpy(
+                np.random.default_rng([self.settings.seed, number, epoch]).permutation(batch.num_rows)
+            )
             for chosen in order.to(batch.tokens.device).tensor_split(o.minibatches):
                 part = prepared if o.minibatches == 1 else self._over_ranks(prepared.select(chosen))
                 paid = part.has_credit.nonzero()[:, 0]
@@ -220,7 +216,7 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 steps += 1
-        tokens = max(float(totals.pop("tokens")), 1.0)
+        tokens = max(float(totals.pop("tokens", 0.0)), 1.0)
         return self._mean(
             {
                 name: total / (max(steps, 1) if name in ("loss", "policy_loss", "kl", "grad_norm") else tokens)
@@ -265,6 +261,15 @@ class Trainer:
         if self.ranks > 1:
             stacked = self.accelerator.reduce(stacked.to(self.accelerator.device), how)
         return dict(zip(numbers, stacked.tolist(), strict=True))
+
+
+def learning_rate(settings: OptimizerSettings, number: int, steps: int) -> float:
+    """Of step ``number``, counted from 1: rises over the warm-up, then stays or falls, to reach 0 after the last."""
+    lr, warmup = settings.lr, settings.warmup
+    if number <= warmup:
+        return lr * number / warmup
+    left = (steps - number + 1) / max(steps - warmup, 1)
+    return lr * {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[settings.schedule]
 
 
 class _Clock:

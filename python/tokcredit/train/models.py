@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -27,7 +27,7 @@ class Recipe(NamedTuple):
     prompts: int = 8
     max_tokens: int = 256
     lr: float = 1e-6
-    precision: str = "bf16"
+    precision: Literal["no", "bf16"] = "bf16"
 
 
 _RECIPES = {

@@ -65,12 +65,12 @@ class SamplingSettings:
 
     sampler: Literal["transformers"] = "transformers"
     """The engine that generates."""
-    prompts: int | None = None
-    """Prompts per step; the model's recipe by default."""
+    prompts: int = 0
+    """Prompts per step; 0: the model's recipe."""
     group: int = 8
     """Rollouts per prompt."""
-    max_tokens: int | None = None
-    """Tokens of a reply at most; the model's recipe by default."""
+    max_tokens: int = 0
+    """Tokens of a reply at most; 0: the model's recipe."""
     temperature: float = 1.0
     """Of sampling and of the trained distribution."""
     sampling_batch: int = 256
@@ -81,8 +81,8 @@ class SamplingSettings:
 class OptimizerSettings:
     """How a step moves the policy."""
 
-    lr: float | None = None
-    """Learning rate of AdamW; the model's recipe by default."""
+    lr: float = 0.0
+    """Learning rate of AdamW; 0: the model's recipe."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate over the steps."""
     warmup: int = 0
@@ -97,8 +97,8 @@ class OptimizerSettings:
     """Optimizer steps per pass."""
     micro_batch: int = 16
     """Rows of one forward and backward pass; changes memory and speed, not results."""
-    precision: Literal["no", "bf16"] | None = None
-    """Mixed precision of training, and the dtype that samples; the model's recipe by default."""
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    """Mixed precision of training, and the dtype that samples; auto: the model's recipe."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,15 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     model: str = "smollm2"
     """"smollm2", "tiny", or a folder or hub name of a causal language model."""
-    tasks: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] = ()
     """Tasks, mixed evenly: a reasoning_gym dataset with its configuration, e.g. "products(max_digits=1)";
     "jsonl('file.jsonl')" of {"prompt", "answer"}; "addition(digits=2)". The model's recipe by default."""
     reward: str | None = None
     """Another reward, "package.module:function" of (prompt, reply, answer) -> float."""
     held_out: float = 0.2
     """Share of the problems kept from training and measured."""
-    steps: int | None = None
-    """Training steps; the model's recipe by default."""
+    steps: int = 0
+    """Training steps; 0: the model's recipe."""
     seed: int = 0
     """Of the data, the sampling and the order of rows."""
     eval_every: int = 10

@@ -51,8 +51,7 @@ def _order(size: int, seed: str) -> list[int]:
 
 
 def final_answer(reply: str, numeric: bool) -> str | None:
-    """What a reply answers: the last ``<answer>`` if there is one, else its last number, or the reply where no number is
-    asked for."""
+    """The reply's last ``<answer>`` if it has one, else its last number, or all of it where no number is asked for."""
     if tags := _TAG.findall(reply):
         return str(tags[-1]).strip()
     if not numeric:
