@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from pathlib import Path
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from tokcredit.train.experiment import run
+from tokcredit.train.experiment import read_summary, run
 from tokcredit.train.record import draw_curves, read_metrics, write
 from tokcredit.train.settings import Settings
 
@@ -31,25 +31,33 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
     """
     if not methods or seeds < 1:
         raise ValueError(f"methods, seeds: expected at least one of each, got {list(methods)}, {seeds}")
+    objectives = {m: dataclasses.replace(settings.objective, method=m) for m in methods}
+    for objective in objectives.values():
+        objective.build()  # A wrong name or setting is an error before the first run, not after it.
     folder = settings.output or Path("runs/compare")
     numbers = range(settings.seed, settings.seed + seeds)
     for seed in numbers:
         for method in methods:
             output = folder / f"{method}-seed{seed}"
-            if (output / "summary.json").exists():
+            if read_summary(output):
                 continue
-            objective = dataclasses.replace(settings.objective, method=method)
-            one = dataclasses.replace(settings, objective=objective, seed=seed, output=output, resume=True)
+            one = dataclasses.replace(settings, objective=objectives[method], seed=seed, output=output, resume=True)
             if run(one) is None:
                 return None
-    runs = {m: [folder / f"{m}-seed{seed}" for seed in numbers] for m in methods}
+    if PartialState().is_main_process:
+        _report(folder, methods, numbers)
+    return folder
+
+
+def _report(folder: Path, methods: tuple[str, ...], seeds: range) -> None:
+    runs = {m: [folder / f"{m}-seed{seed}" for seed in seeds] for m in methods}
     draw_curves(folder / "compare.png", {m: [read_metrics(f) for f in folders] for m, folders in runs.items()})
     table = Table(
-        "method", "before", "after", "best", "seconds", title=f"held-out accuracy, {seeds} seeds, mean ± spread"
+        "method", "before", "after", "best", "seconds", title=f"held-out accuracy, {len(seeds)} seeds, mean ± spread"
     )
     lines = ["| method | before | after | best | seconds |", "| --- | --- | --- | --- | --- |"]
     for method, folders in runs.items():
-        summaries = [json.loads((f / "summary.json").read_text()) for f in folders]
+        summaries = [read_summary(f) or {} for f in folders]
         cells = [
             _spread([s[key] for s in summaries], digits)
             for key, digits in (("held_out_before", 3), ("held_out_after", 3), ("held_out_best", 3), ("seconds", 0))
@@ -59,7 +67,6 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
     write(folder / "compare.md", "\n".join(lines) + "\n")
     Console().print(table)
     Console().print(f"{folder / 'compare.png'}", highlight=False)
-    return folder
 
 
 def _spread(values: list[float], digits: int) -> str:

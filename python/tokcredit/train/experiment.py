@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -37,7 +38,10 @@ def run(settings: Settings) -> dict[str, float] | None:
     disable_progress_bar()
     settings = resolved(settings)
     folder = settings.output or Path()
-    _claim(folder, settings)
+    ranks = PartialState()
+    if ranks.is_main_process:
+        _claim(folder, settings)
+    ranks.wait_for_everyone()
     trainer = Trainer(settings)
     main = trainer.accelerator.is_main_process
     done = checkpoint.load(trainer.accelerator, folder)
@@ -68,16 +72,20 @@ def run(settings: Settings) -> dict[str, float] | None:
             if stop and not last:
                 bar.write(f"stopped after step {number}; --resume continues")
                 return None
-    trainer.accelerator.wait_for_everyone()
-    if record is None:
-        return None
-    record.close()
-    trainer.model.save_pretrained(folder / "model")
-    trainer.tokenizer.save_pretrained(folder / "model")
-    summary = _summary(folder)
-    write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    _print_summary(folder, summary)
-    return summary
+    if record:
+        record.close()
+        trainer.model.save_pretrained(folder / "model")
+        trainer.tokenizer.save_pretrained(folder / "model")
+        write(folder / "summary.json", json.dumps(_summary(folder), indent=2) + "\n")
+        _print_summary(folder)
+    ranks.wait_for_everyone()
+    return read_summary(folder)
+
+
+def read_summary(folder: Path) -> dict[str, float] | None:
+    """What a finished run came to; None where it is not finished."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def resolved(settings: Settings) -> Settings:
@@ -210,7 +218,8 @@ def _summary(folder: Path) -> dict[str, float]:
     }
 
 
-def _print_summary(folder: Path, summary: Mapping[str, float]) -> None:
+def _print_summary(folder: Path) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
     table = Table(title=str(folder), show_header=False, title_justify="left")
     table.add_row("held-out accuracy before", f"{summary['held_out_before']:.3f}")
     table.add_row("held-out accuracy after", f"{summary['held_out_after']:.3f}")
