@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from tokcredit.train.experiment import resolved
 from tokcredit.train.loop import Trainer, _Clock
 from tokcredit.train.record import read_metrics
-from tokcredit.train.scoring import padded_prompts
+from tokcredit.train.scoring import left_padded
 
 
 def batch(trainer):
@@ -23,7 +23,7 @@ def batch(trainer):
         torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
         torch.arange(16) // 4,
         torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 0.5, 0, 1, 0]),
-        extras={"prompt_tokens": padded_prompts(prompts, torch.device("cpu"))},
+        extras={"prompt_tokens": left_padded(prompts, -1, torch.device("cpu"))[0]},
     )
 
 

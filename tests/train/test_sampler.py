@@ -5,7 +5,7 @@ import torch
 from tokcredit import Rollouts
 from tokcredit.train import tiny
 from tokcredit.train.sampler import TransformersSampler
-from tokcredit.train.scoring import padded_prompts, score
+from tokcredit.train.scoring import left_padded, score
 
 WORDS = tiny.tokenizer()
 PROMPTS = [WORDS(text).input_ids for text in ("47+85=", "1+2=", "123+456=")]
@@ -84,7 +84,7 @@ def test_scores_and_their_gradient(model):
         torch.tensor([0, 3, 4, 8]),
         torch.zeros(3, dtype=torch.long),
         torch.zeros(3),
-        extras={"prompt_tokens": padded_prompts(PROMPTS, torch.device("cpu"))},
+        extras={"prompt_tokens": left_padded(PROMPTS, -1, torch.device("cpu"))[0]},
     )
     log_probs, entropies = score(model, batch, 1.3)
     weights = torch.randn(8, generator=torch.Generator().manual_seed(1))

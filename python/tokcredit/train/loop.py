@@ -21,7 +21,7 @@ from tokcredit.objective import Prepared
 from tokcredit.rollouts import Rollouts
 from tokcredit.train import models, tasks
 from tokcredit.train.sampler import Sampler, TransformersSampler
-from tokcredit.train.scoring import padded_prompts, score
+from tokcredit.train.scoring import left_padded, score
 from tokcredit.train.settings import OptimizerSettings, Settings
 
 COLLECTED = frozenset({"old_log_probs", "rollout_log_probs", "ref_log_probs", "entropies"})
@@ -77,7 +77,7 @@ class Trainer:
         self.model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         self.reference = copy.deepcopy(self.model) if "ref_log_probs" in self.objective.needs else None
         self.optimizer = self.accelerator.prepare_optimizer(
-            torch.optim.AdamW(self.model.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay)
+            torch.optim.AdamW(self.model.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=True)
         )
         dtype = torch.bfloat16 if optimizer.precision == "bf16" else None
         self.sampler: Sampler = TransformersSampler(self.model, self.tokenizer, dtype, sampling.sampling_batch)
@@ -156,7 +156,7 @@ class Trainer:
             group_ids=torch.tensor([i for i in mine for _ in range(group)], device=device),
             rewards=torch.tensor(rewards, dtype=torch.float32, device=device),
             rollout_log_probs=made.log_probs,
-            extras={"prompt_tokens": padded_prompts([p for p in prompts for _ in range(group)], device)},
+            extras={"prompt_tokens": left_padded(prompts, -1, device)[0].repeat_interleave(group, 0)},
         )
         return problems, batch, replies, made.finished
 
@@ -180,8 +180,8 @@ class Trainer:
         return out[0], out[1]
 
     def _micro_batches(self, batch: Rollouts, rows: Tensor) -> Iterator[Tensor]:
-        """Parts of the rows, of like length so that little is padded."""
-        order = (batch.end - batch.begin)[rows].argsort(descending=True, stable=True)
+        """Parts of the rows, those of a group side by side: they share their prompt."""
+        order = batch.group_index[rows].argsort(stable=True)
         return iter(rows[order].split(self.settings.optimizer.micro_batch))
 
     def _update(self, prepared: Prepared, number: int, clock: _Clock) -> tuple[dict[str, float], Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from tokcredit import policy
+from tokcredit.train.scoring import left_padded, prefill
 
 
 class Completions(NamedTuple):
@@ -79,22 +80,26 @@ class TransformersSampler:
 
     def _sample(self, prompts: Sequence[Sequence[int]], count: int, max_tokens: int, temperature: float) -> Completions:
         device = self._model.device
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self._pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-        real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        ids, real = left_padded(prompts, self._pad, device)
+        width = ids.shape[1]
+        shared = prefill(self._model, ids, real)
+        if shared is not None:
+            shared.batch_repeat_interleave(count)
+        ids, real = ids.repeat_interleave(count, 0), real.repeat_interleave(count, 0)
         draws = _Draws(temperature)
         config, self._model.generation_config = (
             self._model.generation_config,
             GenerationConfig(
                 **({"do_sample": True, "top_k": 0} if temperature else {"do_sample": False}),
-                num_return_sequences=count,
                 max_new_tokens=max_tokens,
                 eos_token_id=self._ends.tolist(),
                 pad_token_id=self._pad,
             ),
         )
         try:
-            out = self._model.generate(ids, attention_mask=real, logits_processor=[draws])
+            out = self._model.generate(
+                ids, attention_mask=real.long(), past_key_values=shared, logits_processor=[draws]
+            )
         finally:
             self._model.generation_config = config
         tokens = out[:, width:]

@@ -12,33 +12,57 @@ from tokcredit import policy
 from tokcredit.rollouts import Rollouts
 
 
-def padded_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Prompts as int64 ``(R, P)``, -1 on the left of the shorter ones."""
+def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts as int64 ``(B, P)``, and where they are real, bool ``(B, P)``."""
     width = max(map(len, prompts))
-    return torch.tensor([[-1] * (width - len(p)) + list(p) for p in prompts], device=device)
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    return ids, torch.arange(width, device=device) >= width - lengths[:, None]
+
+
+def _positions(real: Tensor) -> Tensor:
+    return (real.cumsum(1) - 1).clamp(min=0)
+
+
+def prefill(model: Any, prompts: Tensor, real: Tensor) -> Any:
+    """Keys and values of all but the last token of left-padded prompts; None where there is but one."""
+    if prompts.shape[1] == 1:
+        return None
+    return model(
+        prompts[:, :-1],
+        attention_mask=real[:, :-1].long(),
+        position_ids=_positions(real[:, :-1]),
+        logits_to_keep=1,
+        use_cache=True,
+    ).past_key_values
 
 
 def score(model: Any, batch: Rollouts, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token and entropy of the distribution before it, each ``[N]``.
+    """Log-prob of each token and entropy of the distribution before it, each ``[N]``, with gradient.
+
+    A prompt is computed once, however many of the rows continue it: its keys and values are shared, and so are their
+    gradients.
 
     Args:
-        model: a causal language model of transformers.
-        batch: packed rollouts with ``extras["prompt_tokens"]`` as :func:`padded_prompts` makes them.
+        model: a causal language model of transformers, whose cache is plain keys and values.
+        batch: packed rollouts; ``extras["prompt_tokens"]`` is int64 ``(R, P)``, -1 on the left of shorter prompts.
         temperature: logits are divided by it.
     """
-    prompt = batch.extras["prompt_tokens"]
-    prompt = prompt[:, prompt.shape[1] - int((prompt >= 0).sum(1).max()) :]
+    prompts, of_row = batch.extras["prompt_tokens"].unique(dim=0, return_inverse=True)
+    prompts = prompts[:, prompts.shape[1] - int((prompts >= 0).sum(1).max()) :]
+    real, prompts = prompts >= 0, prompts.clamp(min=0)
+    shared = prefill(model, prompts, real)
+    if shared is not None:
+        shared.batch_select_indices(of_row)
     tokens = batch.to_padded(batch.tokens).long()
     inside = torch.arange(tokens.shape[1], device=tokens.device) < (batch.end - batch.begin)[:, None]
-    attention = torch.cat([prompt >= 0, inside], 1)
+    everything = torch.cat([real[of_row], inside[:, :-1]], 1)
     logits = model(
-        torch.cat([prompt.clamp(min=0), tokens], 1),
-        attention_mask=attention.long(),
-        position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=tokens.shape[1] + 1,
-        use_cache=False,
+        torch.cat([prompts[of_row, -1:], tokens[:, :-1]], 1),
+        attention_mask=everything.long(),
+        position_ids=_positions(everything)[:, -tokens.shape[1] :],
+        past_key_values=shared,
+        use_cache=shared is not None,
     ).logits
-    # The last logits predict beyond the row; a target of -1 leaves them out without copying the others.
-    targets = torch.nn.functional.pad(tokens.masked_fill(~inside, -1), (0, 1), value=-1)
-    log_probs, entropies = policy.log_probs_and_entropies(logits, targets, temperature)
-    return log_probs[:, :-1][inside], entropies[:, :-1][inside]
+    log_probs, entropies = policy.log_probs_and_entropies(logits, tokens.masked_fill(~inside, -1), temperature)
+    return log_probs[inside], entropies[inside]
