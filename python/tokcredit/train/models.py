@@ -36,7 +36,7 @@ _RECIPES = {
             "chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=1)",
             "products(min_terms=2, max_terms=2, min_digits=1, max_digits=1)",
         ),
-        steps=50,
+        steps=25,
         max_tokens=24,
         lr=1e-5,
     ),
