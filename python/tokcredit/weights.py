@@ -1,7 +1,8 @@
 """Which tokens train, and how much: selections and multipliers, decided once per batch.
 
 A weight maps a batch and its advantages to a tensor ``[R, 1]`` or ``[N]``. Bool selects: False tokens leave the mask
-and every denominator with it. Float multiplies the token's loss and leaves the denominators alone.
+and every denominator with it, and the weights that follow do not see them. Float multiplies the token's loss and leaves
+the denominators alone.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor
 
 from tokcredit import segment
+from tokcredit.choice import Choice
 from tokcredit.rollouts import Rollouts
 
 
 class Weight(Protocol):
     """Selection (bool) or multiplier (float), ``[R, 1]`` or ``[N]``; ``needs`` names the evidence it reads."""
 
-    needs: ClassVar[frozenset[str]]
+    @property
+    def needs(self) -> frozenset[str]: ...
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor: ...
 
@@ -42,7 +45,7 @@ def _importance(batch: Rollouts, whole_rows: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class importance_truncated:
+class importance_truncated(Choice):
     """Corrects rollouts of an engine whose probabilities differ: ``min(trainer / engine, high)``.
 
     ``whole_rows`` takes the ratio of the whole response instead of the token's. Source: the truncated importance
@@ -51,20 +54,20 @@ class importance_truncated:
 
     high: float = 2.0
     whole_rows: bool = False
-    needs: ClassVar[frozenset[str]] = _ENGINE
+    reads: ClassVar[frozenset[str]] = _ENGINE
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         return _importance(batch, self.whole_rows).clamp(max=self.high)
 
 
 @dataclass(frozen=True)
-class importance_masked:
+class importance_masked(Choice):
     """As :class:`importance_truncated`, but a ratio outside ``[low, high]`` counts 0."""
 
     low: float = 0.0
     high: float = 3.0
     whole_rows: bool = True
-    needs: ClassVar[frozenset[str]] = _ENGINE
+    reads: ClassVar[frozenset[str]] = _ENGINE
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         ratio = _importance(batch, self.whole_rows)
@@ -72,10 +75,8 @@ class importance_masked:
 
 
 @dataclass(frozen=True)
-class with_credit:
+class with_credit(Choice):
     """Selects the rows that are paid anything, so that groups without signal leave the denominators."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         if advantages.dim() == 2:
