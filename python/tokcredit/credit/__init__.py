@@ -5,7 +5,16 @@ A credit maps a batch to advantages: ``[R, 1]`` when every token of a row is pai
 
 from __future__ import annotations
 
-from tokcredit.credit.group import Credit, group_mean, group_normalized, group_size, leave_one_out, outcome
+from tokcredit.credit.group import (
+    Credit,
+    group_mean,
+    group_normalized,
+    group_size,
+    leave_one_out,
+    negative_part,
+    outcome,
+    thresholded,
+)
 from tokcredit.credit.tree import tempo_like
 
 __all__ = [
@@ -14,6 +23,8 @@ __all__ = [
     "group_normalized",
     "group_size",
     "leave_one_out",
+    "negative_part",
     "outcome",
     "tempo_like",
+    "thresholded",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -69,3 +69,25 @@ class leave_one_out(Choice):
         others = (size - 1).clamp(min=1)
         centred = batch.rewards - group_mean(batch, batch.rewards)
         return torch.where(size > 1, centred * size / others, 0)[:, None]
+
+
+@dataclass(frozen=True)
+class thresholded(Choice):
+    """``above`` where the reward exceeds the threshold, else ``below``; no baseline."""
+
+    above: float = 1.0
+    below: float = -1.0
+    threshold: float = 0.5
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        return torch.where(batch.rewards > self.threshold, self.above, self.below).to(batch.rewards.dtype)[:, None]
+
+
+@dataclass(frozen=True)
+class negative_part(Choice):
+    """``min(A, 0)`` of another credit: nothing is encouraged."""
+
+    of: Credit = field(default_factory=group_normalized)
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        return self.of(batch).clamp(max=0)
