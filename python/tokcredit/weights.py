@@ -14,9 +14,12 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from tokcredit import segment
+from tokcredit import ops, segment, select
 from tokcredit.choice import Choice
 from tokcredit.rollouts import Rollouts
+from tokcredit.schedule import Schedule, number
+from tokcredit.score import Score
+from tokcredit.segment import Ids
 
 
 class Weight(Protocol):
@@ -83,3 +86,64 @@ class with_credit(Choice):
             return advantages != 0
         paid = torch.where(advantages.isnan(), math.inf, advantages.abs())
         return (segment.maximum(paid, batch.rows) > 0)[:, None]
+
+
+def _check_share(share: float | Schedule) -> None:
+    if not isinstance(share, Schedule) and not 0 < share <= 1:
+        raise ValueError(f"share: expected more than 0 and at most 1, got {share}")
+
+
+@dataclass(frozen=True)
+class varied_rows(Choice):
+    """Selects the rows of the whole batch whose advantages vary most as a set: ``round(share * rows)`` of them.
+
+    Rows without a token to train are neither counted nor chosen. Of advantages that vary inside a row the mean counts.
+
+    References:
+        arXiv 2509.22115.
+    """
+
+    share: float | Schedule
+    whole_batch: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_share(self.share)
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        paid = advantages[:, 0] if advantages.dim() == 2 else segment.mean(advantages, batch.rows)
+        candidates = batch.lengths > 0
+        count = (candidates.sum() * number(self.share)).round().long().reshape(1)
+        return select.maximum_variance(paid, count, Ids(torch.where(candidates, 0, -1), 1))[:, None]
+
+
+@dataclass(frozen=True)
+class top_share(Choice):
+    """Selects the share of the tokens with the highest score, at least one; among equals the first.
+
+    ``paid`` ranks by the score times ``|advantage|``. ``per_row`` ranks inside each row, else all tokens of the batch
+    compete. The number is rounded up, or down where ``round_up`` is False.
+    """
+
+    share: float | Schedule
+    score: Score
+    paid: bool = False
+    per_row: bool = False
+    round_up: bool = True
+
+    def __post_init__(self) -> None:
+        _check_share(self.share)
+
+    @property
+    def spans_groups(self) -> bool:
+        return not self.per_row or super().spans_groups
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        score, rows = self.score(batch), batch.rows
+        if self.paid:
+            paid = advantages if advantages.dim() == 1 else ops.spread(advantages[:, 0], rows, batch.tokens)
+            score = score * paid.abs()
+        scope = None if self.per_row else select.everything(rows)
+        wanted = select.sizes(rows, scope).double() * number(self.share)
+        # A share like 0.7 of 10 must not become 8 for its rounding error.
+        wanted = (wanted - 1e-9).ceil() if self.round_up else (wanted + 1e-9).floor()
+        return select.top_k(score, wanted.long().clamp(min=1), rows, scope)

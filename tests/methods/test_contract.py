@@ -1,6 +1,7 @@
 """What every method promises, whatever it does; finds methods by itself."""
 
 import dataclasses
+import importlib.util
 import inspect
 import pickle
 from pathlib import Path
@@ -36,13 +37,24 @@ def loss(objective, batch, log_probs):
 def test_is_documented_and_tested(name):
     function = getattr(tc.methods, name)
     assert "Source:" in function.__doc__ and "arXiv" in function.__doc__
-    assert "Departs from the" in function.__doc__
+    assert "Departs from the" in function.__doc__ and "Cost:" in function.__doc__
     for argument in inspect.signature(function).parameters:
         assert f"{argument}: " in function.__doc__
-    assert f"| `{name}` |" in (ROOT / "docs/methods.md").read_text()
     test = (ROOT / f"tests/methods/test_{name}.py").read_text()
     assert "def test_by_hand" in test
     assert "naive" in test or "reference" in test
+
+
+def test_tables_are_those_of_the_methods():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for document in ("docs/methods.md", "README.md"):
+        text = (ROOT / document).read_text()
+        assert text == tables.filled(text), f"{document} is out of date: python docs/tables.py"
+        assert all(f"| `{name}` |" in text for name in METHODS)
+    needs = set().union(*(tc.methods.load(name).needs for name in METHODS))
+    assert needs <= set(tc.evidence.KNOWN)
 
 
 @each
