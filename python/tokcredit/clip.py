@@ -11,6 +11,7 @@ from torch import Tensor
 from tokcredit import scan
 from tokcredit.choice import Choice
 from tokcredit.rollouts import Rollouts
+from tokcredit.score import Score
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,12 @@ class Window:
             return x[positions] if isinstance(x, Tensor) else x
 
         return replace(self, low=pick(self.low), high=pick(self.high), width=pick(self.width))
+
+    @property
+    def bounds(self) -> tuple[float | Tensor, float | Tensor]:
+        """Lower and upper bound on the log-ratio of each token."""
+        width = 1 if self.width is None else self.width
+        return self.low * width, self.high * width
 
 
 class Clip(Protocol):
@@ -88,6 +95,28 @@ class growing(Choice):
             # torch's general power is ten times slower than its root.
             width = position.sqrt_() if self.power == 0.5 else position.pow_(self.power)
         return Window("clip", -self.low, self.high, self.cap, width)
+
+
+@dataclass(frozen=True)
+class widened(Choice):
+    """The clipped surrogate whose lower bound widens where a score is negative, and whose upper where it is positive.
+
+    With h the token's score, ``1 - low (1 - widen h)`` where ``h <= 0`` and ``1 + high (1 + widen h)`` where ``h > 0``;
+    the other bound is that of :class:`ppo`, and so is the cap.
+    """
+
+    score: Score
+    low: float = 0.2
+    high: float = 0.2
+    widen: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, batch: Rollouts) -> Window:
+        h = self.score(batch)
+        low = self.low * (1 - self.widen * h.clamp(max=0))
+        high = self.high * (1 + self.widen * h.clamp(min=0))
+        plain = ppo(self.low, self.high, self.cap)(batch)
+        return replace(plain, low=(-low).clamp(min=-1).log1p(), high=high.log1p())
 
 
 @dataclass(frozen=True)

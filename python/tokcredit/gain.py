@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tokcredit.choice import Choice
 from tokcredit.clip import Window
 from tokcredit.rollouts import Rollouts
+from tokcredit.score import Score
 
 
 class Gain(Protocol):
@@ -45,3 +47,25 @@ class divergence(Choice):
     def __call__(self, log_ratio: Tensor, window: Window, signal: Tensor | None) -> Tensor:
         moved = log_ratio.expm1() - log_ratio
         return 1 + self.strength * ((self.slope * moved).sigmoid() - 0.5)
+
+
+@dataclass(frozen=True)
+class outside_center(Choice):
+    """``1 + strength h``, h a score, for tokens of positive score whose ratio has moved and of negative whose has not.
+
+    The ratio has moved when it is outside the middle half of its window, ``(1 + (low - 1) / 2, 1 + (high - 1) / 2)``
+    for a window ``[low, high]``; the other tokens keep what they are paid.
+    """
+
+    score: Score
+    strength: float = 1.0
+
+    def signal(self, batch: Rollouts) -> Tensor:
+        return self.score(batch)
+
+    def __call__(self, log_ratio: Tensor, window: Window, signal: Tensor | None) -> Tensor:
+        assert signal is not None
+        low, high = (torch.as_tensor(bound, device=log_ratio.device).expm1() / 2 for bound in window.bounds)
+        moved = log_ratio.expm1()
+        still = (moved > low) & (moved < high)
+        return torch.where((signal > 0) != still, 1 + self.strength * signal, 1)

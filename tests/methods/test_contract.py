@@ -217,7 +217,7 @@ def test_absent_old_log_probs_mean_on_policy(name):
 
 
 def test_unknown_names_and_settings_are_errors():
-    with pytest.raises(ValueError, match="name: expected one of ba, cispo"):
+    with pytest.raises(ValueError, match="name: expected one of ba, canon"):
         tc.methods.load("ppo2")
     with pytest.raises(TypeError, match="beta: expected one of clip_low"):
         tc.methods.load("tempo", beta=1)

@@ -14,17 +14,26 @@ from tokcredit.credit.group import (
     negative_part,
     outcome,
     thresholded,
+    token_normalized,
 )
+from tokcredit.credit.halves import Metric, by_mean_reward, halves, length, mean_entropy, order
 from tokcredit.credit.tree import tempo_like
 
 __all__ = [
     "Credit",
+    "Metric",
+    "by_mean_reward",
     "group_mean",
     "group_normalized",
     "group_size",
+    "halves",
     "leave_one_out",
+    "length",
+    "mean_entropy",
     "negative_part",
+    "order",
     "outcome",
     "tempo_like",
     "thresholded",
+    "token_normalized",
 ]

@@ -91,3 +91,29 @@ class negative_part(Choice):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         return self.of(batch).clamp(max=0)
+
+
+@dataclass(frozen=True)
+class token_normalized(Choice):
+    """Rewards centred and scaled over the *tokens* of the group, each of which carries its row's reward.
+
+    With L the tokens of a row: ``mean = sum L r / sum L``, ``std = sqrt(sum L (r - mean)^2 / sum L)`` and
+    ``A = (r - mean) / (std + epsilon)``, so that A sums to 0 over the tokens of the group. A group in which some
+    ``|A|`` reaches ``limit`` is paid by ``otherwise`` instead.
+    """
+
+    limit: float = 5.0
+    epsilon: float = 1e-6
+    otherwise: Credit = field(default_factory=group_normalized)
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        groups, index = segment.Ids(batch.group_index, batch.num_groups), batch.group_index
+        lengths = batch.lengths.double()
+        tokens = segment.sum(lengths, groups).clamp(min=1)
+        # From the group's least reward, so that equal rewards have a spread of exactly 0.
+        r = batch.rewards.double() - segment.minimum(batch.rewards.double(), groups)[index]
+        centred = r - (segment.sum(lengths * r, groups) / tokens)[index]
+        std = (segment.sum(lengths * centred**2, groups) / tokens).sqrt()[index]
+        advantages = torch.where(lengths > 0, centred / (std + self.epsilon), 0)
+        extreme = segment.maximum(advantages.abs(), groups)[index] >= self.limit
+        return torch.where(extreme[:, None], self.otherwise(batch), advantages[:, None]).to(batch.rewards.dtype)
