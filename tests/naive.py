@@ -32,6 +32,10 @@ def synthetic(name, batch, g):
         "rollout_log_probs": -x,
         "ref_log_probs": -x,
         "entropies": 2 * x,
+        "reverse_kl": x**2,
+        "forward_kl": x**3,
+        "disagreement": x,
+        "padded_disagreement": x**2,
     }[name]
     if tc.evidence.KNOWN[name].per == "token" and made.is_floating_point():
         made[~batch.response_mask] = float("nan")

@@ -36,6 +36,18 @@ KNOWN = {
     "entropies": Evidence(
         "token", "float", "entropy of the next-token distribution, nats", "`policy.log_probs_and_entropies`"
     ),
+    "reverse_kl": Evidence(
+        "token", "float", "KL(policy || teacher) of the next-token distributions, nats", "`divergence.kl`"
+    ),
+    "forward_kl": Evidence(
+        "token", "float", "KL(teacher || policy) of the next-token distributions, nats", "`divergence.kl`"
+    ),
+    "disagreement": Evidence(
+        "token", "float", "how much the group's rows disagree at this position, 0 to 1", "`divergence.disagreement`"
+    ),
+    "padded_disagreement": Evidence(
+        "token", "float", "the same with padding as uniform distributions", "`divergence.disagreement(padded=True)`"
+    ),
 }
 
 

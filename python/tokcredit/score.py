@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from tokcredit import segment, select
+from tokcredit import ops, segment, select
 from tokcredit.choice import Choice
 from tokcredit.rollouts import Rollouts
 
@@ -23,13 +23,64 @@ class Score(Protocol):
 
 
 @dataclass(frozen=True)
-class entropy(Choice):
-    """Entropy of the next-token distribution, nats."""
+class given(Choice):
+    """The evidence of this name as it is."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
+    name: str
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.name})
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        return batch.evidence("entropies")
+        return batch.evidence(self.name)
+
+
+@dataclass(frozen=True)
+class scaled(Choice):
+    """Another score, moved and scaled to ``[0, 1]`` in each row; 0 in a row where all are equal.
+
+    ``quantile`` first lowers what exceeds that quantile of the whole batch.
+    """
+
+    of: Score
+    quantile: float | None = None
+
+    @property
+    def spans_groups(self) -> bool:
+        return self.quantile is not None or super().spans_groups
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        x, rows = self.of(batch), batch.rows
+        x = x if x.dtype == torch.float64 else x.float()
+        if self.quantile is not None:
+            x = torch.minimum(x, select.quantile(x, self.quantile, rows, select.everything(rows)).to(x.dtype))
+        low = segment.minimum(x, rows)
+        width = ops.spread(segment.maximum(x, rows) - low, rows, batch.tokens)
+        return torch.where(width > 0, (x - ops.spread(low, rows, batch.tokens)) / width, 0)
+
+
+@dataclass(frozen=True)
+class either(Choice):
+    """``a + b - a b``: high where one of the two is; of scores in ``[0, 1]``."""
+
+    first: Score
+    second: Score
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        a, b = self.first(batch), self.second(batch)
+        return a + b - a * b
+
+
+@dataclass(frozen=True)
+class but_not(Choice):
+    """``a (1 - b)``: high where the first is and the second, in ``[0, 1]``, is not."""
+
+    first: Score
+    second: Score
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        return self.first(batch) * (1 - self.second(batch))
 
 
 @dataclass(frozen=True)

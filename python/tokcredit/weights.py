@@ -147,3 +147,35 @@ class top_share(Choice):
         # A share like 0.7 of 10 must not become 8 for its rounding error.
         wanted = (wanted - 1e-9).ceil() if self.round_up else (wanted + 1e-9).floor()
         return select.top_k(score, wanted.long().clamp(min=1), rows, scope)
+
+
+@dataclass(frozen=True)
+class drawn_share(Choice):
+    """Selects a share of each row's tokens at random, without replacement, in proportion to a score; at least one.
+
+    Rounded down. Drawn anew at every call, from torch's default generator.
+    """
+
+    share: float | Schedule
+    score: Score
+
+    def __post_init__(self) -> None:
+        _check_share(self.share)
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        x, rows = self.score(batch), batch.rows
+        # The k largest of log x plus Gumbel noise are k draws without replacement in proportion to x.
+        noise = -torch.empty_like(x, dtype=torch.float64).exponential_().log()
+        wanted = (select.sizes(rows).double() * number(self.share) + 1e-9).floor()
+        return select.top_k(x.double().log() + noise, wanted.long().clamp(min=1), rows)
+
+
+@dataclass(frozen=True)
+class raised(Choice):
+    """Multiplies by ``1 + strength s``, s a score."""
+
+    score: Score
+    strength: float
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        return 1 + self.strength * self.score(batch)

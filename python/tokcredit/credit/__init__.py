@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from tokcredit.credit.group import (
     Credit,
+    constant,
     group_mean,
     group_normalized,
     group_size,
@@ -23,6 +24,7 @@ __all__ = [
     "Credit",
     "Metric",
     "by_mean_reward",
+    "constant",
     "group_mean",
     "group_normalized",
     "group_size",

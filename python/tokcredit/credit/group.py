@@ -72,6 +72,16 @@ class leave_one_out(Choice):
 
 
 @dataclass(frozen=True)
+class constant(Choice):
+    """The same number for every row, whatever its reward."""
+
+    value: float = 1.0
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        return torch.full_like(batch.rewards, self.value)[:, None]
+
+
+@dataclass(frozen=True)
 class thresholded(Choice):
     """``above`` where the reward exceeds the threshold, else ``below``; no baseline."""
 

@@ -41,7 +41,7 @@ def d3s(
         weights=(
             weights.varied_rows(linear(rows_start, rows_end)),
             weights.with_credit(),
-            weights.top_share(linear(tokens_start, tokens_end), score.entropy(), paid=True),
+            weights.top_share(linear(tokens_start, tokens_end), score.given("entropies"), paid=True),
         ),
         clip=clip.ppo(clip_low, clip_high),
         aggregation=aggregation.token_mean(),
