@@ -36,6 +36,8 @@ def synthetic(name, batch, g):
         "forward_kl": x**3,
         "disagreement": x,
         "padded_disagreement": x**2,
+        "hidden_states": torch.randn(n, 4, generator=g, dtype=torch.float64),
+        "token_probs": tc.policy.group_probs(torch.randn(n, 5, generator=g, dtype=torch.float64), batch),
     }[name]
     if tc.evidence.KNOWN[name].per == "token" and made.is_floating_point():
         made[~batch.response_mask] = float("nan")

@@ -167,8 +167,7 @@ def disagreement(logits: Tensor, batch: Rollouts, padded: bool = False) -> Tenso
     group = ops.spread(batch.group_index, everything, batch.tokens)
     place = group * longest + scan.positions(everything, batch.num_tokens).long() - 1
     places = Ids(torch.where(mask, place, -1), batch.num_groups * longest)
-    chosen = torch.where(mask, batch.tokens.long(), -1)
-    normaliser = logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0] - policy.log_probs(logits, chosen)
+    normaliser = policy.normalisers(logits, batch)
     live = segment.count(normaliser, places)
     rows = torch.bincount(batch.group_index, minlength=batch.num_groups).repeat_interleave(longest)
     absent = (rows - live) if padded else torch.zeros_like(live)

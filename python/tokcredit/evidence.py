@@ -48,6 +48,12 @@ KNOWN = {
     "padded_disagreement": Evidence(
         "token", "float", "the same with padding as uniform distributions", "`divergence.disagreement(padded=True)`"
     ),
+    "hidden_states": Evidence(
+        "token", "float", "final hidden state that predicts the token, old policy", "trainer, from the model", ("d",)
+    ),
+    "token_probs": Evidence(
+        "token", "float", "probabilities of the K tokens that the group's rows chose", "`policy.group_probs`", ("K",)
+    ),
 }
 
 

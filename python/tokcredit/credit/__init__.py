@@ -18,6 +18,7 @@ from tokcredit.credit.group import (
     token_normalized,
 )
 from tokcredit.credit.halves import Metric, by_mean_reward, halves, length, mean_entropy, order
+from tokcredit.credit.hidden import influential, sparing
 from tokcredit.credit.tree import tempo_like
 
 __all__ = [
@@ -29,12 +30,14 @@ __all__ = [
     "group_normalized",
     "group_size",
     "halves",
+    "influential",
     "leave_one_out",
     "length",
     "mean_entropy",
     "negative_part",
     "order",
     "outcome",
+    "sparing",
     "tempo_like",
     "thresholded",
     "token_normalized",
