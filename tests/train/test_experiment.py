@@ -11,6 +11,7 @@ import pytest
 import tokcredit as tc
 import torch
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, compare, run
+from tokcredit.train.evidence import COLLECTED
 from tokcredit.train.experiment import resolved
 from tokcredit.train.loop import Trainer, learning_rate
 from tokcredit.train.record import read_metrics, smoothed
@@ -73,7 +74,7 @@ def test_recorded_rollouts_hold_what_was_paid(settings):
 
 
 def scope():
-    stages = (tc.credit, tc.weights, tc.ratio, tc.clip, tc.aggregation, tc.loss)
+    stages = (tc.credit, tc.weights, tc.ratio, tc.clip, tc.aggregation, tc.loss, tc.score, tc.schedule)
     names = {k: v for stage in stages for k, v in vars(stage).items() if dataclasses.is_dataclass(v)}
     return names | {"Objective": tc.Objective, "inf": float("inf")}
 
@@ -89,15 +90,22 @@ def test_training_raises_the_reward(settings):
 
 @pytest.mark.parametrize("method", tc.methods.names())
 def test_every_method_trains(settings, method):
-    if tc.methods.load(method).needs - {"old_log_probs", "entropies", "rollout_log_probs", "ref_log_probs"}:
-        pytest.skip("needs evidence the loop does not collect")
+    objective = tc.methods.load(method)
+    if unknown := objective.needs - COLLECTED:
+        pytest.skip(f"needs {', '.join(unknown)}")
+    reward = "test_experiment:has_digit" if method in ("psr", "nsr", "w_reinforce", "thr", "nthr") else None
     optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, precision="no", epochs=2, minibatches=2, schedule="linear")
-    s = settings(method, optimizer=optimizer, steps=2)
-    run(s)
+    s = settings(method, optimizer=optimizer, steps=2, teacher="tiny(steps=0, seed=1)")
+    run(s if reward is None else dataclasses.replace(s, reward=reward))
     lines = read_metrics(s.output)[1:]
     assert all(line["grad_norm"] > 0 for line in lines)
-    assert any(line["ratio"] != 1 for line in lines), "the second pass is off policy"
+    if objective.ratio != tc.ratio.one():
+        assert any(line["ratio"] != 1 for line in lines), "the second pass is off policy"
     assert lines[0]["lr"] == 1e-3 and lines[1]["lr"] == 5e-4
+
+
+def has_digit(prompt, reply, answer):
+    return float(any(c.isdigit() for c in reply))
 
 
 def test_a_penalty_pulls_to_the_initial_model(settings):
@@ -112,7 +120,7 @@ def test_groups_without_signal_cost_no_pass(settings, monkeypatch):
     s = settings(reward="test_experiment:always")
     trainer = Trainer(resolved(s))
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    monkeypatch.setattr("tokcredit.train.loop.score", None)
+    monkeypatch.setattr("tokcredit.train.evidence.predict", None)
     step = trainer.step(1)
     assert step.metrics["groups_with_signal"] == 0 and step.metrics["reward"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import time
 from collections import defaultdict
@@ -19,13 +18,12 @@ from torch import Tensor
 from tokcredit import segment
 from tokcredit.objective import Prepared
 from tokcredit.rollouts import Rollouts
-from tokcredit.train import models, tasks
+from tokcredit.score import entropy_deviation
+from tokcredit.temperature import AdaptiveTemperature
+from tokcredit.train import evidence, models, tasks
 from tokcredit.train.sampler import Sampler, TransformersSampler
-from tokcredit.train.scoring import left_padded, score
+from tokcredit.train.scoring import left_padded
 from tokcredit.train.settings import OptimizerSettings, Settings
-
-COLLECTED = frozenset({"old_log_probs", "rollout_log_probs", "ref_log_probs", "entropies"})
-"""Evidence that the loop can give an objective."""
 
 
 class Step(NamedTuple):
@@ -60,15 +58,20 @@ class Trainer:
         self.settings = settings
         sampling, optimizer = settings.sampling, settings.optimizer
         self.objective = settings.objective.build()
-        if unknown := self.objective.needs - COLLECTED:
+        if unknown := self.objective.needs - evidence.COLLECTED:
             raise ValueError(
-                f"method: expected one whose evidence is among {', '.join(sorted(COLLECTED))}, "
+                f"method: expected one whose evidence is among {', '.join(sorted(evidence.COLLECTED))}, "
                 f"got {settings.objective.method}, which needs {', '.join(sorted(unknown))}"
             )
         self.accelerator = Accelerator(mixed_precision=optimizer.precision)
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         if sampling.prompts % self.ranks:
             raise ValueError(f"prompts: expected a multiple of the {self.ranks} processes, got {sampling.prompts}")
+        if self.ranks > 1 and self.objective.spans_groups:
+            raise ValueError(
+                "method: expected one that compares rows inside their groups because there are "
+                f"{self.ranks} processes, got {settings.objective.method}"
+            )
         self.problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
         with self.accelerator.main_process_first():
             model, self.tokenizer = models.load(settings.model)
@@ -76,11 +79,33 @@ class Trainer:
         model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         self.reference = copy.deepcopy(self.model) if "ref_log_probs" in self.objective.needs else None
+        self.teacher = self._teacher() if evidence.needs_teacher(self.objective.needs) else None
         self.optimizer = self.accelerator.prepare_optimizer(
             torch.optim.AdamW(self.model.parameters(), lr=optimizer.lr, weight_decay=optimizer.weight_decay, fused=True)
         )
         dtype = torch.bfloat16 if optimizer.precision == "bf16" else None
-        self.sampler: Sampler = TransformersSampler(self.model, self.tokenizer, dtype, sampling.sampling_batch)
+        self.adaptive = AdaptiveTemperature(sampling.temperature, sampling.adaptive) if sampling.adaptive else None
+        self.accelerator.register_for_checkpointing(self)
+        self.sampler: Sampler = TransformersSampler(
+            self.model, self.tokenizer, dtype, sampling.sampling_batch, self.adaptive
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a step hands to the next besides weights."""
+        return {"temperature": self.adaptive.statistics if self.adaptive else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As after the step whose :meth:`state_dict` this is."""
+        if self.adaptive:
+            self.adaptive.statistics = state["temperature"]
+
+    def _teacher(self) -> Any:
+        if self.settings.teacher is None:
+            raise ValueError(f"teacher: expected a model because of {self.settings.objective.method}, got None")
+        teacher, words = models.load(self.settings.teacher)
+        if words.get_vocab() != self.tokenizer.get_vocab():
+            raise ValueError(f"teacher: expected the tokens of {self.settings.model}, got {self.settings.teacher}")
+        return teacher.to(self.accelerator.device)
 
     def step(self, number: int) -> Step:
         """Samples, pays and learns from the prompts of step ``number``, counted from 1."""
@@ -90,7 +115,10 @@ class Trainer:
         with clock("train"):
             batch = self._evidence(batch)
             with clock("credit"):
-                prepared = self._over_ranks(self.objective.prepare(batch))
+                progress = (number - 1) / max(self.settings.steps - 1, 1)
+                prepared = self._over_ranks(self.objective.prepare(batch, progress=progress))
+            if self.adaptive:
+                self.adaptive.statistics = entropy_deviation().statistics(batch)
             metrics, log_probs = self._update(prepared, number, clock)
         lengths = batch.lengths.float()
         # The spread inside each group: where it is 0 nothing can be told from the rewards.
@@ -161,23 +189,22 @@ class Trainer:
         return problems, batch, replies, made.finished
 
     def _evidence(self, batch: Rollouts) -> Rollouts:
-        """The batch with what the objective reads of the policy before the update, and of the reference."""
+        """The batch with what the objective reads of the policy before the update, and of other models."""
         needs, o = self.objective.needs, self.settings.optimizer
-        found: dict[str, Any] = {}
-        if {"old_log_probs", "entropies"} & needs or o.epochs * o.minibatches > 1:
-            found["old_log_probs"], found["entropies"] = self._score(self.model, batch)
-        if self.reference is not None:
-            found["ref_log_probs"], _ = self._score(self.reference, batch)
-        return dataclasses.replace(batch, **found)
-
-    @torch.no_grad()
-    def _score(self, model: Any, batch: Rollouts) -> tuple[Tensor, Tensor]:
-        out = torch.zeros(2, batch.num_tokens, device=batch.tokens.device)
-        for rows in self._micro_batches(batch, torch.arange(batch.num_rows, device=batch.tokens.device)):
-            with self.accelerator.autocast():
-                scores = score(model, batch.select(rows), self.settings.sampling.temperature)
-            out[:, batch.token_positions(rows)[0]] = torch.stack(scores)
-        return out[0], out[1]
+        if o.epochs * o.minibatches > 1:
+            needs |= {"old_log_probs"}
+        if self.adaptive:
+            needs |= {"entropies"}
+        with self.accelerator.autocast():
+            return evidence.collect(
+                needs,
+                batch,
+                o.micro_batch,
+                self.model,
+                self.reference,
+                self.teacher,
+                self.settings.sampling.temperature,
+            )
 
     def _micro_batches(self, batch: Rollouts, rows: Tensor) -> Iterator[Tensor]:
         """Parts of the rows, those of a group side by side: they share their prompt."""
@@ -204,12 +231,18 @@ class Trainer:
                 for rows in self._micro_batches(part.batch, paid):
                     micro = part.select(rows)
                     with self.accelerator.autocast():
-                        current, entropies = score(self.model, micro.batch, self.settings.sampling.temperature)
+                        current, drawn, entropies = evidence.variable(
+                            self.objective.variable,
+                            micro.batch,
+                            self.model,
+                            self.teacher,
+                            self.settings.sampling.temperature,
+                        )
                     with clock("credit"):
                         out = self.objective.loss(micro, current)
                     out.loss.backward()
                     origin = rows if o.minibatches == 1 else chosen[rows]
-                    log_probs[batch.token_positions(origin)[0]] = current.detach()
+                    log_probs[batch.token_positions(origin)[0]] = drawn.detach()
                     _add(totals, out.metrics | {"entropy": entropies.mean()})
                 self._average_gradients()
                 totals["grad_norm"] += self.accelerator.clip_grad_norm_(self.model.parameters(), o.max_grad_norm).cpu()

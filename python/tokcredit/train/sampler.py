@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
 from tokcredit import policy
+from tokcredit.temperature import AdaptiveTemperature
 from tokcredit.train.scoring import left_padded, prefill
 
 
@@ -48,16 +49,24 @@ class TransformersSampler:
         tokenizer: its tokenizer, for the padding token.
         dtype: of the copy; None generates with the model itself.
         batch: rows generated at once at most.
+        adaptive: divides the logits of what is not greedy in place of the plain temperature.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, dtype: torch.dtype | None = None, batch: int = 256) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        dtype: torch.dtype | None = None,
+        batch: int = 256,
+        adaptive: AdaptiveTemperature | None = None,
+    ) -> None:
         self._trained = model
         self._model = model if dtype is None else copy.deepcopy(model).to(dtype).eval()
         ends = model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         self._ends = torch.tensor([ends] if isinstance(ends, int) else ends, device=model.device)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(self._ends[0])
-        self._batch = batch
+        self._batch, self._adaptive = batch, adaptive
 
     def sync(self) -> None:
         if self._model is not self._trained:
@@ -86,7 +95,7 @@ class TransformersSampler:
         if shared is not None:
             shared.batch_repeat_interleave(count)
         ids, real = ids.repeat_interleave(count, 0), real.repeat_interleave(count, 0)
-        draws = _Draws(temperature)
+        draws = _Draws(temperature, self._adaptive)
         config, self._model.generation_config = (
             self._model.generation_config,
             GenerationConfig(
@@ -115,20 +124,22 @@ class TransformersSampler:
 class _Draws(LogitsProcessor):  # type: ignore[misc]
     """Divides by the temperature and keeps the log-prob of what was then drawn; memory is one step's scores."""
 
-    def __init__(self, temperature: float) -> None:
-        self._temperature = temperature
+    def __init__(self, temperature: float, adaptive: AdaptiveTemperature | None) -> None:
+        self._temperature, self._adaptive = temperature, adaptive
         self._scores: Tensor | None = None
         self._log_probs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._record(input_ids[:, -1])
-        self._scores = scores / self._temperature if self._temperature else scores
-        return self._scores
+        if self._temperature:
+            scores = self._adaptive(input_ids, scores) if self._adaptive else scores / self._temperature
+        self._scores = scores
+        return scores
 
     def _record(self, tokens: Tensor) -> None:
         if self._scores is not None:
-            drawn = policy.log_probs(self._scores, tokens) if self._temperature else tokens.new_zeros(len(tokens))
-            self._log_probs.append(drawn.float())
+            drawn = policy.log_probs(self._scores, tokens) if self._temperature else torch.zeros(len(tokens))
+            self._log_probs.append(drawn.to(tokens.device, torch.float32))
 
     def finish(self, tokens: Tensor) -> Tensor:
         """Log-probs of all tokens, ``(B, T)``, after the last was drawn."""

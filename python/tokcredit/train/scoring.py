@@ -1,9 +1,9 @@
-"""Log-probs and entropies of rollouts under a model, with gradient."""
+"""What a model says about rollouts: next-token distributions, log-probs and entropies, with gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,8 +37,24 @@ def prefill(model: Any, prompts: Tensor, real: Tensor) -> Any:
     ).past_key_values
 
 
-def score(model: Any, batch: Rollouts, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token and entropy of the distribution before it, each ``[N]``, with gradient.
+class Predicted(NamedTuple):
+    """Predictions of a model for padded rows of length T.
+
+    Attributes:
+        logits: ``(R, T, V)``, for the token that stands at each position.
+        hidden_states: ``(R, T, d)``, final ones they come from, or None.
+        tokens: int64 ``(R, T)``, -1 behind the end of a row.
+        inside: bool ``(R, T)``; indexing with it gives the packed order of the batch.
+    """
+
+    logits: Tensor
+    hidden_states: Tensor | None
+    tokens: Tensor
+    inside: Tensor
+
+
+def predict(model: Any, batch: Rollouts, hidden_states: bool = False) -> Predicted:
+    """Next-token predictions along the rows, with gradient.
 
     A prompt is computed once, however many of the rows continue it: its keys and values are shared, and so are their
     gradients.
@@ -46,7 +62,7 @@ def score(model: Any, batch: Rollouts, temperature: float = 1.0) -> tuple[Tensor
     Args:
         model: a causal language model of transformers, whose cache is plain keys and values.
         batch: packed rollouts; ``extras["prompt_tokens"]`` is int64 ``(R, P)``, -1 on the left of shorter prompts.
-        temperature: logits are divided by it.
+        hidden_states: whether to return them.
     """
     prompts, of_row = batch.extras["prompt_tokens"].unique(dim=0, return_inverse=True)
     prompts = prompts[:, prompts.shape[1] - int((prompts >= 0).sum(1).max()) :]
@@ -57,12 +73,24 @@ def score(model: Any, batch: Rollouts, temperature: float = 1.0) -> tuple[Tensor
     tokens = batch.to_padded(batch.tokens).long()
     inside = torch.arange(tokens.shape[1], device=tokens.device) < (batch.end - batch.begin)[:, None]
     everything = torch.cat([real[of_row], inside[:, :-1]], 1)
-    logits = model(
+    out = model(
         torch.cat([prompts[of_row, -1:], tokens[:, :-1]], 1),
         attention_mask=everything.long(),
         position_ids=_positions(everything)[:, -tokens.shape[1] :],
         past_key_values=shared,
         use_cache=shared is not None,
-    ).logits
-    log_probs, entropies = policy.log_probs_and_entropies(logits, tokens.masked_fill(~inside, -1), temperature)
-    return log_probs[inside], entropies[inside]
+        output_hidden_states=hidden_states,
+    )
+    hidden = out.hidden_states[-1] if hidden_states else None
+    return Predicted(out.logits, hidden, tokens.masked_fill(~inside, -1), inside)
+
+
+def score(model: Any, batch: Rollouts, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-prob of each token and entropy of the distribution before it, each ``[N]``, with gradient."""
+    return scores_of(predict(model, batch), temperature)
+
+
+def scores_of(predicted: Predicted, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies, each ``[N]``, of logits divided by the temperature."""
+    both = policy.log_probs_and_entropies(predicted.logits, predicted.tokens, temperature)
+    return both[0][predicted.inside], both[1][predicted.inside]

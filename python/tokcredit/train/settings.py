@@ -9,20 +9,31 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from tokcredit import aggregation, clip, credit, loss, methods, ratio, weights
+from tokcredit import aggregation, clip, credit, gain, loss, methods, ratio, sampling, schedule, score, weights
 from tokcredit.objective import Objective
 from tokcredit.train.expression import construct, setting
 
-_STAGES = {"credit": credit, "ratio": ratio, "clip": clip, "aggregation": aggregation, "kl": loss, "weights": weights}
+_STAGES = {
+    "sampling": sampling,
+    "credit": credit,
+    "weights": weights,
+    "ratio": ratio,
+    "clip": clip,
+    "gain": gain,
+    "aggregation": aggregation,
+    "kl": loss,
+}
 
 
-def _choices(stage: str) -> dict[str, Any]:
-    module = _STAGES[stage]
+def _choices(module: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if dataclasses.is_dataclass(value) and value.__module__ == module.__name__ and not name.startswith("_")
+        if dataclasses.is_dataclass(value) and value.__module__.startswith(module.__name__) and name.islower()
     }
+
+
+_PARTS = {k: v for module in (score, schedule, *_STAGES.values()) for k, v in _choices(module).items()}
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,8 @@ class ObjectiveSettings:
     """One of `tokcredit methods`."""
     set: tuple[str, ...] = ()
     """Settings of the method, name=value."""
+    sampling: str | None = None
+    """Another choice of the rows that take part, e.g. "most_varied(count=4)"."""
     credit: str | None = None
     """Another credit stage, e.g. "leave_one_out()"."""
     weights: tuple[str, ...] | None = None
@@ -41,6 +54,8 @@ class ObjectiveSettings:
     """Another ratio stage, e.g. "cumulative()"."""
     clip: str | None = None
     """Another clip stage, e.g. "growing(0.025, 0.05)"."""
+    gain: str | None = None
+    """Another gain stage, e.g. "divergence(strength=1.0)"."""
     aggregation: str | None = None
     """Another aggregation, e.g. "balanced()"."""
     kl: str | None = None
@@ -50,12 +65,12 @@ class ObjectiveSettings:
         """The objective these settings name."""
         objective = methods.load(self.method, **dict(setting(text, "set") for text in self.set))
         changes: dict[str, Any] = {}
-        for stage in _STAGES:
+        for stage, module in _STAGES.items():
             chosen = getattr(self, stage)
             if isinstance(chosen, str):
-                changes[stage] = construct(chosen, stage, _choices(stage))
+                changes[stage] = construct(chosen, stage, _choices(module), _PARTS)
             elif chosen is not None:
-                changes[stage] = tuple(construct(text, stage, _choices(stage)) for text in chosen)
+                changes[stage] = tuple(construct(text, stage, _choices(module), _PARTS) for text in chosen)
         return dataclasses.replace(objective, **changes)
 
 
@@ -73,6 +88,8 @@ class SamplingSettings:
     """Tokens of a reply at most; 0: the model's recipe."""
     temperature: float = 1.0
     """Of sampling and of the trained distribution."""
+    adaptive: float = 0.0
+    """The temperature follows each token's entropy, up to this share of it; 0: it does not."""
     sampling_batch: int = 256
     """Rollouts generated at once at most."""
 
@@ -113,6 +130,8 @@ class Settings:
     tasks: tuple[str, ...] = ()
     """Tasks, mixed evenly: a reasoning_gym dataset with its configuration, e.g. "products(max_digits=1)";
     "jsonl('file.jsonl')" of {"prompt", "answer"}; "addition(digits=2)". The model's recipe by default."""
+    teacher: str | None = None
+    """Model that a distilling method asks, with the same tokens; as model."""
     reward: str | None = None
     """Another reward, "package.module:function" of (prompt, reply, answer) -> float."""
     held_out: float = 0.2
