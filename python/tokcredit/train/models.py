@@ -36,9 +36,9 @@ _RECIPES = {
             "chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=1)",
             "products(min_terms=2, max_terms=2, min_digits=1, max_digits=1)",
         ),
-        steps=25,
+        steps=30,
         max_tokens=24,
-        lr=1e-5,
+        lr=2e-5,
     ),
     "tiny": Recipe(tasks=("addition(digits=2)",), steps=150, prompts=32, max_tokens=28, lr=3e-4, precision="no"),
 }
