@@ -13,7 +13,8 @@ import torch
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, compare, run
 from tokcredit.train.evidence import COLLECTED
 from tokcredit.train.experiment import resolved
-from tokcredit.train.loop import Trainer, learning_rate
+from tokcredit.train.learner import learning_rate
+from tokcredit.train.loop import Trainer
 from tokcredit.train.record import read_metrics, smoothed
 
 TIMES = {"seconds", "sample_seconds", "train_seconds", "credit_seconds"}

@@ -7,8 +7,9 @@ import pytest
 import tokcredit as tc
 import torch
 import torch.multiprocessing as mp
+from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
-from tokcredit.train.loop import Trainer, _Clock
+from tokcredit.train.loop import Trainer
 from tokcredit.train.record import read_metrics
 from tokcredit.train.scoring import left_padded
 
@@ -31,8 +32,7 @@ def update(settings, rank, ranks):
     trainer = Trainer(resolved(settings))
     whole = batch(trainer)
     mine = whole.select(whole.group_ids % ranks == rank)
-    prepared = trainer._over_ranks(trainer.objective.prepare(mine))
-    metrics, _ = trainer._update(prepared, 1, _Clock())
+    metrics = trainer.learner.learn(mine, 1, Clock()).metrics
     return metrics, torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
 
 

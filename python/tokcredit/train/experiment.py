@@ -52,13 +52,13 @@ def run(settings: Settings) -> dict[str, float] | None:
         trainer.tokenizer.save_pretrained(folder / "tokenizer")
     with _stop_requests() as stopping, tqdm(total=steps, initial=done, unit="step", disable=not main) as bar:
         if not done:
-            _note(record, {"step": 0, "held_out": trainer.evaluate()})
+            _note(record, {"step": 0, "held_out": trainer.explorer.evaluate()})
         for number in range(done + 1, steps + 1):
             step = trainer.step(number)
             last = number == steps
             line = {"step": number, **step.metrics}
             if last or number % settings.eval_every == 0:
-                line["held_out"] = trainer.evaluate()
+                line["held_out"] = trainer.explorer.evaluate()
             _note(record, line)
             if record and (last or number % settings.rollouts_every == 0):
                 record.rollouts(number, _columns(number, step))
@@ -66,7 +66,7 @@ def run(settings: Settings) -> dict[str, float] | None:
                 record.curve()
             bar.update()
             bar.set_postfix(_shown(line))
-            stop = trainer.any_rank(bool(stopping))
+            stop = trainer.ranks.any(bool(stopping))
             if last or stop or number % settings.save_every == 0:
                 checkpoint.save(trainer.accelerator, folder, number)
             if stop and not last:
@@ -163,7 +163,8 @@ def _shown(line: Mapping[str, float]) -> dict[str, str]:
 
 
 def _columns(number: int, step: Step) -> dict[str, Any]:
-    batch = step.prepared.batch
+    explored, learnt = step.explored, step.learnt
+    batch = learnt.prepared.batch
     lengths = (batch.end - batch.begin).tolist()
 
     def per_row(x: torch.Tensor | None) -> list[Any] | None:
@@ -177,18 +178,18 @@ def _columns(number: int, step: Step) -> dict[str, Any]:
     return {
         "step": [number] * batch.num_rows,
         "group": batch.group_ids.tolist(),
-        "task": [p.task for p in step.problems],
-        "prompt": [p.question for p in step.problems],
-        "completion": step.replies,
+        "task": [p.task for p in explored.problems],
+        "prompt": [p.question for p in explored.problems],
+        "completion": explored.replies,
         "reward": batch.rewards.tolist(),
         "prompt_tokens": [row[row >= 0].tolist() for row in prompts.cpu()],
         "tokens": per_row(batch.tokens),
         "response_mask": per_row(batch.response_mask),
         "rollout_log_probs": per_row(batch.rollout_log_probs),
         "old_log_probs": per_row(batch.old_log_probs),
-        "log_probs": per_row(step.log_probs),
+        "log_probs": per_row(learnt.log_probs),
         "entropies": per_row(batch.entropies),
-        "advantages": per_row(step.prepared.advantages),
+        "advantages": per_row(learnt.prepared.advantages),
     }
 
 
