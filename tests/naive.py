@@ -51,6 +51,7 @@ def synthetic(name, batch, g):
         "answer_probs": sparse,
         "answer_confidences": (sparse * 3) % 1,
         "turn_rewards": x,
+        "length_values": -x,
     }[name]
     if tc.evidence.KNOWN[name].per == "token" and made.is_floating_point():
         made[~batch.response_mask] = float("nan")

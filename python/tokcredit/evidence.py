@@ -73,6 +73,9 @@ KNOWN = {
     "turn_rewards": Evidence(
         "token", "float", "reward of a turn at its last token, 0 elsewhere", "`matching.turn_rewards`, or the trainer"
     ),
+    "length_values": Evidence(
+        "token", "float", "`-(1 - gamma^l)`, l the tokens to go predicted before the token", "a head, see `length`"
+    ),
 }
 
 

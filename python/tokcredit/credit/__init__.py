@@ -20,7 +20,7 @@ from tokcredit.credit.group import (
 )
 from tokcredit.credit.halves import Metric, by_mean_reward, halves, length, mean_entropy, order
 from tokcredit.credit.hidden import influential, sparing
-from tokcredit.credit.state import improbable_cuts, saturating, turns, value_changes
+from tokcredit.credit.state import improbable_cuts, saturating, shortening, turns, value_changes
 from tokcredit.credit.tree import edges, tempo_like
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "order",
     "outcome",
     "saturating",
+    "shortening",
     "sparing",
     "tempo_like",
     "thresholded",

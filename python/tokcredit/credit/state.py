@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokcredit import ops, segment
+from tokcredit import length, ops, segment
 from tokcredit.choice import Choice
-from tokcredit.credit.group import outcome
+from tokcredit.credit.group import Credit, group_normalized, outcome
 from tokcredit.ops import Rows
 from tokcredit.rollouts import Rollouts
 
@@ -159,3 +159,24 @@ class turns(Choice):
         if not self.centre_alone:
             mean = torch.where(alone, 0, mean)
         return torch.where(scope >= 0, (x - mean) / (std + self.epsilon), 0)
+
+
+@dataclass(frozen=True)
+class shortening(Choice):
+    """Another credit plus ``scale`` times how much shorter than predicted each token made the row.
+
+    ``length_values`` are ``-(1 - gamma^l)``, l being the predicted tokens to go; the added term is their generalized
+    advantage (:func:`tokcredit.length.advantages`). A negative scale lengthens.
+    """
+
+    of: Credit = field(default_factory=group_normalized)
+    scale: float = 0.1
+    gamma: float = 0.997
+    trace: float = 1.0
+    reads: ClassVar[frozenset[str]] = frozenset({"length_values"})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        paid, value = self.of(batch), batch.evidence("length_values")
+        if paid.dim() == 2:
+            paid = ops.spread(paid[:, 0], batch.rows, batch.tokens)
+        return paid + self.scale * length.advantages(value, batch.rows, self.gamma, self.trace)
