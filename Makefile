@@ -14,7 +14,7 @@ export GOMP_SPINCOUNT ?= 10000
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/pip install -q -c constraints.txt numpy tyro accelerate filelock gguf math-verify matplotlib pyarrow reasoning_gym rich \
 	  tensorboard tqdm transformers
-	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis ruff mypy clang-format
+	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis scipy ruff mypy clang-format
 	touch $@
 
 .venv/installed: .venv/tools $(SOURCES)

@@ -27,6 +27,12 @@ def synthetic(name, batch, g):
     """Evidence of this name for a batch, random, with nothing but NaN where the mask is False."""
     n = batch.num_tokens
     x = torch.rand(n, generator=g, dtype=torch.float64)
+    sparse = torch.where(torch.arange(n) % 5 % 3 == 1, x, float("nan"))
+    rows = torch.arange(batch.num_rows)
+    first = (
+        torch.stack([(batch.group_index == i).nonzero()[0, 0] for i in range(batch.num_groups)]) if len(rows) else rows
+    )
+    earlier = torch.stack([(batch.group_index[:r] == batch.group_index[r]).sum() for r in rows]) if len(rows) else rows
     made = {
         "old_log_probs": -x,
         "rollout_log_probs": -x,
@@ -38,6 +44,14 @@ def synthetic(name, batch, g):
         "padded_disagreement": x**2,
         "hidden_states": torch.randn(n, 4, generator=g, dtype=torch.float64),
         "token_probs": tc.policy.group_probs(torch.randn(n, 5, generator=g, dtype=torch.float64), batch),
+        "state_values": sparse,
+        "node_ids": rows,
+        # The first two rows of a group leave the prompt, the others the node of the first.
+        "parent_ids": torch.where(earlier < 2, -1, first[batch.group_index]) if len(rows) else rows,
+        "answer_probs": sparse,
+        "answer_confidences": (sparse * 3) % 1,
+        "turn_rewards": x,
+        "length_values": -x,
     }[name]
     if tc.evidence.KNOWN[name].per == "token" and made.is_floating_point():
         made[~batch.response_mask] = float("nan")

@@ -21,7 +21,10 @@ FLOW = [
 ]
 OUTSIDE = {"methods", "adapters", "train"}  # nothing imports these
 # Open to every stage; each is built on ops, rollouts and the ones before it.
-BLOCKS = ["schedule", "choice", "evidence", "scan", "segment", "select", "policy", "temperature", "divergence"]
+BLOCKS = [
+    *("schedule", "choice", "evidence", "scan", "segment", "select", "policy"),
+    *("temperature", "divergence", "matching", "length"),
+]
 
 
 @pytest.mark.parametrize("folder", ALLOWED)

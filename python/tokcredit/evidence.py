@@ -54,6 +54,28 @@ KNOWN = {
     "token_probs": Evidence(
         "token", "float", "probabilities of the K tokens that the group's rows chose", "`policy.group_probs`", ("K",)
     ),
+    "state_values": Evidence(
+        "token", "float", "mean reward of continuations from before the token; NaN where none were made", "sampler"
+    ),
+    "node_ids": Evidence("row", "integer", "the tree node that the row, an edge, leads to; once per group", "sampler"),
+    "parent_ids": Evidence(
+        "row", "integer", "the node that the edge begins at; no node's number where that is the prompt", "sampler"
+    ),
+    "answer_probs": Evidence(
+        "token",
+        "float",
+        "mean probability of the true answer's tokens after a step; NaN but at ends of steps",
+        "probes",
+    ),
+    "answer_confidences": Evidence(
+        "token", "float", "mean of exp(-mean entropy) over probed answers; NaN but at ends of steps", "probes"
+    ),
+    "turn_rewards": Evidence(
+        "token", "float", "reward of a turn at its last token, 0 elsewhere", "`matching.turn_rewards`, or the trainer"
+    ),
+    "length_values": Evidence(
+        "token", "float", "`-(1 - gamma^l)`, l the tokens to go predicted before the token", "a head, see `length`"
+    ),
 }
 
 

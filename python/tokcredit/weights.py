@@ -88,6 +88,17 @@ class with_credit(Choice):
         return (segment.maximum(paid, batch.rows) > 0)[:, None]
 
 
+@dataclass(frozen=True)
+class improbable(Choice):
+    """Selects the tokens that the old policy gave a probability of less than ``below``."""
+
+    below: float = 0.9
+    reads: ClassVar[frozenset[str]] = frozenset({"old_log_probs"})
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        return batch.evidence("old_log_probs").exp() < self.below
+
+
 def _check_share(share: float | Schedule) -> None:
     if not isinstance(share, Schedule) and not 0 < share <= 1:
         raise ValueError(f"share: expected more than 0 and at most 1, got {share}")

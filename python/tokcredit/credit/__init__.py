@@ -16,20 +16,24 @@ from tokcredit.credit.group import (
     outcome,
     thresholded,
     token_normalized,
+    whitened,
 )
 from tokcredit.credit.halves import Metric, by_mean_reward, halves, length, mean_entropy, order
 from tokcredit.credit.hidden import influential, sparing
-from tokcredit.credit.tree import tempo_like
+from tokcredit.credit.state import improbable_cuts, saturating, shortening, turns, value_changes
+from tokcredit.credit.tree import edges, tempo_like
 
 __all__ = [
     "Credit",
     "Metric",
     "by_mean_reward",
     "constant",
+    "edges",
     "group_mean",
     "group_normalized",
     "group_size",
     "halves",
+    "improbable_cuts",
     "influential",
     "leave_one_out",
     "length",
@@ -37,8 +41,13 @@ __all__ = [
     "negative_part",
     "order",
     "outcome",
+    "saturating",
+    "shortening",
     "sparing",
     "tempo_like",
     "thresholded",
     "token_normalized",
+    "turns",
+    "value_changes",
+    "whitened",
 ]

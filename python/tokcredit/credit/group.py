@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from tokcredit import segment
+from tokcredit import ops, segment
 from tokcredit.choice import Choice
 from tokcredit.rollouts import Rollouts
 
@@ -127,3 +127,37 @@ class token_normalized(Choice):
         advantages = torch.where(lengths > 0, centred / (std + self.epsilon), 0)
         extreme = segment.maximum(advantages.abs(), groups)[index] >= self.limit
         return torch.where(extreme[:, None], self.otherwise(batch), advantages[:, None]).to(batch.rewards.dtype)
+
+
+@dataclass(frozen=True)
+class whitened(Choice):
+    """Another credit, with mean 0 and variance 1 over the tokens of the batch: ``(A - mean) / sqrt(var + epsilon)``.
+
+    ``below`` takes mean and (sample) variance over the tokens whose old probability is less, or over all if there is
+    none; ``paid`` leaves tokens paid 0 out and as they are. Where all are equal they stay as they are.
+    """
+
+    of: Credit
+    below: float | None = None
+    paid: bool = False
+    epsilon: float = 1e-8
+    whole_batch: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs if self.below is None else super().needs | {"old_log_probs"}
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        advantages, mask = self.of(batch), batch.response_mask
+        if advantages.dim() == 2:
+            advantages = ops.spread(advantages[:, 0], batch.rows, batch.tokens)
+        if self.paid:
+            mask = mask & (advantages != 0)
+        counted = mask
+        if self.below is not None:
+            low = mask & (batch.evidence("old_log_probs").exp() < self.below)
+            counted = torch.where(low.any(), low, mask)
+        one = segment.Ids(torch.zeros_like(batch.tokens, dtype=torch.int64), 1, counted)
+        mean, var = segment.mean(advantages, one), segment.var(advantages, one)
+        white = torch.where(var > 0, (advantages - mean) / (var + self.epsilon).sqrt(), advantages)
+        return torch.where(mask, white, 0)
