@@ -12,7 +12,7 @@ from tokcredit.score import entropy_deviation
 from tokcredit.temperature import AdaptiveTemperature
 from tokcredit.train import evidence, models, tasks
 from tokcredit.train.clock import Clock
-from tokcredit.train.explorer import Explored, Explorer
+from tokcredit.train.explorer import Desk, Explored, Explorer, Replies
 from tokcredit.train.learner import Learner, Learnt
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.sampler import TransformersSampler
@@ -65,18 +65,21 @@ class Trainer:
         sampler = TransformersSampler(
             self.model, self.tokenizer, torch.bfloat16 if half else None, s.sampling_batch, self.adaptive
         )
-        self.explorer = Explorer(settings, self.problems, self.tokenizer, sampler, self.ranks)
+        self.desk = Desk(settings, self.problems, self.tokenizer, sampler, self.ranks)
+        self.explorer: Explorer = Replies(self.desk)
         self.learner = Learner(settings, self.objective, self.model, teacher, self.accelerator)
         self.accelerator.register_for_checkpointing(self)
 
     def state_dict(self) -> dict[str, Any]:
         """What a step hands to the next besides weights."""
-        return {"temperature": self.adaptive.statistics if self.adaptive else None}
+        statistics = self.adaptive.statistics if self.adaptive else None
+        return {"temperature": statistics, "explorer": self.explorer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As after the step whose :meth:`state_dict` this is."""
         if self.adaptive:
             self.adaptive.statistics = state["temperature"]
+        self.explorer.load_state_dict(state["explorer"])
 
     def step(self, number: int) -> Step:
         """Step ``number``, counted from 1."""
@@ -92,7 +95,7 @@ class Trainer:
         seconds = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
         metrics = learnt.metrics | self.ranks.mean(
             {
-                "reward": batch.rewards.mean(),
+                "reward": explored.outcomes.double().mean(),
                 "length": batch.lengths.double().mean(),
                 "finished": explored.finished.double().mean(),
                 "groups_with_signal": (spread > 0).double().mean(),
