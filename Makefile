@@ -1,20 +1,28 @@
-# `make test`: the whole suite.  Everything is installed into .venv on first use.
+# `make train`: the main job; `make test`: the whole suite.  Everything is installed into .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc python -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
 
-.PHONY: test lint bench clean
+# GNU OpenMP threads that spin while another program runs slow each other down many times; this bounds the spinning.
+export GOMP_SPINCOUNT ?= 10000
+
+.PHONY: train test lint bench clean
 
 .venv/tools: constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -U pip
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt numpy pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis ruff mypy clang-format
+	$(BIN)/pip install -q -c constraints.txt numpy tyro accelerate filelock gguf math-verify matplotlib pyarrow reasoning_gym rich \
+	  tensorboard tqdm transformers
+	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis scipy ruff mypy clang-format
 	touch $@
 
 .venv/installed: .venv/tools $(SOURCES)
 	$(BIN)/pip install -q -c constraints.txt --no-deps --force-reinstall .
 	touch $@
+
+train: .venv/installed
+	$(BIN)/tokcredit train --resume $(ARGS)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

@@ -9,6 +9,7 @@ import pytest
 import tokcredit as tc
 from tokcredit import inspect
 from tokcredit.cli import main
+from tokcredit.inspect.recorded import as_recorded
 from tokcredit.inspect.summary import summarize
 
 pa = pytest.importorskip("pyarrow")
@@ -261,16 +262,19 @@ def test_tables_by_hand(four):
 
 def test_tables_are_the_stages_own(folder):
     run = inspect.read(folder)
-    data = inspect.compute(run, tc.methods.names() and [m for m in tc.methods.names() if not tc.methods.load(m).needs])
+    carried = {"old_log_probs", "rollout_log_probs", "entropies"}
+    names = [m for m in tc.methods.names() if tc.methods.load(m).needs <= carried]
+    assert {"tempo", "ctpo", "hapo", "divergence_weighted", "pods"} <= set(names)
+    data = inspect.compute(replace(run, progress=0.5), names)
     tree = tc.tree.build(run.batch)
     assert np.array_equal(data.tokens["node"], tree.node.numpy())
     assert np.array_equal(data.tokens["branch"], tree.is_branch.numpy())
     for name, table in data.methods.items():
         objective = tc.methods.load(name)
-        prepared = objective.prepare(run.batch)
+        prepared = objective.prepare(run.batch, progress=0.5)
         assert np.array_equal(table["advantage"], prepared.advantages.numpy()), name
         # Weights, ratios and flags must explain the gradient that the loss itself has.
-        if isinstance(objective.clip, tc.clip.ppo):
+        if prepared.window.surrogate == "clip":
             free = table["trains"] & (table["clipped"] == 0)
             explained = np.where(free, -table["weight"] * table["advantage"] * table["ratio"], 0)
             assert table["gradient"] == pytest.approx(np.nan_to_num(explained), rel=1e-4, abs=1e-6), name
@@ -370,6 +374,32 @@ def test_report_of_a_run_folder(folder):
     assert "high=0.5" in path.read_text()
 
 
+def test_methods_whose_evidence_is_not_in_the_file(folder):
+    pytest.importorskip("jinja2")
+    text = inspect.report(folder, "vineppo").read_text()
+    assert "vineppo needs state_values, which the file does not hold" in text
+    assert "credit=recorded()" in text and "reverse" not in text
+    run = inspect.read(folder)
+    objective, notes = as_recorded("vineppo", tc.methods.load("vineppo"), run)
+    table = inspect.compute(run, {"vineppo": objective}).methods["vineppo"]
+    assert np.array_equal(table["advantage"], run.advantages.numpy()) and len(notes) == 1
+    with pytest.raises(ValueError, match="state_values: expected in .* because vineppo needs it"):
+        inspect.run(folder, ["vineppo"])
+
+
+def test_settings_that_change_during_training(folder, tmp_path):
+    run = inspect.read(folder)
+    assert run.progress is None
+    assert "d3s is shown with its settings at the end" in inspect.compute(run, ["d3s"]).notes[0]
+    derivations.write(tmp_path, step=3, groups=2, rollouts=4, length=40)
+    (tmp_path / "settings.json").write_text(json.dumps({"steps": 9}))
+    run = inspect.read(tmp_path)
+    assert run.progress == 0.25
+    data = inspect.compute(run, ["d3s"])
+    expected = tc.methods.load("d3s").prepare(run.batch, progress=0.25).mask
+    assert data.notes == [] and np.array_equal(data.methods["d3s"]["trains"], expected.numpy())
+
+
 def test_command(folder, tmp_path, capsys):
     pytest.importorskip("jinja2")
     pytest.importorskip("rich")
@@ -378,7 +408,7 @@ def test_command(folder, tmp_path, capsys):
     main(["inspect", str(folder), "--prompt", "2"])
     out = capsys.readouterr().out
     assert "prompt 2 of 3" in out and "tempo" in out and "grpo" in out
-    with pytest.raises(ValueError, match="prompt: expected a number from 1 to 3, got 4"):
+    with pytest.raises(SystemExit, match="prompt: expected a number from 1 to 3, got 4"):
         main(["inspect", str(folder), "--prompt", "4"])
 
 

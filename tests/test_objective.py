@@ -124,7 +124,7 @@ def test_minibatch_counts_its_own_rows():
         objective = tc.methods.load(name)
         part = objective.prepare(batch).minibatch(rows)
         alone = objective.prepare(batch.select(rows))
-        alone = dataclasses.replace(alone, credits=part.credits).aggregated()
+        alone = dataclasses.replace(alone, credits=part.credits, signs=part.signs).aggregated()
         torch.testing.assert_close(objective.loss(part, current[rows]).loss, objective.loss(alone, current[rows]).loss)
         assert not torch.equal(part.row_weights, objective.prepare(batch).select(rows).row_weights)
 
@@ -177,7 +177,8 @@ def test_empty_batch(name):
         torch.zeros(0),
     )
     objective = tc.methods.load(name)
+    batch = naive.with_evidence(batch, objective.needs)
     log_probs = torch.zeros(0, requires_grad=True)
-    out = objective.loss(objective.prepare(batch), log_probs)
+    out = objective.loss(objective.prepare(batch, progress=0.5), log_probs)
     out.loss.backward()
     assert out.loss == 0

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import platform
+import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+import tokcredit as tc
+from tokcredit import train
+from tokcredit.train import Settings
+
+_Settings = Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
 
 
 def _found(package: str) -> str:
@@ -16,59 +27,92 @@ def _found(package: str) -> str:
         return "not installed"
 
 
-def info() -> dict[str, str]:
-    """Version, build, torch, threads, methods and host trainers, by name."""
-    import torch
-
-    import tokcredit as tc
-
-    build = tc.build_info()
-    cuda = f"yes, for {build['cuda_architectures']}" if build["cuda"] else "no (CPU only)"
-    return {
-        "tokcredit": tc.__version__,
-        "built with CUDA": cuda,
-        "compiler": build["compiler"],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": str(tc.num_threads()),
-        "methods": ", ".join(tc.methods.names()),
-        **{host: _found(host) for host in ("trl", "verl", "vllm")},
-    }
-
-
-def methods() -> dict[str, str]:
-    """First line of each method's description, by name."""
-    import tokcredit as tc
-
-    return {name: (inspect.getdoc(getattr(tc.methods, name)) or "").splitlines()[0] for name in tc.methods.names()}
-
-
-def see(path: str, method: list[str] | None, output: str | None, **settings: Any) -> dict[str, str]:
-    """Where the report went, or nothing after printing one prompt."""
-    import tokcredit.inspect
-
-    written = tokcredit.inspect.run(path, method, output, **settings)
-    return {} if written is None else {"report": str(written)}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs one of the commands on ``arguments``, the command line by default."""
-    parser = argparse.ArgumentParser(prog="tokcredit", description="Token-level credit assignment.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="version, build, torch, threads, methods, host trainers").set_defaults(run=info)
-    commands.add_parser("methods", help="every published method, in a line").set_defaults(run=methods)
-    page = commands.add_parser("inspect", help="which tokens were paid: one prompt here, or a page with -o")
-    page.add_argument("path", help="run folder, rollouts-*.parquet, completions_*.parquet or .jsonl")
-    page.add_argument("--method", action="append", help="may be repeated; the run's own and grpo by default")
-    page.add_argument("-o", "--output", help="HTML file to write")
-    page.add_argument("--tokenizer", help="folder or name, for files that hold text and no token ids")
-    page.add_argument("--step", type=int, help="the last by default")
-    page.add_argument("--prompt", type=int, default=1, help="which one to print, from 1")
-    page.set_defaults(run=see)
-    chosen = vars(parser.parse_args(arguments))
-    run = chosen.pop("run")
-    del chosen["command"]
-    lines = run(**chosen)
-    width = max(map(len, lines), default=0)
+def _print(lines: dict[str, str]) -> None:
+    width = max(map(len, lines))
     for name, text in lines.items():
         print(f"{name:<{width}}  {text}")
+
+
+def info() -> None:
+    """Version, build, torch, threads, methods and host trainers."""
+    build = tc.build_info()
+    cuda = f"yes, for {build['cuda_architectures']}" if build["cuda"] else "no (CPU only)"
+    _print(
+        {
+            "tokcredit": tc.__version__,
+            "built with CUDA": cuda,
+            "compiler": build["compiler"],
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": str(tc.num_threads()),
+            "methods": ", ".join(tc.methods.names()),
+            **{host: _found(host) for host in ("trl", "verl", "vllm")},
+        }
+    )
+
+
+def methods() -> None:
+    """Every published method, in a line each."""
+    _print({name: (inspect.getdoc(getattr(tc.methods, name)) or "").splitlines()[0] for name in tc.methods.names()})
+
+
+def _train(settings: _Settings) -> None:
+    """Train a language model with a token-credit method on verifiable tasks."""
+    train.run(settings)
+
+
+def _compare(
+    settings: _Settings,
+    methods: tuple[str, ...] = ("grpo", "tempo", "ctpo"),
+    seeds: int = 3,
+) -> None:
+    """Train several methods on the same prompts and plot them together.
+
+    Args:
+        settings: of every run.
+        methods: names of methods.
+        seeds: runs per method.
+    """
+    train.compare(methods, settings, seeds)
+
+
+def _inspect(
+    path: tyro.conf.Positional[Path],
+    method: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    tokenizer: str | None = None,
+    step: int | None = None,
+    prompt: int = 1,
+) -> None:
+    """Show which tokens were paid and why: one prompt here, or all of them in a page.
+
+    Args:
+        path: run folder, rollouts-*.parquet, TRL's completions_*.parquet, or .jsonl such as verl's.
+        method: may be repeated; the run's own and grpo by default.
+        output: HTML file to write.
+        tokenizer: folder or name, for files that hold text and no token ids.
+        step: the last by default.
+        prompt: which one to print, from 1.
+    """
+    from tokcredit.inspect import run
+
+    written = run(path, method, output, tokenizer, step, prompt)
+    if written is not None:
+        _print({"report": str(written)})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one of the commands on ``arguments``, the command line by default."""
+    commands: dict[str, Callable[..., Any]] = {
+        "train": _train,
+        "compare": _compare,
+        "inspect": _inspect,
+        "info": info,
+        "methods": methods,
+    }
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="tokcredit", description=tc.__doc__, args=None if arguments is None else list(arguments)
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        sys.exit(f"tokcredit: {error}")

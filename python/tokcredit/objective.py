@@ -7,14 +7,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tokcredit import aggregation, clip, credit, loss, ops, ratio, segment, weights
+from tokcredit import aggregation, clip, credit, gain, loss, ops, ratio, sampling, segment, weights
+from tokcredit.choice import Choice
 from tokcredit.ops import Rows
 from tokcredit.rollouts import Rollouts, row_indices
 
 
 @dataclass(frozen=True)
-class Objective:
-    """One choice per stage; the defaults are those of :func:`tokcredit.methods.grpo`."""
+class Objective(Choice):
+    """One choice per stage; the defaults are those of :func:`tokcredit.methods.grpo`.
+
+    ``variable`` names the per-token quantity that :meth:`loss` is given and differentiates: ``log_probs`` of the
+    sampled tokens, or, to be minimised as it is, another one such as ``reverse_kl``.
+    """
 
     credit: credit.Credit = field(default_factory=credit.group_normalized)
     weights: tuple[weights.Weight, ...] = ()
@@ -23,11 +28,13 @@ class Objective:
     aggregation: aggregation.Aggregation = field(default_factory=aggregation.sequence_mean)
     kl: loss.Penalty | None = None
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the evidence a batch must carry."""
-        needs = self.credit.needs.union(*(w.needs for w in self.weights))
-        return needs | {"ref_log_probs"} if self.kl else needs
+    gain: gain.Gain | None = None
+    sampling: sampling.Sampling | None = None
+    variable: str = "log_probs"
+
+    def __post_init__(self) -> None:
+        if self.kl is not None and self.variable != "log_probs":
+            raise ValueError(f"kl: expected None because the loss is given {self.variable}, not log_probs")
 
     def prepare(
         self,
@@ -36,37 +43,68 @@ class Objective:
         global_batch_size: int | None = None,
         dp_size: int = 1,
         global_num_groups: int | None = None,
+        progress: float | None = None,
     ) -> Prepared:
         """Credit, selection and weights of a batch of whole groups.
 
         Args:
-            batch: the rollouts; groups must be complete.
+            batch: the rollouts; groups must be complete. An objective that ``spans_groups`` must see the rows of all
+                ranks: each rank then takes its own by :meth:`Prepared.select`.
             batch_num_tokens: training tokens over all ranks. These and the next are counted when there is one rank.
             global_batch_size: rows over all ranks.
             dp_size: ranks whose gradients the host averages; the loss is scaled so that the average is the whole.
             global_num_groups: groups over all ranks.
+            progress: share of training that is done, from 0 to 1, for objectives whose settings change.
 
         Raises:
-            ValueError: evidence is missing, or ``dp_size > 1`` without the counts over all ranks.
+            ValueError: evidence is missing, ``dp_size > 1`` without the counts over all ranks, or no ``progress`` for
+                an objective that ``is_scheduled``.
         """
+        if progress is not None:
+            self = self.at(progress)
+        elif self.is_scheduled:
+            raise ValueError("progress: expected a number from 0 to 1 because settings change with it, got None")
         for name in sorted(self.needs):
-            if getattr(batch, name, None) is None and name not in batch.extras:
-                raise ValueError(f"{name}: expected in the batch because the objective needs it, got None")
-        advantages = self.credit(batch)
+            batch.evidence(name)
         mask, multiplier = batch.response_mask, None
+        if self.sampling is None:
+            advantages, signs = self.credit(batch), credit.outcome(batch).sign()
+        else:
+            chosen = self.sampling(batch).nonzero()[:, 0]
+            part, (take, _, _) = batch.select(chosen), batch.token_positions(chosen)
+            among = self.credit(part)
+            advantages = among.new_zeros(batch.num_rows, 1) if among.dim() == 2 else among.new_zeros(batch.num_tokens)
+            advantages[chosen if among.dim() == 2 else take] = among
+            signs = torch.zeros_like(batch.rewards).index_put((chosen,), credit.outcome(part).sign())
+            mask = torch.zeros_like(mask).index_put((take,), mask[take])
+        if advantages.dim() == 2:
+            signs = advantages[:, 0].sign()
+        kept = batch
         for weight in self.weights:
-            w = weight(batch, advantages)
+            if kept.response_mask is not mask:
+                kept = replace(kept, response_mask=mask)
+            w = weight(kept, advantages)
             if w.dtype == torch.bool:
                 mask = mask & _per_token(w, batch)
             else:
                 multiplier = w if multiplier is None else _product(multiplier, w, batch)
-        prepared = Prepared(self, batch, advantages, mask, multiplier)
+        prepared = Prepared(
+            self,
+            batch,
+            advantages,
+            mask,
+            multiplier,
+            signs[:, None],
+            window=self.clip(batch),
+            signal=None if self.gain is None else self.gain.signal(batch),
+        )
         return prepared.aggregated(batch_num_tokens, global_batch_size, dp_size, global_num_groups)
 
     def loss(self, prepared: Prepared, log_probs: Tensor) -> loss.Loss:
         """Loss of a batch or of a part of it, with its gradient to ``log_probs`` (layout of the batch).
 
-        With ``old_log_probs`` absent the ratio is exactly 1 (on policy), with the gradient it has there.
+        An objective of another ``variable`` is given that in place of ``log_probs``. With ``old_log_probs`` absent the
+        ratio is exactly 1 (on policy), with the gradient it has there.
         """
         return _evaluate(prepared, prepared.batch.flat(log_probs, "log_probs"))
 
@@ -81,6 +119,9 @@ class Prepared:
         credits: advantages as the credit stage gave them, ``[R, 1]`` or ``[N]``.
         mask: bool ``[N]``, the tokens that train.
         multiplier: ``[R, 1]``, ``[N]`` or None.
+        signs: ``[R, 1]``, whether the row did better (1) or worse (-1) than its group.
+        window: bounds of the ratio.
+        signal: ``[N]`` or None, for the gain.
         row_weights: ``[R, 1]`` or 0-d, from the aggregation; ``penalty_weights`` for the KL term.
     """
 
@@ -89,6 +130,9 @@ class Prepared:
     credits: Tensor
     mask: Tensor
     multiplier: Tensor | None
+    signs: Tensor
+    window: clip.Window
+    signal: Tensor | None
     row_weights: Tensor = None  # type: ignore[assignment]
     penalty_weights: Tensor = None  # type: ignore[assignment]
 
@@ -129,7 +173,7 @@ class Prepared:
         if isinstance(self.objective.aggregation, aggregation.balanced):
             given["global_num_groups"] = global_num_groups
         for name, value in given.items():
-            if dp_size > 1 and value is None:
+            if dp_size > 1 and value is None and not self.objective.spans_groups:
                 raise ValueError(f"{name}: expected the count over all ranks because dp_size is {dp_size}, got None")
         batch = self.batch
         lengths = segment.count(batch.tokens, self.rows).long()
@@ -139,7 +183,6 @@ class Prepared:
         def count(number: int | None, counted: Tensor) -> Tensor:
             return counted if number is None else torch.full_like(counted, number)
 
-        outcome = self.credits[:, 0] if self.credits.dim() == 2 else credit.outcome(batch)
         counts = aggregation.Counts(
             tokens=count(batch_num_tokens, lengths.sum()),
             rows=count(global_batch_size, trained.sum()),
@@ -147,7 +190,7 @@ class Prepared:
             dp_size=dp_size,
             width=batch.shape[1] if batch.shape else int((batch.end - batch.begin).max()) if batch.num_rows else 0,
             lengths=lengths,
-            signs=outcome.sign(),
+            signs=self.signs[:, 0],
             group_index=batch.group_index,
             num_groups=batch.num_groups,
         )
@@ -182,6 +225,9 @@ class Prepared:
             credits=pick(self.credits),
             mask=self.mask[take],
             multiplier=None if self.multiplier is None else pick(self.multiplier),
+            signs=self.signs[rows],
+            window=self.window.at(take),
+            signal=None if self.signal is None else self.signal[take],
             row_weights=pick(self.row_weights),
             penalty_weights=pick(self.penalty_weights),
         )
@@ -203,11 +249,14 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
     objective, batch, rows = prepared.objective, prepared.batch, prepared.rows
     current = log_probs.detach()
     old = current if batch.old_log_probs is None else batch.old_log_probs
-    log_ratio = objective.ratio(rows, current, old)
-    window = objective.clip(rows, batch.num_tokens)
+    log_ratio, window = objective.ratio(batch.rows, current, old), prepared.window
+    advantages = prepared.credits
+    if objective.gain is not None:
+        factor = objective.gain(log_ratio.per_token(batch.rows, current), window, prepared.signal)
+        advantages = _product(advantages, factor, batch)
 
-    def number(x: float | None) -> Tensor | None:
-        return None if x is None else torch.full((), x, device=current.device)
+    def number(x: float | Tensor | None) -> Tensor | None:
+        return torch.full((), x, device=current.device) if isinstance(x, float) else x
 
     weight = prepared.row_weights
     if prepared.multiplier is not None:
@@ -218,7 +267,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
         window.surrogate,
         reference=log_ratio.reference,
         log_ratio=log_ratio.log_ratio,
-        advantages=prepared.credits,
+        advantages=advantages,
         weights=weight,
         low=number(window.low),
         high=number(window.high),

@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from tokcredit import scan, segment
+from tokcredit import ops, scan, segment
+from tokcredit.choice import Choice
 from tokcredit.ops import Rows
 
 
@@ -20,6 +21,14 @@ class LogRatio(NamedTuple):
     log_ratio: Tensor | None
     reference: Tensor | None
     clamp: tuple[float, float]
+
+    def per_token(self, rows: Rows, log_probs: Tensor) -> Tensor:
+        """``log q`` of each token, ``[N]``; as the loss computes it."""
+        if self.log_ratio is None:
+            x = log_probs * 0 if self.reference is None else log_probs - self.reference
+        else:
+            x = self.log_ratio if self.log_ratio.dim() == 1 else ops.spread(self.log_ratio[:, 0], rows, log_probs)
+        return x.clamp(*self.clamp)
 
 
 class Ratio(Protocol):
@@ -34,7 +43,7 @@ def _difference(rows: Rows, log_probs: Tensor, old_log_probs: Tensor, bound: flo
 
 
 @dataclass(frozen=True)
-class token:
+class token(Choice):
     """The token's own ratio, ``q[t] = p[t] / p_old[t]``, with ``|log q| <= bound``."""
 
     bound: float = 20.0
@@ -44,7 +53,7 @@ class token:
 
 
 @dataclass(frozen=True)
-class sequence:
+class sequence(Choice):
     """The geometric mean of the row's ratios at every token, ``log q = mean_t(log p[t] - log p_old[t])``."""
 
     bound: float = 20.0
@@ -56,7 +65,7 @@ class sequence:
 
 
 @dataclass(frozen=True)
-class cumulative:
+class cumulative(Choice):
     """The ratio of the whole prefix, ``log q[t] = sum_{s <= t} (log p[s] - log p_old[s])``, at most ``high``."""
 
     bound: float = 20.0
@@ -68,7 +77,7 @@ class cumulative:
 
 
 @dataclass(frozen=True)
-class one:
+class one(Choice):
     """No ratio: ``q = 1``, the score-function estimator."""
 
     def __call__(self, rows: Rows, log_probs: Tensor, old_log_probs: Tensor) -> LogRatio:

@@ -33,7 +33,8 @@ def test_formula(seed, cap, token_mean):
 def test_by_hand():
     rows = Rows(torch.tensor([0]), torch.tensor([4]), torch.tensor([True, True, False, True]))
     log_ratio = tc.ratio.cumulative()(rows, torch.tensor([0.04, 0.04, -0.2, 0.01]), torch.zeros(4)).log_ratio
-    window = tc.clip.growing(0.025, 0.05, 0.5)(rows, 4)
+    batch = tc.Rollouts(torch.arange(4), torch.tensor([0, 4]), torch.tensor([0]), torch.tensor([1.0]), rows.mask)
+    window = tc.clip.growing(0.025, 0.05, 0.5)(batch)
     assert log_ratio.tolist() == pytest.approx([0.04, 0.08, 0.0, 0.09])
     upper = window.high * window.width
     assert upper[[0, 1, 3]].tolist() == pytest.approx([0.05, 0.0707, 0.0866], abs=1e-4)

@@ -6,11 +6,13 @@ ratios and windows, and the page and the terminal show those tables. Needs ``pip
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from tokcredit.inspect.data import Data, compute
 from tokcredit.inspect.readers import Run, read
+from tokcredit.inspect.recorded import as_recorded
+from tokcredit.methods import load, names
 from tokcredit.objective import Objective
 
 __all__ = ["Data", "Run", "compute", "read", "report", "run"]
@@ -36,7 +38,7 @@ def run(
     """
     try:
         found = read(path, tokenizer, step)
-        data = compute(found, list(methods) if methods else _usual(found))
+        data = compute(found, list(methods)) if methods else _usual(found)
         if output is not None:
             return _write(data, Path(output))
         from tokcredit.inspect.terminal import show
@@ -52,22 +54,23 @@ def report(folder: str | Path, method: str | Objective | None = None) -> Path:
 
     Args:
         folder: a run folder with ``rollouts-*.parquet`` and ``tokenizer``.
-        method: what it was trained with, by name or as an objective, which is shown under the name in the file. GRPO
-            stands beside it.
+        method: what it was trained with, by name or as an objective, which is shown under the name in the file. Where
+            the file does not hold what it needs, the trainer's own advantages are shown. GRPO stands beside it.
     """
-    found = read(folder)
-    methods = _usual(found, method)
-    return _write(compute(found, methods), Path(folder) / "report.html")
+    return _write(_usual(read(folder), method), Path(folder) / "report.html")
 
 
-def _usual(found: Run, method: str | Objective | None = None) -> Mapping[str, Objective]:
-    from tokcredit.methods import load, names
-
+def _usual(found: Run, method: str | Objective | None = None) -> Data:
+    """The run under its own method, as far as the file holds what that needs, and under GRPO."""
     written = found.settings.get("method")
     if isinstance(method, Objective):
-        return {written or "trained": method} | ({} if written == "grpo" else {"grpo": load("grpo")})
-    name = method or (written if written in names() else "grpo")
-    return {n: load(n) for n in dict.fromkeys((name, "grpo"))}
+        name, objective = written or "trained", method
+    else:
+        name = method or (written if written in names() else "grpo")
+        objective = load(name)
+    objective, notes = as_recorded(name, objective, found)
+    data = compute(found, {name: objective} if name == "grpo" else {name: objective, "grpo": load("grpo")})
+    return replace(data, notes=notes + data.notes)
 
 
 def _write(data: Data, path: Path) -> Path:

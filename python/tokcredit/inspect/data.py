@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokcredit import methods, ops, segment, select, tree, values
 from tokcredit.inspect.readers import Run
+from tokcredit.inspect.recorded import missing
 from tokcredit.objective import Objective, Prepared
 from tokcredit.rollouts import Rollouts
 
@@ -68,14 +69,18 @@ def compute(run: Run, objectives: Mapping[str, Objective] | tuple[str, ...] | li
     Raises:
         ValueError: no method, or one that needs evidence the file does not have; the message names it.
     """
-    objectives = resolve(objectives)
+    objectives, notes = resolve(objectives), []
     if not objectives:
         raise ValueError("objectives: expected at least one method, got none")
-    batch, notes = _batch(run)
     for name, objective in objectives.items():
-        for evidence in sorted(objective.needs):
-            if getattr(batch, evidence, None) is None and evidence not in batch.extras:
-                raise ValueError(f"{evidence}: expected in {run.name} because {name} needs it, got none")
+        for evidence in missing(objective, run):
+            raise ValueError(f"{evidence}: expected in {run.name} because {name} needs it, got none")
+        if objective.is_scheduled and run.progress is None:
+            notes.append(f"How far training had come is not known: {name} is shown with its settings at the end.")
+    progress = 1.0 if run.progress is None else run.progress
+    objectives = {name: objective.at(progress) for name, objective in objectives.items()}
+    batch, about = _batch(run)
+    notes += about
     trees = tree.build(batch)
     tables = {name: _method(batch, run.log_probs, objective) for name, objective in objectives.items()}
     notes += _differences(run, tables)
@@ -162,7 +167,7 @@ def _method(batch: Rollouts, log_probs: Tensor | None, objective: Objective) -> 
     weight = _weight(prepared) * scale
     table = {"advantage": advantages, "ratio": unknown, "low": unknown, "high": unknown, "weight": weight}
     table |= {"trains": trains, "clipped": torch.zeros_like(trains, dtype=torch.uint8), "gradient": unknown}
-    if log_probs is not None and batch.old_log_probs is not None:
+    if log_probs is not None and batch.old_log_probs is not None and objective.variable == "log_probs":
         table |= _update(prepared, log_probs, batch.old_log_probs, weight, scale)
     return {
         **{name: _numpy(x) for name, x in table.items()},
@@ -183,27 +188,20 @@ def _weight(prepared: Prepared) -> Tensor:
 
 
 def _update(prepared: Prepared, log_probs: Tensor, old_log_probs: Tensor, weight: Tensor, scale: Tensor) -> Table:
-    """Ratio, window and gradient of each token; the gradient is the loss's own, so it also tells what was clipped."""
-    rows, batch = prepared.rows, prepared.batch
+    """Ratio, window, gain and gradient of each token; the gradient is the loss's own, so it also tells what was clipped."""
+    rows, batch, window = prepared.rows, prepared.batch, prepared.window
     objective = replace(prepared.objective, kl=None)
     current = log_probs.clone().requires_grad_()
     objective.loss(replace(prepared, objective=objective), current).loss.backward()
     assert current.grad is not None
     gradient = current.grad * scale
 
-    given = objective.ratio(rows, log_probs, old_log_probs)
-    log_ratio = torch.zeros_like(log_probs)
-    if given.log_ratio is not None:
-        per_row = given.log_ratio.dim() == 2
-        log_ratio = ops.spread(given.log_ratio[:, 0], rows, batch.tokens) if per_row else given.log_ratio
-    elif given.reference is not None:
-        log_ratio = log_probs - given.reference
-    log_ratio = log_ratio.clamp(*given.clamp)
-
-    window = objective.clip(rows, batch.num_tokens)
-    hard = window.surrogate in ("clip", "weighted")
-    width = torch.ones_like(log_ratio) if window.width is None else window.width
-    low, high = (window.low * width, window.high * width) if hard else (-torch.inf * width, torch.inf * width)
+    log_ratio = objective.ratio(batch.rows, log_probs, old_log_probs).per_token(batch.rows, log_probs)
+    if objective.gain is not None:
+        weight = weight * objective.gain(log_ratio, window, prepared.signal)
+    # A soft surrogate has temperatures in place of bounds.
+    bounds = window.bounds if window.surrogate in ("clip", "weighted") else (-torch.inf, torch.inf)
+    low, high = (torch.as_tensor(bound).expand(log_ratio.shape) for bound in bounds)
     trains = ops.spread(torch.ones(batch.num_rows, dtype=torch.bool), rows, batch.tokens)
     paid = trains & (weight != 0) & (batch.flat(prepared.advantages) != 0)
     stopped = paid & (gradient == 0)
@@ -213,6 +211,7 @@ def _update(prepared: Prepared, log_probs: Tensor, old_log_probs: Tensor, weight
         "ratio": torch.where(trains, log_ratio.exp(), nothing),
         "low": torch.where(trains & low.isfinite(), low.exp(), nothing),
         "high": torch.where(trains & high.isfinite(), high.exp(), nothing),
+        "weight": weight,
         "clipped": torch.where(stopped, STOPPED, torch.where(bounded, BOUNDED, FREE)).to(torch.uint8),
         "gradient": gradient,
     }

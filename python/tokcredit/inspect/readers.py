@@ -32,6 +32,7 @@ class Run:
         vocabulary: text of the token ids.
         name: the file and its folder.
         step: its training step, or None.
+        progress: share of training that was done, from 0 to 1, or None.
         settings: what the trainer wrote about itself (version, method, objective, model, tokenizer), or nothing.
     """
 
@@ -42,6 +43,7 @@ class Run:
     vocabulary: Vocabulary
     name: str
     step: int | None
+    progress: float | None
     settings: Mapping[str, str]
 
 
@@ -191,8 +193,19 @@ def _run(
         torch.tensor([float(row["reward"]) for row in rows]),
         None if mask is None else mask.bool(),  # type: ignore[arg-type]
         **columns,  # type: ignore[arg-type]
+        extras={} if advantages is None else {"advantages": advantages},
     )
-    return Run(batch, log_probs, advantages, prompts, vocabulary, "/".join(file.absolute().parts[-2:]), step, settings)
+    name = "/".join(file.absolute().parts[-2:])
+    return Run(batch, log_probs, advantages, prompts, vocabulary, name, step, _progress(file, step), settings)
+
+
+def _progress(file: Path, step: int | None) -> float | None:
+    """As the trainer counts it, from the number of steps in its settings."""
+    settings = file.parent / "settings.json"
+    if step is None or not settings.exists():
+        return None
+    steps = json.loads(settings.read_text()).get("steps")
+    return min(1.0, max(0, step - 1) / max(steps - 1, 1)) if isinstance(steps, int) else None
 
 
 def _column(name: str, rows: list[dict[str, Any]], lengths: list[int]) -> Tensor | None:

@@ -25,6 +25,7 @@ def ctpo(
         power: growth of the window.
         token_mean: mean over tokens, as the released script runs; False for the paper's mean of token means.
 
+    Cost: as GRPO, plus a scan along the rows.
     Source: arXiv 2605.07331.
     Departs from the paper: cap and token mean follow the released training code.
     """

@@ -1,0 +1,149 @@
+"""From rewarded rollouts to a better policy."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tokcredit import segment
+from tokcredit.objective import Objective, Prepared
+from tokcredit.rollouts import Rollouts
+from tokcredit.train import evidence
+from tokcredit.train.clock import Clock
+from tokcredit.train.ranks import Ranks
+from tokcredit.train.settings import OptimizerSettings, Settings
+
+_SUMS = ("loss", "policy_loss", "kl")
+
+
+class Learnt(NamedTuple):
+    """What a step did.
+
+    Attributes:
+        prepared: the rollouts with their evidence and credit.
+        log_probs: ``[N]``, at the last pass over the rollout; NaN where it was paid nothing.
+        metrics: numbers by name, over all processes.
+    """
+
+    prepared: Prepared
+    log_probs: Tensor
+    metrics: dict[str, float]
+
+
+class Learner:
+    """Pays rollouts by an objective and updates the model.
+
+    Args:
+        settings: of the run.
+        objective: what is optimized.
+        model: the policy, on its device.
+        teacher: for methods that distil, or None.
+        accelerator: devices and precision.
+    """
+
+    def __init__(self, settings: Settings, objective: Objective, model: Any, teacher: Any, accelerator: Accelerator):
+        o = settings.optimizer
+        self._settings, self._accelerator, self._ranks = settings, accelerator, Ranks(accelerator)
+        self._objective, self._model, self._teacher = objective, model, teacher
+        self._reference = copy.deepcopy(model) if "ref_log_probs" in objective.needs else None
+        self._optimizer = accelerator.prepare_optimizer(
+            torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
+        )
+
+    def learn(self, batch: Rollouts, number: int, clock: Clock) -> Learnt:
+        """The update of step ``number``, counted from 1."""
+        batch = self._with_evidence(batch)
+        with clock("credit"):
+            progress = (number - 1) / max(self._settings.steps - 1, 1)
+            prepared = self._over_ranks(self._objective.prepare(batch, progress=progress))
+        lr = learning_rate(self._settings.optimizer, number, self._settings.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        metrics, log_probs = self._update(prepared, number, clock)
+        return Learnt(prepared, log_probs, metrics | {"lr": lr})
+
+    def _with_evidence(self, batch: Rollouts) -> Rollouts:
+        needs, o = self._objective.needs, self._settings.optimizer
+        if o.epochs * o.minibatches > 1:
+            needs |= {"old_log_probs"}
+        if self._settings.sampling.adaptive:
+            needs |= {"entropies"}
+        models = (self._model, self._reference, self._teacher)
+        with self._accelerator.autocast():
+            return evidence.collect(needs, batch, o.micro_batch, *models, self._settings.sampling.temperature)
+
+    def _update(self, prepared: Prepared, number: int, clock: Clock) -> tuple[dict[str, float], Tensor]:
+        o, batch = self._settings.optimizer, prepared.batch
+        log_probs = torch.full((batch.num_tokens,), torch.nan, device=batch.tokens.device)
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        steps = 0
+        for epoch in range(o.epochs):
+            order = np.random.default_rng([self._settings.seed, number, epoch]).permutation(batch.num_rows)
+            for chosen in torch.from_numpy(order).to(batch.tokens.device).tensor_split(o.minibatches):
+                whole = o.minibatches == 1
+                part = prepared if whole else self._over_ranks(prepared.select(chosen))
+                paid = part.has_credit.nonzero()[:, 0]
+                if not self._ranks.any(len(paid) > 0):
+                    continue
+                # The rows of a group side by side: they share their prompt.
+                for rows in paid[part.batch.group_index[paid].argsort(stable=True)].split(o.micro_batch):
+                    drawn, metrics = self._backward(part.select(rows), clock)
+                    log_probs[batch.token_positions(rows if whole else chosen[rows])[0]] = drawn
+                    tokens = metrics["tokens"]
+                    for name, value in metrics.items():
+                        totals[name] += value if name in (*_SUMS, "tokens") else value * tokens
+                self._ranks.average_gradients(self._model)
+                totals["grad_norm"] += self._accelerator.clip_grad_norm_(
+                    self._model.parameters(), o.max_grad_norm
+                ).cpu()
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+                steps += 1
+        tokens = totals.pop("tokens", torch.zeros(())).clamp(min=1)
+        per_step = (*_SUMS, "grad_norm")
+        means = {name: total / (steps if name in per_step else tokens) for name, total in totals.items()}
+        return self._ranks.mean(means), log_probs
+
+    def _backward(self, part: Prepared, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
+        """Adds the gradient of a micro-batch; its log-probs, and its metrics on the CPU."""
+        temperature = self._settings.sampling.temperature
+        with self._accelerator.autocast():
+            current, log_probs, entropies = evidence.variable(
+                self._objective.variable, part.batch, self._model, self._teacher, temperature
+            )
+        with clock("credit"):
+            out = self._objective.loss(part, current)
+        out.loss.backward()
+        metrics = out.metrics | {"entropy": entropies.mean()}
+        return log_probs.detach(), {name: x.detach().double().cpu() for name, x in metrics.items()}
+
+    def _over_ranks(self, part: Prepared) -> Prepared:
+        """These rows as an optimizer step of their own, with denominators over all processes."""
+        if self._ranks.count == 1:
+            return part.aggregated()
+        lengths = segment.count(part.batch.tokens, part.rows)
+        trained = lengths > 0
+        counts = self._ranks.sum(
+            {
+                "batch_num_tokens": lengths.sum(),
+                "global_batch_size": trained.sum(),
+                "global_num_groups": torch.tensor(part.batch.group_ids[trained].unique().numel()),
+            }
+        )
+        return part.aggregated(**{name: int(x) for name, x in counts.items()}, dp_size=self._ranks.count)
+
+
+def learning_rate(settings: OptimizerSettings, number: int, steps: int) -> float:
+    """Of step ``number``, counted from 1: rises over the warm-up, then stays or falls, to reach 0 after the last."""
+    if number <= settings.warmup:
+        return settings.lr * number / settings.warmup
+    left = (steps - number + 1) / max(steps - settings.warmup, 1)
+    factor = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[settings.schedule]
+    return settings.lr * factor
