@@ -78,8 +78,8 @@ class influential(Choice):
         correct = batch.rewards > self.threshold
         influence = _influence(batch, correct, 1 / batch.lengths.clamp(min=1))
         tau = self.beta * _weakest(batch, influence, correct).clamp(min=0)
-        share = _share(batch, correct)
-        mixed = _spread(((share > 0) & (share < 1))[:, None], batch)
+        # Infinite: the group's correct rows have no token, so there is nothing to move.
+        mixed = _spread(((_share(batch, correct) < 1) & tau.isfinite())[:, None], batch)
         signed = influence * _spread(torch.where(correct, 1.0, -1.0).to(influence.dtype)[:, None], batch)
         scale = (signed.abs() > _spread(tau[:, None], batch)) * (1 + self.favour * signed.sign())
         paid = _spread(self.of(batch), batch)
