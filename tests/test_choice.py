@@ -23,6 +23,19 @@ def test_what_parts_need_the_whole_needs():
     assert tc.credit.whitened(tc.credit.value_changes(), below=0.9).needs == {"state_values", "old_log_probs"}
 
 
+def test_parts_need_not_be_ours():
+    @dataclasses.dataclass(frozen=True)
+    class foreign:
+        needs = frozenset({"entropies"})
+        spans_groups = True
+
+        def __call__(self, batch):
+            return batch.rewards[:, None]
+
+    objective = tc.Objective(tc.credit.negative_part(foreign()))
+    assert objective.needs == {"entropies"} and objective.spans_groups and not objective.is_scheduled
+
+
 def test_what_parts_span_the_whole_spans():
     assert nested().spans_groups
     row_only = tc.weights.top_share(0.5, tc.score.scaled(tc.score.given("entropies")), per_row=True)

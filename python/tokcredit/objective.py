@@ -56,7 +56,7 @@ class Objective(Choice):
             global_batch_size: rows over all ranks.
             dp_size: ranks whose gradients the host averages; the loss is scaled so that the average is the whole.
             global_num_groups: groups over all ranks.
-            progress: share of training that is done, from 0 to 1, for objectives whose settings change.
+            progress: 0 at the first step of training, 1 at the last, for objectives whose settings change.
 
         Raises:
             ValueError: evidence is missing, ``dp_size > 1`` without the counts over all ranks, no ``progress`` for an
