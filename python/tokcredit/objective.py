@@ -29,7 +29,6 @@ class Objective(Choice):
     clip: clip.Clip = field(default_factory=clip.ppo)
     aggregation: aggregation.Aggregation = field(default_factory=aggregation.sequence_mean)
     kl: loss.Penalty | None = None
-
     gain: gain.Gain | None = None
     sampling: sampling.Sampling | None = None
     variable: str = "log_probs"
@@ -78,7 +77,8 @@ class Objective(Choice):
             advantages, signs = self.credit(batch), credit.outcome(batch).sign()
         else:
             chosen = self.sampling(batch).nonzero()[:, 0]
-            part, (take, _, _) = batch.select(chosen), batch.token_positions(chosen)
+            read = {name: x for name, x in batch.extras.items() if name in self.credit.needs}
+            part, (take, _, _) = replace(batch, extras=read).select(chosen), batch.token_positions(chosen)
             among = self.credit(part)
             advantages = among.new_zeros(batch.num_rows, 1) if among.dim() == 2 else among.new_zeros(batch.num_tokens)
             advantages[chosen if among.dim() == 2 else take] = among
