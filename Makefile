@@ -28,8 +28,8 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/tools
-	$(BIN)/ruff check python tests bench
-	$(BIN)/ruff format --check python tests bench
+	$(BIN)/ruff check python tests bench docs
+	$(BIN)/ruff format --check python tests bench docs
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 

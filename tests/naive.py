@@ -45,6 +45,7 @@ def synthetic(name, batch, g):
         "hidden_states": torch.randn(n, 4, generator=g, dtype=torch.float64),
         "token_probs": tc.policy.group_probs(torch.randn(n, 5, generator=g, dtype=torch.float64), batch),
         "state_values": sparse,
+        "step_values": sparse,
         "node_ids": rows,
         # The first two rows of a group leave the prompt, the others the node of the first.
         "parent_ids": torch.where(earlier < 2, -1, first[batch.group_index]) if len(rows) else rows,

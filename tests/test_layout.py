@@ -17,7 +17,7 @@ ALLOWED = {
 }
 FLOW = [
     *("ops", "rollouts", "sampling", "tree", "values", "credit", "score", "weights", "ratio", "clip", "gain"),
-    *("aggregation", "loss", "objective"),
+    *("aggregation", "loss", "prepared", "objective"),
 ]
 OUTSIDE = {"methods", "adapters", "train", "inspect"}  # no stage imports these
 # Open to every stage; each is built on ops, rollouts and the ones before it.

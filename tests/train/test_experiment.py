@@ -10,11 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.train import ObjectiveSettings, OptimizerSettings, compare, run
-from tokcredit.train.evidence import COLLECTED
+from tokcredit.train import ObjectiveSettings, OptimizerSettings, ProbeSettings, compare, run
 from tokcredit.train.experiment import resolved
 from tokcredit.train.learner import learning_rate
-from tokcredit.train.loop import Trainer
+from tokcredit.train.loop import COLLECTED, Trainer
 from tokcredit.train.record import read_metrics, smoothed
 
 TIMES = {"seconds", "sample_seconds", "train_seconds", "credit_seconds"}
@@ -96,7 +95,8 @@ def test_every_method_trains(settings, method):
         pytest.skip(f"needs {', '.join(unknown)}")
     reward = "test_experiment:has_digit" if method in ("psr", "nsr", "w_reinforce", "thr", "nthr") else None
     optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, precision="no", epochs=2, minibatches=2, schedule="linear")
-    s = settings(method, optimizer=optimizer, steps=2, teacher="tiny(steps=0, seed=1)")
+    probes = ProbeSettings(continuations=2, interval=2, step_end="1", answers=2, answer_tokens=3)
+    s = settings(method, optimizer=optimizer, steps=2, teacher="tiny(steps=0, seed=1)", probes=probes)
     run(s if reward is None else dataclasses.replace(s, reward=reward))
     lines = read_metrics(s.output)[1:]
     assert all(line["grad_norm"] > 0 for line in lines)

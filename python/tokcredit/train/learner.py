@@ -58,8 +58,7 @@ class Learner:
         )
 
     def learn(self, batch: Rollouts, number: int, clock: Clock) -> Learnt:
-        """The update of step ``number``, counted from 1."""
-        batch = self._with_evidence(batch)
+        """The update of step ``number``, counted from 1, by rollouts with the evidence that the objective needs."""
         with clock("credit"):
             progress = (number - 1) / max(self._settings.steps - 1, 1)
             prepared = self._over_ranks(self._objective.prepare(batch, progress=progress))
@@ -69,15 +68,21 @@ class Learner:
         metrics, log_probs = self._update(prepared, number, clock)
         return Learnt(prepared, log_probs, metrics | {"lr": lr})
 
-    def _with_evidence(self, batch: Rollouts) -> Rollouts:
-        needs, o = self._objective.needs, self._settings.optimizer
+    def with_evidence(self, batch: Rollouts, others: frozenset[str] = frozenset()) -> Rollouts:
+        """The rollouts with what forward passes tell: what the objective needs, and ``others``."""
+        needs, o = self._objective.needs | others, self._settings.optimizer
         if o.epochs * o.minibatches > 1:
             needs |= {"old_log_probs"}
-        if self._settings.sampling.adaptive:
-            needs |= {"entropies"}
         models = (self._model, self._reference, self._teacher)
         with self._accelerator.autocast():
             return evidence.collect(needs, batch, o.micro_batch, *models, self._settings.sampling.temperature)
+
+    def score(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies under the policy at temperature 1, each ``[N]``, without gradient."""
+        wanted = frozenset({"old_log_probs", "entropies"})
+        with self._accelerator.autocast():
+            scored = evidence.collect(wanted, batch, self._settings.optimizer.micro_batch, self._model)
+        return scored.evidence("old_log_probs"), scored.evidence("entropies")
 
     def _update(self, prepared: Prepared, number: int, clock: Clock) -> tuple[dict[str, float], Tensor]:
         o, batch = self._settings.optimizer, prepared.batch
