@@ -13,7 +13,8 @@ from torch import Tensor
 from tokcredit import methods, ops, segment, select, tree, values
 from tokcredit.inspect.readers import Run
 from tokcredit.inspect.recorded import missing
-from tokcredit.objective import Objective, Prepared
+from tokcredit.objective import Objective
+from tokcredit.prepared import Prepared, per_token, product
 from tokcredit.rollouts import Rollouts
 
 Table = dict[str, Any]
@@ -164,7 +165,7 @@ def _method(batch: Rollouts, log_probs: Tensor | None, objective: Objective) -> 
     advantages = batch.flat(prepared.advantages)
     trains = ops.spread(torch.ones(batch.num_rows, dtype=torch.bool), rows, batch.tokens)
     scale = trains.sum().clamp(min=1)
-    weight = _weight(prepared) * scale
+    weight = _weight(prepared, trains) * scale
     table = {"advantage": advantages, "ratio": unknown, "low": unknown, "high": unknown, "weight": weight}
     table |= {"trains": trains, "clipped": torch.zeros_like(trains, dtype=torch.uint8), "gradient": unknown}
     if log_probs is not None and batch.old_log_probs is not None and objective.variable == "log_probs":
@@ -177,18 +178,18 @@ def _method(batch: Rollouts, log_probs: Tensor | None, objective: Objective) -> 
     }
 
 
-def _weight(prepared: Prepared) -> Tensor:
+def _weight(prepared: Prepared, trains: Tensor) -> Tensor:
     """Weight of each token in the loss, ``[N]``; 0 where it does not train."""
-    batch, rows = prepared.batch, prepared.rows
-    weight = ops.spread(prepared.row_weights.expand(batch.num_rows, 1)[:, 0], rows, batch.tokens)
-    multiplier = prepared.multiplier
-    if multiplier is None:
-        return weight
-    return weight * (multiplier if multiplier.dim() == 1 else ops.spread(multiplier[:, 0], rows, batch.tokens))
+    weight, batch = prepared.row_weights, prepared.batch
+    if prepared.multiplier is not None:
+        weight = product(prepared.multiplier, weight, batch)
+    if weight.dim() != 1:
+        weight = per_token(weight.expand(batch.num_rows, 1), batch)
+    return torch.where(trains, weight, 0)
 
 
 def _update(prepared: Prepared, log_probs: Tensor, old_log_probs: Tensor, weight: Tensor, scale: Tensor) -> Table:
-    """Ratio, window, gain and gradient of each token; the gradient is the loss's own, so it also tells what was clipped."""
+    """Ratio, window and gradient of each token; the gradient is the loss's own, so it also tells what was clipped."""
     rows, batch, window = prepared.rows, prepared.batch, prepared.window
     objective = replace(prepared.objective, kl=None)
     current = log_probs.clone().requires_grad_()
