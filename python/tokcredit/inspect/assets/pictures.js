@@ -33,8 +33,8 @@ function lengths({ above, below, mean_above: meanAbove, mean_below: meanBelow },
   above.forEach((n, i) => n && chart.bar(edges[i], edges[i + 1], 0, n, "pos"));
   below.forEach((n, i) => n && chart.bar(edges[i], edges[i + 1], 0, -n, "neg"));
   const means = [meanAbove, meanBelow].map((mean) => whole(Math.round(mean)));
-  return figure("Length against sign",
-    `Rollouts above their prompt's mean reward have ${means[0]} tokens on average, those below ${means[1]}.`,
+  const told = `Rollouts above their prompt's mean reward have ${means[0]} tokens on average, those below ${means[1]}.`;
+  return figure("Length against sign", meanAbove || meanBelow ? told : "No prompt's rewards differ.",
     chart.tips(edges, (i) => [between(edges, i), `${above[i]} above the mean`, `${below[i]} below`]));
 }
 
