@@ -43,7 +43,7 @@ void policy_loss(const py::object &log_probs, const py::object &reference, const
   p.clamp_high = clamp_high;
   p.stats = call.read("stats", stats, Type::f64, rows.count * loss_stats).as<double>();
   p.gradient = call.optional("gradient", gradient, type, rows.size).data;
-  call.run_on_cpu([&] { cpu::policy_loss(p, threads); });
+  call.run([&] { cpu::policy_loss(p, threads); }, [&](auto &queue) { cuda::policy_loss(p, queue); });
 }
 
 } // namespace

@@ -1,5 +1,5 @@
 #include "ops/logits.hpp"
-#include "cpu/dispatch.hpp"
+#include "math/dispatch.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/simd.hpp"
 #include "math/exponential.hpp"

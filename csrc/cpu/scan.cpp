@@ -1,5 +1,5 @@
 #include "ops/scan.hpp"
-#include "cpu/dispatch.hpp"
+#include "math/dispatch.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
 

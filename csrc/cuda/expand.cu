@@ -65,26 +65,22 @@ template <class T> __global__ void expand_rows(Expand e) {
   }
 }
 
-template <class T> void launch(const Expand &e, void *stream) {
-  if (e.rows.count == 0)
-    return;
-  const int64_t blocks = e.rows.count < 65536 ? e.rows.count : 65536;
-  expand_rows<T><<<unsigned(blocks), threads_per_block, 0, static_cast<cudaStream_t>(stream)>>>(e);
-  check(cudaGetLastError(), "expand");
+template <class T> void expand_as(const Expand &e, Queue &queue) {
+  launch("expand", queue, expand_rows<T>, e.rows.count < 65536 ? e.rows.count : 65536, threads_per_block, e);
 }
 
 } // namespace
 
-void expand(const Expand &e, void *stream) {
+void expand(const Expand &e, Queue &queue) {
   switch (e.type) {
   case Type::f64:
-    return launch<double>(e, stream);
+    return expand_as<double>(e, queue);
   case Type::i64:
-    return launch<int64_t>(e, stream);
+    return expand_as<int64_t>(e, queue);
   case Type::b8:
-    return launch<bool>(e, stream);
+    return expand_as<bool>(e, queue);
   default:
-    return launch<float>(e, stream);
+    return expand_as<float>(e, queue);
   }
 }
 

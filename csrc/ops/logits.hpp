@@ -55,5 +55,10 @@ namespace cpu {
 void logits(const LogitsForward &, int threads);
 void logits_gradient(const LogitsBackward &, int threads);
 } // namespace cpu
+namespace cuda {
+class Queue;
+void logits(const LogitsForward &, Queue &);
+void logits_gradient(const LogitsBackward &, Queue &);
+} // namespace cuda
 
 } // namespace tokcredit

@@ -43,7 +43,8 @@ namespace cpu {
 void policy_loss(const PolicyLoss &, int threads);
 }
 namespace cuda {
-void policy_loss(const PolicyLoss &, void *stream);
-}
+class Queue;
+void policy_loss(const PolicyLoss &, Queue &);
+} // namespace cuda
 
 } // namespace tokcredit
