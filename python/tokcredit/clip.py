@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
-from tokcredit import scan
 from tokcredit.ops import Rows
 
 
 @dataclass(frozen=True)
 class Window:
-    """Surrogate and bounds on the log-ratio, each a number for all tokens; ``width`` ``[N]`` scales them per token."""
+    """Surrogate and bounds on the log-ratio, which widen by ``position ** power`` along the row's unmasked tokens."""
 
     surrogate: str
     low: float = -math.inf
     high: float = math.inf
     cap: float | None = None
-    width: Tensor | None = field(default=None, compare=False)
+    power: float = 0.0
 
 
 class Clip(Protocol):
@@ -70,12 +67,7 @@ class growing:
     cap: float | None = None
 
     def __call__(self, rows: Rows, size: int) -> Window:
-        width = None
-        if self.power:
-            position = scan.positions(rows, size).clamp_(min=1)
-            # torch's general power is ten times slower than its root.
-            width = position.sqrt_() if self.power == 0.5 else position.pow_(self.power)
-        return Window("clip", -self.low, self.high, self.cap, width)
+        return Window("clip", -self.low, self.high, self.cap, self.power)
 
 
 @dataclass(frozen=True)

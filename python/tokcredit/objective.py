@@ -223,7 +223,9 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
         low=number(window.low),
         high=number(window.high),
         cap=number(window.cap),
-        width=window.width,
+        cumulative=log_ratio.cumulative,
+        bound=log_ratio.bound,
+        power=window.power,
         clamp=log_ratio.clamp,
     )
     totals = dict(zip(ops.LOSS_STATS, stats.sum(0), strict=True))
