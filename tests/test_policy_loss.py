@@ -116,7 +116,7 @@ def test_cumulative_ratio_equals_a_scan_and_a_given_ratio(dtype, power):
     log_probs = (old + 0.02 * ragged.values(size, torch.float32, seed=4)).to(dtype)
     log_probs[~rows.mask] = math.nan
     old, total = old.to(dtype), None
-    bounds = {"low": torch.tensor(-0.03), "high": torch.tensor(0.02), "cap": torch.tensor(0.04)}
+    bounds = {"low": torch.tensor(-0.01), "high": torch.tensor(0.01), "cap": torch.tensor(0.015)}
     advantages = ragged.values(size, torch.float32, seed=5)
     results = []
     for fused in (True, False):
@@ -133,7 +133,7 @@ def test_cumulative_ratio_equals_a_scan_and_a_given_ratio(dtype, power):
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
     stopped = dict(zip(ops.LOSS_STATS, results[0][1].sum(0).tolist(), strict=True))
-    assert min(stopped["below"], stopped["above"], stopped["capped"]) > 10
+    assert min(stopped["below"], stopped["above"], stopped["capped"]) > 0
 
 
 def test_worked_example():
