@@ -3,6 +3,7 @@
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
 #include "math/order.hpp"
+#include "math/variance.hpp"
 #include <array>
 #include <limits>
 #include <numeric>
@@ -155,30 +156,7 @@ void maximum_variance(const MaximumVariance &m) {
     if (keep <= 0)
       continue;
     std::stable_sort(row, row + size, [&](int64_t a, int64_t b) { return order_key(m.x[a]) > order_key(m.x[b]); });
-    // About the mean, so that the sums of squares keep their digits.
-    double mean = 0;
-    for (int64_t i = 0; i < size; ++i)
-      mean += m.x[row[i]] / double(size);
-    const auto centred = [&](int64_t i) { return m.x[row[i]] - mean; };
-    double sum = 0, square = 0;
-    for (int64_t i = size - keep; i < size; ++i) {
-      sum += centred(i);
-      square += centred(i) * centred(i);
-    }
-    int64_t best = 0;
-    double most = -1;
-    for (int64_t i = 0;; ++i) {
-      const double variance = square / double(keep) - sum / double(keep) * (sum / double(keep));
-      if (variance > most * (1 + 1e-12) + 1e-300) {
-        most = variance;
-        best = i;
-      }
-      if (i == keep)
-        break;
-      const double in = centred(i), out = centred(size - keep + i);
-      sum += in - out;
-      square += in * in - out * out;
-    }
+    const int64_t best = most_varied(size, keep, [&](int64_t i) { return m.x[row[i]]; });
     for (int64_t i = 0; i < size; ++i)
       m.chosen[row[i]] = i < best || i >= size - (keep - best);
   }
