@@ -2,8 +2,11 @@ import dataclasses
 
 import naive
 import pytest
+import ragged
 import tokcredit as tc
 import torch
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def mixture(**changes):
@@ -50,7 +53,7 @@ def test_any_mixture_is_the_product_of_its_stages():
 @pytest.mark.parametrize("whole_rows", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_rollout_importance_weights(whole_rows, masked):
-    engine = -torch.rand(12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    engine = -torch.rand(12, 7, dtype=torch.float64, generator=ragged.generator(3))
     engine[0, 0] = float("nan")
     batch, current = naive.random_batch(rollout_log_probs=engine)
     if masked:
@@ -76,7 +79,7 @@ def test_rollout_importance_weights(whole_rows, masked):
 
 
 def test_row_and_token_weights_multiply():
-    engine = -torch.rand(12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    engine = -torch.rand(12, 7, dtype=torch.float64, generator=ragged.generator(3))
     batch, _ = naive.random_batch(rollout_log_probs=engine)
     row, token = tc.weights.importance_truncated(1.3, True), tc.weights.importance_truncated(1.3, False)
     both = dataclasses.replace(tc.methods.grpo(), weights=(row, token)).prepare(batch).multiplier
@@ -100,7 +103,7 @@ def test_selection_leaves_the_denominators():
 @pytest.mark.parametrize("method", ["grpo", "ba"])
 def test_penalty(penalty, method):
     batch, current = naive.random_batch()
-    ref = current + 0.3 * torch.randn(current.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ref = current + 0.3 * torch.randn(current.shape, dtype=torch.float64, generator=ragged.generator(1))
     batch = dataclasses.replace(batch, ref_log_probs=ref.reshape(-1))
     plain = tc.methods.load(method)
     objective = dataclasses.replace(plain, kl=penalty(0.1))

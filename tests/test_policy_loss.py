@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from tokcredit import ops, scan
 from tokcredit.ops import Rows
 
+pytestmark = pytest.mark.usefixtures("device")
+
 OPERANDS = ("advantages", "weights", "low", "high", "cap")
 
 
@@ -20,7 +22,7 @@ def operands(rows, size, per, dtype=torch.float64):
     made = {}
     for k, name in enumerate(OPERANDS):
         shape = {"batch": (), "row": (len(rows.begin), 1), "token": (size,)}[per[name]]
-        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
+        x = torch.randn(shape, dtype=torch.float64, generator=ragged.generator(k))
         if name in ("high", "cap", "weights"):
             x = x.abs() + 0.05
         if name == "low":
@@ -110,7 +112,7 @@ def test_cumulative_ratio_equals_a_scan_and_a_given_ratio(dtype, power):
     """Rows of several tiles; NaN under the mask. One pass gives what three passes give."""
     edges = torch.tensor([0, 3, 2500, 2500, 9000])
     size = 9000
-    generator = torch.Generator().manual_seed(2)
+    generator = ragged.generator(2)
     rows = Rows(edges[:-1], edges[1:], torch.rand(size, generator=generator) > 0.2)
     old = 0.02 * ragged.values(size, torch.float32, seed=3)
     log_probs = (old + 0.02 * ragged.values(size, torch.float32, seed=4)).to(dtype)
