@@ -14,7 +14,7 @@ inline void check(cudaError_t status, const char *op) {
 
 inline cudaStream_t stream_of(const Queue &queue) { return static_cast<cudaStream_t>(queue.stream()); }
 
-constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 
 template <class... Parameters, class... Arguments>
 void launch(const char *op, Queue &queue, void (*kernel)(Parameters...), int64_t blocks, int threads,
