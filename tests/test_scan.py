@@ -10,7 +10,6 @@ from tokcredit.ops import Rows
 pytestmark = pytest.mark.usefixtures("device")
 
 
-
 def one_row():
     return Rows(torch.tensor([0]), torch.tensor([4]), torch.tensor([True, True, False, True]))
 

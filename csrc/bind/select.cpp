@@ -18,10 +18,9 @@ void select(const py::object &x, const py::object &begin, const py::object &end,
                  scopes};
   const Array out =
       ranks ? call.read("y", y, accumulated(values.type), scopes) : call.read("y", y, Type::b8, rows.size);
-  call.run([&] { ranks ? cpu::kth(s, out.data, threads) : cpu::top_k(s, out.as<bool>(), threads); },
-           [&](auto &queue) {
-             ranks ? cuda::kth(s, out.data, queue) : cuda::top_k(s, out.as<bool>(), queue);
-           });
+  call.run(
+      [&] { ranks ? cpu::kth(s, out.data, threads) : cpu::top_k(s, out.as<bool>(), threads); },
+      [&](auto &queue) { ranks ? cuda::kth(s, out.data, queue) : cuda::top_k(s, out.as<bool>(), queue); });
 }
 
 void maximum_variance(const py::object &x, const py::object &scope, const py::object &wanted,

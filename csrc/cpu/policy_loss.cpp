@@ -1,8 +1,8 @@
 #include "ops/policy_loss.hpp"
-#include "math/dispatch.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/simd.hpp"
+#include "math/dispatch.hpp"
 #include "math/surrogate.hpp"
 #include <limits>
 #include <memory>

@@ -58,7 +58,8 @@ template <class T, Reduction kind> void reduce_ids(const SegmentIds &s) {
     static_cast<A *>(s.y)[k] = A(all[k].result(s.ddof));
 }
 
-// The body with element type and reduction as template arguments; a count may be of any type, as it reads none.
+// The body with element type and reduction as template arguments; a count may be of any type, as it reads
+// none.
 template <class Body> void dispatch(Type type, int32_t reduction, Body &&body) {
   with_reduction(reduction, [&](auto moments) { with_float(type, [&](auto t) { body(t, moments); }); });
 }

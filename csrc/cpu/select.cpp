@@ -1,7 +1,7 @@
 #include "ops/select.hpp"
-#include "math/dispatch.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
+#include "math/dispatch.hpp"
 #include "math/order.hpp"
 #include "math/variance.hpp"
 #include <array>
@@ -155,7 +155,8 @@ void maximum_variance(const MaximumVariance &m) {
     const int64_t size = scopes.start[g + 1] - scopes.start[g], keep = std::min(m.wanted[g], size);
     if (keep <= 0)
       continue;
-    std::stable_sort(row, row + size, [&](int64_t a, int64_t b) { return order_key(m.x[a]) > order_key(m.x[b]); });
+    std::stable_sort(row, row + size,
+                     [&](int64_t a, int64_t b) { return order_key(m.x[a]) > order_key(m.x[b]); });
     const int64_t best = most_varied(size, keep, [&](int64_t i) { return m.x[row[i]]; });
     for (int64_t i = 0; i < size; ++i)
       m.chosen[row[i]] = i < best || i >= size - (keep - best);

@@ -10,10 +10,11 @@ namespace tokcredit::cuda {
 // State has `then(next)`: first this, then the next.
 template <class State> struct Chain {
   enum Known : unsigned { nothing, total, carry };
-  unsigned long long *ticket; // blocks take places in the order they start, so a place waits only for blocks that run
-  unsigned *known;            // per tile
-  State *totals;              // what the tile does to the state of the row that goes on after it
-  State *carries;             // that row's state at the tile's end
+  unsigned long long
+      *ticket;     // blocks take places in the order they start, so a place waits only for blocks that run
+  unsigned *known; // per tile
+  State *totals;   // what the tile does to the state of the row that goes on after it
+  State *carries;  // that row's state at the tile's end
   static constexpr int reach = 32;
 
   Chain(const char *op, Queue &queue, int64_t tiles) {
@@ -46,9 +47,10 @@ template <class State> struct Chain {
   __device__ State arriving(int64_t place) const {
     const int64_t at = place - 1 - lane_id();
     for (;;) {
-      const unsigned found = at < 0 ? unsigned(nothing)
-                                    : ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device>(known[at])
-                                          .load(::cuda::std::memory_order_acquire);
+      const unsigned found = at < 0
+                                 ? unsigned(nothing)
+                                 : ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device>(known[at]).load(
+                                       ::cuda::std::memory_order_acquire);
       const int nearest = __ffs(int(__ballot_sync(all_lanes, found == carry))) - 1;
       const unsigned between = (1u << max(nearest, 0)) - 1;
       const bool ready = (__ballot_sync(all_lanes, found != nothing) & between) == between;

@@ -65,7 +65,8 @@ template <class T, int team> struct Run {
   }
 };
 
-template <class T, int team> __global__ void __launch_bounds__(block_threads) expand_rows(Expand e, int64_t slices) {
+template <class T, int team>
+__global__ void __launch_bounds__(block_threads) expand_rows(Expand e, int64_t slices) {
   const T *row = static_cast<const T *>(e.row), *body = static_cast<const T *>(e.body),
           *head = static_cast<const T *>(e.head);
   T *y = static_cast<T *>(e.y);
@@ -86,7 +87,8 @@ template <class T, int team> __global__ void __launch_bounds__(block_threads) ex
     for (int64_t v = e.leaf[r]; v >= 0 && last > max(begin, run.low); v = e.parent[v]) {
       const int64_t first = begin + e.depth[v];
       if (first < run.high)
-        run.fill(first, last, masked, body ? plus(base, body[v]) : base, head ? head[v] : T{}, head != nullptr);
+        run.fill(first, last, masked, body ? plus(base, body[v]) : base, head ? head[v] : T{},
+                 head != nullptr);
       last = first;
     }
   run.fill(from, begin, false, T{}, T{}, false);

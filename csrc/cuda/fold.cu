@@ -65,8 +65,8 @@ void tree_fold(const TreeFold &f, Queue &queue) {
   double *sums = queue.allocate_array<double>(V);
   unsigned *finished = queue.allocate_array<unsigned>(V);
   clear(op, queue, finished, V * int64_t(sizeof *finished));
-  launch(op, queue, f.type == Type::f64 ? fold<double> : fold<float>, ceil_div(V, block_threads), block_threads, f,
-         sorted.values, starts, sums, finished);
+  launch(op, queue, f.type == Type::f64 ? fold<double> : fold<float>, ceil_div(V, block_threads),
+         block_threads, f, sorted.values, starts, sums, finished);
 }
 
 } // namespace tokcredit::cuda

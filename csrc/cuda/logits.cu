@@ -1,9 +1,9 @@
 // A block per row of logits, 16 bytes per load. Forward reads a row once: every thread keeps the maximum of
 // what it has seen and the sums relative to it (online softmax), and the block merges them. Backward reads
 // once and writes once.
-#include "ops/logits.hpp"
 #include "cuda/launch.cuh"
 #include "math/dispatch.hpp"
+#include "ops/logits.hpp"
 #include <cub/block/block_reduce.cuh>
 
 namespace tokcredit::cuda {

@@ -1,10 +1,10 @@
 // One pass: each warp evaluates the pieces of rows in its tile. Where a token's ratio or window depends on
 // the tokens before it, a row that came in from another tile waits for its sums there; sums over a row that
 // meets several tiles are merged in order by a second, small kernel.
-#include "ops/policy_loss.hpp"
 #include "cuda/chain.cuh"
 #include "math/dispatch.hpp"
 #include "math/surrogate.hpp"
+#include "ops/policy_loss.hpp"
 
 namespace tokcredit::cuda {
 namespace {
@@ -51,7 +51,8 @@ template <class A> struct Lane {
 
 // The differences of four tokens, each within the bound, and 0 where masked.
 template <class T, class A>
-__device__ Quad<A> differences(const PolicyLoss &p, int64_t t, const Quad<bool> &live, const Quad<T> &log_probs) {
+__device__ Quad<A> differences(const PolicyLoss &p, int64_t t, const Quad<bool> &live,
+                               const Quad<T> &log_probs) {
   const T *reference = static_cast<const T *>(p.reference);
   const Quad<T> others = load_quad(reference, t, p.rows.size, quads_aligned(reference));
   Quad<A> out{};
@@ -92,7 +93,8 @@ template <class T> __device__ Running total(const PolicyLoss &p, int64_t first, 
     const Quad<bool> live = live_quad(p.rows, t, first, last);
     Quad<A> difference{};
     if (p.cumulative)
-      difference = differences<T, A>(p, t, live, load_quad(log_probs, t, p.rows.size, quads_aligned(log_probs)));
+      difference =
+          differences<T, A>(p, t, live, load_quad(log_probs, t, p.rows.size, quads_aligned(log_probs)));
     all = all.then(from_lane(scan_lanes(sums(live, difference)), 31));
   });
   return all;
@@ -142,9 +144,9 @@ __device__ Stats evaluate(const PolicyLoss &p, int64_t r, int64_t first, int64_t
             raw.item[k] = A(at.log_ratio);
         }
         const A x = bounded(raw.item[k], A(p.clamp_low), A(p.clamp_high));
-        const Paid<A> paid = surrogate<kind, A>({x, A(load(log_prob.item[k])), advantage.item[k],
-                                                 lows.item[k] * width, highs.item[k] * width,
-                                                 caps.item[k] * width, x == raw.item[k]});
+        const Paid<A> paid =
+            surrogate<kind, A>({x, A(load(log_prob.item[k])), advantage.item[k], lows.item[k] * width,
+                                highs.item[k] * width, caps.item[k] * width, x == raw.item[k]});
         slope.item[k] = weight.item[k] * paid.gradient;
         loss += weight.item[k] * paid.value;
         ratio += paid.ratio;
@@ -200,15 +202,19 @@ __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Cha
       });
 }
 
+// Enough registers for all that a token needs, few enough for 24 warps per multiprocessor (double: 8).
+template <class T> constexpr int blocks_at_once = sizeof(T) == 8 ? 1 : 3;
+
 template <Surrogate kind, class T>
-__global__ void __launch_bounds__(block_threads) policy_loss_tiles(PolicyLoss p, int64_t tiles, Stats *parts) {
+__global__ void __launch_bounds__(block_threads, blocks_at_once<T>)
+    policy_loss_tiles(PolicyLoss p, int64_t tiles, Stats *parts) {
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (place < tiles)
     tile<kind, T, false>(p, place, parts, nullptr);
 }
 
 template <Surrogate kind, class T>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, blocks_at_once<T> == 3 ? 2 : 1)
     policy_loss_chained(PolicyLoss p, int64_t tiles, Stats *parts, Chain<Running> chain) {
   const int64_t place = chain.place();
   if (place < tiles)
@@ -243,8 +249,8 @@ template <Surrogate kind, class T> void run(const PolicyLoss &p, Queue &queue) {
   } else {
     launch("policy_loss", queue, policy_loss_tiles<kind, T>, blocks, block_threads, p, tiles, parts);
   }
-  launch("policy_loss", queue, merge_parts, ceil_div(p.rows.count, warps_per_block), block_threads, p.rows, parts,
-         p.stats);
+  launch("policy_loss", queue, merge_parts, ceil_div(p.rows.count, warps_per_block), block_threads, p.rows,
+         parts, p.stats);
 }
 
 } // namespace

@@ -1,8 +1,8 @@
 // One pass: each warp walks the pieces of rows in its tile; a row that came in from another tile waits for
 // its state there. The second walk over such a piece reads what the first one left in cache.
-#include "ops/scan.hpp"
 #include "cuda/chain.cuh"
 #include "math/dispatch.hpp"
+#include "ops/scan.hpp"
 
 namespace tokcredit::cuda {
 namespace {
@@ -62,7 +62,7 @@ __device__ Affine walk(const Scan &s, int64_t first, int64_t last, Affine in) {
 }
 
 template <class T, bool reverse>
-__global__ void __launch_bounds__(block_threads) scan_tiles(Scan s, int64_t tiles, Chain<Affine> chain) {
+__global__ void __launch_bounds__(block_threads, 3) scan_tiles(Scan s, int64_t tiles, Chain<Affine> chain) {
   using A = accumulate_t<T>;
   const A *carry_in = static_cast<const A *>(s.carry_in);
   A *carry_out = static_cast<A *>(s.carry_out), *y = static_cast<A *>(s.y);

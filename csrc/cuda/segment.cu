@@ -1,9 +1,9 @@
 // Rows: each warp reduces the pieces of rows in its tile, and a second, small kernel merges the parts of rows
 // that meet several tiles, in order. Ids: values are sorted by id, which makes them rows.
-#include "ops/segment.hpp"
 #include "cuda/sort.cuh"
 #include "math/dispatch.hpp"
 #include "math/moments.hpp"
+#include "ops/segment.hpp"
 
 namespace tokcredit::cuda {
 namespace {
@@ -158,7 +158,8 @@ void segment_ids(const SegmentIds &s, Queue &queue) {
                        : s.type == Type::f32 ? sorted_values<uint32_t>(s, &keys, queue)
                                              : sorted_values<uint16_t>(s, &keys, queue);
   const int64_t *starts = starts_of("segment", queue, keys, s.size, s.segments);
-  segment_rows({{starts, starts + 1, nullptr, s.segments, s.size}, s.type, values, s.reduction, s.ddof, s.y}, queue);
+  segment_rows({{starts, starts + 1, nullptr, s.segments, s.size}, s.type, values, s.reduction, s.ddof, s.y},
+               queue);
 }
 
 } // namespace tokcredit::cuda

@@ -1,10 +1,10 @@
 // Radix selection: eight bits of the key at a time, histograms of integer counts decide how each scope goes
 // on; then, where not all of the tokens that equal the threshold are wanted, eight bits of the index at a
 // time, so that the first ones are taken. Integer counts add up to the same in any order.
-#include "ops/select.hpp"
 #include "cuda/tile.cuh"
 #include "math/dispatch.hpp"
 #include "math/order.hpp"
+#include "ops/select.hpp"
 
 namespace tokcredit::cuda {
 namespace {
@@ -162,7 +162,8 @@ __global__ void __launch_bounds__(block_threads)
 }
 
 template <class T, class Key = key_t<T>>
-__global__ void __launch_bounds__(block_threads) mark(Select s, const Goal<Key> *goals, int64_t tiles, bool *chosen) {
+__global__ void __launch_bounds__(block_threads)
+    mark(Select s, const Goal<Key> *goals, int64_t tiles, bool *chosen) {
   const T *x = static_cast<const T *>(s.x);
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (place >= tiles)
@@ -193,7 +194,8 @@ __global__ void __launch_bounds__(block_threads) mark(Select s, const Goal<Key> 
       [&](int64_t first, int64_t last) { fill_zero(chosen, first, last); });
 }
 
-template <class A, class Key> __global__ void write_values(const Goal<Key> *goals, A *values, int64_t scopes) {
+template <class A, class Key>
+__global__ void write_values(const Goal<Key> *goals, A *values, int64_t scopes) {
   const int64_t g = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (g < scopes)
     values[g] = goals[g].status == found ? number_of(goals[g].key) : A(NAN);
@@ -221,8 +223,8 @@ template <class T> const Goal<key_t<T>> *find(const char *op, const Select &s, b
       for (int shift = bits - 8; shift >= 0; shift -= 8) {
         const Pass<Key> pass{index, shift, low, scopes};
         launch(op, queue, count_digits<T>, blocks, block_threads, s, goals, pass, span, counts);
-        launch(op, queue, choose_digits<Key>, ceil_div(scopes, warps_per_block), block_threads, goals, s.wanted,
-               ranks, pass, shift == bits - 8, shift == 0, counts);
+        launch(op, queue, choose_digits<Key>, ceil_div(scopes, warps_per_block), block_threads, goals,
+               s.wanted, ranks, pass, shift == bits - 8, shift == 0, counts);
       }
     };
     run(false, int(sizeof(Key)) * 8);

@@ -19,8 +19,8 @@ template <class Key, class Value> struct Sorted {
 };
 
 template <class Key, class Value>
-Sorted<Key, Value> sort_pairs(const char *op, Queue &queue, const Key *keys, const Value *values, int64_t size,
-                              int bits) {
+Sorted<Key, Value> sort_pairs(const char *op, Queue &queue, const Key *keys, const Value *values,
+                              int64_t size, int bits) {
   Key *keys_out = queue.allocate_array<Key>(size);
   Value *values_out = queue.allocate_array<Value>(size);
   size_t bytes = 0;
@@ -48,7 +48,8 @@ template <class Key> __device__ int64_t count_below(const Key *sorted, int64_t s
 }
 
 // starts[k] for k in [0, count]: the first entry that is at least k.
-template <class Key> __global__ void find_starts(const Key *sorted, int64_t size, int64_t *starts, int64_t count) {
+template <class Key>
+__global__ void find_starts(const Key *sorted, int64_t size, int64_t *starts, int64_t count) {
   const int64_t k = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (k <= count)
     starts[k] = count_below(sorted, size, Key(k));

@@ -26,9 +26,9 @@ __device__ inline int64_t count_at_most(const int64_t *sorted, int64_t size, int
   return min(low, size);
 }
 
-// Calls piece(row, first, last, starts, ends) for each row that has tokens in [from, to), and gap(first, last)
-// for the padding between them; backward from the tile's end if `reverse`. `starts` and `ends` say whether
-// the row does, in walking order, inside the tile.
+// Calls piece(row, first, last, starts, ends) for each row that has tokens in [from, to), and gap(first,
+// last) for the padding between them; backward from the tile's end if `reverse`. `starts` and `ends` say
+// whether the row does, in walking order, inside the tile.
 template <bool reverse, class Piece, class Gap>
 __device__ void each_piece(const Rows &rows, int64_t from, int64_t to, Piece &&piece, Gap &&gap) {
   if constexpr (!reverse) {

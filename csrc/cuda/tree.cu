@@ -1,10 +1,10 @@
 // Radix trees without a dictionary, a block per group.
 //
-// Rows of a group are compared with an *owner*: first all with the group's first row. A row that parts from its
-// owner at depth d is compared further with the first row that parts from the same owner, at the same depth,
-// by the same token; that row becomes the owner of everything it does not share with its own owner. So every
-// token of a shared prefix is compared once per row, as on the CPU. A row that ends inside its owner's path
-// owns nothing.
+// Rows of a group are compared with an *owner*: first all with the group's first row. A row that parts from
+// its owner at depth d is compared further with the first row that parts from the same owner, at the same
+// depth, by the same token; that row becomes the owner of everything it does not share with its own owner. So
+// every token of a shared prefix is compared once per row, as on the CPU. A row that ends inside its owner's
+// path owns nothing.
 //
 // A node is then a stretch of an owner's path between two depths at which rows part or end: its `end` depth
 // names it. The first row that runs through a node is its owner, because owners are the first rows of
@@ -40,7 +40,7 @@ struct Paths {
   int64_t *next;  // the owner to compare with; while looking for owners
   int64_t *active;
   bool *owns;
-  bool *names;    // the first of the rows that part or end at this depth of its owner, short of the owner's end
+  bool *names; // the first of the rows that part or end at this depth of its owner, short of the owner's end
   int64_t *nodes; // [R] by row: how many nodes it owns
 };
 
@@ -85,9 +85,10 @@ __global__ void __launch_bounds__(block_threads) compare_first(TreeBuild b, Plac
   }
 }
 
-// Keeps the places of active[0, count) that part from their owner before they end, in order; returns how many.
-template <class Token> __device__ int64_t keep_parting(const Text<Token> &text, const Paths &paths, int64_t *active,
-                                                       int64_t count) {
+// Keeps the places of active[0, count) that part from their owner before they end, in order; returns how
+// many.
+template <class Token>
+__device__ int64_t keep_parting(const Text<Token> &text, const Paths &paths, int64_t *active, int64_t count) {
   using Scan = cub::BlockScan<int, group_threads>;
   __shared__ typename Scan::TempStorage scratch;
   int64_t kept = 0;
@@ -249,7 +250,8 @@ template <class Token> void build(const TreeBuild &b, Queue &queue) {
   sum(queue.allocate(int64_t(bytes)));
   clear(op, queue, b.count, 2 * R * int64_t(sizeof(int64_t)));
   clear(op, queue, b.degree, 2 * R * int64_t(sizeof(int64_t)));
-  launch(op, queue, write_nodes<Token>, ceil_div(2 * R, block_threads), block_threads, b, places, paths, offset);
+  launch(op, queue, write_nodes<Token>, ceil_div(2 * R, block_threads), block_threads, b, places, paths,
+         offset);
   launch(op, queue, count_rows, ceil_div(2 * R, block_threads), block_threads, b);
 }
 

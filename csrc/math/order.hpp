@@ -23,8 +23,7 @@ TOKCREDIT_FN uint64_t order_key(double x) {
 
 // The number of a key. A key that stands for any NaN becomes the quiet one.
 TOKCREDIT_FN float number_of(uint32_t key) {
-  const uint32_t bits =
-      key == ~uint32_t(0) ? 0x7fc00000u : key & 0x80000000u ? key & 0x7fffffffu : ~key;
+  const uint32_t bits = key == ~uint32_t(0) ? 0x7fc00000u : key & 0x80000000u ? key & 0x7fffffffu : ~key;
   float x;
   memcpy(&x, &bits, 4);
   return x;

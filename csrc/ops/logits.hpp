@@ -10,8 +10,8 @@
 //     log_probs -0.6931   entropies 1.2425   logsumexp 1.7918
 //
 // A token of -1 marks a row that takes no part: it is not read, its outputs and its gradient are 0. Any other
-// token outside [0, vocabulary) is an error; on CUDA, where an error would mean to wait for the device, its row
-// is NaN.
+// token outside [0, vocabulary) is an error; on CUDA, where an error would mean to wait for the device, its
+// row is NaN.
 //
 // The gradient, with a = grad_log_probs[i], h = grad_entropies[i] (null for 0), H = entropies[i]:
 //     grad[i][j] = (a * (1[j == token] - p[j]) - h * p[j] * (log p[j] + H)) / temperature

@@ -4,7 +4,8 @@
 // For every unmasked token t of row r:
 //     difference = log_probs - reference
 //     log_ratio = clamp(given log_ratio, or difference,
-//                       or the sum over the row's unmasked tokens up to t of difference within [-bound, bound])
+//                       or the sum over the row's unmasked tokens up to t of difference within [-bound,
+//                       bound])
 //     width = (number of the row's unmasked tokens up to t) ^ power
 //     value, gradient = surrogate(log_ratio, log_probs, advantages, low * width, high * width, cap * width)
 //     stats[r] += weights * value, ...;     gradient[t] = weights * gradient
