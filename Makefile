@@ -28,8 +28,8 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/tools
-	$(BIN)/ruff check python tests bench docs
-	$(BIN)/ruff format --check python tests bench docs
+	$(BIN)/ruff check python tests bench docs examples
+	$(BIN)/ruff format --check python tests bench docs examples
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
@@ -39,4 +39,6 @@ bench: .venv/installed
 	$(BIN)/python bench/loss.py
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-* build
+
+include hosts.mk
