@@ -12,9 +12,9 @@ export GOMP_SPINCOUNT ?= 10000
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -U pip
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt numpy tyro accelerate filelock gguf math-verify matplotlib pyarrow reasoning_gym rich \
+	$(BIN)/pip install -q -c constraints.txt numpy tyro accelerate filelock gguf jinja2 math-verify matplotlib pyarrow reasoning_gym rich \
 	  tensorboard tqdm transformers
-	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis scipy ruff mypy clang-format
+	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis scipy selenium ruff mypy clang-format
 	touch $@
 
 .venv/installed: .venv/tools $(SOURCES)
