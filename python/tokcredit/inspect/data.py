@@ -188,7 +188,7 @@ def _weight(prepared: Prepared) -> Tensor:
 
 
 def _update(prepared: Prepared, log_probs: Tensor, old_log_probs: Tensor, weight: Tensor, scale: Tensor) -> Table:
-    """Ratio, window, gain and gradient of each token. The gradient is that of the loss, so it tells what was clipped."""
+    """Ratio, window, gain and gradient of each token. The gradient is the loss's, so it tells what was clipped."""
     rows, batch = prepared.rows, prepared.batch
     window = prepared.window.spelled_out(batch.rows, batch.num_tokens)
     objective = replace(prepared.objective, kl=None)
