@@ -27,6 +27,17 @@ def _found(package: str) -> str:
         return "not installed"
 
 
+def _plugins() -> dict[str, str]:
+    """What verl knows of tokcredit; verl itself hides why a plugin did not load."""
+    if _found("verl") == "not installed":
+        return {}
+    try:
+        from tokcredit.adapters import verl
+    except Exception as error:
+        return {"verl plugins": f"failed to load: {error!r}"}
+    return {f"verl {kind}": names for kind, names in verl.registered().items()}
+
+
 def _print(lines: dict[str, str]) -> None:
     width = max(map(len, lines))
     for name, text in lines.items():
@@ -47,6 +58,7 @@ def info() -> None:
             "threads": str(tc.num_threads()),
             "methods": ", ".join(tc.methods.names()),
             **{host: _found(host) for host in ("trl", "verl", "vllm")},
+            **_plugins(),
         }
     )
 

@@ -189,8 +189,9 @@ def _weight(prepared: Prepared, trains: Tensor) -> Tensor:
 
 
 def _update(prepared: Prepared, log_probs: Tensor, old_log_probs: Tensor, weight: Tensor, scale: Tensor) -> Table:
-    """Ratio, window and gradient of each token; the gradient is the loss's own, so it also tells what was clipped."""
-    rows, batch, window = prepared.rows, prepared.batch, prepared.window
+    """Ratio, window, gain and gradient of each token. The gradient is the loss's, so it tells what was clipped."""
+    rows, batch = prepared.rows, prepared.batch
+    window = prepared.window.spelled_out(batch.rows, batch.num_tokens)
     objective = replace(prepared.objective, kl=None)
     current = log_probs.clone().requires_grad_()
     objective.loss(replace(prepared, objective=objective), current).loss.backward()
@@ -201,7 +202,7 @@ def _update(prepared: Prepared, log_probs: Tensor, old_log_probs: Tensor, weight
     if objective.gain is not None:
         weight = weight * objective.gain(log_ratio, window, prepared.signal)
     # A soft surrogate has temperatures in place of bounds.
-    bounds = window.bounds if window.surrogate in ("clip", "weighted") else (-torch.inf, torch.inf)
+    bounds = (window.low, window.high) if window.surrogate in ("clip", "weighted") else (-torch.inf, torch.inf)
     low, high = (torch.as_tensor(bound).expand(log_ratio.shape) for bound in bounds)
     trains = ops.spread(torch.ones(batch.num_rows, dtype=torch.bool), rows, batch.tokens)
     paid = trains & (weight != 0) & (batch.flat(prepared.advantages) != 0)

@@ -78,7 +78,7 @@ class ObjectiveSettings:
 class SamplingSettings:
     """How rollouts are made."""
 
-    sampler: Literal["transformers"] = "transformers"
+    sampler: Literal["transformers", "vllm"] = "transformers"
     """The engine that generates."""
     prompts: int = 0
     """Prompts per step; 0: the model's recipe."""
