@@ -185,6 +185,7 @@ def test_packed_numbers_are_the_computed_ones(example):
         ([np.nan, 1.0, -127.0, 127.0, np.nan], 0),
         ([-32767.0, 32767.0, -32767.0, 0.0, 1.0], 0),
         ([2.0**31, -np.inf, 1e12, -5.0, 0.0], 0),
+        ([22026.4, 1.0, 0.5, 2.0, 3.0], 5),
     ],
 )
 def test_columns(x, decimals):

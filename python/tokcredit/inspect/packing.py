@@ -22,7 +22,7 @@ from tokcredit.inspect.vocabulary import visible
 
 LOG_PROB, RATIO, WEIGHT = 2, 3, 3
 PROMPT = 20_000
-TRAINS, RESPONSE, BRANCH = 4, 1, 2
+RESPONSE, BRANCH, TRAINS, CLIPPED = 1, 2, 4, 8
 
 
 def blob(x: bytes) -> str:
@@ -40,13 +40,18 @@ class _Columns:
     """Columns of one group; equal ones are stored once."""
 
     def __init__(self, row: Any) -> None:
-        self.row, self.parts, self.entries = row, [], []  # type: ignore[var-annotated]
-        self.size, self.known = 0, {}  # type: ignore[var-annotated]
-        self.first = np.flatnonzero(np.diff(row, prepend=-1))
+        self.row, self.first = row, np.flatnonzero(np.diff(row, prepend=-1))
+        self.parts: list[bytes] = []
+        self.entries: list[Table] = []
+        self.known: dict[Any, int] = {}
+        self.size = 0
 
     def put(self, x: Any, decimals: int = 0) -> int:
-        """Adds a column of numbers, one per token; its index."""
+        """Adds a column of numbers, one per token, with so many decimals if four bytes hold them; its index."""
         finite = np.isfinite(x)
+        largest = float(np.abs(np.where(finite, x, 0)).max(initial=0))
+        while decimals and largest * 10.0**decimals >= 2**31 - 1:
+            decimals -= 1
         scaled = np.rint(np.where(finite, x, 0).astype(np.float64) * 10.0**decimals)
         width = next((w for w in (1, 2, 4) if np.abs(scaled).max(initial=0) < 2 ** (8 * w - 1)), 4)
         lowest = -(2 ** (8 * width - 1))
@@ -55,7 +60,7 @@ class _Columns:
         if key not in self.known:
             self.known[key] = len(self.entries)
             self.entries.append(self._entry(integers, decimals, width, lowest))
-        return int(self.known[key])
+        return self.known[key]
 
     def _entry(self, integers: Any, decimals: int, width: int, lowest: int) -> Table:
         entry: Table = {"decimals": decimals}
@@ -145,14 +150,12 @@ def group_blob(data: Data, group: int, words: Any, decimals: dict[str, int], log
 def _method(columns: _Columns, data: Data, name: str, take: Any, rows: Any, decimals: int) -> Table:
     table = data.methods[name]
     flags = data.tokens["response"][take] * RESPONSE + data.tokens["branch"][take] * BRANCH
-    flags = flags + table["trains"][take] * TRAINS + table["clipped"][take].astype(np.int64) * 8
+    ratio = _ratio_decimals(table, take)
+    flags = flags + table["trains"][take] * TRAINS + table["clipped"][take].astype(np.int64) * CLIPPED
     return {
         "advantage": columns.put(table["advantage"][take], decimals),
         "weight": columns.put(table["weight"][take], WEIGHT),
-        # A ratio that a whole row shares costs nothing, so it keeps the digits that narrow windows need.
-        "ratio": columns.put(table["ratio"][take], _ratio_decimals(table, take)),
-        "low": columns.put(table["low"][take], RATIO + 2 * _narrow(table, take)),
-        "high": columns.put(table["high"][take], RATIO + 2 * _narrow(table, take)),
+        **{field: columns.put(table[field][take], ratio) for field in ("ratio", "low", "high")},
         "flags": columns.put(flags),
         "constant": [_plain(x) for x in table["constant"][rows]],
         "largest": [_plain(x) for x in table["largest"][rows]],
@@ -160,14 +163,10 @@ def _method(columns: _Columns, data: Data, name: str, take: Any, rows: Any, deci
     }
 
 
-def _narrow(table: Table, take: Any) -> bool:
-    """Whether the window is so narrow that three decimals do not tell it from 1."""
-    width = np.abs(table["high"][take] - 1)
-    return bool(width[np.isfinite(width)].min(initial=1) < 0.005)
-
-
 def _ratio_decimals(table: Table, take: Any) -> int:
-    return RATIO + 2 * _narrow(table, take)
+    """Five where the window is so narrow that three do not tell its bounds from 1."""
+    width = np.abs(table["high"][take] - 1)
+    return RATIO + 2 if width[np.isfinite(width)].min(initial=1) < 0.005 else RATIO
 
 
 def _node_tokens(data: Data, rows: Any, nodes: Any, words: Any) -> Any:
