@@ -54,7 +54,7 @@ class Browser:
         return self
 
     def wait(self, condition):
-        return WebDriverWait(self.driver, 30, 0.02).until(lambda _: condition())
+        return WebDriverWait(self.driver, 90, 0.02).until(lambda _: condition())
 
     def js(self, code, *arguments):
         return self.driver.execute_script(code, *arguments)
