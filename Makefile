@@ -6,6 +6,9 @@ SOURCES := $(shell find csrc python -name '*.[ch]pp' -o -name '*.cu' -o -name '*
 # GNU OpenMP threads that spin while another program runs slow each other down many times; this bounds the spinning.
 export GOMP_SPINCOUNT ?= 10000
 
+# Kernels for the GPU of this machine, if it has one; a wheel for others is built with plain pip.
+BUILD := $(if $(wildcard /dev/nvidia0),-C cmake.define.TOKCREDIT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native,-C cmake.define.TOKCREDIT_CUDA=OFF)
+
 .PHONY: train test lint bench clean
 
 .venv/tools: constraints.txt
@@ -18,7 +21,7 @@ export GOMP_SPINCOUNT ?= 10000
 	touch $@
 
 .venv/installed: .venv/tools $(SOURCES)
-	$(BIN)/pip install -q -c constraints.txt --no-deps --force-reinstall .
+	$(BIN)/pip install -q -c constraints.txt --no-deps --force-reinstall $(BUILD) .
 	touch $@
 
 train: .venv/installed

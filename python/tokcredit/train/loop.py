@@ -44,7 +44,7 @@ class Trainer:
         settings: resolved ones.
 
     Raises:
-        ValueError: the objective needs evidence that is not collected, or several processes cannot carry it.
+        ValueError: the objective needs evidence that is not collected.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -59,11 +59,6 @@ class Trainer:
             )
         self.accelerator = Accelerator(mixed_precision=settings.optimizer.precision)
         self.ranks = Ranks(self.accelerator)
-        if self.ranks.count > 1 and self.objective.spans_groups:
-            raise ValueError(
-                f"method: expected one that compares rows inside their groups because there are {self.ranks.count} "
-                f"processes, got {method}"
-            )
         self.problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
         with self.accelerator.main_process_first():
             model, self.tokenizer = models.load(settings.model)
