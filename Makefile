@@ -1,7 +1,7 @@
 # `make train`: the main job; `make test`: the whole suite.  Everything is installed into .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find csrc python -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc python -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -path '*/assets/*') CMakeLists.txt pyproject.toml
 
 # GNU OpenMP threads that spin while another program runs slow each other down many times; this bounds the spinning.
 export GOMP_SPINCOUNT ?= 10000
