@@ -39,6 +39,8 @@ class Objective:
     ) -> Prepared:
         """Credit, selection and weights of a batch of whole groups.
 
+        On CUDA this waits for the device where group sizes are counted and, in a packed batch, for its longest row.
+
         Args:
             batch: the rollouts; groups must be complete.
             batch_num_tokens: training tokens over all ranks. These and the next are counted when there is one rank.
@@ -66,7 +68,8 @@ class Objective:
     def loss(self, prepared: Prepared, log_probs: Tensor) -> loss.Loss:
         """Loss of a batch or of a part of it, with its gradient to ``log_probs`` (layout of the batch).
 
-        With ``old_log_probs`` absent the ratio is exactly 1 (on policy), with the gradient it has there.
+        With ``old_log_probs`` absent the ratio is exactly 1 (on policy), with the gradient it has there. On CUDA
+        nothing here waits for the device, so that it can be captured in a graph together with its backward pass.
         """
         return _evaluate(prepared, prepared.batch.flat(log_probs, "log_probs"))
 
@@ -134,7 +137,7 @@ class Prepared:
         batch = self.batch
         lengths = segment.count(batch.tokens, self.rows).long()
         trained = lengths > 0
-        present = torch.bincount(batch.group_index[trained], minlength=batch.num_groups) > 0
+        present = segment.sum(trained.double(), segment.Ids(batch.group_index, batch.num_groups)) > 0
 
         def count(number: int | None, counted: Tensor) -> Tensor:
             return counted if number is None else torch.full_like(counted, number)
