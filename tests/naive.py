@@ -1,5 +1,6 @@
 """The stages of a loss as float64 loops over one row at a time, for checking methods against their papers' formulas."""
 
+import dataclasses
 import math
 
 import tokcredit as tc
@@ -20,6 +21,54 @@ def random_batch(seed=0, groups=3, size=4, length=7, padded=True, **extra):
     current = old + 0.4 * torch.randn(rows, length, generator=g, dtype=torch.float64)
     batch = tc.Rollouts.from_padded(tokens, mask, order % groups, rewards, old_log_probs=old, **extra)
     return batch, current
+
+
+def synthetic(name, batch, g):
+    """Evidence of this name for a batch, random, with nothing but NaN where the mask is False."""
+    n = batch.num_tokens
+    x = torch.rand(n, generator=g, dtype=torch.float64)
+    sparse = torch.where(torch.arange(n) % 5 % 3 == 1, x, float("nan"))
+    rows = torch.arange(batch.num_rows)
+    first = (
+        torch.stack([(batch.group_index == i).nonzero()[0, 0] for i in range(batch.num_groups)]) if len(rows) else rows
+    )
+    earlier = torch.stack([(batch.group_index[:r] == batch.group_index[r]).sum() for r in rows]) if len(rows) else rows
+    made = {
+        "old_log_probs": -x,
+        "rollout_log_probs": -x,
+        "ref_log_probs": -x,
+        "entropies": 2 * x,
+        "reverse_kl": x**2,
+        "forward_kl": x**3,
+        "disagreement": x,
+        "padded_disagreement": x**2,
+        "hidden_states": torch.randn(n, 4, generator=g, dtype=torch.float64),
+        "token_probs": tc.policy.group_probs(torch.randn(n, 5, generator=g, dtype=torch.float64), batch),
+        "state_values": sparse,
+        "step_values": sparse,
+        "node_ids": rows,
+        # The first two rows of a group leave the prompt, the others the node of the first.
+        "parent_ids": torch.where(earlier < 2, -1, first[batch.group_index]) if len(rows) else rows,
+        "answer_probs": sparse,
+        "answer_confidences": (sparse * 3) % 1,
+        "turn_rewards": x,
+        "length_values": -x,
+    }[name]
+    if tc.evidence.KNOWN[name].per == "token" and made.is_floating_point():
+        made[~batch.response_mask] = float("nan")
+    return made
+
+
+def with_evidence(batch, names, seed=5):
+    """The batch with synthetic evidence of these names, where it has none."""
+    g = torch.Generator().manual_seed(seed)
+    fields, extras = {}, dict(batch.extras)
+    for name in sorted(names):
+        if name not in tc.evidence.FIELDS:
+            extras.setdefault(name, synthetic(name, batch, g))
+        elif getattr(batch, name) is None:
+            fields[name] = synthetic(name, batch, g)
+    return dataclasses.replace(batch, **fields, extras=extras)
 
 
 def rows_of(batch):
@@ -53,10 +102,10 @@ def clipped(advantage, ratio, low, high, cap=None):
     return value
 
 
-def check(objective, batch, current, naive):
+def check(objective, batch, current, naive, progress=None):
     """Loss and gradient of the objective equal those of ``naive(batch, flat log_probs)``, differentiated by torch."""
     ours = current.clone().requires_grad_()
-    out = objective.loss(objective.prepare(batch), ours)
+    out = objective.loss(objective.prepare(batch, progress=progress), ours)
     out.loss.backward()
     theirs = current.clone().requires_grad_()
     expected = naive(batch, theirs.reshape(-1))

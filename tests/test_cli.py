@@ -30,6 +30,19 @@ def test_methods_come_with_a_line_each():
 
 
 def test_unknown_command(capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as error:
         main(["infos"])
-    assert "invalid choice" in capsys.readouterr().err
+    assert error.value.code == 2
+    assert "infos" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(SystemExit, match=r"tokcredit: tasks: expected jsonl, choices, addition or .*, got 'nothing'"):
+        main(["train", "--model", "tiny(steps=0)", "--tasks", "nothing", "--output", str(tmp_path / "run")])
+
+
+def test_commands_start_quickly():
+    code = "import sys, tokcredit.cli; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"transformers", "accelerate", "reasoning_gym", "matplotlib"} & set(out)

@@ -15,8 +15,16 @@ ALLOWED = {
     "cuda": ("ops/", "math/", "cuda/"),
     "bind": ("ops/", "bind/"),
 }
-FLOW = ["ops", "rollouts", "tree", "values", "credit", "weights", "ratio", "clip", "aggregation", "loss", "objective"]
-BLOCKS = ["scan", "segment", "select", "policy"]  # built on ops and rollouts alone, open to every stage
+FLOW = [
+    *("ops", "rollouts", "sampling", "tree", "values", "credit", "score", "weights", "ratio", "clip", "gain"),
+    *("aggregation", "loss", "prepared", "objective"),
+]
+OUTSIDE = {"methods", "adapters", "train", "inspect"}  # no stage imports these
+# Open to every stage; each is built on ops, rollouts and the ones before it.
+BLOCKS = [
+    *("schedule", "choice", "evidence", "scan", "segment", "select", "policy"),
+    *("temperature", "divergence", "matching", "length"),
+]
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
@@ -29,8 +37,14 @@ def test_native_includes(folder):
             assert set(re.findall(r"#include <([^>]+)>", text)) <= {"cstdint"}, path.name
 
 
-def imports(path):
-    text = path.read_text()
+def files(module):
+    """A module is one file, or a folder of them."""
+    path = ROOT / "python/tokcredit" / module
+    return sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+
+
+def imports(module):
+    text = "\n".join(path.read_text() for path in files(module))
     names = re.findall(r"^from tokcredit\.(\w+)", text, re.M)
     for one, several in re.findall(r"^from tokcredit import (?:([\w ,]+)|\(([\w\s,]+)\))", text, re.M):
         names += re.findall(r"\w+", one or several)
@@ -39,13 +53,19 @@ def imports(path):
 
 @pytest.mark.parametrize("stage", [*FLOW, *BLOCKS])
 def test_stages_import_earlier_ones(stage):
-    earlier = FLOW[: FLOW.index(stage)] + BLOCKS if stage in FLOW else ["ops", "rollouts", "segment"]
-    assert imports(ROOT / f"python/tokcredit/{stage}.py") - {"_C"} <= set(earlier) - {stage}
+    earlier = (
+        FLOW[: FLOW.index(stage)] + BLOCKS if stage in FLOW else ["ops", "rollouts", *BLOCKS[: BLOCKS.index(stage)]]
+    )
+    assert imports(stage) - {"_C", stage} <= set(earlier)
+
+
+def test_inspect_knows_neither_trainer_nor_hosts():
+    assert not imports("inspect") & {"train", "adapters", "cli"}
 
 
 def test_every_module_has_its_place():
-    modules = {p.stem for p in (ROOT / "python/tokcredit").glob("*.py")} - {"__init__", "__main__", "cli"}
-    assert modules == {*FLOW, *BLOCKS}
+    modules = {p.stem for p in (ROOT / "python/tokcredit").iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert modules - {"__init__", "__main__", "__pycache__", "cli", *OUTSIDE} == {*FLOW, *BLOCKS}
     for path in ROOT.glob("python/tokcredit/**/*.py"):
         assert path.stem not in {"utils", "helpers", "common", "misc"}
 
@@ -54,4 +74,15 @@ def test_import_is_light():
     code = "import sys, tokcredit, torch; print(torch.cuda.is_initialized(), *sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert out[0] == "False"
-    assert not {"transformers", "accelerate", "trl", "verl", "vllm", "tokcredit.cli"} & set(out)
+    assert not {
+        "transformers",
+        "accelerate",
+        "trl",
+        "verl",
+        "vllm",
+        "jinja2",
+        "pyarrow",
+        "rich",
+        "tokcredit.inspect",
+        "tokcredit.cli",
+    } & set(out)

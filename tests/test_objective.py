@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import naive
 import pytest
@@ -48,6 +49,37 @@ def test_any_mixture_is_the_product_of_its_stages():
 
     for seed in range(3):
         naive.check(mixture(), *naive.random_batch(seed), formula)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+def test_sums_and_positions_count_tokens_that_do_not_train(gain):
+    """The prefix ratio in a growing window, where only half of the tokens of each row train."""
+    batch, current = naive.random_batch(entropies=torch.rand(12, 7, generator=torch.Generator().manual_seed(5)))
+    objective = mixture(
+        credit=tc.credit.group_normalized(),
+        weights=(tc.weights.top_share(0.5, tc.score.given("entropies"), per_row=True),),
+        aggregation=tc.aggregation.token_mean(),
+        gain=tc.gain.divergence(strength=1.0, slope=2.0) if gain else None,
+    )
+
+    def formula(batch, log_probs):
+        advantages, entropies = naive.group_advantages(batch), batch.entropies.tolist()
+        losses = []
+        for r, tokens in enumerate(naive.rows_of(batch)):
+            kept = sorted(tokens, key=lambda t: -entropies[t])[: math.ceil(0.5 * len(tokens))]
+            total = 0.0
+            for position, t in enumerate(tokens, start=1):
+                total += (log_probs[t] - batch.old_log_probs[t]).item()
+                if t not in kept:
+                    continue
+                q = (total + log_probs[t] - log_probs[t].detach()).exp()
+                s = math.sqrt(position)
+                moved = math.exp(total) - 1 - total
+                a = advantages[r] * (0.5 + 1 / (1 + math.exp(-2 * moved)) if gain else 1)
+                losses.append(naive.clipped(a, q, math.exp(-0.025 * s), math.exp(0.05 * s)))
+        return sum(losses) / len(losses)
+
+    naive.check(objective, batch, current, formula)
 
 
 @pytest.mark.parametrize("whole_rows", [False, True])
@@ -127,7 +159,7 @@ def test_minibatch_counts_its_own_rows():
         objective = tc.methods.load(name)
         part = objective.prepare(batch).minibatch(rows)
         alone = objective.prepare(batch.select(rows))
-        alone = dataclasses.replace(alone, credits=part.credits).aggregated()
+        alone = dataclasses.replace(alone, credits=part.credits, signs=part.signs).aggregated()
         torch.testing.assert_close(objective.loss(part, current[rows]).loss, objective.loss(alone, current[rows]).loss)
         assert not torch.equal(part.row_weights, objective.prepare(batch).select(rows).row_weights)
 
@@ -180,7 +212,8 @@ def test_empty_batch(name):
         torch.zeros(0),
     )
     objective = tc.methods.load(name)
+    batch = naive.with_evidence(batch, objective.needs)
     log_probs = torch.zeros(0, requires_grad=True)
-    out = objective.loss(objective.prepare(batch), log_probs)
+    out = objective.loss(objective.prepare(batch, progress=0.5), log_probs)
     out.loss.backward()
     assert out.loss == 0

@@ -133,6 +133,14 @@ def test_opcheck_and_compile():
         torch.testing.assert_close(compiled, ours)
 
 
+def test_nothing_to_select_from():
+    none = torch.zeros(0, dtype=torch.long)
+    rows, padding = Rows(none, none), torch.ones(3)
+    for by in (None, select.everything(rows), Ids(none, 0)):
+        assert not select.top_k(padding, 2, rows, by).any()
+        assert select.kth(padding, 0, rows, by).isnan().all()
+
+
 def test_rejects_wrong_arguments():
     rows = Rows(torch.tensor([0]), torch.tensor([3]))
     x = torch.zeros(3)

@@ -15,20 +15,30 @@ from tokcredit import (
     aggregation,
     clip,
     credit,
+    divergence,
+    evidence,
+    gain,
+    length,
     loss,
+    matching,
     methods,
     policy,
     ratio,
+    sampling,
     scan,
+    schedule,
+    score,
     segment,
     select,
+    temperature,
     tree,
     values,
     weights,
 )
 from tokcredit._C import build_info
-from tokcredit.objective import Objective, Prepared
+from tokcredit.objective import Objective
 from tokcredit.ops import num_threads, set_num_threads
+from tokcredit.prepared import Prepared
 from tokcredit.rollouts import Rollouts
 
 __all__ = [
@@ -39,15 +49,24 @@ __all__ = [
     "build_info",
     "clip",
     "credit",
+    "divergence",
+    "evidence",
+    "gain",
+    "length",
     "loss",
+    "matching",
     "methods",
     "num_threads",
     "policy",
     "ratio",
+    "sampling",
     "scan",
+    "schedule",
+    "score",
     "segment",
     "select",
     "set_num_threads",
+    "temperature",
     "tree",
     "values",
     "weights",

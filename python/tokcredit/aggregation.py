@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import segment
+from tokcredit.choice import Choice
 
 
 class Counts(NamedTuple):
@@ -49,7 +50,7 @@ class Aggregation(Protocol):
     def penalty(self) -> Aggregation: ...
 
 
-class _Same:
+class _Same(Choice):
     @property
     def penalty(self) -> Aggregation:
         return self  # type: ignore[return-value]
@@ -94,7 +95,7 @@ class sequence_sum(_Same):
 
 
 @dataclass(frozen=True)
-class balanced:
+class balanced(Choice):
     """Mean over groups of positive and negative rows averaged apart, then mixed by their share of the rows.
 
     ``k/G mean(tokens of rows with A > 0) + n/G mean(tokens of rows with A < 0)``: tokens are equal on either side, and

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import platform
+import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+
+import tokcredit as tc
+from tokcredit import train
+from tokcredit.train import Settings
+
+_Settings = Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
 
 
 def _found(package: str) -> str:
@@ -15,40 +27,104 @@ def _found(package: str) -> str:
         return "not installed"
 
 
-def info() -> dict[str, str]:
-    """Version, build, torch, threads, methods and host trainers, by name."""
-    import torch
-
-    import tokcredit as tc
-
-    build = tc.build_info()
-    cuda = f"yes, for {build['cuda_architectures']}" if build["cuda"] else "no (CPU only)"
-    return {
-        "tokcredit": tc.__version__,
-        "built with CUDA": cuda,
-        "compiler": build["compiler"],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": str(tc.num_threads()),
-        "methods": ", ".join(tc.methods.names()),
-        **{host: _found(host) for host in ("trl", "verl", "vllm")},
-    }
+def _plugins() -> dict[str, str]:
+    """What verl knows of tokcredit; verl itself hides why a plugin did not load."""
+    if _found("verl") == "not installed":
+        return {}
+    try:
+        from tokcredit.adapters import verl
+    except Exception as error:
+        return {"verl plugins": f"failed to load: {error!r}"}
+    return {f"verl {kind}": names for kind, names in verl.registered().items()}
 
 
-def methods() -> dict[str, str]:
-    """First line of each method's description, by name."""
-    import tokcredit as tc
-
-    return {name: (inspect.getdoc(getattr(tc.methods, name)) or "").splitlines()[0] for name in tc.methods.names()}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Runs one of the commands on ``arguments``, the command line by default."""
-    parser = argparse.ArgumentParser(prog="tokcredit", description="Token-level credit assignment.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="version, build, torch, threads, methods, host trainers").set_defaults(run=info)
-    commands.add_parser("methods", help="every published method, in a line").set_defaults(run=methods)
-    lines = parser.parse_args(arguments).run()
+def _print(lines: dict[str, str]) -> None:
     width = max(map(len, lines))
     for name, text in lines.items():
         print(f"{name:<{width}}  {text}")
+
+
+def info() -> None:
+    """Version, build, torch, threads, methods and host trainers."""
+    build = tc.build_info()
+    cuda = f"yes, for {build['cuda_architectures']}" if build["cuda"] else "no (CPU only)"
+    _print(
+        {
+            "tokcredit": tc.__version__,
+            "built with CUDA": cuda,
+            "compiler": build["compiler"],
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "threads": str(tc.num_threads()),
+            "methods": ", ".join(tc.methods.names()),
+            **{host: _found(host) for host in ("trl", "verl", "vllm")},
+            **_plugins(),
+        }
+    )
+
+
+def methods() -> None:
+    """Every published method, in a line each."""
+    _print({name: (inspect.getdoc(getattr(tc.methods, name)) or "").splitlines()[0] for name in tc.methods.names()})
+
+
+def _train(settings: _Settings) -> None:
+    """Train a language model with a token-credit method on verifiable tasks."""
+    train.run(settings)
+
+
+def _compare(
+    settings: _Settings,
+    methods: tuple[str, ...] = ("grpo", "tempo", "ctpo"),
+    seeds: int = 3,
+) -> None:
+    """Train several methods on the same prompts and plot them together.
+
+    Args:
+        settings: of every run.
+        methods: names of methods.
+        seeds: runs per method.
+    """
+    train.compare(methods, settings, seeds)
+
+
+def _inspect(
+    path: tyro.conf.Positional[Path],
+    method: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    tokenizer: str | None = None,
+    step: int | None = None,
+    prompt: int = 1,
+) -> None:
+    """Show which tokens were paid and why: one prompt here, or all of them in a page.
+
+    Args:
+        path: run folder, rollouts-*.parquet, TRL's completions_*.parquet, or .jsonl such as verl's.
+        method: may be repeated; the run's own and grpo by default.
+        output: HTML file to write.
+        tokenizer: folder or name, for files that hold text and no token ids.
+        step: the last by default.
+        prompt: which one to print, from 1.
+    """
+    from tokcredit.inspect import run
+
+    written = run(path, method, output, tokenizer, step, prompt)
+    if written is not None:
+        _print({"report": str(written)})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one of the commands on ``arguments``, the command line by default."""
+    commands: dict[str, Callable[..., Any]] = {
+        "train": _train,
+        "compare": _compare,
+        "inspect": _inspect,
+        "info": info,
+        "methods": methods,
+    }
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="tokcredit", description=tc.__doc__, args=None if arguments is None else list(arguments)
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        sys.exit(f"tokcredit: {error}")

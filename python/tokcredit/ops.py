@@ -536,6 +536,8 @@ def _select(
     threads: int,
 ) -> Tensor:
     y = _select_output(x, begin, end, mask, scope, wanted, ranks, threads)
+    if begin.numel() == 0 or wanted.numel() == 0:
+        return y.fill_(float("nan")) if ranks else y.fill_(False)
     _C.select(x.contiguous(), begin, end, _plain(mask), scope.contiguous(), wanted.contiguous(), ranks, y, threads)
     return y
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from tokcredit import ops
+from tokcredit.rollouts import Rollouts
 
 
 def log_probs_and_entropies(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -55,3 +57,47 @@ def log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tenso
     Arguments, ignored positions and errors are those of :func:`log_probs_and_entropies`.
     """
     return log_probs_and_entropies(logits, tokens, temperature)[0]
+
+
+def normalisers(logits: Tensor, batch: Rollouts) -> Tensor:
+    """``log sum_v exp(logits)`` where the policy chose the token, 0 elsewhere; logits ``[N, V]``, result ``[N]``."""
+    chosen = torch.where(batch.response_mask, batch.tokens.long(), -1)
+    own = logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0]
+    return torch.where(batch.response_mask, own - log_probs(logits, chosen), 0)
+
+
+def group_vocabulary(batch: Rollouts) -> tuple[Tensor, Tensor]:
+    """The distinct tokens that the rows of each group chose, and which of them each token is.
+
+    Returns:
+        int64 ``[groups, K]``, rising token ids of each group and -1 after the last; int64 ``[N]``, the column of each
+        token, -1 where the policy did not choose it.
+    """
+    mask = batch.response_mask
+    group = ops.spread(batch.group_index, batch.rows, batch.tokens)[mask]
+    tokens = batch.tokens[mask].long()
+    base = int(tokens.max()) + 1 if tokens.numel() else 1
+    names, which = torch.unique(group * base + tokens, return_inverse=True)
+    owner = names // base
+    sizes = torch.bincount(owner, minlength=batch.num_groups)
+    place = torch.arange(names.numel(), device=names.device) - (sizes.cumsum(0) - sizes)[owner]
+    ids = names.new_full((batch.num_groups, int(sizes.max()) if batch.num_groups else 0), -1)
+    ids[owner, place] = names % base
+    column = torch.full_like(batch.tokens, -1, dtype=torch.int64)
+    column[mask] = place[which]
+    return ids, column
+
+
+def group_probs(logits: Tensor, batch: Rollouts) -> Tensor:
+    """Probabilities of the tokens of :func:`group_vocabulary`, not renormalised, where the policy chose; ``[N, K]``.
+
+    Args:
+        logits: float ``[N, V]`` or ``(B, T, V)``, each position's logits for the token that stands there.
+        batch: the rollouts.
+    """
+    logits = logits.reshape(batch.num_tokens, logits.shape[-1])
+    ids, _ = group_vocabulary(batch)
+    group = ops.spread(batch.group_index, batch.rows, batch.tokens)
+    ids = ids[group] if batch.num_groups else ids.new_empty(batch.num_tokens, 0)
+    log_p = logits.gather(1, ids.clamp(min=0)) - normalisers(logits, batch)[:, None]
+    return torch.where((ids >= 0) & batch.response_mask[:, None], log_p.exp(), 0)

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from tokcredit import segment
+from tokcredit import ops, scan, segment
+from tokcredit.choice import Choice
 from tokcredit.ops import Rows
 
 
@@ -27,6 +28,18 @@ class LogRatio(NamedTuple):
     cumulative: bool = False
     bound: float = math.inf
 
+    def per_token(self, rows: Rows, log_probs: Tensor) -> Tensor:
+        """``log q`` of each token, ``[N]``; as the loss computes it."""
+        if self.log_ratio is not None:
+            x = self.log_ratio if self.log_ratio.dim() == 1 else ops.spread(self.log_ratio[:, 0], rows, log_probs)
+        elif self.reference is None:
+            x = log_probs * 0
+        else:
+            x = log_probs - self.reference
+            if self.cumulative:
+                x = scan.cumulative(x.clamp(-self.bound, self.bound), rows)
+        return x.clamp(*self.clamp)
+
 
 class Ratio(Protocol):
     """The log-ratio of each token between the current policy and the one the update started from."""
@@ -35,7 +48,7 @@ class Ratio(Protocol):
 
 
 @dataclass(frozen=True)
-class token:
+class token(Choice):
     """The token's own ratio, ``q[t] = p[t] / p_old[t]``, with ``|log q| <= bound``."""
 
     bound: float = 20.0
@@ -45,7 +58,7 @@ class token:
 
 
 @dataclass(frozen=True)
-class sequence:
+class sequence(Choice):
     """The geometric mean of the row's ratios at every token, ``log q = mean_t(log p[t] - log p_old[t])``."""
 
     bound: float = 20.0
@@ -58,7 +71,7 @@ class sequence:
 
 
 @dataclass(frozen=True)
-class cumulative:
+class cumulative(Choice):
     """The ratio of the whole prefix, ``log q[t] = sum_{s <= t} (log p[s] - log p_old[s])``, at most ``high``."""
 
     bound: float = 20.0
@@ -69,7 +82,7 @@ class cumulative:
 
 
 @dataclass(frozen=True)
-class one:
+class one(Choice):
     """No ratio: ``q = 1``, the score-function estimator."""
 
     def __call__(self, rows: Rows, log_probs: Tensor, old_log_probs: Tensor) -> LogRatio:

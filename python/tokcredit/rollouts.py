@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
+from tokcredit.evidence import FIELDS, KNOWN, check
 from tokcredit.ops import Rows
 
-_TOKEN_FIELDS = ("old_log_probs", "rollout_log_probs", "ref_log_probs", "entropies")
 _INTEGERS = (torch.int32, torch.int64)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -52,7 +52,7 @@ class Rollouts:
         rollout_log_probs: float ``[N]``, of the engine that sampled.
         ref_log_probs: float ``[N]``, of the reference policy.
         entropies: float ``[N]``, of the next-token distributions, in nats.
-        extras: further evidence by name, whatever a method asks for.
+        extras: further evidence by name, whatever a method asks for; see :mod:`tokcredit.evidence`.
 
     Raises:
         TypeError, ValueError: ``argument: expected ..., got ...``.
@@ -106,7 +106,7 @@ class Rollouts:
         if self.response_mask is None:
             put("response_mask", torch.ones(n, dtype=torch.bool, device=device))
         _check("response_mask", self.response_mask, (torch.bool,), (n,), device)
-        for name in _TOKEN_FIELDS:
+        for name in FIELDS:
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), _FLOATS, (n,), device)
         ones = torch.ones((), device=device).expand(n)
@@ -138,8 +138,8 @@ class Rollouts:
         """
         if not isinstance(tokens, Tensor) or tokens.dim() != 2:
             raise ValueError(f"tokens: expected integers (B, T), got {_describe(tokens)}")
-        if unknown := set(per_token) - set(_TOKEN_FIELDS):
-            raise TypeError(f"{sorted(unknown)[0]}: expected one of {', '.join(_TOKEN_FIELDS)}")
+        if unknown := set(per_token) - set(FIELDS):
+            raise TypeError(f"{sorted(unknown)[0]}: expected one of {', '.join(FIELDS)}")
         shape = (tokens.shape[0], tokens.shape[1])
 
         def as_mask(name: str, mask: Any) -> Tensor:
@@ -191,6 +191,17 @@ class Rollouts:
         """Spans without the mask: all real tokens."""
         return Rows(self.begin, self.end)
 
+    def evidence(self, name: str) -> Any:
+        """What the batch carries under this name, its tokens in one axis: ``[N, ...]``, or ``[R, ...]`` per row.
+
+        Raises:
+            TypeError, ValueError: it is missing, or not what :mod:`tokcredit.evidence` says.
+        """
+        x = getattr(self, name) if name in FIELDS else self.extras.get(name)
+        if x is None:
+            raise ValueError(f"{name}: expected in the batch because the objective needs it, got None")
+        return check(name, x, self.num_tokens, self.num_rows, self.shape)
+
     def flat(self, x: Tensor, name: str = "x") -> Tensor:
         """A per-token tensor in the layout of the inputs, ``(B, T)`` or ``[N]``, as ``[N]``."""
         expected = self.shape or (self.num_tokens,)
@@ -236,12 +247,14 @@ class Rollouts:
         rows = row_indices(rows, self.num_rows, self.tokens.device)
         take, spans, shape = self.token_positions(rows)
 
-        def pick(x: Any) -> Any:
+        def pick(name: str, x: Any) -> Any:
+            if name in KNOWN:
+                return self.evidence(name)[take if KNOWN[name].per == "token" else rows]
             if not isinstance(x, Tensor) or x.dim() == 0:
                 return x
             return x[take] if x.shape[0] == self.num_tokens else x[rows] if x.shape[0] == self.num_rows else x
 
-        per_token = {name: x[take] for name in _TOKEN_FIELDS if (x := getattr(self, name)) is not None}
+        per_token = {name: x[take] for name in FIELDS if (x := getattr(self, name)) is not None}
         return Rollouts(
             self.tokens[take],
             spans,
@@ -249,7 +262,7 @@ class Rollouts:
             self.rewards[rows],
             self.response_mask[take],
             **per_token,
-            extras={name: pick(x) for name, x in self.extras.items()},
+            extras={name: pick(name, x) for name, x in self.extras.items()},
             shape=shape,
         )
 

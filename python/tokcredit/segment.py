@@ -112,3 +112,24 @@ def maximum(x: Tensor, by: Rows | Ids) -> Tensor:
 def logsumexp(x: Tensor, by: Rows | Ids) -> Tensor:
     """``log(sum(exp(x)))``; -inf of nothing."""
     return _LogSumExp.apply(x, by) if x.requires_grad else _reduce("logsumexp", x, by)
+
+
+def pieces(marks: Tensor, rows: Rows, after: bool = False) -> tuple[Ids, Tensor]:
+    """Every row cut before (or ``after``) each marked token.
+
+    A row with k marks has k + 1 pieces, of which the first, or with ``after`` the last, may be empty.
+
+    Args:
+        marks: bool ``[N]``; not read where masked.
+        rows: the spans and the mask.
+        after: a marked token ends its piece, in place of beginning one.
+
+    Returns:
+        the piece of each token, and int64 ``[R + 1]``, the number of each row's first piece.
+    """
+    count, total = ops.scan(marks.float(), rows, exclusive=after)
+    offsets = torch.cat([total.new_zeros(1), total + 1]).long().cumsum(0)
+    first = ops.spread(offsets[:-1], rows, marks)
+    ids = first + count.long()
+    inside = ops.spread(torch.ones_like(rows.begin, dtype=torch.bool), rows, marks)
+    return Ids(torch.where(inside, ids, -1), int(offsets[-1])), offsets

@@ -59,3 +59,18 @@ def leave_one_out(tree: PrefixTree, rewards: Tensor | None = None) -> Tensor:
 def temporal_difference(tree: PrefixTree, value: Tensor) -> Tensor:
     """Value of each node minus its parent's; ``[V]``, 0 at roots, which nothing precedes."""
     return torch.where(tree.parent >= 0, value - value[tree.parent.clamp(min=0)], 0)
+
+
+def fold_means(parent: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
+    """Values of any forest: a node without children is worth what was put there, another the mean of its children.
+
+    Args:
+        parent: int64 ``[V]``, a smaller number than the node's own, or -1 at a root.
+        leaf: int64 ``[M]``, nodes without children.
+        x: float ``[M]``, what they are worth.
+
+    Returns:
+        ``[V]``.
+    """
+    children = torch.bincount(parent[parent >= 0], minlength=parent.numel())
+    return torch.ops.tokcredit.tree_fold(leaf, parent, 1 / children.clamp(min=1).to(x.dtype), x)

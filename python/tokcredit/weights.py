@@ -1,7 +1,8 @@
 """Which tokens train, and how much: selections and multipliers, decided once per batch.
 
 A weight maps a batch and its advantages to a tensor ``[R, 1]`` or ``[N]``. Bool selects: False tokens leave the mask
-and every denominator with it. Float multiplies the token's loss and leaves the denominators alone.
+and every denominator with it, and the weights that follow do not see them. Float multiplies the token's loss and leaves
+the denominators alone.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from tokcredit import segment
+from tokcredit import ops, segment, select
+from tokcredit.choice import Choice
 from tokcredit.rollouts import Rollouts
+from tokcredit.schedule import Schedule, number
+from tokcredit.score import Score
+from tokcredit.segment import Ids
 
 
 class Weight(Protocol):
     """Selection (bool) or multiplier (float), ``[R, 1]`` or ``[N]``; ``needs`` names the evidence it reads."""
 
-    needs: ClassVar[frozenset[str]]
+    @property
+    def needs(self) -> frozenset[str]: ...
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor: ...
 
@@ -42,7 +48,7 @@ def _importance(batch: Rollouts, whole_rows: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class importance_truncated:
+class importance_truncated(Choice):
     """Corrects rollouts of an engine whose probabilities differ: ``min(trainer / engine, high)``.
 
     ``whole_rows`` takes the ratio of the whole response instead of the token's. Source: the truncated importance
@@ -51,20 +57,20 @@ class importance_truncated:
 
     high: float = 2.0
     whole_rows: bool = False
-    needs: ClassVar[frozenset[str]] = _ENGINE
+    reads: ClassVar[frozenset[str]] = _ENGINE
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         return _importance(batch, self.whole_rows).clamp(max=self.high)
 
 
 @dataclass(frozen=True)
-class importance_masked:
+class importance_masked(Choice):
     """As :class:`importance_truncated`, but a ratio outside ``[low, high]`` counts 0."""
 
     low: float = 0.0
     high: float = 3.0
     whole_rows: bool = True
-    needs: ClassVar[frozenset[str]] = _ENGINE
+    reads: ClassVar[frozenset[str]] = _ENGINE
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         ratio = _importance(batch, self.whole_rows)
@@ -72,13 +78,115 @@ class importance_masked:
 
 
 @dataclass(frozen=True)
-class with_credit:
+class with_credit(Choice):
     """Selects the rows that are paid anything, so that groups without signal leave the denominators."""
-
-    needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         if advantages.dim() == 2:
             return advantages != 0
         paid = torch.where(advantages.isnan(), math.inf, advantages.abs())
         return (segment.maximum(paid, batch.rows) > 0)[:, None]
+
+
+@dataclass(frozen=True)
+class improbable(Choice):
+    """Selects the tokens that the old policy gave a probability of less than ``below``."""
+
+    below: float = 0.9
+    reads: ClassVar[frozenset[str]] = frozenset({"old_log_probs"})
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        return batch.evidence("old_log_probs").exp() < self.below
+
+
+def _check_share(share: float | Schedule) -> None:
+    if not isinstance(share, Schedule) and not 0 < share <= 1:
+        raise ValueError(f"share: expected more than 0 and at most 1, got {share}")
+
+
+@dataclass(frozen=True)
+class varied_rows(Choice):
+    """Selects the rows of the whole batch whose advantages vary most as a set: ``round(share * rows)`` of them.
+
+    Rows without a token to train are neither counted nor chosen. Of advantages that vary inside a row the mean counts.
+
+    References:
+        arXiv 2509.22115.
+    """
+
+    share: float | Schedule
+    whole_batch: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_share(self.share)
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        paid = advantages[:, 0] if advantages.dim() == 2 else segment.mean(advantages, batch.rows)
+        candidates = batch.lengths > 0
+        count = (candidates.sum() * number(self.share)).round().long().reshape(1)
+        return select.maximum_variance(paid, count, Ids(torch.where(candidates, 0, -1), 1))[:, None]
+
+
+@dataclass(frozen=True)
+class top_share(Choice):
+    """Selects the share of the tokens with the highest score, at least one; among equals the first.
+
+    ``paid`` ranks by the score times ``|advantage|``. ``per_row`` ranks inside each row, else all tokens of the batch
+    compete. The number is rounded up, or down where ``round_up`` is False.
+    """
+
+    share: float | Schedule
+    score: Score
+    paid: bool = False
+    per_row: bool = False
+    round_up: bool = True
+
+    def __post_init__(self) -> None:
+        _check_share(self.share)
+
+    @property
+    def spans_groups(self) -> bool:
+        return not self.per_row or super().spans_groups
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        score, rows = self.score(batch), batch.rows
+        if self.paid:
+            paid = advantages if advantages.dim() == 1 else ops.spread(advantages[:, 0], rows, batch.tokens)
+            score = score * paid.abs()
+        scope = None if self.per_row else select.everything(rows)
+        wanted = select.sizes(rows, scope).double() * number(self.share)
+        # A share like 0.7 of 10 must not become 8 for its rounding error.
+        wanted = (wanted - 1e-9).ceil() if self.round_up else (wanted + 1e-9).floor()
+        return select.top_k(score, wanted.long().clamp(min=1), rows, scope)
+
+
+@dataclass(frozen=True)
+class drawn_share(Choice):
+    """Selects a share of each row's tokens at random, without replacement, in proportion to a score; at least one.
+
+    Rounded down. Drawn anew at every call, from torch's default generator.
+    """
+
+    share: float | Schedule
+    score: Score
+
+    def __post_init__(self) -> None:
+        _check_share(self.share)
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        x, rows = self.score(batch), batch.rows
+        # The k largest of log x plus Gumbel noise are k draws without replacement in proportion to x.
+        noise = -torch.empty_like(x, dtype=torch.float64).exponential_().log()
+        wanted = (select.sizes(rows).double() * number(self.share) + 1e-9).floor()
+        return select.top_k(x.double().log() + noise, wanted.long().clamp(min=1), rows)
+
+
+@dataclass(frozen=True)
+class raised(Choice):
+    """Multiplies by ``1 + strength s``, s a score."""
+
+    score: Score
+    strength: float
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        return 1 + self.strength * self.score(batch)

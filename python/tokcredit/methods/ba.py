@@ -15,6 +15,7 @@ def ba(clip_low: float = 0.2, clip_high: float = 0.28) -> Objective:
         clip_low: the ratio may fall to ``1 - clip_low``.
         clip_high: the ratio may rise to ``1 + clip_high``.
 
+    Cost: as GRPO.
     Source: arXiv 2605.04077.
     Departs from the paper: what it leaves open is read so: rows with A = 0 count in the group's size only;
     advantages that vary inside a row are split by the row's outcome; groups weigh equally; a KL term keeps the token

@@ -15,6 +15,7 @@ def cispo(clip_low: float = 10.0, clip_high: float = 0.2) -> Objective:
         clip_low: the weight is at least ``1 - clip_low``; 1 or more is no lower bound.
         clip_high: the weight is at most ``1 + clip_high``.
 
+    Cost: as GRPO.
     Source: MiniMax, arXiv 2506.13585.
     Departs from the paper: bounds as in verl; TRL's ``epsilon_high`` is the cap itself, so its 5.0 is 4.0 here.
     """

@@ -16,7 +16,7 @@ def ctpo(
     """GRPO with the ratio of the whole prefix, in a log-space window that widens with the square root of the position.
 
     ``log q[t] = sum_{s <= t} (log p - log p_old)``, at most 10, clipped to ``[-clip_low, clip_high] * position **
-    power``; positions count trained tokens, and the gradient reaches the current token only.
+    power``; positions count the row's tokens, and the gradient reaches the current token only.
 
     Args:
         clip_low: lower half-width at position 1.
@@ -25,6 +25,7 @@ def ctpo(
         power: growth of the window.
         token_mean: mean over tokens, as the released script runs; False for the paper's mean of token means.
 
+    Cost: as GRPO, plus a scan along the rows.
     Source: arXiv 2605.07331.
     Departs from the paper: cap and token mean follow the released training code.
     """

@@ -14,6 +14,7 @@ def dr_grpo(clip_low: float = 0.2, clip_high: float = 0.2, max_length: int | Non
         clip_high: the ratio may rise to ``1 + clip_high``.
         max_length: the constant that replaces the row's length; None takes the batch's longest row.
 
+    Cost: as GRPO.
     Source: Liu et al., arXiv 2503.20783.
     Departs from the paper: nothing; set ``max_length`` to the generation limit to keep the scale between batches.
     """

@@ -24,6 +24,7 @@ def grpo(
         scale: divide by the standard deviation.
         epsilon: added to it (verl: 1e-6, TRL: 1e-4).
 
+    Cost: the measure for the others.
     Source: Shao et al., arXiv 2402.03300.
     Departs from the paper: no KL term; add one with ``dataclasses.replace(objective, kl=tokcredit.loss.k3(0.04))``.
     """

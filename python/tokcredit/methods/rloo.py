@@ -15,6 +15,7 @@ def rloo(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
         clip_low: the ratio may fall to ``1 - clip_low``.
         clip_high: the ratio may rise to ``1 + clip_high``.
 
+    Cost: as GRPO.
     Source: Ahmadian et al., arXiv 2402.14740.
     Departs from the paper: token ratios with PPO's clip and the mean over tokens, as verl runs it; on policy its
     gradient is the score function's. A group of one is paid 0 (verl's loop pays it the reward, its vectorised twin 0).

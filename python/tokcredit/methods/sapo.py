@@ -15,6 +15,7 @@ def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05) -> Objective:
         tau_positive: temperature where A > 0.
         tau_negative: temperature where A <= 0.
 
+    Cost: as GRPO.
     Source: Gao et al., arXiv 2511.20347.
     Departs from the paper: nothing known; temperatures and the mean of token means as in verl and TRL.
     """

@@ -25,6 +25,7 @@ def tempo(
         scale: divide both terms by the group's standard deviation.
         epsilon: added to it.
 
+    Cost: as GRPO, plus the prefix trees of the groups, built once per batch on token ids.
     Source: arXiv 2509.18314.
     Departs from the released code: the end of a row is a symbol of its own, not the padding id; a group of one is
     paid as in GRPO (the release gives NaN); tool tokens are compared but not paid (the release stops at the first).

@@ -1,0 +1,186 @@
+"""Credit from values of the states along a row: what each stretch of tokens changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokcredit import length, ops, segment
+from tokcredit.choice import Choice
+from tokcredit.credit.group import Credit, group_normalized, outcome
+from tokcredit.ops import Rows
+from tokcredit.rollouts import Rollouts
+
+
+def improbable_cuts(batch: Rollouts, below: float = 0.9, interval: int = 5) -> Tensor:
+    """Tokens before which a state should be valued: of those less probable than ``below``, every ``interval``-th.
+
+    The first of a row is taken. Reads ``old_log_probs``; bool ``[N]``.
+
+    References:
+        arXiv 2505.23564.
+    """
+    if interval < 1:
+        raise ValueError(f"interval: expected at least 1, got {interval}")
+    low = batch.response_mask & (batch.evidence("old_log_probs").exp() < below)
+    rank = ops.scan(low.float(), batch.rows, exclusive=True)[0].long()
+    return low & (rank % interval == 0)
+
+
+def _at(ids: segment.Ids, x: Tensor, marks: Tensor) -> Tensor:
+    """The number at the marked token of each piece; 0 where there is none."""
+    return segment.sum(torch.where(marks, x, 0), segment.Ids(ids.ids, ids.segments, marks))
+
+
+def _gather(x: Tensor, ids: Tensor) -> Tensor:
+    """Each token's piece's number, 0 outside."""
+    return torch.where(ids >= 0, x[ids.clamp(min=0)], 0) if x.numel() else x.new_zeros(ids.shape)
+
+
+@dataclass(frozen=True)
+class value_changes(Choice):
+    """What a stretch of tokens adds to the value of the state; the reward is the value at the end.
+
+    A stretch begins at every token before which the state has a value (the evidence ``name`` is not NaN) and gets the
+    value at the next such token minus its own. Tokens before the first get 0.
+    """
+
+    name: str = "state_values"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.name})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        value = batch.evidence(self.name)
+        value = value if value.dtype == torch.float64 else value.float()
+        marks = batch.response_mask & ~value.isnan()
+        ids, offsets = segment.pieces(marks, batch.rows)
+        before = _at(ids, value, marks)
+        after = torch.cat([before[1:], before.new_zeros(min(1, ids.segments))])
+        after[offsets[1:] - 1] = batch.rewards.to(after.dtype)
+        change = after - before
+        change[offsets[:-1]] = 0
+        return _gather(change, ids.ids)
+
+
+@dataclass(frozen=True)
+class saturating(Choice):
+    """The outcome, faded out once the row's potential has saturated, plus a bonus for steps that raise the potential.
+
+    A step ends at a token with evidence; what follows the last one belongs to it. With ``a`` the probability of the
+    true answer and ``c`` the confidence in some answer after step k::
+
+        phi = 1.5 a c + 0.5 a - c
+        fade = 1 - alpha (1 - exp(-(steps before k with phi > saturated)))
+        jump = exp(minmax(phi_k - phi_(k-1)))                 # over the steps of the batch; 0 for a first step
+        A = (r - mean) fade + bonus (jump - mean of jump over the tokens of the batch)
+    """
+
+    alpha: float = 0.5
+    bonus: float = 0.5
+    saturated: float = 0.9
+    reads: ClassVar[frozenset[str]] = frozenset({"answer_probs", "answer_confidences"})
+    whole_batch: ClassVar[bool] = True
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        a, c = batch.evidence("answer_probs"), batch.evidence("answer_confidences")
+        marks = batch.response_mask & ~a.isnan() & ~c.isnan()
+        potential = torch.where(marks, 1.5 * a * c + 0.5 * a - c, 0)
+        potential = potential if potential.dtype == torch.float64 else potential.float()
+        ids, offsets = segment.pieces(marks, batch.rows, after=True)
+        phi = _at(ids, potential, marks)
+        # The piece after a row's last step is part of it, and the only piece of a row without steps.
+        last = offsets[1:] - 1
+        has_steps = last > offsets[:-1]
+        steps = torch.ones_like(phi, dtype=torch.bool)
+        steps[last] = False
+        inside = Rows(offsets[:-1], offsets[1:], steps)
+        before = ops.scan((phi > self.saturated).to(phi.dtype), inside, exclusive=True)[0]
+        change = torch.cat([phi.new_zeros(min(1, phi.numel())), phi.diff()])
+        change[offsets[:-1]] = 0
+        counted = steps.clone()
+        counted[last[~has_steps]] = True
+        low = change[counted].amin() if counted.any() else change.new_zeros(())
+        width = change[counted].amax() - low if counted.any() else low
+        jump = torch.where(width > 0, (change - low) / width, 0).exp()
+        own = torch.where(ids.ids >= 0, ids.ids, 0)
+        final = ops.spread(torch.where(has_steps, last - 1, last), batch.rows, batch.tokens)
+        own = torch.where(ids.ids >= 0, torch.minimum(own, final), -1)
+        fade = 1 - self.alpha * (1 - _gather((-before).exp(), own))
+        jump = _gather(jump, own)
+        mean = segment.sum(jump, batch.rows).sum() / batch.lengths.sum().clamp(min=1)
+        paid = ops.spread(outcome(batch), batch.rows, batch.tokens) * fade + self.bonus * (jump - mean)
+        return torch.where(batch.response_mask, paid, 0)
+
+
+@dataclass(frozen=True)
+class turns(Choice):
+    """Rewards of the whole row plus discounted rewards from the turn on, each normalised among the group's rows.
+
+    A turn is a maximal run of tokens the policy chose; ``turn_rewards`` are summed over it. With R the sum over turns
+    and ``R[t] = r[t] + discount R[t + 1]``: ``A = (R - mean) / (std + epsilon) + (R[t] - mean) / (std + epsilon)``, the
+    second over the rows of the group that have a turn t. Sample standard deviations; among one row mean 0 and std 1,
+    or with ``centre_alone`` its own mean. ``halve`` divides the sum by 2.
+    """
+
+    discount: float = 0.9
+    epsilon: float = 1e-6
+    halve: bool = False
+    centre_alone: bool = False
+    reads: ClassVar[frozenset[str]] = frozenset({"turn_rewards"})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        mask, reward = batch.response_mask, batch.evidence("turn_rewards")
+        reward = torch.where(mask, reward, 0)
+        reward = reward if reward.dtype == torch.float64 else reward.float()
+        begins = mask.clone()
+        begins[1:] &= ~mask[:-1]
+        begins[batch.begin[batch.begin < batch.end]] = mask[batch.begin[batch.begin < batch.end]]
+        ids, offsets = segment.pieces(begins, batch.rows)
+        each = segment.sum(reward, ids)
+        spans = Rows(offsets[:-1], offsets[1:])
+        later = ops.scan(each, spans, decay=self.discount, reverse=True)[0]
+        # The piece before the first turn is empty, and is given to no scope.
+        number = torch.arange(ids.segments, device=mask.device) - ops.spread(offsets[:-1], spans, each)
+        scope = ops.spread(batch.group_index, spans, each) * (int(number.max()) + 1 if number.numel() else 1) + number
+        local = self._normalized(later, torch.where(number > 0, scope, -1))
+        whole = self._normalized(segment.sum(reward, batch.rows), batch.group_index)
+        total = ops.spread(whole, batch.rows, batch.tokens) + _gather(local, ids.ids)
+        return total / 2 if self.halve else total
+
+    def _normalized(self, x: Tensor, scope: Tensor) -> Tensor:
+        by = segment.Ids(scope, int(scope.max()) + 1 if scope.numel() else 0)
+        if by.segments <= 0:
+            return torch.zeros_like(x)
+        index = scope.clamp(min=0)
+        alone = segment.count(x, by)[index] < 2
+        mean = segment.mean(x, by)[index]
+        std = torch.where(alone, 1, segment.var(x, by).sqrt()[index])
+        if not self.centre_alone:
+            mean = torch.where(alone, 0, mean)
+        return torch.where(scope >= 0, (x - mean) / (std + self.epsilon), 0)
+
+
+@dataclass(frozen=True)
+class shortening(Choice):
+    """Another credit plus ``scale`` times how much shorter than predicted each token made the row.
+
+    ``length_values`` are ``-(1 - gamma^l)``, l being the predicted tokens to go; the added term is their generalized
+    advantage (:func:`tokcredit.length.advantages`). A negative scale lengthens.
+    """
+
+    of: Credit = field(default_factory=group_normalized)
+    scale: float = 0.1
+    gamma: float = 0.997
+    trace: float = 1.0
+    reads: ClassVar[frozenset[str]] = frozenset({"length_values"})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        paid, value = self.of(batch), batch.evidence("length_values")
+        if paid.dim() == 2:
+            paid = ops.spread(paid[:, 0], batch.rows, batch.tokens)
+        return paid + self.scale * length.advantages(value, batch.rows, self.gamma, self.trace)

@@ -1,0 +1,71 @@
+"""How the current ratio scales what a token is paid, evaluated anew in every micro-batch.
+
+A gain is a factor per token, without a gradient. What it needs beside the ratio is decided once per batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tokcredit.choice import Choice
+from tokcredit.clip import Window
+from tokcredit.rollouts import Rollouts
+from tokcredit.score import Score
+
+
+class Gain(Protocol):
+    """A factor ``[N]`` of the advantages."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def signal(self, batch: Rollouts) -> Tensor | None:
+        """A number per token, ``[N]``, from the evidence of the batch, or None if the ratio is enough."""
+
+    def __call__(self, log_ratio: Tensor, window: Window, signal: Tensor | None) -> Tensor:
+        """The factors, from the log-ratio ``[N]`` and the signal of the same tokens."""
+
+
+@dataclass(frozen=True)
+class divergence(Choice):
+    """``1 + strength (sigmoid(slope k) - 1/2)`` with ``k = (q - 1) - log q >= 0``, how far the token's policy moved.
+
+    In ``[1, 1 + strength / 2)`` for a positive slope, which favours tokens that moved, and in
+    ``(1 - strength / 2, 1]`` for a negative one.
+    """
+
+    strength: float = 1.0
+    slope: float = 10.0
+
+    def signal(self, batch: Rollouts) -> None:
+        return None
+
+    def __call__(self, log_ratio: Tensor, window: Window, signal: Tensor | None) -> Tensor:
+        moved = log_ratio.expm1() - log_ratio
+        return 1 + self.strength * ((self.slope * moved).sigmoid() - 0.5)
+
+
+@dataclass(frozen=True)
+class outside_center(Choice):
+    """``1 + strength h``, h a score, for tokens of positive score whose ratio has moved and of negative whose has not.
+
+    The ratio has moved when it is outside the middle half of its window, ``(1 + (low - 1) / 2, 1 + (high - 1) / 2)``
+    for a window ``[low, high]``; the other tokens keep what they are paid.
+    """
+
+    score: Score
+    strength: float = 1.0
+
+    def signal(self, batch: Rollouts) -> Tensor:
+        return self.score(batch)
+
+    def __call__(self, log_ratio: Tensor, window: Window, signal: Tensor | None) -> Tensor:
+        assert signal is not None
+        low, high = (torch.as_tensor(bound, device=log_ratio.device).expm1() / 2 for bound in (window.low, window.high))
+        moved = log_ratio.expm1()
+        still = (moved > low) & (moved < high)
+        return torch.where((signal > 0) != still, 1 + self.strength * signal, 1)

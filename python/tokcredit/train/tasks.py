@@ -1,0 +1,210 @@
+"""Problems with verifiable answers: reasoning_gym data sets, a JSONL file, or column addition."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import random
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokcredit import matching
+from tokcredit.train.expression import Call, parse
+
+_NUMBER = re.compile(r"(?<![\w)])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.S)
+_OPTION = re.compile(r"\b[A-Z]\b")
+_CORRECT = 0.99
+
+
+class Problem(NamedTuple):
+    """A question, its answer, and the reward of a reply to it."""
+
+    task: str
+    question: str
+    answer: str
+    reward: Callable[[str], float]
+
+
+class Problems(NamedTuple):
+    """Training problems of each task, and the problems kept from training."""
+
+    train: list[list[Problem]]
+    held_out: list[Problem]
+
+    def step(self, step: int, count: int, seed: int) -> list[Problem]:
+        """``count`` problems for a step, the tasks taking turns, each in an order of its own that never skips one."""
+        return [self._nth(step * count + i, seed) for i in range(count)]
+
+    def _nth(self, n: int, seed: int) -> Problem:
+        task, n = n % len(self.train), n // len(self.train)
+        problems = self.train[task]
+        turn, at = divmod(n, len(problems))
+        return problems[_order(len(problems), f"{seed}-{task}-{turn}")[at]]
+
+
+@functools.lru_cache(maxsize=64)
+def _order(size: int, seed: str) -> list[int]:
+    return random.Random(seed).sample(range(size), size)
+
+
+def final_answer(reply: str, numeric: bool) -> str | None:
+    """The reply's last ``<answer>`` if it has one, else its last number, or all of it where no number is asked for."""
+    if tags := _TAG.findall(reply):
+        return str(tags[-1]).strip()
+    if not numeric:
+        return reply.strip()
+    numbers = _NUMBER.findall(reply)
+    return numbers[-1].replace(",", "") if numbers else None
+
+
+def _is_number(text: str) -> bool:
+    return _NUMBER.fullmatch(text.strip()) is not None
+
+
+def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if call.name not in DATASETS:
+        raise ValueError(f"tasks: expected jsonl, choices, addition or a reasoning_gym data set, got {call.name!r}")
+    if call.positional:
+        raise ValueError(f"tasks: expected {call.name}(key=value, ...), got positional arguments")
+    try:
+        data = reasoning_gym.create_dataset(call.name, **{"size": 2000, "seed": seed, **call.named})
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"tasks: {call.name}: {error}") from None
+
+    def reward(entry: dict[str, Any], reply: str) -> float:
+        answer = final_answer(reply, _is_number(str(entry["answer"])))
+        return float(data.score_answer(answer, entry) >= _CORRECT)
+
+    return [
+        Problem(call.name, entry["question"], str(entry["answer"]), functools.partial(reward, entry)) for entry in data
+    ]
+
+
+def _lines(path: str) -> list[tuple[str, str]]:
+    """Prompt and answer of each line of a JSONL file."""
+    pairs = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            pairs.append((str(record["prompt"]), str(record["answer"])))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"tasks: {path}:{number}: expected {{'prompt', 'answer'}}, got {error!r}") from None
+    return pairs
+
+
+def _jsonl(path: str) -> list[Problem]:
+    """Lines of ``{"prompt", "answer"}``, checked as mathematics: 1/2 equals 0.5."""
+    from math_verify import parse as parse_math
+    from math_verify import verify
+
+    def reward(gold: Any, reply: str) -> float:
+        tags = _TAG.findall(reply)
+        answer = parse_math(tags[-1] if tags else reply, parsing_timeout=None)
+        return float(verify(gold, answer, timeout_seconds=None))
+
+    return [
+        Problem(
+            Path(path).stem,
+            question,
+            answer,
+            functools.partial(reward, parse_math(f"${answer}$", parsing_timeout=None)),
+        )
+        for question, answer in _lines(path)
+    ]
+
+
+def _choices(path: str) -> list[Problem]:
+    """Lines of ``{"prompt", "answer"}`` with capital letters as answer, ``A, C``; some right ones and no wrong one
+    count in part."""
+
+    def reward(true: frozenset[str], reply: str) -> float:
+        answer = final_answer(reply, numeric=False) or ""
+        return matching.options(set(_OPTION.findall(answer)), true)
+
+    return [
+        Problem(Path(path).stem, question, answer, functools.partial(reward, frozenset(_OPTION.findall(answer))))
+        for question, answer in _lines(path)
+    ]
+
+
+def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]:
+    """``47+85=``; the reply's last number is compared with the sum."""
+    generator = random.Random(seed)
+
+    def reward(answer: str, reply: str) -> float:
+        return float(final_answer(reply, numeric=True) == answer)
+
+    problems = []
+    for _ in range(size):
+        a, b = (generator.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
+        answer = str(a + b)
+        problems.append(Problem("addition", f"{a}+{b}=", answer, functools.partial(reward, answer)))
+    return problems
+
+
+def _problems(text: str, seed: int) -> list[Problem]:
+    call = parse(text, "tasks")
+    if call.name == "jsonl":
+        return _jsonl(*call.positional, **call.named)
+    if call.name == "choices":
+        return _choices(*call.positional, **call.named)
+    if call.name == "addition":
+        return _addition(*call.positional, **{"seed": seed, **call.named})
+    return _reasoning_gym(call, seed)
+
+
+def imported_reward(path: str) -> Callable[[str, str, str], float]:
+    """The function ``package.module:function``, of (prompt, reply, answer)."""
+    module, separator, name = path.partition(":")
+    if not separator:
+        raise ValueError(f"reward: expected package.module:function, got {path!r}")
+    return getattr(importlib.import_module(module), name)
+
+
+def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed: int = 0) -> Problems:
+    """The distinct problems of some tasks, split into training and held-out ones.
+
+    Problems over the same numbers, in whatever order and under whatever task, fall on the same side: ``3 + 4`` is not
+    measured after ``4 + 3`` or ``3 * 4`` was trained. Questions without numbers are split by their text.
+
+    Args:
+        tasks: calls, as in :class:`~tokcredit.train.settings.Settings`.
+        held_out: share of the number sets (or texts) kept from training.
+        reward: import path of another reward.
+        seed: of generated problems.
+
+    Raises:
+        ValueError: an unknown task, a malformed file, or a side of the split without problems.
+    """
+    train, measured = [], []
+    for text in tasks:
+        distinct = {p.question: p for p in _problems(text, seed)}
+        if reward is not None:
+            function = imported_reward(reward)
+            for question, p in distinct.items():
+                distinct[question] = p._replace(reward=functools.partial(_swapped, function, question, p.answer))
+        kept = {question for question in distinct if _share(question) < held_out}
+        train.append([p for question, p in distinct.items() if question not in kept])
+        measured += [distinct[question] for question in distinct if question in kept]
+    if not tasks or not all(train) or not measured:
+        raise ValueError(f"held_out: expected a share that leaves problems on both sides, got {held_out} of {tasks}")
+    return Problems(train, measured)
+
+
+def _swapped(function: Callable[[str, str, str], float], question: str, answer: str, reply: str) -> float:
+    return float(function(question, reply, answer))
+
+
+def _share(question: str) -> float:
+    numbers = sorted(re.findall(r"\d+", question))
+    return zlib.crc32((" ".join(numbers) if numbers else question).encode()) / 2**32

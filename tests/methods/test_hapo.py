@@ -1,0 +1,98 @@
+import math
+
+import naive
+import pytest
+import tokcredit as tc
+import torch
+
+ENTROPIES = [0.01, 0.05, 0.1, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2]
+
+
+def signal(entropies, pivot=0.8, literal_sign=False):
+    x = [math.log(max(h, 1e-8)) for h in entropies]
+    q = sorted(x)[round(pivot * (len(x) - 1))]
+    s = math.sqrt(max(sum((a - q) ** 2 for a in x) / len(x), 1e-8))
+    h = [(a - q) / s for a in x]
+    high, low = max(max(h), 1e-8), min(min(h), -1e-8)
+    return [a / high if a > 0 else a / (low if literal_sign else -low) for a in h]
+
+
+def group_advantages(batch):
+    r, lengths = batch.rewards.tolist(), [len(t) for t in naive.rows_of(batch)]
+    out, plain = [0.0] * batch.num_rows, naive.group_advantages(batch)
+    for rows in naive.group_rows(batch):
+        tokens = [r[i] for i in rows for _ in range(lengths[i])]
+        mean = sum(tokens) / len(tokens)
+        std = math.sqrt(sum((x - mean) ** 2 for x in tokens) / len(tokens))
+        for i in rows:
+            out[i] = (r[i] - mean) / (std + 1e-6)
+        if any(abs(out[i]) >= 5 for i in rows if lengths[i]):
+            for i in rows:
+                out[i] = plain[i]
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("literal_sign", [False, True])
+def test_formula(seed, literal_sign):
+    batch, current = naive.random_batch(seed)
+    batch = naive.with_evidence(batch, {"entropies"})
+
+    def formula(batch, log_probs):
+        tokens = [t for row in naive.rows_of(batch) for t in row]
+        h = dict(zip(tokens, signal([batch.entropies[t].item() for t in tokens], 0.8, literal_sign), strict=True))
+        losses = []
+        for a, row in zip(group_advantages(batch), naive.rows_of(batch), strict=True):
+            losses.append([])
+            for t in row:
+                low = 0.2 * (1 - h[t]) if h[t] <= 0 else 0.2
+                high = 0.28 * (1 + h[t]) if h[t] > 0 else 0.28
+                rho = (log_probs[t] - batch.old_log_probs[t]).exp()
+                neutral = 1 - low / 2 < rho.item() < 1 + high / 2
+                paid = a * (1 + h[t]) if (h[t] > 0) != neutral else a
+                losses[-1].append(naive.clipped(paid, rho, 1 - low, 1 + high, 10.0))
+        return naive.token_mean(batch, losses)
+
+    naive.check(tc.methods.hapo(literal_sign=literal_sign), batch, current, formula)
+
+
+def flat(rewards, lengths, entropies=None):
+    return tc.Rollouts(
+        torch.zeros(sum(lengths), dtype=torch.long),
+        torch.tensor([0, *lengths]).cumsum(0),
+        torch.zeros(len(lengths), dtype=torch.long),
+        torch.tensor(rewards),
+        entropies=None if entropies is None else torch.tensor(entropies, dtype=torch.float64),
+    )
+
+
+def test_by_hand():
+    batch = flat([1.0, 0.0], [4, 6], ENTROPIES)
+    intended = [-1, -0.65, -0.5, -0.26, -0.20, -0.11, -0.05, 0, 0.585, 1]
+    score = tc.score.entropy_deviation()
+    assert score(batch).tolist() == pytest.approx(intended, abs=6e-3)
+    literal = tc.score.entropy_deviation(literal_sign=True)(batch)
+    assert literal.tolist() == pytest.approx([abs(h) for h in intended], abs=6e-3)
+    pivot, spread, low, high = score.statistics(batch)
+    assert (pivot, spread) == pytest.approx((0.0, 1.968), abs=1e-3)
+    assert (low, high) == pytest.approx((math.log(0.01) / spread, math.log(2) / spread))
+    paid = tc.credit.token_normalized()(flat([1.0, 0.0], [10, 30]))
+    assert paid[:, 0].tolist() == pytest.approx([1.732, -0.577], abs=1e-3)
+
+
+def test_rare_outcomes_fall_back_to_the_mean_over_rows():
+    # One correct token in 27: |A| is the root of 26 there, so the whole group is paid by rows.
+    paid = tc.credit.token_normalized()
+    assert paid(flat([1.0, 0.0], [1, 26]))[:, 0].tolist() == pytest.approx([0.70711, -0.70711], abs=1e-4)
+    assert paid(flat([1.0, 0.0], [1, 24]))[:, 0].tolist() == pytest.approx([24**0.5, -(24**-0.5)], abs=1e-4)
+    assert paid(flat([0.7, 0.7, 0.7], [3, 5, 9])).tolist() == [[0.0], [0.0], [0.0]]
+
+
+def test_on_policy_only_certain_tokens_change():
+    batch = flat([1.0, 0.0], [5, 5], ENTROPIES)
+    objective = tc.methods.hapo()
+    log_probs = torch.zeros(10, dtype=torch.float64, requires_grad=True)
+    objective.loss(objective.prepare(batch), log_probs).loss.backward()
+    h = tc.score.entropy_deviation()(batch)
+    expected = torch.where(h > 0, 1, 1 + h) / 10 * torch.tensor([-1.0] * 5 + [1.0] * 5)
+    torch.testing.assert_close(log_probs.grad, expected, rtol=1e-5, atol=1e-7)

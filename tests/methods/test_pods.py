@@ -1,0 +1,56 @@
+import itertools
+
+import naive
+import pytest
+import tokcredit as tc
+import torch
+
+
+def variance(x):
+    mean = sum(x) / len(x)
+    return sum((y - mean) ** 2 for y in x) / len(x)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_formula(count, seed):
+    """Every subset is tried; rewards differ, so that the best one is unique."""
+
+    def formula(batch, log_probs):
+        rewards, advantages, kept = batch.rewards.tolist(), [0.0] * batch.num_rows, set()
+        for rows in naive.group_rows(batch):
+            best = max(itertools.combinations(rows, count), key=lambda s: variance([rewards[r] for r in s]))
+            mean = sum(rewards[r] for r in best) / count
+            std = (variance([rewards[r] for r in best]) * count / (count - 1)) ** 0.5
+            for r in best:
+                advantages[r] = (rewards[r] - mean) / (std + 1e-6)
+            kept |= set(best)
+        losses = naive.ppo(batch, log_probs, advantages, 0.8, 1.2)
+        return naive.sequence_mean(batch, [row if r in kept else [] for r, row in enumerate(losses)])
+
+    batch, current = naive.random_batch(seed)
+    batch.rewards.copy_(torch.rand(12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    naive.check(tc.methods.pods(count), batch, current, formula)
+
+
+def test_by_hand():
+    batch = tc.Rollouts(
+        torch.arange(6),
+        torch.arange(7),
+        torch.zeros(6, dtype=torch.long),
+        torch.tensor([1.5, 0.5, 0.4, 0.3, -0.2, -2.5]),
+    )
+    prepared = tc.methods.pods(3).prepare(batch)
+    # 1.5, 0.5 and -2.5 are kept: mean -1/6, sample std 2.08167.
+    assert prepared.mask.tolist() == [True, True, False, False, False, True]
+    assert prepared.advantages.tolist() == pytest.approx([0.80064, 0.32026, 0, 0, 0, -1.12090], abs=1e-5)
+    assert prepared.row_weights.unique().tolist() == pytest.approx([1 / 3])
+    assert prepared.has_credit.tolist() == [True, True, False, False, False, True]
+
+
+def test_small_groups_are_kept_whole():
+    batch, current = naive.random_batch()
+    a, b = (
+        objective.loss(objective.prepare(batch), current).loss for objective in (tc.methods.pods(), tc.methods.grpo())
+    )
+    torch.testing.assert_close(a, b)

@@ -1,0 +1,34 @@
+import naive
+import pytest
+import tokcredit as tc
+import torch
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_formula(seed):
+    def formula(batch, log_probs):
+        advantages = [1.0 if r > 0.5 else 0.0 for r in batch.rewards.tolist()]
+        kept = [[a] * len(t) for a, t in zip(advantages, naive.rows_of(batch), strict=True) if a]
+        losses = naive.ppo(batch, log_probs, advantages, 0.8, 1.2)
+        return sum(map(sum, losses)) / sum(map(len, kept))
+
+    naive.check(tc.methods.psr(), *naive.random_batch(seed), formula)
+
+
+def test_by_hand():
+    batch = tc.Rollouts(
+        torch.arange(5), torch.tensor([0, 2, 3, 5]), torch.tensor([0, 0, 1]), torch.tensor([1.0, 0.0, 0.0])
+    )
+    objective = tc.methods.psr()
+    log_probs = torch.zeros(5, requires_grad=True)
+    objective.loss(objective.prepare(batch), log_probs).loss.backward()
+    assert log_probs.grad.tolist() == pytest.approx([-0.5, -0.5, 0, 0, 0])
+
+
+def test_batch_without_a_correct_row_is_skipped():
+    batch = tc.Rollouts(torch.arange(2), torch.tensor([0, 1, 2]), torch.tensor([0, 0]), torch.full((2,), 0.0))
+    objective = tc.methods.psr()
+    prepared = objective.prepare(batch)
+    log_probs = torch.zeros(2, requires_grad=True)
+    objective.loss(prepared, log_probs).loss.backward()
+    assert not prepared.has_credit.any() and not log_probs.grad.any()

@@ -1,0 +1,88 @@
+import naive
+import pytest
+import tokcredit as tc
+import torch
+
+
+def influence(batch, tokens, weights):
+    """Both sums as they are written, over whole distributions restricted to the group's tokens."""
+    column = tc.policy.group_vocabulary(batch)[1]
+    hidden, probs = batch.extras["hidden_states"], batch.extras["token_probs"]
+    errors = -probs.clone()
+    for t in range(batch.num_tokens):
+        if batch.response_mask[t]:
+            errors[t, column[t]] += 1
+    out = {}
+    for rows in naive.group_rows(batch):
+        for j in rows:
+            for q in tokens[j]:
+                out[q] = sum(
+                    weights[i] * (errors[k] @ errors[q]).item() * (hidden[k] @ hidden[q]).item()
+                    for i in rows
+                    for k in tokens[i]
+                    if batch.rewards[i] > 0.5
+                )
+    return out
+
+
+def advantages(batch, favour, beta):
+    tokens, paid, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
+    s = influence(batch, tokens, [1 / max(len(t), 1) for t in tokens])
+    out = {t: paid[i] for i, ts in enumerate(tokens) for t in ts}
+    for rows in naive.group_rows(batch):
+        correct = [i for i in rows if r[i] > 0.5]
+        if not 0 < len(correct) < len(rows):
+            continue
+        tau = beta * min(sum(s[k] for k in tokens[i]) / len(tokens[i]) for i in correct if tokens[i])
+        for j in rows:
+            for q in tokens[j]:
+                h = (2 * (j in correct) - 1) * s[q]
+                kept = abs(h) > max(tau, 0)
+                out[q] = paid[j] * (1 + favour * ((h > 0) - (h < 0))) if kept else 0.0
+    return out
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("favour", "beta"), [(0.1, 1.0), (-0.3, 0.5), (0.0, 1.0)])
+def test_formula(seed, favour, beta):
+    batch, current = naive.random_batch(seed, size=5)
+    batch = naive.with_evidence(batch, {"hidden_states", "token_probs"}, seed)
+
+    def formula(batch, log_probs):
+        paid = advantages(batch, favour, beta)
+        ratios = {t: (log_probs[t] - batch.old_log_probs[t]).exp() for t in paid}
+        losses = [[naive.clipped(paid[t], ratios[t], 0.8, 1.2) for t in ts] for ts in naive.rows_of(batch)]
+        return naive.sequence_mean(batch, losses)
+
+    objective = tc.methods.thr(favour, beta)
+    out = naive.check(objective, batch, current, formula)
+    paid, plain = objective.prepare(batch).advantages, tc.methods.grpo().prepare(batch).advantages
+    assert 0 < ((paid == 0) & (plain != 0)).sum() < out.metrics["tokens"]
+
+
+def two_rows(rewards, hidden, probs):
+    """One row of one token each, tokens 0 and 1."""
+    extras = {"hidden_states": torch.tensor(hidden), "token_probs": torch.tensor(probs)}
+    return tc.Rollouts(
+        torch.tensor([0, 1]), torch.tensor([0, 1, 2]), torch.tensor([0, 0]), torch.tensor(rewards), extras=extras
+    )
+
+
+def test_by_hand():
+    # Errors (0.5, -0.5) and (-0.5, 0.5): products 0.5 and -0.5. Hidden states (1, 0) and (0.5, 1): products 1 and 0.5.
+    # The correct row's influence is 0.5 * 1, so tau is 0.5 beta; the wrong one's is -0.5 * 0.5, reversed 0.25.
+    batch = two_rows([1.0, 0.0], [[1.0, 0.0], [0.5, 1.0]], [[0.5, 0.5], [0.5, 0.5]])
+    a = 0.70711
+    for favour, beta, expected in (
+        (0.2, 0.4, [1.2 * a, -1.2 * a]),
+        (-0.2, 0.4, [0.8 * a, -0.8 * a]),
+        (0.2, 0.6, [1.2 * a, 0]),
+    ):
+        assert tc.methods.thr(favour, beta).prepare(batch).advantages.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_groups_all_correct_or_all_wrong_keep_their_credit():
+    for rewards in ([2.0, 1.0], [0.0, -1.0]):
+        batch = two_rows(rewards, [[1.0, 0.0], [0.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]])
+        plain = tc.methods.grpo().prepare(batch).advantages
+        assert torch.equal(tc.methods.thr().prepare(batch).advantages, plain) and plain.any()

@@ -1,0 +1,120 @@
+import copy
+
+import pytest
+import torch
+from tokcredit import Rollouts
+from tokcredit.train import tiny
+from tokcredit.train.sampler import TransformersSampler
+from tokcredit.train.scoring import left_padded, score
+
+WORDS = tiny.tokenizer()
+PROMPTS = [WORDS(text).input_ids for text in ("47+85=", "1+2=", "123+456=")]
+
+
+@pytest.fixture
+def model():
+    network = tiny.model(WORDS).eval()
+    with torch.no_grad():
+        # Far from uniform.
+        for p in network.parameters():
+            p.mul_(2.0)
+    return network
+
+
+def naive(model, prompt, tokens, temperature):
+    """Log-probs and entropies of one row, alone and without padding, from a full float64 softmax."""
+    logits = model.double()(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1] / temperature
+    everything = logits.log_softmax(-1)
+    return everything.gather(1, torch.tensor(tokens)[:, None])[:, 0], -(everything.exp() * everything).sum(-1)
+
+
+@pytest.mark.parametrize("batch", [4, 256])
+def test_draws_come_with_their_log_probs(model, batch):
+    stop = [WORDS.eos_token_id, *range(3, 13)]
+    model.generation_config.eos_token_id = stop
+    sampler = TransformersSampler(model, WORDS, batch=batch)
+    torch.manual_seed(0)
+    made = sampler.sample(PROMPTS, 4, 12, temperature=0.7)
+    rows = made.tokens.split(made.cu_seqlens.diff().tolist())
+    assert len(rows) == 12 and len({tuple(r.tolist()) for r in rows}) > 6
+    exact = copy.deepcopy(model)
+    for i, (row, log_probs, finished) in enumerate(
+        zip(rows, made.log_probs.split(made.cu_seqlens.diff().tolist()), made.finished, strict=True)
+    ):
+        expected, _ = naive(exact, PROMPTS[i // 4], row.tolist(), 0.7)
+        torch.testing.assert_close(log_probs.double(), expected, atol=1e-4, rtol=1e-4)
+        ends = torch.isin(row, torch.tensor(stop))
+        assert not ends[:-1].any() and ends[-1] == finished and (finished or len(row) == 12)
+    assert made.finished.any() and not made.finished.all()
+
+
+def test_greedy_takes_the_most_probable(model):
+    made = TransformersSampler(model, WORDS).sample(PROMPTS, 1, 5, temperature=0.0)
+    assert not made.log_probs.any()
+    for prompt, row in zip(PROMPTS, made.tokens.split(made.cu_seqlens.diff().tolist()), strict=True):
+        for i, token in enumerate(row.tolist()):
+            assert model(torch.tensor([[*prompt, *row[:i].tolist()]])).logits[0, -1].argmax() == token
+
+
+def test_the_models_own_generation_settings_stay_out(model):
+    model.generation_config.update(do_sample=True, top_k=1, repetition_penalty=5.0)
+    before = model.generation_config.to_dict()
+    torch.manual_seed(0)
+    made = TransformersSampler(model, WORDS).sample(PROMPTS, 8, 4, temperature=1.0)
+    assert model.generation_config.to_dict() == before
+    firsts = made.tokens[made.cu_seqlens[:-1]]
+    assert len(firsts[:8].unique()) > 1, "top_k=1 would draw the same token eight times"
+
+
+def test_a_copy_follows_the_trained_model(model):
+    sampler = TransformersSampler(model, WORDS, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(-1.0)
+    sampler.sync()
+    made = sampler.sample(PROMPTS[:1], 1, 6, temperature=0.0)
+    twin = TransformersSampler(copy.deepcopy(model).to(torch.bfloat16), WORDS)
+    assert torch.equal(made.tokens, twin.sample(PROMPTS[:1], 1, 6, temperature=0.0).tokens)
+
+
+def test_scores_and_their_gradient(model):
+    rows = [[5, 9, 1], [7], [3, 4, 5, 6]]
+    batch = Rollouts(
+        torch.tensor([t for r in rows for t in r]),
+        torch.tensor([0, 3, 4, 8]),
+        torch.zeros(3, dtype=torch.long),
+        torch.zeros(3),
+        extras={"prompt_tokens": left_padded(PROMPTS, -1, torch.device("cpu"))[0]},
+    )
+    log_probs, entropies = score(model, batch, 1.3)
+    weights = torch.randn(8, generator=torch.Generator().manual_seed(1))
+    (log_probs * weights).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    exact = copy.deepcopy(model)
+    exact.zero_grad()
+    expected = [naive(exact, p, r, 1.3) for p, r in zip(PROMPTS, rows, strict=True)]
+    torch.testing.assert_close(log_probs.double(), torch.cat([e[0] for e in expected]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(entropies.double(), torch.cat([e[1] for e in expected]), atol=1e-4, rtol=1e-4)
+    (torch.cat([e[0] for e in expected]) * weights).sum().backward()
+    for ours, theirs in zip(grads, exact.parameters(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs.grad, atol=2e-4, rtol=2e-3)
+    # A row scored in another batch, with other padding, has the same log-probs.
+    alone, _ = score(model, batch.select(torch.tensor([1])), 1.3)
+    torch.testing.assert_close(alone, log_probs[3:4], atol=1e-5, rtol=1e-4)
+
+
+def test_derivations():
+    assert tiny.derivation(47, 85) == "7+5+0=12;4+8+1=13>132"
+    assert tiny.derivation(10, 22) == "0+2+0=2;1+2+0=3>32"
+    assert tiny.derivation(5, 95) == "5+5+0=10;0+9+1=10>100"
+    assert tiny.derivation(47, 85, lambda: 4) == "7+5+0=4;4+8+0=4>44"
+    text = "47+85=" + tiny.derivation(47, 85)
+    assert WORDS.decode(WORDS(text).input_ids) == text
+
+
+def test_warming_teaches(tmp_path):
+    network = tiny.model(WORDS)
+    text = torch.tensor([WORDS("47+85=" + tiny.derivation(47, 85)).input_ids])
+    before = network(text, labels=text).loss.item()
+    tiny.warm(network, WORDS, steps=25, noise=0.0)
+    assert network(text, labels=text).loss.item() < 0.7 * before
