@@ -9,6 +9,7 @@ python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
+export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 architecture=$("$python" -c "import torch; print('%d%d-real' % torch.cuda.get_device_capability())") || exit 1
 
 echo "== wheel for ${architecture%-real}"
@@ -25,7 +26,7 @@ timeout 160 "$python" -m pytest -q -o addopts= -o filterwarnings= -p no:cachepro
 if command -v compute-sanitizer >/dev/null || [ -x /usr/local/cuda/bin/compute-sanitizer ]; then
   for tool in memcheck racecheck; do
     echo "== compute-sanitizer $tool"
-    PATH="$PATH:/usr/local/cuda/bin" PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 75 \
+    PATH="$PATH:/usr/local/cuda/bin" PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 \
       compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 --launch-timeout 60 \
       "$python" -m pytest -q -o addopts= -o filterwarnings= -p no:cacheprovider -W ignore \
       -k "cuda and (worked or by_hand or duplicates or vocabulary_sizes or cumulative_ratio or long_rows)" \
@@ -39,5 +40,5 @@ else
 fi
 
 echo "== measurements"
-timeout 150 "$python" bench/gpu.py --json "$results" || failed=1
+timeout 180 "$python" bench/gpu.py --json "$results" || failed=1
 exit $failed

@@ -29,6 +29,30 @@ struct Stats {
   }
 };
 
+struct Sums {
+  double loss = 0, ratio = 0, divergence = 0;
+
+  __device__ void merge(const Sums &other) {
+    loss += other.loss;
+    ratio += other.ratio;
+    divergence += other.divergence;
+  }
+};
+
+// Four counts in one register: a lane sees at most 16 tokens of a piece.
+struct Counts {
+  unsigned packed = 0;
+
+  __device__ void add(bool below, bool above, bool capped) {
+    packed += 1u + (unsigned(below) << 8) + (unsigned(above) << 16) + (unsigned(capped) << 24);
+  }
+  // Over all lanes.
+  __device__ double total(int which) const {
+    return double(__reduce_add_sync(all_lanes, int(packed >> (8 * which) & 255u)));
+  }
+};
+static_assert(tile_size / 32 < 256, "a count fits its byte");
+
 // One operand seen from one row: a number per token, or one for all of them.
 template <class A> struct Lane {
   const A *data; // null: `value` for every token
@@ -111,7 +135,8 @@ __device__ Stats evaluate(const PolicyLoss &p, int64_t r, int64_t first, int64_t
       low(p.low, r, -infinity), high(p.high, r, infinity), cap(p.cap, r, infinity);
   const bool subtract = p.reference && !p.log_ratio.data;
   const int64_t size = p.rows.size;
-  Stats stats{};
+  Sums sum;
+  Counts counts;
   each_step<false>(first, last, [&](int64_t t) {
     const Quad<bool> live = live_quad(p.rows, t, first, last);
     const bool any = live.item[0] | live.item[1] | live.item[2] | live.item[3];
@@ -131,7 +156,6 @@ __device__ Stats evaluate(const PolicyLoss &p, int64_t r, int64_t first, int64_t
       const Quad<A> advantage = advantages.read(t, size), weight = weights.read(t, size),
                     lows = low.read(t, size), highs = high.read(t, size), caps = cap.read(t, size);
       A loss = 0, ratio = 0, divergence = 0;
-      int tokens = 0, below = 0, above = 0, capped = 0;
 #pragma unroll
       for (int k = 0; k < quad; ++k) {
         if (!live.item[k])
@@ -151,21 +175,16 @@ __device__ Stats evaluate(const PolicyLoss &p, int64_t r, int64_t first, int64_t
         loss += weight.item[k] * paid.value;
         ratio += paid.ratio;
         divergence += paid.ratio - A(1) - x;
-        tokens += 1;
-        below += paid.below;
-        above += paid.above;
-        capped += paid.capped;
+        counts.add(paid.below, paid.above, paid.capped);
       }
-      const double add[loss_stats] = {double(loss),   double(tokens), double(below),     double(above),
-                                      double(capped), double(ratio),  double(divergence)};
-#pragma unroll
-      for (int c = 0; c < loss_stats; ++c)
-        stats.sum[c] += add[c];
+      sum.merge({double(loss), double(ratio), double(divergence)});
     }
     if (gradient)
       store_quad(gradient, t, first, last, quads_aligned(gradient), slope);
   });
-  return merge_lanes(stats);
+  sum = merge_lanes(sum);
+  return {{sum.loss, counts.total(0), counts.total(1), counts.total(2), counts.total(3), sum.ratio,
+           sum.divergence}};
 }
 
 template <Surrogate kind, class T, bool running>

@@ -48,6 +48,8 @@ class Objective(Choice):
     ) -> Prepared:
         """Credit, selection and weights of a batch of whole groups.
 
+        On CUDA this waits for the device: credit stages count their groups, and a packed batch its longest row.
+
         Args:
             batch: the rollouts; groups must be complete. An objective that ``spans_groups`` must see the rows of all
                 ranks: each rank then takes its own by :meth:`Prepared.select`.
@@ -111,7 +113,8 @@ class Objective(Choice):
         """Loss of a batch or of a part of it, with its gradient to ``log_probs`` (layout of the batch).
 
         An objective of another ``variable`` is given that in place of ``log_probs``. With ``old_log_probs`` absent the
-        ratio is exactly 1 (on policy), with the gradient it has there.
+        ratio is exactly 1 (on policy), with the gradient it has there. On CUDA nothing here waits for the device, so
+        that it can be captured in a graph together with its backward pass.
         """
         return _evaluate(prepared, prepared.batch.flat(log_probs, "log_probs"))
 
