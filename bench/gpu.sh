@@ -17,7 +17,7 @@ PATH="$PATH:/usr/local/cuda/bin" "$python" -m pip wheel -q --no-deps --no-build-
   -C cmake.define.TOKCREDIT_CUDA=ON -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$architecture" . || exit 1
 "$python" -m pip install -q --no-deps --no-index --target "$work/site" "$work"/wheel/tokcredit-*.whl || exit 1
 export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
-"$python" -m tokcredit info || exit 1
+"$python" -c "import tokcredit, torch; print(tokcredit.build_info(), torch.__version__)" || exit 1
 
 echo "== tests"
 timeout 160 "$python" -m pytest -q -o addopts= -o filterwarnings= -p no:cacheprovider -W ignore \
