@@ -1,5 +1,4 @@
 import pytest
-
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, Settings
 
 
