@@ -51,6 +51,23 @@ def test_any_mixture_is_the_product_of_its_stages():
         naive.check(mixture(), *naive.random_batch(seed), formula)
 
 
+def test_a_penalty_and_the_metrics_cover_what_trains():
+    """Whatever the ratio counts: half of the tokens train, so the penalty and the metrics are those of that half."""
+    g = torch.Generator().manual_seed(5)
+    entropies = torch.rand(12, 7, generator=g)
+    batch, current = naive.random_batch(entropies=entropies, ref_log_probs=-torch.rand(12, 7, generator=g).double())
+    half = tc.weights.top_share(0.5, tc.score.given("entropies"), per_row=True)
+    plain = dataclasses.replace(tc.methods.dapo(), weights=(half,), kl=tc.loss.k3(0.1))
+    scanned = dataclasses.replace(tc.methods.ctpo(), weights=(half,), kl=tc.loss.k3(0.1))
+    outs = [o.loss(o.prepare(batch), current) for o in (plain, scanned)]
+    torch.testing.assert_close(outs[0].metrics["kl"], outs[1].metrics["kl"])
+    trained = plain.prepare(batch).mask.sum()
+    assert outs[0].metrics["tokens"] == outs[1].metrics["tokens"] == trained < batch.response_mask.sum()
+    log_probs = current.clone().requires_grad_()
+    scanned.loss(scanned.prepare(batch), log_probs).loss.backward()
+    assert not log_probs.grad[~batch.shaped(scanned.prepare(batch).mask)].any()
+
+
 @pytest.mark.parametrize("gain", [False, True])
 def test_sums_and_positions_count_tokens_that_do_not_train(gain):
     """The prefix ratio in a growing window, where only half of the tokens of each row train."""
@@ -169,7 +186,7 @@ def test_missing_evidence_and_denominators_are_errors():
     objective = dataclasses.replace(tc.methods.grpo(), kl=tc.loss.k3())
     with pytest.raises(ValueError, match="ref_log_probs: expected in the batch"):
         objective.prepare(batch)
-    with pytest.raises(ValueError, match="batch_num_tokens: expected the count over all ranks because dp_size is 2"):
+    with pytest.raises(ValueError, match="batch_num_tokens: expected the number of all ranks because dp_size is 2"):
         tc.methods.grpo().prepare(batch, dp_size=2)
     with pytest.raises(ValueError, match="global_num_groups: expected"):
         tc.methods.ba().prepare(batch, batch_num_tokens=9, global_batch_size=3, dp_size=2)
@@ -177,6 +194,9 @@ def test_missing_evidence_and_denominators_are_errors():
         tc.methods.grpo().loss(tc.methods.grpo().prepare(batch), current[:, 1:])
     with pytest.raises(ValueError, match="cap: expected at least 1"):
         tc.clip.ppo(cap=0.5)
+    summed = tc.methods.dr_grpo()
+    with pytest.raises(ValueError, match="length: expected the number of all ranks because dp_size is 2, got None"):
+        summed.prepare(batch, batch_num_tokens=9, global_batch_size=9, dp_size=2)
 
 
 def test_metrics_are_tensors_that_nothing_waits_for():

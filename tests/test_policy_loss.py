@@ -245,3 +245,26 @@ def test_rejects_wrong_arguments():
         ops.policy_loss(torch.zeros(3), rows, "clip", cumulative=True)
     with pytest.raises(ValueError, match=r"policy_loss: old_log_probs: expected float32 \[3\]"):
         ops.policy_loss(torch.zeros(3), rows, "clip", reference=torch.ones(2))
+
+
+def test_a_token_of_weight_0_counts_in_sums_and_positions_only():
+    rows = Rows(torch.tensor([0]), torch.tensor([4]))
+    log_probs = torch.tensor([0.3, 0.2, 0.1, 0.4], dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.0], dtype=torch.float64)
+    value, stats = ops.policy_loss(
+        log_probs,
+        rows,
+        "clip",
+        reference=torch.zeros(4, dtype=torch.float64),
+        weights=weights,
+        high=torch.tensor(0.35, dtype=torch.float64),
+        cumulative=True,
+        power=1.0,
+    )
+    value.backward()
+    # Sums 0.3 and 0.6 against bounds 0.35 and 1.05: neither is stopped, and the other two tokens are in no statistic.
+    q = [math.exp(0.3), math.exp(0.6)]
+    assert value.item() == pytest.approx(-q[0] - 2 * q[1])
+    assert log_probs.grad.tolist() == pytest.approx([-q[0], 0, -2 * q[1], 0])
+    named = dict(zip(ops.LOSS_STATS, stats[0].tolist(), strict=True))
+    assert (named["tokens"], named["above"]) == (2, 0) and named["ratio"] == pytest.approx(sum(q))

@@ -51,7 +51,8 @@ template <class A> struct Block {
 template <Surrogate kind, class A>
 TOKCREDIT_INLINE void evaluate_body(Block<A> &b, int64_t n, A clamp_low, A clamp_high) {
   for (int64_t i = 0; i < n; ++i) {
-    const A x = bounded(b.raw[i], clamp_low, clamp_high), w = b.width[i], live = b.live[i];
+    const A x = bounded(b.raw[i], clamp_low, clamp_high), w = b.width[i];
+    const A live = b.weight[i] != A(0) ? b.live[i] : A(0);
     const Paid<A> paid = surrogate<kind, A>(
         {x, b.log_prob[i], b.advantage[i], b.low[i] * w, b.high[i] * w, b.cap[i] * w, x == b.raw[i]});
     b.gradient[i] = live != A(0) ? b.weight[i] * paid.gradient : A(0);

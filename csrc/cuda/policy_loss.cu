@@ -167,6 +167,8 @@ __device__ Stats evaluate(const PolicyLoss &p, int64_t r, int64_t first, int64_t
           if (p.cumulative)
             raw.item[k] = A(at.log_ratio);
         }
+        if (weight.item[k] == A(0))
+          continue;
         const A x = bounded(raw.item[k], A(p.clamp_low), A(p.clamp_high));
         const Paid<A> paid =
             surrogate<kind, A>({x, A(load(log_prob.item[k])), advantage.item[k], lows.item[k] * width,

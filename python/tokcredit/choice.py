@@ -11,11 +11,19 @@ from tokcredit.schedule import Schedule
 T = TypeVar("T")
 
 
-def _parts(x: Any) -> Iterator[Any]:
+def _settings(x: Any) -> Iterator[Any]:
     """A choice's settings, and the elements of those that are tuples."""
     for f in fields(x):
         value = getattr(x, f.name)
         yield from value if isinstance(value, tuple) else (value,)
+
+
+def parts(x: Any) -> Iterator[Choice]:
+    """The choice itself, and all choices among its settings and theirs."""
+    if isinstance(x, Choice):
+        yield x
+        for value in _settings(x):
+            yield from parts(value)
 
 
 class Choice:
@@ -32,18 +40,18 @@ class Choice:
     @property
     def needs(self) -> frozenset[str]:
         """Names of the evidence a batch must carry."""
-        return self.reads.union(*(getattr(part, "needs", ()) for part in _parts(self)))
+        return self.reads.union(*(getattr(part, "needs", ()) for part in _settings(self)))
 
     @property
     def spans_groups(self) -> bool:
         """Whether the result for a row depends on other groups, so that it must see the rows of all ranks."""
-        return self.whole_batch or any(getattr(part, "spans_groups", False) for part in _parts(self))
+        return self.whole_batch or any(getattr(part, "spans_groups", False) for part in _settings(self))
 
     @property
     def is_scheduled(self) -> bool:
         """Whether a setting changes during training."""
         return any(
-            isinstance(part, Schedule) or (isinstance(part, Choice) and part.is_scheduled) for part in _parts(self)
+            isinstance(part, Schedule) or (isinstance(part, Choice) and part.is_scheduled) for part in _settings(self)
         )
 
     def at(self: T, progress: float) -> T:

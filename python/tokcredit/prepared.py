@@ -91,9 +91,11 @@ class Prepared:
         given = {"batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size}
         if isinstance(self.objective.aggregation, aggregation.balanced):
             given["global_num_groups"] = global_num_groups
+        if isinstance(self.objective.aggregation, aggregation.sequence_sum):
+            given["length"] = self.objective.aggregation.length
         for name, value in given.items():
             if dp_size > 1 and value is None and not self.objective.spans_groups:
-                raise ValueError(f"{name}: expected the count over all ranks because dp_size is {dp_size}, got None")
+                raise ValueError(f"{name}: expected the number of all ranks because dp_size is {dp_size}, got None")
         batch = self.batch
         lengths = segment.count(batch.tokens, self.rows).long()
         trained = lengths > 0

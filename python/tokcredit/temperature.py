@@ -11,7 +11,7 @@ from tokcredit import policy
 class AdaptiveTemperature:
     """A logits processor: divides by ``temperature (1 + strength h)``, h in ``[-1, 1]`` from the entropy of the logits.
 
-    With H the entropy at temperature 1, Q, s, low and high the statistics of the last batch:
+    With H the entropy at the base temperature, Q, s, low and high the statistics of the last batch:
     ``h = (log(max(H, 1e-6)) - Q) / (s + 1e-6)``, divided by high where positive and by -low elsewhere, then bounded.
     Put it into ``transformers.LogitsProcessorList`` as it is, with the temperature of ``generate`` left at 1, and
     before anything that truncates.
@@ -19,7 +19,8 @@ class AdaptiveTemperature:
     Args:
         temperature: the base, and what every token gets while there are no statistics.
         strength: share by which the temperature may rise or fall.
-        statistics: of :meth:`tokcredit.score.entropy_deviation.statistics`; set the attribute after every step.
+        statistics: of :meth:`tokcredit.score.entropy_deviation.statistics` at that temperature; set the attribute after
+            every step.
         literal_sign: h is not negative either below the quantile, as in the released code.
 
     References:
@@ -53,7 +54,7 @@ class AdaptiveTemperature:
             return scores / self.temperature
         pivot, spread, low, high = self.statistics
         anything = torch.zeros(scores.shape[:-1], dtype=torch.int64, device=scores.device)
-        _, entropies = policy.log_probs_and_entropies(scores, anything)
+        _, entropies = policy.log_probs_and_entropies(scores, anything, self.temperature)
         h = (entropies.clamp(min=1e-6).log() - pivot) / (spread + 1e-6)
         h = torch.where(h > 0, h / high, h / (low if self.literal_sign else -low)).clamp(-1, 1)
         return scores / (self.temperature * (1 + self.strength * h))[..., None]

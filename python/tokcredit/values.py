@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokcredit import ops
+from tokcredit import ops, segment
 from tokcredit.tree import PrefixTree
 
 
@@ -24,8 +24,13 @@ def monte_carlo(tree: PrefixTree, rewards: Tensor | None = None) -> Tensor:
         tree: the prefix trees.
         rewards: float ``[R]``, the batch's own by default.
     """
-    total = torch.ops.tokcredit.tree_fold(tree.leaf, tree.parent, None, _rewards(tree, rewards))
-    return total / tree.count.clamp(min=1)
+    rewards = _rewards(tree, rewards)
+    # Sums of equal float32 numbers are exact in double, and of equal doubles once the group's least is taken away.
+    least = segment.minimum(rewards, segment.Ids(tree.batch.group_index, tree.batch.num_groups))
+    above = (rewards - least[tree.batch.group_index]).double()
+    total = torch.ops.tokcredit.tree_fold(tree.leaf, tree.parent, None, above)
+    mean = (total / tree.count.clamp(min=1)).to(rewards.dtype)
+    return torch.where(tree.count > 0, mean + least[tree.group.clamp(min=0)], 0) if least.numel() else mean
 
 
 def mean_of_children(tree: PrefixTree, rewards: Tensor | None = None) -> Tensor:

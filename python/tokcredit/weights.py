@@ -106,7 +106,7 @@ def _check_share(share: float | Schedule) -> None:
 
 @dataclass(frozen=True)
 class varied_rows(Choice):
-    """Selects the rows of the whole batch whose advantages vary most as a set: ``round(share * rows)`` of them.
+    """Selects the rows of the whole batch whose advantages vary most as a set: ``round(share * rows)``, at least 2.
 
     Rows without a token to train are neither counted nor chosen. Of advantages that vary inside a row the mean counts.
 
@@ -123,7 +123,7 @@ class varied_rows(Choice):
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         paid = advantages[:, 0] if advantages.dim() == 2 else segment.mean(advantages, batch.rows)
         candidates = batch.lengths > 0
-        count = (candidates.sum() * number(self.share)).round().long().reshape(1)
+        count = (candidates.sum() * number(self.share)).round().long().clamp(min=2).reshape(1)
         return select.maximum_variance(paid, count, Ids(torch.where(candidates, 0, -1), 1))[:, None]
 
 

@@ -192,6 +192,20 @@ def test_rows_without_credit_have_no_gradient(name):
     assert not log_probs.grad[~prepared.mask.view(batch.shape)].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "tempo"])
+def test_equal_rewards_cancel_exactly(name, dtype):
+    """Sums of equal numbers are not always their multiple; divided by a spread of 0 the difference would be pay."""
+    objective = tc.methods.load(name)
+    for size in range(2, 33):
+        rewards = torch.cat([torch.full((size,), r, dtype=dtype) for r in (0.1, 0.7, 0.9, 1.1, -0.3)])
+        tokens = torch.stack([torch.zeros(5 * size), torch.arange(5.0 * size)], 1).long()
+        groups = torch.arange(5).repeat_interleave(size)
+        batch = tc.Rollouts.from_padded(tokens, torch.ones_like(tokens), groups, rewards)
+        prepared = objective.prepare(batch)
+        assert not prepared.advantages.any() and not prepared.has_credit.any()
+
+
 @each
 def test_groups_of_equal_rewards_are_paid_nothing(name):
     objective = tc.methods.load(name)

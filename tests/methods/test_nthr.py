@@ -33,7 +33,7 @@ def advantages(batch, beta):
         correct = [i for i in rows if r[i] > 0.5]
         if not 0 < len(correct) < len(rows):
             continue
-        tau = beta * min(sum(s[k] for k in tokens[i]) / len(tokens[i]) for i in correct if tokens[i])
+        tau = beta * max(0.0, min(sum(s[k] for k in tokens[i]) / len(tokens[i]) for i in correct if tokens[i]))
         for j in rows:
             for q in tokens[j]:
                 if j not in correct and s[q] > tau:

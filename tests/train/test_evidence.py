@@ -135,6 +135,17 @@ def test_adaptive_draws_come_with_their_log_probs(models):
         torch.testing.assert_close(made.log_probs[b:e].double(), expected.double(), atol=1e-4, rtol=1e-4)
 
 
+def test_draws_at_another_temperature_are_plain(models):
+    """Short answers and greedy replies are asked for at temperatures of their own."""
+    adaptive = TransformersSampler(models[0], WORDS, adaptive=AdaptiveTemperature(0.9, 0.5, (1.0, 0.5, -2.0, 2.0)))
+    for temperature in (0.6, 0.0):
+        drawn = []
+        for sampler in (adaptive, TransformersSampler(models[0], WORDS)):
+            torch.manual_seed(0)
+            drawn.append(sampler.sample(PROMPTS, 3, 5, temperature).tokens)
+        assert torch.equal(*drawn)
+
+
 def test_adaptive_temperature_survives_a_resume(settings, tmp_path):
     sampling = SamplingSettings(prompts=2, group=4, max_tokens=6, adaptive=0.3)
     whole = settings("hapo", sampling=sampling, steps=4, save_every=2, output=tmp_path / "whole")

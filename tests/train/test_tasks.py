@@ -91,7 +91,14 @@ def test_choices_count_in_part(tmp_path):
     file = tmp_path / "quiz.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"Which {i}?", "answer": "A, C"}) + "\n" for i in range(40)))
     p = tasks.load([f"choices({str(file)!r})"], 0.3).held_out[0]
-    replies = {"A and C": 1.0, "<answer>CA</answer>": 0.0, "<answer>C</answer> not B": 0.5, "A, B, C": 0.0, "none": 0.0}
+    replies = {
+        "A and C": 1.0,
+        "I think A cat: C.": 0.5,
+        "<answer>CA</answer>": 0.0,
+        "<answer>C</answer> not B": 0.5,
+        "A, B, C": 0.0,
+        "none": 0.0,
+    }
     assert {reply: p.reward(reply) for reply in replies} == replies
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 
+import pytest
 import tokcredit as tc
 import torch
 from tokcredit.train import SamplingSettings, tiny
@@ -36,8 +37,8 @@ def test_edges_hang_together(settings):
         depths[n] = depths[p] + 1 if p >= 0 else 0
         own = tokens[len(above) :]
         assert tokens[: len(above)] == above and mask == [False] * len(above) + [True] * len(own)
-        # A third of seven tokens, rounded up, on each level; the last has what is left.
-        limit = 3 if depths[n] < 2 else 1
+        # A third of seven tokens, rounded down, on each level; the last has what is left.
+        limit = 2 if depths[n] < 2 else 3
         assert 1 <= len(own) <= limit and not ends & set(own[:-1])
         children = [m for m, q in zip(node, parent, strict=True) if q == n]
         if own[-1] in ends or depths[n] == 2:
@@ -86,6 +87,22 @@ def test_a_segment_can_be_given(settings):
     batch = trainer(settings, segment=1).explorer.explore(1).batch
     root = batch.extras["parent_ids"] < 0
     assert batch.lengths[root].unique().tolist() == [1]
+
+
+@pytest.mark.parametrize(("tokens", "segment"), [(2, 0), (6, 3), (1, 0)])
+def test_levels_must_fit(settings, tokens, segment):
+    sampling = SamplingSettings(prompts=2, max_tokens=tokens, widths=WIDTHS, segment=segment)
+    with pytest.raises(ValueError, match=r"segment: expected less than . tokens above the last of 3 levels"):
+        Trainer(resolved(settings("spo_tree", sampling=sampling)))
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 5, 8])
+def test_no_path_is_longer_than_a_reply(settings, tokens):
+    sampling = SamplingSettings(prompts=2, max_tokens=tokens, widths=(2, 1, 1))
+    made = Trainer(resolved(settings("spo_tree", sampling=sampling)))
+    made.desk.sampler._ends = torch.tensor([98])
+    batch = made.explorer.explore(1).batch
+    assert int((batch.end - batch.begin).max()) == tokens
 
 
 def test_a_step_can_be_drawn_again(settings):

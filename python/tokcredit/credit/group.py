@@ -32,10 +32,16 @@ def group_size(batch: Rollouts) -> Tensor:
     return torch.bincount(batch.group_index, minlength=batch.num_groups)[batch.group_index]
 
 
+def centred(batch: Rollouts) -> Tensor:
+    """Reward minus the group's mean, exactly 0 where all of its rewards are equal; ``[R]``."""
+    least = segment.minimum(batch.rewards, segment.Ids(batch.group_index, batch.num_groups))[batch.group_index]
+    above = batch.rewards - least
+    return above - group_mean(batch, above)
+
+
 def outcome(batch: Rollouts) -> Tensor:
     """Reward minus the group's mean; the reward itself in a group of one, which has no baseline; ``[R]``."""
-    baseline = group_mean(batch, batch.rewards)
-    return batch.rewards - torch.where(group_size(batch) > 1, baseline, 0)
+    return torch.where(group_size(batch) > 1, centred(batch), batch.rewards)
 
 
 def spread(batch: Rollouts, epsilon: float) -> Tensor:
@@ -56,8 +62,8 @@ class group_normalized(Choice):
     epsilon: float = 1e-6
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        centred = outcome(batch)
-        return (centred / spread(batch, self.epsilon) if self.scale else centred)[:, None]
+        paid = outcome(batch)
+        return (paid / spread(batch, self.epsilon) if self.scale else paid)[:, None]
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,7 @@ class leave_one_out(Choice):
     def __call__(self, batch: Rollouts) -> Tensor:
         size = group_size(batch)
         others = (size - 1).clamp(min=1)
-        centred = batch.rewards - group_mean(batch, batch.rewards)
-        return torch.where(size > 1, centred * size / others, 0)[:, None]
+        return torch.where(size > 1, centred(batch) * size / others, 0)[:, None]
 
 
 @dataclass(frozen=True)

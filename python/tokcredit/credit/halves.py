@@ -73,7 +73,7 @@ class halves(Choice):
 
         A = between (a r - b mean(other half) +- offset) + (1 - between) (r - mean(own half))
 
-    ``+ offset`` in the high half. A half without rows has mean 0, and a group of one is its own other half's.
+    ``+ offset`` in the high half. A half without rows has mean 0.
     """
 
     metric: Metric = field(default_factory=mean_entropy)

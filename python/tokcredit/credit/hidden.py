@@ -96,8 +96,8 @@ class sparing(Choice):
     """Another credit, reduced at the tokens of wrong rows that pull the group's correct rows up.
 
     Where ``s > tau`` in a wrong row, with ``w = 1``, the token is paid ``|1 - 2 p| A``, p being the share of correct
-    rows; ``tau = beta`` times the least mean influence of a correct row. Groups all correct or all wrong keep their
-    credit.
+    rows; ``tau = beta`` times the least mean influence of a correct row, at least 0. Groups all correct or all wrong
+    keep their credit.
     """
 
     of: Credit = field(default_factory=group_normalized)
@@ -108,7 +108,7 @@ class sparing(Choice):
     def __call__(self, batch: Rollouts) -> Tensor:
         correct = batch.rewards > self.threshold
         influence = _influence(batch, correct, torch.ones_like(batch.lengths))
-        tau = self.beta * _weakest(batch, influence, correct)
+        tau = self.beta * _weakest(batch, influence, correct).clamp(min=0)
         share = _share(batch, correct)
         reduced = _spread((~correct & (share > 0))[:, None], batch) & (influence > _spread(tau[:, None], batch))
         paid = _spread(self.of(batch), batch)

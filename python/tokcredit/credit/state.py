@@ -76,7 +76,7 @@ class saturating(Choice):
 
         phi = 1.5 a c + 0.5 a - c
         fade = 1 - alpha (1 - exp(-(steps before k with phi > saturated)))
-        jump = exp(minmax(phi_k - phi_(k-1)))                 # over the steps of the batch; 0 for a first step
+        jump = exp(minmax(phi_k - phi_(k-1)))              # over the steps of the batch; a first step changes 0
         A = (r - mean) fade + bonus (jump - mean of jump over the tokens of the batch)
     """
 

@@ -27,7 +27,8 @@ def ctpo(
 
     Cost: as GRPO, plus a scan along the rows.
     Source: arXiv 2605.07331.
-    Departs from the paper: cap and token mean follow the released training code.
+    Departs from the paper: cap and token mean follow the released training code, whose truncated importance weight
+    of whole rows (5.0) is left to ``weights``; a ratio's gradient reaches only the current token's log-prob.
     """
     return Objective(
         ratio=ratio.cumulative(),

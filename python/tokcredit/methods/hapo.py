@@ -37,6 +37,7 @@ def hapo(
     Source: arXiv 2509.16591.
     Departs from the released code: the sign of h; its statistics are those of the batch under the old policy, not of
     the micro-batch under the current one; upper bound 0.28 as in the paper (scripts: 0.2), cap as in the scripts.
+    Adaptive sampling is the sampler's, and off unless asked for.
     """
     h = score.entropy_deviation(pivot, literal_sign)
     return Objective(

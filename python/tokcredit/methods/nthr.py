@@ -28,7 +28,7 @@ def nthr(
     Cost: two matrix products per group, tokens x K x d with K the distinct tokens of the group; hidden states and
         probabilities of the old log-prob pass are kept.
     Source: arXiv 2505.18830.
-    Departs from the paper: nothing known.
+    Departs from the paper: tau is at least 0.
     """
     return Objective(
         credit.sparing(credit.group_normalized(epsilon=epsilon), beta, threshold), clip=clip.ppo(clip_low, clip_high)

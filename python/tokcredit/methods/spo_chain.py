@@ -21,7 +21,7 @@ def spo_chain(below: float = 0.9, clip_low: float = 0.2, clip_high: float = 0.2,
     Cost: no groups; some (9 in the release) continuations from every cut of every row.
     Source: arXiv 2505.23564.
     Departs from the paper: no KL term (theirs: k3, 1e-4, a sum over tokens). The release also skips a micro-batch
-    whose mean ratio exceeds 10.
+    whose mean ratio exceeds 10. A continuation cut at the length limit is rewarded for its text, as rows are.
     """
     changes = credit.value_changes()
     return Objective(

@@ -24,8 +24,8 @@ def spo_tree(
 
     Cost: one sampled tree per prompt (6 x 6 x 6 in the release), whose edges are both the data and the estimate.
     Source: arXiv 2505.23564.
-    Departs from the paper: no KL term (theirs: k3, 1e-4, a sum over tokens) and no replay of edges. The release
-    also skips a micro-batch whose mean ratio exceeds 10.
+    Departs from the paper: no KL term (theirs: k3, 1e-4, a sum over tokens), no replay of edges, and not the
+    release's optional best-of-k term. The release also skips a micro-batch whose mean ratio exceeds 10.
     """
     change = credit.edges(scale)
     return Objective(

@@ -24,7 +24,8 @@ def tip(share: float = 0.5, quantile: float = 0.98, rank: score.Score | None = N
     Cost: no groups and no rewards; a teacher's forward pass, and the student's backward pass on the share only.
     Source: arXiv 2604.14084.
     Departs from the paper: nothing where it is explicit; it leaves the scope open and this ranks inside each row, clips
-    over the batch, and takes the mean over all kept tokens.
+    over the batch, and takes the mean over all kept tokens. Our trainer divides the logits of both by the sampling
+    temperature, 1 by default.
     """
     if rank is None:
         entropies = score.scaled(score.given("entropies"), quantile)

@@ -18,7 +18,8 @@ def vineppo(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
 
     Cost: no groups; nine continuations from the beginning of every step of every row.
     Source: Kazemnejad et al., arXiv 2410.01679.
-    Departs from the paper: no KL term; add one with ``dataclasses.replace(objective, kl=tokcredit.loss.k3(1e-4))``.
+    Departs from the paper: no KL term; add one with ``dataclasses.replace(objective, kl=tokcredit.loss.k3(1e-4))``. A
+    continuation cut at the length limit is rewarded for its text, as rows are.
     """
     return Objective(
         credit.value_changes("step_values"), clip=clip.ppo(clip_low, clip_high), aggregation=aggregation.token_mean()

@@ -89,13 +89,14 @@ class Desk:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def complete(
-        self, prompts: Sequence[Sequence[int]], count: int, temperature: float, max_tokens: int = 0
+        self, prompts: Sequence[Sequence[int]], count: int, temperature: float, max_tokens: int | None = None
     ) -> Completions:
         """``count`` continuations of each prompt; there may be no prompt."""
         if not prompts:
             nothing = torch.zeros(0, dtype=torch.int64)
             return Completions(nothing, nothing.new_zeros(1), nothing.float(), nothing.bool())
-        return self.sampler.sample(prompts, count, max_tokens or self.settings.sampling.max_tokens, temperature)
+        limit = self.settings.sampling.max_tokens if max_tokens is None else max_tokens
+        return self.sampler.sample(prompts, count, limit, temperature)
 
     def texts(self, tokens: Tensor, cu_seqlens: Tensor) -> list[str]:
         """Text of each row."""

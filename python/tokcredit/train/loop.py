@@ -9,7 +9,10 @@ import torch
 from accelerate import Accelerator
 
 from tokcredit import segment
+from tokcredit.aggregation import sequence_sum
+from tokcredit.choice import parts
 from tokcredit.credit import shortening
+from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.score import entropy_deviation
 from tokcredit.temperature import AdaptiveTemperature
@@ -37,6 +40,14 @@ class Step(NamedTuple):
     metrics: dict[str, float]
 
 
+def _with_length(objective: Objective, longest: int) -> Objective:
+    """The longest response possible where the aggregation asks for it, in place of the longest of each batch."""
+    aggregate = objective.aggregation
+    if isinstance(aggregate, sequence_sum) and aggregate.length is None:
+        return dataclasses.replace(objective, aggregation=sequence_sum(longest))
+    return objective
+
+
 class Trainer:
     """A policy and everything that trains it; :func:`tokcredit.train.run` records it into a folder.
 
@@ -49,7 +60,7 @@ class Trainer:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.objective = settings.objective.build()
+        self.objective = _with_length(settings.objective.build(), settings.sampling.max_tokens)
         method = settings.objective.method
         needs = self.objective.needs
         if unknown := needs - COLLECTED:
@@ -67,7 +78,9 @@ class Trainer:
         self.model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         teacher = self._teacher() if evidence.needs_teacher(needs) else None
         s, half = settings.sampling, settings.optimizer.precision == "bf16"
-        self.adaptive = AdaptiveTemperature(s.temperature, s.adaptive) if s.adaptive else None
+        self.score = next((p for p in parts(self.objective) if isinstance(p, entropy_deviation)), entropy_deviation())
+        literal = self.score.literal_sign
+        self.adaptive = AdaptiveTemperature(s.temperature, s.adaptive, None, literal) if s.adaptive else None
         sampler: Sampler
         if s.sampler == "vllm":
             sampler = self._vllm(torch.bfloat16 if half else torch.float32)
@@ -113,16 +126,18 @@ class Trainer:
             batch = self._with_evidence(explored, number)
             learnt = self.learner.learn(batch, number, clock)
         if self.adaptive:
-            self.adaptive.statistics = entropy_deviation().statistics(batch)
-        spread = segment.var(batch.rewards, segment.Ids(batch.group_index, batch.num_groups))
+            everything, _ = self.ranks.gather(batch, frozenset({"entropies"}))
+            self.adaptive.statistics = self.score.statistics(everything)
+        paid = learnt.prepared.has_credit
+        groups = segment.maximum(paid.double(), segment.Ids(batch.group_index, batch.num_groups))
         seconds = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
         metrics = learnt.metrics | self.ranks.mean(
             {
                 "reward": explored.outcomes.double().mean(),
                 "length": batch.lengths.double().mean(),
                 "finished": explored.finished.double().mean(),
-                "groups_with_signal": (spread > 0).double().mean(),
-                "rows_with_credit": learnt.prepared.has_credit.double().mean(),
+                "groups_with_signal": groups.mean(),
+                "rows_with_credit": paid.double().mean(),
             }
         )
         if batch.old_log_probs is not None and batch.rollout_log_probs is not None:

@@ -44,7 +44,7 @@ class Prober:
         with torch.random.fork_rng():
             self._desk.seeded(number, 1)
             if "state_values" in needs:
-                cuts = credit.improbable_cuts(batch, interval=self._settings.interval)
+                cuts = credit.improbable_cuts(batch, self._settings.below, self._settings.interval)
                 found["state_values"] = self._values(rows, cuts.nonzero()[:, 0].tolist(), problems)
             if "step_values" in needs:
                 begins = [b for b, e in rows.spans if b < e]

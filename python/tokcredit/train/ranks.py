@@ -48,6 +48,8 @@ class Ranks:
 
     def gather(self, batch: Rollouts, names: frozenset[str]) -> tuple[Rollouts, Tensor]:
         """The rollouts of all processes with this evidence, and which rows of them are this process's."""
+        if self.count == 1:
+            return batch, torch.arange(batch.num_rows, device=batch.tokens.device)
         columns = {"tokens", "group_ids", "rewards", "response_mask", *names & set(FIELDS)}
         own = {name: getattr(batch, name).cpu() for name in columns}
         own |= {name: batch.evidence(name).cpu() for name in names - set(FIELDS)}

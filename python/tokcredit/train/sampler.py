@@ -53,7 +53,7 @@ class TransformersSampler:
         tokenizer: its tokenizer, for the padding token.
         dtype: of the copy; None generates with the model itself.
         batch: rows generated at once at most.
-        adaptive: divides the logits of what is not greedy in place of the plain temperature.
+        adaptive: takes the place of the plain temperature in draws at its own temperature.
     """
 
     def __init__(
@@ -133,7 +133,8 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]
     """Divides by the temperature and keeps the log-prob of what was then drawn; memory is one step's scores."""
 
     def __init__(self, temperature: float, adaptive: AdaptiveTemperature | None) -> None:
-        self._temperature, self._adaptive = temperature, adaptive
+        self._temperature = temperature
+        self._adaptive = adaptive if adaptive is not None and adaptive.temperature == temperature else None
         self._scores: Tensor | None = None
         self._log_probs: list[Tensor] = []
 

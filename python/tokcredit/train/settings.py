@@ -106,7 +106,9 @@ class ProbeSettings:
     """Continuations from every state whose mean reward is its value."""
     interval: int = 5
     """A state is valued before every such improbable token."""
-    step_end: str = "\n\n"
+    below: float = 0.9
+    """A token is improbable below this probability."""
+    step_end: str = ".\n\n"
     """Text with which a step of reasoning ends."""
     text: str = "**Final Answer**\n\\boxed{"
     """What asks for a short answer after a step."""

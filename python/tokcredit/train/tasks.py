@@ -18,6 +18,7 @@ from tokcredit.train.expression import Call, parse
 _NUMBER = re.compile(r"(?<![\w)])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.S)
 _OPTION = re.compile(r"\b[A-Z]\b")
+_LAST_OPTIONS = re.compile(r"(?:\b[A-Z]\b[\s,;&]*(?:and\s+)?)+[.!)]*\s*$")
 _CORRECT = 0.99
 
 
@@ -128,8 +129,9 @@ def _choices(path: str) -> list[Problem]:
     count in part."""
 
     def reward(true: frozenset[str], reply: str) -> float:
-        answer = final_answer(reply, numeric=False) or ""
-        return matching.options(set(_OPTION.findall(answer)), true)
+        tags = _TAG.findall(reply)
+        last = _LAST_OPTIONS.search(tags[-1] if tags else reply)
+        return matching.options(set(_OPTION.findall(last.group())) if last else set(), true)
 
     return [
         Problem(Path(path).stem, question, answer, functools.partial(reward, frozenset(_OPTION.findall(answer))))

@@ -34,7 +34,12 @@ class Trees:
     """
 
     def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+        s = desk.settings.sampling
+        self._desk, levels = desk, len(s.widths)
+        self._segment = s.segment or max(1, s.max_tokens // max(levels, 1))
+        if levels == 0 or self._segment * (levels - 1) >= s.max_tokens:
+            expected = f"less than {s.max_tokens} tokens above the last of {levels} levels"
+            raise ValueError(f"segment: expected {expected}, got {self._segment} on each")
 
     def explore(self, number: int) -> Explored:
         desk = self._desk
@@ -77,13 +82,12 @@ class Trees:
     def _grow(self, prompts: list[list[int]]) -> list[_Edge]:
         desk, s = self._desk, self._desk.settings.sampling
         depth = len(s.widths)
-        segment = s.segment or -(-s.max_tokens // depth)
         edges: list[_Edge] = []
         # Numbers below every node's stand for prompts.
         open_ends = [(i, -1, list[int]()) for i in range(len(prompts))]
         for level, width in enumerate(s.widths):
             last = level == depth - 1
-            limit = s.max_tokens - segment * level if last else segment
+            limit = s.max_tokens - self._segment * level if last else self._segment
             made = desk.complete([prompts[i] + path for i, _, path in open_ends], width, s.temperature, limit)
             rows = made.tokens.split(made.cu_seqlens.diff().tolist())
             log_probs = made.log_probs.split(made.cu_seqlens.diff().tolist())
