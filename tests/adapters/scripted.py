@@ -56,7 +56,7 @@ def arguments(output_dir, **settings):
         num_generations=GENERATIONS,
         max_completion_length=10,
         max_steps=4,
-        learning_rate=0.01,
+        learning_rate=0.004,
         lr_scheduler_type="constant",
         optim="sgd",
         max_grad_norm=0.0,
