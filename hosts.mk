@@ -9,7 +9,7 @@ build/host/wheel: .venv/tools $(SOURCES)
 	$(BIN)/pip wheel -q --no-deps -w build/host .
 	touch $@
 
-.venv-%/tools: requirements/%.txt
+$(HOSTS:%=.venv-%/tools): .venv-%/tools: requirements/%.txt
 	rm -rf .venv-$*
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install -q -U pip
@@ -17,7 +17,7 @@ build/host/wheel: .venv/tools $(SOURCES)
 	.venv-$*/bin/pip install -q --no-deps -r $<
 	touch $@
 
-.venv-%/installed: .venv-%/tools build/host/wheel
+$(HOSTS:%=.venv-%/installed): .venv-%/installed: .venv-%/tools build/host/wheel
 	.venv-$*/bin/pip install -q --no-deps --force-reinstall build/host/*.whl
 	touch $@
 
