@@ -1,12 +1,13 @@
 # `make test-hosts`: the adapters inside the real trainers, each with an environment of its own because their pins
-# conflict. requirements/HOST.txt is the whole environment; torch comes first, so that nothing else can pick another.
+# conflict. requirements/HOST.txt is the whole environment; torch comes first, so that nothing else can pick another. They
+# run on the CPU.
 HOSTS := trl verl vllm
 
 .PHONY: test-hosts $(HOSTS:%=test-%)
 
 build/host/wheel: .venv/tools $(SOURCES)
 	rm -rf build/host
-	$(BIN)/pip wheel -q --no-deps -w build/host .
+	$(BIN)/pip wheel -q --no-deps -w build/host -C cmake.define.TOKCREDIT_CUDA=OFF .
 	touch $@
 
 $(HOSTS:%=.venv-%/tools): .venv-%/tools: requirements/%.txt
