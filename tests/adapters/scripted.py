@@ -114,7 +114,7 @@ def with_scripted_engine(monkeypatch):
     monkeypatch.setattr(grpo_trainer, "VLLMGeneration", ScriptedEngine)
 
 
-METHODS = ("tempo", "ba", "gspo")
+METHODS = ("tempo", "ba", "gspo", "canon")  # one reads the tree, one counts groups, one compares groups by entropies
 ROWS = {"whole": 16, "straddling": 12}  # of a generation batch: groups of four whole, or cut, on two ranks
 
 
