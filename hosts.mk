@@ -1,15 +1,16 @@
 # `make test-hosts`: the adapters inside the real trainers, each with an environment of its own because their pins
-# conflict. requirements/HOST.txt is the whole environment; torch comes first, so that nothing else can pick another.
+# conflict. requirements/HOST.txt is the whole environment; torch comes first, so that nothing else can pick another. They
+# run on the CPU.
 HOSTS := trl verl vllm
 
 .PHONY: test-hosts $(HOSTS:%=test-%)
 
 build/host/wheel: .venv/tools $(SOURCES)
 	rm -rf build/host
-	$(BIN)/pip wheel -q --no-deps -w build/host .
+	$(BIN)/pip wheel -q --no-deps -w build/host -C cmake.define.TOKCREDIT_CUDA=OFF .
 	touch $@
 
-.venv-%/tools: requirements/%.txt
+$(HOSTS:%=.venv-%/tools): .venv-%/tools: requirements/%.txt
 	rm -rf .venv-$*
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install -q -U pip
@@ -17,7 +18,7 @@ build/host/wheel: .venv/tools $(SOURCES)
 	.venv-$*/bin/pip install -q --no-deps -r $<
 	touch $@
 
-.venv-%/installed: .venv-%/tools build/host/wheel
+$(HOSTS:%=.venv-%/installed): .venv-%/installed: .venv-%/tools build/host/wheel
 	.venv-$*/bin/pip install -q --no-deps --force-reinstall build/host/*.whl
 	touch $@
 

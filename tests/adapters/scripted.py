@@ -56,7 +56,7 @@ def arguments(output_dir, **settings):
         num_generations=GENERATIONS,
         max_completion_length=10,
         max_steps=4,
-        learning_rate=0.01,
+        learning_rate=0.004,
         lr_scheduler_type="constant",
         optim="sgd",
         max_grad_norm=0.0,
@@ -114,7 +114,7 @@ def with_scripted_engine(monkeypatch):
     monkeypatch.setattr(grpo_trainer, "VLLMGeneration", ScriptedEngine)
 
 
-METHODS = ("tempo", "ba", "gspo")
+METHODS = ("tempo", "ba", "gspo", "canon")  # one reads the tree, one counts groups, one compares groups by entropies
 ROWS = {"whole": 16, "straddling": 12}  # of a generation batch: groups of four whole, or cut, on two ranks
 
 

@@ -276,7 +276,8 @@ def test_info_names_what_verl_knows():
 
 @pytest.mark.parametrize("missing", [None, "transfer_queue", "verl.trainer"])
 def test_info_shows_what_verl_hides(missing):
-    code = f"import sys; sys.modules[{missing!r}] = None; from tokcredit.cli import info; info()"
+    hide = f"sys.modules[{missing!r}] = None; " if missing else ""
+    code = f"import sys; {hide}from tokcredit.cli import info; info()"
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     lines = dict(line.split("  ", 1) for line in run.stdout.splitlines() if line.startswith("verl "))
     if missing == "verl.trainer":

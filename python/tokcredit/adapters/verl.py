@@ -47,11 +47,9 @@ _CLIPS = (clip.ppo, clip.growing, clip.weighted, clip.soft, clip.unclipped)
 _GAINS = (NoneType, gain.divergence)
 _SETTINGS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
 _DECIDED = dict.fromkeys(_SETTINGS, "the objective's clip stage bounds the ratio")
+_DENOMINATORS = "verl counts its denominators from its own mask"
 _OBJECTIVES: dict[str, Callable[..., Objective]] = {}
 _ROLLOUTS: ContextVar[Mapping[str, Tensor] | None] = ContextVar("rollouts", default=None)
-
-
-_DENOMINATORS = "verl counts its denominators from its own mask"
 
 
 def register(name: str, objective: Callable[..., Objective]) -> None:
