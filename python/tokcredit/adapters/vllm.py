@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -127,7 +128,8 @@ class VllmSampler:
         if model.device.type == "cpu":
             settings["enforce_eager"] = True  # compiling takes a minute and saves a tenth
         else:
-            settings["gpu_memory_utilization"] = 0.4  # the rest is the trainer's
+            settings["gpu_memory_utilization"] = 0.4  # the rest is the trainer's, and this too while the engine sleeps
+            settings["enable_sleep_mode"] = True
         return cls(model, engine(model, tokenizer, **settings))
 
     @property
@@ -137,7 +139,21 @@ class VllmSampler:
 
     def sync(self) -> None:
         """Takes over the weights of the trained model."""
-        update(self._llm, self._model)
+        with self._awake():
+            update(self._llm, self._model)
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """An engine that can sleep has its memory inside this context only; one that cannot always has it."""
+        if not self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+            yield
+            return
+        if self._llm.llm_engine.is_sleeping():
+            self._llm.wake_up()
+        try:
+            yield
+        finally:
+            self._llm.sleep(level=1)
 
     def sample(self, prompts: Sequence[Sequence[int]], count: int, max_tokens: int, temperature: float) -> Completions:
         """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy."""
@@ -155,7 +171,8 @@ class VllmSampler:
             for seed in seeds
         ]
         requests: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self._llm.generate(requests, params, use_tqdm=False)
+        with self._awake():
+            outputs = self._llm.generate(requests, params, use_tqdm=False)
         if temperature == 0:
             for output in outputs:
                 output.outputs = output.outputs * count
