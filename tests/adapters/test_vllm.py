@@ -75,6 +75,21 @@ def test_update_reaches_every_layer(pair):
         assert (before.log_probs - expected(model, PROMPTS, before, 4)).abs().max() > 0.05, "the weights did not move"
 
 
+def test_an_engine_that_can_sleep_is_awake_only_when_used(pair, monkeypatch):
+    """Engines on a CPU cannot, so the two calls are recorded; everything else is real."""
+    model, llm = pair
+    calls, state = [], {"sleeping": True}
+    monkeypatch.setattr(llm.llm_engine.vllm_config.model_config, "enable_sleep_mode", True)
+    monkeypatch.setattr(llm.llm_engine, "is_sleeping", lambda: state["sleeping"])
+    monkeypatch.setattr(llm, "wake_up", lambda: (calls.append("wake"), state.update(sleeping=False)))
+    monkeypatch.setattr(llm, "sleep", lambda level: (calls.append(f"sleep {level}"), state.update(sleeping=True)))
+    sampler = adapter.VllmSampler(model, llm)
+    sampler.sync()
+    assert calls == ["wake", "sleep 1"]
+    made = sampler.sample(PROMPTS, 1, 4, 1.0)
+    assert calls == ["wake", "sleep 1"] * 2 and made.tokens.numel() > 0
+
+
 def test_draws_with_the_generator_of_torch(pair):
     model, llm = pair
     sampler = adapter.VllmSampler(model, llm)
