@@ -61,7 +61,7 @@ def synthetic(name, batch, g):
 
 def with_evidence(batch, names, seed=5):
     """The batch with synthetic evidence of these names, where it has none."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     fields, extras = {}, dict(batch.extras)
     for name in sorted(names):
         if name not in tc.evidence.FIELDS:

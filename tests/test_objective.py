@@ -71,7 +71,7 @@ def test_a_penalty_and_the_metrics_cover_what_trains():
 @pytest.mark.parametrize("gain", [False, True])
 def test_sums_and_positions_count_tokens_that_do_not_train(gain):
     """The prefix ratio in a growing window, where only half of the tokens of each row train."""
-    batch, current = naive.random_batch(entropies=torch.rand(12, 7, generator=torch.Generator().manual_seed(5)))
+    batch, current = naive.random_batch(entropies=torch.rand(12, 7, generator=ragged.generator(5)))
     objective = mixture(
         credit=tc.credit.group_normalized(),
         weights=(tc.weights.top_share(0.5, tc.score.given("entropies"), per_row=True),),
