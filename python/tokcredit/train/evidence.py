@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcredit import divergence, policy
+from tokcredit import divergence, ops, policy
 from tokcredit.evidence import FIELDS
 from tokcredit.rollouts import Rollouts
 from tokcredit.train.scoring import predict, scores_of
 
 _TEACHER = frozenset({"reverse_kl", "forward_kl"})
 _WHOLE_GROUPS = frozenset({"disagreement", "padded_disagreement", "token_probs"})
+_SAMPLED = frozenset({"rollout_log_probs", "replayed", "truncated"})
 COLLECTED = (
-    frozenset({"old_log_probs", "rollout_log_probs", "ref_log_probs", "entropies", "hidden_states"})
-    | _TEACHER
-    | _WHOLE_GROUPS
+    frozenset({"old_log_probs", "ref_log_probs", "entropies", "hidden_states"}) | _SAMPLED | _TEACHER | _WHOLE_GROUPS
 )
 
 
@@ -40,6 +39,9 @@ def collect(
 ) -> Rollouts:
     """The batch with this evidence.
 
+    The ``old_log_probs`` of replayed rows are their ``rollout_log_probs``: the policy before the update did not draw
+    them.
+
     Args:
         needs: names among ``COLLECTED``.
         batch: whole groups, packed, as :func:`~tokcredit.train.scoring.predict` takes them.
@@ -49,7 +51,7 @@ def collect(
         teacher: for the divergences from it.
         temperature: logits of all of them are divided by it.
     """
-    asked = needs - {"rollout_log_probs"}
+    asked = needs - _SAMPLED
     if not asked:
         return batch
     order = batch.group_index.argsort(stable=True)
@@ -60,6 +62,9 @@ def collect(
             found[name].append(value)
     back = torch.cat([batch.token_positions(rows)[0] for rows in parts]).argsort()
     whole = {name: _joined(values)[back] for name, values in found.items()}
+    if "old_log_probs" in whole and "replayed" in batch.extras:
+        replayed = ops.spread(batch.evidence("replayed"), batch.everything, batch.tokens)
+        whole["old_log_probs"] = torch.where(replayed, batch.evidence("rollout_log_probs"), whole["old_log_probs"])
     extras = {name: value for name, value in whole.items() if name not in FIELDS}
     fields: dict[str, Any] = {name: value for name, value in whole.items() if name in FIELDS}
     return dataclasses.replace(batch, **fields, extras={**batch.extras, **extras})

@@ -15,6 +15,7 @@ from tokcredit.train.clock import Clock
 from tokcredit.train.explorer import Desk, Explored, Explorer, Replies
 from tokcredit.train.learner import Learner, Learnt
 from tokcredit.train.ranks import Ranks
+from tokcredit.train.replay import Replay
 from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.settings import Settings
 
@@ -66,7 +67,8 @@ class Trainer:
             self.model, self.tokenizer, torch.bfloat16 if half else None, s.sampling_batch, self.adaptive
         )
         self.desk = Desk(settings, self.problems, self.tokenizer, sampler, self.ranks)
-        self.explorer: Explorer = Replies(self.desk)
+        replays = "replayed" in self.objective.needs
+        self.explorer: Explorer = Replay(self.desk) if replays else Replies(self.desk)
         self.learner = Learner(settings, self.objective, self.model, teacher, self.accelerator)
         self.accelerator.register_for_checkpointing(self)
 

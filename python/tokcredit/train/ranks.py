@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -28,6 +31,10 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in some process."""
         return self.sum({"flag": torch.tensor(float(flag))})["flag"] > 0
+
+    def gather(self, objects: list[T]) -> list[T]:
+        """Those of all processes, one process after another; all call it."""
+        return list(gather_object(objects)) if self.count > 1 else objects
 
     def average_gradients(self, model: Any) -> None:
         """Makes the gradients of all processes their mean.
