@@ -160,7 +160,7 @@ class Replay:
                 yield problem._replace(question="\n\n".join(parts))
 
     def _texts(self, replies: Sequence[Reply]) -> list[str]:
-        return list(self._desk.tokenizer.batch_decode([r.tokens for r in replies], skip_special_tokens=True))
+        return [self._desk.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in replies]
 
     def _joined(self, explored: Explored, rows: list[int], replies: list[Reply]) -> Explored:
         """With stored replies behind, each in the group of one of the rows."""
