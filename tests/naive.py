@@ -9,7 +9,7 @@ import torch
 
 def random_batch(seed=0, groups=3, size=4, length=7, padded=True, **extra):
     """A batch in which every branch of the formulas is taken: prefixes shared, masked holes, one empty row."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     rows = groups * size
     tokens = torch.randint(0, 3, (rows, length), generator=g)
     mask = torch.rand(rows, length, generator=g) > 0.2
@@ -45,6 +45,7 @@ def synthetic(name, batch, g):
         "hidden_states": torch.randn(n, 4, generator=g, dtype=torch.float64),
         "token_probs": tc.policy.group_probs(torch.randn(n, 5, generator=g, dtype=torch.float64), batch),
         "state_values": sparse,
+        "step_values": sparse,
         "node_ids": rows,
         # The first two rows of a group leave the prompt, the others the node of the first.
         "parent_ids": torch.where(earlier < 2, -1, first[batch.group_index]) if len(rows) else rows,

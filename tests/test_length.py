@@ -134,6 +134,26 @@ def test_processor_tilts_the_likeliest_and_excludes_the_rest():
     assert narrow.isfinite().tolist() == [[True, False, False, False]]
 
 
+def test_processor_leaves_the_token_of_the_wanted_length():
+    """Tokens 0 to 3 promise 40, 0 (the end), 10 and 25 more; the last is too unlikely to be asked about."""
+    promised = torch.tensor([40.0, 0.0, 10.0, 25.0], dtype=torch.float64)
+    z = torch.where(promised > 0, (GAMMA**-promised - 1).log(), -math.inf)
+    scores = torch.tensor([[2.0, 1.9, 1.8, -20.0]])
+
+    def chosen(rule, generated, candidates=4):
+        guide = length.LengthLimit(
+            lambda _, tokens: z[tokens], GAMMA, prompt=3, total=30, rule=rule, candidates=candidates
+        )
+        out = guide(torch.zeros(1, 3 + generated), scores)
+        assert out.isfinite().sum() == 1
+        return out.argmax().item()
+
+    assert [chosen(length.exactly, n) for n in (0, 12, 28, 40)] == [0, 2, 1, 1]
+    assert [chosen(length.at_most, n) for n in (0, 40)] == [1, 1]
+    assert [chosen(length.at_least, n) for n in (0, 29, 30)] == [0, 0, 1]
+    assert chosen(length.at_most, 0, candidates=1) == 0
+
+
 def test_wrong_settings_are_errors():
     with pytest.raises(ValueError, match="gamma: expected a number between 0 and 1, got 1"):
         length.targets(ROWS, 7, 1.0)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from tokcredit import ops, segment
 from tokcredit.ops import Rows
 
+pytestmark = pytest.mark.usefixtures("device")
+
 NAMES = ops.REDUCTIONS
 
 
@@ -106,3 +108,23 @@ def test_opcheck_and_compile():
 def test_rejects_wrong_arguments():
     with pytest.raises(ValueError, match=r"segment: ids: expected int64 \[3\], got int64 \[2\]"):
         segment.sum(torch.ones(3), segment.Ids(torch.zeros(2, dtype=torch.long), 1))
+
+
+@given(ragged.rows(), st.integers(0, 5), st.booleans())
+def test_pieces(problem, seed, after):
+    """Walk each row and open a new piece at, or after, every marked token."""
+    rows, size = problem
+    marks = torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.4
+    ids, offsets = segment.pieces(marks, rows, after)
+    expected, first, piece = [-1] * size, [], 0
+    for b, e in zip(rows.begin.tolist(), rows.end.tolist(), strict=True):
+        first.append(piece)
+        for t in range(b, e):
+            if rows.mask is not None and not rows.mask[t]:
+                continue
+            piece += bool(marks[t]) and not after
+            expected[t] = piece
+            piece += bool(marks[t]) and after
+        piece += 1
+    assert ids.ids.tolist() == expected
+    assert offsets.tolist() == [*first, piece] and ids.segments == piece

@@ -36,8 +36,9 @@ from tokcredit import (
     weights,
 )
 from tokcredit._C import build_info
-from tokcredit.objective import Objective, Prepared
+from tokcredit.objective import Objective
 from tokcredit.ops import num_threads, set_num_threads
+from tokcredit.prepared import Prepared
 from tokcredit.rollouts import Rollouts
 
 __all__ = [

@@ -32,12 +32,12 @@ class Choice:
     @property
     def needs(self) -> frozenset[str]:
         """Names of the evidence a batch must carry."""
-        return self.reads.union(*(part.needs for part in _parts(self) if isinstance(part, Choice)))
+        return self.reads.union(*(getattr(part, "needs", ()) for part in _parts(self)))
 
     @property
     def spans_groups(self) -> bool:
         """Whether the result for a row depends on other groups, so that it must see the rows of all ranks."""
-        return self.whole_batch or any(part.spans_groups for part in _parts(self) if isinstance(part, Choice))
+        return self.whole_batch or any(getattr(part, "spans_groups", False) for part in _parts(self))
 
     @property
     def is_scheduled(self) -> bool:
@@ -50,7 +50,7 @@ class Choice:
         """The same with every schedule replaced by its number.
 
         Args:
-            progress: share of training that is done, from 0 at the first step to 1.
+            progress: 0 at the first step, 1 at the last.
         """
         if not 0 <= progress <= 1:
             raise ValueError(f"progress: expected a number from 0 to 1, got {progress}")

@@ -60,8 +60,12 @@ KNOWN = {
         "token", "float", "probabilities of the K tokens that the group's rows chose", "`policy.group_probs`", ("K",)
     ),
     "state_values": Evidence(
-        "token", "float", "mean reward of continuations from before the token; NaN where none were made", "sampler"
+        "token",
+        "float",
+        "mean reward of continuations from before the token; NaN where none were made",
+        "sampler, at `credit.improbable_cuts` or where steps begin",
     ),
+    "step_values": Evidence("token", "float", "the same at the first token of every reasoning step", "sampler"),
     "node_ids": Evidence("row", "integer", "the tree node that the row, an edge, leads to; once per group", "sampler"),
     "parent_ids": Evidence(
         "row", "integer", "the node that the edge begins at; no node's number where that is the prompt", "sampler"

@@ -150,16 +150,54 @@ def nearest(log_probs: Tensor, z: Tensor, wanted: Tensor, gamma: float) -> Tenso
     """
     length = tokens(z, gamma)
     apart = torch.where(wanted[..., None].isinf(), -length, (length - wanted[..., None]).abs())
+    apart = torch.where(log_probs > -math.inf, apart, math.inf)
     best = apart == apart.amin(-1, keepdim=True)
     return torch.where(best, log_probs, -math.inf).argmax(-1)
 
 
-class LengthTilt:
-    """A logits processor that tilts the likeliest tokens by the length that the head expects after each.
+def exactly(left: float) -> float:
+    """Tokens to go that are wanted where ``left`` are left of the wanted total."""
+    return left
+
+
+def at_most(left: float) -> float:
+    """As few as possible."""
+    return 0.0
+
+
+def at_least(left: float) -> float:
+    """As many as possible until the total is reached, then as few."""
+    return math.inf if left > 0 else 0.0
+
+
+class _Guide:
+    """The likeliest tokens and what the head says after each.
 
     Args:
         head: ``(input_ids (B, T), candidates (B, K)) -> z (B, K)``, -inf where the candidate ends the text.
-        beta: see :func:`tilt`.
+        candidates: at most this many tokens.
+        top_p: of them, the smallest set that holds this probability.
+    """
+
+    def __init__(self, head: Callable[[Tensor, Tensor], Tensor], candidates: int, top_p: float) -> None:
+        if candidates < 1 or not 0 < top_p <= 1:
+            raise ValueError(f"candidates, top_p: expected at least 1, and in (0, 1], got {candidates}, {top_p}")
+        self.head, self.candidates, self.top_p = head, candidates, top_p
+
+    def _ask(self, input_ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs of the candidates, -inf outside of ``top_p``; their ids; z after each. All ``(B, K)``."""
+        log_probs, tokens = scores.log_softmax(-1).topk(min(self.candidates, scores.shape[-1]), dim=-1)
+        probs = log_probs.exp()
+        log_probs = torch.where(probs.cumsum(-1) - probs < self.top_p, log_probs, -math.inf)
+        return log_probs, tokens, self.head(input_ids, tokens)
+
+
+class LengthTilt(_Guide):
+    """A logits processor that tilts the likeliest tokens by the length expected after each; see :func:`tilt`.
+
+    Args:
+        head: ``(input_ids (B, T), candidates (B, K)) -> z (B, K)``, -inf where the candidate ends the text.
+        beta: below 0 shortens.
         candidates: at most this many tokens.
         top_p: of them, the smallest set that holds this probability.
     """
@@ -167,14 +205,46 @@ class LengthTilt:
     def __init__(
         self, head: Callable[[Tensor, Tensor], Tensor], beta: float, candidates: int = 15, top_p: float = 0.999
     ) -> None:
-        if candidates < 1 or not 0 < top_p <= 1:
-            raise ValueError(f"candidates, top_p: expected at least 1, and in (0, 1], got {candidates}, {top_p}")
-        self.head, self.beta, self.candidates, self.top_p = head, beta, candidates, top_p
+        super().__init__(head, candidates, top_p)
+        self.beta = beta
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Tilted log-probs of the candidates, -inf for all other tokens; ``(B, V)``."""
-        log_probs, tokens = scores.log_softmax(-1).topk(min(self.candidates, scores.shape[-1]), dim=-1)
-        probs = log_probs.exp()
-        log_probs = torch.where(probs.cumsum(-1) - probs < self.top_p, log_probs, -math.inf)
-        tilted = tilt(log_probs, self.head(input_ids, tokens), self.beta)
-        return torch.full_like(scores, -math.inf).scatter(-1, tokens, tilted.to(scores.dtype))
+        log_probs, tokens, z = self._ask(input_ids, scores)
+        tilted = tilt(log_probs, z, self.beta).to(scores.dtype)
+        return torch.full_like(scores, -math.inf).scatter(-1, tokens, tilted)
+
+
+class LengthLimit(_Guide):
+    """A logits processor that leaves the one likely token after which the text gets closest to a wanted length.
+
+    Args:
+        head: ``(input_ids (B, T), candidates (B, K)) -> z (B, K)``, -inf where the candidate ends the text.
+        gamma: that of the head.
+        prompt: tokens of ``input_ids`` that were not generated.
+        total: tokens to generate.
+        rule: :func:`exactly`, :func:`at_most` or :func:`at_least`.
+        candidates: at most this many tokens.
+        top_p: of them, the smallest set that holds this probability.
+    """
+
+    def __init__(
+        self,
+        head: Callable[[Tensor, Tensor], Tensor],
+        gamma: float,
+        prompt: int,
+        total: int,
+        rule: Callable[[float], float] = exactly,
+        candidates: int = 15,
+        top_p: float = 0.999,
+    ) -> None:
+        super().__init__(head, candidates, top_p)
+        _check_gamma(gamma)
+        self.gamma, self.prompt, self.total, self.rule = gamma, prompt, total, rule
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """0 for the chosen token of each row, -inf for all others; ``(B, V)``."""
+        log_probs, tokens, z = self._ask(input_ids, scores)
+        wanted = self.rule(max(self.total - (input_ids.shape[-1] - self.prompt), 0))
+        best = nearest(log_probs, z, torch.full(z.shape[:-1], wanted, device=z.device), self.gamma)
+        return torch.full_like(scores, -math.inf).scatter(-1, tokens.gather(-1, best[..., None]), 0.0)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tokcredit import aggregation, clip, credit, gain, loss, ops, ratio, sampling, segment, weights
+from tokcredit import aggregation, clip, credit, gain, loss, ops, ratio, sampling, weights
 from tokcredit.choice import Choice
-from tokcredit.ops import Rows
-from tokcredit.rollouts import Rollouts, row_indices
+from tokcredit.prepared import Prepared, per_token, product
+from tokcredit.rollouts import Rollouts
+
+__all__ = ["Objective", "Prepared"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,6 @@ class Objective(Choice):
     clip: clip.Clip = field(default_factory=clip.ppo)
     aggregation: aggregation.Aggregation = field(default_factory=aggregation.sequence_mean)
     kl: loss.Penalty | None = None
-
     gain: gain.Gain | None = None
     sampling: sampling.Sampling | None = None
     variable: str = "log_probs"
@@ -47,6 +48,8 @@ class Objective(Choice):
     ) -> Prepared:
         """Credit, selection and weights of a batch of whole groups.
 
+        On CUDA this waits for the device: credit stages count their groups, and a packed batch its longest row.
+
         Args:
             batch: the rollouts; groups must be complete. An objective that ``spans_groups`` must see the rows of all
                 ranks: each rank then takes its own by :meth:`Prepared.select`.
@@ -54,16 +57,21 @@ class Objective(Choice):
             global_batch_size: rows over all ranks.
             dp_size: ranks whose gradients the host averages; the loss is scaled so that the average is the whole.
             global_num_groups: groups over all ranks.
-            progress: share of training that is done, from 0 to 1, for objectives whose settings change.
+            progress: 0 at the first step of training, 1 at the last, for objectives whose settings change.
 
         Raises:
-            ValueError: evidence is missing, ``dp_size > 1`` without the counts over all ranks, or no ``progress`` for
-                an objective that ``is_scheduled``.
+            ValueError: evidence is missing, ``dp_size > 1`` without the counts over all ranks, no ``progress`` for an
+                objective that ``is_scheduled``, or only this rank's rows for one that ``spans_groups``.
         """
         if progress is not None:
             self = self.at(progress)
         elif self.is_scheduled:
             raise ValueError("progress: expected a number from 0 to 1 because settings change with it, got None")
+        if self.spans_groups and global_batch_size is not None and global_batch_size > batch.num_rows:
+            raise ValueError(
+                f"batch: expected the rows of all ranks because the objective compares rows of different groups, "
+                f"got {batch.num_rows} of {global_batch_size}"
+            )
         for name in sorted(self.needs):
             batch.evidence(name)
         mask, multiplier = batch.response_mask, None
@@ -71,7 +79,8 @@ class Objective(Choice):
             advantages, signs = self.credit(batch), credit.outcome(batch).sign()
         else:
             chosen = self.sampling(batch).nonzero()[:, 0]
-            part, (take, _, _) = batch.select(chosen), batch.token_positions(chosen)
+            read = {name: x for name, x in batch.extras.items() if name in self.credit.needs}
+            part, (take, _, _) = replace(batch, extras=read).select(chosen), batch.token_positions(chosen)
             among = self.credit(part)
             advantages = among.new_zeros(batch.num_rows, 1) if among.dim() == 2 else among.new_zeros(batch.num_tokens)
             advantages[chosen if among.dim() == 2 else take] = among
@@ -85,9 +94,9 @@ class Objective(Choice):
                 kept = replace(kept, response_mask=mask)
             w = weight(kept, advantages)
             if w.dtype == torch.bool:
-                mask = mask & _per_token(w, batch)
+                mask = mask & per_token(w, batch)
             else:
-                multiplier = w if multiplier is None else _product(multiplier, w, batch)
+                multiplier = w if multiplier is None else product(multiplier, w, batch)
         prepared = Prepared(
             self,
             batch,
@@ -104,145 +113,10 @@ class Objective(Choice):
         """Loss of a batch or of a part of it, with its gradient to ``log_probs`` (layout of the batch).
 
         An objective of another ``variable`` is given that in place of ``log_probs``. With ``old_log_probs`` absent the
-        ratio is exactly 1 (on policy), with the gradient it has there.
+        ratio is exactly 1 (on policy), with the gradient it has there. On CUDA nothing here waits for the device, so
+        that it can be captured in a graph together with its backward pass.
         """
         return _evaluate(prepared, prepared.batch.flat(log_probs, "log_probs"))
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A batch with everything that does not depend on the current policy.
-
-    Attributes:
-        objective: what to evaluate.
-        batch: the rollouts.
-        credits: advantages as the credit stage gave them, ``[R, 1]`` or ``[N]``.
-        mask: bool ``[N]``, the tokens that train.
-        multiplier: ``[R, 1]``, ``[N]`` or None.
-        signs: ``[R, 1]``, whether the row did better (1) or worse (-1) than its group.
-        window: bounds of the ratio.
-        signal: ``[N]`` or None, for the gain.
-        row_weights: ``[R, 1]`` or 0-d, from the aggregation; ``penalty_weights`` for the KL term.
-    """
-
-    objective: Objective
-    batch: Rollouts
-    credits: Tensor
-    mask: Tensor
-    multiplier: Tensor | None
-    signs: Tensor
-    window: clip.Window
-    signal: Tensor | None
-    row_weights: Tensor = None  # type: ignore[assignment]
-    penalty_weights: Tensor = None  # type: ignore[assignment]
-
-    @property
-    def rows(self) -> Rows:
-        """Spans, and the mask of the tokens that train."""
-        return Rows(self.batch.begin, self.batch.end, self.mask)
-
-    @property
-    def advantages(self) -> Tensor:
-        """What each token is paid, in the layout of the batch; 0 where the policy did not choose."""
-        return self.batch.shaped(_per_token(self.credits, self.batch))
-
-    @property
-    def has_credit(self) -> Tensor:
-        """Rows that can move the policy; bool ``[R]``. The others need neither forward nor backward."""
-        trains = segment.count(self.batch.tokens, self.rows) > 0
-        if self.objective.kl is not None and self.objective.kl.beta:
-            return trains
-        paid = self.credits
-        if self.multiplier is not None:
-            paid = _product(paid, self.multiplier, self.batch)
-        paid = paid != 0
-        paid = paid[:, 0] if paid.dim() == 2 else segment.maximum(paid.float(), self.rows) > 0
-        return trains & paid & (self.row_weights != 0).expand(len(trains), 1)[:, 0]
-
-    def aggregated(
-        self,
-        batch_num_tokens: int | None = None,
-        global_batch_size: int | None = None,
-        dp_size: int = 1,
-        global_num_groups: int | None = None,
-    ) -> Prepared:
-        """The same with row weights for these denominators, counted here where there is one rank."""
-        if dp_size < 1:
-            raise ValueError(f"dp_size: expected at least 1, got {dp_size}")
-        given = {"batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size}
-        if isinstance(self.objective.aggregation, aggregation.balanced):
-            given["global_num_groups"] = global_num_groups
-        for name, value in given.items():
-            if dp_size > 1 and value is None and not self.objective.spans_groups:
-                raise ValueError(f"{name}: expected the count over all ranks because dp_size is {dp_size}, got None")
-        batch = self.batch
-        lengths = segment.count(batch.tokens, self.rows).long()
-        trained = lengths > 0
-        present = torch.bincount(batch.group_index[trained], minlength=batch.num_groups) > 0
-
-        def count(number: int | None, counted: Tensor) -> Tensor:
-            return counted if number is None else torch.full_like(counted, number)
-
-        counts = aggregation.Counts(
-            tokens=count(batch_num_tokens, lengths.sum()),
-            rows=count(global_batch_size, trained.sum()),
-            groups=count(global_num_groups, present.sum()),
-            dp_size=dp_size,
-            width=batch.shape[1] if batch.shape else int((batch.end - batch.begin).max()) if batch.num_rows else 0,
-            lengths=lengths,
-            signs=self.signs[:, 0],
-            group_index=batch.group_index,
-            num_groups=batch.num_groups,
-        )
-        return replace(
-            self,
-            row_weights=self.objective.aggregation(counts),
-            penalty_weights=self.objective.aggregation.penalty(counts),
-        )
-
-    def minibatch(
-        self,
-        rows: Tensor,
-        batch_num_tokens: int | None = None,
-        global_batch_size: int | None = None,
-        dp_size: int = 1,
-        global_num_groups: int | None = None,
-    ) -> Prepared:
-        """These rows as an optimizer step of their own: the same credit, denominators over these rows only."""
-        return self.select(rows).aggregated(batch_num_tokens, global_batch_size, dp_size, global_num_groups)
-
-    def select(self, rows: Tensor) -> Prepared:
-        """These rows as a micro-batch: the losses of a partition of the rows add up to the whole."""
-        rows = row_indices(rows, self.batch.num_rows, self.mask.device)
-        take, _, _ = self.batch.token_positions(rows)
-
-        def pick(x: Tensor) -> Tensor:
-            return x if x.dim() == 0 else x[take if x.dim() == 1 else rows]
-
-        return replace(
-            self,
-            batch=self.batch.select(rows),
-            credits=pick(self.credits),
-            mask=self.mask[take],
-            multiplier=None if self.multiplier is None else pick(self.multiplier),
-            signs=self.signs[rows],
-            window=self.window.at(take),
-            signal=None if self.signal is None else self.signal[take],
-            row_weights=pick(self.row_weights),
-            penalty_weights=pick(self.penalty_weights),
-        )
-
-
-def _per_token(x: Tensor, batch: Rollouts) -> Tensor:
-    """A stage's result, ``[R, 1]`` or ``[N]``, as ``[N]``."""
-    return x if x.dim() == 1 else ops.spread(x[:, 0], batch.rows, batch.tokens)
-
-
-def _product(a: Tensor, b: Tensor, batch: Rollouts) -> Tensor:
-    """Of two results, each 0-d, ``[R, 1]`` or ``[N]``."""
-    if a.dim() == b.dim() or a.dim() == 0 or b.dim() == 0:
-        return a * b
-    return _per_token(a, batch) * _per_token(b, batch)
 
 
 def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
@@ -252,15 +126,19 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
     log_ratio, window = objective.ratio(batch.rows, current, old), prepared.window
     advantages = prepared.credits
     if objective.gain is not None:
+        window = window.spelled_out(batch.rows, batch.num_tokens)
         factor = objective.gain(log_ratio.per_token(batch.rows, current), window, prepared.signal)
-        advantages = _product(advantages, factor, batch)
+        advantages = product(advantages, factor, batch)
 
     def number(x: float | Tensor | None) -> Tensor | None:
         return torch.full((), x, device=current.device) if isinstance(x, float) else x
 
     weight = prepared.row_weights
     if prepared.multiplier is not None:
-        weight = _product(prepared.multiplier, weight, batch)
+        weight = product(prepared.multiplier, weight, batch)
+    if (log_ratio.cumulative or window.power) and (objective.weights or objective.sampling is not None):
+        # Tokens left out of training stay part of what sums and positions count, at weight 0.
+        rows, weight = batch.rows, product(prepared.mask.to(weight.dtype), weight, batch)
     value, stats = ops.policy_loss(
         log_probs,
         rows,
@@ -272,7 +150,9 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
         low=number(window.low),
         high=number(window.high),
         cap=number(window.cap),
-        width=window.width,
+        cumulative=log_ratio.cumulative,
+        bound=log_ratio.bound,
+        power=window.power,
         clamp=log_ratio.clamp,
     )
     totals = dict(zip(ops.LOSS_STATS, stats.sum(0), strict=True))

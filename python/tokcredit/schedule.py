@@ -1,7 +1,7 @@
 """Numbers that change during training.
 
-A setting of a stage choice may be a schedule in place of a number. The host passes ``progress``, the share of training
-that is done, to :meth:`~tokcredit.objective.Objective.prepare`; before any stage runs, schedules become numbers.
+A setting of a stage choice may be a schedule in place of a number. The host passes ``progress``, 0 at the first step
+and 1 at the last, to :meth:`~tokcredit.objective.Objective.prepare`; before any stage runs, schedules become numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 class Schedule:
-    """A number for every ``progress`` from 0 (the first step) to 1."""
+    """A number for every ``progress`` from 0 (the first step) to 1 (the last)."""
 
     def __call__(self, progress: float) -> float:
         raise NotImplementedError
@@ -32,8 +32,8 @@ class linear(Schedule):
 class cosine_restarts(Schedule):
     """A linear rise (or fall) to ``peak``, then cosine waves from ``peak`` to ``trough`` that jump back.
 
-    With ``s = round(progress * steps)``: ``start + (peak - start) (s + 1) / warmup`` while ``s < warmup``, then
-    ``trough + (peak - trough) / 2 (1 + cos(pi ((s - warmup) mod period) / period))``.
+    With ``s = round(progress * (steps - 1))``, the step: ``start + (peak - start) (s + 1) / warmup`` while it is below
+    warmup, then ``trough + (peak - trough) / 2 (1 + cos(pi ((s - warmup) mod period) / period))``.
     """
 
     start: float
@@ -44,7 +44,7 @@ class cosine_restarts(Schedule):
     period: int
 
     def __call__(self, progress: float) -> float:
-        step = round(progress * self.steps)
+        step = round(progress * (self.steps - 1))
         if step < self.warmup:
             return self.start + (self.peak - self.start) * (step + 1) / self.warmup
         phase = (step - self.warmup) % self.period / self.period

@@ -9,10 +9,10 @@ import torch
 @pytest.mark.parametrize("seed", range(3))
 def test_formula(seed):
     batch, current = naive.random_batch(seed)
-    batch = naive.with_evidence(batch, {"state_values"}, seed)
+    batch = naive.with_evidence(batch, {"step_values"}, seed)
 
     def formula(batch, log_probs):
-        values, losses = batch.extras["state_values"].tolist(), []
+        values, losses = batch.extras["step_values"].tolist(), []
         for r, tokens in enumerate(naive.rows_of(batch)):
             cuts = [k for k, t in enumerate(tokens) if not math.isnan(values[t])]
             ends = [*(values[tokens[k]] for k in cuts[1:]), batch.rewards[r].item()]
@@ -34,7 +34,7 @@ def test_by_hand():
         torch.tensor([0]),
         torch.tensor([1.0]),
         torch.tensor([True, True, False, True]),
-        extras={"state_values": torch.tensor([0.5, math.nan, 0.9, 0.25])},
+        extras={"step_values": torch.tensor([0.5, math.nan, 0.9, 0.25])},
     )
     prepared = tc.methods.vineppo().prepare(batch)
     assert prepared.advantages.tolist() == [-0.25, -0.25, 0.0, 0.75]

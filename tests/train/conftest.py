@@ -18,7 +18,7 @@ def settings(tmp_path):
     """A run of a random model that takes seconds."""
 
     def make(method="tempo", **changes):
-        sampling = SamplingSettings(prompts=2, group=4, max_tokens=6)
+        sampling = SamplingSettings(prompts=2, group=4, max_tokens=6, widths=(2, 2))
         optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, precision="no")
         defaults = {
             "model": "tiny(steps=0)",

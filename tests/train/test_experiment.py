@@ -10,11 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.train import ObjectiveSettings, OptimizerSettings, compare, run
-from tokcredit.train.evidence import COLLECTED
+from tokcredit.train import ObjectiveSettings, OptimizerSettings, ProbeSettings, compare, run
 from tokcredit.train.experiment import resolved
 from tokcredit.train.learner import learning_rate
-from tokcredit.train.loop import Trainer
+from tokcredit.train.loop import COLLECTED, Trainer
 from tokcredit.train.record import read_metrics, smoothed
 
 TIMES = {"seconds", "sample_seconds", "train_seconds", "credit_seconds"}
@@ -38,7 +37,15 @@ def test_a_run_leaves_everything_behind(settings):
     assert [line["step"] for line in lines if "held_out" in line] == [0, 2, 4, 5]
     assert summary["held_out_before"] == lines[0]["held_out"] and summary["held_out_after"] == lines[5]["held_out"]
     names = {p.name for p in s.output.iterdir()}
-    assert {"settings.json", "curve.png", "model", "tokenizer", "tensorboard", "checkpoint-000005"} <= names
+    assert {
+        "settings.json",
+        "curve.png",
+        "report.html",
+        "model",
+        "tokenizer",
+        "tensorboard",
+        "checkpoint-000005",
+    } <= names
     assert not any("new" in name for name in names) and sum("checkpoint" in name for name in names) == 1
     assert sorted(p.name for p in s.output.glob("rollouts-*")) == [f"rollouts-{i:06}.parquet" for i in (2, 4, 5)]
 
@@ -96,7 +103,8 @@ def test_every_method_trains(settings, method):
         pytest.skip(f"needs {', '.join(unknown)}")
     reward = "test_experiment:has_digit" if method in ("psr", "nsr", "w_reinforce", "thr", "nthr") else None
     optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, precision="no", epochs=2, minibatches=2, schedule="linear")
-    s = settings(method, optimizer=optimizer, steps=2, teacher="tiny(steps=0, seed=1)")
+    probes = ProbeSettings(continuations=2, interval=2, step_end="1", answers=2, answer_tokens=3)
+    s = settings(method, optimizer=optimizer, steps=2, teacher="tiny(steps=0, seed=1)", probes=probes)
     run(s if reward is None else dataclasses.replace(s, reward=reward))
     lines = read_metrics(s.output)[1:]
     assert all(line["grad_norm"] > 0 for line in lines)

@@ -18,7 +18,7 @@ from tokcredit.train.replay import Buffer, Replay, Reply, _key
 from tokcredit.train.sampler import Completions
 
 WORDS = tiny.tokenizer()
-ALONE = SimpleNamespace(index=0, count=1, gather=list)
+ALONE = SimpleNamespace(index=0, count=1, exchange=list)
 
 
 class Scripted:
@@ -142,14 +142,14 @@ def test_state_survives_a_file():
 def test_processes_share_what_they_store():
     barrier, halves = threading.Barrier(2), [None, None]
 
-    def gather(index, objects):
+    def exchange(index, objects):
         halves[index] = objects
         barrier.wait(60)
         both = halves[0] + halves[1]
         barrier.wait(60)
         return both
 
-    two = [explorer(SimpleNamespace(index=i, count=2, gather=lambda x, i=i: gather(i, x))) for i in (0, 1)]
+    two = [explorer(SimpleNamespace(index=i, count=2, exchange=lambda x, i=i: exchange(i, x))) for i in (0, 1)]
     one, script = (
         explorer(),
         [(["y1", "n1", "n2"], ["n3", "n4", "n5"]), (["n6"] * 3, ["y2"] * 3), (["y"] * 3, ["n"] * 3)],

@@ -90,7 +90,8 @@ class thresholded(Choice):
     threshold: float = 0.5
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        return torch.where(batch.rewards > self.threshold, self.above, self.below).to(batch.rewards.dtype)[:, None]
+        above, below = batch.rewards.new_tensor(self.above), batch.rewards.new_tensor(self.below)
+        return torch.where(batch.rewards > self.threshold, above, below)[:, None]
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class order(Choice):
 
 @dataclass(frozen=True)
 class by_mean_reward(Choice):
-    """A number between ``failed`` where the batch's mean reward is 0 and ``solved`` where it is 1."""
+    """Linear in the batch's mean reward: ``failed`` where that is 0, ``solved`` where it is 1."""
 
     failed: float = 1.0
     solved: float = 0.0
@@ -90,8 +90,8 @@ class halves(Choice):
         is_low = select.top_k(-self.metric(batch), count // 2, Rows(each, each + 1), groups)
         half = 2 * batch.group_index + is_low
         means = segment.mean(r, Ids(half, 2 * batch.num_groups))
-        own_scale = torch.where(is_low, self.low, self.high)
-        other_scale = torch.where(is_low, self.high, self.low)
+        high, low = r.new_tensor(self.high), r.new_tensor(self.low)
+        own_scale, other_scale = torch.where(is_low, low, high), torch.where(is_low, high, low)
         between = self.between(batch) if isinstance(self.between, by_mean_reward) else number(self.between)
         inter = own_scale * r - other_scale * means[half ^ 1] + torch.where(is_low, -self.offset, self.offset)
         intra = r - torch.where(size > 1, means[half], 0)

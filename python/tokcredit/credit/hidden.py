@@ -23,7 +23,10 @@ _READS = frozenset({"hidden_states", "token_probs"})
 
 
 def _influence(batch: Rollouts, correct: Tensor, row_weights: Tensor) -> Tensor:
-    """``s`` of each token, ``[N]``: over correct rows, ``sum_i w_i sum_k <g_ik, g> <h_ik, h>``; 0 where masked."""
+    """``s`` of each token, ``[N]``: over correct rows, ``sum_i w_i sum_k <g_ik, g> <h_ik, h>``.
+
+    0 where masked, and in groups all correct or all wrong.
+    """
     hidden, probs = batch.evidence("hidden_states"), batch.evidence("token_probs")
     dtype = torch.float64 if torch.float64 in (hidden.dtype, probs.dtype) else torch.float32
     _, column = policy.group_vocabulary(batch)
@@ -34,11 +37,13 @@ def _influence(batch: Rollouts, correct: Tensor, row_weights: Tensor) -> Tensor:
     group = batch.group_index[row[taking_part]]
     taking_part = taking_part[group.argsort(stable=True)]
     out = torch.zeros(batch.num_tokens, dtype=dtype, device=hidden.device)
-    weight = torch.where(correct, row_weights.to(dtype), 0)
+    weight = torch.where(correct & (_share(batch, correct) < 1), row_weights.to(dtype), 0)
     for tokens in taking_part.split(torch.bincount(group, minlength=batch.num_groups).tolist()):
         h, error = hidden[tokens].to(dtype), -probs[tokens].to(dtype)
         error.scatter_add_(1, column[tokens, None], error.new_ones(len(tokens), 1))
-        pull = error.T @ (h * weight[row[tokens], None])
+        w = weight[row[tokens]]
+        pulling = w > 0
+        pull = error[pulling].T @ (h[pulling] * w[pulling, None])
         out[tokens] = ((error @ pull) * h).sum(1)
     return out
 
@@ -78,8 +83,8 @@ class influential(Choice):
         correct = batch.rewards > self.threshold
         influence = _influence(batch, correct, 1 / batch.lengths.clamp(min=1))
         tau = self.beta * _weakest(batch, influence, correct).clamp(min=0)
-        share = _share(batch, correct)
-        mixed = _spread(((share > 0) & (share < 1))[:, None], batch)
+        # Infinite: the group's correct rows have no token, so there is nothing to move.
+        mixed = _spread(((_share(batch, correct) < 1) & tau.isfinite())[:, None], batch)
         signed = influence * _spread(torch.where(correct, 1.0, -1.0).to(influence.dtype)[:, None], batch)
         scale = (signed.abs() > _spread(tau[:, None], batch)) * (1 + self.favour * signed.sign())
         paid = _spread(self.of(batch), batch)

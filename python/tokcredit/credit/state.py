@@ -44,14 +44,18 @@ def _gather(x: Tensor, ids: Tensor) -> Tensor:
 class value_changes(Choice):
     """What a stretch of tokens adds to the value of the state; the reward is the value at the end.
 
-    A stretch begins at every token before which the state has a value (``state_values`` is not NaN) and gets the value
-    at the next such token minus its own. Tokens before the first get 0.
+    A stretch begins at every token before which the state has a value (the evidence ``name`` is not NaN) and gets the
+    value at the next such token minus its own. Tokens before the first get 0.
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset({"state_values"})
+    name: str = "state_values"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({self.name})
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        value = batch.evidence("state_values")
+        value = batch.evidence(self.name)
         value = value if value.dtype == torch.float64 else value.float()
         marks = batch.response_mask & ~value.isnan()
         ids, offsets = segment.pieces(marks, batch.rows)

@@ -16,7 +16,7 @@ def ctpo(
     """GRPO with the ratio of the whole prefix, in a log-space window that widens with the square root of the position.
 
     ``log q[t] = sum_{s <= t} (log p - log p_old)``, at most 10, clipped to ``[-clip_low, clip_high] * position **
-    power``; positions count trained tokens, and the gradient reaches the current token only.
+    power``; positions count the row's tokens, and the gradient reaches the current token only.
 
     Args:
         clip_low: lower half-width at position 1.

@@ -20,4 +20,6 @@ def vineppo(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
     Source: Kazemnejad et al., arXiv 2410.01679.
     Departs from the paper: no KL term; add one with ``dataclasses.replace(objective, kl=tokcredit.loss.k3(1e-4))``.
     """
-    return Objective(credit.value_changes(), clip=clip.ppo(clip_low, clip_high), aggregation=aggregation.token_mean())
+    return Objective(
+        credit.value_changes("step_values"), clip=clip.ppo(clip_low, clip_high), aggregation=aggregation.token_mean()
+    )

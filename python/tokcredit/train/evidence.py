@@ -16,10 +16,8 @@ from tokcredit.train.scoring import predict, scores_of
 
 _TEACHER = frozenset({"reverse_kl", "forward_kl"})
 _WHOLE_GROUPS = frozenset({"disagreement", "padded_disagreement", "token_probs"})
-_SAMPLED = frozenset({"rollout_log_probs", "replayed", "truncated"})
-COLLECTED = (
-    frozenset({"old_log_probs", "ref_log_probs", "entropies", "hidden_states"}) | _SAMPLED | _TEACHER | _WHOLE_GROUPS
-)
+COLLECTED = frozenset({"old_log_probs", "ref_log_probs", "entropies", "hidden_states"}) | _TEACHER | _WHOLE_GROUPS
+"""Names of the evidence that forward passes give."""
 
 
 def needs_teacher(needs: Iterable[str]) -> bool:
@@ -43,7 +41,7 @@ def collect(
     them.
 
     Args:
-        needs: names among ``COLLECTED``.
+        needs: names of evidence; those not among ``COLLECTED`` are left to others.
         batch: whole groups, packed, as :func:`~tokcredit.train.scoring.predict` takes them.
         size: rows of one forward pass at most, except where a group must be seen at once.
         model: the policy before the update.
@@ -51,11 +49,13 @@ def collect(
         teacher: for the divergences from it.
         temperature: logits of all of them are divided by it.
     """
-    asked = needs - _SAMPLED
+    asked = needs & COLLECTED
     if not asked:
         return batch
     order = batch.group_index.argsort(stable=True)
-    parts = order.split(torch.bincount(batch.group_index).tolist() if asked & _WHOLE_GROUPS else size)
+    order = order[(batch.end > batch.begin)[order]]
+    groups = batch.group_index[order].unique_consecutive(return_counts=True)[1]
+    parts = order.split(groups.tolist() if asked & _WHOLE_GROUPS else size)
     found: dict[str, list[Tensor]] = {name: [] for name in asked}
     for rows in parts:
         for name, value in _of_part(asked, batch.select(rows), model, reference, teacher, temperature).items():

@@ -71,12 +71,13 @@ class Desk:
         mine = range(self.ranks.index, len(everything), self.ranks.count)
         return list(mine), [everything[i] for i in mine]
 
-    def seeded(self, number: int) -> torch.Generator:
+    def seeded(self, number: int, *purpose: int) -> torch.Generator:
         """Torch's own generator, seeded for the step: a resumed run draws what an uninterrupted one would.
 
-        Use inside ``torch.random.fork_rng()``.
+        Use inside ``torch.random.fork_rng()``; what draws besides the rollouts names a purpose of its own.
         """
-        mixed = np.random.SeedSequence([self.settings.seed, number, self.ranks.index]).generate_state(1, np.uint64)
+        seed = np.random.SeedSequence([self.settings.seed, number, self.ranks.index], spawn_key=purpose)
+        mixed = seed.generate_state(1, np.uint64)
         return torch.manual_seed(int(mixed[0]) >> 1)
 
     def prompt(self, question: str) -> list[int]:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from tokcredit import segment
+from tokcredit.credit import shortening
+from tokcredit.rollouts import Rollouts
 from tokcredit.score import entropy_deviation
 from tokcredit.temperature import AdaptiveTemperature
 from tokcredit.train import evidence, models, tasks
 from tokcredit.train.clock import Clock
 from tokcredit.train.explorer import Desk, Explored, Explorer, Replies
 from tokcredit.train.learner import Learner, Learnt
+from tokcredit.train.lengths import LengthHead, LengthLearner
+from tokcredit.train.probes import PROBED, Prober
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.replay import Replay
-from tokcredit.train.sampler import TransformersSampler
+from tokcredit.train.sampler import Sampler, TransformersSampler
 from tokcredit.train.settings import Settings
+from tokcredit.train.trees import Trees
+
+_TREES = frozenset({"node_ids", "parent_ids"})
+COLLECTED = evidence.COLLECTED | PROBED | _TREES | {"rollout_log_probs", "length_values", "replayed", "truncated"}
+"""Names of the evidence that the trainer can give an objective."""
 
 
 class Step(NamedTuple):
@@ -35,52 +46,66 @@ class Trainer:
         settings: resolved ones.
 
     Raises:
-        ValueError: the objective needs evidence that is not collected, or several processes cannot carry it.
+        ValueError: the objective needs evidence that is not collected.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.objective = settings.objective.build()
         method = settings.objective.method
-        if unknown := self.objective.needs - evidence.COLLECTED:
+        needs = self.objective.needs
+        if unknown := needs - COLLECTED:
             raise ValueError(
-                f"method: expected one whose evidence is among {', '.join(sorted(evidence.COLLECTED))}, "
+                f"method: expected one whose evidence is among {', '.join(sorted(COLLECTED))}, "
                 f"got {method}, which needs {', '.join(sorted(unknown))}"
             )
         self.accelerator = Accelerator(mixed_precision=settings.optimizer.precision)
         self.ranks = Ranks(self.accelerator)
-        if self.ranks.count > 1 and self.objective.spans_groups:
-            raise ValueError(
-                f"method: expected one that compares rows inside their groups because there are {self.ranks.count} "
-                f"processes, got {method}"
-            )
         self.problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
         with self.accelerator.main_process_first():
             model, self.tokenizer = models.load(settings.model)
         model = self.accelerator.prepare_model(model, evaluation_mode=True)
         # Without the float32 wrapper of the outputs, which would copy all logits.
         self.model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        teacher = self._teacher() if evidence.needs_teacher(self.objective.needs) else None
+        teacher = self._teacher() if evidence.needs_teacher(needs) else None
         s, half = settings.sampling, settings.optimizer.precision == "bf16"
         self.adaptive = AdaptiveTemperature(s.temperature, s.adaptive) if s.adaptive else None
-        sampler = TransformersSampler(
-            self.model, self.tokenizer, torch.bfloat16 if half else None, s.sampling_batch, self.adaptive
-        )
+        sampler: Sampler
+        if s.sampler == "vllm":
+            sampler = self._vllm(torch.bfloat16 if half else torch.float32)
+        else:
+            dtype = torch.bfloat16 if half else None
+            sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
         self.desk = Desk(settings, self.problems, self.tokenizer, sampler, self.ranks)
-        replays = "replayed" in self.objective.needs
-        self.explorer: Explorer = Replay(self.desk) if replays else Replies(self.desk)
+        kind: Callable[[Desk], Explorer]
+        kind = Trees if needs & _TREES else Replay if "replayed" in needs else Replies
+        self.explorer = kind(self.desk)
         self.learner = Learner(settings, self.objective, self.model, teacher, self.accelerator)
+        self.prober = Prober(self.desk, self.learner.score)
+        self.lengths = self._length_learner() if "length_values" in needs else None
         self.accelerator.register_for_checkpointing(self)
+
+    def _vllm(self, dtype: torch.dtype) -> Sampler:
+        if self.adaptive:
+            raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {self.settings.sampling.adaptive}")
+        if self.ranks.count > 1:
+            raise ValueError(f"sampler: expected transformers because there are {self.ranks.count} processes, got vllm")
+        from tokcredit.adapters import vllm
+
+        return vllm.VllmSampler.of(self.model, self.tokenizer, dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """What a step hands to the next besides weights."""
         statistics = self.adaptive.statistics if self.adaptive else None
-        return {"temperature": statistics, "explorer": self.explorer.state_dict()}
+        lengths = self.lengths.state_dict() if self.lengths else None
+        return {"temperature": statistics, "explorer": self.explorer.state_dict(), "lengths": lengths}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As after the step whose :meth:`state_dict` this is."""
         if self.adaptive:
             self.adaptive.statistics = state["temperature"]
+        if self.lengths:
+            self.lengths.load_state_dict(state["lengths"])
         self.explorer.load_state_dict(state["explorer"])
 
     def step(self, number: int) -> Step:
@@ -89,8 +114,8 @@ class Trainer:
         with clock("sample"):
             explored = self.explorer.explore(number)
         with clock("train"):
-            learnt = self.learner.learn(explored.batch, number, clock)
-        batch = learnt.prepared.batch
+            batch = self._with_evidence(explored, number)
+            learnt = self.learner.learn(batch, number, clock)
         if self.adaptive:
             self.adaptive.statistics = entropy_deviation().statistics(batch)
         spread = segment.var(batch.rewards, segment.Ids(batch.group_index, batch.num_groups))
@@ -104,8 +129,37 @@ class Trainer:
                 "rows_with_credit": learnt.prepared.has_credit.double().mean(),
             }
         )
+        if batch.old_log_probs is not None and batch.rollout_log_probs is not None:
+            # How far the engine that samples is from the model that trains, in nats per token.
+            gap = (batch.old_log_probs - batch.rollout_log_probs).abs()
+            metrics |= self.ranks.mean({"engine_gap": segment.mean(gap, batch.rows).double().mean()})
         metrics |= self.ranks.sum({"tokens": batch.lengths.sum()})
+        if self.lengths:
+            metrics["length_loss"] = self.lengths.learn(batch, explored.finished)
         return Step(explored, learnt, {**metrics, **clock.seconds, "seconds": seconds})
+
+    def _with_evidence(self, explored: Explored, number: int) -> Rollouts:
+        needs, others = self.objective.needs, frozenset[str]()
+        if self.adaptive:
+            others |= {"entropies"}
+        if "state_values" in needs:
+            others |= {"old_log_probs"}
+        if self.lengths:
+            others |= {"hidden_states"}
+        batch = self.learner.with_evidence(explored.batch, others)
+        found = self.prober.probe(needs, batch, explored.problems, number) if needs & PROBED else {}
+        if self.lengths:
+            found["length_values"] = self.lengths.values(batch)
+        return dataclasses.replace(batch, extras={**batch.extras, **found}) if found else batch
+
+    def _length_learner(self) -> LengthLearner:
+        paid = self.objective.credit
+        if not isinstance(paid, shortening):
+            raise ValueError(f"credit: expected shortening because of length_values, got {paid}")
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            head = LengthHead(self.model.config.hidden_size).to(self.accelerator.device)
+        return LengthLearner(head, paid.gamma, self.ranks)
 
     def _teacher(self) -> Any:
         if self.settings.teacher is None:

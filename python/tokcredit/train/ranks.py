@@ -10,6 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from tokcredit.evidence import FIELDS
+from tokcredit.rollouts import Rollouts
+
 T = TypeVar("T")
 
 
@@ -32,7 +35,7 @@ class Ranks:
         """Whether the flag is set in some process."""
         return self.sum({"flag": torch.tensor(float(flag))})["flag"] > 0
 
-    def gather(self, objects: list[T]) -> list[T]:
+    def exchange(self, objects: list[T]) -> list[T]:
         """Those of all processes, one process after another; all call it."""
         return list(gather_object(objects)) if self.count > 1 else objects
 
@@ -48,6 +51,23 @@ class Ranks:
             if parameter.requires_grad:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self._accelerator.reduce(grad, "mean")
+
+    def gather(self, batch: Rollouts, names: frozenset[str]) -> tuple[Rollouts, Tensor]:
+        """The rollouts of all processes with this evidence, and which rows of them are this process's."""
+        columns = {"tokens", "group_ids", "rewards", "response_mask", *names & set(FIELDS)}
+        own = {name: getattr(batch, name).cpu() for name in columns}
+        own |= {name: batch.evidence(name).cpu() for name in names - set(FIELDS)}
+        parts = gather_object([own | {"lengths": (batch.end - batch.begin).cpu()}])
+        device = batch.tokens.device
+        whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
+        lengths = whole.pop("lengths")
+        before = sum(len(part["rewards"]) for part in parts[: self.index])
+        together = Rollouts(
+            cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            **{name: whole[name] for name in columns},
+            extras={name: whole[name] for name in names - set(FIELDS)},
+        )
+        return together, torch.arange(before, before + batch.num_rows, device=device)
 
     def _reduced(self, numbers: Mapping[str, Tensor], how: str) -> dict[str, float]:
         if not numbers:

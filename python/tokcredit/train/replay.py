@@ -137,7 +137,7 @@ class Replay:
             for i, (p, draw) in enumerate(zip(chosen, draws, strict=True))
             if right[i] in (0, sampling.group)
         }
-        for prompt, reply in desk.ranks.gather(list(_fresh(explored))):
+        for prompt, reply in desk.ranks.exchange(list(_fresh(explored))):
             self._buffer.add(prompt, reply)
         return self._joined(
             explored,

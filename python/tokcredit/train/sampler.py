@@ -40,6 +40,10 @@ class Sampler(Protocol):
     def sync(self) -> None:
         """Takes over the weights of the trained model."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where completions are."""
+
 
 class TransformersSampler:
     """Batched generation by the trained model itself, or by a copy of it in another dtype.
@@ -67,6 +71,10 @@ class TransformersSampler:
         self._ends = torch.tensor([ends] if isinstance(ends, int) else ends, device=model.device)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(self._ends[0])
         self._batch, self._adaptive = batch, adaptive
+
+    @property
+    def device(self) -> torch.device:
+        return self._model.device
 
     def sync(self) -> None:
         if self._model is not self._trained:

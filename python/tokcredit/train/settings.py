@@ -78,7 +78,7 @@ class ObjectiveSettings:
 class SamplingSettings:
     """How rollouts are made."""
 
-    sampler: Literal["transformers"] = "transformers"
+    sampler: Literal["transformers", "vllm"] = "transformers"
     """The engine that generates."""
     prompts: int = 0
     """Prompts per step; 0: the model's recipe."""
@@ -90,8 +90,32 @@ class SamplingSettings:
     """Of sampling and of the trained distribution."""
     adaptive: float = 0.0
     """The temperature follows each token's entropy, up to this share of it; 0: it does not."""
+    widths: tuple[int, ...] = (6, 6, 6)
+    """Children of a node at each depth, for methods that sample trees; the group size is not read then."""
+    segment: int = 0
+    """Tokens of a tree's edge at most, except the last; 0: an even share of the reply."""
     sampling_batch: int = 256
     """Rollouts generated at once at most."""
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How states inside a rollout are valued, for methods that ask."""
+
+    continuations: int = 9
+    """Continuations from every state whose mean reward is its value."""
+    interval: int = 5
+    """A state is valued before every such improbable token."""
+    step_end: str = "\n\n"
+    """Text with which a step of reasoning ends."""
+    text: str = "**Final Answer**\n\\boxed{"
+    """What asks for a short answer after a step."""
+    answers: int = 5
+    """Short answers after every step."""
+    answer_tokens: int = 10
+    """Tokens of a short answer at most."""
+    answer_temperature: float = 0.6
+    """Of sampling short answers."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +162,15 @@ class Settings:
 
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    replay: ReplaySettings = field(default_factory=ReplaySettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    probes: ProbeSettings = field(default_factory=ProbeSettings)
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
     model: str = "smollm2"
     """"smollm2", "tiny", or a folder or hub name of a causal language model."""
     tasks: tuple[str, ...] = ()
     """Tasks, mixed evenly: a reasoning_gym dataset with its configuration, e.g. "products(max_digits=1)";
-    "jsonl('file.jsonl')" of {"prompt", "answer"}; "addition(digits=2)". The model's recipe by default."""
+    "jsonl('file.jsonl')" of {"prompt", "answer"}; "choices('file.jsonl')" of the same with letters as answer;
+    "addition(digits=2)". The model's recipe by default."""
     teacher: str | None = None
     """Model that a distilling method asks, with the same tokens; as model."""
     reward: str | None = None

@@ -1,0 +1,42 @@
+import math
+
+import pytest
+import tokcredit as tc
+import torch
+from tokcredit.clip import Window
+
+H = tc.score.given("entropies")
+
+
+def test_middle_half_of_the_window():
+    """Ratios just inside and outside of 0.9 and 1.14, the middle of [0.8, 1.28]; h = 0.5, then -0.5."""
+    log_ratio = torch.tensor([0.899, 0.901, 1.0, 1.139, 1.141]).log()
+    window = Window("clip", math.log(0.8), math.log(1.28))
+    gain = tc.gain.outside_center(H, strength=0.8)
+    uncertain = gain(log_ratio, window, torch.full((5,), 0.5))
+    certain = gain(log_ratio, window, torch.full((5,), -0.5))
+    assert uncertain.tolist() == pytest.approx([1.4, 1, 1, 1, 1.4])
+    assert certain.tolist() == pytest.approx([1, 0.6, 0.6, 0.6, 1])
+
+
+def test_windows_may_differ_between_tokens():
+    window = Window("clip", -0.1, 0.1, power=2.0).spelled_out(tc.ops.Rows(torch.tensor([0]), torch.tensor([2])), 2)
+    gain = tc.gain.outside_center(H)(torch.tensor([0.08, 0.08]), window, torch.ones(2))
+    assert gain.tolist() == [2.0, 1.0]
+    open_below = Window("clip", -math.inf, torch.tensor([0.1, 0.1]))
+    gain = tc.gain.outside_center(H)(torch.tensor([-0.6, -0.8]), open_below, torch.ones(2))
+    assert gain.tolist() == [1.0, 2.0]  # half of the way to 0
+
+
+@pytest.mark.parametrize("ratio", [tc.ratio.token(), tc.ratio.sequence(), tc.ratio.cumulative(), tc.ratio.one()])
+def test_sees_the_ratio_of_the_loss(ratio):
+    rows = tc.ops.Rows(torch.tensor([0, 3]), torch.tensor([3, 5]), torch.tensor([True, False, True, True, True]))
+    log_probs, old = torch.tensor([0.3, 9.0, -0.1, 0.2, 40.0]), torch.zeros(5)
+    seen = ratio(rows, log_probs, old).per_token(rows, log_probs)[rows.mask].tolist()
+    expected = {
+        "token": [0.3, -0.1, 0.2, 20.0],
+        "sequence": [0.1, 0.1, 10.0, 10.0],
+        "cumulative": [0.3, 0.2, 0.2, 10.0],
+        "one": [0.0, 0.0, 0.0, 0.0],
+    }
+    assert seen == pytest.approx(expected[type(ratio).__name__])

@@ -1,0 +1,134 @@
+import math
+
+import pytest
+import tokcredit as tc
+import torch
+from tokcredit.train import ProbeSettings, tiny
+from tokcredit.train.experiment import resolved
+from tokcredit.train.loop import Trainer
+from tokcredit.train.probes import _Rows
+from tokcredit.train.tasks import Problem
+
+WORDS = tiny.tokenizer()
+ROWS = ["a;b;", "xy", "a;c;;d", ""]
+
+
+def problem(answer):
+    return Problem("test", "2+3=", answer, lambda reply: float(len(reply)))
+
+
+@pytest.fixture
+def trainer(settings):
+    probes = ProbeSettings(continuations=3, interval=2, step_end=";", text=">", answers=4, answer_tokens=3)
+    return Trainer(resolved(settings("spae", probes=probes)))
+
+
+@pytest.fixture
+def batch():
+    lengths = torch.tensor([len(text) for text in ROWS])
+    return tc.Rollouts(
+        torch.tensor([t for text in ROWS for t in WORDS(text).input_ids]),
+        torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        torch.zeros(4, dtype=torch.long),
+        torch.zeros(4),
+        extras={"prompt_tokens": torch.tensor([[-1, *WORDS("2+3=").input_ids]] * 4)},
+    )
+
+
+def test_steps_end_with_the_text(trainer, batch):
+    rows = _Rows(trainer.desk, batch)
+    assert rows.step_ends(";") == [1, 3, 7, 9, 10]
+    assert rows.step_ends(";;") == [10] and rows.step_ends("?") == []
+    assert rows.before(7) == WORDS("a").input_ids and rows.through(7) == WORDS("a;").input_ids
+    assert rows.before(6) == [] and rows.before(4) == []
+
+
+def test_steps_end_with_the_thought(trainer):
+    text = "a;</think>b;"
+    batch = tc.Rollouts(
+        torch.tensor(WORDS(text).input_ids),
+        torch.tensor([0, len(text)]),
+        torch.zeros(1, dtype=torch.long),
+        torch.zeros(1),
+        extras={"prompt_tokens": torch.tensor([[5]])},
+    )
+    assert _Rows(trainer.desk, batch).step_ends(";") == [1]
+
+
+def test_values_are_means_over_continuations_from_the_state(trainer, batch, monkeypatch):
+    asked = []
+    sample = trainer.desk.sampler.sample
+
+    def recorded(prompts, count, max_tokens, temperature):
+        made = sample(prompts, count, max_tokens, temperature)
+        rows = made.tokens.split(made.cu_seqlens.diff().tolist())
+        asked.append({tuple(p): rows[i * count : (i + 1) * count] for i, p in enumerate(prompts)})
+        return made
+
+    monkeypatch.setattr(trainer.desk.sampler, "sample", recorded)
+    problems = [problem("5")] * 4
+    value = trainer.prober.probe(frozenset({"step_values"}), batch, problems, 1)["step_values"]
+    # Steps begin at the first token of a row and behind every end but the last.
+    begins = [0, 2, 4, 6, 8, 10, 11]
+    assert (~value.isnan()).nonzero()[:, 0].tolist() == begins
+    (states,) = asked
+    prompt = WORDS("2+3=").input_ids
+    # The bare prompt is asked about once for three rows, "a;" once for two.
+    assert len(states) == 4
+    for t in begins:
+        before = _Rows(trainer.desk, batch).before(t)
+        rows = states[(*prompt, *before)]
+        limit = trainer.settings.sampling.max_tokens
+        texts = [WORDS.decode((before + row.tolist())[:limit], skip_special_tokens=True) for row in rows]
+        assert len(rows) == 3
+        assert value[t].item() == pytest.approx(sum(map(len, texts)) / 3)
+    assert value[0] == value[4] == value[6]
+
+
+def test_improbable_states_are_valued(trainer, batch):
+    batch = trainer.learner.with_evidence(batch, frozenset({"old_log_probs"}))
+    value = trainer.prober.probe(frozenset({"state_values"}), batch, [problem("5")] * 4, 1)["state_values"]
+    assert torch.equal(~value.isnan(), tc.credit.improbable_cuts(batch, interval=2))
+    assert (~value.isnan()).sum() == 2 + 1 + 3
+
+
+def test_answers(trainer, batch, monkeypatch):
+    drawn = []
+    sample = trainer.desk.sampler.sample
+
+    def recorded(prompts, count, max_tokens, temperature):
+        assert (count, max_tokens, temperature) == (4, 3, 0.6)
+        drawn.append((prompts, sample(prompts, count, max_tokens, temperature)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(trainer.desk.sampler, "sample", recorded)
+    needs = frozenset({"answer_probs", "answer_confidences"})
+    found = trainer.prober.probe(needs, batch, [problem("51")] * 4, 1)
+    ends = [1, 3, 7, 9, 10]
+    model, truth = trainer.model.double(), WORDS("51").input_ids
+    ((states, made),) = drawn
+    rows = made.tokens.split(made.cu_seqlens.diff().tolist())
+    with torch.no_grad():
+        for k, t in enumerate(ends):
+            state = WORDS("2+3=").input_ids + _Rows(trainer.desk, batch).through(t) + WORDS(">").input_ids
+            assert states[k] == state
+            p = model(torch.tensor([[*state, *truth]])).logits[0, len(state) - 1 : -1].softmax(-1)
+            probs = [p[i, token].item() for i, token in enumerate(truth)]
+            assert found["answer_probs"][t].item() == pytest.approx(sum(probs) / 2, rel=1e-4)
+            sure = []
+            for row in rows[4 * k : 4 * k + 4]:
+                p = model(torch.tensor([[*state, *row.tolist()]])).logits[0, len(state) - 1 : -1].softmax(-1)
+                entropies = -(p * p.log()).sum(-1)
+                sure.append(math.exp(-entropies.mean().item()))
+            assert found["answer_confidences"][t].item() == pytest.approx(sum(sure) / 4, rel=1e-4)
+    for x in found.values():
+        assert (~x.isnan()).nonzero()[:, 0].tolist() == ends
+
+
+def test_probing_leaves_the_generator_alone(trainer, batch):
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    values = [trainer.prober.probe(frozenset({"step_values"}), batch, [problem("5")] * 4, n) for n in (1, 1, 2)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    first, again, other = (v["step_values"].nan_to_num() for v in values)
+    assert torch.equal(first, again) and not torch.equal(first, other)
