@@ -52,6 +52,8 @@ def synthetic(name, batch, g):
         "answer_probs": sparse,
         "answer_confidences": (sparse * 3) % 1,
         "turn_rewards": x,
+        "replayed": rows % 4 == 3,
+        "truncated": rows % 3 != 1,
         "length_values": -x,
     }[name]
     if tc.evidence.KNOWN[name].per == "token" and made.is_floating_point():

@@ -30,7 +30,12 @@ class Evidence(NamedTuple):
 
 
 KNOWN = {
-    "old_log_probs": Evidence("token", "float", "log-probs under the policy the update starts from", "trainer"),
+    "old_log_probs": Evidence(
+        "token",
+        "float",
+        "log-probs under the policy the update starts from, or a replayed row was drawn from",
+        "trainer",
+    ),
     "rollout_log_probs": Evidence("token", "float", "log-probs under the engine that sampled", "engine"),
     "ref_log_probs": Evidence("token", "float", "log-probs under the reference policy", "reference model"),
     "entropies": Evidence(
@@ -77,6 +82,8 @@ KNOWN = {
     "turn_rewards": Evidence(
         "token", "float", "reward of a turn at its last token, 0 elsewhere", "`matching.turn_rewards`, or the trainer"
     ),
+    "replayed": Evidence("row", "bool", "drawn at an earlier step, from an older policy", "trainer"),
+    "truncated": Evidence("row", "bool", "cut at the greatest length, not ended by the policy", "sampler"),
     "length_values": Evidence(
         "token", "float", "`-(1 - gamma^l)`, l the tokens to go predicted before the token", "a head, see `length`"
     ),
@@ -94,8 +101,12 @@ def check(name: str, x: Any, tokens: int, rows: int, shape: tuple[int, int] | No
         return x
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected torch.Tensor {known.shape}, got {type(x).__name__}")
-    fits = x.dtype.is_floating_point if known.kind == "float" else x.dtype in (torch.int32, torch.int64)
-    if not fits:
+    fits = {
+        "float": x.dtype.is_floating_point,
+        "integer": x.dtype in (torch.int32, torch.int64),
+        "bool": x.dtype == torch.bool,
+    }
+    if not fits[known.kind]:
         raise TypeError(f"{name}: expected {known.kind} {known.shape}, got {str(x.dtype).removeprefix('torch.')}")
     if known.per == "token" and shape is not None and tuple(x.shape[:2]) == shape:
         x = x.flatten(0, 1)

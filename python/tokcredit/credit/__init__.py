@@ -20,14 +20,17 @@ from tokcredit.credit.group import (
 )
 from tokcredit.credit.halves import Metric, by_mean_reward, halves, length, mean_entropy, order
 from tokcredit.credit.hidden import influential, sparing
+from tokcredit.credit.pooled import brevity, dominance, pooled
 from tokcredit.credit.state import improbable_cuts, saturating, shortening, turns, value_changes
 from tokcredit.credit.tree import edges, tempo_like
 
 __all__ = [
     "Credit",
     "Metric",
+    "brevity",
     "by_mean_reward",
     "constant",
+    "dominance",
     "edges",
     "group_mean",
     "group_normalized",
@@ -41,6 +44,7 @@ __all__ = [
     "negative_part",
     "order",
     "outcome",
+    "pooled",
     "saturating",
     "shortening",
     "sparing",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcredit import divergence, policy
+from tokcredit import divergence, ops, policy
 from tokcredit.evidence import FIELDS
 from tokcredit.rollouts import Rollouts
 from tokcredit.train.scoring import predict, scores_of
@@ -37,6 +37,9 @@ def collect(
 ) -> Rollouts:
     """The batch with this evidence.
 
+    The ``old_log_probs`` of replayed rows are their ``rollout_log_probs``: the policy before the update did not draw
+    them.
+
     Args:
         needs: names of evidence; those not among ``COLLECTED`` are left to others.
         batch: whole groups, packed, as :func:`~tokcredit.train.scoring.predict` takes them.
@@ -59,6 +62,9 @@ def collect(
             found[name].append(value)
     back = torch.cat([batch.token_positions(rows)[0] for rows in parts]).argsort()
     whole = {name: _joined(values)[back] for name, values in found.items()}
+    if "old_log_probs" in whole and "replayed" in batch.extras:
+        replayed = ops.spread(batch.evidence("replayed"), batch.everything, batch.tokens)
+        whole["old_log_probs"] = torch.where(replayed, batch.evidence("rollout_log_probs"), whole["old_log_probs"])
     extras = {name: value for name, value in whole.items() if name not in FIELDS}
     fields: dict[str, Any] = {name: value for name, value in whole.items() if name in FIELDS}
     return dataclasses.replace(batch, **fields, extras={**batch.extras, **extras})

@@ -124,8 +124,11 @@ class Replies:
         self._desk = desk
 
     def explore(self, number: int) -> Explored:
+        return self.answers(number, *self._desk.chosen(number))
+
+    def answers(self, number: int, numbers: Sequence[int], chosen: Sequence[tasks.Problem]) -> Explored:
+        """Replies at step ``number`` to these problems, whose groups have these numbers."""
         desk, count = self._desk, self._desk.settings.sampling.group
-        numbers, chosen = desk.chosen(number)
         prompts = [desk.prompt(p.question) for p in chosen]
         desk.sampler.sync()
         with torch.random.fork_rng():
@@ -141,7 +144,10 @@ class Replies:
             group_ids=torch.tensor(numbers, device=device).repeat_interleave(count),
             rewards=rewards,
             rollout_log_probs=made.log_probs,
-            extras={"prompt_tokens": left_padded(prompts, -1, device)[0].repeat_interleave(count, 0)},
+            extras={
+                "prompt_tokens": left_padded(prompts, -1, device)[0].repeat_interleave(count, 0),
+                "truncated": ~made.finished,
+            },
         )
         return Explored(problems, replies, batch, rewards, made.finished)
 

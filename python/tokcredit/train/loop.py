@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +24,13 @@ from tokcredit.train.learner import Learner, Learnt
 from tokcredit.train.lengths import LengthHead, LengthLearner
 from tokcredit.train.probes import PROBED, Prober
 from tokcredit.train.ranks import Ranks
+from tokcredit.train.replay import Replay
 from tokcredit.train.sampler import Sampler, TransformersSampler
 from tokcredit.train.settings import Settings
 from tokcredit.train.trees import Trees
 
 _TREES = frozenset({"node_ids", "parent_ids"})
-COLLECTED = evidence.COLLECTED | PROBED | _TREES | {"rollout_log_probs", "length_values"}
+COLLECTED = evidence.COLLECTED | PROBED | _TREES | {"rollout_log_probs", "length_values", "replayed", "truncated"}
 """Names of the evidence that the trainer can give an objective."""
 
 
@@ -88,7 +90,9 @@ class Trainer:
             dtype = torch.bfloat16 if half else None
             sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
         self.desk = Desk(settings, self.problems, self.tokenizer, sampler, self.ranks)
-        self.explorer: Explorer = Trees(self.desk) if needs & _TREES else Replies(self.desk)
+        kind: Callable[[Desk], Explorer]
+        kind = Trees if needs & _TREES else Replay if "replayed" in needs else Replies
+        self.explorer = kind(self.desk)
         self.learner = Learner(settings, self.objective, self.model, teacher, self.accelerator)
         self.prober = Prober(self.desk, self.learner.score)
         self.lengths = self._length_learner() if "length_values" in needs else None

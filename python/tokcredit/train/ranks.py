@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tokcredit.evidence import FIELDS
 from tokcredit.rollouts import Rollouts
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -32,6 +34,10 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in some process."""
         return self.sum({"flag": torch.tensor(float(flag))})["flag"] > 0
+
+    def exchange(self, objects: list[T]) -> list[T]:
+        """Those of all processes, one process after another; all call it."""
+        return list(gather_object(objects)) if self.count > 1 else objects
 
     def average_gradients(self, model: Any) -> None:
         """Makes the gradients of all processes their mean.

@@ -121,6 +121,20 @@ class ProbeSettings:
 
 
 @dataclass(frozen=True)
+class ReplaySettings:
+    """What is remembered and asked again, by methods that replay."""
+
+    remembered: int = 4
+    """Right and wrong replies kept per prompt, each at most this many, the last ones."""
+    replayed: int = 2
+    """Of them at most this many join a group that is all right (wrong ones) or all wrong (right ones)."""
+    hard: float = 0.25
+    """A prompt whose mean reward so far is less is also asked with one of its wrong replies; 0: none is."""
+    reflection: str = "The reply above is wrong. Find the mistake, then solve the problem again."
+    """What follows the wrong reply."""
+
+
+@dataclass(frozen=True)
 class OptimizerSettings:
     """How a step moves the policy."""
 
@@ -152,6 +166,7 @@ class Settings:
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     probes: ProbeSettings = field(default_factory=ProbeSettings)
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
     model: str = "smollm2"
     """"smollm2", "tiny", or a folder or hub name of a causal language model."""
     tasks: tuple[str, ...] = ()
