@@ -57,15 +57,20 @@ def targets(rows: Rows, size: int, gamma: float, values: Tensor | None = None, t
     return torch.where(_inside(values, rows), values, 0) + advantages(values, rows, gamma, trace)
 
 
-def advantages(values: Tensor, rows: Rows, gamma: float, trace: float = 1.0) -> Tensor:
+def advantages(values: Tensor, rows: Rows, gamma: float, trace: float = 1.0, truncated: Tensor | None = None) -> Tensor:
     """How much shorter than predicted each token made the row; ``[N]``.
 
     Generalized advantages of a reward of ``-(1 - gamma)`` per token. With ``trace=0`` the surprise of each token:
-    more than 0.01 in size marks one that changes the expected length.
+    more than 0.01 in size marks one that changes the expected length. Rows ``truncated``, bool ``[R]``, are taken to go
+    on as predicted before their last token, which is then no surprise; without it every row counts as ended.
     """
     _check_gamma(gamma)
-    cost = torch.full_like(values, gamma - 1)
-    return scan.generalized_advantages(cost, values, rows, discount=gamma, trace=trace)
+    cost, after = torch.full_like(values, gamma - 1), None
+    if truncated is not None:
+        final = remaining(rows, values.shape[0]) == 1
+        last = segment.sum(torch.where(final, values, 0), rows)
+        after = torch.where(truncated, (1 + last) / gamma - 1, 0).clamp(max=0)
+    return scan.generalized_advantages(cost, values, rows, gamma, trace, after)
 
 
 def squared(z: Tensor, target: Tensor, rows: Rows, floor: float | None = None) -> Tensor:

@@ -114,6 +114,13 @@ DIFFERENCES = {
         **DAPO,
     },
     "match_tir": {"credit": credit.turns(discount=0.9, epsilon=1e-6, halve=False, centre_alone=False)},
+    "r3": {
+        "credit": credit.pooled(
+            (credit.brevity(limit=32768, threshold=0.5), credit.dominance(share=0.2, best=0.5, threshold=0.5)),
+            scale=1.0,
+            epsilon=1e-6,
+        )
+    },
     "lenvm": {"credit": credit.shortening(credit.group_normalized(), scale=0.1, gamma=0.997, trace=1.0)},
 }
 

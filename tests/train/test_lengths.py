@@ -122,5 +122,6 @@ def test_the_values_reach_the_objective(settings):
     value = batch.evidence("length_values")
     assert ((value < 0) & (value > -1)).all()
     plain = tc.methods.grpo().prepare(dataclasses.replace(batch, extras={})).advantages
-    expected = plain + 0.1 * tc.length.advantages(value, batch.rows, 0.997)
+    cut = batch.evidence("truncated")
+    expected = plain + 0.1 * tc.length.advantages(value, batch.rows, 0.997, truncated=cut)
     torch.testing.assert_close(step.learnt.prepared.advantages, expected)

@@ -170,17 +170,19 @@ class shortening(Choice):
     """Another credit plus ``scale`` times how much shorter than predicted each token made the row.
 
     ``length_values`` are ``-(1 - gamma^l)``, l being the predicted tokens to go; the added term is their generalized
-    advantage (:func:`tokcredit.length.advantages`). A negative scale lengthens.
+    advantage (:func:`tokcredit.length.advantages`), in which rows ``truncated`` go on as predicted. A negative scale
+    lengthens.
     """
 
     of: Credit = field(default_factory=group_normalized)
     scale: float = 0.1
     gamma: float = 0.997
     trace: float = 1.0
-    reads: ClassVar[frozenset[str]] = frozenset({"length_values"})
+    reads: ClassVar[frozenset[str]] = frozenset({"length_values", "truncated"})
 
     def __call__(self, batch: Rollouts) -> Tensor:
         paid, value = self.of(batch), batch.evidence("length_values")
         if paid.dim() == 2:
             paid = ops.spread(paid[:, 0], batch.rows, batch.tokens)
-        return paid + self.scale * length.advantages(value, batch.rows, self.gamma, self.trace)
+        shorter = length.advantages(value, batch.rows, self.gamma, self.trace, batch.evidence("truncated"))
+        return paid + self.scale * shorter

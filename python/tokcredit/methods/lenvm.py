@@ -30,7 +30,8 @@ def lenvm(
 
     Cost: as GRPO, plus a value head on the old policy's hidden states and a scan along the rows.
     Source: arXiv 2604.27039.
-    Departs from the paper: which describes this use without an experiment; scale and trace are ours.
+    Departs from the paper: which describes this use without an experiment; scale and trace are ours, and so is that a
+    row cut at the length limit goes on as predicted before its last token: cutting it did not make it short.
     """
     return Objective(
         credit.shortening(credit.group_normalized(epsilon=epsilon), scale, gamma, trace),

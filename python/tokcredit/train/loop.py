@@ -150,7 +150,7 @@ class Trainer:
             metrics |= self.ranks.mean({"engine_gap": segment.mean(gap, batch.rows).double().mean()})
         metrics |= self.ranks.sum({"tokens": batch.lengths.sum()})
         if self.lengths:
-            metrics["length_loss"] = self.lengths.learn(batch, explored.finished)
+            metrics["length_loss"] = self.lengths.learn(batch, ~batch.evidence("truncated"))
         return Step(explored, learnt, {**metrics, **clock.seconds, "seconds": seconds})
 
     def _with_evidence(self, explored: Explored, number: int) -> Rollouts:
