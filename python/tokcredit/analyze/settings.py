@@ -82,5 +82,7 @@ class Divergent:
     """A continuation ends with a token that ends so, spaces aside."""
     continuation_tokens: int = 0
     """Tokens of a continuation at most; 0: as a reply."""
+    top: int = 0
+    """Keep the small model's so many largest logits and its final hidden state with every token, for a router."""
     batch: int = 32
     """Continuations generated at once at most."""

@@ -191,20 +191,19 @@ def _outcome(found: Sequence[dict[str, Any]], rule: Rule) -> dict[str, Any]:
 def _printed(summary: dict[str, Any], settings: Shift) -> Table:
     shifted = summary["shifted"]
     table = Table(
-        *("writes", "takes over", "above JS", "cap", "accuracy", "swapped", "changed", "changed per reply"),
+        *("writes", "other above", "cap", "accuracy", "±", "swapped", "changed", "per reply"),
         title=f"{summary['tokens']} tokens of {settings.tuned}: {shifted['share']:.1%} diverge from {settings.base} by "
         f"JS > {settings.threshold:g}",
         title_justify="left",
     )
     for line in summary["rules"]:
         alone = line["threshold"] is None
-        error = "" if line["error"] is None else f" ± {line['error']:.3f}"
         table.add_row(
             line["primary"],
-            "" if alone else _NAMES[1 - _NAMES.index(line["primary"])],
             "" if alone else f"{line['threshold']:g}",
             "" if line["cap"] is None else str(line["cap"]),
-            f"{line['accuracy']:.3f}{error}",
+            f"{line['accuracy']:.3f}",
+            "" if line["error"] is None else f"{line['error']:.3f}",
             "" if alone else f"{line['swapped_share']:.1%}",
             "" if alone else f"{line['changed_share']:.1%}",
             "" if alone else f"{line['changed_per_reply']:.2f}",
