@@ -12,9 +12,9 @@ export GOMP_SPINCOUNT ?= 10000
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -U pip
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt numpy tyro accelerate filelock gguf math-verify matplotlib pyarrow reasoning_gym rich \
+	$(BIN)/pip install -q -c constraints.txt numpy tyro accelerate filelock gguf jinja2 math-verify matplotlib pyarrow reasoning_gym rich \
 	  tensorboard tqdm transformers
-	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis scipy ruff mypy clang-format
+	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis scipy selenium ruff mypy clang-format
 	touch $@
 
 .venv/installed: .venv/tools $(SOURCES)
@@ -28,8 +28,8 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/tools
-	$(BIN)/ruff check python tests bench
-	$(BIN)/ruff format --check python tests bench
+	$(BIN)/ruff check python tests bench docs examples
+	$(BIN)/ruff format --check python tests bench docs examples
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
@@ -39,4 +39,6 @@ bench: .venv/installed
 	$(BIN)/python bench/loss.py
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-* build
+
+include hosts.mk

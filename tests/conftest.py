@@ -10,13 +10,27 @@ hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, de
 hypothesis.settings.load_profile("tests")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
+    """Where a module's tensors are made: tests of operations run once on each device."""
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        from tokcredit import _C
+        require_cuda()
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
 
-        if not _C.build_info()["cuda"]:
-            pytest.skip("built without CUDA")
-    return request.param
+
+@pytest.fixture(scope="module")
+def cuda():
+    """For tests that only make sense on a CUDA device."""
+    require_cuda()
+    return torch.device("cuda")
+
+
+def require_cuda():
+    from tokcredit import _C
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if not _C.build_info()["cuda"]:
+        pytest.skip("built without CUDA")

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -32,6 +33,17 @@ def _found(package: str) -> str:
         return "not installed"
 
 
+def _plugins() -> dict[str, str]:
+    """What verl knows of tokcredit; verl itself hides why a plugin did not load."""
+    if _found("verl") == "not installed":
+        return {}
+    try:
+        from tokcredit.adapters import verl
+    except Exception as error:
+        return {"verl plugins": f"failed to load: {error!r}"}
+    return {f"verl {kind}": names for kind, names in verl.registered().items()}
+
+
 def _print(lines: dict[str, str]) -> None:
     width = max(map(len, lines))
     for name, text in lines.items():
@@ -52,6 +64,7 @@ def info() -> None:
             "threads": str(tc.num_threads()),
             "methods": ", ".join(tc.methods.names()),
             **{host: _found(host) for host in ("trl", "verl", "vllm")},
+            **_plugins(),
         }
     )
 
@@ -81,6 +94,31 @@ def _compare(
     train.compare(methods, settings, seeds)
 
 
+def _inspect(
+    path: tyro.conf.Positional[Path],
+    method: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    tokenizer: str | None = None,
+    step: int | None = None,
+    prompt: int = 1,
+) -> None:
+    """Show which tokens were paid and why: one prompt here, or all of them in a page.
+
+    Args:
+        path: run folder, rollouts-*.parquet, TRL's completions_*.parquet, or .jsonl such as verl's.
+        method: may be repeated; the run's own and grpo by default.
+        output: HTML file to write.
+        tokenizer: folder or name, for files that hold text and no token ids.
+        step: the last by default.
+        prompt: which one to print, from 1.
+    """
+    from tokcredit.inspect import run
+
+    written = run(path, method, output, tokenizer, step, prompt)
+    if written is not None:
+        _print({"report": str(written)})
+
+
 def _analyze(settings: _Analysis) -> None:
     """Compare two models token by token, along what one of them writes."""
     analyze.run(settings)
@@ -91,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands: dict[str, Callable[..., Any]] = {
         "train": _train,
         "compare": _compare,
+        "inspect": _inspect,
         "analyze": _analyze,
         "info": info,
         "methods": methods,

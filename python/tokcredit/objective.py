@@ -123,6 +123,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
     log_ratio, window = objective.ratio(batch.rows, current, old), prepared.window
     advantages = prepared.credits
     if objective.gain is not None:
+        window = window.spelled_out(batch.rows, batch.num_tokens)
         factor = objective.gain(log_ratio.per_token(batch.rows, current), window, prepared.signal)
         advantages = product(advantages, factor, batch)
 
@@ -132,6 +133,9 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
     weight = prepared.row_weights
     if prepared.multiplier is not None:
         weight = product(prepared.multiplier, weight, batch)
+    if (log_ratio.cumulative or window.power) and (objective.weights or objective.sampling is not None):
+        # Tokens left out of training stay part of what sums and positions count, at weight 0.
+        rows, weight = batch.rows, product(prepared.mask.to(weight.dtype), weight, batch)
     value, stats = ops.policy_loss(
         log_probs,
         rows,
@@ -143,7 +147,9 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
         low=number(window.low),
         high=number(window.high),
         cap=number(window.cap),
-        width=window.width,
+        cumulative=log_ratio.cumulative,
+        bound=log_ratio.bound,
+        power=window.power,
         clamp=log_ratio.clamp,
     )
     totals = dict(zip(ops.LOSS_STATS, stats.sum(0), strict=True))
