@@ -115,6 +115,7 @@ class Study:
                 write_table(files[number], make(number, problem))
         return pa.concat_tables(pq.read_table(file) for file in files)
 
+
 def report(folder: Path, summary: dict[str, Any], figure: Any, table: Table) -> dict[str, Any]:
     """Writes summary and picture, prints the table, and returns the summary."""
     write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
