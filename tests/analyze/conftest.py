@@ -27,3 +27,13 @@ def pair():
             for p in model.parameters():
                 p.mul_(2.0)
     return Pair(*models, WORDS, len(WORDS), torch.tensor([1, *range(20, 28)]))
+
+
+@pytest.fixture
+def folders(pair, tmp_path):
+    """The two models in folders."""
+    names = [str(tmp_path / name) for name in ("first", "second")]
+    for model, name in zip(pair[:2], names, strict=True):
+        model.save_pretrained(name)
+        WORDS.save_pretrained(name)
+    return names

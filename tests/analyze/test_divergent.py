@@ -19,10 +19,17 @@ def letters(context, small, large):
     return int(small.split(">>")[1] != large.split(">>")[1])
 
 
-def settings(folder=None, resume=False, verifier="test_divergent:letters", **changes):
+def settings(
+    folder=None,
+    resume=False,
+    small="tiny(steps=0)",
+    large="tiny(steps=0)",
+    verifier="test_divergent:letters",
+    **changes,
+):
     study = StudySettings(tasks=("addition(digits=1)",), problems=4, max_tokens=9, output=folder, resume=resume)
     defaults = {"sentence_ends": STOPS, "continuation_tokens": 6, "verifier": verifier}
-    return Divergent("tiny(steps=0)", "tiny(steps=0, seed=1)", study, **(defaults | changes))
+    return Divergent(small, large, study, **(defaults | changes))
 
 
 def greedy(model, prefix, count, stops):
@@ -77,8 +84,9 @@ def test_router_features(pair):
         assert row["hidden_states"][t] == pytest.approx(out.hidden_states[-1][0, -1].tolist(), abs=1e-3)
 
 
-def test_findings_and_resuming(tmp_path):
-    summary = run(settings(tmp_path / "run"))
+def test_findings_and_resuming(folders, tmp_path):
+    models = dict(zip(("small", "large"), folders, strict=True))
+    summary = run(settings(tmp_path / "run", **models))
     folder = tmp_path / "run"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     files = sorted(folder.glob("problem-*.parquet"))
@@ -90,10 +98,11 @@ def test_findings_and_resuming(tmp_path):
     labels = [x for row in rows for x in row["labels"]]
     assert summary["divergent"] == labels.count(1) / len(labels)
     assert summary["unknown"] == labels.count(-1) / len(labels)
+    assert 0 < summary["divergent"] < summary["different"] and summary["neutral"] > 0
     assert rows[0]["top_logits"] is None and rows[0]["hidden_states"] is None
     for name in (files[2].name, files[3].name, "summary.json", "summary.png"):
         (folder / name).unlink()
-    run(settings(folder, resume=True))
+    run(settings(folder, resume=True, **models))
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert after == before
 
@@ -109,9 +118,8 @@ def test_a_summary_by_hand():
     }
 
 
-def test_the_same_model_never_differs(tmp_path):
-    s = settings(tmp_path / "run")
-    summary = run(Divergent(s.large, s.large, s.study, verifier="test_divergent:letters"))
+def test_the_same_model_never_differs(folders, tmp_path):
+    summary = run(settings(tmp_path / "run", small=folders[1], large=folders[1]))
     assert summary["identical"] == 1 and summary["different"] == 0
 
 
@@ -148,19 +156,22 @@ def two(context, small, large):
         ({"batch": 0}, "batch: expected at least 1, got 0"),
         ({"continuation_tokens": -1}, "continuation_tokens: expected at least 0, got -1"),
         ({"top": -1}, "top: expected at least 0, got -1"),
-        ({"verifier": "test_divergent:two"}, "verifier: expected 1, 0 or -1 from test_divergent:two, got 2"),
     ],
 )
 def test_errors(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         run(settings(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_verdict_is_one_of_three():
+    with pytest.raises(ValueError, match="verifier: expected 1, 0 or -1 from test_divergent:two, got 2"):
+        imported("test_divergent:two")([Case("", "<<1>>", "<<2>>")])
 
 
 def test_on_the_command_line(tmp_path, capsys):
-    main(
-        ["analyze", "divergent", "--small", "tiny(steps=0)", "--large", "tiny(steps=0,seed=1)", "--problems", "1"]
-        + ["--max-tokens", "3", "--judge", "tiny(steps=0)", "--output", str(tmp_path / "run")]
-    )
+    arguments = "analyze divergent --small tiny(steps=0) --large tiny(steps=0,seed=1) --problems 1 --max-tokens 3"
+    main([*arguments.split(), "--judge", "tiny(steps=0)", "--output", str(tmp_path / "run")])
     out = capsys.readouterr().out
     assert "tiny(steps=0) along 1 replies" in out and "divergent" in out
     with pytest.raises(SystemExit, match="tokcredit: verifier, judge: expected one of them, got None, None"):

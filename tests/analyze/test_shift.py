@@ -123,7 +123,7 @@ def test_an_interrupted_analysis_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "load", load)
     with pytest.raises(ValueError, match="output: expected a folder without a run, or --resume"):
         run(cut)
-    with pytest.raises(ValueError, match="top_p: expected 0.7 as in the run to resume, got 0.5"):
+    with pytest.raises(ValueError, match=r"top_p: expected 0\.7 as in the run to resume, got 0.5"):
         run(settings(tmp_path / "cut", resume=True, top_p=0.5))
     run(settings(tmp_path / "cut", resume=True))
     ours, theirs = contents(cut.study.output), contents(whole.study.output)
@@ -138,10 +138,8 @@ def test_found_problems_are_not_made_again(tmp_path, monkeypatch):
 
 
 def test_on_the_command_line(tmp_path, capsys):
-    main(
-        ["analyze", "shift", "--base", "tiny(steps=0)", "--tuned", "tiny(steps=0,seed=1)", "--temperature", "0"]
-        + ["--rollouts", "1", "--problems", "1", "--max-tokens", "3", "--output", str(tmp_path / "run")]
-    )
+    arguments = "analyze shift --base tiny(steps=0) --tuned tiny(steps=0,seed=1) --temperature 0 --rollouts 1"
+    main([*arguments.split(), "--problems", "1", "--max-tokens", "3", "--output", str(tmp_path / "run")])
     out = capsys.readouterr().out
     assert "3 tokens of tiny(steps=0,seed=1)" in out and "accuracy" in out and "summary.png" in out.replace("\n", "")
     with pytest.raises(SystemExit) as error:

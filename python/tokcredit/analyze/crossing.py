@@ -91,15 +91,15 @@ def cross(
     token = ids[0, -1].expand(rows)
     lengths = torch.zeros(rows, dtype=torch.int64, device=device)
     live = torch.ones(rows, dtype=torch.bool, device=device)
-    steps = []
+    steps: list[tuple[Tensor, ...]] = []
     while len(steps) < max_tokens and bool(live.any()):
         logits, caches = _advance(pair, token, caches)
-        log_probs = [_log_probs(x, temperature, top_p) for x in logits]
+        log_p, log_q = (_log_probs(x, temperature, top_p) for x in logits)
         noise = torch.empty(count, pair.vocabulary, dtype=torch.float64)
         noise = -noise.exponential_(generator=generator).log().to(device).repeat(len(rules), 1)
-        drawn = [(x + noise).argmax(-1) for x in log_probs]
-        own, other = (torch.where(primary == i, *drawn) for i in (0, 1))
-        js = divergence.js(*log_probs)
+        p_draw, q_draw = ((x + noise).argmax(-1) for x in (log_p, log_q))
+        own, other = (torch.where(primary == i, p_draw, q_draw) for i in (0, 1))
+        js = divergence.js(log_p, log_q)
         swapped = (js > threshold) & (left > 0)
         changed = swapped & (own != other)
         token = torch.where(swapped, other, own)
