@@ -19,7 +19,7 @@ FLOW = [
     *("ops", "rollouts", "sampling", "tree", "values", "credit", "score", "weights", "ratio", "clip", "gain"),
     *("aggregation", "loss", "prepared", "objective"),
 ]
-OUTSIDE = {"methods", "adapters", "train", "inspect"}  # no stage imports these
+OUTSIDE = {"methods", "adapters", "train", "inspect", "analyze"}  # no stage imports these
 # Open to every stage; each is built on ops, rollouts and the ones before it.
 BLOCKS = [
     *("schedule", "choice", "evidence", "scan", "segment", "select", "policy"),
@@ -61,6 +61,11 @@ def test_stages_import_earlier_ones(stage):
 
 def test_inspect_knows_neither_trainer_nor_hosts():
     assert not imports("inspect") & {"train", "adapters", "cli"}
+
+
+def test_analyze_stands_on_the_trainer():
+    assert not imports("analyze") & {"adapters", "inspect", "cli"}
+    assert "analyze" not in imports("train") | imports("inspect")
 
 
 def test_every_module_has_its_place():

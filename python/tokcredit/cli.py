@@ -14,10 +14,16 @@ import torch
 import tyro
 
 import tokcredit as tc
-from tokcredit import train
+from tokcredit import analyze, train
+from tokcredit.analyze import Divergent, Shift
 from tokcredit.train import Settings
 
 _Settings = Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+_Analysis = Annotated[
+    Annotated[Shift, tyro.conf.subcommand("shift")] | Annotated[Divergent, tyro.conf.subcommand("divergent")],
+    tyro.conf.arg(name=""),
+    tyro.conf.OmitArgPrefixes,
+]
 
 
 def _found(package: str) -> str:
@@ -113,12 +119,18 @@ def _inspect(
         _print({"report": str(written)})
 
 
+def _analyze(settings: _Analysis) -> None:
+    """Compare two models token by token, along what one of them writes."""
+    analyze.run(settings)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one of the commands on ``arguments``, the command line by default."""
     commands: dict[str, Callable[..., Any]] = {
         "train": _train,
         "compare": _compare,
         "inspect": _inspect,
+        "analyze": _analyze,
         "info": info,
         "methods": methods,
     }

@@ -95,8 +95,16 @@ def kl(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
     return out.view(p_logits.shape[:-1])
 
 
-def _nucleus(log_p: Tensor, top_p: float) -> Tensor:
-    """Log-probs of the smallest set of likeliest tokens that holds ``top_p``, renormalised; -inf elsewhere."""
+def nucleus(log_p: Tensor, top_p: float) -> Tensor:
+    """Log-probs of the smallest set of likeliest tokens that holds ``top_p``, renormalised; -inf elsewhere.
+
+    Args:
+        log_p: float ``(..., V)``, normalised; of equally likely tokens the earlier ones are kept.
+        top_p: more than 0 and at most 1.
+
+    Returns:
+        ``(..., V)``.
+    """
     ranked, order = log_p.sort(dim=-1, descending=True, stable=True)
     before = ranked.exp().cumsum(-1) - ranked.exp()
     kept = torch.where(before < top_p, ranked, -math.inf)
@@ -126,7 +134,7 @@ def js(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0, top_p: floa
     for rows in _blocks(*flat_p.shape):
         log_p, log_q = _log_softmax(flat_p[rows], temperature), _log_softmax(flat_q[rows], temperature)
         if top_p < 1:
-            log_p, log_q = _nucleus(log_p, top_p), _nucleus(log_q, top_p)
+            log_p, log_q = nucleus(log_p, top_p), nucleus(log_q, top_p)
         p, q = log_p.exp(), log_q.exp()
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         outs.append((_summed(p, log_p, log_m) + _summed(q, log_q, log_m)) / 2)

@@ -23,7 +23,7 @@ from tokcredit import __version__
 from tokcredit.inspect import report
 from tokcredit.train import checkpoint, models
 from tokcredit.train.loop import Step, Trainer
-from tokcredit.train.record import Record, read_metrics, write
+from tokcredit.train.record import Record, claim, read_metrics, write
 from tokcredit.train.settings import Settings
 
 
@@ -41,7 +41,8 @@ def run(settings: Settings) -> dict[str, float] | None:
     folder = settings.output or Path()
     ranks = PartialState()
     if ranks.is_main_process:
-        _claim(folder, settings)
+        chosen = dataclasses.asdict(settings)
+        claim(folder, chosen, chosen.pop("resume"), free=("steps", "output"))
     ranks.wait_for_everyone()
     trainer = Trainer(settings)
     main = trainer.accelerator.is_main_process
@@ -111,22 +112,6 @@ def resolved(settings: Settings) -> Settings:
         steps=settings.steps or recipe.steps,
         output=settings.output or Path("runs") / name,
     )
-
-
-def _claim(folder: Path, settings: Settings) -> None:
-    """Writes the settings into a new folder, or checks that a resumed run has the same ones."""
-    path = folder / "settings.json"
-    chosen = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    del chosen["resume"]
-    if path.exists():
-        if not settings.resume:
-            raise ValueError(f"output: expected a folder without a run, or --resume, got {folder}")
-        before = json.loads(path.read_text())
-        for name, value in chosen.items():
-            if name not in ("steps", "output") and value != before.get(name):
-                raise ValueError(f"{name}: expected {before.get(name)} as in the run to resume, got {value}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(chosen, indent=2) + "\n")
 
 
 def _header(settings: Settings, trainer: Trainer) -> dict[str, Any]:

@@ -46,6 +46,15 @@ class Explorer(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
+    """Token ids of a question in the chat template, if there is one, up to where the reply begins."""
+    if tokenizer.chat_template is None:
+        return list(tokenizer(question).input_ids)
+    messages = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 class Desk:
     """Asks a sampler: prompts as the model expects them, random numbers of the step, texts of the answers.
 
@@ -82,11 +91,7 @@ class Desk:
 
     def prompt(self, question: str) -> list[int]:
         """Token ids of a question, up to where the reply begins."""
-        if self.tokenizer.chat_template is None:
-            return list(self.tokenizer(question).input_ids)
-        messages = [{"role": "user", "content": question}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return prompt_tokens(self.tokenizer, question)
 
     def complete(
         self, prompts: Sequence[Sequence[int]], count: int, temperature: float, max_tokens: int | None = None
@@ -105,10 +110,7 @@ class Desk:
 
     def evaluate(self) -> float:
         """Mean reward of greedy replies to held-out problems, over all processes."""
-        everything = self.problems.held_out
-        count = min(len(everything), self.settings.eval_problems)
-        chosen = [everything[i * len(everything) // count] for i in range(count)]
-        chosen = chosen[self.ranks.index :: self.ranks.count]
+        chosen = self.problems.measured(self.settings.eval_problems)[self.ranks.index :: self.ranks.count]
         self.sampler.sync()
         made = self.complete([self.prompt(p.question) for p in chosen], 1, 0.0)
         replies = self.texts(made.tokens, made.cu_seqlens)

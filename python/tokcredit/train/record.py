@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,39 @@ def write(path: Path, text: str) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     new.replace(path)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """The whole table or none of it."""
+    new = path.with_name(path.name + ".new")
+    pq.write_table(table, new, compression="zstd")
+    new.replace(path)
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """The whole picture or none of it."""
+    new = path.with_name(path.name + ".new")
+    figure.savefig(new, dpi=120, format="png")
+    new.replace(path)
+
+
+def claim(folder: Path, settings: Mapping[str, Any], resume: bool, free: Collection[str]) -> None:
+    """Writes the settings into a new folder, or checks that what is resumed there has the same ones, except ``free``.
+
+    Raises:
+        ValueError: there are settings, and they are not resumed or differ.
+    """
+    path = folder / "settings.json"
+    chosen = json.loads(json.dumps(settings, default=str))
+    if path.exists():
+        if not resume:
+            raise ValueError(f"output: expected a folder without a run, or --resume, got {folder}")
+        before = json.loads(path.read_text())
+        for name, value in chosen.items():
+            if name not in free and value != before.get(name):
+                raise ValueError(f"{name}: expected {before.get(name)} as in the run to resume, got {value}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(chosen, indent=2) + "\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -75,9 +108,7 @@ class Record:
         """Writes a step's rollouts, one per line of the table; a column of None is null."""
         rows = len(columns["reward"] or ())
         table = pa.table({k: [None] * rows if v is None else v for k, v in columns.items()}, schema=self._schema)
-        path = self.folder / f"rollouts-{step:06}.parquet"
-        pq.write_table(table, path.with_suffix(".new"), compression="zstd")
-        path.with_suffix(".new").replace(path)
+        write_table(self.folder / f"rollouts-{step:06}.parquet", table)
 
     def curve(self) -> None:
         """Draws reward and held-out accuracy over the steps into ``curve.png``."""
@@ -124,5 +155,4 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Sequence[Mapping[str, An
         axes.spines[["top", "right"]].set_visible(False)
     if any(runs):
         right.legend(frameon=False)
-    figure.savefig(path.with_name(path.name + ".new"), dpi=120, format="png")
-    path.with_name(path.name + ".new").replace(path)
+    write_figure(path, figure)

@@ -45,6 +45,13 @@ class Sampler(Protocol):
         """Where completions are."""
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens with which the model ends a completion."""
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return [ends] if isinstance(ends, int) else list(ends)
+
+
 class TransformersSampler:
     """Batched generation by the trained model itself, or by a copy of it in another dtype.
 
@@ -54,6 +61,7 @@ class TransformersSampler:
         dtype: of the copy; None generates with the model itself.
         batch: rows generated at once at most.
         adaptive: takes the place of the plain temperature in draws at its own temperature.
+        stops: tokens that end a completion besides the model's own.
     """
 
     def __init__(
@@ -63,12 +71,11 @@ class TransformersSampler:
         dtype: torch.dtype | None = None,
         batch: int = 256,
         adaptive: AdaptiveTemperature | None = None,
+        stops: Sequence[int] = (),
     ) -> None:
         self._trained = model
         self._model = model if dtype is None else copy.deepcopy(model).to(dtype).eval()
-        ends = model.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self._ends = torch.tensor([ends] if isinstance(ends, int) else ends, device=model.device)
+        self._ends = torch.tensor([*end_tokens(model, tokenizer), *stops], device=model.device)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(self._ends[0])
         self._batch, self._adaptive = batch, adaptive
 

@@ -41,6 +41,11 @@ class Problems(NamedTuple):
         """``count`` problems for a step, the tasks taking turns, each in an order of its own that never skips one."""
         return [self._nth(step * count + i, seed) for i in range(count)]
 
+    def measured(self, count: int) -> list[Problem]:
+        """At most ``count`` held-out problems, evenly spaced among them."""
+        count = min(len(self.held_out), count)
+        return [self.held_out[i * len(self.held_out) // count] for i in range(count)]
+
     def _nth(self, n: int, seed: int) -> Problem:
         task, n = n % len(self.train), n // len(self.train)
         problems = self.train[task]

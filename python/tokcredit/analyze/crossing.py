@@ -1,0 +1,142 @@
+"""Replies that two models write together: one of them, and the other where both diverge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokcredit import divergence
+from tokcredit.analyze.study import Pair
+from tokcredit.train.scoring import left_padded, prefill
+
+
+class Rule(NamedTuple):
+    """Which of the models chooses a token.
+
+    Attributes:
+        primary: 0 the first of the pair, 1 the second.
+        threshold: the other one chooses where their divergence, in nats, exceeds this; inf: never.
+        cap: once the other has changed so many tokens of a reply, it chooses no more; None: any number.
+    """
+
+    primary: int
+    threshold: float = math.inf
+    cap: int | None = None
+
+
+class Crossed(NamedTuple):
+    """Replies as rows of length T; what stands behind the end of one is not defined.
+
+    Attributes:
+        tokens: int64 ``(R, T)``, the end token included.
+        lengths: int64 ``[R]``.
+        finished: bool ``[R]``; the others were cut at the greatest length.
+        js: float64 ``(R, T)``, Jensen-Shannon divergence of the distributions each token was drawn from.
+        swapped: bool ``(R, T)``, where the other model chose.
+        changed: bool ``(R, T)``, where it chose another token than the primary would have.
+        ranks: int64 ``(R, T)``, of the primary's likeliest token under the other; 0 where both prefer the same.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    finished: Tensor
+    js: Tensor
+    swapped: Tensor
+    changed: Tensor
+    ranks: Tensor
+
+
+@torch.no_grad()
+def cross(
+    pair: Pair,
+    prompt: Sequence[int],
+    rules: Sequence[Rule],
+    count: int,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator,
+) -> Crossed:
+    """``count`` replies under each rule, those of a rule side by side.
+
+    Both models read the same mixed prefix. They share the noise of a draw (the token is ``argmax(log p + noise)`` with
+    Gumbel noise), and so do the k-th replies under all rules: a token differs because a distribution does, never by
+    chance.
+
+    Args:
+        pair: the models.
+        prompt: token ids, at least one.
+        rules: one or more.
+        count: replies under each.
+        max_tokens: of a reply at most, at least 1.
+        temperature: of both models; 0 gives all probability to the likeliest token.
+        top_p: the share of probability each keeps before being renormalised.
+        generator: of the noise, on the CPU.
+    """
+    device, rows = pair.ends.device, len(rules) * count
+    primary, threshold, left = (
+        torch.tensor(x, dtype=dtype, device=device).repeat_interleave(count)
+        for x, dtype in (
+            ([r.primary for r in rules], torch.int64),
+            ([r.threshold for r in rules], torch.float64),
+            ([max_tokens if r.cap is None else r.cap for r in rules], torch.int64),
+        )
+    )
+    ids, real = left_padded([prompt], 0, device)
+    caches = [_repeated(prefill(model, ids, real), rows) for model in pair[:2]]
+    token = ids[0, -1].expand(rows)
+    lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+    live = torch.ones(rows, dtype=torch.bool, device=device)
+    steps: list[tuple[Tensor, ...]] = []
+    while len(steps) < max_tokens and bool(live.any()):
+        logits, caches = _advance(pair, token, caches)
+        log_p, log_q = (_log_probs(x, temperature, top_p) for x in logits)
+        noise = torch.empty(count, pair.vocabulary, dtype=torch.float64)
+        noise = -noise.exponential_(generator=generator).log().to(device).repeat(len(rules), 1)
+        p_draw, q_draw = ((x + noise).argmax(-1) for x in (log_p, log_q))
+        own, other = (torch.where(primary == i, p_draw, q_draw) for i in (0, 1))
+        js = divergence.js(log_p, log_q)
+        swapped = (js > threshold) & (left > 0)
+        changed = swapped & (own != other)
+        token = torch.where(swapped, other, own)
+        ranks = torch.where(primary == 0, _rank(*logits), _rank(*logits[::-1]))
+        steps.append((token, js, swapped, changed, ranks))
+        left = left - changed.long()
+        lengths += live
+        live &= ~torch.isin(token, pair.ends)
+    tokens, js, swapped, changed, ranks = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+    return Crossed(tokens, lengths, ~live, js, swapped, changed, ranks)
+
+
+def _repeated(cache: Any, rows: int) -> Any:
+    if cache is not None:
+        cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _advance(pair: Pair, token: Tensor, caches: list[Any]) -> tuple[list[Tensor], list[Any]]:
+    """Logits ``(R, V)`` of both models behind one more token."""
+    outs = [
+        model(token[:, None], past_key_values=cache, use_cache=True)
+        for model, cache in zip(pair[:2], caches, strict=True)
+    ]
+    return [out.logits[:, -1, : pair.vocabulary] for out in outs], [out.past_key_values for out in outs]
+
+
+def _log_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """In float64: a divergence of 0 then means equal distributions, not equal up to rounding."""
+    logits = logits.double()
+    if temperature == 0:
+        likeliest = logits.argmax(-1, keepdim=True)
+        return torch.full_like(logits, -math.inf).scatter(-1, likeliest, 0.0)
+    log_probs = (logits / temperature).log_softmax(-1)
+    return divergence.nucleus(log_probs, top_p) if top_p < 1 else log_probs
+
+
+def _rank(logits: Tensor, others: Tensor) -> Tensor:
+    """How many tokens the second prefers to the likeliest of the first."""
+    return (others > others.gather(-1, logits.argmax(-1, keepdim=True))).sum(-1)

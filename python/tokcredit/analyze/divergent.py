@@ -1,0 +1,232 @@
+"""``tokcredit analyze divergent``: tokens at which a small model would take another turn (arXiv 2505.21600)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from rich.table import Table
+
+from tokcredit.analyze.settings import Divergent
+from tokcredit.analyze.study import Pair, Study, load_pair, report, resolved
+from tokcredit.analyze.verifier import Case, Verifier, imported, judge
+from tokcredit.rollouts import Rollouts
+from tokcredit.train.explorer import prompt_tokens
+from tokcredit.train.sampler import TransformersSampler
+from tokcredit.train.scoring import left_padded, predict
+from tokcredit.train.tasks import Problem
+
+_CASE = pa.struct([("position", pa.int32()), ("small", pa.string()), ("large", pa.string()), ("label", pa.int8())])
+_SCHEMA = pa.schema(
+    [
+        ("problem", pa.int64()),
+        ("task", pa.string()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("reward", pa.float32()),
+        ("finished", pa.bool_()),
+        ("prompt_tokens", pa.list_(pa.int32())),
+        ("tokens", pa.list_(pa.int32())),
+        ("small_tokens", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int8())),
+        ("cases", pa.list_(_CASE)),
+        ("top_tokens", pa.list_(pa.list_(pa.int32()))),
+        ("top_logits", pa.list_(pa.list_(pa.float32()))),
+        ("hidden_states", pa.list_(pa.list_(pa.float32()))),
+    ]
+)
+_BINS = 20
+
+
+def divergent(settings: Divergent) -> dict[str, Any]:
+    """Makes the analysis in its folder and returns its summary; see :class:`~tokcredit.analyze.settings.Divergent`.
+
+    ``labels`` in the tables: 1 divergent, 0 identical or neutral, -1 where the verifier could not tell. The label, the
+    small model's token and its logits stand at the token they are about, hence are what its state one token before
+    predicts.
+    """
+    if (settings.verifier is None) == (settings.judge is None):
+        raise ValueError(f"verifier, judge: expected one of them, got {settings.verifier}, {settings.judge}")
+    for name in ("continuation_tokens", "top"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{name}: expected at least 0, got {getattr(settings, name)}")
+    if settings.batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {settings.batch}")
+    verify = imported(settings.verifier) if settings.verifier else None
+    settings = dataclasses.replace(
+        settings, study=resolved(settings.study, "divergent", settings.small, settings.large)
+    )
+    study = Study(settings)
+    pair = load_pair(("small", settings.small), ("large", settings.large), settings.study.precision)
+    if verify is None:
+        verify = judge(str(settings.judge), pair.ends.device, pair.second.dtype, settings.batch)
+    found = study.tables(Labeller(settings, pair, verify)).to_pylist()
+    summary = summarize(found)
+    return report(study.folder, summary, _picture(found), _printed(summary, settings))
+
+
+class Labeller:
+    """Finds and labels the tokens of a problem's reply.
+
+    Args:
+        settings: of the analysis, resolved.
+        pair: the small and the large model.
+        verify: what compares continuations.
+    """
+
+    def __init__(self, settings: Divergent, pair: Pair, verify: Verifier) -> None:
+        self._settings, self._pair, self._verify, words = settings, pair, verify, pair.words
+        texts = words.batch_decode([[i] for i in range(len(words))])
+        self._stops = {i for i, text in enumerate(texts) if text.rstrip(" ").endswith(settings.sentence_ends)}
+        self._replies = TransformersSampler(pair.second, words)
+        self._sentences = TransformersSampler(pair.second, words, batch=settings.batch, stops=sorted(self._stops))
+
+    @torch.no_grad()
+    def __call__(self, number: int, problem: Problem) -> pa.Table:
+        words, top = self._pair.words, self._settings.top
+        prompt = prompt_tokens(words, problem.question)
+        made = self._replies.sample([prompt], 1, self._settings.study.max_tokens, 0.0)
+        row = Rollouts(
+            made.tokens,
+            made.cu_seqlens,
+            group_ids=torch.zeros_like(made.finished, dtype=torch.int64),
+            rewards=torch.zeros_like(made.finished, dtype=torch.float32),
+            extras={"prompt_tokens": left_padded([prompt], -1, made.tokens.device)[0]},
+        )
+        seen = predict(self._pair.first, row, hidden_states=top > 0)
+        logits = seen.logits[0, :, : self._pair.vocabulary].float()
+        reply, small, finished = made.tokens.tolist(), logits.argmax(-1).tolist(), bool(made.finished)
+        different = [t for t, token in enumerate(reply) if small[t] != token]
+        cases = self._cases(prompt, reply, small, different, finished)
+        labels = [0] * len(reply)
+        for t, label in zip(different, self._verify(cases), strict=True):
+            labels[t] = label
+        completion = words.decode(reply, skip_special_tokens=True)
+        kept = logits.topk(min(top, logits.shape[-1]), -1)
+        columns = {
+            "problem": number,
+            "task": problem.task,
+            "prompt": problem.question,
+            "completion": completion,
+            "reward": problem.reward(completion),
+            "finished": finished,
+            "prompt_tokens": prompt,
+            "tokens": reply,
+            "small_tokens": small,
+            "labels": labels,
+            "cases": [
+                {"position": t, "small": case.small, "large": case.large, "label": labels[t]}
+                for t, case in zip(different, cases, strict=True)
+            ],
+            "top_tokens": kept.indices.tolist() if top else None,
+            "top_logits": kept.values.tolist() if top else None,
+            "hidden_states": seen.hidden_states[0].float().tolist() if seen.hidden_states is not None else None,
+        }
+        return pa.Table.from_pylist([columns], schema=_SCHEMA)
+
+    def _cases(
+        self, prompt: list[int], reply: list[int], small: list[int], different: list[int], finished: bool
+    ) -> list[Case]:
+        """What the large model makes of either token at each of these positions."""
+        known = {t: self._in_reply(reply, t, finished) for t in different}
+        asked = [[*prompt, *reply[:t], small[t]] for t in different]
+        asked += [[*prompt, *reply[: t + 1]] for t in different if known[t] is None]
+        made = iter(self._continued(asked))
+        turns = [[small[t], *next(made)] for t in different]
+        rests = [next(made) if (rest := known[t]) is None else rest for t in different]
+        words = self._pair.words
+        return [
+            Case(
+                words.decode([*prompt, *reply[:t]], skip_special_tokens=True),
+                self._marked(turn),
+                self._marked([reply[t], *rest]),
+            )
+            for t, turn, rest in zip(different, turns, rests, strict=True)
+        ]
+
+    def _in_reply(self, reply: list[int], t: int, finished: bool) -> list[int] | None:
+        """The large model's continuation of its own token: its greedy reply is one; None where that was cut before."""
+        limit = self._limit
+        rest = reply[t + 1 : t + 1 + limit]
+        end = next((i + 1 for i, token in enumerate(rest) if token in self._stops), None)
+        if end is None and len(rest) < limit and not finished:
+            return None
+        return rest[:end]
+
+    @property
+    def _limit(self) -> int:
+        return self._settings.continuation_tokens or self._settings.study.max_tokens
+
+    def _continued(self, states: list[list[int]]) -> list[list[int]]:
+        """Greedy continuations up to the end of a sentence; nothing follows the end of a text."""
+        ends = set(self._pair.ends.tolist())
+        going = [state for state in states if state[-1] not in ends]
+        if not going:
+            return [[] for _ in states]
+        made = self._sentences.sample(going, 1, self._limit, 0.0)
+        rows = iter(made.tokens.split(made.cu_seqlens.diff().tolist()))
+        return [[] if state[-1] in ends else next(rows).tolist() for state in states]
+
+    def _marked(self, tokens: list[int]) -> str:
+        return f"<<{self._pair.words.decode(tokens[:1])}>>{self._pair.words.decode(tokens[1:])}"
+
+
+def summarize(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Shares of identical, neutral and divergent tokens.
+
+    Args:
+        found: lines of the tables of all problems.
+    """
+    kinds = np.concatenate([_kinds(row) for row in found])
+    return {
+        "replies": len(found),
+        "tokens": len(kinds),
+        "accuracy": float(np.mean([row["reward"] for row in found])),
+        "different": float((kinds != "identical").mean()),
+        **{kind: float((kinds == kind).mean()) for kind in ("identical", *_LABELS.values())},
+    }
+
+
+_LABELS = {0: "neutral", 1: "divergent", -1: "unknown"}
+
+
+def _kinds(row: dict[str, Any]) -> np.ndarray[Any, Any]:
+    triples = zip(row["tokens"], row["small_tokens"], row["labels"], strict=True)
+    return np.array(["identical" if large == small else _LABELS[label] for large, small, label in triples])
+
+
+def _printed(summary: dict[str, Any], settings: Divergent) -> Table:
+    table = Table(
+        *("tokens", "identical", "different", *_LABELS.values()),
+        title=f"{settings.small} along {summary['replies']} replies of {settings.large}",
+        title_justify="left",
+    )
+    shares = (f"{summary[kind]:.1%}" for kind in ("identical", "different", *_LABELS.values()))
+    table.add_row(str(summary["tokens"]), *shares)
+    return table
+
+
+def _picture(found: Sequence[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    kinds = np.concatenate([_kinds(row) for row in found])
+    places = np.concatenate([np.arange(n := len(row["tokens"])) / n for row in found])
+    edges = np.linspace(0, 1, _BINS + 1)
+    total = np.maximum(np.histogram(places, edges)[0], 1)
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    below = np.zeros(_BINS)
+    for kind, color in zip(("divergent", "neutral", "unknown"), ("C3", "C0", "0.7"), strict=True):
+        share = np.histogram(places[kinds == kind], edges)[0] / total
+        axes.bar(edges[:-1], share, 1 / _BINS, below, align="edge", color=color, label=kind)
+        below += share
+    axes.set_title("share of tokens where the small model's is another", fontsize=10)
+    axes.set_xlabel("place in the reply, from its beginning to its end")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
