@@ -15,6 +15,7 @@ from tokcredit.score import entropy_deviation
 from tokcredit.temperature import AdaptiveTemperature
 from tokcredit.train import evidence, models, tasks
 from tokcredit.train.clock import Clock
+from tokcredit.train.conversations import Conversations
 from tokcredit.train.explorer import Desk, Explored, Explorer, Replies
 from tokcredit.train.learner import Learner, Learnt
 from tokcredit.train.lengths import LengthHead, LengthLearner
@@ -25,7 +26,7 @@ from tokcredit.train.settings import Settings
 from tokcredit.train.trees import Trees
 
 _TREES = frozenset({"node_ids", "parent_ids"})
-COLLECTED = evidence.COLLECTED | PROBED | _TREES | {"rollout_log_probs", "length_values"}
+COLLECTED = evidence.COLLECTED | PROBED | _TREES | {"rollout_log_probs", "length_values", "turn_rewards"}
 """Names of the evidence that the trainer can give an objective."""
 
 
@@ -77,7 +78,7 @@ class Trainer:
             self.model, self.tokenizer, torch.bfloat16 if half else None, s.sampling_batch, self.adaptive
         )
         self.desk = Desk(settings, self.problems, self.tokenizer, sampler, self.ranks)
-        self.explorer: Explorer = Trees(self.desk) if needs & _TREES else Replies(self.desk)
+        self.explorer = self._explorer()
         self.learner = Learner(settings, self.objective, self.model, teacher, self.accelerator)
         self.prober = Prober(self.desk, self.learner.score)
         self.lengths = self._length_learner() if "length_values" in needs else None
@@ -96,6 +97,10 @@ class Trainer:
         if self.lengths:
             self.lengths.load_state_dict(state["lengths"])
         self.explorer.load_state_dict(state["explorer"])
+
+    def evaluate(self) -> float:
+        """Mean reward on held-out problems, over all processes."""
+        return self.desk.evaluate(self.explorer.attempt)
 
     def step(self, number: int) -> Step:
         """Step ``number``, counted from 1."""
@@ -122,6 +127,18 @@ class Trainer:
         if self.lengths:
             metrics["length_loss"] = self.lengths.learn(batch, explored.finished)
         return Step(explored, learnt, {**metrics, **clock.seconds, "seconds": seconds})
+
+    def _explorer(self) -> Explorer:
+        needs = self.objective.needs
+        called = any(p.calls is not None for p in self.problems.held_out)
+        if called and (others := needs & (PROBED | _TREES)):
+            raise ValueError(
+                f"tasks: expected ones that call no tools because {self.settings.objective.method} needs "
+                f"{', '.join(sorted(others))}, got {', '.join(self.settings.tasks)}"
+            )
+        if needs & _TREES:
+            return Trees(self.desk)
+        return Conversations(self.desk) if called or "turn_rewards" in needs else Replies(self.desk)
 
     def _with_evidence(self, explored: Explored, number: int) -> Rollouts:
         needs, others = self.objective.needs, frozenset[str]()

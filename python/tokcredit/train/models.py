@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from tokcredit.train import tiny as tiny_model
+from tokcredit.train import tools
 from tokcredit.train.expression import construct, parse
 
 
@@ -40,6 +43,7 @@ _RECIPES = {
         max_tokens=24,
         lr=2e-5,
     ),
+    "tiny_tools": Recipe(tasks=("calculator()",), steps=60, prompts=16, max_tokens=40, lr=3e-4, precision="no"),
     "tiny": Recipe(tasks=("addition(digits=2)",), steps=150, prompts=32, max_tokens=28, lr=3e-4, precision="no"),
 }
 
@@ -65,7 +69,7 @@ def load(model: str) -> tuple[Any, Any]:
     """The model in float32 and its tokenizer.
 
     Args:
-        model: ``smollm2``, ``tiny(steps=..., noise=..., seed=...)``, or what ``from_pretrained`` takes.
+        model: ``smollm2``, ``tiny(steps=..., noise=..., seed=...)``, ``tiny_tools(...)``, or what ``from_pretrained`` takes.
     """
     source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else model
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
@@ -110,15 +114,23 @@ def _convert_smollm2(target: Path) -> None:
 
 def tiny(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
     """The adding model of :mod:`tokcredit.train.tiny`; ``steps=0`` leaves it random."""
-
-    def make(target: Path) -> None:
-        words = tiny_model.tokenizer()
-        network = tiny_model.model(words, seed)
-        tiny_model.warm(network, words, steps, noise, seed=seed)
-        network.save_pretrained(target)
-        words.save_pretrained(target)
-
-    return _cached(f"tiny-{steps}-{noise}-{seed}", make)
+    return _cached(f"tiny-{steps}-{noise}-{seed}", functools.partial(_warmed, tiny_model.addition, steps, noise, seed))
 
 
-_EMBEDDED: dict[str, Callable[..., Path]] = {"smollm2": smollm2, "tiny": tiny}
+def tiny_tools(steps: int = 600, noise: float = 0.4, seed: int = 0) -> Path:
+    """The same network, warmed on conversations with a calculator whose calls are often mistaken."""
+    make = functools.partial(_warmed, tools.conversation, steps, noise, seed)
+    return _cached(f"tiny-tools-{steps}-{noise}-{seed}", make)
+
+
+def _warmed(
+    text: Callable[[random.Random, float], str], steps: int, noise: float, seed: int, target: Path
+) -> None:
+    words = tiny_model.tokenizer()
+    network = tiny_model.model(words, seed)
+    tiny_model.warm(network, words, steps, noise, text, seed)
+    network.save_pretrained(target)
+    words.save_pretrained(target)
+
+
+_EMBEDDED: dict[str, Callable[..., Path]] = {"smollm2": smollm2, "tiny": tiny, "tiny_tools": tiny_tools}
