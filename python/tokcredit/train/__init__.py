@@ -11,9 +11,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokcredit.train.settings import ObjectiveSettings, OptimizerSettings, ProbeSettings, SamplingSettings, Settings
+from tokcredit.train.settings import (
+    ObjectiveSettings,
+    OptimizerSettings,
+    ProbeSettings,
+    SamplingSettings,
+    Settings,
+    ToolSettings,
+)
 
-__all__ = ["ObjectiveSettings", "OptimizerSettings", "ProbeSettings", "SamplingSettings", "Settings", "compare", "run"]
+__all__ = [
+    "ObjectiveSettings",
+    "OptimizerSettings",
+    "ProbeSettings",
+    "SamplingSettings",
+    "Settings",
+    "ToolSettings",
+    "compare",
+    "run",
+]
 
 
 def run(settings: Settings) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""The model to train: any of transformers, or one of two that need no hub."""
+"""The model to train: any of transformers, or one of three that need no hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -114,19 +114,19 @@ def _convert_smollm2(target: Path) -> None:
 
 def tiny(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
     """The adding model of :mod:`tokcredit.train.tiny`; ``steps=0`` leaves it random."""
-    return _cached(f"tiny-{steps}-{noise}-{seed}", functools.partial(_warmed, tiny_model.addition, steps, noise, seed))
+    return _cached(f"tiny-{steps}-{noise}-{seed}", functools.partial(_warmed, tiny_model.addition, (), steps, noise, seed))
 
 
 def tiny_tools(steps: int = 600, noise: float = 0.4, seed: int = 0) -> Path:
     """The same network, warmed on conversations with a calculator whose calls are often mistaken."""
-    make = functools.partial(_warmed, tools.conversation, steps, noise, seed)
+    make = functools.partial(_warmed, tools.conversation, tools.WORDS, steps, noise, seed)
     return _cached(f"tiny-tools-{steps}-{noise}-{seed}", make)
 
 
 def _warmed(
-    text: Callable[[random.Random, float], str], steps: int, noise: float, seed: int, target: Path
+    text: Callable[[random.Random, float], str], whole: Sequence[str], steps: int, noise: float, seed: int, target: Path
 ) -> None:
-    words = tiny_model.tokenizer()
+    words = tiny_model.tokenizer(whole)
     network = tiny_model.model(words, seed)
     tiny_model.warm(network, words, steps, noise, text, seed)
     network.save_pretrained(target)

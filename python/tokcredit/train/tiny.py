@@ -8,8 +8,9 @@ errs in places, which is what token-level credit is about.
 from __future__ import annotations
 
 import random
+import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 _PAD, _END, _UNKNOWN = "<pad>", "<end>", "<unk>"
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character."""
-    words = [_PAD, _END, _UNKNOWN, *string.digits, *string.ascii_letters, *string.punctuation, " ", "\n"]
+def tokenizer(whole: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character, and for each of these words."""
+    words = [_PAD, _END, _UNKNOWN, *string.digits, *string.ascii_letters, *string.punctuation, " ", "\n", *whole]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=_UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*map(re.escape, whole), r"[\s\S]"])), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=_PAD, eos_token=_END, unk_token=_UNKNOWN, padding_side="left"

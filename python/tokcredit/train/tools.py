@@ -34,6 +34,9 @@ _OPERATIONS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "mul": operator.mul,
     "div": operator.truediv,
 }
+WORDS = (*(f"<{slash}{tag}>" for tag in ("tool", "result", "answer") for slash in ("", "/")), *_OPERATIONS)
+"""What the protocol is made of besides numbers."""
+
 _SIGNS = {"add": "+", "sub": "-", "mul": "*"}
 _PARAMETERS = ("a", "b")
 _CALL = re.compile(r"\s*([A-Za-z_]\w*)\s*\((.*)\)\s*", re.S)
