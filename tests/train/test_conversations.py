@@ -4,9 +4,7 @@ import itertools
 import re
 
 import pytest
-import tokcredit as tc
 import torch
-from tokcredit import matching
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, ToolSettings, run, tools
 from tokcredit.train.conversations import Conversations
 from tokcredit.train.experiment import resolved
@@ -85,7 +83,9 @@ def test_exact_rows(talking):
         ("<result>error: division by zero</result>", False),
         ("<answer>5</answer><end>", True),
     ]
-    broken = [("<tool>?</tool>", True), ("<result>error: no such tool</result>", False)] * 2 + [("<tool>?</tool>", True)]
+    broken = [("<tool>?</tool>", True), ("<result>error: no such tool</result>", False)] * 2 + [
+        ("<tool>?</tool>", True)
+    ]
     expected = [first, [("1<end>", True)], [("<tool>add(1,1", True)], broken] * 2
     for i, (begin, end) in enumerate(zip(batch.begin.tolist(), batch.end.tolist(), strict=True)):
         tokens = [(t, own) for text, own in expected[i] for t in words(text).input_ids]
@@ -167,7 +167,7 @@ def runs(batch, row):
 
 
 def test_turn_rewards_are_those_of_the_recorded_text(warmed):
-    trainer, (problems, replies, batch, outcomes, finished) = warmed
+    trainer, (problems, replies, batch, outcomes, _) = warmed
     paid, several = batch.extras["turn_rewards"], 0
     for row, (problem, reply) in enumerate(zip(problems, replies, strict=True)):
         parts = [(own, trainer.tokenizer.decode(t, skip_special_tokens=True)) for own, t in runs(batch, row)]

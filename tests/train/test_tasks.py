@@ -109,7 +109,11 @@ def test_another_reward():
 @pytest.mark.parametrize(
     ("chosen", "share", "message"),
     [
-        (["no_such_data"], 0.2, "tasks: expected jsonl, addition, calculator or a reasoning_gym data set, got 'no_such_data'"),
+        (
+            ["no_such_data"],
+            0.2,
+            "tasks: expected jsonl, addition, calculator or a reasoning_gym data set, got 'no_such_data'",
+        ),
         (["products(digits=1)"], 0.2, "tasks: products: .*digits"),
         (["products(min_terms=0)"], 0.2, "tasks: products: min_terms"),
         (["addition"], 0.0, "held_out: expected a share that leaves problems on both sides, got 0.0"),

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tokcredit import matching
 from tokcredit.rollouts import Rollouts
@@ -19,7 +18,7 @@ from tokcredit.train.tasks import Problem, tagged
 
 @dataclass
 class _Talk:
-    """What has been said after a prompt. ``mask`` tells the model's tokens from the tools'; ``turns`` are the model's."""
+    """What was said after a prompt. ``mask`` tells the model's tokens from the tools'; ``turns`` are the model's."""
 
     problem: Problem
     prompt: list[int]

@@ -124,6 +124,8 @@ class Trainer:
             }
         )
         metrics |= self.ranks.sum({"tokens": batch.lengths.sum()})
+        if "turn_rewards" in batch.extras:
+            metrics |= self.ranks.mean({"turn_rewards": batch.extras["turn_rewards"].double().sum() / batch.num_rows})
         if self.lengths:
             metrics["length_loss"] = self.lengths.learn(batch, explored.finished)
         return Step(explored, learnt, {**metrics, **clock.seconds, "seconds": seconds})

@@ -69,7 +69,8 @@ def load(model: str) -> tuple[Any, Any]:
     """The model in float32 and its tokenizer.
 
     Args:
-        model: ``smollm2``, ``tiny(steps=..., noise=..., seed=...)``, ``tiny_tools(...)``, or what ``from_pretrained`` takes.
+        model: ``smollm2``, ``tiny(steps=..., noise=..., seed=...)``, ``tiny_tools(...)`` with the same, or what
+            ``from_pretrained`` takes.
     """
     source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else model
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
@@ -114,7 +115,9 @@ def _convert_smollm2(target: Path) -> None:
 
 def tiny(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
     """The adding model of :mod:`tokcredit.train.tiny`; ``steps=0`` leaves it random."""
-    return _cached(f"tiny-{steps}-{noise}-{seed}", functools.partial(_warmed, tiny_model.addition, (), steps, noise, seed))
+    return _cached(
+        f"tiny-{steps}-{noise}-{seed}", functools.partial(_warmed, tiny_model.addition, (), steps, noise, seed)
+    )
 
 
 def tiny_tools(steps: int = 600, noise: float = 0.4, seed: int = 0) -> Path:

@@ -165,8 +165,8 @@ class Settings:
     """"smollm2", "tiny", or a folder or hub name of a causal language model."""
     tasks: tuple[str, ...] = ()
     """Tasks, mixed evenly: a reasoning_gym dataset with its configuration, e.g. "products(max_digits=1)";
-    "jsonl('file.jsonl')" of {"prompt", "answer"}; "addition(digits=2)"; "calculator(operations=2)", which has tools. The
-    model's recipe by default."""
+    "jsonl('file.jsonl')" of {"prompt", "answer"}; "addition(digits=2)"; "calculator(operations=2)", which has a tool.
+    The model's recipe by default."""
     teacher: str | None = None
     """Model that a distilling method asks, with the same tokens; as model."""
     reward: str | None = None

@@ -88,7 +88,9 @@ def warm(
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
     network.train()
     for _ in tqdm(range(steps), desc="warming", unit="step", disable=steps == 0):
-        rows = words([text(generator, noise) + _END for _ in range(128)], padding=True, padding_side="right", return_tensors="pt")
+        rows = words(
+            [text(generator, noise) + _END for _ in range(128)], padding=True, padding_side="right", return_tensors="pt"
+        )
         labels = rows.input_ids.masked_fill(rows.attention_mask == 0, -100)
         loss = network(rows.input_ids, attention_mask=rows.attention_mask, labels=labels).loss
         optimizer.zero_grad()

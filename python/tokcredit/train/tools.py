@@ -1,7 +1,7 @@
 """A calculator that a model calls in its replies, and the text it is called with.
 
-``<tool>add(12,34)</tool>`` is answered ``<result>46</result>``. Whatever a model writes is read as a call or as a broken
-one, and gets a result or an error; nothing of it is run as a program.
+``<tool>add(12,34)</tool>`` is answered ``<result>46</result>``. Whatever a model writes is read as a call or as a
+broken one, and gets a result or an error; nothing of it is run as a program.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ STOP = "</tool>"
 """With which the model hands over to the tool."""
 
 INTRODUCTION = (
-    "Use a calculator: write <tool>add(2,3)</tool> and its result follows as <result>5</result>. There are add, sub, mul "
-    "and div, each of two numbers. End with <answer>5</answer>."
+    "Use a calculator: write <tool>add(2,3)</tool> and its result follows as <result>5</result>. There are add, sub, "
+    "mul and div, each of two numbers. End with <answer>5</answer>."
 )
 """The protocol for models that follow instructions."""
 
