@@ -14,7 +14,7 @@ from tokcredit.train.sampler import Completions
 from tokcredit.train.scoring import score
 
 pytest.importorskip("scipy")
-MODEL = "tiny_tools(steps=60)"
+MODEL = "tiny_tools(steps=200)"
 
 
 @pytest.fixture
@@ -65,6 +65,8 @@ def scripted(talking, script, **changes):
 
 def test_exact_rows(talking):
     def script(text, results, row):
+        if "?" in text:
+            return "<tool>?</tool>"
         if row == 0:
             return ["<tool>add(2,3)</tool>", "<tool>div(1,0)</tool>", "<answer>5</answer><end>"][results]
         if row == 1:
@@ -99,7 +101,7 @@ def test_exact_rows(talking):
     # What each turn drew stands in its place: rows of the first call, then those still going.
     begin, end = batch.begin[0], batch.end[0]
     own = batch.rollout_log_probs[begin:end][batch.response_mask[begin:end]]
-    assert own.tolist() == [-1.0] * (7 + 7 + 4) and batch.rollout_log_probs[batch.begin[3]] == -4.0
+    assert own.tolist() == [-1.0] * (8 + 8 + 4) and batch.rollout_log_probs[batch.begin[3]] == -4.0
 
 
 def solve(text, results, row):

@@ -76,6 +76,7 @@ class Conversations:
         tokens = torch.tensor([x for t in talks for x in t.tokens], device=device)
         texts = desk.texts(tokens, edges)
         rewards = torch.tensor([t.problem.reward(x) for t, x in zip(talks, texts, strict=True)], device=device)
+        extras = {"prompt_tokens": left_padded([t.prompt for t in talks], -1, device)[0]}
         batch = Rollouts(
             tokens,
             edges,
@@ -83,10 +84,9 @@ class Conversations:
             rewards=rewards,
             response_mask=torch.tensor([x for t in talks for x in t.mask], device=device),
             rollout_log_probs=torch.tensor([x for t in talks for x in t.log_probs], device=device),
-            extras={"prompt_tokens": left_padded([t.prompt for t in talks], -1, device)[0]},
+            extras=extras,
         )
-        paid = matching.turn_rewards(batch, [t.rewards(self._rule) for t in talks])
-        batch.extras["turn_rewards"] = paid
+        extras["turn_rewards"] = matching.turn_rewards(batch, [t.rewards(self._rule) for t in talks])
         return Explored([t.problem for t in talks], texts, batch, rewards, torch.tensor([t.finished for t in talks]))
 
     def attempt(self, problems: Sequence[Problem]) -> list[float]:

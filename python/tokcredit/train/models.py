@@ -43,7 +43,7 @@ _RECIPES = {
         max_tokens=24,
         lr=2e-5,
     ),
-    "tiny_tools": Recipe(tasks=("calculator()",), steps=60, prompts=16, max_tokens=40, lr=3e-4, precision="no"),
+    "tiny_tools": Recipe(tasks=("calculator()",), steps=60, prompts=16, max_tokens=16, lr=1e-3, precision="no"),
     "tiny": Recipe(tasks=("addition(digits=2)",), steps=150, prompts=32, max_tokens=28, lr=3e-4, precision="no"),
 }
 
@@ -115,23 +115,28 @@ def _convert_smollm2(target: Path) -> None:
 
 def tiny(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
     """The adding model of :mod:`tokcredit.train.tiny`; ``steps=0`` leaves it random."""
-    return _cached(
-        f"tiny-{steps}-{noise}-{seed}", functools.partial(_warmed, tiny_model.addition, (), steps, noise, seed)
-    )
+    make = functools.partial(_warmed, tiny_model.addition, steps=steps, noise=noise, seed=seed)
+    return _cached(f"tiny-{steps}-{noise}-{seed}", make)
 
 
-def tiny_tools(steps: int = 600, noise: float = 0.4, seed: int = 0) -> Path:
+def tiny_tools(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
     """The same network, warmed on conversations with a calculator whose calls are often mistaken."""
-    make = functools.partial(_warmed, tools.conversation, tools.WORDS, steps, noise, seed)
-    return _cached(f"tiny-tools-{steps}-{noise}-{seed}", make)
+    settings: dict[str, Any] = {"steps": steps, "noise": noise, "seed": seed, "whole": tools.WORDS, "batch": 32}
+    return _cached(f"tiny-tools-{steps}-{noise}-{seed}", functools.partial(_warmed, tools.conversation, **settings))
 
 
 def _warmed(
-    text: Callable[[random.Random, float], str], whole: Sequence[str], steps: int, noise: float, seed: int, target: Path
+    text: Callable[[random.Random, float], str],
+    target: Path,
+    steps: int,
+    noise: float,
+    seed: int,
+    whole: Sequence[str] = (),
+    batch: int = 128,
 ) -> None:
     words = tiny_model.tokenizer(whole)
     network = tiny_model.model(words, seed)
-    tiny_model.warm(network, words, steps, noise, text, seed)
+    tiny_model.warm(network, words, steps, noise, text, seed, batch)
     network.save_pretrained(target)
     words.save_pretrained(target)
 

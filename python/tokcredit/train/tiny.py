@@ -82,14 +82,18 @@ def warm(
     noise: float,
     text: Callable[[random.Random, float], str] = addition,
     seed: int = 0,
+    batch: int = 128,
 ) -> None:
-    """Next-token training on such texts, in place."""
+    """Next-token training on such texts, ``batch`` at a time, in place."""
     generator = random.Random(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
     network.train()
     for _ in tqdm(range(steps), desc="warming", unit="step", disable=steps == 0):
         rows = words(
-            [text(generator, noise) + _END for _ in range(128)], padding=True, padding_side="right", return_tensors="pt"
+            [text(generator, noise) + _END for _ in range(batch)],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
         )
         labels = rows.input_ids.masked_fill(rows.attention_mask == 0, -100)
         loss = network(rows.input_ids, attention_mask=rows.attention_mask, labels=labels).loss
