@@ -139,20 +139,26 @@ def naive_similarity(call, reference):
 
 
 def naive_turn_rewards(turns, references, answer):
-    """Best assignment by trying all; an answer turn by the words it shares."""
-    out, pairs = [0.0] * len(turns), []
+    """Of each best assignment, by trying all; an answer turn by the words it shares."""
+    words, pairs = [0.0] * len(turns), []
     for t, text in enumerate(turns):
         if found := re.findall(r"<answer>(.*?)</answer>", text, re.S):
             own, expected = ({*re.sub(r"\W", " ", x).split()} for x in (found[-1], answer))
-            out[t] = 2 * len(own & expected) / (len(own) + len(expected)) if own & expected else 0.0
+            words[t] = 2 * len(own & expected) / (len(own) + len(expected)) if own & expected else 0.0
         else:
             pairs += [(t, call) for call in tools.calls(text)]
     size = max(len(pairs), len(references))
     table = [[naive_similarity(c, r) for r in references] + [0.0] * (size - len(references)) for _, c in pairs]
-    best = max(itertools.permutations(range(size), len(pairs)), key=lambda p: sum(table[i][j] for i, j in enumerate(p)))
-    for i, (t, _) in enumerate(pairs):
-        out[t] += table[i][best[i]] / sum(u == t for u, _ in pairs)
-    return out
+    assignments = list(itertools.permutations(range(size), len(pairs)))
+    totals = [sum(table[i][j] for i, j in enumerate(p)) for p in assignments]
+    found = []
+    for chosen, total in zip(assignments, totals, strict=True):
+        if total > max(totals) - 1e-9:
+            out = list(words)
+            for i, (t, _) in enumerate(pairs):
+                out[t] += table[i][chosen[i]] / sum(u == t for u, _ in pairs)
+            found.append(out)
+    return found
 
 
 @pytest.fixture
@@ -181,13 +187,10 @@ def test_turn_rewards_are_those_of_the_recorded_text(warmed):
         expected = naive_turn_rewards(turns, problem.calls, problem.answer)
         found = paid[batch.begin[row] : batch.end[row]]
         ends = torch.tensor([len(t) for _, t in runs(batch, row)]).cumsum(0)[::2] - 1
-        # Equally good matchings may pay the row's turns in another order.
-        assert found[ends].sum() == pytest.approx(sum(expected), abs=1e-5)
-        if len({*map(tuple, (sorted(expected), sorted(found[ends].tolist())))}) == 1:
-            assert found[ends].tolist() == pytest.approx(expected, abs=1e-5)
+        assert any(found[ends].tolist() == pytest.approx(e, abs=1e-5) for e in expected)
         assert found.sum() == pytest.approx(float(found[ends].sum()), abs=1e-6)
         several += len(turns) > 1
-    assert several > 10 and paid.unique().numel() > 3, "the warmed model calls, not always rightly"
+    assert several > 5 and paid.unique().numel() > 3, "the warmed model calls, not always rightly"
 
 
 def test_what_was_drawn_is_what_the_model_says_with_the_results_in_sight(warmed):
