@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tokcredit import matching
+from tokcredit.matching import Similarities
 from tokcredit.rollouts import Rollouts
 from tokcredit.train import tools
 from tokcredit.train.explorer import Desk, Explored
@@ -33,7 +35,7 @@ class _Talk:
         self.mask += [own] * len(tokens)
         self.log_probs += log_probs
 
-    def rewards(self, rule: Any) -> list[float]:
+    def rewards(self, rule: Callable[[Similarities], Similarities]) -> list[float]:
         """Of each turn: how well its answer, or else its calls, are what was expected."""
         said = [
             tools.calls(turn) if (answer := tagged(turn)) is None else matching.f1(answer, self.problem.answer)
@@ -76,7 +78,6 @@ class Conversations:
         tokens = torch.tensor([x for t in talks for x in t.tokens], device=device)
         texts = desk.texts(tokens, edges)
         rewards = torch.tensor([t.problem.reward(x) for t, x in zip(talks, texts, strict=True)], device=device)
-        extras = {"prompt_tokens": left_padded([t.prompt for t in talks], -1, device)[0]}
         batch = Rollouts(
             tokens,
             edges,
@@ -84,9 +85,10 @@ class Conversations:
             rewards=rewards,
             response_mask=torch.tensor([x for t in talks for x in t.mask], device=device),
             rollout_log_probs=torch.tensor([x for t in talks for x in t.log_probs], device=device),
-            extras=extras,
+            extras={"prompt_tokens": left_padded([t.prompt for t in talks], -1, device)[0]},
         )
-        extras["turn_rewards"] = matching.turn_rewards(batch, [t.rewards(self._rule) for t in talks])
+        paid = matching.turn_rewards(batch, [t.rewards(self._rule) for t in talks])
+        batch = dataclasses.replace(batch, extras={**batch.extras, "turn_rewards": paid})
         return Explored([t.problem for t in talks], texts, batch, rewards, torch.tensor([t.finished for t in talks]))
 
     def attempt(self, problems: Sequence[Problem]) -> list[float]:
@@ -118,6 +120,8 @@ class Conversations:
                 if whole and asks:
                     waiting.append(talk)
             going = waiting
+            if not going:
+                break
         return talks
 
     def _question(self, problem: Problem) -> str:

@@ -43,7 +43,7 @@ _RECIPES = {
         max_tokens=24,
         lr=2e-5,
     ),
-    "tiny_tools": Recipe(tasks=("calculator()",), steps=60, prompts=16, max_tokens=16, lr=1e-3, precision="no"),
+    "tiny_tools": Recipe(tasks=("calculator()",), steps=60, prompts=32, max_tokens=16, lr=4e-4, precision="no"),
     "tiny": Recipe(tasks=("addition(digits=2)",), steps=150, prompts=32, max_tokens=28, lr=3e-4, precision="no"),
 }
 
