@@ -1,10 +1,13 @@
 # `make train`: the main job; `make test`: the whole suite.  Everything is installed into .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find csrc python -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc python -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -path '*/assets/*') CMakeLists.txt pyproject.toml
 
 # GNU OpenMP threads that spin while another program runs slow each other down many times; this bounds the spinning.
 export GOMP_SPINCOUNT ?= 10000
+
+# Kernels for the GPU of this machine, if it has one; a wheel for others is built with plain pip.
+BUILD := $(if $(wildcard /dev/nvidia0),-C cmake.define.TOKCREDIT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native,-C cmake.define.TOKCREDIT_CUDA=OFF)
 
 .PHONY: train test lint bench clean
 
@@ -12,13 +15,13 @@ export GOMP_SPINCOUNT ?= 10000
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -U pip
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt numpy tyro accelerate filelock gguf math-verify matplotlib pyarrow reasoning_gym rich \
+	$(BIN)/pip install -q -c constraints.txt numpy tyro accelerate filelock gguf jinja2 math-verify matplotlib pyarrow reasoning_gym rich \
 	  tensorboard tqdm transformers
-	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis scipy ruff mypy clang-format
+	$(BIN)/pip install -q -c constraints.txt pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis scipy selenium ruff mypy clang-format
 	touch $@
 
 .venv/installed: .venv/tools $(SOURCES)
-	$(BIN)/pip install -q -c constraints.txt --no-deps --force-reinstall .
+	$(BIN)/pip install -q -c constraints.txt --no-deps --force-reinstall $(BUILD) .
 	touch $@
 
 train: .venv/installed
@@ -28,8 +31,8 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/tools
-	$(BIN)/ruff check python tests bench
-	$(BIN)/ruff format --check python tests bench
+	$(BIN)/ruff check python tests bench docs examples
+	$(BIN)/ruff format --check python tests bench docs examples
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
@@ -39,4 +42,6 @@ bench: .venv/installed
 	$(BIN)/python bench/loss.py
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-* build
+
+include hosts.mk

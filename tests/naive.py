@@ -9,7 +9,7 @@ import torch
 
 def random_batch(seed=0, groups=3, size=4, length=7, padded=True, **extra):
     """A batch in which every branch of the formulas is taken: prefixes shared, masked holes, one empty row."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     rows = groups * size
     tokens = torch.randint(0, 3, (rows, length), generator=g)
     mask = torch.rand(rows, length, generator=g) > 0.2

@@ -27,8 +27,13 @@ def rows(draw, max_rows=6, max_length=9):
     return Rows(torch.tensor(begin), torch.tensor(end), mask), at
 
 
+def generator(seed=0):
+    """Random numbers on the device where tensors are made."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def values(size, dtype=torch.float64, seed=0):
-    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(size, dtype=torch.float64, generator=generator(seed)).to(dtype)
 
 
 @st.composite

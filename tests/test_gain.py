@@ -20,7 +20,7 @@ def test_middle_half_of_the_window():
 
 
 def test_windows_may_differ_between_tokens():
-    window = Window("clip", -0.1, 0.1, width=torch.tensor([1.0, 4.0]))
+    window = Window("clip", -0.1, 0.1, power=2.0).spelled_out(tc.ops.Rows(torch.tensor([0]), torch.tensor([2])), 2)
     gain = tc.gain.outside_center(H)(torch.tensor([0.08, 0.08]), window, torch.ones(2))
     assert gain.tolist() == [2.0, 1.0]
     open_below = Window("clip", -math.inf, torch.tensor([0.1, 0.1]))

@@ -1,9 +1,13 @@
 import dataclasses
+import math
 
 import naive
 import pytest
+import ragged
 import tokcredit as tc
 import torch
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def mixture(**changes):
@@ -47,10 +51,41 @@ def test_any_mixture_is_the_product_of_its_stages():
         naive.check(mixture(), *naive.random_batch(seed), formula)
 
 
+@pytest.mark.parametrize("gain", [False, True])
+def test_sums_and_positions_count_tokens_that_do_not_train(gain):
+    """The prefix ratio in a growing window, where only half of the tokens of each row train."""
+    batch, current = naive.random_batch(entropies=torch.rand(12, 7, generator=torch.Generator().manual_seed(5)))
+    objective = mixture(
+        credit=tc.credit.group_normalized(),
+        weights=(tc.weights.top_share(0.5, tc.score.given("entropies"), per_row=True),),
+        aggregation=tc.aggregation.token_mean(),
+        gain=tc.gain.divergence(strength=1.0, slope=2.0) if gain else None,
+    )
+
+    def formula(batch, log_probs):
+        advantages, entropies = naive.group_advantages(batch), batch.entropies.tolist()
+        losses = []
+        for r, tokens in enumerate(naive.rows_of(batch)):
+            kept = sorted(tokens, key=lambda t: -entropies[t])[: math.ceil(0.5 * len(tokens))]
+            total = 0.0
+            for position, t in enumerate(tokens, start=1):
+                total += (log_probs[t] - batch.old_log_probs[t]).item()
+                if t not in kept:
+                    continue
+                q = (total + log_probs[t] - log_probs[t].detach()).exp()
+                s = math.sqrt(position)
+                moved = math.exp(total) - 1 - total
+                a = advantages[r] * (0.5 + 1 / (1 + math.exp(-2 * moved)) if gain else 1)
+                losses.append(naive.clipped(a, q, math.exp(-0.025 * s), math.exp(0.05 * s)))
+        return sum(losses) / len(losses)
+
+    naive.check(objective, batch, current, formula)
+
+
 @pytest.mark.parametrize("whole_rows", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_rollout_importance_weights(whole_rows, masked):
-    engine = -torch.rand(12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    engine = -torch.rand(12, 7, dtype=torch.float64, generator=ragged.generator(3))
     engine[0, 0] = float("nan")
     batch, current = naive.random_batch(rollout_log_probs=engine)
     if masked:
@@ -76,7 +111,7 @@ def test_rollout_importance_weights(whole_rows, masked):
 
 
 def test_row_and_token_weights_multiply():
-    engine = -torch.rand(12, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    engine = -torch.rand(12, 7, dtype=torch.float64, generator=ragged.generator(3))
     batch, _ = naive.random_batch(rollout_log_probs=engine)
     row, token = tc.weights.importance_truncated(1.3, True), tc.weights.importance_truncated(1.3, False)
     both = dataclasses.replace(tc.methods.grpo(), weights=(row, token)).prepare(batch).multiplier
@@ -100,7 +135,7 @@ def test_selection_leaves_the_denominators():
 @pytest.mark.parametrize("method", ["grpo", "ba"])
 def test_penalty(penalty, method):
     batch, current = naive.random_batch()
-    ref = current + 0.3 * torch.randn(current.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ref = current + 0.3 * torch.randn(current.shape, dtype=torch.float64, generator=ragged.generator(1))
     batch = dataclasses.replace(batch, ref_log_probs=ref.reshape(-1))
     plain = tc.methods.load(method)
     objective = dataclasses.replace(plain, kl=penalty(0.1))

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import ragged
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,19 +9,21 @@ from reference.logits import logits as reference
 from reference.logits import logits_gradient as reference_gradient
 from tokcredit import ops, policy
 
+pytestmark = pytest.mark.usefixtures("device")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF = float("inf")
 
 
 def sample(rows, vocabulary, dtype=torch.float64, scale=3.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = ragged.generator(seed)
     logits = (torch.randn(rows, vocabulary, dtype=torch.float64, generator=generator) * scale).to(dtype)
     return logits, torch.randint(0, vocabulary, (rows,), generator=generator)
 
 
-def test_worked_example(device):
-    logits = torch.tensor([[0.0, 0.0, 0.0, math.log(3.0)]], device=device)
-    log_probs, entropies = policy.log_probs_and_entropies(logits, torch.tensor([3], device=device))
+def test_worked_example():
+    logits = torch.tensor([[0.0, 0.0, 0.0, math.log(3.0)]])
+    log_probs, entropies = policy.log_probs_and_entropies(logits, torch.tensor([3]))
     assert log_probs.item() == pytest.approx(math.log(1 / 2), abs=1e-7)
     assert entropies.item() == pytest.approx(math.log(6) / 2 + math.log(2) / 2, abs=1e-7)
 
@@ -85,7 +88,7 @@ def test_gradient_matches_definition(dtype, rtol, outputs):
     tokens[1] = -1
     logits.requires_grad_()
     ours = policy.log_probs_and_entropies(logits, tokens, 0.8)
-    a, h = (torch.randn(5, generator=torch.Generator().manual_seed(s)).to(ours[0].dtype) for s in (1, 2))
+    a, h = (torch.randn(5, generator=ragged.generator(s)).to(ours[0].dtype) for s in (1, 2))
     if outputs == "log_probs":
         h = torch.zeros_like(h)
         (grad,) = torch.autograd.grad(ours[0], logits, a)
@@ -247,7 +250,15 @@ def test_compiles_without_graph_breaks():
 
 
 @pytest.mark.parametrize("token", [-2, 4, 2**40])
-def test_rejects_tokens_out_of_range(token):
+def test_tokens_out_of_range(token, device):
+    """An error; on CUDA, where that would mean to wait for the device, NaN in that row alone."""
+    if device == "cuda":
+        logits = torch.zeros(2, 4, requires_grad=True)
+        log_probs, entropies = policy.log_probs_and_entropies(logits, torch.tensor([0, token]))
+        assert not log_probs[0].isnan() and log_probs[1].isnan() and entropies[1].isnan()
+        log_probs.sum().backward()
+        assert not logits.grad[0].isnan().any() and logits.grad[1].isnan().all()
+        return
     with pytest.raises(ValueError, match=rf"logits: tokens: expected -1 or an id below .* 4, got {token} at 1"):
         policy.log_probs(torch.zeros(2, 4), torch.tensor([0, token]))
 
@@ -264,6 +275,12 @@ def test_rejects_wrong_arguments():
         policy.log_probs(tokens[:, None], tokens)
     with pytest.raises(ValueError, match="logits: tokens: expected int64 or int32"):
         policy.log_probs(logits, tokens.float())
+
+
+def test_no_vocabulary(device):
+    if device == "cuda":
+        assert policy.log_probs(torch.zeros(1, 0), torch.tensor([0])).isnan()
+        return
     with pytest.raises(ValueError, match=r"logits: tokens: expected -1 or an id below the vocabulary of 0"):
         policy.log_probs(torch.zeros(1, 0), torch.tensor([0]))
 

@@ -6,10 +6,12 @@ import reference.policy_loss as reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokcredit import ops
+from tokcredit import ops, scan
 from tokcredit.ops import Rows
 
-OPERANDS = ("advantages", "weights", "low", "high", "cap", "width")
+pytestmark = pytest.mark.usefixtures("device")
+
+OPERANDS = ("advantages", "weights", "low", "high", "cap")
 
 
 def shapes():
@@ -20,8 +22,8 @@ def operands(rows, size, per, dtype=torch.float64):
     made = {}
     for k, name in enumerate(OPERANDS):
         shape = {"batch": (), "row": (len(rows.begin), 1), "token": (size,)}[per[name]]
-        x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
-        if name in ("high", "cap", "width", "weights"):
+        x = torch.randn(shape, dtype=torch.float64, generator=ragged.generator(k))
+        if name in ("high", "cap", "weights"):
             x = x.abs() + 0.05
         if name == "low":
             x = -x.abs() - 0.05
@@ -33,46 +35,66 @@ def at(x, r, t):
     return x if x.dim() == 0 else x[r, 0] if x.dim() == 2 else x[t]
 
 
-def definition(log_probs, rows, kind, ops_, reference_log_probs=None, log_ratio=None, clamp=(-20.0, 20.0)):
+def definition(
+    log_probs, rows, kind, ops_, reference_log_probs=None, log_ratio=None, clamp=(-20.0, 20.0), bound=None, power=0.0
+):
     total = log_probs.sum() * 0
     for r, (b, e) in enumerate(zip(rows.begin.tolist(), rows.end.tolist(), strict=True)):
+        position, running = 0, 0.0
         for t in range(b, e):
             if rows.mask is None or rows.mask[t]:
-                width = at(ops_["width"], r, t)
-                if kind == "soft":
-                    low, high = at(ops_["low"], r, t).abs() * width, at(ops_["high"], r, t) * width
-                else:
-                    low, high = at(ops_["low"], r, t) * width, at(ops_["high"], r, t) * width
+                position += 1
+                width = position**power
+                low = at(ops_["low"], r, t)
+                given = None if log_ratio is None else at(log_ratio, r, t)
+                if bound is not None:
+                    running += (log_probs[t] - reference_log_probs[t]).clamp(-bound, bound).item()
+                    given = torch.tensor(running, dtype=torch.float64)
                 total = total + at(ops_["weights"], r, t) * reference.token(
                     kind,
                     log_probs[t],
                     at(ops_["advantages"], r, t),
-                    low,
-                    high,
+                    (low.abs() if kind == "soft" else low) * width,
+                    at(ops_["high"], r, t) * width,
                     at(ops_["cap"], r, t) * width,
-                    None if reference_log_probs is None else reference_log_probs[t],
-                    None if log_ratio is None else at(log_ratio, r, t),
+                    None if reference_log_probs is None or bound is not None else reference_log_probs[t],
+                    given,
                     clamp,
                 )
     return total
 
 
-@given(ragged.rows(), shapes(), st.sampled_from(ops.SURROGATES), st.sampled_from(["reference", "given", "none"]))
-def test_matches_definition(batch, per, kind, source):
+SOURCES = ("reference", "given", "cumulative", "none")
+
+
+@given(ragged.rows(), shapes(), st.sampled_from(ops.SURROGATES), st.sampled_from(SOURCES), st.sampled_from([0, 0.5, 1]))
+def test_matches_definition(batch, per, kind, source, power):
     rows, size = batch
     args = operands(rows, size, per)
     if kind == "soft":
         args["low"] = args["low"].abs()
-    old = ragged.values(size, seed=9) if source == "reference" else None
+    old = ragged.values(size, seed=9) if source in ("reference", "cumulative") else None
     log_ratio = ragged.values(size, seed=8) if source == "given" else None
+    bound = 0.7 if source == "cumulative" else None
     ours = ragged.values(size).requires_grad_()
-    value, stats = ops.policy_loss(ours, rows, kind, reference=old, log_ratio=log_ratio, clamp=(-1.5, 1.5), **args)
+    value, stats = ops.policy_loss(
+        ours,
+        rows,
+        kind,
+        reference=old,
+        log_ratio=log_ratio,
+        cumulative=source == "cumulative",
+        bound=bound or math.inf,
+        power=power,
+        clamp=(-1.5, 1.5),
+        **args,
+    )
     theirs = ragged.values(size).requires_grad_()
-    expected = definition(theirs, rows, kind, args, old, log_ratio, (-1.5, 1.5))
+    expected = definition(theirs, rows, kind, args, old, log_ratio, (-1.5, 1.5), bound, power)
     if source == "none" and kind in ("clip", "soft", "k1", "k2", "k3"):
         # With no ratio at all q is the constant 1; the gradient is that of a ratio evaluated on policy.
         theirs = ragged.values(size).requires_grad_()
-        expected = definition(theirs, rows, kind, args, theirs.detach(), None, (-1.5, 1.5))
+        expected = definition(theirs, rows, kind, args, theirs.detach(), None, (-1.5, 1.5), None, power)
     torch.testing.assert_close(value, expected)
     value.backward()
     expected.backward()
@@ -82,6 +104,38 @@ def test_matches_definition(batch, per, kind, source):
         for b, e in zip(rows.begin.tolist(), rows.end.tolist(), strict=True)
     )
     assert stats[:, ops.LOSS_STATS.index("tokens")].sum() == valid
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cumulative_ratio_equals_a_scan_and_a_given_ratio(dtype, power):
+    """Rows of several tiles; NaN under the mask. One pass gives what three passes give."""
+    edges = torch.tensor([0, 3, 2500, 2500, 9000])
+    size = 9000
+    generator = ragged.generator(2)
+    rows = Rows(edges[:-1], edges[1:], torch.rand(size, generator=generator) > 0.2)
+    old = 0.02 * ragged.values(size, torch.float32, seed=3)
+    log_probs = (old + 0.02 * ragged.values(size, torch.float32, seed=4)).to(dtype)
+    log_probs[~rows.mask] = math.nan
+    old, total = old.to(dtype), None
+    bounds = {"low": torch.tensor(-0.01), "high": torch.tensor(0.01), "cap": torch.tensor(0.015)}
+    advantages = ragged.values(size, torch.float32, seed=5)
+    results = []
+    for fused in (True, False):
+        x = log_probs.clone().requires_grad_()
+        if fused:
+            window = {**bounds, "reference": old, "cumulative": True, "bound": 0.05, "power": power}
+        else:
+            total = scan.cumulative((log_probs.float() - old.float()).clamp(-0.05, 0.05), rows)
+            width = scan.positions(rows, size).clamp(min=1) ** power
+            window = {**{name: b * width for name, b in bounds.items()}, "log_ratio": total}
+        value, stats = ops.policy_loss(x, rows, "clip", advantages=advantages, clamp=(-math.inf, 10.0), **window)
+        value.backward()
+        results.append((value.detach(), stats, x.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    stopped = dict(zip(ops.LOSS_STATS, results[0][1].sum(0).tolist(), strict=True))
+    assert min(stopped["below"], stopped["above"], stopped["capped"]) > 0
 
 
 def test_worked_example():
@@ -170,7 +224,7 @@ def test_opcheck_and_compile():
     log_probs = ragged.values(5)
     torch.library.opcheck(
         torch.ops.tokcredit.policy_loss.default,
-        (log_probs, log_probs + 0.1, None, *args.values(), *rows, 0, -20.0, 20.0, True, 1),
+        (log_probs, log_probs + 0.1, None, *args.values(), *rows, 0, True, 0.2, 0.5, -20.0, 20.0, True, 1),
     )
 
     def f(x):
@@ -187,5 +241,7 @@ def test_rejects_wrong_arguments():
     rows = Rows(torch.tensor([0]), torch.tensor([3]))
     with pytest.raises(ValueError, match=r"policy_loss: weights: expected float32 \[3\], got float32 \[7\]"):
         ops.policy_loss(torch.zeros(3), rows, "clip", weights=torch.ones(7))
+    with pytest.raises(ValueError, match="policy_loss: cumulative: expected old_log_probs and no log_ratio"):
+        ops.policy_loss(torch.zeros(3), rows, "clip", cumulative=True)
     with pytest.raises(ValueError, match=r"policy_loss: old_log_probs: expected float32 \[3\]"):
         ops.policy_loss(torch.zeros(3), rows, "clip", reference=torch.ones(2))

@@ -7,7 +7,11 @@ from reference.scan import scan as reference
 from tokcredit import ops, scan
 from tokcredit.ops import Rows
 
-ONE_ROW = Rows(torch.tensor([0]), torch.tensor([4]), torch.tensor([True, True, False, True]))
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def one_row():
+    return Rows(torch.tensor([0]), torch.tensor([4]), torch.tensor([True, True, False, True]))
 
 
 @given(ragged.rows(), st.booleans(), st.booleans(), st.booleans(), st.sampled_from([1.0, 0.9, 0.0, -0.5]))
@@ -21,10 +25,9 @@ def test_matches_definition(batch, reverse, exclusive, carried, decay):
     torch.testing.assert_close(last, expected_last)
 
 
-def test_worked_example(device):
-    x = torch.tensor([1.0, 2.0, float("nan"), 4.0], device=device)
-    rows = Rows(*(a.to(device) for a in ONE_ROW))
-    y, last = ops.scan(x, rows, decay=0.5)
+def test_worked_example():
+    x = torch.tensor([1.0, 2.0, float("nan"), 4.0])
+    y, last = ops.scan(x, one_row(), decay=0.5)
     assert y.tolist() == [1.0, 2.5, 0.0, 5.25]
     assert last.tolist() == [5.25]
 
@@ -67,14 +70,14 @@ def test_thread_count_does_not_change_bits(monkeypatch):
 
 def test_opcheck():
     x = ragged.values(4, torch.float32)
-    torch.library.opcheck(torch.ops.tokcredit.scan.default, (x, *ONE_ROW, 0.9, torch.ones(1), True, False, 1))
+    torch.library.opcheck(torch.ops.tokcredit.scan.default, (x, *one_row(), 0.9, torch.ones(1), True, False, 1))
 
 
 def test_compiles_without_graph_breaks():
     x = ragged.values(4).requires_grad_()
 
     def f(x):
-        return scan.cumulative(x, ONE_ROW).square().sum()
+        return scan.cumulative(x, one_row()).square().sum()
 
     (eager,) = torch.autograd.grad(f(x), x)
     (compiled,) = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(x), x)
@@ -99,12 +102,12 @@ def test_generalized_advantages(batch, discount, trace):
 
 
 def test_positions_and_returns():
-    assert scan.positions(ONE_ROW, 4).tolist() == [1, 2, 0, 3]
-    assert scan.returns(torch.tensor([1.0, 0, 9, 8]), ONE_ROW, 0.5).tolist() == [3.0, 4.0, 0.0, 8.0]
+    assert scan.positions(one_row(), 4).tolist() == [1, 2, 0, 3]
+    assert scan.returns(torch.tensor([1.0, 0, 9, 8]), one_row(), 0.5).tolist() == [3.0, 4.0, 0.0, 8.0]
 
 
 def test_rejects_wrong_arguments():
     with pytest.raises(ValueError, match="scan: mask: expected bool"):
-        ops.scan(torch.ones(4), ONE_ROW._replace(mask=torch.ones(4)))
+        ops.scan(torch.ones(4), one_row()._replace(mask=torch.ones(4)))
     with pytest.raises(ValueError, match=r"scan: carry_in: expected float32 \[1\], got float32 \[2\]"):
-        ops.scan(torch.ones(4), ONE_ROW, carry=torch.ones(2))
+        ops.scan(torch.ones(4), one_row(), carry=torch.ones(2))

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from tokcredit import ops, segment
 from tokcredit.ops import Rows
 
+pytestmark = pytest.mark.usefixtures("device")
+
 NAMES = ops.REDUCTIONS
 
 

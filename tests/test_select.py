@@ -10,6 +10,8 @@ from tokcredit import ops, select
 from tokcredit.ops import Rows
 from tokcredit.segment import Ids
 
+pytestmark = pytest.mark.usefixtures("device")
+
 FEW = [0.0, -0.0, 1.0, -1.0, 0.5, math.inf, -math.inf, math.nan]
 
 
@@ -76,7 +78,7 @@ def test_k_per_scope_and_worked_example():
 
 def test_above_the_size_torch_refuses(monkeypatch):
     n = 2**24 + 5
-    x = torch.randperm(n, generator=torch.Generator().manual_seed(0)).float()
+    x = torch.randperm(n, generator=ragged.generator(0)).float()
     edges = torch.tensor([0, n // 3, n])
     rows = Rows(edges[:-1], edges[1:])
     with pytest.raises(RuntimeError, match="too large"):

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokcredit import ops, tree, values
 
+pytestmark = pytest.mark.usefixtures("device")
+
 EXAMPLE = ([list(b"abcE"), list(b"abdE"), list(b"aefE"), list(b"ghE")], [0] * 4, [1.0, 0.0, 1.0, 0.0])
 
 
@@ -97,7 +99,7 @@ def test_changes_cancel_over_children(data):
 @pytest.mark.parametrize("shape", [(1000, 40, 1000), (6, 100_000, 3)])
 def test_large(dtype, shape):
     rows, length, group = shape
-    generator = torch.Generator().manual_seed(1)
+    generator = ragged.generator(1)
     tokens = torch.randint(0, 50_000, (rows, length), generator=generator, dtype=dtype)
     shared = torch.randint(0, length, (rows,), generator=generator)
     ids = torch.arange(rows) // group
@@ -172,14 +174,9 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(compiled, credit(batch.rewards))
 
 
-def test_expand_on_device(device):
+def test_expand_by_hand():
     batch = ragged.batch(*EXAMPLE)
     t = tree.build(batch)
-    head = values.temporal_difference(t, values.monte_carlo(t)).float().to(device)
-    move = [x.to(device) for x in (batch.tokens, batch.begin, batch.end, batch.response_mask)]
-    row = batch.rewards.float().to(device)
-    nodes = [x.to(device) for x in (t.leaf, t.parent, t.depth)]
-    out = torch.ops.tokcredit.expand(move[0], torch.float32, *move[1:], row, *nodes, None, head, 1)
-    expected = t.expand(head=head.cpu(), row=row.cpu())
-    assert torch.equal(out.cpu(), expected)
-    assert expected[:4].tolist() == pytest.approx([1 + 1 / 6, 1 - 1 / 6, 1.5, 1.0])
+    head = values.temporal_difference(t, values.monte_carlo(t))
+    out = t.expand(head=head, row=batch.rewards)
+    assert out[:4].tolist() == pytest.approx([1 + 1 / 6, 1 - 1 / 6, 1.5, 1.0])

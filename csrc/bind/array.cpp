@@ -17,17 +17,22 @@ const dlpack::ExchangeApi *table_of(const py::handle &type) {
   return found;
 }
 
+const dlpack::ExchangeApi *torch_table() {
+  static const dlpack::ExchangeApi *table = nullptr;
+  if (!table)
+    table = table_of(py::module_::import("torch").attr("Tensor"));
+  return table;
+}
+
 // torch.Tensor's exchange table, for objects whose type carries it: torch.Tensor and its subclasses. Types
 // that passed are kept alive, so that a type made later at the same address is looked at anew.
 const dlpack::ExchangeApi *exchange(const py::handle &tensor) {
-  static const dlpack::ExchangeApi *table = nullptr;
   static std::vector<PyTypeObject *> known;
+  const dlpack::ExchangeApi *table = torch_table();
   PyTypeObject *type = Py_TYPE(tensor.ptr());
   for (PyTypeObject *seen : known)
     if (seen == type)
       return table;
-  if (!table)
-    table = table_of(py::module_::import("torch").attr("Tensor"));
   if (!table || table_of(py::type::of(tensor)) != table)
     return nullptr;
   Py_INCREF(type);
@@ -59,6 +64,13 @@ bool type_of(const dlpack::Tensor &t, Type &out) {
   default:
     return false;
   }
+}
+
+void *current_stream(int32_t device_type, int32_t device_id) {
+  void *out = nullptr;
+  if (torch_table()->current_stream(device_type, device_id, &out) != 0)
+    throw py::error_already_set();
+  return out;
 }
 
 std::string text(const std::vector<int64_t> &shape) {
@@ -140,25 +152,31 @@ Rows Call::rows(const py::handle &begin, const py::handle &end, const py::handle
 bool Call::on_cuda() const { return device_type_ == dlpack::device_cuda; }
 
 void Call::no_cuda() const {
-#ifdef TOKCREDIT_CUDA
-  throw std::runtime_error(std::string(op_) +
-                           ": expected CPU tensors, because this operation has no CUDA kernel yet, got CUDA "
-                           "tensors");
-#else
   throw std::runtime_error(std::string(op_) +
                            ": expected CPU tensors, because this tokcredit was built without CUDA, got CUDA "
                            "tensors (rebuild with TOKCREDIT_CUDA=ON)");
-#endif
 }
 
-void *Call::stream() const {
-  void *out = nullptr;
-  static const dlpack::ExchangeApi *api = nullptr;
-  if (!api)
-    api = exchange(py::module_::import("torch").attr("empty")(0));
-  if (api->current_stream(device_type_, device_id_, &out) != 0)
-    throw py::error_already_set();
-  return out;
+TorchQueue::TorchQueue(const char *op, int32_t device_type, int32_t device_id)
+    : Queue(current_stream(device_type, device_id)), op_(op), device_type_(device_type),
+      device_id_(device_id) {}
+
+TorchQueue::~TorchQueue() {
+  for (dlpack::ManagedTensor *memory : scratch_)
+    memory->release(memory);
+}
+
+void *TorchQueue::allocate(int64_t bytes) {
+  dlpack::Tensor wanted{nullptr, device_type_, device_id_, 1, dlpack::code_uint, 8, 1, &bytes, nullptr, 0};
+  dlpack::ManagedTensor *memory = nullptr;
+  std::string failure = std::string(op_) + ": scratch: expected " + std::to_string(bytes) + " bytes, got ";
+  const auto note = [](void *context, const char *, const char *message) {
+    *static_cast<std::string *>(context) += message;
+  };
+  if (torch_table()->allocate(&wanted, &memory, &failure, note) != 0 || !memory)
+    throw std::runtime_error(failure);
+  scratch_.push_back(memory);
+  return static_cast<char *>(memory->tensor.data) + memory->tensor.byte_offset;
 }
 
 } // namespace tokcredit::bind

@@ -1,6 +1,7 @@
 // Tensors as the contracts want them: a pointer, checked once. The only place that looks into a Python
 // tensor.
 #pragma once
+#include "bind/dlpack.hpp"
 #include "ops/array.hpp"
 #include "ops/device.hpp"
 #include <pybind11/pybind11.h>
@@ -32,13 +33,12 @@ public:
   Array optional(const char *name, const py::handle &tensor, Type type, int64_t size);
   Rows rows(const py::handle &begin, const py::handle &end, const py::handle &mask, int64_t size);
 
-  // Runs `cpu()` or `cuda(stream)` without the GIL. A build without CUDA says so in one sentence.
-  template <class Cpu, class Cuda> void run(Cpu &&cpu, Cuda &&cuda) const;
-  template <class Cpu> void run_on_cpu(Cpu &&cpu) const;
+  // Runs `cpu()` or `device(queue)` without the GIL. `device` is a generic lambda: a build without CUDA never
+  // instantiates it, and says in one sentence that it was built so.
+  template <class Cpu, class Cuda> void run(Cpu &&cpu, Cuda &&device) const;
 
 private:
   [[noreturn]] void fail(const char *name, const std::string &expected, const std::string &got) const;
-  void *stream() const;
   bool on_cuda() const;
   [[noreturn]] void no_cuda() const;
 
@@ -47,28 +47,33 @@ private:
   int32_t device_id_ = 0;
 };
 
-} // namespace tokcredit::bind
+// A queue whose scratch is allocated by torch, on the stream that is current there.
+class TorchQueue final : public tokcredit::cuda::Queue {
+public:
+  TorchQueue(const char *op, int32_t device_type, int32_t device_id);
+  ~TorchQueue();
+  void *allocate(int64_t bytes) override;
 
-namespace tokcredit::bind {
+private:
+  const char *op_;
+  int32_t device_type_, device_id_;
+  std::vector<dlpack::ManagedTensor *> scratch_;
+};
 
-template <class Cpu> void Call::run_on_cpu(Cpu &&cpu) const {
-  if (on_cuda())
-    no_cuda();
-  py::gil_scoped_release unlocked;
-  cpu();
-}
-
-template <class Cpu, class Cuda> void Call::run(Cpu &&cpu, [[maybe_unused]] Cuda &&cuda) const {
-#ifdef TOKCREDIT_CUDA
-  if (on_cuda()) {
-    void *current = stream();
+template <class Cpu, class Cuda> void Call::run(Cpu &&cpu, [[maybe_unused]] Cuda &&device) const {
+  if (!on_cuda()) {
     py::gil_scoped_release unlocked;
-    tokcredit::cuda::DeviceGuard guard(device_id_);
-    cuda(current);
+    cpu();
     return;
   }
+#ifdef TOKCREDIT_CUDA
+  TorchQueue queue(op_, device_type_, device_id_);
+  py::gil_scoped_release unlocked;
+  tokcredit::cuda::DeviceGuard guard(device_id_);
+  device(queue);
+#else
+  no_cuda();
 #endif
-  run_on_cpu(cpu);
 }
 
 } // namespace tokcredit::bind

@@ -6,7 +6,7 @@
 namespace tokcredit::dlpack {
 
 enum Device : int32_t { device_cpu = 1, device_cuda = 2 };
-enum Code : uint8_t { code_int = 0, code_float = 2, code_bfloat = 4, code_bool = 6 };
+enum Code : uint8_t { code_int = 0, code_uint = 1, code_float = 2, code_bfloat = 4, code_bool = 6 };
 
 struct Tensor {
   void *data;
@@ -21,11 +21,21 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
+struct ManagedTensor {
+  uint32_t major;
+  uint32_t minor;
+  void *context;
+  void (*release)(ManagedTensor *);
+  uint64_t flags;
+  Tensor tensor;
+};
+
 struct ExchangeApi {
   uint32_t major;
   uint32_t minor;
   ExchangeApi *previous;
-  void *allocate;
+  int (*allocate)(Tensor *prototype, ManagedTensor **out, void *context,
+                  void (*fail)(void *context, const char *kind, const char *message));
   void *managed_from_object;
   void *managed_to_object;
   int (*borrow)(void *object, Tensor *out);

@@ -34,7 +34,7 @@ void forward(const py::object &logits, const py::object &tokens, double temperat
   const LogitsForward f{in, call.read("log_probs", log_probs, out, in.rows).data,
                         call.read("entropies", entropies, out, in.rows).data,
                         call.read("logsumexp", logsumexp, Type::f64, in.rows).as<double>()};
-  call.run_on_cpu([&] { cpu::logits(f, threads); });
+  call.run([&] { cpu::logits(f, threads); }, [&](auto &queue) { cuda::logits(f, queue); });
 }
 
 void backward(const py::object &logits, const py::object &tokens, double temperature,
@@ -49,7 +49,7 @@ void backward(const py::object &logits, const py::object &tokens, double tempera
                          call.optional("grad_log_probs", grad_log_probs, out, in.rows).data,
                          call.optional("grad_entropies", grad_entropies, out, in.rows).data,
                          call.read("grad", grad, in.type, in.rows * in.vocabulary).data};
-  call.run_on_cpu([&] { cpu::logits_gradient(b, threads); });
+  call.run([&] { cpu::logits_gradient(b, threads); }, [&](auto &queue) { cuda::logits_gradient(b, queue); });
 }
 
 } // namespace

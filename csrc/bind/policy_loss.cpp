@@ -18,10 +18,10 @@ Operand operand(Call &call, const char *name, const py::handle &x, Type type, co
 
 void policy_loss(const py::object &log_probs, const py::object &reference, const py::object &log_ratio,
                  const py::object &advantages, const py::object &weights, const py::object &low,
-                 const py::object &high, const py::object &cap, const py::object &width,
-                 const py::object &begin, const py::object &end, const py::object &mask, int surrogate,
-                 double clamp_low, double clamp_high, const py::object &stats, const py::object &gradient,
-                 int threads) {
+                 const py::object &high, const py::object &cap, const py::object &begin,
+                 const py::object &end, const py::object &mask, int surrogate, bool cumulative, double bound,
+                 double power, double clamp_low, double clamp_high, const py::object &stats,
+                 const py::object &gradient, int threads) {
   Call call("policy_loss");
   const Array lp = call.read("log_probs", log_probs);
   const Rows rows = call.rows(begin, end, mask, lp.size());
@@ -37,13 +37,17 @@ void policy_loss(const py::object &log_probs, const py::object &reference, const
   p.low = operand(call, "low", low, type, rows);
   p.high = operand(call, "high", high, type, rows);
   p.cap = operand(call, "cap", cap, type, rows);
-  p.width = operand(call, "width", width, type, rows);
   p.surrogate = surrogate;
+  p.cumulative = cumulative;
+  p.bound = bound;
+  p.power = power;
+  if (cumulative && (reference.is_none() || !log_ratio.is_none()))
+    throw py::value_error("policy_loss: cumulative: expected old_log_probs and no log_ratio");
   p.clamp_low = clamp_low;
   p.clamp_high = clamp_high;
   p.stats = call.read("stats", stats, Type::f64, rows.count * loss_stats).as<double>();
   p.gradient = call.optional("gradient", gradient, type, rows.size).data;
-  call.run_on_cpu([&] { cpu::policy_loss(p, threads); });
+  call.run([&] { cpu::policy_loss(p, threads); }, [&](auto &queue) { cuda::policy_loss(p, queue); });
 }
 
 } // namespace

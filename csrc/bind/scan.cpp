@@ -20,7 +20,7 @@ void scan(const py::object &x, const py::object &begin, const py::object &end, c
                decay,
                reverse,
                exclusive};
-  call.run_on_cpu([&] { cpu::scan(s, threads); });
+  call.run([&] { cpu::scan(s, threads); }, [&](auto &queue) { cuda::scan(s, queue); });
 }
 
 } // namespace

@@ -11,7 +11,7 @@ void segment_rows(const py::object &x, const py::object &begin, const py::object
   const Rows rows = call.rows(begin, end, mask, values.size());
   const SegmentRows s{rows,      values.type, values.data,
                       reduction, ddof,        call.read("y", y, accumulated(values.type), rows.count).data};
-  call.run_on_cpu([&] { cpu::segment_rows(s, threads); });
+  call.run([&] { cpu::segment_rows(s, threads); }, [&](auto &queue) { cuda::segment_rows(s, queue); });
 }
 
 void segment_ids(const py::object &x, const py::object &ids, const py::object &mask, int reduction,
@@ -29,7 +29,7 @@ void segment_ids(const py::object &x, const py::object &ids, const py::object &m
                      reduction,
                      ddof,
                      call.read("y", y, accumulated(values.type), out.size()).data};
-  call.run_on_cpu([&] { cpu::segment_ids(s); });
+  call.run([&] { cpu::segment_ids(s); }, [&](auto &queue) { cuda::segment_ids(s, queue); });
 }
 
 } // namespace

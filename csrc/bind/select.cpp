@@ -18,7 +18,9 @@ void select(const py::object &x, const py::object &begin, const py::object &end,
                  scopes};
   const Array out =
       ranks ? call.read("y", y, accumulated(values.type), scopes) : call.read("y", y, Type::b8, rows.size);
-  call.run_on_cpu([&] { ranks ? cpu::kth(s, out.data, threads) : cpu::top_k(s, out.as<bool>(), threads); });
+  call.run(
+      [&] { ranks ? cpu::kth(s, out.data, threads) : cpu::top_k(s, out.as<bool>(), threads); },
+      [&](auto &queue) { ranks ? cuda::kth(s, out.data, queue) : cuda::top_k(s, out.as<bool>(), queue); });
 }
 
 void maximum_variance(const py::object &x, const py::object &scope, const py::object &wanted,
@@ -31,7 +33,7 @@ void maximum_variance(const py::object &x, const py::object &scope, const py::ob
                           rows,
                           scopes,
                           call.read("chosen", chosen, Type::b8, rows).as<bool>()};
-  call.run_on_cpu([&] { cpu::maximum_variance(m); });
+  call.run([&] { cpu::maximum_variance(m); }, [&](auto &queue) { cuda::maximum_variance(m, queue); });
 }
 
 } // namespace

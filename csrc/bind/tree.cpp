@@ -27,7 +27,7 @@ void tree_build(const py::object &tokens, const py::object &begin, const py::obj
                     call.read("count", count, Type::i64, V).as<int64_t>(),
                     call.read("degree", degree, Type::i64, V).as<int64_t>(),
                     call.read("size", size, Type::i64, 1).as<int64_t>()};
-  call.run_on_cpu([&] { cpu::tree_build(b, threads); });
+  call.run([&] { cpu::tree_build(b, threads); }, [&](auto &queue) { cuda::tree_build(b, queue); });
 }
 
 void tree_fold(const py::object &leaf, const py::object &parent, const py::object &scale, const py::object &x,
@@ -44,7 +44,7 @@ void tree_fold(const py::object &leaf, const py::object &parent, const py::objec
                    call.read("y", y, accumulated(values.type), V).data,
                    R,
                    V};
-  call.run_on_cpu([&] { cpu::tree_fold(f); });
+  call.run([&] { cpu::tree_fold(f); }, [&](auto &queue) { cuda::tree_fold(f, queue); });
 }
 
 void expand(const py::object &begin, const py::object &end, const py::object &mask, const py::object &row,
@@ -63,12 +63,7 @@ void expand(const py::object &begin, const py::object &end, const py::object &ma
                  call.optional("body", body, out.type, V).data,
                  call.optional("head", head, out.type, V).data,
                  out.data};
-  call.run([&] { cpu::expand(e, threads); },
-           [&]([[maybe_unused]] void *stream) {
-#ifdef TOKCREDIT_CUDA
-             cuda::expand(e, stream);
-#endif
-           });
+  call.run([&] { cpu::expand(e, threads); }, [&](auto &queue) { cuda::expand(e, queue); });
 }
 
 } // namespace

@@ -1,7 +1,7 @@
 #include "ops/logits.hpp"
-#include "cpu/dispatch.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/simd.hpp"
+#include "math/dispatch.hpp"
 #include "math/exponential.hpp"
 #include <algorithm>
 #include <cmath>

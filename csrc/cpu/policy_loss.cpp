@@ -1,8 +1,8 @@
 #include "ops/policy_loss.hpp"
-#include "cpu/dispatch.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/simd.hpp"
+#include "math/dispatch.hpp"
 #include "math/surrogate.hpp"
 #include <limits>
 #include <memory>
@@ -86,14 +86,39 @@ TOKCREDIT_EVALUATE_ALL(double)
 #undef TOKCREDIT_EVALUATE_ALL
 #undef TOKCREDIT_EVALUATE
 
+// What a row has summed up so far.
+struct Running {
+  double log_ratio = 0;
+  int64_t position = 0;
+};
+
+template <class T, class A>
+void accumulate(const PolicyLoss &p, const T *reference, int64_t n, Block<A> &b, Running &run) {
+  const A bound = A(p.bound);
+  for (int64_t i = 0; i < n; ++i) {
+    if (b.live[i] != A(0))
+      run.log_ratio += double(bounded(A(b.log_prob[i] - load(reference[i])), -bound, bound));
+    b.raw[i] = A(run.log_ratio);
+  }
+}
+
+// Leaves a masked token the width of the one before it.
+template <class A> void widen(const PolicyLoss &p, int64_t n, Block<A> &b, Running &run) {
+  for (int64_t i = 0; i < n; ++i)
+    b.width[i] = A(run.position += b.live[i] != A(0));
+  for (int64_t i = 0; i < n; ++i)
+    b.width[i] = growth(b.width[i], A(p.power));
+}
+
 template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b) {
   const A infinity = std::numeric_limits<A>::infinity();
   const T *log_probs = static_cast<const T *>(p.log_probs), *reference = static_cast<const T *>(p.reference);
   A *gradient = static_cast<A *>(p.gradient);
   const bool *mask = p.rows.mask;
   const Lane<A> log_ratio(p.log_ratio, r, 0), advantages(p.advantages, r, 1), weights(p.weights, r, 1),
-      low(p.low, r, -infinity), high(p.high, r, infinity), cap(p.cap, r, infinity), width(p.width, r, 1);
-  const bool subtract = reference && !p.log_ratio.data;
+      low(p.low, r, -infinity), high(p.high, r, infinity), cap(p.cap, r, infinity);
+  const bool subtract = reference && !p.log_ratio.data && !p.cumulative;
+  Running run;
   std::fill(b.live, b.live + block, A(1));
   log_ratio.begin(b.raw);
   advantages.begin(b.advantage);
@@ -101,7 +126,7 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
   low.begin(b.low);
   high.begin(b.high);
   cap.begin(b.cap);
-  width.begin(b.width);
+  std::fill(b.width, b.width + block, A(1));
   double stats[loss_stats] = {};
   for (int64_t first = p.rows.begin[r]; first < p.rows.end[r]; first += block) {
     const int64_t n = std::min(block, p.rows.end[r] - first);
@@ -113,6 +138,8 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
     if (subtract)
       for (int64_t i = 0; i < n; ++i)
         b.raw[i] = b.live[i] != A(0) ? b.log_prob[i] - load(reference[first + i]) : A(0);
+    else if (p.cumulative)
+      accumulate(p, reference + first, n, b, run);
     else
       log_ratio.read(first, n, b.live, A(0), b.raw);
     advantages.read(first, n, b.live, A(0), b.advantage);
@@ -120,7 +147,8 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
     low.read(first, n, b.live, A(0), b.low);
     high.read(first, n, b.live, A(0), b.high);
     cap.read(first, n, b.live, A(0), b.cap);
-    width.read(first, n, b.live, A(1), b.width);
+    if (p.power != 0)
+      widen(p, n, b, run);
     evaluate(Surrogate(p.surrogate), b, n, A(p.clamp_low), A(p.clamp_high));
     for (int c = 0; c < loss_stats; ++c) {
       std::fill(b.columns[c] + n, b.columns[c] + block, A(0));

@@ -1,7 +1,7 @@
 #include "ops/scan.hpp"
-#include "cpu/dispatch.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
+#include "math/dispatch.hpp"
 
 namespace tokcredit::cpu {
 namespace {

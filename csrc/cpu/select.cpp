@@ -1,49 +1,16 @@
 #include "ops/select.hpp"
-#include "cpu/dispatch.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
+#include "math/dispatch.hpp"
+#include "math/order.hpp"
+#include "math/variance.hpp"
 #include <array>
-#include <cstring>
 #include <limits>
 #include <numeric>
 #include <vector>
 
 namespace tokcredit::cpu {
 namespace {
-
-// An unsigned integer that orders as the number does.
-uint32_t key(float x) {
-  if (x != x)
-    return ~uint32_t(0);
-  x += 0.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-uint64_t key(double x) {
-  if (x != x)
-    return ~uint64_t(0);
-  x += 0.0;
-  uint64_t bits;
-  std::memcpy(&bits, &x, 8);
-  return bits >> 63 ? ~bits : bits | (uint64_t(1) << 63);
-}
-float number(uint32_t k) {
-  if (k == ~uint32_t(0))
-    return std::numeric_limits<float>::quiet_NaN();
-  k = k & 0x80000000u ? k & 0x7fffffffu : ~k;
-  float x;
-  std::memcpy(&x, &k, 4);
-  return x;
-}
-double number(uint64_t k) {
-  if (k == ~uint64_t(0))
-    return std::numeric_limits<double>::quiet_NaN();
-  k = k >> 63 ? k & ~(uint64_t(1) << 63) : ~k;
-  double x;
-  std::memcpy(&x, &k, 8);
-  return x;
-}
 
 // Rows of each scope, in order.
 struct Scopes {
@@ -68,7 +35,7 @@ using Histogram = std::array<int64_t, 1 << digit_bits>;
 
 template <class T> struct Scope {
   using A = accumulate_t<T>;
-  using Key = decltype(key(A{}));
+  using Key = decltype(order_key(A{}));
   const Select &s;
   const int64_t *row;
   int64_t rows;
@@ -78,7 +45,7 @@ template <class T> struct Scope {
     for (int64_t i = first; i < last; ++i)
       for (int64_t t = s.rows.begin[row[i]]; t < s.rows.end[row[i]]; ++t)
         if (!s.rows.mask || s.rows.mask[t])
-          body(t, key(A(load(x[t]))));
+          body(t, order_key(A(load(x[t]))));
   }
 
   // Integer counts add up to the same in any order, so each chunk adds its own when it is done.
@@ -175,7 +142,7 @@ void kth(const Select &s, void *values, int threads) {
       int64_t above;
       const int64_t rank = scope.size() - 1 - s.wanted[g];
       const bool exists = rank >= 0 && s.wanted[g] >= 0 && scope.find(rank, inner, found, above);
-      static_cast<A *>(values)[g] = exists ? number(found) : std::numeric_limits<A>::quiet_NaN();
+      static_cast<A *>(values)[g] = exists ? number_of(found) : std::numeric_limits<A>::quiet_NaN();
     });
   });
 }
@@ -188,31 +155,9 @@ void maximum_variance(const MaximumVariance &m) {
     const int64_t size = scopes.start[g + 1] - scopes.start[g], keep = std::min(m.wanted[g], size);
     if (keep <= 0)
       continue;
-    std::stable_sort(row, row + size, [&](int64_t a, int64_t b) { return key(m.x[a]) > key(m.x[b]); });
-    // About the mean, so that the sums of squares keep their digits.
-    double mean = 0;
-    for (int64_t i = 0; i < size; ++i)
-      mean += m.x[row[i]] / double(size);
-    const auto centred = [&](int64_t i) { return m.x[row[i]] - mean; };
-    double sum = 0, square = 0;
-    for (int64_t i = size - keep; i < size; ++i) {
-      sum += centred(i);
-      square += centred(i) * centred(i);
-    }
-    int64_t best = 0;
-    double most = -1;
-    for (int64_t i = 0;; ++i) {
-      const double variance = square / double(keep) - sum / double(keep) * (sum / double(keep));
-      if (variance > most * (1 + 1e-12) + 1e-300) {
-        most = variance;
-        best = i;
-      }
-      if (i == keep)
-        break;
-      const double in = centred(i), out = centred(size - keep + i);
-      sum += in - out;
-      square += in * in - out * out;
-    }
+    std::stable_sort(row, row + size,
+                     [&](int64_t a, int64_t b) { return order_key(m.x[a]) > order_key(m.x[b]); });
+    const int64_t best = most_varied(size, keep, [&](int64_t i) { return m.x[row[i]]; });
     for (int64_t i = 0; i < size; ++i)
       m.chosen[row[i]] = i < best || i >= size - (keep - best);
   }

@@ -1,7 +1,7 @@
 #include "ops/tree.hpp"
-#include "cpu/dispatch.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
+#include "math/dispatch.hpp"
 #include <cstring>
 #include <vector>
 

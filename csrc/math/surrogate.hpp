@@ -37,6 +37,11 @@ template <class A> TOKCREDIT_FN A bounded(A x, A low, A high) {
   return x > high ? high : x;
 }
 
+// How much wider the window is at a position, counted from 1.
+template <class A> TOKCREDIT_FN A growth(A position, A power) {
+  return power == A(0) ? A(1) : power == A(0.5) ? std::sqrt(position) : std::pow(position, power);
+}
+
 // Selects instead of branches, so that a loop over tokens becomes vector code.
 template <Surrogate kind, class A> TOKCREDIT_FN Paid<A> surrogate(const Token<A> &t) {
   const A q = exponential(t.log_ratio), x = t.log_ratio, a = t.advantage;

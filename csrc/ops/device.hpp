@@ -1,8 +1,10 @@
-// The tensor's CUDA device for the length of a call; the caller's is restored afterwards.
+// What a CUDA operation runs on: a device, a stream, and scratch memory.
 #pragma once
+#include <cstdint>
 
 namespace tokcredit::cuda {
 
+// The tensor's device for the length of a call; the caller's is restored afterwards.
 class DeviceGuard {
 public:
   explicit DeviceGuard(int device);
@@ -12,6 +14,25 @@ public:
 
 private:
   int previous_; // -1: it was current already
+};
+
+// The current stream of the tensor's device, and scratch memory on it. Scratch comes from torch's allocator:
+// an operation makes no cudaMalloc and waits for nothing, so it can be captured in a graph. It may be used
+// by kernels launched on the stream until the call returns.
+class Queue {
+public:
+  explicit Queue(void *stream) : stream_(stream) {}
+  virtual void *allocate(int64_t bytes) = 0;
+  template <class T> T *allocate_array(int64_t count) {
+    return static_cast<T *>(allocate(count * int64_t(sizeof(T))));
+  }
+  void *stream() const { return stream_; }
+
+protected:
+  ~Queue() = default;
+
+private:
+  void *stream_;
 };
 
 } // namespace tokcredit::cuda

@@ -10,7 +10,8 @@
 //     log_probs -0.6931   entropies 1.2425   logsumexp 1.7918
 //
 // A token of -1 marks a row that takes no part: it is not read, its outputs and its gradient are 0. Any other
-// token outside [0, vocabulary) is an error.
+// token outside [0, vocabulary) is an error; on CUDA, where an error would mean to wait for the device, its
+// row is NaN.
 //
 // The gradient, with a = grad_log_probs[i], h = grad_entropies[i] (null for 0), H = entropies[i]:
 //     grad[i][j] = (a * (1[j == token] - p[j]) - h * p[j] * (log p[j] + H)) / temperature
@@ -18,8 +19,8 @@
 //
 // logits and grad are any float type; log_probs, entropies and their gradients are float32, or float64 when
 // logits is; logsumexp is float64 always: with logits of 1e4 a float32 one would cost three digits of p.
-// tokens are int32 or int64. No (rows, vocabulary) temporary. Forward: logits are read twice, the second time
-// from cache; backward: one read, one write.
+// tokens are int32 or int64. No (rows, vocabulary) temporary. Forward: logits are read once, or a
+// second time from cache; backward: one read, one write.
 #pragma once
 #include "ops/array.hpp"
 
@@ -55,5 +56,10 @@ namespace cpu {
 void logits(const LogitsForward &, int threads);
 void logits_gradient(const LogitsBackward &, int threads);
 } // namespace cpu
+namespace cuda {
+class Queue;
+void logits(const LogitsForward &, Queue &);
+void logits_gradient(const LogitsBackward &, Queue &);
+} // namespace cuda
 
 } // namespace tokcredit

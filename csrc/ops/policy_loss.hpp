@@ -2,7 +2,11 @@
 // pass.
 //
 // For every unmasked token t of row r:
-//     log_ratio = clamp(given log_ratio, or log_probs - reference)
+//     difference = log_probs - reference
+//     log_ratio = clamp(given log_ratio, or difference,
+//                       or the sum over the row's unmasked tokens up to t of difference within [-bound,
+//                       bound])
+//     width = (number of the row's unmasked tokens up to t) ^ power
 //     value, gradient = surrogate(log_ratio, log_probs, advantages, low * width, high * width, cap * width)
 //     stats[r] += weights * value, ...;     gradient[t] = weights * gradient
 // and gradient is 0 elsewhere. The derivative is with respect to the token's own log-prob only, whatever
@@ -12,7 +16,8 @@
 //     ratio      1  1.65                    value -2 -2.4    gradient -1 0    stats.loss -2.2
 //
 // stats[r] holds, in float64: loss, tokens, stopped below, stopped above, capped, sum of ratios,
-// sum of (ratio - 1 - log_ratio). Time: one read of each operand, one write of the gradient.
+// sum of (ratio - 1 - log_ratio). Sums along a row are kept in double. Time: one read of each operand, one
+// write of the gradient.
 #pragma once
 #include "ops/array.hpp"
 
@@ -32,8 +37,11 @@ struct PolicyLoss {
   Type type;             // of log_probs and reference; the operands are its accumulation type
   const void *log_probs; // [N]
   const void *reference; // [N], or null: then log_ratio is given, or is 0
-  Operand log_ratio, advantages, weights, low, high, cap, width;
+  Operand log_ratio, advantages, weights, low, high, cap;
   int32_t surrogate; // enum Surrogate in math/surrogate.hpp
+  bool cumulative;   // log_ratio is the sum along the row; takes reference, and no given log_ratio
+  double bound;
+  double power;
   double clamp_low, clamp_high;
   double *stats;  // [R, loss_stats]
   void *gradient; // [N] of the accumulation type, or null
@@ -43,7 +51,8 @@ namespace cpu {
 void policy_loss(const PolicyLoss &, int threads);
 }
 namespace cuda {
-void policy_loss(const PolicyLoss &, void *stream);
-}
+class Queue;
+void policy_loss(const PolicyLoss &, Queue &);
+} // namespace cuda
 
 } // namespace tokcredit

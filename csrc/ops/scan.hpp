@@ -31,7 +31,8 @@ namespace cpu {
 void scan(const Scan &, int threads);
 }
 namespace cuda {
-void scan(const Scan &, void *stream);
-}
+class Queue;
+void scan(const Scan &, Queue &);
+} // namespace cuda
 
 } // namespace tokcredit

@@ -40,5 +40,10 @@ namespace cpu {
 void segment_rows(const SegmentRows &, int threads);
 void segment_ids(const SegmentIds &);
 } // namespace cpu
+namespace cuda {
+class Queue;
+void segment_rows(const SegmentRows &, Queue &);
+void segment_ids(const SegmentIds &, Queue &);
+} // namespace cuda
 
 } // namespace tokcredit

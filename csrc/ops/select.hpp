@@ -37,5 +37,11 @@ void top_k(const Select &, bool *chosen, int threads); // [N]
 void kth(const Select &, void *values, int threads);   // [scopes] of x's accumulation type, NaN if none
 void maximum_variance(const MaximumVariance &);
 } // namespace cpu
+namespace cuda {
+class Queue;
+void top_k(const Select &, bool *chosen, Queue &);
+void kth(const Select &, void *values, Queue &);
+void maximum_variance(const MaximumVariance &, Queue &);
+} // namespace cuda
 
 } // namespace tokcredit

@@ -70,7 +70,10 @@ void tree_fold(const TreeFold &);
 void expand(const Expand &, int threads);
 } // namespace cpu
 namespace cuda {
-void expand(const Expand &, void *stream);
-}
+class Queue;
+void tree_build(const TreeBuild &, Queue &);
+void tree_fold(const TreeFold &, Queue &);
+void expand(const Expand &, Queue &);
+} // namespace cuda
 
 } // namespace tokcredit

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -24,6 +25,17 @@ def _found(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _plugins() -> dict[str, str]:
+    """What verl knows of tokcredit; verl itself hides why a plugin did not load."""
+    if _found("verl") == "not installed":
+        return {}
+    try:
+        from tokcredit.adapters import verl
+    except Exception as error:
+        return {"verl plugins": f"failed to load: {error!r}"}
+    return {f"verl {kind}": names for kind, names in verl.registered().items()}
 
 
 def _print(lines: dict[str, str]) -> None:
@@ -46,6 +58,7 @@ def info() -> None:
             "threads": str(tc.num_threads()),
             "methods": ", ".join(tc.methods.names()),
             **{host: _found(host) for host in ("trl", "verl", "vllm")},
+            **_plugins(),
         }
     )
 
@@ -75,9 +88,40 @@ def _compare(
     train.compare(methods, settings, seeds)
 
 
+def _inspect(
+    path: tyro.conf.Positional[Path],
+    method: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
+    tokenizer: str | None = None,
+    step: int | None = None,
+    prompt: int = 1,
+) -> None:
+    """Show which tokens were paid and why: one prompt here, or all of them in a page.
+
+    Args:
+        path: run folder, rollouts-*.parquet, TRL's completions_*.parquet, or .jsonl such as verl's.
+        method: may be repeated; the run's own and grpo by default.
+        output: HTML file to write.
+        tokenizer: folder or name, for files that hold text and no token ids.
+        step: the last by default.
+        prompt: which one to print, from 1.
+    """
+    from tokcredit.inspect import run
+
+    written = run(path, method, output, tokenizer, step, prompt)
+    if written is not None:
+        _print({"report": str(written)})
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one of the commands on ``arguments``, the command line by default."""
-    commands: dict[str, Callable[..., Any]] = {"train": _train, "compare": _compare, "info": info, "methods": methods}
+    commands: dict[str, Callable[..., Any]] = {
+        "train": _train,
+        "compare": _compare,
+        "inspect": _inspect,
+        "info": info,
+        "methods": methods,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="tokcredit", description=tc.__doc__, args=None if arguments is None else list(arguments)

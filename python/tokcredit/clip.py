@@ -10,19 +10,23 @@ from torch import Tensor
 
 from tokcredit import scan
 from tokcredit.choice import Choice
+from tokcredit.ops import Rows
 from tokcredit.rollouts import Rollouts
 from tokcredit.score import Score
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """Surrogate and bounds on the log-ratio, each one number or ``[N]``; ``width`` ``[N]`` scales them per token."""
+    """Surrogate and bounds on the log-ratio, each one number or ``[N]``.
+
+    They widen by ``position ** power``, positions counting the tokens of the row that the policy chose, from 1.
+    """
 
     surrogate: str
     low: float | Tensor = -math.inf
     high: float | Tensor = math.inf
-    cap: float | None = None
-    width: Tensor | None = None
+    cap: float | Tensor | None = None
+    power: float = 0.0
 
     def at(self, positions: Tensor) -> Window:
         """The windows of these tokens."""
@@ -30,13 +34,15 @@ class Window:
         def pick(x: Any) -> Any:
             return x[positions] if isinstance(x, Tensor) else x
 
-        return replace(self, low=pick(self.low), high=pick(self.high), width=pick(self.width))
+        return replace(self, low=pick(self.low), high=pick(self.high), cap=pick(self.cap))
 
-    @property
-    def bounds(self) -> tuple[float | Tensor, float | Tensor]:
-        """Lower and upper bound on the log-ratio of each token."""
-        width = 1 if self.width is None else self.width
-        return self.low * width, self.high * width
+    def spelled_out(self, rows: Rows, size: int) -> Window:
+        """The same with the bounds of each token in place of the power."""
+        if not self.power:
+            return self
+        width = scan.positions(rows, size).clamp_(min=1).pow_(self.power)
+        cap = None if self.cap is None else self.cap * width
+        return replace(self, low=self.low * width, high=self.high * width, cap=cap, power=0.0)
 
 
 class Clip(Protocol):
@@ -89,12 +95,7 @@ class growing(Choice):
     cap: float | None = None
 
     def __call__(self, batch: Rollouts) -> Window:
-        width = None
-        if self.power:
-            position = scan.positions(batch.rows, batch.num_tokens).clamp_(min=1)
-            # torch's general power is ten times slower than its root.
-            width = position.sqrt_() if self.power == 0.5 else position.pow_(self.power)
-        return Window("clip", -self.low, self.high, self.cap, width)
+        return Window("clip", -self.low, self.high, self.cap, self.power)
 
 
 @dataclass(frozen=True)

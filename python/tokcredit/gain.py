@@ -65,7 +65,7 @@ class outside_center(Choice):
 
     def __call__(self, log_ratio: Tensor, window: Window, signal: Tensor | None) -> Tensor:
         assert signal is not None
-        low, high = (torch.as_tensor(bound, device=log_ratio.device).expm1() / 2 for bound in window.bounds)
+        low, high = (torch.as_tensor(bound, device=log_ratio.device).expm1() / 2 for bound in (window.low, window.high))
         moved = log_ratio.expm1()
         still = (moved > low) & (moved < high)
         return torch.where((signal > 0) != still, 1 + self.strength * signal, 1)

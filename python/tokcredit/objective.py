@@ -48,6 +48,8 @@ class Objective(Choice):
     ) -> Prepared:
         """Credit, selection and weights of a batch of whole groups.
 
+        On CUDA this waits for the device: credit stages count their groups, and a packed batch its longest row.
+
         Args:
             batch: the rollouts; groups must be complete. An objective that ``spans_groups`` must see the rows of all
                 ranks: each rank then takes its own by :meth:`Prepared.select`.
@@ -111,7 +113,8 @@ class Objective(Choice):
         """Loss of a batch or of a part of it, with its gradient to ``log_probs`` (layout of the batch).
 
         An objective of another ``variable`` is given that in place of ``log_probs``. With ``old_log_probs`` absent the
-        ratio is exactly 1 (on policy), with the gradient it has there.
+        ratio is exactly 1 (on policy), with the gradient it has there. On CUDA nothing here waits for the device, so
+        that it can be captured in a graph together with its backward pass.
         """
         return _evaluate(prepared, prepared.batch.flat(log_probs, "log_probs"))
 
@@ -123,6 +126,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
     log_ratio, window = objective.ratio(batch.rows, current, old), prepared.window
     advantages = prepared.credits
     if objective.gain is not None:
+        window = window.spelled_out(batch.rows, batch.num_tokens)
         factor = objective.gain(log_ratio.per_token(batch.rows, current), window, prepared.signal)
         advantages = product(advantages, factor, batch)
 
@@ -132,6 +136,9 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
     weight = prepared.row_weights
     if prepared.multiplier is not None:
         weight = product(prepared.multiplier, weight, batch)
+    if (log_ratio.cumulative or window.power) and (objective.weights or objective.sampling is not None):
+        # Tokens left out of training stay part of what sums and positions count, at weight 0.
+        rows, weight = batch.rows, product(prepared.mask.to(weight.dtype), weight, batch)
     value, stats = ops.policy_loss(
         log_probs,
         rows,
@@ -143,7 +150,9 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
         low=number(window.low),
         high=number(window.high),
         cap=number(window.cap),
-        width=window.width,
+        cumulative=log_ratio.cumulative,
+        bound=log_ratio.bound,
+        power=window.power,
         clamp=log_ratio.clamp,
     )
     totals = dict(zip(ops.LOSS_STATS, stats.sum(0), strict=True))

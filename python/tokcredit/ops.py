@@ -244,14 +244,14 @@ LOSS_STATS = ("loss", "tokens", "below", "above", "capped", "ratio", "divergence
 define(
     "tokcredit::policy_loss",
     "(Tensor log_probs, Tensor? reference, Tensor? log_ratio, Tensor? advantages, Tensor? weights, Tensor? low, "
-    "Tensor? high, Tensor? cap, Tensor? width, Tensor begin, Tensor end, Tensor? mask, int surrogate, "
-    "float clamp_low, float clamp_high, bool differentiate, int threads) -> (Tensor, Tensor)",
+    "Tensor? high, Tensor? cap, Tensor begin, Tensor end, Tensor? mask, int surrogate, bool cumulative, float bound, "
+    "float power, float clamp_low, float clamp_high, bool differentiate, int threads) -> (Tensor, Tensor)",
 )
 
 
 @register_fake("tokcredit::policy_loss")
 def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    begin, differentiate = arguments[8], arguments[14]
+    begin, differentiate = arguments[7], arguments[16]
     return (
         log_probs.new_empty((begin.shape[0], len(LOSS_STATS)), dtype=torch.float64),
         log_probs.new_empty(log_probs.shape if differentiate else (0,), dtype=_accumulated(log_probs.dtype)),
@@ -261,7 +261,7 @@ def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Te
 @impl("tokcredit::policy_loss", _DEVICES)
 def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     stats, gradient = _policy_loss_outputs(log_probs, *arguments)
-    *tensors, begin, end, mask, surrogate, low, high, differentiate, threads = arguments
+    *tensors, begin, end, mask, surrogate, cumulative, bound, power, low, high, differentiate, threads = arguments
     if begin.numel() == 0:
         return stats, gradient.zero_()
     _C.policy_loss(
@@ -271,6 +271,9 @@ def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         end,
         _plain(mask),
         surrogate,
+        cumulative,
+        bound,
+        power,
         low,
         high,
         stats,
@@ -307,7 +310,9 @@ def policy_loss(
     low: Tensor | None = None,
     high: Tensor | None = None,
     cap: Tensor | None = None,
-    width: Tensor | None = None,
+    cumulative: bool = False,
+    bound: float = float("inf"),
+    power: float = 0.0,
     clamp: tuple[float, float] = (-float("inf"), float("inf")),
 ) -> tuple[Tensor, Tensor]:
     """Sum of the weighted surrogate over all rows, and ``LOSS_STATS`` ``[R, 7]``; see ``csrc/ops/policy_loss.hpp``.
@@ -320,12 +325,15 @@ def policy_loss(
         common = torch.promote_types(log_probs.dtype, reference.dtype)
         log_probs, reference = log_probs.to(common), reference.to(common)
         dtype = _accumulated(common)
-    operands = [None if x is None else x.to(dtype) for x in (log_ratio, advantages, weights, low, high, cap, width)]
+    operands = [None if x is None else x.to(dtype) for x in (log_ratio, advantages, weights, low, high, cap)]
     arguments = (
         reference,
         *operands,
         *rows,
         SURROGATES.index(surrogate),
+        cumulative,
+        bound,
+        power,
         *clamp,
         log_probs.requires_grad and torch.is_grad_enabled(),
         num_threads(),
@@ -334,12 +342,6 @@ def policy_loss(
         return _PolicyLoss.apply(log_probs, *arguments)
     stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
     return stats[:, 0].sum().to(dtype), stats
-
-    if arguments[-2]:
-        stats = _PolicyLoss.apply(log_probs, *arguments)
-    else:
-        stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
-    return stats[:, 0].sum().to(dtype), stats.detach()
 
 
 # -- logits -------------------------------------------------------------------------------------------------

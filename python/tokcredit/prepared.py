@@ -97,7 +97,7 @@ class Prepared:
         batch = self.batch
         lengths = segment.count(batch.tokens, self.rows).long()
         trained = lengths > 0
-        present = torch.bincount(batch.group_index[trained], minlength=batch.num_groups) > 0
+        present = segment.sum(trained.double(), segment.Ids(batch.group_index, batch.num_groups)) > 0
 
         def count(number: int | None, counted: Tensor) -> Tensor:
             return counted if number is None else torch.full_like(counted, number)

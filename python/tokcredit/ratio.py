@@ -5,6 +5,7 @@ Whatever a ratio is made of, its gradient reaches only the log-prob of the curre
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -16,18 +17,27 @@ from tokcredit.ops import Rows
 
 
 class LogRatio(NamedTuple):
-    """How the loss gets ``log q``: given (``[N]`` or ``[R, 1]``), or as log_probs minus ``reference``, or 0."""
+    """How the loss gets ``log q``: given (``[N]`` or ``[R, 1]``), or as log_probs minus ``reference``, or 0.
+
+    ``cumulative`` sums the differences along the row, each within ``[-bound, bound]``. The result is held in ``clamp``.
+    """
 
     log_ratio: Tensor | None
     reference: Tensor | None
     clamp: tuple[float, float]
+    cumulative: bool = False
+    bound: float = math.inf
 
     def per_token(self, rows: Rows, log_probs: Tensor) -> Tensor:
         """``log q`` of each token, ``[N]``; as the loss computes it."""
-        if self.log_ratio is None:
-            x = log_probs * 0 if self.reference is None else log_probs - self.reference
-        else:
+        if self.log_ratio is not None:
             x = self.log_ratio if self.log_ratio.dim() == 1 else ops.spread(self.log_ratio[:, 0], rows, log_probs)
+        elif self.reference is None:
+            x = log_probs * 0
+        else:
+            x = log_probs - self.reference
+            if self.cumulative:
+                x = scan.cumulative(x.clamp(-self.bound, self.bound), rows)
         return x.clamp(*self.clamp)
 
 
@@ -35,11 +45,6 @@ class Ratio(Protocol):
     """The log-ratio of each token between the current policy and the one the update started from."""
 
     def __call__(self, rows: Rows, log_probs: Tensor, old_log_probs: Tensor) -> LogRatio: ...
-
-
-def _difference(rows: Rows, log_probs: Tensor, old_log_probs: Tensor, bound: float) -> Tensor:
-    difference = (log_probs.float() if log_probs.dtype.itemsize < 4 else log_probs) - old_log_probs
-    return difference.clamp_(-bound, bound)
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,9 @@ class sequence(Choice):
     high: float = 10.0
 
     def __call__(self, rows: Rows, log_probs: Tensor, old_log_probs: Tensor) -> LogRatio:
-        mean = segment.mean(_difference(rows, log_probs, old_log_probs, self.bound), rows)
-        return LogRatio(mean[:, None], None, (-float("inf"), self.high))
+        difference = (log_probs.float() if log_probs.dtype.itemsize < 4 else log_probs) - old_log_probs
+        mean = segment.mean(difference.clamp_(-self.bound, self.bound), rows)
+        return LogRatio(mean[:, None], None, (-math.inf, self.high))
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,7 @@ class cumulative(Choice):
     high: float = 10.0
 
     def __call__(self, rows: Rows, log_probs: Tensor, old_log_probs: Tensor) -> LogRatio:
-        total = scan.cumulative(_difference(rows, log_probs, old_log_probs, self.bound), rows)
-        return LogRatio(total, None, (-float("inf"), self.high))
+        return LogRatio(None, old_log_probs, (-math.inf, self.high), cumulative=True, bound=self.bound)
 
 
 @dataclass(frozen=True)

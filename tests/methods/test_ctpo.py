@@ -4,7 +4,6 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.ops import Rows
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -31,15 +30,24 @@ def test_formula(seed, cap, token_mean):
 
 
 def test_by_hand():
-    rows = Rows(torch.tensor([0]), torch.tensor([4]), torch.tensor([True, True, False, True]))
-    log_ratio = tc.ratio.cumulative()(rows, torch.tensor([0.04, 0.04, -0.2, 0.01]), torch.zeros(4)).log_ratio
-    batch = tc.Rollouts(torch.arange(4), torch.tensor([0, 4]), torch.tensor([0]), torch.tensor([1.0]), rows.mask)
-    window = tc.clip.growing(0.025, 0.05, 0.5)(batch)
-    assert log_ratio.tolist() == pytest.approx([0.04, 0.08, 0.0, 0.09])
-    upper = window.high * window.width
-    assert upper[[0, 1, 3]].tolist() == pytest.approx([0.05, 0.0707, 0.0866], abs=1e-4)
-    clipped = torch.minimum(log_ratio, upper)[[0, 1, 3]]
-    assert clipped.tolist() == pytest.approx([0.04, 0.0707, 0.0866], abs=1e-4)
+    batch = tc.Rollouts(
+        torch.arange(5),
+        torch.tensor([0, 4, 5]),
+        torch.zeros(2, dtype=torch.long),
+        torch.tensor([1.0, 0.0]),
+        torch.tensor([True, True, False, True, False]),
+        old_log_probs=torch.zeros(5),
+    )
+    # Sums 0.04, 0.08, 0.09 against bounds 0.05, 0.0707, 0.0866: the last two are stopped.
+    log_probs = torch.tensor([0.04, 0.04, -0.2, 0.01, 0.0], requires_grad=True)
+    objective = tc.methods.ctpo()
+    out = objective.loss(objective.prepare(batch), log_probs)
+    out.loss.backward()
+    advantage = 0.5 / math.sqrt(0.5)
+    expected = -advantage / 3 * (math.exp(0.04) + math.exp(0.05 * math.sqrt(2)) + math.exp(0.05 * math.sqrt(3)))
+    assert out.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert log_probs.grad.tolist() == pytest.approx([-advantage / 3 * math.exp(0.04), 0, 0, 0, 0], rel=1e-5)
+    assert out.metrics["clip_high"].item() == pytest.approx(2 / 3)
 
 
 def test_tokens_of_negative_rows_are_stopped_on_both_sides():

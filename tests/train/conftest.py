@@ -1,7 +1,4 @@
 import pytest
-
-pytest.importorskip("transformers", reason="the trainer's packages are not installed")
-
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, Settings
 
 

@@ -37,7 +37,15 @@ def test_a_run_leaves_everything_behind(settings):
     assert [line["step"] for line in lines if "held_out" in line] == [0, 2, 4, 5]
     assert summary["held_out_before"] == lines[0]["held_out"] and summary["held_out_after"] == lines[5]["held_out"]
     names = {p.name for p in s.output.iterdir()}
-    assert {"settings.json", "curve.png", "model", "tokenizer", "tensorboard", "checkpoint-000005"} <= names
+    assert {
+        "settings.json",
+        "curve.png",
+        "report.html",
+        "model",
+        "tokenizer",
+        "tensorboard",
+        "checkpoint-000005",
+    } <= names
     assert not any("new" in name for name in names) and sum("checkpoint" in name for name in names) == 1
     assert sorted(p.name for p in s.output.glob("rollouts-*")) == [f"rollouts-{i:06}.parquet" for i in (2, 4, 5)]
 

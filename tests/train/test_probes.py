@@ -74,7 +74,7 @@ def test_values_are_means_over_continuations_from_the_state(trainer, batch, monk
     (states,) = asked
     prompt = WORDS("2+3=").input_ids
     # The bare prompt is asked about once for three rows, "a;" once for two.
-    assert len(states) == 5
+    assert len(states) == 4
     for t in begins:
         before = _Rows(trainer.desk, batch).before(t)
         rows = states[(*prompt, *before)]

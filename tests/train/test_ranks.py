@@ -32,7 +32,7 @@ def update(settings, rank, ranks):
     trainer = Trainer(resolved(settings))
     whole = batch(trainer)
     mine = whole.select(whole.group_ids % ranks == rank)
-    metrics = trainer.learner.learn(mine, 1, Clock()).metrics
+    metrics = trainer.learner.learn(trainer.learner.with_evidence(mine), 1, Clock()).metrics
     return metrics, torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
 
 
@@ -57,7 +57,7 @@ def free_port():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["tempo", "ba"])
+@pytest.mark.parametrize("method", ["tempo", "ba", "d3s", "pods"])
 def test_two_ranks_equal_one(settings, tmp_path, method):
     s = settings(method)
     metrics, parameters = update(s, 0, 1)
@@ -65,7 +65,7 @@ def test_two_ranks_equal_one(settings, tmp_path, method):
     (first, p0), (second, p1) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first == second and torch.equal(p0, p1)
     for name in ("loss", "grad_norm"):
-        assert first[name] == pytest.approx(metrics[name], rel=1e-4)
+        assert first[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-7)
     # AdamW's first step is lr times the sign of the gradient; where that is noise around 0 the sign is noise too.
     assert ((p0 - parameters).abs() < 1e-5).float().mean() > 0.98
 

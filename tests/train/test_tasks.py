@@ -87,6 +87,14 @@ def test_jsonl_is_checked_as_mathematics(tmp_path):
     assert p.reward(f"It is {value + 1}") == 0.0
 
 
+def test_choices_count_in_part(tmp_path):
+    file = tmp_path / "quiz.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Which {i}?", "answer": "A, C"}) + "\n" for i in range(40)))
+    p = tasks.load([f"choices({str(file)!r})"], 0.3).held_out[0]
+    replies = {"A and C": 1.0, "<answer>CA</answer>": 0.0, "<answer>C</answer> not B": 0.5, "A, B, C": 0.0, "none": 0.0}
+    assert {reply: p.reward(reply) for reply in replies} == replies
+
+
 @pytest.mark.parametrize("line", ["{", '{"prompt": "x"}', "[]"])
 def test_a_malformed_line_is_named(tmp_path, line):
     file = tmp_path / "bad.jsonl"
@@ -112,7 +120,7 @@ def test_another_reward():
         (
             ["no_such_data"],
             0.2,
-            "tasks: expected jsonl, addition, calculator or a reasoning_gym data set, got 'no_such_data'",
+            "tasks: expected jsonl, choices, addition, calculator or a reasoning_gym data set, got 'no_such_data'",
         ),
         (["products(digits=1)"], 0.2, "tasks: products: .*digits"),
         (["products(min_terms=0)"], 0.2, "tasks: products: min_terms"),

@@ -50,7 +50,9 @@ def collect(
     if not asked:
         return batch
     order = batch.group_index.argsort(stable=True)
-    parts = order.split(torch.bincount(batch.group_index).tolist() if asked & _WHOLE_GROUPS else size)
+    order = order[(batch.end > batch.begin)[order]]
+    groups = batch.group_index[order].unique_consecutive(return_counts=True)[1]
+    parts = order.split(groups.tolist() if asked & _WHOLE_GROUPS else size)
     found: dict[str, list[Tensor]] = {name: [] for name in asked}
     for rows in parts:
         for name, value in _of_part(asked, batch.select(rows), model, reference, teacher, temperature).items():

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from tokcredit import __version__
+from tokcredit.inspect import report
 from tokcredit.train import checkpoint, models
 from tokcredit.train.loop import Step, Trainer
 from tokcredit.train.record import Record, read_metrics, write
@@ -30,7 +31,7 @@ def run(settings: Settings) -> dict[str, float] | None:
     """Trains as the settings say and returns the summary; None when stopped before the end (resume continues).
 
     The folder holds ``settings.json``, ``metrics.jsonl``, ``tensorboard/``, ``rollouts-*.parquet``, ``curve.png``,
-    ``tokenizer/``, the last ``checkpoint-*`` and, at the end, ``model/`` and ``summary.json``.
+    ``tokenizer/``, the last ``checkpoint-*`` and, at the end, ``model/``, ``report.html`` and ``summary.json``.
 
     Raises:
         ValueError: the folder holds another run, or one made with other settings.
@@ -76,6 +77,7 @@ def run(settings: Settings) -> dict[str, float] | None:
         record.close()
         trainer.model.save_pretrained(folder / "model")
         trainer.tokenizer.save_pretrained(folder / "model")
+        report(folder, trainer.objective)
         write(folder / "summary.json", json.dumps(_summary(folder), indent=2) + "\n")
         _print_summary(folder)
     ranks.wait_for_everyone()
@@ -231,6 +233,7 @@ def _print_summary(folder: Path) -> None:
     table.add_row("share of credit and loss", f"{summary['share_tokcredit']:.2%}")
     table.add_row("peak memory", f"{summary['peak_memory_gib']:.1f} GiB")
     table.add_row("curve", str(folder / "curve.png"))
+    table.add_row("which tokens were paid", str(folder / "report.html"))
     Console().print(table)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections import defaultdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ from tokcredit.train.clock import Clock
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import OptimizerSettings, Settings
 
-_SUMS = ("loss", "policy_loss", "kl")
+_PER_STEP = ("loss", "policy_loss", "kl")
+_PER_TOKEN = ("ratio", "approx_kl", "clip_low", "clip_high", "clip_cap", "entropy")
 
 
 class Learnt(NamedTuple):
@@ -60,8 +61,7 @@ class Learner:
     def learn(self, batch: Rollouts, number: int, clock: Clock) -> Learnt:
         """The update of step ``number``, counted from 1, by rollouts with the evidence that the objective needs."""
         with clock("credit"):
-            progress = (number - 1) / max(self._settings.steps - 1, 1)
-            prepared = self._over_ranks(self._objective.prepare(batch, progress=progress))
+            prepared = self._over_ranks(self._prepare(batch, (number - 1) / max(self._settings.steps - 1, 1)))
         lr = learning_rate(self._settings.optimizer, number, self._settings.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -84,11 +84,17 @@ class Learner:
             scored = evidence.collect(wanted, batch, self._settings.optimizer.micro_batch, self._model)
         return scored.evidence("old_log_probs"), scored.evidence("entropies")
 
+    def _prepare(self, batch: Rollouts, progress: float) -> Prepared:
+        if self._ranks.count == 1 or not self._objective.spans_groups:
+            return self._objective.prepare(batch, progress=progress)
+        everything, mine = self._ranks.gather(batch, self._objective.needs)
+        return dataclasses.replace(self._objective.prepare(everything, progress=progress).select(mine), batch=batch)
+
     def _update(self, prepared: Prepared, number: int, clock: Clock) -> tuple[dict[str, float], Tensor]:
         o, batch = self._settings.optimizer, prepared.batch
         log_probs = torch.full((batch.num_tokens,), torch.nan, device=batch.tokens.device)
-        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        steps = 0
+        totals = dict.fromkeys((*_PER_STEP, *_PER_TOKEN, "tokens"), torch.zeros((), dtype=torch.float64))
+        steps, norms = 0, 0.0
         for epoch in range(o.epochs):
             order = np.random.default_rng([self._settings.seed, number, epoch]).permutation(batch.num_rows)
             for chosen in torch.from_numpy(order).to(batch.tokens.device).tensor_split(o.minibatches):
@@ -99,22 +105,23 @@ class Learner:
                     continue
                 # The rows of a group side by side: they share their prompt.
                 for rows in paid[part.batch.group_index[paid].argsort(stable=True)].split(o.micro_batch):
+                    if not len(rows):
+                        continue
                     drawn, metrics = self._backward(part.select(rows), clock)
                     log_probs[batch.token_positions(rows if whole else chosen[rows])[0]] = drawn
-                    tokens = metrics["tokens"]
                     for name, value in metrics.items():
-                        totals[name] += value if name in (*_SUMS, "tokens") else value * tokens
+                        totals[name] = totals[name] + value * (metrics["tokens"] if name in _PER_TOKEN else 1)
                 self._ranks.average_gradients(self._model)
-                totals["grad_norm"] += self._accelerator.clip_grad_norm_(
-                    self._model.parameters(), o.max_grad_norm
-                ).cpu()
+                norms += float(self._accelerator.clip_grad_norm_(self._model.parameters(), o.max_grad_norm))
                 self._optimizer.step()
                 self._optimizer.zero_grad()
                 steps += 1
-        tokens = totals.pop("tokens", torch.zeros(())).clamp(min=1)
-        per_step = (*_SUMS, "grad_norm")
-        means = {name: total / (steps if name in per_step else tokens) for name, total in totals.items()}
-        return self._ranks.mean(means), log_probs
+        sums = self._ranks.sum(totals)
+        means = {name: sums[name] / (max(steps, 1) * self._ranks.count) for name in _PER_STEP}
+        means |= {name: sums[name] / max(sums["tokens"], 1.0) for name in _PER_TOKEN}
+        if self._objective.kl is None:
+            del means["kl"]
+        return means | {"grad_norm": norms / max(steps, 1)}, log_probs
 
     def _backward(self, part: Prepared, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds the gradient of a micro-batch; its log-probs, and its metrics on the CPU."""

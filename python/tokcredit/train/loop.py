@@ -21,7 +21,7 @@ from tokcredit.train.learner import Learner, Learnt
 from tokcredit.train.lengths import LengthHead, LengthLearner
 from tokcredit.train.probes import PROBED, Prober
 from tokcredit.train.ranks import Ranks
-from tokcredit.train.sampler import TransformersSampler
+from tokcredit.train.sampler import Sampler, TransformersSampler
 from tokcredit.train.settings import Settings
 from tokcredit.train.trees import Trees
 
@@ -45,7 +45,7 @@ class Trainer:
         settings: resolved ones.
 
     Raises:
-        ValueError: the objective needs evidence that is not collected, or several processes cannot carry it.
+        ValueError: the objective needs evidence that is not collected.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -60,11 +60,6 @@ class Trainer:
             )
         self.accelerator = Accelerator(mixed_precision=settings.optimizer.precision)
         self.ranks = Ranks(self.accelerator)
-        if self.ranks.count > 1 and self.objective.spans_groups:
-            raise ValueError(
-                f"method: expected one that compares rows inside their groups because there are {self.ranks.count} "
-                f"processes, got {method}"
-            )
         self.problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
         with self.accelerator.main_process_first():
             model, self.tokenizer = models.load(settings.model)
@@ -74,15 +69,27 @@ class Trainer:
         teacher = self._teacher() if evidence.needs_teacher(needs) else None
         s, half = settings.sampling, settings.optimizer.precision == "bf16"
         self.adaptive = AdaptiveTemperature(s.temperature, s.adaptive) if s.adaptive else None
-        sampler = TransformersSampler(
-            self.model, self.tokenizer, torch.bfloat16 if half else None, s.sampling_batch, self.adaptive
-        )
+        sampler: Sampler
+        if s.sampler == "vllm":
+            sampler = self._vllm(torch.bfloat16 if half else torch.float32)
+        else:
+            dtype = torch.bfloat16 if half else None
+            sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
         self.desk = Desk(settings, self.problems, self.tokenizer, sampler, self.ranks)
         self.explorer = self._explorer()
         self.learner = Learner(settings, self.objective, self.model, teacher, self.accelerator)
         self.prober = Prober(self.desk, self.learner.score)
         self.lengths = self._length_learner() if "length_values" in needs else None
         self.accelerator.register_for_checkpointing(self)
+
+    def _vllm(self, dtype: torch.dtype) -> Sampler:
+        if self.adaptive:
+            raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {self.settings.sampling.adaptive}")
+        if self.ranks.count > 1:
+            raise ValueError(f"sampler: expected transformers because there are {self.ranks.count} processes, got vllm")
+        from tokcredit.adapters import vllm
+
+        return vllm.VllmSampler.of(self.model, self.tokenizer, dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """What a step hands to the next besides weights."""
@@ -123,6 +130,10 @@ class Trainer:
                 "rows_with_credit": learnt.prepared.has_credit.double().mean(),
             }
         )
+        if batch.old_log_probs is not None and batch.rollout_log_probs is not None:
+            # How far the engine that samples is from the model that trains, in nats per token.
+            gap = (batch.old_log_probs - batch.rollout_log_probs).abs()
+            metrics |= self.ranks.mean({"engine_gap": segment.mean(gap, batch.rows).double().mean()})
         metrics |= self.ranks.sum({"tokens": batch.lengths.sum()})
         if "turn_rewards" in batch.extras:
             metrics |= self.ranks.mean({"turn_rewards": batch.extras["turn_rewards"].double().sum() / batch.num_rows})

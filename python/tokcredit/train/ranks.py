@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+
+from tokcredit.evidence import FIELDS
+from tokcredit.rollouts import Rollouts
 
 
 class Ranks:
@@ -41,6 +45,23 @@ class Ranks:
             if parameter.requires_grad:
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self._accelerator.reduce(grad, "mean")
+
+    def gather(self, batch: Rollouts, names: frozenset[str]) -> tuple[Rollouts, Tensor]:
+        """The rollouts of all processes with this evidence, and which rows of them are this process's."""
+        columns = {"tokens", "group_ids", "rewards", "response_mask", *names & set(FIELDS)}
+        own = {name: getattr(batch, name).cpu() for name in columns}
+        own |= {name: batch.evidence(name).cpu() for name in names - set(FIELDS)}
+        parts = gather_object([own | {"lengths": (batch.end - batch.begin).cpu()}])
+        device = batch.tokens.device
+        whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
+        lengths = whole.pop("lengths")
+        before = sum(len(part["rewards"]) for part in parts[: self.index])
+        together = Rollouts(
+            cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            **{name: whole[name] for name in columns},
+            extras={name: whole[name] for name in names - set(FIELDS)},
+        )
+        return together, torch.arange(before, before + batch.num_rows, device=device)
 
     def _reduced(self, numbers: Mapping[str, Tensor], how: str) -> dict[str, float]:
         if not numbers:

@@ -78,7 +78,7 @@ class ObjectiveSettings:
 class SamplingSettings:
     """How rollouts are made."""
 
-    sampler: Literal["transformers"] = "transformers"
+    sampler: Literal["transformers", "vllm"] = "transformers"
     """The engine that generates."""
     prompts: int = 0
     """Prompts per step; 0: the model's recipe."""
@@ -165,8 +165,8 @@ class Settings:
     """"smollm2", "tiny", or a folder or hub name of a causal language model."""
     tasks: tuple[str, ...] = ()
     """Tasks, mixed evenly: a reasoning_gym dataset with its configuration, e.g. "products(max_digits=1)";
-    "jsonl('file.jsonl')" of {"prompt", "answer"}; "addition(digits=2)"; "calculator(operations=2)", which has a tool.
-    The model's recipe by default."""
+    "jsonl('file.jsonl')" of {"prompt", "answer"}; "choices('file.jsonl')" of the same with letters as answer;
+    "addition(digits=2)"; "calculator(operations=2)", which has a tool. The model's recipe by default."""
     teacher: str | None = None
     """Model that a distilling method asks, with the same tokens; as model."""
     reward: str | None = None

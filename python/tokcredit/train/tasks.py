@@ -18,6 +18,7 @@ from tokcredit.train.expression import Call, parse
 
 _NUMBER = re.compile(r"(?<![\w)])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.S)
+_OPTION = re.compile(r"\b[A-Z]\b")
 _CORRECT = 0.99
 
 
@@ -78,7 +79,9 @@ def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
     from reasoning_gym.factory import DATASETS
 
     if call.name not in DATASETS:
-        raise ValueError(f"tasks: expected jsonl, addition, calculator or a reasoning_gym data set, got {call.name!r}")
+        raise ValueError(
+            f"tasks: expected jsonl, choices, addition, calculator or a reasoning_gym data set, got {call.name!r}"
+        )
     if call.positional:
         raise ValueError(f"tasks: expected {call.name}(key=value, ...), got positional arguments")
     try:
@@ -95,6 +98,20 @@ def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
     ]
 
 
+def _lines(path: str) -> list[tuple[str, str]]:
+    """Prompt and answer of each line of a JSONL file."""
+    pairs = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            pairs.append((str(record["prompt"]), str(record["answer"])))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"tasks: {path}:{number}: expected {{'prompt', 'answer'}}, got {error!r}") from None
+    return pairs
+
+
 def _jsonl(path: str) -> list[Problem]:
     """Lines of ``{"prompt", "answer"}``, checked as mathematics: 1/2 equals 0.5."""
     from math_verify import parse as parse_math
@@ -105,18 +122,29 @@ def _jsonl(path: str) -> list[Problem]:
         answer = parse_math(reply if tag is None else tag, parsing_timeout=None)
         return float(verify(gold, answer, timeout_seconds=None))
 
-    problems = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            question, answer = str(record["prompt"]), str(record["answer"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"tasks: {path}:{number}: expected {{'prompt', 'answer'}}, got {error!r}") from None
-        gold = parse_math(f"${answer}$", parsing_timeout=None)
-        problems.append(Problem(Path(path).stem, question, answer, functools.partial(reward, gold)))
-    return problems
+    return [
+        Problem(
+            Path(path).stem,
+            question,
+            answer,
+            functools.partial(reward, parse_math(f"${answer}$", parsing_timeout=None)),
+        )
+        for question, answer in _lines(path)
+    ]
+
+
+def _choices(path: str) -> list[Problem]:
+    """Lines of ``{"prompt", "answer"}`` with capital letters as answer, ``A, C``; some right ones and no wrong one
+    count in part."""
+
+    def reward(true: frozenset[str], reply: str) -> float:
+        answer = final_answer(reply, numeric=False) or ""
+        return matching.options(set(_OPTION.findall(answer)), true)
+
+    return [
+        Problem(Path(path).stem, question, answer, functools.partial(reward, frozenset(_OPTION.findall(answer))))
+        for question, answer in _lines(path)
+    ]
 
 
 def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]:
@@ -152,6 +180,8 @@ def _problems(text: str, seed: int) -> list[Problem]:
     call = parse(text, "tasks")
     if call.name == "jsonl":
         return _jsonl(*call.positional, **call.named)
+    if call.name == "choices":
+        return _choices(*call.positional, **call.named)
     if call.name == "addition":
         return _addition(*call.positional, **{"seed": seed, **call.named})
     if call.name == "calculator":

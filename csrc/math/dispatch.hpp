@@ -4,7 +4,7 @@
 #include "ops/array.hpp"
 #include <stdexcept>
 
-namespace tokcredit::cpu {
+namespace tokcredit {
 
 template <class T> struct tag {
   using type = T;
@@ -25,4 +25,4 @@ template <class Body> void with_float(Type type, Body &&body) {
   }
 }
 
-} // namespace tokcredit::cpu
+} // namespace tokcredit

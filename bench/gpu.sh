@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# On a machine with a GPU, torch for CUDA, nvcc, CMake, scikit-build-core, pybind11, pytest and hypothesis, and no
+# network: builds the wheel, runs the suite on the device, the sanitizer on the operations, and measures.
+# Usage: bench/gpu.sh [RESULTS.json]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+results=$(realpath -m "${1:-gpu.json}")
+python=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failed=0
+export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
+architecture=$("$python" -c "import torch; print('%d%d-real' % torch.cuda.get_device_capability())") || exit 1
+
+echo "== wheel for ${architecture%-real}"
+PATH="$PATH:/usr/local/cuda/bin" "$python" -m pip wheel -q --no-deps --no-build-isolation -w "$work/wheel" \
+  -C cmake.define.TOKCREDIT_CUDA=ON -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$architecture" . || exit 1
+"$python" -m pip install -q --no-deps --no-index --target "$work/site" "$work"/wheel/tokcredit-*.whl || exit 1
+export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+"$python" -c "import tokcredit, torch; print(tokcredit.build_info(), torch.__version__)" || exit 1
+
+echo "== tests"
+timeout 160 "$python" -m pytest -q -o addopts= -o filterwarnings= -p no:cacheprovider -W ignore \
+  -k "cuda or device" tests || failed=1
+
+if command -v compute-sanitizer >/dev/null || [ -x /usr/local/cuda/bin/compute-sanitizer ]; then
+  for tool in memcheck racecheck; do
+    echo "== compute-sanitizer $tool"
+    PATH="$PATH:/usr/local/cuda/bin" PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 \
+      compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 --launch-timeout 60 \
+      "$python" -m pytest -q -o addopts= -o filterwarnings= -p no:cacheprovider -W ignore \
+      -k "cuda and (worked or by_hand or duplicates or vocabulary_sizes or cumulative_ratio or long_rows)" \
+      tests/test_scan.py tests/test_segment.py tests/test_select.py tests/test_policy.py tests/test_policy_loss.py \
+      tests/test_tree.py
+    status=$?
+    [ $status -eq 0 ] || { echo "compute-sanitizer $tool: exit status $status"; failed=1; }
+  done
+else
+  echo "== compute-sanitizer: not on this machine"
+fi
+
+echo "== measurements"
+timeout 180 "$python" bench/gpu.py --json "$results" || failed=1
+exit $failed

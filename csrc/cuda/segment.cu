@@ -1,0 +1,165 @@
+// Rows: each warp reduces the pieces of rows in its tile, and a second, small kernel merges the parts of rows
+// that meet several tiles, in order. Ids: values are sorted by id, which makes them rows.
+#include "cuda/sort.cuh"
+#include "math/dispatch.hpp"
+#include "math/moments.hpp"
+#include "ops/segment.hpp"
+
+namespace tokcredit::cuda {
+namespace {
+
+// Only what `kind` needs travels between lanes.
+template <Reduction kind> __device__ Moments<kind> moments_from(const Moments<kind> &m, int lane) {
+  Moments<kind> out;
+  out.count = from_lane(m.count, lane);
+  if constexpr (kind == Reduction::sum || kind == Reduction::mean)
+    out.sum = from_lane(m.sum, lane);
+  if constexpr (kind == Reduction::var) {
+    out.mean = from_lane(m.mean, lane);
+    out.square = from_lane(m.square, lane);
+  }
+  if constexpr (kind == Reduction::minimum)
+    out.minimum = from_lane(m.minimum, lane);
+  if constexpr (kind == Reduction::maximum || kind == Reduction::logsumexp)
+    out.maximum = from_lane(m.maximum, lane);
+  if constexpr (kind == Reduction::logsumexp)
+    out.scaled = from_lane(m.scaled, lane);
+  return out;
+}
+
+template <Reduction kind> __device__ Moments<kind> merge_moments(Moments<kind> m) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Moments<kind> other = moments_from(m, lane_id() + step < 32 ? lane_id() + step : lane_id());
+    if (lane_id() % (2 * step) == 0)
+      m.merge(other);
+  }
+  return m;
+}
+
+template <class T, Reduction kind>
+__device__ Moments<kind> reduce(const SegmentRows &s, int64_t first, int64_t last) {
+  const T *x = static_cast<const T *>(s.x);
+  Moments<kind> own;
+  each_step<false>(first, last, [&](int64_t t) {
+    const Quad<bool> live = live_quad(s.rows, t, first, last);
+    Quad<T> values{};
+    if (kind != Reduction::count && (live.item[0] | live.item[1] | live.item[2] | live.item[3]))
+      values = load_quad(x, t, s.rows.size, quads_aligned(x));
+    if constexpr (kind == Reduction::var) {
+      // Four at a time: one division, not four.
+      Moments<kind> four;
+      for (int k = 0; k < quad; ++k)
+        if (live.item[k]) {
+          four.count += 1;
+          four.mean += double(load(values.item[k]));
+        }
+      if (four.count > 0)
+        four.mean /= four.count;
+      for (int k = 0; k < quad; ++k)
+        if (live.item[k]) {
+          const double d = double(load(values.item[k])) - four.mean;
+          four.square += d * d;
+        }
+      own.merge(four);
+    } else {
+#pragma unroll
+      for (int k = 0; k < quad; ++k)
+        if (live.item[k])
+          own.add(double(load(values.item[k])));
+    }
+  });
+  return merge_moments(own);
+}
+
+template <class T, Reduction kind>
+__global__ void __launch_bounds__(block_threads)
+    reduce_tiles(SegmentRows s, int64_t tiles, Moments<kind> *parts) {
+  using A = accumulate_t<T>;
+  const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
+  if (place >= tiles)
+    return;
+  const int64_t from = place * tile_size, to = min(from + tile_size, s.rows.size);
+  each_piece<false>(
+      s.rows, from, to,
+      [&](int64_t r, int64_t first, int64_t last, bool starts, bool ends) {
+        const Moments<kind> m = reduce<T, kind>(s, first, last);
+        if (lane_id() != 0)
+          return;
+        if (starts && ends)
+          static_cast<A *>(s.y)[r] = A(m.result(s.ddof));
+        else
+          parts[part_of(place, !starts)] = m;
+      },
+      [](int64_t, int64_t) {});
+}
+
+template <class A, Reduction kind>
+__global__ void __launch_bounds__(block_threads) merge_parts(SegmentRows s, const Moments<kind> *parts) {
+  const int64_t r = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
+  if (r >= s.rows.count)
+    return;
+  const int64_t begin = s.rows.begin[r], end = s.rows.end[r];
+  if (begin < end && in_one_tile(begin, end))
+    return;
+  Moments<kind> own;
+  if (begin < end) {
+    // A run of tiles for each lane, so that the parts are merged in their order.
+    const int64_t low = begin / tile_size, count = (end - 1) / tile_size + 1 - low, share = (count + 31) / 32;
+    for (int64_t k = lane_id() * share; k < min(count, (lane_id() + 1) * share); ++k)
+      own.merge(parts[part_of(low + k, k > 0)]);
+  }
+  own = merge_moments(own);
+  if (lane_id() == 0)
+    static_cast<A *>(s.y)[r] = A(own.result(s.ddof));
+}
+
+template <class T, Reduction kind> void reduce_rows(const SegmentRows &s, Queue &queue) {
+  const int64_t tiles = tiles_of(s.rows.size);
+  Moments<kind> *parts = queue.allocate_array<Moments<kind>>(2 * tiles);
+  launch("segment", queue, reduce_tiles<T, kind>, ceil_div(tiles, warps_per_block), block_threads, s, tiles,
+         parts);
+  launch("segment", queue, merge_parts<accumulate_t<T>, kind>, ceil_div(s.rows.count, warps_per_block),
+         block_threads, s, parts);
+}
+
+__global__ void make_keys(SegmentIds s, uint32_t *keys) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i < s.size) {
+    const bool inside = (!s.mask || s.mask[i]) && s.ids[i] >= 0 && s.ids[i] < s.segments;
+    keys[i] = uint32_t(inside ? s.ids[i] : s.segments);
+  }
+}
+
+// The values by id, as bits.
+template <class Bits> const void *sorted_values(const SegmentIds &s, const uint32_t **keys, Queue &queue) {
+  const auto sorted = sort_pairs("segment", queue, *keys, static_cast<const Bits *>(s.x), s.size,
+                                 bits_of(uint64_t(s.segments)));
+  *keys = sorted.keys;
+  return sorted.values;
+}
+
+} // namespace
+
+void segment_rows(const SegmentRows &s, Queue &queue) {
+  with_reduction(s.reduction, [&](auto moments) {
+    with_float(s.type, [&](auto t) {
+      reduce_rows<typename decltype(t)::type, decltype(moments)::reduction>(s, queue);
+    });
+  });
+}
+
+void segment_ids(const SegmentIds &s, Queue &queue) {
+  check_fits("segment", "segments", s.segments);
+  uint32_t *made = queue.allocate_array<uint32_t>(s.size);
+  launch("segment", queue, make_keys, ceil_div(s.size, block_threads), block_threads, s, made);
+  const uint32_t *keys = made;
+  const void *values = s.type == Type::f64   ? sorted_values<uint64_t>(s, &keys, queue)
+                       : s.type == Type::f32 ? sorted_values<uint32_t>(s, &keys, queue)
+                                             : sorted_values<uint16_t>(s, &keys, queue);
+  const int64_t *starts = starts_of("segment", queue, keys, s.size, s.segments);
+  segment_rows({{starts, starts + 1, nullptr, s.segments, s.size}, s.type, values, s.reduction, s.ddof, s.y},
+               queue);
+}
+
+} // namespace tokcredit::cuda

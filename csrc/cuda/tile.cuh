@@ -1,0 +1,140 @@
+// Warps over tiles of flat buffers: the pieces of rows inside a tile, and four tokens at a time.
+#pragma once
+#include "cuda/launch.cuh"
+#include "math/tile.hpp"
+#include "ops/array.hpp"
+
+namespace tokcredit::cuda {
+
+constexpr unsigned all_lanes = 0xffffffffu;
+constexpr int warps_per_block = 8;
+constexpr int block_threads = 32 * warps_per_block;
+
+__device__ inline int lane_id() { return int(threadIdx.x % 32); }
+
+// The number of entries of a nondecreasing array that are at most `bound`; the whole warp looks, 32 entries
+// at once.
+__device__ inline int64_t count_at_most(const int64_t *sorted, int64_t size, int64_t bound) {
+  int64_t low = 0, high = size;
+  while (low < high) {
+    const int64_t width = (high - low + 31) / 32;
+    const int64_t probe = low + (lane_id() + 1) * width - 1;
+    const bool below = probe < high && sorted[probe] <= bound;
+    low += __popc(__ballot_sync(all_lanes, below)) * width;
+    high = min(high, low + width - 1);
+  }
+  return min(low, size);
+}
+
+// Calls piece(row, first, last, starts, ends) for each row that has tokens in [from, to), and gap(first,
+// last) for the padding between them; backward from the tile's end if `reverse`. `starts` and `ends` say
+// whether the row does, in walking order, inside the tile.
+template <bool reverse, class Piece, class Gap>
+__device__ void each_piece(const Rows &rows, int64_t from, int64_t to, Piece &&piece, Gap &&gap) {
+  if constexpr (!reverse) {
+    int64_t done = from;
+    for (int64_t r = count_at_most(rows.end, rows.count, from); r < rows.count && rows.begin[r] < to; ++r) {
+      const int64_t begin = rows.begin[r], end = rows.end[r];
+      if (begin == end)
+        continue;
+      const int64_t first = max(begin, from), last = min(end, to);
+      gap(done, first);
+      piece(r, first, last, begin >= from, end <= to);
+      done = last;
+    }
+    gap(done, to);
+  } else {
+    int64_t done = to;
+    for (int64_t r = count_at_most(rows.begin, rows.count, to - 1) - 1; r >= 0 && rows.end[r] > from; --r) {
+      const int64_t begin = rows.begin[r], end = rows.end[r];
+      if (begin == end)
+        continue;
+      const int64_t first = max(begin, from), last = min(end, to);
+      gap(last, done);
+      piece(r, first, last, end <= to, begin >= from);
+      done = first;
+    }
+    gap(from, done);
+  }
+}
+
+// Steps of a piece in walking order: body(t) gets the lane's first token, which may lie outside the piece.
+template <bool reverse, class Body> __device__ void each_step(int64_t first, int64_t last, Body &&body) {
+  const int64_t low = first / step_size, high = (last - 1) / step_size;
+  for (int64_t k = 0; k <= high - low; ++k)
+    body((reverse ? high - k : low + k) * step_size + quad * (reverse ? 31 - lane_id() : lane_id()));
+}
+
+template <class T> struct alignas(sizeof(T) * quad < 16 ? sizeof(T) * quad : 16) Quad {
+  T item[quad];
+};
+
+// Tokens [t, t + 4) of a buffer of `size`; what lies beyond it is `T{}`.
+template <class T> __device__ Quad<T> load_quad(const T *p, int64_t t, int64_t size, bool aligned) {
+  if (aligned && t + quad <= size)
+    return *reinterpret_cast<const Quad<T> *>(p + t);
+  Quad<T> out{};
+#pragma unroll
+  for (int k = 0; k < quad; ++k)
+    if (t + k < size)
+      out.item[k] = p[t + k];
+  return out;
+}
+
+// Stores those of [t, t + 4) that lie in [first, last).
+template <class T>
+__device__ void store_quad(T *p, int64_t t, int64_t first, int64_t last, bool aligned, const Quad<T> &x) {
+  if (aligned && t >= first && t + quad <= last) {
+    *reinterpret_cast<Quad<T> *>(p + t) = x;
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < quad; ++k)
+    if (t + k >= first && t + k < last)
+      p[t + k] = x.item[k];
+}
+
+// Which of the four tokens take part: inside [first, last) and not masked.
+__device__ inline Quad<bool> live_quad(const Rows &rows, int64_t t, int64_t first, int64_t last) {
+  Quad<bool> out{};
+  if (t + quad <= first || t >= last)
+    return out;
+  if (rows.mask)
+    out = load_quad(rows.mask, t, rows.size, quads_aligned(rows.mask));
+#pragma unroll
+  for (int k = 0; k < quad; ++k)
+    out.item[k] = (!rows.mask || out.item[k]) && t + k >= first && t + k < last;
+  return out;
+}
+
+template <class T> __device__ void fill_zero(T *y, int64_t first, int64_t last) {
+  for (int64_t t = first + lane_id(); t < last; t += 32)
+    y[t] = T{};
+}
+
+// Any struct of 4-byte multiples from another lane.
+template <class S> __device__ S from_lane(const S &x, int lane) {
+  static_assert(sizeof(S) % 4 == 0, "whole words");
+  S out;
+  int word;
+#pragma unroll
+  for (int i = 0; i < int(sizeof(S) / 4); ++i) {
+    memcpy(&word, reinterpret_cast<const char *>(&x) + 4 * i, 4);
+    word = __shfl_sync(all_lanes, word, lane);
+    memcpy(reinterpret_cast<char *>(&out) + 4 * i, &word, 4);
+  }
+  return out;
+}
+
+// The merge of all lanes' parts in lane order, in lane 0.
+template <class M> __device__ M merge_lanes(M m) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const M other = from_lane(m, lane_id() + step < 32 ? lane_id() + step : lane_id());
+    if (lane_id() % (2 * step) == 0)
+      m.merge(other);
+  }
+  return m;
+}
+
+} // namespace tokcredit::cuda

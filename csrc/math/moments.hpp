@@ -1,0 +1,100 @@
+// What a reduction needs of the values seen so far: how one value joins, and how two parts merge.
+#pragma once
+#include "math/number.hpp"
+#include "ops/segment.hpp"
+#include <cmath>
+
+namespace tokcredit {
+
+// Moments are kept about the running mean (Welford), so that a spread far smaller than the mean keeps its
+// digits. Only the members that `kind` needs are kept up to date.
+template <Reduction kind> struct Moments {
+  static constexpr Reduction reduction = kind;
+  double count = 0, sum = 0, mean = 0, square = 0;
+  double minimum = double(INFINITY), maximum = -double(INFINITY), scaled = 0;
+
+  TOKCREDIT_FN void add(double x) {
+    count += 1;
+    if constexpr (kind == Reduction::sum || kind == Reduction::mean)
+      sum += x;
+    if constexpr (kind == Reduction::var) {
+      const double delta = x - mean;
+      mean += delta / count;
+      square += delta * (x - mean);
+    }
+    if constexpr (kind == Reduction::minimum)
+      minimum = x < minimum || x != x ? x : minimum;
+    if constexpr (kind == Reduction::maximum)
+      maximum = x > maximum || x != x ? x : maximum;
+    if constexpr (kind == Reduction::logsumexp) {
+      if (x > maximum || x != x) {
+        scaled = scaled * std::exp(maximum - x) + 1;
+        maximum = x;
+      } else if (x > -double(INFINITY)) {
+        scaled += x == maximum ? 1 : std::exp(x - maximum);
+      }
+    }
+  }
+
+  TOKCREDIT_FN void merge(const Moments &o) {
+    if (o.count == 0)
+      return;
+    const double total = count + o.count;
+    if constexpr (kind == Reduction::sum || kind == Reduction::mean)
+      sum += o.sum;
+    if constexpr (kind == Reduction::var) {
+      const double delta = o.mean - mean;
+      square += o.square + delta * delta * count * o.count / total;
+      mean += delta * o.count / total;
+    }
+    if constexpr (kind == Reduction::minimum)
+      minimum = o.minimum < minimum || o.minimum != o.minimum ? o.minimum : minimum;
+    if constexpr (kind == Reduction::logsumexp) {
+      if (o.maximum > maximum)
+        scaled = o.scaled + (maximum > -double(INFINITY) ? scaled * std::exp(maximum - o.maximum) : 0);
+      else if (o.maximum > -double(INFINITY))
+        scaled += o.scaled * (o.maximum == maximum ? 1 : std::exp(o.maximum - maximum));
+      else if (o.maximum != o.maximum)
+        scaled = o.scaled;
+    }
+    if constexpr (kind == Reduction::maximum || kind == Reduction::logsumexp)
+      maximum = o.maximum > maximum || o.maximum != o.maximum ? o.maximum : maximum;
+    count = total;
+  }
+
+  TOKCREDIT_FN double result(double ddof) const {
+    if constexpr (kind == Reduction::sum)
+      return sum;
+    else if constexpr (kind == Reduction::mean)
+      return count > 0 ? sum / count : 0;
+    else if constexpr (kind == Reduction::var)
+      return count > ddof && count > 0 ? square / (count - ddof) : 0;
+    else if constexpr (kind == Reduction::minimum)
+      return minimum;
+    else if constexpr (kind == Reduction::maximum)
+      return maximum;
+    else if constexpr (kind == Reduction::count)
+      return count;
+    else
+      return scaled > 0 || scaled != scaled ? maximum + std::log(scaled) : -double(INFINITY);
+  }
+};
+
+// The body with the reduction as a template argument.
+template <class Body> void with_reduction(int32_t reduction, Body &&body) {
+  switch (Reduction(reduction)) {
+#define TOKCREDIT_REDUCTION(kind)                                                                            \
+  case Reduction::kind:                                                                                      \
+    return body(Moments<Reduction::kind>{});
+    TOKCREDIT_REDUCTION(sum)
+    TOKCREDIT_REDUCTION(mean)
+    TOKCREDIT_REDUCTION(var)
+    TOKCREDIT_REDUCTION(minimum)
+    TOKCREDIT_REDUCTION(maximum)
+    TOKCREDIT_REDUCTION(count)
+    TOKCREDIT_REDUCTION(logsumexp)
+#undef TOKCREDIT_REDUCTION
+  }
+}
+
+} // namespace tokcredit

@@ -1,0 +1,60 @@
+"""Makes docs/inspect.png: a prompt of a report, with the numbers of a branch token, in headless Chromium.
+
+python docs/screenshot.py [RUN_FOLDER] [PROMPT]; without a run, of the seeded example that the tests use. Needs the
+extras ``inspect`` and ``test``, and Debian's packages chromium and chromium-driver.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.support.ui import WebDriverWait
+
+HERE = Path(__file__).parent
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+FLAGS += " --disable-component-update --disable-sync --hide-scrollbars --force-device-scale-factor=1.5"
+# Of the rollouts in view, the token with the most credit beyond its rollout's constant.
+TOKEN = """
+const order = view.form.elements.order;
+order.value = "number";
+order.dispatchEvent(new Event("change"));
+const method = METHODS[0], bottom = innerHeight - 260;
+const beyond = (s, t) => Math.abs(t.advantage(method, s.position) - t.group.methods[method].constant[t.row.number]);
+const spans = view.texts.flatMap(t => [...t.article.querySelectorAll(".text span")].map(s => [beyond(s, t), s]));
+return spans.filter(([, s]) => s.getBoundingClientRect().bottom < bottom).sort((a, b) => b[0] - a[0])[0]?.[1];
+"""
+
+
+def example(folder: Path) -> Path:
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    import derivations
+
+    derivations.write(folder, groups=8, rollouts=12, length=90)
+    return folder
+
+
+def main(run: str | None = None, prompt: str = "4") -> None:
+    from tokcredit import inspect
+
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(run) if run else example(Path(work) / "example")
+        page = inspect.run(folder, output=Path(work) / "report.html")
+        options = webdriver.ChromeOptions()
+        options.binary_location = "/usr/bin/chromium"
+        for flag in [*FLAGS.split(), f"--user-data-dir={work}/profile", "--window-size=1440,1420"]:
+            options.add_argument(flag)
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
+        try:
+            driver.get(f"{page.as_uri()}#{int(prompt) - 1}")
+            span = WebDriverWait(driver, 30).until(lambda d: d.execute_script(f"if (view) {{ {TOKEN} }}"))
+            ActionChains(driver).move_to_element(span).perform()
+            driver.save_screenshot(str(HERE / "inspect.png"))
+        finally:
+            driver.quit()
+    print(f"{HERE / 'inspect.png'}: {(HERE / 'inspect.png').stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

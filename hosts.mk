@@ -1,0 +1,27 @@
+# `make test-hosts`: the adapters inside the real trainers, each with an environment of its own because their pins
+# conflict. requirements/HOST.txt is the whole environment; torch comes first, so that nothing else can pick another.
+HOSTS := trl verl vllm
+
+.PHONY: test-hosts $(HOSTS:%=test-%)
+
+build/host/wheel: .venv/tools $(SOURCES)
+	rm -rf build/host
+	$(BIN)/pip wheel -q --no-deps -w build/host .
+	touch $@
+
+.venv-%/tools: requirements/%.txt
+	rm -rf .venv-$*
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install -q -U pip
+	.venv-$*/bin/pip install -q torch==2.13.0
+	.venv-$*/bin/pip install -q --no-deps -r $<
+	touch $@
+
+.venv-%/installed: .venv-%/tools build/host/wheel
+	.venv-$*/bin/pip install -q --no-deps --force-reinstall build/host/*.whl
+	touch $@
+
+$(HOSTS:%=test-%): test-%: .venv-%/installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -o filterwarnings=default tests/adapters/test_$*.py $(ARGS)
+
+test-hosts: $(HOSTS:%=test-%)

@@ -1,0 +1,266 @@
+"""verl: every method as an advantage estimator and as a policy loss, ``tokcredit_NAME`` in both registries.
+
+An entry point of the group ``verl.plugins`` loads this module in the driver and in every worker when verl is imported.
+``algorithm.adv_estimator`` picks the credit and weights stages, ``actor.policy_loss.loss_mode`` ratio, clip and
+aggregation. Estimators see token ids under :func:`rollouts`, which the trainers of
+:mod:`tokcredit.adapters.verl_trainer` enter by themselves. Tested with verl 0.9.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import entry_points
+from types import MappingProxyType, NoneType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from verl.trainer.ppo import core_algos
+from verl.workers.config import ActorConfig
+
+from tokcredit import aggregation, clip, gain, methods
+from tokcredit.adapters.evidence import given, require, untouched
+from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+
+PREFIX = "tokcredit_"
+# What an objective may read, and the name of the field in verl.
+EVIDENCE = {
+    "old_log_probs": "old_log_probs",
+    "rollout_log_probs": "rollout_log_probs",
+    "ref_log_probs": "ref_log_prob",
+    "entropies": "entropy",
+}
+_MODES: dict[type, str] = {
+    aggregation.token_mean: "token-mean",
+    aggregation.token_sum: "token-sum",
+    aggregation.sequence_mean: "seq-mean-token-mean",
+    aggregation.sequence_sum: "seq-mean-token-sum-norm",
+}
+# What can be decided without token ids, groups and rewards, none of which verl gives to a policy loss.
+_CLIPS = (clip.ppo, clip.growing, clip.weighted, clip.soft, clip.unclipped)
+_GAINS = (NoneType, gain.divergence)
+_SETTINGS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
+_DECIDED = dict.fromkeys(_SETTINGS, "the objective's clip stage bounds the ratio")
+_OBJECTIVES: dict[str, Callable[..., Objective]] = {}
+_ROLLOUTS: ContextVar[Mapping[str, Tensor] | None] = ContextVar("rollouts", default=None)
+
+
+_DENOMINATORS = "verl counts its denominators from its own mask"
+
+
+def register(name: str, objective: Callable[..., Objective]) -> None:
+    """Adds ``tokcredit_NAME`` to verl's estimators and policy losses, in this process.
+
+    verl's workers take no settings of a policy loss beyond its name, so a method with other settings is a name of its
+    own: call this in a module of ``VERL_USE_EXTERNAL_MODULES`` or of your own ``verl.plugins`` entry point.
+
+    Args:
+        name: what follows ``tokcredit_``.
+        objective: makes the objective; ``algorithm.tokcredit`` are its keyword arguments.
+    """
+    key = PREFIX + name
+    if key in _OBJECTIVES:
+        raise ValueError(f"name: expected a new one, got {name!r}")
+    _OBJECTIVES[key] = objective
+    core_algos.register_adv_est(key)(partial(_estimate, key))
+    core_algos.register_policy_loss(key)(partial(_loss, key))
+
+
+@contextmanager
+def rollouts(fields: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lets the estimators called inside read token ids and other evidence of the batch they are called on.
+
+    Args:
+        fields: ``responses`` (token ids) and ``attention_mask`` (True on real tokens, which come first), ``(B, T)`` in
+            the rows' order, and whatever else the objective reads, under verl's names.
+    """
+    token = _ROLLOUTS.set(fields)
+    try:
+        yield
+    finally:
+        _ROLLOUTS.reset(token)
+
+
+def _made(key: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Objective:
+    if key not in _OBJECTIVES:
+        raise ValueError(f"name: expected one of {', '.join(sorted(_OBJECTIVES))}, got {key!r}")
+    return _OBJECTIVES[key](**settings)
+
+
+def estimator(key: str, settings: Mapping[str, Any]) -> Objective:
+    """The objective behind ``algorithm.adv_estimator``, checked.
+
+    Raises:
+        ValueError: the name is unknown, a stage cannot be carried, or a setting would not reach the loss.
+    """
+    objective, plain = _made(key, settings), _made(key)
+    for stage in ("ratio", "clip", "gain", "aggregation", "kl"):
+        if (ours := getattr(objective, stage)) != (named := getattr(plain, stage)):
+            raise ValueError(
+                f"algorithm.tokcredit: expected the {stage} stage of {key}, {named!r}, because verl passes no settings "
+                f"to a policy loss, got {ours!r}; give it a name with tokcredit.adapters.verl.register"
+            )
+    paid = replace(objective, ratio=Objective().ratio, clip=Objective().clip, gain=None, kl=None)
+    if paid.is_scheduled:
+        raise ValueError(
+            f"objective: expected settings that do not change, as verl tells no progress, got {objective!r}"
+        )
+    if objective.sampling is not None:
+        raise ValueError(f"objective: expected no sampling stage, because {_DENOMINATORS}, got {objective.sampling!r}")
+    return paid
+
+
+def loss(key: str, loss_agg_mode: str, actor: Any) -> Objective:
+    """The objective behind ``policy_loss.loss_mode``, checked; its credit and weights are those that verl passes.
+
+    Args:
+        key: the name.
+        loss_agg_mode: how verl aggregates its own terms.
+        actor: the actor's configuration.
+
+    Raises:
+        ValueError: a stage cannot be carried, or a setting contradicts the objective.
+    """
+    untouched(actor, ActorConfig, _DECIDED, "verl")
+    objective = replace(_made(key), credit=given("advantages"), weights=(), sampling=None)
+    for stage, carried in (("clip", _CLIPS), ("gain", _GAINS)):
+        if type(choice := getattr(objective, stage)) not in carried:
+            raise ValueError(
+                f"objective: expected a {stage} stage that reads neither token ids nor groups, which verl's policy "
+                f"loss does not have, got {choice!r}"
+            )
+    if objective.is_scheduled:
+        raise ValueError(
+            f"objective: expected settings that do not change, as verl tells no progress, got {objective!r}"
+        )
+    if objective.kl is not None:
+        raise ValueError(f"objective: expected no kl stage, for which verl has use_kl_loss, got {objective.kl!r}")
+    require(objective, {"advantages", "old_log_probs"}, "verl's policy loss")
+    mode = _MODES.get(type(objective.aggregation))
+    if mode is None:
+        raise ValueError(
+            f"objective: expected an aggregation stage without group statistics, which verl's policy loss does not "
+            f"have, got {objective.aggregation!r}"
+        )
+    if loss_agg_mode != mode:
+        raise ValueError(f"loss_agg_mode: expected {mode!r}, for {objective.aggregation!r}, got {loss_agg_mode!r}")
+    if isinstance(objective.aggregation, aggregation.sequence_sum):
+        length = objective.aggregation.length or actor.loss_scale_factor
+        if length is None or actor.loss_scale_factor != length:
+            expected = length or "the longest response possible"
+            raise ValueError(f"loss_scale_factor: expected {expected}, got {actor.loss_scale_factor}")
+        objective = replace(objective, aggregation=aggregation.sequence_sum(int(length)))
+    return objective
+
+
+def _estimate(
+    key: str,
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    config: Any = None,
+    index: Any = None,
+    reward_baselines: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns ``(B, T)``: what the credit and weights stages pay each token."""
+    batch = _ROLLOUTS.get()
+    if batch is None:
+        raise RuntimeError(
+            f"{key}: expected token ids, which verl keeps from estimators, got none; "
+            "set trainer.v1.trainer_mode=tokcredit_sync (or tokcredit_colocate_async, tokcredit_separate_async)"
+        )
+    if index is None:
+        raise ValueError("uid: expected the prompt of each row in the batch, got None")
+    objective = estimator(key, dict((config or {}).get("tokcredit") or {}))
+    fields: Any = {name: batch[field] for name, field in EVIDENCE.items() if field in batch}
+    require(objective, set(fields), "this batch")
+    data = Rollouts.from_padded(
+        batch["responses"],
+        response_mask,
+        torch.from_numpy(np.unique(np.asarray(index).astype(str), return_inverse=True)[1]),
+        token_level_rewards.sum(-1),
+        batch["attention_mask"],
+        **fields,
+    )
+    prepared = objective.prepare(data)
+    if not torch.equal(prepared.mask, data.response_mask):
+        raise ValueError(
+            f"objective: expected weights stages that multiply, because {_DENOMINATORS}, got one that selects among "
+            f"{objective.weights!r}"
+        )
+    paid = prepared.advantages
+    if prepared.multiplier is not None:
+        weight = prepared.multiplier
+        if bool((weight < 0).any()):
+            raise ValueError("objective: expected weights of at least 0, which an advantage can absorb, got less")
+        paid = paid * (data.shaped(weight) if weight.dim() == 1 else weight)
+    return paid, paid
+
+
+def _loss(
+    key: str,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: ActorConfig | None = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of a micro-batch ``(B, T)``, with the denominators of its mini-batch, and metrics averaged by verl."""
+    if config is None:
+        raise ValueError("config: expected an ActorConfig, got None")
+    objective = loss(key, loss_agg_mode, config)
+    denominators = {name: value for name, value in config.global_batch_info.items() if name != "loss_scale_factor"}
+    extras = {"advantages": advantages.reshape(-1)}
+    if rollout_is_weights is not None:
+        extras["rollout_is_weights"] = rollout_is_weights.reshape(-1)
+        objective = replace(objective, weights=(given("rollout_is_weights"),))
+    rows = torch.arange(len(log_prob), device=log_prob.device)
+    data = Rollouts.from_padded(
+        torch.zeros_like(response_mask, dtype=torch.int32),
+        response_mask,
+        rows,
+        torch.zeros_like(rows, dtype=torch.float32),
+        extras=extras,
+        old_log_probs=old_log_prob,
+    )
+    out = objective.loss(objective.prepare(data, **denominators), log_prob)
+    names = [name for name in out.metrics if name not in ("loss", "policy_loss", "tokens")]
+    values = torch.stack([out.metrics[name].double() for name in names]).tolist()
+    metrics = {f"{PREFIX}{name}": value for name, value in zip(names, values, strict=True)}
+    below, above, capped = (metrics.pop(f"{PREFIX}clip_{side}") for side in ("low", "high", "cap"))
+    return out.loss, {"actor/pg_clipfrac": below + above, "actor/pg_clipfrac_lower": capped, **metrics}
+
+
+def registered() -> dict[str, str]:
+    """What verl knows of tokcredit in this process, by kind; for each plugin that failed to load, the reason."""
+    known = {
+        "estimators": core_algos.ADV_ESTIMATOR_REGISTRY,
+        "policy losses": core_algos.POLICY_LOSS_REGISTRY,
+    }
+    out = {}
+    for plugin in entry_points(group="verl.plugins"):
+        if plugin.value.startswith("tokcredit."):
+            try:
+                plugin.load()
+            except Exception as error:  # verl drops it without a word, whatever it is
+                out[plugin.name] = f"failed to load: {error!r}"
+    try:
+        from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+
+        known["trainers"] = TRAINER_REGISTRY
+    except ImportError as error:
+        out["trainers"] = f"failed to load: {error!r}"
+    for kind, registry in known.items():
+        out[kind] = ", ".join(sorted(name for name in map(str, registry) if name.startswith(PREFIX))) or "none"
+    return out
+
+
+for _name in methods.names():
+    register(_name, getattr(methods, _name))

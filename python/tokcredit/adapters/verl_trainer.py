@@ -1,0 +1,118 @@
+"""verl's V1 trainers with token ids for the estimators: ``trainer.v1.trainer_mode=tokcredit_sync`` and the others.
+
+The second ``verl.plugins`` entry point loads this module; it needs what verl's trainers need, which verl does not
+install by itself (``TransferQueue`` among others). ``tokcredit info`` says whether it loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import transfer_queue as tq
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, register_trainer
+
+from tokcredit.adapters import verl as adapter
+from tokcredit.adapters.evidence import require
+from tokcredit.objective import Objective
+
+
+def checked(config: DictConfig) -> Objective | None:
+    """The objective of ``algorithm.adv_estimator``, or None if that is one of verl's own.
+
+    Raises:
+        ValueError: the configuration asks for what verl cannot carry, or contradicts the objective.
+    """
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    mode = actor.policy_loss.loss_mode
+    if mode.startswith(adapter.PREFIX):
+        adapter.loss(mode, actor.loss_agg_mode, actor)
+    if not algorithm.adv_estimator.startswith(adapter.PREFIX):
+        return None
+    if not mode.startswith(adapter.PREFIX):
+        raise ValueError(
+            f"actor.policy_loss.loss_mode: expected one of tokcredit's, as algorithm.adv_estimator is, got {mode!r}"
+        )
+    settings: Any = OmegaConf.to_container(algorithm.get("tokcredit") or OmegaConf.create())
+    objective = adapter.estimator(algorithm.adv_estimator, settings)
+    correction = algorithm.get("rollout_correction") or {}
+    carries = set()
+    if not correction.get("bypass_mode", False):
+        carries |= {"old_log_probs", "entropies"}
+    if config.actor_rollout_ref.rollout.calculate_log_probs:
+        carries.add("rollout_log_probs")
+    if actor.use_kl_loss or algorithm.use_kl_in_reward:
+        carries.add("ref_log_probs")
+    require(objective, carries, "verl with this configuration")
+    if "rollout_log_probs" in objective.needs and correction.get("rollout_is"):
+        raise ValueError(
+            "algorithm.rollout_correction.rollout_is: expected null, because the objective's weights stage corrects "
+            f"for the engine, got {correction.get('rollout_is')!r}"
+        )
+    return objective
+
+
+def evidence(batch: tq.KVBatchMeta, objective: Objective) -> dict[str, Tensor]:
+    """Token ids and what else the objective reads, ``(B, T)``, fetched from the queue in the batch's row order."""
+    sessions = [key.rsplit("_", 1)[0] for key in batch.keys]
+    if len(set(sessions)) != len(sessions):
+        raise ValueError(
+            f"batch: expected one row per session, because a group compares whole rollouts, got {len(sessions)} rows "
+            f"of {len(set(sessions))} sessions"
+        )
+    names = [field for name, field in adapter.EVIDENCE.items() if name in objective.needs]
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["responses", *names])
+    for name in ("responses", *names):
+        if name not in data:
+            raise RuntimeError(f"{name}: expected in verl's queue, got {', '.join(map(str, data.keys()))}")
+    responses = data["responses"]
+    lengths = responses.offsets().diff() if responses.is_nested else None
+    padded = {name: data.to_padded_tensor()[name] for name in ("responses", *names)}
+    width = padded["responses"].shape[1]
+    if lengths is None:
+        lengths = torch.full((len(sessions),), width)
+    padded["attention_mask"] = torch.arange(width) < lengths[:, None]
+    return padded
+
+
+class Credit:
+    """Mixed into a V1 trainer: checks the configuration, and gives the estimators the rollouts they are called on."""
+
+    mode: ClassVar[str]
+    config: DictConfig
+
+    def __init__(self, config: DictConfig) -> None:
+        self.objective = checked(config)
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = self.mode  # verl behaves by this name and knows only its own
+        super().__init__(config)  # type: ignore[call-arg]
+
+    def _compute_advantage(self, batch: tq.KVBatchMeta, metrics: dict[str, Any]) -> tq.KVBatchMeta:
+        compute = super()._compute_advantage  # type: ignore[misc]
+        if self.objective is None:
+            return compute(batch, metrics)
+        with adapter.rollouts(evidence(batch, self.objective)):
+            return compute(batch, metrics)
+
+
+@register_trainer("tokcredit_sync")
+class CreditSync(Credit, PPOTrainerSync):  # type: ignore[misc]
+    """verl's synchronous trainer."""
+
+    mode = "sync"
+
+
+@register_trainer("tokcredit_colocate_async")
+class CreditColocateAsync(Credit, PPOTrainerColocateAsync):  # type: ignore[misc]
+    """verl's trainer that shares its GPUs with the rollouts."""
+
+    mode = "colocate_async"
+
+
+@register_trainer("tokcredit_separate_async")
+class CreditSeparateAsync(Credit, PPOTrainerSeparateAsync):  # type: ignore[misc]
+    """verl's trainer with a pool of its own for the rollouts."""
+
+    mode = "separate_async"

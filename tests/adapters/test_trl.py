@@ -1,0 +1,333 @@
+"""Against stock TRL: the same rollouts through both trainers give the same losses, gradients and metrics."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import tokcredit as tc
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed; make test-trl")
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import scripted
+import tiny
+import trl
+from datasets import Dataset
+from tokcredit.adapters.trl import CreditGRPOTrainer
+from tokcredit.choice import Choice
+
+AS_TRL = tc.credit.group_normalized(epsilon=1e-4)
+PARITY = {
+    "grpo": (tc.methods.grpo(epsilon=1e-4), dict(loss_type="grpo")),
+    "dapo": (replace(tc.methods.dapo(), credit=AS_TRL), dict(loss_type="dapo", epsilon_high=0.28)),
+    "dr_grpo": (tc.methods.dr_grpo(), dict(loss_type="dr_grpo", scale_rewards="none")),
+    "gspo": (
+        replace(tc.methods.gspo(), credit=AS_TRL),
+        dict(loss_type="grpo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
+    ),
+    "cispo": (
+        replace(tc.methods.cispo(clip_high=0.1), credit=AS_TRL),
+        dict(loss_type="cispo", epsilon_high=1.1),
+    ),
+    "sapo": (replace(tc.methods.sapo(), credit=AS_TRL), dict(loss_type="sapo")),
+}
+SHARED = ("loss", "grad_norm", "reward", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean")
+
+
+def equal(ours, theirs, compared=SHARED):
+    (trainer, gradients), (stock, expected) = ours, theirs
+    assert len(gradients) == len(expected) == 4
+    for a, b in zip(gradients, expected, strict=True):
+        assert b.norm() > 1e-3, "a comparison of zeros proves nothing"
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6 * float(b.norm()) + 1e-7)
+    for a, b in zip(trainer.state.log_history[:-1], stock.state.log_history[:-1], strict=True):
+        for name in compared:
+            assert (name in a) == (name in b), name
+            if name in a:
+                assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_equals_stock_trl(name, tmp_path):
+    """Two generations of two optimizer steps and two iterations, with tool tokens and cut-off rows."""
+    objective, settings = PARITY[name]
+    ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path), objective=objective)
+    theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **settings))
+    # TRL counts a sequence-level clip once per row, and bounds no ratio of cispo and sapo under these names.
+    clips = [] if name in ("gspo", "cispo", "sapo") else ["clip_ratio/low_mean", "clip_ratio/high_mean"]
+    assert name == "sapo" or ours[0].state.log_history[2]["clip_ratio/region_mean"] > 0, "nothing was clipped"
+    equal(ours, theirs, ("loss", "grad_norm", "reward", "entropy", *clips))
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo"])
+def test_reference_penalty(name, tmp_path):
+    objective, settings = PARITY[name]
+    kl = dict(beta=0.3, use_bias_correction_kl=False)
+    ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **kl), objective=objective)
+    theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **kl, **settings))
+    assert ours[0].state.log_history[3]["kl"] > 0
+    # TRL logs the mean over tokens whatever the loss averages.
+    equal(ours, theirs, [key for key in SHARED if name == "dapo" or key != "kl"])
+
+
+@pytest.mark.parametrize("mode", ["sequence_mask", "sequence_truncate", "token_truncate", "token_mask"])
+def test_engine_correction(mode, tmp_path, monkeypatch):
+    """TRL's own importance weights multiply our loss, missing engine log-probs included."""
+    scripted.with_scripted_engine(monkeypatch)
+    objective, settings = PARITY["dapo"]
+    engine = dict(use_vllm=True, vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=1.5)
+    ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **engine), objective=objective)
+    theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **engine, **settings))
+    equal(ours, theirs)
+
+
+def test_unscored_completions(tmp_path):
+    objective, settings = PARITY["dapo"]
+    rewards = [scripted.sometimes]
+    ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path), rewards, objective=objective)
+    theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **settings), rewards)
+    equal(ours, theirs)
+
+
+def test_weighted_rewards(tmp_path):
+    objective, settings = PARITY["grpo"]
+    rewards, weighted = [scripted.reward, scripted.sometimes], dict(reward_weights=[0.5, 2.0])
+    ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **weighted), rewards, objective=objective)
+    theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **weighted, **settings), rewards)
+    equal(ours, theirs)
+
+
+def test_truncated_completions_leave_the_mean_over_rows(tmp_path):
+    """The same where the mean is over tokens; where it is over rows, TRL counts the rows that it masked."""
+    masked = dict(mask_truncated_completions=True, steps_per_generation=2, gradient_accumulation_steps=2)
+    for name in ("dapo", "grpo"):
+        objective, settings = PARITY[name]
+        ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **masked), objective=objective)
+        theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **masked, **settings))
+        if name == "dapo":
+            equal(ours, theirs)
+        else:
+            kept = sum(row % 3 != 0 for row in range(8))
+            torch.testing.assert_close(ours[1][0] * kept / 8, theirs[1][0], rtol=2e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory):
+    """What one process and two processes end with, for each method and cut of the groups."""
+    results = []
+    for ranks in (1, 2):
+        folder = tmp_path_factory.mktemp("ranks")
+        tiny.model().save_pretrained(folder / "start")  # beforehand, or the ranks race to write it
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        subprocess.run([sys.executable, *launch, scripted.__file__, str(folder)], check=True, timeout=400)
+        results.append(torch.load(folder / "results.pt"))
+    return results
+
+
+@pytest.mark.parametrize("rows", scripted.ROWS)
+@pytest.mark.parametrize("method", scripted.METHODS)
+def test_two_processes_equal_one(method, rows, by_ranks):
+    one, two = (results[method, rows] for results in by_ranks)
+    assert len(one["steps"]) == len(two["steps"]) == 4
+    for a, b in zip(one["steps"], two["steps"], strict=True):
+        assert a.norm() > 1e-3, "a comparison of zeros proves nothing"
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6 * float(a.norm()) + 1e-7)
+    assert one["table"] == pytest.approx(two["table"], abs=1e-5)
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert a.keys() == b.keys()
+        for name in {"loss", "reward", "tokcredit/policy_loss"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_evaluation_leaves_training_alone(tmp_path):
+    """An evaluation between two iterations over one generation batch must not replace what was prepared for it."""
+
+    def with_evaluation(trainer):
+        evaluate, trainer.evaluations = trainer.evaluate, []
+
+        def evaluated(*arguments, **keywords):
+            before = trainer.generations  # the script of the training rollouts goes on where it was
+            trainer.evaluations.append(evaluate(*arguments, **keywords)["eval_loss"])
+            trainer.generations = before
+
+        trainer.evaluate = evaluated
+
+    settings = dict(eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4)
+    plain = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path), method="tempo")
+    data = Dataset.from_dict({"prompt": scripted.PROMPTS[:2]})
+    watched = scripted.train(
+        CreditGRPOTrainer,
+        scripted.arguments(tmp_path, **settings),
+        prepare=with_evaluation,
+        method="tempo",
+        eval_dataset=data,
+    )
+    assert len(watched[0].evaluations) == 4
+    for a, b in zip(plain[1], watched[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6)
+
+
+def test_tokens_are_paid_by_the_method(tmp_path):
+    trainer, _ = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, max_steps=1), method="tempo")
+    prepared = trainer._prepared["train"]
+    batch = prepared.batch
+    expected = tc.methods.tempo().prepare(
+        tc.Rollouts.from_padded(
+            batch.tokens.view(batch.shape),
+            batch.response_mask.view(batch.shape),
+            torch.arange(batch.num_rows) // scripted.GENERATIONS,
+            batch.rewards,
+            torch.arange(batch.shape[1]) < (batch.end - batch.begin)[:, None],
+        )
+    )
+    torch.testing.assert_close(prepared.advantages, expected.advantages)
+    inside = prepared.advantages.masked_fill(~expected.mask.view(batch.shape), torch.nan)
+    assert any(row[~row.isnan()].unique().numel() > 1 for row in inside), "no row is paid differently along its tokens"
+    micro = torch.cat([part["rollout"] for part in trainer._buffered_inputs])
+    paid = torch.cat([part["advantages"] for part in trainer._buffered_inputs])
+    assert sorted(micro.tolist()) == list(range(batch.num_rows)) != micro.tolist()
+    torch.testing.assert_close(paid, expected.advantages[micro])
+
+
+@dataclass(frozen=True)
+class undecided(Choice):
+    """Selects tokens of high entropy."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({"entropies", "old_log_probs"})
+
+    def __call__(self, batch, advantages):
+        return batch.entropies > batch.entropies[batch.response_mask].median()
+
+
+def test_collects_evidence_that_trl_had_no_use_for(tmp_path):
+    settings = dict(max_steps=1, steps_per_generation=2, num_iterations=1)
+    objective = tc.Objective(weights=(undecided(),))
+    trainer, gradients = scripted.train(
+        CreditGRPOTrainer, scripted.arguments(tmp_path, **settings), objective=objective
+    )
+    batch = trainer._prepared["train"].batch
+    part = trainer._buffered_inputs[0]
+    with torch.no_grad():
+        start = tiny.model()
+        ids = torch.cat([part["prompt_ids"], part["completion_ids"]], 1)
+        mask = torch.cat([part["prompt_mask"], part["completion_mask"]], 1)
+        logits = start(ids, attention_mask=mask).logits[:, -1 - part["completion_ids"].shape[1] : -1].log_softmax(-1)
+    entropies = -(logits.exp() * logits).sum(-1)
+    chosen = logits.gather(-1, part["completion_ids"][..., None])[..., 0]
+    real = part["completion_mask"].bool()
+    rows = part["rollout"]
+    torch.testing.assert_close(batch.entropies.view(batch.shape)[rows][real], entropies[real], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch.old_log_probs.view(batch.shape)[rows][real], chosen[real], rtol=1e-4, atol=1e-5)
+    mask = trainer._prepared["train"].mask
+    assert 0 < mask.sum() < batch.response_mask.sum() and gradients[0].norm() > 0
+
+
+@dataclass(frozen=True)
+class from_hidden_states(Choice):
+    reads: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
+
+    def __call__(self, batch, advantages=None):
+        return batch.rewards[:, None]
+
+
+@pytest.mark.parametrize(
+    ("settings", "keywords", "message"),
+    [
+        (dict(loss_type="cispo"), dict(method="grpo"), "loss_type: expected TRL's default 'dapo'"),
+        (dict(epsilon_high=0.28), dict(method="dapo"), "epsilon_high: expected .* clip stage"),
+        (dict(importance_sampling_level="sequence"), dict(method="gspo"), "importance_sampling_level: .* ratio stage"),
+        (dict(scale_rewards="none"), dict(method="dr_grpo"), "scale_rewards: .* credit stage"),
+        (dict(top_entropy_quantile=0.2), dict(method="grpo"), "top_entropy_quantile: .* weights stage"),
+        (dict(entropy_coef=0.1), dict(method="grpo"), "entropy_coef: .* entropy bonus"),
+        (dict(beta=0.1), dict(method="grpo"), "use_bias_correction_kl: expected False"),
+        ({}, dict(objective=tc.Objective(kl=tc.loss.k2(0.1))), "beta: expected 0.1"),
+        ({}, dict(objective=tc.Objective(credit=from_hidden_states())), "credit stage .* needs hidden_states"),
+        ({}, dict(objective=tc.Objective(weights=(from_hidden_states(),))), "weights stage .* needs hidden_states"),
+        (
+            {},
+            dict(objective=tc.Objective(weights=(tc.weights.importance_truncated(),))),
+            "weights stage .* needs rollout_log_probs",
+        ),
+        ({}, dict(method="gppo"), "name: expected one of"),
+    ],
+)
+def test_refuses_what_would_be_ignored(settings, keywords, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        CreditGRPOTrainer(tiny.model(), scripted.reward, scripted.arguments(tmp_path, **settings), **keywords)
+
+
+def test_refuses_to_correct_for_the_engine_twice(tmp_path, monkeypatch):
+    scripted.with_scripted_engine(monkeypatch)
+    objective = tc.Objective(weights=(tc.weights.importance_truncated(),))
+    with pytest.raises(ValueError, match="vllm_importance_sampling_correction: expected False"):
+        CreditGRPOTrainer(
+            tiny.model(), scripted.reward, scripted.arguments(tmp_path, use_vllm=True), objective=objective
+        )
+
+
+@pytest.mark.parametrize("keywords", [{}, dict(method="grpo", objective=tc.methods.grpo())])
+def test_takes_one_objective(keywords, tmp_path):
+    with pytest.raises(TypeError, match="method, objective: expected exactly one of them"):
+        CreditGRPOTrainer(tiny.model(), scripted.reward, scripted.arguments(tmp_path), **keywords)
+
+
+def test_missing_key_is_loud(tmp_path, monkeypatch):
+    stock = trl.GRPOTrainer._generate_and_score_completions
+
+    def renamed(self, inputs):
+        batch = stock(self, inputs)
+        batch["completion_attention"] = batch.pop("completion_mask")
+        return batch
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_generate_and_score_completions", renamed)
+    with pytest.raises(RuntimeError, match="expected completion_mask in the batch"):
+        scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path), method="grpo")
+
+
+def test_missing_hook_is_loud(tmp_path, monkeypatch):
+    monkeypatch.delattr(trl.GRPOTrainer, "_compute_loss")
+    with pytest.raises(RuntimeError, match=r"trl: expected a version .* with _compute_loss"):
+        CreditGRPOTrainer(tiny.model(), scripted.reward, scripted.arguments(tmp_path), method="grpo")
+
+
+@pytest.mark.parametrize("method", ["tempo", "ctpo"])
+def test_learns(method, tmp_path):
+    """Sampled completions, paid for each 3 in them: the reward rises."""
+
+    def threes(completions, **columns):
+        return [text.count("3") / 8 for text in completions]
+
+    args = scripted.arguments(
+        tmp_path,
+        max_steps=30,
+        per_device_train_batch_size=32,
+        gradient_accumulation_steps=1,
+        steps_per_generation=1,
+        num_generations=8,
+        max_completion_length=8,
+        optim="adamw_torch",
+        learning_rate=3e-3,
+        num_iterations=1,
+    )
+    data = Dataset.from_dict({"prompt": scripted.PROMPTS * 8})
+    trainer = CreditGRPOTrainer(
+        tiny.model(), threes, args, method=method, train_dataset=data, processing_class=tiny.tokenizer()
+    )
+    trainer.train()
+    rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    assert sum(rewards[-5:]) / 5 > 2 * sum(rewards[:5]) / 5 > 0
+
+
+def test_example(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    example = Path(__file__).parents[2] / "examples/trl_sums.py"
+    arguments = ["--model", tmp_path, "--steps", "2", "--output", tmp_path / "out", "--cpu"]
+    run = subprocess.run([sys.executable, example, *arguments], capture_output=True, text=True, check=True)
+    assert run.stdout.count("tokcredit/ratio") == 2

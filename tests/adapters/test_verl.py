@@ -1,0 +1,349 @@
+"""Against verl's own estimators and losses, on its own batches, in this process and in Ray actors."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import tokcredit as tc
+import torch
+
+pytest.importorskip("verl", reason="verl is not installed; make test-verl")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ray
+import transfer_queue as tq
+import verl_batch as vb
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf, open_dict
+from tokcredit.adapters import verl as adapter
+from tokcredit.adapters import verl_trainer
+from tokcredit.choice import Choice
+
+SEQUENCES = "seq-mean-token-mean"
+ROWS = vb.batch()
+ALGORITHM = OmegaConf.create({"norm_adv_by_std_in_grpo": True})
+# verl's defaults of the clip, which its configuration must keep where ours decides.
+adapter.register(
+    "as_vanilla", lambda: tc.Objective(clip=tc.clip.ppo(0.2, 0.2, 3.0), aggregation=tc.aggregation.token_mean())
+)
+adapter.register("as_vanilla_rows", lambda: tc.methods.grpo(cap=3.0))
+adapter.register("as_vanilla_sum", lambda: replace(tc.methods.dr_grpo(), clip=tc.clip.ppo(0.2, 0.2, 3.0)))
+adapter.register("as_gspo", lambda: tc.methods.gspo(0.2, 0.2))
+adapter.register("as_cispo", lambda: tc.methods.cispo(0.2, 0.2))
+LOSSES = {
+    "as_vanilla": ("vanilla", "token-mean"),
+    "as_vanilla_rows": ("vanilla", SEQUENCES),
+    "as_vanilla_sum": ("vanilla", "seq-mean-token-sum-norm"),
+    "as_gspo": ("gspo", SEQUENCES),
+    "as_cispo": ("cispo", "token-mean"),
+    "sapo": ("sapo", SEQUENCES),
+}
+
+
+def estimated(name, rows=ROWS, **settings):
+    config = OmegaConf.merge(ALGORITHM, {"tokcredit": settings}) if settings else ALGORITHM
+    with adapter.rollouts(vb.evidence(rows)):
+        return vb.advantages(rows, f"tokcredit_{name}", config)
+
+
+@pytest.mark.parametrize(
+    ("ours", "settings", "theirs", "std"),
+    [
+        ("grpo", {}, "grpo", True),
+        ("grpo", {"scale": False}, "grpo", False),
+        ("dr_grpo", {}, "grpo", False),
+        ("grpo", {}, "grpo_vectorized", True),
+        ("rloo", {}, "rloo", True),
+    ],
+)
+def test_estimators_equal_verl(ours, settings, theirs, std):
+    """Shuffled and incomplete groups, tool tokens and padding rows."""
+    expected = vb.advantages(ROWS, theirs, ALGORITHM, std)
+    assert (expected > 0).any() and (expected < 0).any()
+    torch.testing.assert_close(estimated(ours, **settings), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_credit_of_the_tree():
+    paid = estimated("tempo")
+    evidence, names = vb.evidence(ROWS), sorted({row["uid"] for row in ROWS})
+    groups = torch.tensor([names.index(row["uid"]) for row in ROWS])
+    rewards = torch.stack([row["rm_scores"].sum() for row in ROWS])
+    mask = vb.padded(ROWS, "response_mask")
+    data = tc.Rollouts.from_padded(evidence["responses"], mask, groups, rewards, evidence["attention_mask"])
+    torch.testing.assert_close(paid, tc.methods.tempo().prepare(data).advantages)
+    assert (paid != vb.advantages(ROWS, "grpo", ALGORITHM))[mask.bool()].any(), "no token is paid for a branch"
+    assert (paid[~mask.bool()] == 0).all()
+
+
+def test_padding_rows_change_nothing():
+    real = [row for row in ROWS if not row["uid"].startswith("pad")]
+    kept = torch.tensor([not row["uid"].startswith("pad") for row in ROWS])
+    torch.testing.assert_close(estimated("tempo")[kept], estimated("tempo", real))
+
+
+def test_multiplying_weights_are_part_of_the_advantage():
+    adapter.register("weighted", lambda: tc.Objective(weights=(tc.weights.importance_truncated(1.1),)))
+    plain, weighted = estimated("grpo"), estimated("weighted")
+    evidence = vb.evidence(ROWS)
+    ratio = (evidence["old_log_probs"] - evidence["rollout_log_probs"]).exp().clamp(max=1.1)
+    torch.testing.assert_close(weighted, plain * ratio, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(weighted, plain)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_losses_equal_verl(name, dp_size):
+    """Value and gradient, with and without rollout correction; micro-batches add up to the mini-batch."""
+    theirs, mode = LOSSES[name]
+    scale = {"loss_scale_factor": 12} if mode.endswith("norm") else {}
+    paid = estimated("tempo")
+    weights = 0.5 + torch.rand(paid.shape, generator=torch.Generator().manual_seed(2))
+    ours = vb.actor(f"tokcredit_{name}", mode, **scale)
+    for correction in (None, weights):
+        expected = vb.loss(ROWS, paid, vb.actor(theirs, mode, **scale), dp_size=dp_size, weights=correction)
+        value, gradient, metrics = vb.loss(ROWS, paid, ours, dp_size=dp_size, weights=correction)
+        assert gradient.abs().sum() > 0.1
+        assert value == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
+        torch.testing.assert_close(gradient, expected[1], rtol=1e-4, atol=1e-7)
+        assert name == "sapo" or metrics["actor/pg_clipfrac"] > 0, "nothing was clipped"
+        if name in ("as_vanilla", "as_cispo"):
+            assert metrics["actor/pg_clipfrac"] == pytest.approx(expected[2]["actor/pg_clipfrac"], rel=1e-5)
+        parts = [list(range(i, min(i + 5, len(ROWS)))) for i in range(0, len(ROWS), 5)]
+        cut = vb.loss(ROWS, paid, ours, parts, dp_size=dp_size, weights=correction)
+        assert cut[0] == pytest.approx(value, rel=1e-5, abs=1e-6)
+        torch.testing.assert_close(cut[1], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_loss_without_counts():
+    paid = estimated("grpo")
+    expected = vb.loss(ROWS, paid, vb.actor("vanilla"), counted=False)
+    value, gradient, _ = vb.loss(ROWS, paid, vb.actor("tokcredit_as_vanilla"), counted=False)
+    assert value == pytest.approx(expected[0], rel=1e-5)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="batch_num_tokens: expected the count over all ranks"):
+        vb.loss(ROWS, paid, vb.actor("tokcredit_as_vanilla"), counted=False, dp_size=2)
+
+
+def test_padding_alone():
+    """A micro-batch of padding rows has no loss, and a gradient of zero."""
+    rows = [row for row in ROWS if row["uid"].startswith("pad")]
+    value, gradient, _ = vb.loss(rows, torch.zeros(3, 1), vb.actor("tokcredit_ctpo"), counted=False)
+    assert value == 0.0 and torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@dataclass(frozen=True)
+class upper_half(Choice):
+    reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
+
+    def __call__(self, batch, advantages):
+        return batch.entropies > 0.5
+
+
+@dataclass(frozen=True)
+class debited(Choice):
+    def __call__(self, batch, advantages):
+        return -torch.ones(batch.num_rows, 1)
+
+
+@dataclass(frozen=True)
+class from_hidden_states(Choice):
+    reads: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
+
+    def __call__(self, batch, advantages=None):
+        return batch.rewards[:, None]
+
+
+adapter.register("selecting", lambda: tc.Objective(weights=(upper_half(),)))
+adapter.register("uncarried", lambda: tc.Objective(credit=from_hidden_states()))
+adapter.register("penalized", lambda: tc.Objective(kl=tc.loss.k3()))
+adapter.register("negative", lambda: tc.Objective(weights=(debited(),)))
+adapter.register("widened", lambda: tc.Objective(clip=tc.clip.widened(tc.score.given("entropies"))))
+adapter.register("scheduled", lambda: tc.Objective(clip=tc.clip.growing(tc.schedule.linear(0.1, 0.2), 0.2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("selecting", {}, "weights stages that multiply"),
+        ("negative", {}, "weights of at least 0"),
+        ("pods", {}, "no sampling stage"),
+        ("uncarried", {}, "credit stage .* needs hidden_states"),
+        ("tempo", {"clip_high": 0.3}, "algorithm.tokcredit: expected the clip stage"),
+    ],
+)
+def test_estimators_refuse(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        estimated(name, **settings)
+
+
+def test_estimators_need_token_ids():
+    with pytest.raises(RuntimeError, match=r"trainer\.v1\.trainer_mode=tokcredit_sync"):
+        vb.advantages(ROWS, "tokcredit_grpo", ALGORITHM)
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "message"),
+    [
+        ("tokcredit_grpo", {}, "loss_agg_mode: expected 'seq-mean-token-mean'"),
+        ("tokcredit_ba", {}, "aggregation stage without group statistics"),
+        ("tokcredit_widened", {"loss_agg_mode": SEQUENCES}, "clip stage that reads neither token ids nor groups"),
+        ("tokcredit_scheduled", {"loss_agg_mode": SEQUENCES}, "settings that do not change"),
+        ("tokcredit_ctpo", {"clip_ratio_high": 0.28}, "clip_ratio_high: expected verl's default 0.2"),
+        ("tokcredit_penalized", {"loss_agg_mode": SEQUENCES}, "no kl stage, for which verl has use_kl_loss"),
+        ("tokcredit_dr_grpo", {"loss_agg_mode": "seq-mean-token-sum-norm"}, "loss_scale_factor: expected the longest"),
+    ],
+)
+def test_losses_refuse(mode, settings, message):
+    with pytest.raises(ValueError, match=message):
+        vb.loss(ROWS, torch.zeros(len(ROWS), 8), vb.actor(mode, **settings))
+
+
+def test_names_are_registered_once():
+    with pytest.raises(ValueError, match="name: expected a new one, got 'tempo'"):
+        adapter.register("tempo", tc.methods.tempo)
+
+
+def configuration(*overrides):
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose(
+            "ppo_trainer",
+            [
+                "trainer.v1.trainer_mode=tokcredit_sync",
+                "algorithm.adv_estimator=tokcredit_tempo",
+                "actor_rollout_ref.actor.policy_loss.loss_mode=tokcredit_ctpo",
+                *overrides,
+            ],
+        )
+
+
+def test_configuration_is_checked_before_anything_starts():
+    assert verl_trainer.checked(configuration()).credit == tc.methods.tempo().credit
+    scaled = verl_trainer.checked(configuration("+algorithm.tokcredit.scale=false"))
+    assert scaled.credit == tc.methods.tempo(scale=False).credit
+    plain = ("algorithm.adv_estimator=grpo", "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla")
+    assert verl_trainer.checked(configuration(*plain)) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=vanilla", "loss_mode: expected one of tokcredit's"),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode=tokcredit_cpo", "name: expected one of"),
+        ("algorithm.adv_estimator=tokcredit_temp", "name: expected one of"),
+        ("algorithm.adv_estimator=tokcredit_uncarried", "credit stage .* needs hidden_states"),
+        ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "loss_agg_mode: expected 'token-mean'"),
+        ("actor_rollout_ref.actor.clip_ratio_c=10.0", "clip_ratio_c: expected verl's default"),
+        ("+algorithm.tokcredit.clip_low=0.1", "algorithm.tokcredit: expected the clip stage"),
+    ],
+)
+def test_trainers_refuse(override, message):
+    config = configuration(override)
+    with pytest.raises(ValueError, match=message):
+        verl_trainer.CreditSync(config)
+
+
+def test_example_is_a_configuration_that_verl_takes():
+    """The command as shipped, its job printed by verl itself and checked as the trainer would."""
+    script = Path(__file__).parents[2] / "examples/verl/tempo_ctpo.sh"
+    run = subprocess.run(
+        ["bash", script, "--cfg", "job"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHON": sys.executable},
+    )
+    config = OmegaConf.create(run.stdout[run.stdout.index("actor_rollout_ref:") :])
+    assert config.trainer.v1.trainer_mode == "tokcredit_sync"
+    assert verl_trainer.checked(config).credit == tc.methods.tempo().credit
+
+
+def test_two_outputs_of_one_session_are_refused():
+    meta = tq.KVBatchMeta(keys=["p_0_0", "p_0_1"], tags=[{}, {}], partition_id="train")
+    with pytest.raises(ValueError, match="expected one row per session"):
+        verl_trainer.evidence(meta, tc.methods.tempo())
+
+
+def test_info_names_what_verl_knows():
+    known = adapter.registered()
+    for kind in ("estimators", "policy losses"):
+        assert {f"tokcredit_{name}" for name in tc.methods.names()} <= set(known[kind].split(", "))
+    assert known["trainers"] == "tokcredit_colocate_async, tokcredit_separate_async, tokcredit_sync"
+
+
+@pytest.mark.parametrize("missing", [None, "transfer_queue", "verl.trainer"])
+def test_info_shows_what_verl_hides(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; from tokcredit.cli import info; info()"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    lines = dict(line.split("  ", 1) for line in run.stdout.splitlines() if line.startswith("verl "))
+    if missing == "verl.trainer":
+        assert "failed to load" in lines["verl plugins"]
+        return
+    assert "tokcredit_tempo" in lines["verl estimators"] and "tokcredit_tempo" in lines["verl policy losses"]
+    if missing:
+        assert "failed to load" in lines["verl tokcredit_trainer"] and "failed to load" in lines["verl trainers"]
+    else:
+        assert "tokcredit_sync" in lines["verl trainers"]
+
+
+@pytest.fixture(scope="module")
+def local_ray(tmp_path_factory):
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    ray.init(
+        num_cpus=4, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}}
+    )
+    yield
+    tq.close()
+    ray.shutdown()
+
+
+@ray.remote(num_cpus=1)
+class Worker:
+    """Imports verl and nothing else, as verl's own actors do."""
+
+    def advantages(self, rows, name):
+        import verl_batch
+        from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+        rollouts = get_adv_estimator_fn(name).func.__globals__["rollouts"]
+        with rollouts(verl_batch.evidence(rows)):
+            return verl_batch.advantages(rows, name, {"norm_adv_by_std_in_grpo": True})
+
+    def loss(self, rows, paid, mode, loss_agg_mode):
+        import verl_batch
+
+        return verl_batch.loss(rows, paid, verl_batch.actor(mode, loss_agg_mode))
+
+
+def test_inside_ray_actors(local_ray):
+    worker = Worker.remote()
+    for name in ("tokcredit_tempo", "tokcredit_grpo"):
+        paid = ray.get(worker.advantages.remote(ROWS, name))
+        torch.testing.assert_close(paid, estimated(name.removeprefix("tokcredit_")), rtol=0, atol=0)
+    for name, mode in (("tokcredit_ctpo", "token-mean"), ("tokcredit_gspo", SEQUENCES)):
+        value, gradient, metrics = ray.get(worker.loss.remote(ROWS, paid, name, mode))
+        expected = vb.loss(ROWS, paid, vb.actor(name, mode))
+        assert (value, metrics) == (expected[0], expected[2]) and value != 0
+        assert torch.equal(gradient, expected[1])
+
+
+def test_trainer_with_its_queue(local_ray):
+    """The trainer's own ``_compute_advantage`` on verl's real queue: what it writes back is what the method pays."""
+    tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
+    keys = [row["key"] for row in ROWS]
+    fields = vb.tensordict(ROWS)
+    fields["uid"] = [row["uid"] for row in ROWS]
+    tq.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=[{} for _ in keys])
+    meta = tq.KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id="train")
+    config = configuration()
+    trainer = object.__new__(verl_trainer.CreditSync)
+    trainer.config, trainer.objective = config, verl_trainer.checked(config)
+    with open_dict(config):
+        config.algorithm.rollout_correction = None
+    trainer._compute_advantage(meta, {})
+    out = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["advantages", "response_mask"])
+    torch.testing.assert_close(out["advantages"].to_padded_tensor(0), estimated("tempo"), rtol=0, atol=0)
+    assert adapter._ROLLOUTS.get() is None
