@@ -139,8 +139,21 @@ class VllmSampler:
         """Takes over the weights of the trained model."""
         update(self._llm, self._model)
 
-    def sample(self, prompts: Sequence[Sequence[int]], count: int, max_tokens: int, temperature: float) -> Completions:
-        """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy."""
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        max_tokens: int,
+        temperature: float,
+        stop: Sequence[str] = (),
+    ) -> Completions:
+        """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy.
+
+        Raises:
+            ValueError: there are texts to stop at, which this engine is not asked for.
+        """
+        if stop:
+            raise ValueError(f"stop: expected no texts because the sampler is vllm, got {list(stop)}")
         seeds = torch.randint(2**31, (len(prompts),)).tolist()
         params = [
             SamplingParams(
