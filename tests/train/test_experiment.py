@@ -101,6 +101,8 @@ def test_every_method_trains(settings, method):
     objective = tc.methods.load(method)
     if unknown := objective.needs - COLLECTED:
         pytest.skip(f"needs {', '.join(unknown)}")
+    if "turn_rewards" in objective.needs:
+        pytest.skip("needs tools, see test_conversations.py")
     reward = "test_experiment:has_digit" if method in ("psr", "nsr", "w_reinforce", "thr", "nthr") else None
     optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, precision="no", epochs=2, minibatches=2, schedule="linear")
     probes = ProbeSettings(continuations=2, interval=2, step_end="1", answers=2, answer_tokens=3)

@@ -48,6 +48,36 @@ def test_draws_come_with_their_log_probs(model, batch):
     assert made.finished.any() and not made.finished.all()
 
 
+@pytest.mark.parametrize("padding_is_end", [False, True])
+def test_rows_stop_at_texts(model, padding_is_end):
+    words = tiny.tokenizer()
+    if padding_is_end:
+        words.pad_token = words.eos_token
+    sampler = TransformersSampler(model, words)
+
+    def rows(stop=()):
+        torch.manual_seed(0)
+        made = sampler.sample(PROMPTS, 4, 12, 1.0, stop)
+        lengths = made.cu_seqlens.diff().tolist()
+        return made.tokens.split(lengths), made.log_probs.split(lengths), made.finished.tolist()
+
+    free, free_log_probs, ended = rows()
+    text = [words.convert_ids_to_tokens(row.tolist()) for row in free]
+    # Two texts of two tokens, one of three, and one that the prompts begin, which is not counted.
+    stop = ("".join(text[0][2:4]), "".join(text[5][6:8]), "".join(text[7][0:3]), "=" + text[2][0])
+    cut = 0
+    for row, log_probs, finished, whole, whole_log_probs, end in zip(
+        *rows(stop), free, free_log_probs, ended, strict=True
+    ):
+        pieces = words.convert_ids_to_tokens(whole.tolist())
+        lengths = [n for n in range(1, len(pieces) + 1) if "".join(pieces[:n]).endswith(stop)]
+        length = min([*lengths, len(pieces)])
+        assert torch.equal(row, whole[:length]) and torch.equal(log_probs, whole_log_probs[:length])
+        assert finished == (end or bool(lengths))
+        cut += length < len(pieces)
+    assert cut >= 3
+
+
 def test_greedy_takes_the_most_probable(model):
     made = TransformersSampler(model, WORDS).sample(PROMPTS, 1, 5, temperature=0.0)
     assert not made.log_probs.any()

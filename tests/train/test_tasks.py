@@ -127,7 +127,7 @@ def test_another_reward():
         (
             ["no_such_data"],
             0.2,
-            "tasks: expected jsonl, choices, addition or a reasoning_gym data set, got 'no_such_data'",
+            "tasks: expected jsonl, choices, addition, calculator or a reasoning_gym data set, got 'no_such_data'",
         ),
         (["products(digits=1)"], 0.2, "tasks: products: .*digits"),
         (["products(min_terms=0)"], 0.2, "tasks: products: min_terms"),

@@ -155,8 +155,21 @@ class VllmSampler:
         finally:
             self._llm.sleep(level=1)
 
-    def sample(self, prompts: Sequence[Sequence[int]], count: int, max_tokens: int, temperature: float) -> Completions:
-        """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy."""
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        max_tokens: int,
+        temperature: float,
+        stop: Sequence[str] = (),
+    ) -> Completions:
+        """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy.
+
+        Raises:
+            ValueError: there are texts to stop at, which this engine is not asked for.
+        """
+        if stop:
+            raise ValueError(f"stop: expected no texts because the sampler is vllm, got {list(stop)}")
         seeds = torch.randint(2**31, (len(prompts),)).tolist()
         params = [
             SamplingParams(

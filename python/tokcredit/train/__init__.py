@@ -18,6 +18,7 @@ from tokcredit.train.settings import (
     ReplaySettings,
     SamplingSettings,
     Settings,
+    ToolSettings,
 )
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ReplaySettings",
     "SamplingSettings",
     "Settings",
+    "ToolSettings",
     "compare",
     "run",
 ]

@@ -54,13 +54,13 @@ def run(settings: Settings) -> dict[str, float] | None:
         trainer.tokenizer.save_pretrained(folder / "tokenizer")
     with _stop_requests() as stopping, tqdm(total=steps, initial=done, unit="step", disable=not main) as bar:
         if not done:
-            _note(record, {"step": 0, "held_out": trainer.desk.evaluate()})
+            _note(record, {"step": 0, "held_out": trainer.evaluate()})
         for number in range(done + 1, steps + 1):
             step = trainer.step(number)
             last = number == steps
             line = {"step": number, **step.metrics}
             if last or number % settings.eval_every == 0:
-                line["held_out"] = trainer.desk.evaluate()
+                line["held_out"] = trainer.evaluate()
             _note(record, line)
             if record and (last or number % settings.rollouts_every == 0):
                 record.rollouts(number, _columns(number, step))

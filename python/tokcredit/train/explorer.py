@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -40,6 +40,9 @@ class Explorer(Protocol):
 
     def explore(self, number: int) -> Explored:
         """Rewarded rollouts for step ``number``, counted from 1."""
+
+    def attempt(self, problems: Sequence[tasks.Problem]) -> list[float]:
+        """Rewards of one greedy attempt at each of some problems."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -94,27 +97,36 @@ class Desk:
         return prompt_tokens(self.tokenizer, question)
 
     def complete(
-        self, prompts: Sequence[Sequence[int]], count: int, temperature: float, max_tokens: int | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        temperature: float,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
     ) -> Completions:
         """``count`` continuations of each prompt; there may be no prompt."""
         if not prompts:
             nothing = torch.zeros(0, dtype=torch.int64)
             return Completions(nothing, nothing.new_zeros(1), nothing.float(), nothing.bool())
         limit = self.settings.sampling.max_tokens if max_tokens is None else max_tokens
-        return self.sampler.sample(prompts, count, limit, temperature)
+        return self.sampler.sample(prompts, count, limit, temperature, stop)
 
     def texts(self, tokens: Tensor, cu_seqlens: Tensor) -> list[str]:
         """Text of each row."""
         rows = tokens.split(cu_seqlens.diff().tolist())
         return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
-    def evaluate(self) -> float:
-        """Mean reward of greedy replies to held-out problems, over all processes."""
+    def attempt(self, problems: Sequence[tasks.Problem]) -> list[float]:
+        """Rewards of a greedy reply to each problem."""
+        made = self.complete([self.prompt(p.question) for p in problems], 1, 0.0)
+        replies = self.texts(made.tokens, made.cu_seqlens)
+        return [p.reward(reply) for p, reply in zip(problems, replies, strict=True)]
+
+    def evaluate(self, attempt: Callable[[Sequence[tasks.Problem]], list[float]]) -> float:
+        """Mean reward of attempts at held-out problems, over all processes."""
         chosen = self.problems.measured(self.settings.eval_problems)[self.ranks.index :: self.ranks.count]
         self.sampler.sync()
-        made = self.complete([self.prompt(p.question) for p in chosen], 1, 0.0)
-        replies = self.texts(made.tokens, made.cu_seqlens)
-        rewards = [p.reward(reply) for p, reply in zip(chosen, replies, strict=True)]
+        rewards = attempt(chosen)
         total = self.ranks.sum({"reward": torch.tensor(rewards).sum(), "count": torch.tensor(len(rewards))})
         return total["reward"] / total["count"]
 
@@ -152,6 +164,9 @@ class Replies:
             },
         )
         return Explored(problems, replies, batch, rewards, made.finished)
+
+    def attempt(self, problems: Sequence[tasks.Problem]) -> list[float]:
+        return self._desk.attempt(problems)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

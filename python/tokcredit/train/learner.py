@@ -133,7 +133,7 @@ class Learner:
         with clock("credit"):
             out = self._objective.loss(part, current)
         out.loss.backward()
-        metrics = out.metrics | {"entropy": entropies.mean()}
+        metrics = out.metrics | {"entropy": entropies[part.batch.response_mask].mean()}
         return log_probs.detach(), {name: x.detach().double().cpu() for name, x in metrics.items()}
 
     def _over_ranks(self, part: Prepared) -> Prepared:

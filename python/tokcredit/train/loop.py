@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from tokcredit.score import entropy_deviation
 from tokcredit.temperature import AdaptiveTemperature
 from tokcredit.train import evidence, models, tasks
 from tokcredit.train.clock import Clock
+from tokcredit.train.conversations import Conversations
 from tokcredit.train.explorer import Desk, Explored, Explorer, Replies
 from tokcredit.train.learner import Learner, Learnt
 from tokcredit.train.lengths import LengthHead, LengthLearner
@@ -30,7 +30,8 @@ from tokcredit.train.settings import Settings
 from tokcredit.train.trees import Trees
 
 _TREES = frozenset({"node_ids", "parent_ids"})
-COLLECTED = evidence.COLLECTED | PROBED | _TREES | {"rollout_log_probs", "length_values", "replayed", "truncated"}
+_MADE = frozenset({"rollout_log_probs", "truncated", "replayed", "turn_rewards", "length_values"})
+COLLECTED = evidence.COLLECTED | PROBED | _TREES | _MADE
 """Names of the evidence that the trainer can give an objective."""
 
 
@@ -90,9 +91,7 @@ class Trainer:
             dtype = torch.bfloat16 if half else None
             sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
         self.desk = Desk(settings, self.problems, self.tokenizer, sampler, self.ranks)
-        kind: Callable[[Desk], Explorer]
-        kind = Trees if needs & _TREES else Replay if "replayed" in needs else Replies
-        self.explorer = kind(self.desk)
+        self.explorer = self._explorer()
         self.learner = Learner(settings, self.objective, self.model, teacher, self.accelerator)
         self.prober = Prober(self.desk, self.learner.score)
         self.lengths = self._length_learner() if "length_values" in needs else None
@@ -120,6 +119,10 @@ class Trainer:
         if self.lengths:
             self.lengths.load_state_dict(state["lengths"])
         self.explorer.load_state_dict(state["explorer"])
+
+    def evaluate(self) -> float:
+        """Mean reward on held-out problems, over all processes."""
+        return self.desk.evaluate(self.explorer.attempt)
 
     def step(self, number: int) -> Step:
         """Step ``number``, counted from 1."""
@@ -149,9 +152,25 @@ class Trainer:
             gap = (batch.old_log_probs - batch.rollout_log_probs).abs()
             metrics |= self.ranks.mean({"engine_gap": segment.mean(gap, batch.rows).double().mean()})
         metrics |= self.ranks.sum({"tokens": batch.lengths.sum()})
+        if "turn_rewards" in batch.extras:
+            metrics |= self.ranks.mean({"turn_rewards": batch.extras["turn_rewards"].double().sum() / batch.num_rows})
         if self.lengths:
             metrics["length_loss"] = self.lengths.learn(batch, ~batch.evidence("truncated"))
         return Step(explored, learnt, {**metrics, **clock.seconds, "seconds": seconds})
+
+    def _explorer(self) -> Explorer:
+        needs = self.objective.needs
+        called = any(p.calls is not None for p in self.problems.held_out)
+        if called and (others := needs & (PROBED | _TREES | {"replayed"})):
+            raise ValueError(
+                f"tasks: expected ones that call no tools because {self.settings.objective.method} needs "
+                f"{', '.join(sorted(others))}, got {', '.join(self.settings.tasks)}"
+            )
+        if needs & _TREES:
+            return Trees(self.desk)
+        if called or "turn_rewards" in needs:
+            return Conversations(self.desk)
+        return Replay(self.desk) if "replayed" in needs else Replies(self.desk)
 
     def _with_evidence(self, explored: Explored, number: int) -> Rollouts:
         needs, others = self.objective.needs, frozenset[str]()

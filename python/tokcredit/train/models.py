@@ -1,13 +1,15 @@
-"""The model to train: any of transformers, or one of two that need no hub."""
+"""The model to train: any of transformers, or one of three that need no hub."""
 
 from __future__ import annotations
 
+import functools
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +18,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from tokcredit.train import tiny as tiny_model
+from tokcredit.train import tools
 from tokcredit.train.expression import construct, parse
 
 
@@ -40,6 +43,7 @@ _RECIPES = {
         max_tokens=24,
         lr=2e-5,
     ),
+    "tiny_tools": Recipe(tasks=("calculator()",), steps=60, prompts=32, max_tokens=16, lr=4e-4, precision="no"),
     "tiny": Recipe(tasks=("addition(digits=2)",), steps=150, prompts=32, max_tokens=28, lr=3e-4, precision="no"),
 }
 
@@ -65,7 +69,8 @@ def load(model: str) -> tuple[Any, Any]:
     """The model in float32 and its tokenizer.
 
     Args:
-        model: ``smollm2``, ``tiny(steps=..., noise=..., seed=...)``, or what ``from_pretrained`` takes.
+        model: ``smollm2``, ``tiny(steps=..., noise=..., seed=...)``, ``tiny_tools(...)`` with the same, or what
+            ``from_pretrained`` takes.
     """
     source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else model
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
@@ -110,15 +115,30 @@ def _convert_smollm2(target: Path) -> None:
 
 def tiny(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
     """The adding model of :mod:`tokcredit.train.tiny`; ``steps=0`` leaves it random."""
-
-    def make(target: Path) -> None:
-        words = tiny_model.tokenizer()
-        network = tiny_model.model(words, seed)
-        tiny_model.warm(network, words, steps, noise, seed=seed)
-        network.save_pretrained(target)
-        words.save_pretrained(target)
-
+    make = functools.partial(_warmed, tiny_model.addition, steps=steps, noise=noise, seed=seed)
     return _cached(f"tiny-{steps}-{noise}-{seed}", make)
 
 
-_EMBEDDED: dict[str, Callable[..., Path]] = {"smollm2": smollm2, "tiny": tiny}
+def tiny_tools(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
+    """The same network, warmed on conversations with a calculator whose calls are often mistaken."""
+    settings: dict[str, Any] = {"steps": steps, "noise": noise, "seed": seed, "whole": tools.WORDS, "batch": 32}
+    return _cached(f"tiny-tools-{steps}-{noise}-{seed}", functools.partial(_warmed, tools.conversation, **settings))
+
+
+def _warmed(
+    text: Callable[[random.Random, float], str],
+    target: Path,
+    steps: int,
+    noise: float,
+    seed: int,
+    whole: Sequence[str] = (),
+    batch: int = 128,
+) -> None:
+    words = tiny_model.tokenizer(whole)
+    network = tiny_model.model(words, seed)
+    tiny_model.warm(network, words, steps, noise, text, seed, batch)
+    network.save_pretrained(target)
+    words.save_pretrained(target)
+
+
+_EMBEDDED: dict[str, Callable[..., Path]] = {"smollm2": smollm2, "tiny": tiny, "tiny_tools": tiny_tools}

@@ -145,6 +145,9 @@ class Replay:
             [reply for replies in joining.values() for reply in replies],
         )
 
+    def attempt(self, problems: Sequence[tasks.Problem]) -> list[float]:
+        return self._replies.attempt(problems)
+
     def state_dict(self) -> dict[str, Any]:
         return self._buffer.state_dict()
 

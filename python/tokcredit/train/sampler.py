@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 
 from tokcredit import policy
 from tokcredit.temperature import AdaptiveTemperature
@@ -19,10 +19,10 @@ class Completions(NamedTuple):
     """Continuations of some prompts, packed one after another, those of a prompt side by side.
 
     Attributes:
-        tokens: int64 ``[N]``, the end token included where the model ended by itself.
+        tokens: int64 ``[N]``, the end token, or those of the text to stop at, included.
         cu_seqlens: int64 ``[R + 1]``.
         log_probs: float32 ``[N]``, of the distribution each token was drawn from; 0 where decoding was greedy.
-        finished: bool ``[R]``; the others were cut at the greatest length.
+        finished: bool ``[R]``, whether the row ended with one of these; the others were cut at the greatest length.
     """
 
     tokens: Tensor
@@ -34,8 +34,18 @@ class Completions(NamedTuple):
 class Sampler(Protocol):
     """An engine that continues token-id prefixes with the current policy."""
 
-    def sample(self, prompts: Sequence[Sequence[int]], count: int, max_tokens: int, temperature: float) -> Completions:
-        """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy."""
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        max_tokens: int,
+        temperature: float,
+        stop: Sequence[str] = (),
+    ) -> Completions:
+        """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy.
+
+        A row also ends with the token that completes one of the texts ``stop`` in it.
+        """
 
     def sync(self) -> None:
         """Takes over the weights of the trained model."""
@@ -57,7 +67,7 @@ class TransformersSampler:
 
     Args:
         model: the causal language model that is trained.
-        tokenizer: its tokenizer, for the padding token.
+        tokenizer: its tokenizer, for the padding token and for texts to stop at.
         dtype: of the copy; None generates with the model itself.
         batch: rows generated at once at most.
         adaptive: takes the place of the plain temperature in draws at its own temperature.
@@ -77,7 +87,7 @@ class TransformersSampler:
         self._model = model if dtype is None else copy.deepcopy(model).to(dtype).eval()
         self._ends = torch.tensor([*end_tokens(model, tokenizer), *stops], device=model.device)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(self._ends[0])
-        self._batch, self._adaptive = batch, adaptive
+        self._tokenizer, self._batch, self._adaptive = tokenizer, batch, adaptive
 
     @property
     def device(self) -> torch.device:
@@ -89,10 +99,18 @@ class TransformersSampler:
                 torch._foreach_copy_(list(self._model.parameters()), list(self._trained.parameters()))
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Sequence[int]], count: int, max_tokens: int, temperature: float) -> Completions:
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        max_tokens: int,
+        temperature: float,
+        stop: Sequence[str] = (),
+    ) -> Completions:
         step = max(1, self._batch // count)
         parts = [
-            self._sample(prompts[i : i + step], count, max_tokens, temperature) for i in range(0, len(prompts), step)
+            self._sample(prompts[i : i + step], count, max_tokens, temperature, stop)
+            for i in range(0, len(prompts), step)
         ]
         lengths = torch.cat([p.cu_seqlens.diff() for p in parts])
         return Completions(
@@ -102,7 +120,9 @@ class TransformersSampler:
             torch.cat([p.finished for p in parts]),
         )
 
-    def _sample(self, prompts: Sequence[Sequence[int]], count: int, max_tokens: int, temperature: float) -> Completions:
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], count: int, max_tokens: int, temperature: float, stop: Sequence[str]
+    ) -> Completions:
         device = self._model.device
         ids, real = left_padded(prompts, self._pad, device)
         width = ids.shape[1]
@@ -111,6 +131,7 @@ class TransformersSampler:
             shared.batch_repeat_interleave(count)
         ids, real = ids.repeat_interleave(count, 0), real.repeat_interleave(count, 0)
         draws = _Draws(temperature, self._adaptive)
+        stops = _Stops(self._tokenizer, stop, width) if stop else None
         config, self._model.generation_config = (
             self._model.generation_config,
             GenerationConfig(
@@ -122,13 +143,19 @@ class TransformersSampler:
         )
         try:
             out = self._model.generate(
-                ids, attention_mask=real.long(), past_key_values=shared, logits_processor=[draws]
+                ids,
+                attention_mask=real.long(),
+                past_key_values=shared,
+                logits_processor=[draws],
+                stopping_criteria=[stops] if stops else None,
             )
         finally:
             self._model.generation_config = config
         tokens = out[:, width:]
         log_probs = draws.finish(tokens)
         ends = torch.isin(tokens, self._ends)
+        if stops:
+            ends |= stops.found()
         finished = ends.any(1)
         lengths = torch.where(finished, ends.int().argmax(1) + 1, tokens.shape[1])
         inside = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
@@ -161,3 +188,20 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]
         """Log-probs of all tokens, ``(B, T)``, after the last was drawn."""
         self._record(tokens[:, -1])
         return torch.stack(self._log_probs, 1)
+
+
+class _Stops(StoppingCriteria):  # type: ignore[misc]
+    """Ends rows at some texts and keeps where that was."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], width: int) -> None:
+        self._complete, self._width = StopStringCriteria(tokenizer, list(texts)), width
+        self._found: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **others: Any) -> Tensor:
+        # Without the prompt, whose text may begin what a row then completes.
+        self._found.append(self._complete(input_ids[:, self._width :], scores))
+        return self._found[-1]
+
+    def found(self) -> Tensor:
+        """Whether a token completed a text, bool ``(B, T)``."""
+        return torch.stack(self._found, 1)

@@ -43,7 +43,7 @@ class Predicted(NamedTuple):
     Attributes:
         logits: ``(R, T, V)``, for the token that stands at each position.
         hidden_states: ``(R, T, d)``, final ones they come from, or None.
-        tokens: int64 ``(R, T)``, -1 behind the end of a row.
+        tokens: int64 ``(R, T)``, -1 where the policy chose none: behind the end of a row, and under the mask.
         inside: bool ``(R, T)``; indexing with it gives the packed order of the batch.
     """
 
@@ -82,11 +82,14 @@ def predict(model: Any, batch: Rollouts, hidden_states: bool = False) -> Predict
         output_hidden_states=hidden_states,
     )
     hidden = out.hidden_states[-1] if hidden_states else None
-    return Predicted(out.logits, hidden, tokens.masked_fill(~inside, -1), inside)
+    return Predicted(out.logits, hidden, tokens.masked_fill(~batch.to_padded(batch.response_mask), -1), inside)
 
 
 def score(model: Any, batch: Rollouts, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token and entropy of the distribution before it, each ``[N]``, with gradient."""
+    """Log-prob of each token and entropy of the distribution before it, each ``[N]``, with gradient.
+
+    Both are 0 where the policy did not choose the token.
+    """
     return scores_of(predict(model, batch), temperature)
 
 

@@ -135,6 +135,16 @@ class ReplaySettings:
 
 
 @dataclass(frozen=True)
+class ToolSettings:
+    """How a model and its tools take turns, in tasks that have tools."""
+
+    turns: int = 10
+    """Turns of the model at most; max_tokens is for each of them."""
+    matching: str = "optimal"
+    """How its calls are matched with those that were expected: "optimal(penalty=0.5)", "greedy", "sinkhorn"."""
+
+
+@dataclass(frozen=True)
 class OptimizerSettings:
     """How a step moves the policy."""
 
@@ -167,12 +177,13 @@ class Settings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     probes: ProbeSettings = field(default_factory=ProbeSettings)
     replay: ReplaySettings = field(default_factory=ReplaySettings)
+    tools: ToolSettings = field(default_factory=ToolSettings)
     model: str = "smollm2"
     """"smollm2", "tiny", or a folder or hub name of a causal language model."""
     tasks: tuple[str, ...] = ()
     """Tasks, mixed evenly: a reasoning_gym dataset with its configuration, e.g. "products(max_digits=1)";
     "jsonl('file.jsonl')" of {"prompt", "answer"}; "choices('file.jsonl')" of the same with letters as answer;
-    "addition(digits=2)". The model's recipe by default."""
+    "addition(digits=2)"; "calculator(operations=2)", which has a tool. The model's recipe by default."""
     teacher: str | None = None
     """Model that a distilling method asks, with the same tokens; as model."""
     reward: str | None = None

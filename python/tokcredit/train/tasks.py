@@ -1,4 +1,4 @@
-"""Problems with verifiable answers: reasoning_gym data sets, a JSONL file, or column addition."""
+"""Problems with verifiable answers: reasoning_gym data sets, a JSONL file, column addition, or a calculator to call."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokcredit import matching
+from tokcredit.train import tools
 from tokcredit.train.expression import Call, parse
 
 _NUMBER = re.compile(r"(?<![\w)])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
@@ -23,12 +24,13 @@ _CORRECT = 0.99
 
 
 class Problem(NamedTuple):
-    """A question, its answer, and the reward of a reply to it."""
+    """A question, its answer, and the reward of a reply to it; where tools can be called, the calls expected."""
 
     task: str
     question: str
     answer: str
     reward: Callable[[str], float]
+    calls: tuple[matching.Call, ...] | None = None
 
 
 class Problems(NamedTuple):
@@ -58,10 +60,16 @@ def _order(size: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(size), size)
 
 
+def tagged(reply: str) -> str | None:
+    """The reply's last ``<answer>``."""
+    tags = _TAG.findall(reply)
+    return str(tags[-1]).strip() if tags else None
+
+
 def final_answer(reply: str, numeric: bool) -> str | None:
     """The reply's last ``<answer>`` if it has one, else its last number, or all of it where no number is asked for."""
-    if tags := _TAG.findall(reply):
-        return str(tags[-1]).strip()
+    if (answer := tagged(reply)) is not None:
+        return answer
     if not numeric:
         return reply.strip()
     numbers = _NUMBER.findall(reply)
@@ -77,7 +85,9 @@ def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
     from reasoning_gym.factory import DATASETS
 
     if call.name not in DATASETS:
-        raise ValueError(f"tasks: expected jsonl, choices, addition or a reasoning_gym data set, got {call.name!r}")
+        raise ValueError(
+            f"tasks: expected jsonl, choices, addition, calculator or a reasoning_gym data set, got {call.name!r}"
+        )
     if call.positional:
         raise ValueError(f"tasks: expected {call.name}(key=value, ...), got positional arguments")
     try:
@@ -114,8 +124,8 @@ def _jsonl(path: str) -> list[Problem]:
     from math_verify import verify
 
     def reward(gold: Any, reply: str) -> float:
-        tags = _TAG.findall(reply)
-        answer = parse_math(tags[-1] if tags else reply, parsing_timeout=None)
+        tag = tagged(reply)
+        answer = parse_math(reply if tag is None else tag, parsing_timeout=None)
         return float(verify(gold, answer, timeout_seconds=None))
 
     return [
@@ -159,6 +169,20 @@ def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]
     return problems
 
 
+def _calculator(operations: int = 2, digits: int = 1, size: int = 2000, seed: int = 0) -> list[Problem]:
+    """``(7+5)*3=``, to be solved by calling a calculator; the reply's ``<answer>`` is compared."""
+    generator = random.Random(seed)
+
+    def reward(answer: str, reply: str) -> float:
+        return float(tagged(reply) == answer)
+
+    problems = []
+    for _ in range(size):
+        question, calls, answer = tools.chain(generator, operations, digits)
+        problems.append(Problem("calculator", question, answer, functools.partial(reward, answer), tuple(calls)))
+    return problems
+
+
 def _problems(text: str, seed: int) -> list[Problem]:
     call = parse(text, "tasks")
     if call.name == "jsonl":
@@ -167,6 +191,8 @@ def _problems(text: str, seed: int) -> list[Problem]:
         return _choices(*call.positional, **call.named)
     if call.name == "addition":
         return _addition(*call.positional, **{"seed": seed, **call.named})
+    if call.name == "calculator":
+        return _calculator(*call.positional, **{"seed": seed, **call.named})
     return _reasoning_gym(call, seed)
 
 

@@ -8,7 +8,9 @@ errs in places, which is what token-level credit is about.
 from __future__ import annotations
 
 import random
+import re
 import string
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 _PAD, _END, _UNKNOWN = "<pad>", "<end>", "<unk>"
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character."""
-    words = [_PAD, _END, _UNKNOWN, *string.digits, *string.ascii_letters, *string.punctuation, " ", "\n"]
+def tokenizer(whole: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token per printable ASCII character, and for each of these words."""
+    words = [_PAD, _END, _UNKNOWN, *string.digits, *string.ascii_letters, *string.punctuation, " ", "\n", *whole]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=_UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*map(re.escape, whole), r"[\s\S]"])), "isolated")
     backend.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=_PAD, eos_token=_END, unk_token=_UNKNOWN, padding_side="left"
@@ -63,21 +65,36 @@ def model(words: Any, seed: int = 0) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def warm(network: LlamaForCausalLM, words: Any, steps: int, noise: float, digits: int = 2, seed: int = 0) -> None:
-    """Next-token training on noisy derivations of random sums, in place."""
-    generator = random.Random(seed)
+def addition(generator: random.Random, noise: float) -> str:
+    """A noisy derivation of the sum of two random numbers of two digits."""
 
     def wrong() -> int | None:
         return generator.randrange(20) if generator.random() < noise else None
 
-    def text() -> str:
-        a, b = (generator.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
-        return f"{a}+{b}={derivation(a, b, wrong)}{_END}"
+    a, b = (generator.randrange(10, 100) for _ in range(2))
+    return f"{a}+{b}={derivation(a, b, wrong)}"
 
+
+def warm(
+    network: LlamaForCausalLM,
+    words: Any,
+    steps: int,
+    noise: float,
+    text: Callable[[random.Random, float], str] = addition,
+    seed: int = 0,
+    batch: int = 128,
+) -> None:
+    """Next-token training on such texts, ``batch`` at a time, in place."""
+    generator = random.Random(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
     network.train()
     for _ in tqdm(range(steps), desc="warming", unit="step", disable=steps == 0):
-        rows = words([text() for _ in range(128)], padding=True, padding_side="right", return_tensors="pt")
+        rows = words(
+            [text(generator, noise) + _END for _ in range(batch)],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
         labels = rows.input_ids.masked_fill(rows.attention_mask == 0, -100)
         loss = network(rows.input_ids, attention_mask=rows.attention_mask, labels=labels).loss
         optimizer.zero_grad()

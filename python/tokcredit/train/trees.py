@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from tokcredit.rollouts import Rollouts
 from tokcredit.train.explorer import Desk, Explored
 from tokcredit.train.scoring import left_padded
+from tokcredit.train.tasks import Problem
 
 
 class _Edge(NamedTuple):
@@ -100,6 +102,9 @@ class Trees:
                     below.append((i, edge.node, path + edge.own))
             open_ends = below
         return edges
+
+    def attempt(self, problems: Sequence[Problem]) -> list[float]:
+        return self._desk.attempt(problems)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

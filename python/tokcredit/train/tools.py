@@ -1,0 +1,144 @@
+"""A calculator that a model calls in its replies, and the text it is called with.
+
+``<tool>add(12,34)</tool>`` is answered ``<result>46</result>``. Whatever a model writes is read as a call or as a
+broken one, and gets a result or an error; nothing of it is run as a program.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import random
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+from tokcredit import matching
+from tokcredit.matching import Call, Similarities
+from tokcredit.train.expression import parse
+
+STOP = "</tool>"
+"""With which the model hands over to the tool."""
+
+INTRODUCTION = (
+    "Use a calculator: write <tool>add(2,3)</tool> and its result follows as <result>5</result>. There are add, sub, "
+    "mul and div, each of two numbers. End with <answer>5</answer>."
+)
+"""The protocol for models that follow instructions."""
+
+_OPERATIONS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+}
+WORDS = (*(f"<{slash}{tag}>" for tag in ("tool", "result", "answer") for slash in ("", "/")), *_OPERATIONS)
+"""What the protocol is made of besides numbers."""
+
+_SIGNS = {"add": "+", "sub": "-", "mul": "*"}
+_PARAMETERS = ("a", "b")
+_CALL = re.compile(r"\s*([A-Za-z_]\w*)\s*\((.*)\)\s*", re.S)
+_ARGUMENT = re.compile(r"\s*(?:([A-Za-z_]\w*)\s*=)?\s*(-?[0-9]{1,15}(?:\.[0-9]{1,15})?)\s*")
+_RULES = {rule.__name__: rule for rule in (matching.optimal, matching.greedy, matching.sinkhorn)}
+
+
+def calls(text: str) -> list[Call]:
+    """The calls of a turn, in order, one for each end tag.
+
+    Arguments are numbers, by name or by place (``a``, then ``b``); a call that cannot be read has none, and no name
+    where that cannot be read either.
+    """
+    return [_call(piece.rpartition("<tool>")) for piece in text.split(STOP)[:-1]]
+
+
+def _call(parts: tuple[str, str, str]) -> Call:
+    _, tag, body = parts
+    whole = _CALL.fullmatch(body) if tag else None
+    if whole is None:
+        return Call("", None)
+    name, inside = whole.groups()
+    arguments: dict[str, Fraction] = {}
+    for place, part in enumerate(inside.split(",") if inside.strip() else ()):
+        argument = _ARGUMENT.fullmatch(part)
+        key = argument and (argument[1] or (_PARAMETERS[place] if place < len(_PARAMETERS) else None))
+        if not argument or not key or key in arguments:
+            return Call(name, None)
+        arguments[key] = Fraction(argument[2])
+    return Call(name, arguments)
+
+
+def result(call: Call) -> str:
+    """What the calculator says: a number, to six digits if it is not whole, or ``error: ...``."""
+    if call.name not in _OPERATIONS:
+        return "error: no such tool"
+    if call.arguments is None or set(call.arguments) != set(_PARAMETERS):
+        return "error: expected two numbers"
+    try:
+        value = _OPERATIONS[call.name](*(call.arguments[name] for name in _PARAMETERS))
+    except ZeroDivisionError:
+        return "error: division by zero"
+    return str(value.numerator) if value.denominator == 1 else f"{float(value):.6g}"
+
+
+def written(call: Call) -> str:
+    """Text of a call of the calculator, that :func:`calls` reads."""
+    return f"<tool>{call.name}({','.join(map(str, (call.arguments or {}).values()))}){STOP}"
+
+
+def reply(answered: Sequence[Call]) -> str:
+    """What follows a turn with these calls."""
+    return "".join(f"<result>{result(call)}</result>" for call in answered)
+
+
+def chain(generator: random.Random, operations: int, digits: int) -> tuple[str, list[Call], str]:
+    """A question such as ``(7+5)*3=``, the calls that solve it from left to right, and the answer, never negative."""
+
+    def number() -> Fraction:
+        return Fraction(generator.randrange(10 ** (digits - 1), 10**digits))
+
+    value = number()
+    text, expected = str(value), list[Call]()
+    for i in range(operations):
+        name, other = generator.choice(list(_SIGNS)), number()
+        if name == "sub" and value < other:
+            name = "add"
+        text = f"{f'({text})' if i else text}{_SIGNS[name]}{other}"
+        expected.append(Call(name, {"a": value, "b": other}))
+        value = _OPERATIONS[name](value, other)
+    return f"{text}=", expected, str(value)
+
+
+def conversation(generator: random.Random, noise: float) -> str:
+    """A chain of two operations with calls, results and answer; a call is a random one with probability ``noise``.
+
+    What follows a mistaken call is consistent with its result.
+    """
+    text, expected, _ = chain(generator, 2, 1)
+    value = (expected[0].arguments or {})["a"]
+    for name, arguments in expected:
+        other = (arguments or {})["b"]
+        if generator.random() < noise:
+            name, other = generator.choice(list(_SIGNS)), Fraction(generator.randrange(1, 10))
+        call = Call(name, {"a": value, "b": other})
+        text += written(call) + reply([call])
+        value = Fraction(result(call))
+    return f"{text}<answer>{value}</answer>"
+
+
+def rule(text: str) -> Callable[[Similarities], Similarities]:
+    """The matching that ``text`` names: ``optimal(penalty=0.5)``, ``greedy``, ``sinkhorn(regularization=0.1)``.
+
+    Raises:
+        ValueError: no such matching, or settings it does not take.
+    """
+    call = parse(text, "matching")
+    if call.name not in _RULES or call.positional:
+        raise ValueError(f"matching: expected {', '.join(_RULES)}, with settings by name, got {text!r}")
+    chosen: Callable[..., Any] = functools.partial(_RULES[call.name], **call.named)
+    try:
+        inspect.signature(_RULES[call.name]).bind(None, **call.named)
+    except TypeError as error:
+        raise ValueError(f"matching: {text}: {error}") from None
+    return chosen

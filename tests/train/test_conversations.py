@@ -1,0 +1,268 @@
+import dataclasses
+import functools
+import itertools
+import re
+
+import pytest
+import torch
+from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, ToolSettings, run, tools
+from tokcredit.train.conversations import Conversations
+from tokcredit.train.experiment import resolved
+from tokcredit.train.loop import Trainer
+from tokcredit.train.record import read_metrics
+from tokcredit.train.sampler import Completions
+from tokcredit.train.scoring import score
+
+pytest.importorskip("scipy")
+MODEL = "tiny_tools(steps=150)"
+
+
+@pytest.fixture
+def talking(settings):
+    sampling = SamplingSettings(prompts=4, group=4, max_tokens=16)
+    return functools.partial(
+        settings,
+        "match_tir",
+        model="tiny_tools(steps=0)",
+        tasks=("calculator(size=300)",),
+        reward=None,
+        sampling=sampling,
+        tools=ToolSettings(turns=3),
+    )
+
+
+class Scripted:
+    """A sampler whose rows are written down, by the number of results so far; log-probs tell turn and row."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, words, script):
+        self.words, self.script, self.stops = words, script, []
+
+    def sync(self):
+        pass
+
+    def sample(self, prompts, count, max_tokens, temperature, stop=()):
+        self.stops.append(stop)
+        rows, log_probs = [], []
+        for i, prompt in enumerate(prompts):
+            text = self.words.decode(prompt)
+            for j in range(count):
+                said = self.script(text, text.count("<result>"), j)
+                rows.append(self.words(said).input_ids)
+                log_probs += [-float(i + 1 + j)] * len(rows[-1])
+        lengths = torch.tensor([0, *map(len, rows)]).cumsum(0)
+        finished = torch.tensor([r[-1] == self.words.eos_token_id or self.words.decode(r).endswith(stop) for r in rows])
+        return Completions(torch.tensor([t for r in rows for t in r]), lengths, torch.tensor(log_probs), finished)
+
+
+def scripted(talking, script, **changes):
+    trainer = Trainer(resolved(talking(**changes)))
+    assert isinstance(trainer.explorer, Conversations)
+    trainer.desk.sampler = Scripted(trainer.tokenizer, script)
+    return trainer
+
+
+def test_exact_rows(talking):
+    def script(text, results, row):
+        if "?" in text:
+            return "<tool>?</tool>"
+        if row == 0:
+            return ["<tool>add(2,3)</tool>", "<tool>div(1,0)</tool>", "<answer>5</answer><end>"][results]
+        if row == 1:
+            return "1<end>"
+        if row == 2:
+            return "<tool>add(1,1"
+        return "<tool>?</tool>"
+
+    trainer = scripted(talking, script, sampling=SamplingSettings(prompts=2, group=4, max_tokens=16))
+    explored = trainer.explorer.explore(1)
+    batch, words = explored.batch, trainer.tokenizer
+    first = [
+        ("<tool>add(2,3)</tool>", True),
+        ("<result>5</result>", False),
+        ("<tool>div(1,0)</tool>", True),
+        ("<result>error: division by zero</result>", False),
+        ("<answer>5</answer><end>", True),
+    ]
+    broken = [("<tool>?</tool>", True), ("<result>error: no such tool</result>", False)] * 2 + [
+        ("<tool>?</tool>", True)
+    ]
+    expected = [first, [("1<end>", True)], [("<tool>add(1,1", True)], broken] * 2
+    for i, (begin, end) in enumerate(zip(batch.begin.tolist(), batch.end.tolist(), strict=True)):
+        tokens = [(t, own) for text, own in expected[i] for t in words(text).input_ids]
+        assert batch.tokens[begin:end].tolist() == [t for t, _ in tokens]
+        assert batch.response_mask[begin:end].tolist() == [own for _, own in tokens]
+        assert explored.replies[i] == "".join(text for text, _ in expected[i]).replace("<end>", "")
+    assert ((batch.rollout_log_probs == 0) == ~batch.response_mask).all()
+    assert explored.finished.tolist() == [True, True, False, False] * 2, "the turn limit and the length cut"
+    assert batch.group_ids.tolist() == [0] * 4 + [1] * 4
+    assert set(trainer.desk.sampler.stops) == {("</tool>",)}
+    # What each turn drew stands in its place: rows of the first call, then those still going.
+    begin, end = batch.begin[0], batch.end[0]
+    own = batch.rollout_log_probs[begin:end][batch.response_mask[begin:end]]
+    assert own.tolist() == [-1.0] * (8 + 8 + 4) and batch.rollout_log_probs[batch.begin[3]] == -4.0
+
+
+def solve(text, results, row):
+    """What a perfect model would say."""
+    question = text.partition("=")[0]
+    found = re.findall(r"<result>(.*?)</result>", text)
+    inner, sign, last = re.fullmatch(r"\((.*)\)(.)(\d+)", question).groups()
+    a, first, b = re.fullmatch(r"(\d+)(.)(\d+)", inner).groups()
+    name = {"+": "add", "-": "sub", "*": "mul"}
+    if results == 0:
+        return f"<tool>{name[first]}({a},{b})</tool>"
+    if results == 1:
+        return f"<tool>{name[sign]}({found[0]},{last})</tool>"
+    return f"<answer>{found[1]}</answer><end>"
+
+
+def test_a_perfect_model_is_paid_one_per_turn(talking):
+    trainer = scripted(talking, solve)
+    explored = trainer.explorer.explore(1)
+    paid = explored.batch.extras["turn_rewards"]
+    assert explored.outcomes.tolist() == [1.0] * 16 and explored.finished.all()
+    assert paid.sum() == 48 and (paid[paid != 0] == 1).all()
+    assert trainer.evaluate() == 1.0
+    wrong = scripted(talking, lambda text, results, row: solve(text, results, row).replace("<answer>", "<answer>1"))
+    assert wrong.evaluate() == 0.0
+    assert wrong.explorer.explore(1).batch.extras["turn_rewards"].sum() == 32
+
+
+def naive_similarity(call, reference):
+    if call.name != reference.name or call.arguments is None:
+        return 0.0
+    own, expected = call.arguments, reference.arguments
+    shared = len(set(own) & set(expected)) / len(set(own) | set(expected))
+    return (1 + shared + sum(own.get(k) == v for k, v in expected.items())) / (2 + len(expected))
+
+
+def naive_turn_rewards(turns, references, answer):
+    """Of each best assignment, by trying all; an answer turn by the words it shares."""
+    words, pairs = [0.0] * len(turns), []
+    for t, text in enumerate(turns):
+        if found := re.findall(r"<answer>(.*?)</answer>", text, re.S):
+            own, expected = ({*re.sub(r"\W", " ", x).split()} for x in (found[-1], answer))
+            words[t] = 2 * len(own & expected) / (len(own) + len(expected)) if own & expected else 0.0
+        else:
+            pairs += [(t, call) for call in tools.calls(text)]
+    size = max(len(pairs), len(references))
+    table = [[naive_similarity(c, r) for r in references] + [0.0] * (size - len(references)) for _, c in pairs]
+    assignments = list(itertools.permutations(range(size), len(pairs)))
+    totals = [sum(table[i][j] for i, j in enumerate(p)) for p in assignments]
+    found = []
+    for chosen, total in zip(assignments, totals, strict=True):
+        if total > max(totals) - 1e-9:
+            out = list(words)
+            for i, (t, _) in enumerate(pairs):
+                out[t] += table[i][chosen[i]] / sum(u == t for u, _ in pairs)
+            found.append(out)
+    return found
+
+
+@pytest.fixture
+def warmed(talking):
+    trainer = Trainer(resolved(talking(model=MODEL, sampling=SamplingSettings(prompts=8, group=4, max_tokens=16))))
+    return trainer, trainer.explorer.explore(1)
+
+
+def runs(batch, row):
+    """Tokens of a row in runs of the same mask."""
+    begin, end = int(batch.begin[row]), int(batch.end[row])
+    pairs = zip(batch.response_mask[begin:end].tolist(), batch.tokens[begin:end].tolist(), strict=True)
+    return [(own, [t for _, t in part]) for own, part in itertools.groupby(pairs, key=lambda pair: pair[0])]
+
+
+def test_turn_rewards_are_those_of_the_recorded_text(warmed):
+    trainer, (problems, replies, batch, outcomes, _) = warmed
+    paid, several = batch.extras["turn_rewards"], 0
+    for row, (problem, reply) in enumerate(zip(problems, replies, strict=True)):
+        parts = [(own, trainer.tokenizer.decode(t, skip_special_tokens=True)) for own, t in runs(batch, row)]
+        assert "".join(text for _, text in parts) == reply and outcomes[row] == problem.reward(reply)
+        turns = [text for own, text in parts if own]
+        for (_, asked), (_, said) in itertools.pairwise(parts):
+            if asked.endswith("</tool>"):
+                assert said == tools.reply(tools.calls(asked))
+        expected = naive_turn_rewards(turns, problem.calls, problem.answer)
+        found = paid[batch.begin[row] : batch.end[row]]
+        ends = torch.tensor([len(t) for _, t in runs(batch, row)]).cumsum(0)[::2] - 1
+        assert any(found[ends].tolist() == pytest.approx(e, abs=1e-5) for e in expected)
+        assert found.sum() == pytest.approx(float(found[ends].sum()), abs=1e-6)
+        several += len(turns) > 1
+    assert several > 5 and paid.unique().numel() > 3, "the warmed model calls, not always rightly"
+
+
+def test_what_was_drawn_is_what_the_model_says_with_the_results_in_sight(warmed):
+    trainer, (_, _, batch, _, _) = warmed
+    with torch.no_grad():
+        log_probs, entropies = score(trainer.model, batch)
+        for row in range(0, batch.num_rows, 5):
+            begin, end = int(batch.begin[row]), int(batch.end[row])
+            prompt = batch.extras["prompt_tokens"][row]
+            prompt = prompt[prompt >= 0]
+            whole = torch.cat([prompt, batch.tokens[begin:end]])
+            logits = trainer.model(whole[None]).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            mask = batch.response_mask[begin:end]
+            expected = torch.where(mask, logits.gather(1, batch.tokens[begin:end, None])[:, 0], 0.0)
+            torch.testing.assert_close(log_probs[begin:end].double(), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(batch.rollout_log_probs[begin:end].double(), expected, atol=1e-4, rtol=1e-4)
+            spread = torch.where(mask, -(logits.exp() * logits).sum(-1), 0.0)
+            torch.testing.assert_close(entropies[begin:end].double(), spread, atol=1e-4, rtol=1e-4)
+
+
+def test_results_are_context_and_train_nothing(warmed):
+    trainer, (_, _, batch, _, _) = warmed
+    row = next(r for r in range(batch.num_rows) if len(runs(batch, r)) > 2)
+    one = batch.select(torch.tensor([row]))
+    before = score(trainer.model, one)[0]
+    at = int((~one.response_mask).nonzero()[1])
+    tokens = one.tokens.clone()
+    tokens[at] = trainer.tokenizer("8" if int(tokens[at]) != trainer.tokenizer("8").input_ids[0] else "7").input_ids[0]
+    after = score(trainer.model, dataclasses.replace(one, tokens=tokens))[0]
+    assert torch.equal(before[:at], after[:at]) and not torch.allclose(before[at + 1 :], after[at + 1 :])
+    prepared = trainer.objective.prepare(batch)
+    assert not prepared.advantages[~batch.response_mask].any() and prepared.advantages[batch.response_mask].any()
+    log_probs = torch.zeros(batch.num_tokens, requires_grad=True)
+    trainer.objective.loss(prepared, log_probs).loss.backward()
+    assert not log_probs.grad[~batch.response_mask].any() and log_probs.grad.any()
+
+
+def test_a_resumed_run_has_the_same_numbers(talking, tmp_path):
+    whole = talking(model=MODEL, steps=4, save_every=2, output=tmp_path / "whole")
+    parts = dataclasses.replace(whole, output=tmp_path / "parts", steps=2)
+    run(whole)
+    run(parts)
+    run(dataclasses.replace(parts, steps=4, resume=True))
+    lines = [read_metrics(s.output) for s in (whole, parts)]
+    for name in ("reward", "tokens", "loss", "grad_norm", "entropy", "finished"):
+        assert [line.get(name) for line in lines[0]] == [line.get(name) for line in lines[1]]
+    assert any(line["grad_norm"] > 0 for line in lines[0][1:])
+
+
+def test_other_methods_talk_too(talking):
+    trainer = Trainer(resolved(talking(objective=ObjectiveSettings("grpo"))))
+    assert isinstance(trainer.explorer, Conversations)
+    with pytest.raises(ValueError, match=r"tasks: expected ones that call no tools because spo_tree needs node_ids"):
+        Trainer(resolved(talking(objective=ObjectiveSettings("spo_tree"))))
+
+
+@pytest.mark.parametrize("chosen", [("addition(digits=1)",), ("calculator()", "addition(digits=1)")])
+def test_tasks_without_tools_are_named(talking, chosen):
+    with pytest.raises(ValueError, match=r"tasks: expected only ones that call tools, .*got \['addition'\]"):
+        Trainer(resolved(talking(tasks=chosen)))
+
+
+def test_at_least_one_turn(talking):
+    with pytest.raises(ValueError, match="turns: expected at least 1, got 0"):
+        Trainer(resolved(talking(tools=ToolSettings(turns=0))))
+
+
+@pytest.mark.slow
+def test_training_raises_what_turns_are_paid(talking):
+    optimizer = OptimizerSettings(lr=1e-3, micro_batch=64, precision="no")
+    sampling = SamplingSettings(prompts=8, group=8, max_tokens=12)
+    s = talking(model=MODEL, steps=16, sampling=sampling, optimizer=optimizer, eval_every=100, eval_problems=1)
+    run(s)
+    paid = [line["turn_rewards"] for line in read_metrics(s.output)[1:]]
+    assert sum(paid[-4:]) / 4 > sum(paid[:4]) / 4 + 0.1
