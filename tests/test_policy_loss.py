@@ -224,7 +224,22 @@ def test_opcheck_and_compile():
     log_probs = ragged.values(5)
     torch.library.opcheck(
         torch.ops.tokcredit.policy_loss.default,
-        (log_probs, log_probs + 0.1, None, *args.values(), *rows, 0, True, 0.2, 0.5, -20.0, 20.0, True, 1),
+        (
+            log_probs,
+            log_probs + 0.1,
+            None,
+            *args.values(),
+            *rows,
+            log_probs > 0,
+            0,
+            True,
+            0.2,
+            0.5,
+            -20.0,
+            20.0,
+            True,
+            1,
+        ),
     )
 
     def f(x):
@@ -247,24 +262,25 @@ def test_rejects_wrong_arguments():
         ops.policy_loss(torch.zeros(3), rows, "clip", reference=torch.ones(2))
 
 
-def test_a_token_of_weight_0_counts_in_sums_and_positions_only():
+def test_a_token_that_does_not_train_counts_in_sums_and_positions_only():
     rows = Rows(torch.tensor([0]), torch.tensor([4]))
     log_probs = torch.tensor([0.3, 0.2, 0.1, 0.4], dtype=torch.float64, requires_grad=True)
-    weights = torch.tensor([1.0, 0.0, 2.0, 0.0], dtype=torch.float64)
+    weights = torch.tensor([1.0, 5.0, 2.0, 0.0], dtype=torch.float64)
     value, stats = ops.policy_loss(
         log_probs,
         rows,
         "clip",
         reference=torch.zeros(4, dtype=torch.float64),
         weights=weights,
+        trains=torch.tensor([True, False, True, True]),
         high=torch.tensor(0.35, dtype=torch.float64),
         cumulative=True,
         power=1.0,
     )
     value.backward()
-    # Sums 0.3 and 0.6 against bounds 0.35 and 1.05: neither is stopped, and the other two tokens are in no statistic.
-    q = [math.exp(0.3), math.exp(0.6)]
+    # Sums 0.3, 0.6 and 1.0 against bounds 0.35, 1.05 and 1.4: none is stopped. A weight of 0 still trains, and counts.
+    q = [math.exp(0.3), math.exp(0.6), math.exp(1.0)]
     assert value.item() == pytest.approx(-q[0] - 2 * q[1])
     assert log_probs.grad.tolist() == pytest.approx([-q[0], 0, -2 * q[1], 0])
     named = dict(zip(ops.LOSS_STATS, stats[0].tolist(), strict=True))
-    assert (named["tokens"], named["above"]) == (2, 0) and named["ratio"] == pytest.approx(sum(q))
+    assert (named["tokens"], named["above"]) == (3, 0) and named["ratio"] == pytest.approx(sum(q))

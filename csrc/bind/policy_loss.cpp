@@ -19,15 +19,16 @@ Operand operand(Call &call, const char *name, const py::handle &x, Type type, co
 void policy_loss(const py::object &log_probs, const py::object &reference, const py::object &log_ratio,
                  const py::object &advantages, const py::object &weights, const py::object &low,
                  const py::object &high, const py::object &cap, const py::object &begin,
-                 const py::object &end, const py::object &mask, int surrogate, bool cumulative, double bound,
-                 double power, double clamp_low, double clamp_high, const py::object &stats,
-                 const py::object &gradient, int threads) {
+                 const py::object &end, const py::object &mask, const py::object &trains, int surrogate,
+                 bool cumulative, double bound, double power, double clamp_low, double clamp_high,
+                 const py::object &stats, const py::object &gradient, int threads) {
   Call call("policy_loss");
   const Array lp = call.read("log_probs", log_probs);
   const Rows rows = call.rows(begin, end, mask, lp.size());
   const Type type = accumulated(lp.type);
   PolicyLoss p{};
   p.rows = rows;
+  p.trains = call.optional("trains", trains, Type::b8, rows.size).as<bool>();
   p.type = lp.type;
   p.log_probs = lp.data;
   p.reference = call.optional("old_log_probs", reference, lp.type, rows.size).data;

@@ -41,10 +41,10 @@ template <class A> struct Lane {
 };
 
 // Up to `block` tokens of a row: what goes in, and what comes out. `live` is 0 where masked, and whatever the
-// arguments hold there has been replaced by a harmless number.
+// arguments hold there has been replaced by a harmless number; `trains` is 0 there and where nothing is paid.
 template <class A> struct Block {
-  A live[block], raw[block], log_prob[block], advantage[block], weight[block], low[block], high[block],
-      cap[block], width[block];
+  A live[block], trains[block], raw[block], log_prob[block], advantage[block], weight[block], low[block],
+      high[block], cap[block], width[block];
   A gradient[block], columns[loss_stats][block];
 };
 
@@ -52,7 +52,7 @@ template <Surrogate kind, class A>
 TOKCREDIT_INLINE void evaluate_body(Block<A> &b, int64_t n, A clamp_low, A clamp_high) {
   for (int64_t i = 0; i < n; ++i) {
     const A x = bounded(b.raw[i], clamp_low, clamp_high), w = b.width[i];
-    const A live = b.weight[i] != A(0) ? b.live[i] : A(0);
+    const A live = b.trains[i];
     const Paid<A> paid = surrogate<kind, A>(
         {x, b.log_prob[i], b.advantage[i], b.low[i] * w, b.high[i] * w, b.cap[i] * w, x == b.raw[i]});
     b.gradient[i] = live != A(0) ? b.weight[i] * paid.gradient : A(0);
@@ -121,6 +121,7 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
   const bool subtract = reference && !p.log_ratio.data && !p.cumulative;
   Running run;
   std::fill(b.live, b.live + block, A(1));
+  std::fill(b.trains, b.trains + block, A(1));
   log_ratio.begin(b.raw);
   advantages.begin(b.advantage);
   weights.begin(b.weight);
@@ -134,6 +135,11 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
     if (mask)
       for (int64_t i = 0; i < n; ++i)
         b.live[i] = A(mask[first + i]);
+    if (p.trains)
+      for (int64_t i = 0; i < n; ++i)
+        b.trains[i] = A(p.trains[first + i] && b.live[i] != A(0));
+    else if (mask)
+      std::copy(b.live, b.live + n, b.trains);
     for (int64_t i = 0; i < n; ++i)
       b.log_prob[i] = b.live[i] != A(0) ? A(load(log_probs[first + i])) : A(0);
     if (subtract)

@@ -155,6 +155,9 @@ __device__ Stats evaluate(const PolicyLoss &p, int64_t r, int64_t first, int64_t
     if (any) {
       const Quad<A> advantage = advantages.read(t, size), weight = weights.read(t, size),
                     lows = low.read(t, size), highs = high.read(t, size), caps = cap.read(t, size);
+      Quad<bool> trains{};
+      if (p.trains)
+        trains = load_quad(p.trains, t, size, quads_aligned(p.trains));
       A loss = 0, ratio = 0, divergence = 0;
 #pragma unroll
       for (int k = 0; k < quad; ++k) {
@@ -167,7 +170,7 @@ __device__ Stats evaluate(const PolicyLoss &p, int64_t r, int64_t first, int64_t
           if (p.cumulative)
             raw.item[k] = A(at.log_ratio);
         }
-        if (weight.item[k] == A(0))
+        if (p.trains && !trains.item[k])
           continue;
         const A x = bounded(raw.item[k], A(p.clamp_low), A(p.clamp_high));
         const Paid<A> paid =

@@ -9,9 +9,9 @@
 //     width = (number of the row's unmasked tokens up to t) ^ power
 //     value, gradient = surrogate(log_ratio, log_probs, advantages, low * width, high * width, cap * width)
 //     stats[r] += weights * value, ...;     gradient[t] = weights * gradient
-// and gradient is 0 elsewhere. A token whose weight is 0 counts in sums and positions and in no statistic.
-// The derivative is with respect to the token's own log-prob only, whatever log_ratio was made of. Each
-// Operand is one number, one per row, or one per token.
+// and gradient is 0 elsewhere. Tokens that do not train (trains false) count in sums and positions and in
+// nothing else. The derivative is with respect to the token's own log-prob only, whatever log_ratio was made
+// of. Each Operand is one number, one per row, or one per token.
 //
 //     log_probs -1 -1   reference -1 -1.5   advantages 2 2   low, high = log 0.8, log 1.2   weights 0.5
 //     ratio      1  1.65                    value -2 -2.4    gradient -1 0    stats.loss -2.2
@@ -35,6 +35,7 @@ constexpr int loss_stats = 7;
 
 struct PolicyLoss {
   Rows rows;
+  const bool *trains;    // [N], or null: every unmasked token
   Type type;             // of log_probs and reference; the operands are its accumulation type
   const void *log_probs; // [N]
   const void *reference; // [N], or null: then log_ratio is given, or is 0

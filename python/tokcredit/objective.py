@@ -136,18 +136,15 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
     weight = prepared.row_weights
     if prepared.multiplier is not None:
         weight = product(prepared.multiplier, weight, batch)
-    scanned = rows
-    if (log_ratio.cumulative or window.power) and (objective.weights or objective.sampling is not None):
-        # Tokens left out of training stay part of what sums and positions count, at weight 0.
-        scanned, weight = batch.rows, product(prepared.mask.to(weight.dtype), weight, batch)
     value, stats = ops.policy_loss(
         log_probs,
-        scanned,
+        batch.rows,
         window.surrogate,
         reference=log_ratio.reference,
         log_ratio=log_ratio.log_ratio,
         advantages=advantages,
         weights=weight,
+        trains=prepared.mask if objective.weights or objective.sampling is not None else None,
         low=number(window.low),
         high=number(window.high),
         cap=number(window.cap),

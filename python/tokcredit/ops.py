@@ -244,14 +244,15 @@ LOSS_STATS = ("loss", "tokens", "below", "above", "capped", "ratio", "divergence
 define(
     "tokcredit::policy_loss",
     "(Tensor log_probs, Tensor? reference, Tensor? log_ratio, Tensor? advantages, Tensor? weights, Tensor? low, "
-    "Tensor? high, Tensor? cap, Tensor begin, Tensor end, Tensor? mask, int surrogate, bool cumulative, float bound, "
-    "float power, float clamp_low, float clamp_high, bool differentiate, int threads) -> (Tensor, Tensor)",
+    "Tensor? high, Tensor? cap, Tensor begin, Tensor end, Tensor? mask, Tensor? trains, int surrogate, "
+    "bool cumulative, float bound, float power, float clamp_low, float clamp_high, bool differentiate, int threads) "
+    "-> (Tensor, Tensor)",
 )
 
 
 @register_fake("tokcredit::policy_loss")
 def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    begin, differentiate = arguments[7], arguments[16]
+    begin, differentiate = arguments[7], arguments[17]
     return (
         log_probs.new_empty((begin.shape[0], len(LOSS_STATS)), dtype=torch.float64),
         log_probs.new_empty(log_probs.shape if differentiate else (0,), dtype=_accumulated(log_probs.dtype)),
@@ -261,7 +262,9 @@ def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Te
 @impl("tokcredit::policy_loss", _DEVICES)
 def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     stats, gradient = _policy_loss_outputs(log_probs, *arguments)
-    *tensors, begin, end, mask, surrogate, cumulative, bound, power, low, high, differentiate, threads = arguments
+    *tensors, begin, end, mask, trains, surrogate, cumulative, bound, power, low, high, differentiate, threads = (
+        arguments
+    )
     if begin.numel() == 0:
         return stats, gradient.zero_()
     _C.policy_loss(
@@ -270,6 +273,7 @@ def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         begin,
         end,
         _plain(mask),
+        _plain(trains),
         surrogate,
         cumulative,
         bound,
@@ -310,6 +314,7 @@ def policy_loss(
     low: Tensor | None = None,
     high: Tensor | None = None,
     cap: Tensor | None = None,
+    trains: Tensor | None = None,
     cumulative: bool = False,
     bound: float = float("inf"),
     power: float = 0.0,
@@ -317,7 +322,8 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the weighted surrogate over all rows, and ``LOSS_STATS`` ``[R, 7]``; see ``csrc/ops/policy_loss.hpp``.
 
-    Every operand may be 0-d (one for all), ``[R, 1]`` (one per row) or ``[N]`` (one per token).
+    Every operand may be 0-d (one for all), ``[R, 1]`` (one per row) or ``[N]`` (one per token). ``trains`` is bool
+    ``[N]``: the other unmasked tokens count in sums and positions only.
     """
     dtype = _accumulated(log_probs.dtype)
     if reference is not None and reference.dtype != log_probs.dtype:
@@ -330,6 +336,7 @@ def policy_loss(
         reference,
         *operands,
         *rows,
+        trains,
         SURROGATES.index(surrogate),
         cumulative,
         bound,
