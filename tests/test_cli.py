@@ -38,11 +38,7 @@ def test_unknown_command(capsys):
 
 def test_errors_are_one_line(tmp_path):
     pytest.importorskip("transformers")
-<<<<<<< HEAD
     with pytest.raises(SystemExit, match=r"tokcredit: tasks: expected jsonl, .*, got 'nothing'"):
-=======
-    with pytest.raises(SystemExit, match=r"tokcredit: tasks: expected jsonl, choices, addition, calculator or .*, got 'nothing'"):
->>>>>>> tools
         main(["train", "--model", "tiny(steps=0)", "--tasks", "nothing", "--output", str(tmp_path / "run")])
 
 
