@@ -59,8 +59,8 @@ def test_values_are_means_over_continuations_from_the_state(trainer, batch, monk
     asked = []
     sample = trainer.desk.sampler.sample
 
-    def recorded(prompts, count, max_tokens, temperature):
-        made = sample(prompts, count, max_tokens, temperature)
+    def recorded(prompts, count, max_tokens, temperature, stop):
+        made = sample(prompts, count, max_tokens, temperature, stop)
         rows = made.tokens.split(made.cu_seqlens.diff().tolist())
         asked.append({tuple(p): rows[i * count : (i + 1) * count] for i, p in enumerate(prompts)})
         return made
@@ -96,9 +96,9 @@ def test_answers(trainer, batch, monkeypatch):
     drawn = []
     sample = trainer.desk.sampler.sample
 
-    def recorded(prompts, count, max_tokens, temperature):
+    def recorded(prompts, count, max_tokens, temperature, stop):
         assert (count, max_tokens, temperature) == (4, 3, 0.6)
-        drawn.append((prompts, sample(prompts, count, max_tokens, temperature)))
+        drawn.append((prompts, sample(prompts, count, max_tokens, temperature, stop)))
         return drawn[-1][1]
 
     monkeypatch.setattr(trainer.desk.sampler, "sample", recorded)

@@ -30,7 +30,7 @@ class Scripted:
     def sync(self):
         self.step += 1
 
-    def sample(self, prompts, count, max_tokens, temperature):
+    def sample(self, prompts, count, max_tokens, temperature, stop):
         self.asked = [WORDS.decode(p) for p in prompts]
         rows = [WORDS(r).input_ids for text in self.asked for r in self.replies.get(text, ["no"] * count)]
         lengths = torch.tensor([len(r) for r in rows])
