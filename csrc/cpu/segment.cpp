@@ -17,6 +17,16 @@ template <Reduction kind, class T> double value(const T *x, int64_t i) {
 template <class T, Reduction kind>
 Moments<kind> span(const T *x, const bool *mask, int64_t begin, int64_t end) {
   Moments<kind> m;
+  if constexpr (kind == Reduction::count) {
+    int64_t live = end - begin;
+    if (mask) {
+      live = 0;
+      for (int64_t t = begin; t < end; ++t)
+        live += mask[t];
+    }
+    m.count = double(live);
+    return m;
+  }
   for (int64_t t = begin; t < end; ++t)
     if (!mask || mask[t])
       m.add(value<kind>(x, t));

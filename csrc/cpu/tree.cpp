@@ -172,7 +172,8 @@ template <class T> void expand_row(const Expand &e, int64_t r) {
   const int64_t begin = e.rows.begin[r];
   int64_t last = e.rows.end[r];
   if (!e.leaf) {
-    std::fill(y + begin, y + last, base);
+    for (int64_t t = begin; t < last; ++t)
+      y[t] = !e.rows.mask || e.rows.mask[t] ? base : T{};
   } else {
     for (int64_t v = e.leaf[r]; v >= 0 && last > begin; v = e.parent[v]) {
       const int64_t first = begin + e.depth[v];
@@ -183,7 +184,7 @@ template <class T> void expand_row(const Expand &e, int64_t r) {
       last = first;
     }
   }
-  if (e.rows.mask)
+  if (e.leaf && e.rows.mask)
     for (int64_t t = begin; t < e.rows.end[r]; ++t)
       y[t] = e.rows.mask[t] ? y[t] : T{};
   clear_padding(e.rows, r, y);
