@@ -6,6 +6,7 @@
 #include "math/surrogate.hpp"
 #include <limits>
 #include <memory>
+#include <numeric>
 
 namespace tokcredit::cpu {
 namespace {
@@ -46,7 +47,7 @@ template <class A> struct Lane {
 template <class A> struct Block {
   A live[block], raw[block], log_prob[block], advantage[block], weight[block], low[block], high[block],
       cap[block], width[block];
-  A columns[loss_stats][block];
+  A columns[loss_stats][block], folded[loss_stats * lanes];
 };
 
 // log_prob, and as raw the difference to the reference within `bound`, both 0 where masked.
@@ -69,9 +70,17 @@ TOKCREDIT_INLINE void read_body(Block<A> &b, const T *log_probs, const T *refere
 
 // Positions counted from `before`, raised to `power`; a masked token has the width of the one before it.
 template <class A> TOKCREDIT_INLINE int64_t widen_body(Block<A> &b, int64_t n, int64_t before, A power) {
-  int64_t position = before;
+  int64_t position = before, live = 0;
   for (int64_t i = 0; i < n; ++i)
-    b.width[i] = A(position += b.live[i] != A(0));
+    live += b.live[i] != A(0);
+  if (live == n) {
+    for (int64_t i = 0; i < n; ++i)
+      b.width[i] = A(int32_t(i + 1)) + A(before);
+    position += n;
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      b.width[i] = A(position += b.live[i] != A(0));
+  }
   if (power == A(0.5))
     for (int64_t i = 0; i < n; ++i)
       b.width[i] = std::sqrt(b.width[i]);
@@ -83,7 +92,7 @@ template <class A> TOKCREDIT_INLINE int64_t widen_body(Block<A> &b, int64_t n, i
 
 template <Surrogate kind, class A>
 TOKCREDIT_INLINE void evaluate_body(Block<A> &b, int64_t n, A clamp_low, A clamp_high, A *gradient,
-                                    double *stats) {
+                                    double *totals) {
   for (int64_t i = 0; i < n; ++i) {
     const A x = bounded(b.raw[i], clamp_low, clamp_high), w = b.width[i], live = b.live[i];
     const Paid<A> paid = surrogate<kind, A>(
@@ -101,14 +110,21 @@ TOKCREDIT_INLINE void evaluate_body(Block<A> &b, int64_t n, A clamp_low, A clamp
   if (gradient)
     for (int64_t i = 0; i < n; ++i)
       gradient[i] = b.raw[i];
+  // Columns side by side at every step, as each step waits for the one before it.
   int64_t width = lanes;
   while (width < n)
     width *= 2;
-  for (int c = 0; c < loss_stats; ++c) {
+  for (int c = 0; c < loss_stats; ++c)
     for (int64_t i = n; i < width; ++i)
       b.columns[c][i] = A(0);
-    stats[c] += fold(b.columns[c], width);
-  }
+  for (int64_t half = width / 2; half >= lanes; half /= 2)
+    for (int c = 0; c < loss_stats; ++c)
+      for (int64_t k = 0; k < half; ++k)
+        b.columns[c][k] += b.columns[c][k + half];
+  for (int c = 0; c < loss_stats; ++c)
+    std::copy(b.columns[c], b.columns[c] + lanes, b.folded + c * lanes);
+  for (int64_t k = 0; k < loss_stats * lanes; ++k)
+    totals[k] += double(b.folded[k]);
 }
 
 // target_clones needs plain functions.
@@ -124,8 +140,8 @@ TOKCREDIT_READ(double, double)
 #undef TOKCREDIT_READ
 
 #define TOKCREDIT_EVALUATE(kind, A)                                                                          \
-  TOKCREDIT_CLONES void kind##_##A(Block<A> &b, int64_t n, A low, A high, A *gradient, double *stats) {      \
-    evaluate_body<Surrogate::kind, A>(b, n, low, high, gradient, stats);                                     \
+  TOKCREDIT_CLONES void kind##_##A(Block<A> &b, int64_t n, A low, A high, A *gradient, double *totals) {     \
+    evaluate_body<Surrogate::kind, A>(b, n, low, high, gradient, totals);                                    \
   }
 #define TOKCREDIT_EVALUATE_ALL(A)                                                                            \
   TOKCREDIT_CLONES int64_t widen(Block<A> &b, int64_t n, int64_t before, A power) {                          \
@@ -137,10 +153,10 @@ TOKCREDIT_READ(double, double)
   TOKCREDIT_EVALUATE(k1, A)                                                                                  \
   TOKCREDIT_EVALUATE(k2, A)                                                                                  \
   TOKCREDIT_EVALUATE(k3, A)                                                                                  \
-  void evaluate(Surrogate kind, Block<A> &b, int64_t n, A low, A high, A *gradient, double *stats) {         \
+  void evaluate(Surrogate kind, Block<A> &b, int64_t n, A low, A high, A *gradient, double *totals) {        \
     void (*const table[])(Block<A> &, int64_t, A, A, A *, double *) = {clip_##A, weighted_##A, soft_##A,     \
                                                                        k1_##A,   k2_##A,       k3_##A};      \
-    table[int(kind)](b, n, low, high, gradient, stats);                                                      \
+    table[int(kind)](b, n, low, high, gradient, totals);                                                     \
   }
 TOKCREDIT_EVALUATE_ALL(float)
 TOKCREDIT_EVALUATE_ALL(double)
@@ -181,7 +197,7 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
   high.begin(b.high);
   cap.begin(b.cap);
   std::fill(b.width, b.width + block, A(1));
-  double stats[loss_stats] = {}, sum = 0;
+  double totals[loss_stats * lanes] = {}, sum = 0;
   int64_t position = 0;
   for (int64_t first = p.rows.begin[r]; first < p.rows.end[r]; first += block) {
     const int64_t n = std::min(block, p.rows.end[r] - first);
@@ -200,9 +216,10 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
     if (p.power != 0)
       position = widen(b, n, position, A(p.power));
     evaluate(Surrogate(p.surrogate), b, n, A(p.clamp_low), A(p.clamp_high),
-             gradient ? gradient + first : nullptr, stats);
+             gradient ? gradient + first : nullptr, totals);
   }
-  std::copy(stats, stats + loss_stats, p.stats + r * loss_stats);
+  for (int c = 0; c < loss_stats; ++c)
+    p.stats[r * loss_stats + c] = std::accumulate(totals + c * lanes, totals + (c + 1) * lanes, 0.0);
   if (gradient)
     clear_padding(p.rows, r, gradient);
 }
