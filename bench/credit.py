@@ -5,34 +5,29 @@ from __future__ import annotations
 import tokcredit as tc
 import torch
 from harness import Table, close, main
-from tokcredit import ops, scan
-from tokcredit.ops import Rows
+from tokcredit import ops, scan, segment
 
 
-def optimal_baseline(returns_of, old, energy, mask, groups):
-    """``A[t] = G[t] - sum_rows(G W)[t] / sum_rows(W)[t]``, group by group, so that what is in between stays in cache.
+def optimal_baseline(rewards, old, energy, batch):
+    """``A[t] = G[t] - sum_rows(G W)[t] / sum_rows(W)[t]``, sums over the rows of a group; also G.
 
     W is the sum up to t of ``1 - 2 p + sum(p^2)``; where only the longest row of its group is left, its baseline is 0.
     """
-    advantages, returns = torch.empty_like(old), torch.empty_like(old)
-    length = old.shape[1]
-    for rows in groups:
-        own = mask[rows]
-        begin = torch.arange(len(rows)) * length
-        spans = Rows(begin, begin + length, own.reshape(-1))
-        energies = old[rows].exp_().mul_(-2).add_(1).add_(energy[rows])
-        path = scan.cumulative(energies.reshape(-1), spans).view(-1, length)
-        after = scan.returns(returns_of[rows].reshape(-1), spans).view(-1, length)
-        baseline = (after * path).sum(0) / (path.sum(0) + 1e-8)
-        lengths = own.sum(1)
-        longest, second = lengths.topk(2).values.tolist()
-        baselines = baseline.expand(len(rows), length)
-        if longest > second:
-            baselines = baselines.clone()
-            baselines[lengths.argmax(), second:] = 0
-        advantages[rows] = (after - baselines).mul_(own)
-        returns[rows] = after
-    return advantages, returns
+    group, shape = batch.group_index, old.shape
+    energies = old.exp().mul_(-2).add_(1).add_(energy)
+    path = scan.cumulative(energies.view(-1), batch.rows).view(shape)
+    after = scan.returns(rewards.reshape(-1), batch.rows).view(shape)
+    weights = path.new_full((batch.num_groups, shape[1]), 1e-8).index_add_(0, group, path)
+    baselines = torch.zeros_like(weights).index_add_(0, group, torch.mul(after, path, out=path)).div_(weights)
+    advantages = baselines[group]
+    longest = segment.maximum(batch.lengths.float(), ids := segment.Ids(group, batch.num_groups))
+    first = batch.lengths == longest[group]
+    alone = segment.sum(first.float(), ids)[group] == 1
+    others = torch.where(first, 0, batch.lengths)
+    second = segment.maximum(others.float(), ids).long()
+    for row in (first & alone).nonzero()[:, 0].tolist():
+        advantages[row, int(second[group[row]]) :] = 0
+    return torch.sub(after, advantages, out=advantages).mul_(batch.shaped(batch.response_mask)), after
 
 
 def run(table: Table, quick: bool) -> None:
@@ -52,6 +47,12 @@ def run(table: Table, quick: bool) -> None:
         batch = tc.Rollouts.from_padded(tokens, mask, index, rewards.sum(1))
         return ops.spread(normalized(batch)[:, 0], batch.rows, batch.tokens).view(rows, length)
 
+    known = tc.Rollouts.from_padded(tokens, mask, index, torch.zeros(rows))
+
+    def of_batch(rewards):
+        object.__setattr__(known, "rewards", rewards.sum(1))
+        return ops.spread(normalized(known)[:, 0], known.rows, known.tokens).view(rows, length)
+
     def rewards():
         x = torch.zeros(rows, length)
         x[torch.arange(rows), lengths - 1] = torch.rand(rows)
@@ -64,6 +65,7 @@ def run(table: Table, quick: bool) -> None:
         9 * n,  # rewards and mask read, advantages written
         {
             "tokcredit": ours,
+            "tokcredit, batch given": of_batch,
             "verl, dictionary": lambda r: verl.compute_grpo_outcome_advantage(r, real, uids)[0],
             "verl, vectorised": lambda r: verl.compute_grpo_vectorized_outcome_advantage(r, real, uids)[0],
         },
@@ -72,17 +74,15 @@ def run(table: Table, quick: bool) -> None:
     )
 
     old, energy = -2 * torch.rand(rows, length), torch.rand(rows, length)
-    groups = list(torch.arange(rows).split(size))
+    batch = tc.Rollouts.from_padded(tokens, mask, index, torch.zeros(rows))
     table.measure(
         "optimal token baseline",
         shape,
         lambda: (torch.randn(rows, length) * real,),
         21 * n,  # rewards, log-probs, sum of squares and mask read; advantages and returns written
         {
-            "tokcredit": lambda r: optimal_baseline(r, old, energy, mask, groups),
-            "verl": lambda r: tuple(
-                x * real for x in verl.compute_optimal_token_baseline_advantage(r, real, uids, old, energy)
-            ),
+            "tokcredit": lambda r: optimal_baseline(r, old, energy, batch),
+            "verl": lambda r: verl.compute_optimal_token_baseline_advantage(r, real, uids, old, energy),
         },
         close(2e-3, 2e-3),
         {"verl": 20},

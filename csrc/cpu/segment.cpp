@@ -1,5 +1,6 @@
 #include "ops/segment.hpp"
 #include "cpu/parallel.hpp"
+#include "cpu/simd.hpp"
 #include "math/dispatch.hpp"
 #include "math/moments.hpp"
 #include <vector>
@@ -8,6 +9,19 @@ namespace tokcredit::cpu {
 namespace {
 
 constexpr int64_t block = 65536;
+
+TOKCREDIT_CLONES int64_t count_true(const bool *mask, int64_t n) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n;) {
+    // Few enough for a narrow sum, which is what makes the loop wide.
+    uint8_t sum = 0;
+    const int64_t last = std::min<int64_t>(n, i + 255);
+    for (; i < last; ++i)
+      sum = uint8_t(sum + mask[i]);
+    total += sum;
+  }
+  return total;
+}
 
 // The value of element i; a count reads none.
 template <Reduction kind, class T> double value(const T *x, int64_t i) {
@@ -18,13 +32,7 @@ template <class T, Reduction kind>
 Moments<kind> span(const T *x, const bool *mask, int64_t begin, int64_t end) {
   Moments<kind> m;
   if constexpr (kind == Reduction::count) {
-    int64_t live = end - begin;
-    if (mask) {
-      live = 0;
-      for (int64_t t = begin; t < end; ++t)
-        live += mask[t];
-    }
-    m.count = double(live);
+    m.count = double(mask ? count_true(mask + begin, end - begin) : end - begin);
     return m;
   }
   for (int64_t t = begin; t < end; ++t)

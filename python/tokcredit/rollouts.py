@@ -153,8 +153,9 @@ class Rollouts:
         # Walking back from the end of the row, the first True is the last of it.
         length = begin.new_zeros(shape[0])
         if shape[1]:
-            padding = real.flip(1).view(torch.uint8).argmax(1)
-            length = torch.where(real.any(1), shape[1] - padding, length)
+            back = real.flip(1)
+            padding = back.view(torch.uint8).argmax(1, keepdim=True)
+            length = torch.where(back.gather(1, padding), shape[1] - padding, 0)[:, 0]
         if attention_mask is not None:
             if not torch.equal(ops.count(Rows(begin, begin + shape[1], flat), flat).long(), length):
                 raise ValueError("attention_mask: expected real tokens first (right padding), got a gap in a row")
