@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc python -name '*.[ch]pp' -o -name '*.cu' -o -name '*
 # GNU OpenMP threads that spin while another program runs slow each other down many times; this bounds the spinning.
 export GOMP_SPINCOUNT ?= 10000
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench bench-quick clean
 
 .venv/tools: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,10 +33,14 @@ lint: .venv/tools
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
-bench: .venv/installed
-	$(BIN)/python bench/tree.py
-	$(BIN)/python bench/policy.py
-	$(BIN)/python bench/loss.py
+# Beside the incumbents, in an environment of their own (requirements/bench.txt); `make bench RUN=runs/NAME` adds the
+# share of that run's steps. `bench-quick` takes small inputs and changes nothing.
+bench: .venv-bench/installed
+	.venv-bench/bin/python bench/report.py $(if $(RUN),--run $(RUN)) $(ARGS)
+
+bench-quick: .venv-bench/installed
+	.venv-bench/bin/python -m pytest -q -p no:randomly bench
+	.venv-bench/bin/python bench/report.py --quick
 
 clean:
 	rm -rf .venv .venv-* build

@@ -73,6 +73,7 @@ def run(table: Table, quick: bool) -> None:
 
 def narrow(batch):
     """The evidence in the dtypes that a trainer has: float32."""
+
     def single(x):
         return x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
 

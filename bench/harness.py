@@ -59,7 +59,9 @@ class Gpu:
         for name, body in bodies.items():
             for i in range(5):
                 body(i)
-            pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+            pairs = [
+                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
+            ]
             for i, (start, end) in enumerate(pairs):
                 start.record()
                 body(5 + i)

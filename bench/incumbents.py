@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor
 
 logging.disable(logging.WARNING)

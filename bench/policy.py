@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies from logits, forward and backward, beside TRL, verl, torch eager and torch.compile."""
+"""Log-probabilities and entropies from logits, with gradient, beside TRL, verl, torch eager and torch.compile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def check(provider, logits, tokens, a, h):
     x = logits.detach().requires_grad_()
     outputs = provider(x, tokens)
     for ours, truth in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(ours.detach().double(), truth.detach(), rtol=2e-2 if low else 1e-4, atol=0.1 if low else 1e-4)
+        torch.testing.assert_close(
+            ours.detach().double(), truth.detach(), rtol=2e-2 if low else 1e-4, atol=0.1 if low else 1e-4
+        )
     torch.autograd.backward(outputs, (a.to(outputs[0].dtype), h.to(outputs[1].dtype)))
     torch.testing.assert_close(x.grad.double(), slope, rtol=5e-2 if low else 1e-3, atol=5e-3 if low else 1e-6)
 

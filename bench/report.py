@@ -21,7 +21,11 @@ HERE = Path(__file__).parent
 STAGES = ("tree", "scan", "credit", "loss", "selection", "policy", "rollouts", "end_to_end", "scaling")
 ONCE = ("end_to_end", "scaling")  # with one setting of malloc
 # Memory that was freed stays with the process, so that a result as large as one before it lands on pages in use.
-TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 26)}
+TUNED = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
 
 
 def measure(stage: str, quick: bool, tuned: bool, folder: Path) -> dict:
@@ -39,7 +43,7 @@ def number(x: float) -> str:
 
 def operations_table(default: list[dict], tuned: list[dict]) -> list[str]:
     lines = [
-        "| work | provider | ms | of copy rate | peak MiB | time over ours | wanted | met | tuned malloc: ms | over ours | met |",
+        "| work | provider | ms | of copy rate | peak MiB | over ours | wanted | met | tuned: ms | over ours | met |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for a, b in zip(default, tuned, strict=True):
@@ -47,7 +51,8 @@ def operations_table(default: list[dict], tuned: list[dict]) -> list[str]:
         verdict = ["" if target is None else "yes" if r["relative"] >= target else "**no**" for r in (a, b)]
         memory = "" if a["megabytes"] is None else number(a["megabytes"])
         lines.append(
-            f"| {a['operation']}, {a['shape']} | {a['provider']} | {number(a['milliseconds'])} | {a['share']:.0%} | {memory} "
+            f"| {a['operation']}, {a['shape']} | {a['provider']} | {number(a['milliseconds'])} "
+            f"| {a['share']:.0%} | {memory} "
             f"| {number(a['relative'])} | {'' if target is None else f'{target:g}'} | {verdict[0]} "
             f"| {number(b['milliseconds'])} | {number(b['relative'])} | {verdict[1]} |"
         )
@@ -80,8 +85,9 @@ def step_lines(default: dict[str, dict], run: str | None) -> list[str]:
     # 8 parameters-times-tokens of arithmetic: 2 to sample, 6 to train; 8 GPUs of 1e15 operations/s at 40 %.
     step = 8 * 7e9 * tokens / (8 * 1e15 * 0.4)
     lines = [
-        f"A step of a 7B model on {rows:,} x {length:,} tokens takes at least {step:.0f} s on eight H100s (8 operations for a "
-        f"parameter and a token, sampling and training, at 40 % of 10^15/s each). On this machine's CPU, credit and loss take "
+        f"A step of a 7B model on {rows:,} x {length:,} tokens takes at least {step:.0f} s on eight H100s (8 operations "
+        f"for a parameter and a token, sampling and training, at 40 % of 10^15/s each). On this machine's CPU, credit "
+        "and loss take "
         + ", ".join(f"{s + loss:.3f} s ({(s + loss) / step:.2%}) for {name}" for name, s in seconds.items())
         + "."
     ]
@@ -116,16 +122,24 @@ def write(summary: dict, run: str | None) -> None:
     rows = [r for s in stages for r in default[s]["results"]]
     wanted = [r for r in rows if r["target"] is not None]
     met = sum(r["relative"] >= r["target"] for r in wanted)
-    lost = [r for r in rows if r["provider"] != "tokcredit" and not r["provider"].startswith(("memset", "tree")) and r["relative"] < 1]
+    lost = [
+        r
+        for r in rows
+        if r["provider"] != "tokcredit" and not r["provider"].startswith(("memset", "tree")) and r["relative"] < 1
+    ]
     settings = " ".join(f"{k}={v}" for k, v in summary["tuning"].items())
     lines = [
-        f"{first['device']}, torch {first['torch']}, {summary['date']}. Copy rate {first['copy_gigabytes_per_second']:.1f} GB/s.",
+        f"{first['device']}, torch {first['torch']}, {summary['date']}. "
+        f"Copy rate {first['copy_gigabytes_per_second']:.1f} GB/s.",
         f"Tuned malloc is `{settings}`. {met} of {len(wanted)} targets met with default malloc.",
         "",
         *operations_table(rows, [r for s in stages for r in tuned[s]["results"]]),
         "",
         "Where we lose, with default malloc: "
-        + ("; ".join(f"{r['operation']}, {r['shape']}, to {r['provider']} ({r['relative']:.2f})" for r in lost) or "nowhere")
+        + (
+            "; ".join(f"{r['operation']}, {r['shape']}, to {r['provider']} ({r['relative']:.2f})" for r in lost)
+            or "nowhere"
+        )
         + ".",
         "",
         "### Whole methods, 128 x 4,096",

@@ -15,6 +15,7 @@ def run(table: Table, quick: bool) -> None:
     for rows, length in ((128, 512), (512, 128)) if quick else ((1_024, 8_192), (16_384, 512)):
         lengths = torch.randint(length // 4, length + 1, (rows,))
         real = torch.arange(length) < lengths[:, None]
+        attention = real.long()
         total, shape = int(lengths.sum()), f"{rows} x {length}"
         groups = torch.arange(rows) // 8
         padded = tc.Rollouts.from_padded(torch.zeros(rows, length, dtype=torch.int32), real, groups, torch.rand(rows))
@@ -28,7 +29,7 @@ def run(table: Table, quick: bool) -> None:
             8 * total,
             {
                 "tokcredit": padded.to_packed,
-                "verl unpad_input": lambda x, m=real.long(): unpad_input(x[..., None], m)[0][:, 0],
+                "verl unpad_input": lambda x, m=attention: unpad_input(x[..., None], m)[0][:, 0],
                 "boolean index": lambda x, m=real: x[m],
             },
             close(0, 0),

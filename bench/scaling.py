@@ -83,7 +83,10 @@ def run(table: Table, quick: bool) -> None:
         (folder / "results" / "scaling.json").write_text(json.dumps(curves, indent=1) + "\n")
     points, by_name = curves["tokens"]
     for name, times in by_name.items():
-        print(f"{name:<16}" + "".join(f"{n:>12} tokens {1e9 * t / n:>7.2f} ns each" for n, t in zip(points, times, strict=True)))
+        print(
+            f"{name:<16}"
+            + "".join(f"{n:>12} tokens {1e9 * t / n:>7.2f} ns each" for n, t in zip(points, times, strict=True))
+        )
 
 
 def draw(curves, path):

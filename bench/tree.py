@@ -83,14 +83,19 @@ def run(table: Table, quick: bool) -> None:
         f"{rows} x {length}",
         lambda: (),
         # The shared prefixes read twice, once for each of the rows compared; the result written.
-        4 * n + 2 * 8 * int((batch.num_tokens - tc.tree.build(batch).length.sum())),
+        4 * n + 2 * 8 * int(batch.num_tokens - tc.tree.build(batch).length.sum()),
         {
             "tokcredit": lambda: credit(batch),
             "tree alone": lambda: tc.tree.build(batch),
             "memset, buffer in use": lambda: buffer.zero_(),
             "memset, memory fresh": lambda: torch.full((n,), 0.0),
         },
-        targets={"TRL TreeRow": 500, "dictionary trie": 500, "memset, buffer in use": 0.25, "memset, memory fresh": 0.25},
+        targets={
+            "TRL TreeRow": 500,
+            "dictionary trie": 500,
+            "memset, buffer in use": 0.25,
+            "memset, memory fresh": 0.25,
+        },
         once={"TRL TreeRow": lambda: tree_rows(batch, group), "dictionary trie": lambda: trie(batch, group)},
     )
 

@@ -245,3 +245,36 @@ def test_rejects_wrong_arguments():
         ops.policy_loss(torch.zeros(3), rows, "clip", cumulative=True)
     with pytest.raises(ValueError, match=r"policy_loss: old_log_probs: expected float32 \[3\]"):
         ops.policy_loss(torch.zeros(3), rows, "clip", reference=torch.ones(2))
+
+
+@pytest.mark.parametrize("scale", [1.0, -3.0])
+def test_backward_twice_through_one_graph(scale):
+    """The gradient is scaled where it lies and given away; a second pass makes it anew."""
+    rows = Rows(torch.tensor([0]), torch.tensor([5]), torch.tensor([True, False, True, True, True]))
+    old = ragged.values(5, seed=1)
+    x = ragged.values(5).requires_grad_()
+    loss = ops.policy_loss(x, rows, "k2", reference=old, advantages=torch.tensor(2.0, dtype=torch.float64))[0]
+    expected = scale * 2 * (x.detach() - old) * rows.mask
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(scale * loss, x, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_and_positions_go_on_over_blocks(masked):
+    """A row much longer than what is held at once, with a window that widens along it."""
+    size = 3_001
+    mask = ragged.values(size, seed=2) > -1 if masked else None
+    rows = Rows(torch.tensor([0]), torch.tensor([size]), mask)
+    old = ragged.values(size)
+    x = (old + 0.01 * ragged.values(size, seed=1)).requires_grad_()
+    bounds = {name: torch.tensor(b, dtype=torch.float64) for name, b in (("low", -0.001), ("high", 0.002))}
+    loss, _ = ops.policy_loss(x, rows, "clip", reference=old, cumulative=True, power=0.5, **bounds)
+    (gradient,) = torch.autograd.grad(loss, x)
+    live = torch.ones(size, dtype=torch.bool) if mask is None else mask
+    q = (torch.where(live, x.detach() - old, 0)).cumsum(0)
+    width = live.cumsum(0).double().sqrt()
+    # Advantage 1: stopped above only.
+    expected = torch.where(live & (q <= 0.002 * width), -q.exp(), 0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    assert (expected == 0).any() and (expected != 0).any()
