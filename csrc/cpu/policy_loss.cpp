@@ -90,13 +90,38 @@ template <class A> TOKCREDIT_INLINE int64_t widen_body(Block<A> &b, int64_t n, i
   return position;
 }
 
-template <Surrogate kind, class A>
+// The clipped surrogate where all tokens of the row share the bounds: their exponentials are known
+// beforehand, and have the same bits.
+template <class A> struct Shared {
+  A low, high, cap;
+  A exp_low, exp_high, exp_cap;
+};
+
+template <class A> TOKCREDIT_INLINE Paid<A> clipped(const Token<A> &t, const Shared<A> &s) {
+  const A q = exponential(t.log_ratio), a = t.advantage;
+  const Stop<A> at = stop(t);
+  A stopped = at.below ? s.exp_low : q;
+  stopped = at.above ? s.exp_high : stopped;
+  stopped = at.capped ? s.exp_cap : stopped;
+  const A gradient = at.below | at.above | at.capped | !t.moves ? A(0) : -a * q;
+  return {-a * stopped, gradient, q, at.below, at.above, at.capped};
+}
+
+template <Surrogate kind, bool shared, class A>
 TOKCREDIT_INLINE void evaluate_body(Block<A> &b, int64_t n, A clamp_low, A clamp_high, A *gradient,
                                     double *totals) {
+  const Shared<A> bounds{
+      b.low[0], b.high[0], b.cap[0], exponential(b.low[0]), exponential(b.high[0]), exponential(b.cap[0])};
   for (int64_t i = 0; i < n; ++i) {
-    const A x = bounded(b.raw[i], clamp_low, clamp_high), w = b.width[i], live = b.live[i];
-    const Paid<A> paid = surrogate<kind, A>(
-        {x, b.log_prob[i], b.advantage[i], b.low[i] * w, b.high[i] * w, b.cap[i] * w, x == b.raw[i]});
+    const A x = bounded(b.raw[i], clamp_low, clamp_high), live = b.live[i];
+    [[maybe_unused]] const A w = b.width[i];
+    Paid<A> paid;
+    if constexpr (shared)
+      paid = clipped<A>(
+          {x, b.log_prob[i], b.advantage[i], bounds.low, bounds.high, bounds.cap, x == b.raw[i]}, bounds);
+    else
+      paid = surrogate<kind, A>(
+          {x, b.log_prob[i], b.advantage[i], b.low[i] * w, b.high[i] * w, b.cap[i] * w, x == b.raw[i]});
     // The raw log-ratio is not needed again.
     b.raw[i] = live != A(0) ? b.weight[i] * paid.gradient : A(0);
     b.columns[0][i] = live != A(0) ? b.weight[i] * paid.value : A(0);
@@ -139,24 +164,27 @@ TOKCREDIT_READ(f16, float)
 TOKCREDIT_READ(double, double)
 #undef TOKCREDIT_READ
 
-#define TOKCREDIT_EVALUATE(kind, A)                                                                          \
-  TOKCREDIT_CLONES void kind##_##A(Block<A> &b, int64_t n, A low, A high, A *gradient, double *totals) {     \
-    evaluate_body<Surrogate::kind, A>(b, n, low, high, gradient, totals);                                    \
+#define TOKCREDIT_EVALUATE(name, kind, shared, A)                                                            \
+  TOKCREDIT_CLONES void name##_##A(Block<A> &b, int64_t n, A low, A high, A *gradient, double *totals) {     \
+    evaluate_body<Surrogate::kind, shared, A>(b, n, low, high, gradient, totals);                            \
   }
 #define TOKCREDIT_EVALUATE_ALL(A)                                                                            \
   TOKCREDIT_CLONES int64_t widen(Block<A> &b, int64_t n, int64_t before, A power) {                          \
     return widen_body(b, n, before, power);                                                                  \
   }                                                                                                          \
-  TOKCREDIT_EVALUATE(clip, A)                                                                                \
-  TOKCREDIT_EVALUATE(weighted, A)                                                                            \
-  TOKCREDIT_EVALUATE(soft, A)                                                                                \
-  TOKCREDIT_EVALUATE(k1, A)                                                                                  \
-  TOKCREDIT_EVALUATE(k2, A)                                                                                  \
-  TOKCREDIT_EVALUATE(k3, A)                                                                                  \
-  void evaluate(Surrogate kind, Block<A> &b, int64_t n, A low, A high, A *gradient, double *totals) {        \
+  TOKCREDIT_EVALUATE(clip, clip, false, A)                                                                   \
+  TOKCREDIT_EVALUATE(clip_shared, clip, true, A)                                                             \
+  TOKCREDIT_EVALUATE(weighted, weighted, false, A)                                                           \
+  TOKCREDIT_EVALUATE(soft, soft, false, A)                                                                   \
+  TOKCREDIT_EVALUATE(k1, k1, false, A)                                                                       \
+  TOKCREDIT_EVALUATE(k2, k2, false, A)                                                                       \
+  TOKCREDIT_EVALUATE(k3, k3, false, A)                                                                       \
+  void evaluate(Surrogate kind, bool shared, Block<A> &b, int64_t n, A low, A high, A *gradient,             \
+                double *totals) {                                                                            \
     void (*const table[])(Block<A> &, int64_t, A, A, A *, double *) = {clip_##A, weighted_##A, soft_##A,     \
                                                                        k1_##A,   k2_##A,       k3_##A};      \
-    table[int(kind)](b, n, low, high, gradient, totals);                                                     \
+    (kind == Surrogate::clip && shared ? clip_shared_##A : table[int(kind)])(b, n, low, high, gradient,      \
+                                                                             totals);                        \
   }
 TOKCREDIT_EVALUATE_ALL(float)
 TOKCREDIT_EVALUATE_ALL(double)
@@ -189,6 +217,7 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
   const bool *mask = p.rows.mask;
   const Lane<A> log_ratio(p.log_ratio, r, 0), advantages(p.advantages, r, 1), weights(p.weights, r, 1),
       low(p.low, r, -infinity), high(p.high, r, infinity), cap(p.cap, r, infinity);
+  const bool shared = p.power == 0 && !low.per_token() && !high.per_token() && !cap.per_token();
   const A bound = p.cumulative ? A(p.bound) : infinity;
   std::fill(b.live, b.live + block, A(1));
   advantages.begin(b.advantage);
@@ -215,7 +244,7 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
     cap.read(first, n, b.live, A(0), b.cap);
     if (p.power != 0)
       position = widen(b, n, position, A(p.power));
-    evaluate(Surrogate(p.surrogate), b, n, A(p.clamp_low), A(p.clamp_high),
+    evaluate(Surrogate(p.surrogate), shared, b, n, A(p.clamp_low), A(p.clamp_high),
              gradient ? gradient + first : nullptr, totals);
   }
   for (int c = 0; c < loss_stats; ++c)
