@@ -23,6 +23,34 @@ TOKCREDIT_CLONES int64_t count_true(const bool *mask, int64_t n) {
   return total;
 }
 
+// Every 128th element has a sum of its own, so that the loop is wide and no addition waits for the one
+// before.
+template <class T> TOKCREDIT_INLINE double sum_body(const T *x, const bool *mask, int64_t n) {
+  constexpr int64_t width = 128;
+  double sums[width] = {};
+  for (int64_t i = 0; i < n; i += width) {
+    const int64_t m = std::min(width, n - i);
+    if (mask)
+      for (int64_t k = 0; k < m; ++k) {
+        const double v = load(x[i + k]);
+        sums[k] += mask[i + k] ? v : 0.0;
+      }
+    else
+      for (int64_t k = 0; k < m; ++k)
+        sums[k] += double(load(x[i + k]));
+  }
+  return fold(sums, width);
+}
+
+// target_clones needs plain functions.
+#define TOKCREDIT_SUM(T)                                                                                     \
+  TOKCREDIT_CLONES double sum_true(const T *x, const bool *mask, int64_t n) { return sum_body(x, mask, n); }
+TOKCREDIT_SUM(float)
+TOKCREDIT_SUM(double)
+TOKCREDIT_SUM(bf16)
+TOKCREDIT_SUM(f16)
+#undef TOKCREDIT_SUM
+
 // The value of element i; a count reads none.
 template <Reduction kind, class T> double value(const T *x, int64_t i) {
   return kind == Reduction::count ? 0.0 : double(load(x[i]));
@@ -31,6 +59,12 @@ template <Reduction kind, class T> double value(const T *x, int64_t i) {
 template <class T, Reduction kind>
 Moments<kind> span(const T *x, const bool *mask, int64_t begin, int64_t end) {
   Moments<kind> m;
+  if constexpr (kind == Reduction::sum || kind == Reduction::mean) {
+    mask = mask ? mask + begin : nullptr;
+    m.count = double(mask ? count_true(mask, end - begin) : end - begin);
+    m.sum = sum_true(x + begin, mask, end - begin);
+    return m;
+  }
   if constexpr (kind == Reduction::count) {
     m.count = double(mask ? count_true(mask + begin, end - begin) : end - begin);
     return m;
