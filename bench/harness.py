@@ -57,18 +57,24 @@ class Gpu:
         """``body(i)``: i counts calls, so that a body can choose another copy of its inputs each time."""
         medians = {}
         for name, body in bodies.items():
-            for i in range(5):
-                body(i)
-            pairs = [
-                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
-            ]
-            for i, (start, end) in enumerate(pairs):
-                start.record()
-                body(5 + i)
-                end.record()
-            torch.cuda.synchronize()
-            medians[name] = statistics.median(start.elapsed_time(end) for start, end in pairs)
+            try:
+                medians[name] = self.median(body, repeats)
+            except torch.cuda.OutOfMemoryError:
+                print(f"{name}: out of memory")
+                self.release()
         return medians
+
+    @staticmethod
+    def median(body: Callable[[int], object], repeats: int) -> float:
+        for i in range(5):
+            body(i)
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for i, (start, end) in enumerate(events):
+            start.record()
+            body(5 + i)
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events)
 
     def megabytes(self, body: Callable[[int], object]) -> float:
         torch.cuda.reset_peak_memory_stats()
@@ -165,7 +171,7 @@ class Table:
                 self.device.release()
         expected = None
         times = self.device.milliseconds(bodies)
-        memory = {name: self.device.megabytes(body) for name, body in bodies.items()}
+        memory = {name: self.device.megabytes(bodies[name]) for name in times}
         for name, provider in (once or {}).items():
             start = time.perf_counter()
             provider(*inputs[0])

@@ -270,12 +270,12 @@ def _repack_on_cuda(x: Tensor, source: Tensor, target: Tensor, length: Tensor, s
 class _Repack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int) -> Tensor:
-        ctx.spans, ctx.size = (target, source, length), x.numel()
+        ctx.source, ctx.target, ctx.length, ctx.size = source, target, length, x.numel()
         return torch.ops.tokcredit.repack(x, source, target, length, size, num_threads())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return repack(grad, *ctx.spans, ctx.size), None, None, None, None
+        return repack(grad, ctx.target, ctx.source, ctx.length, ctx.size), None, None, None, None
 
 
 def repack(x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int) -> Tensor:
