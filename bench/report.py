@@ -85,9 +85,9 @@ def step_lines(default: dict[str, dict], run: str | None) -> list[str]:
     # 8 parameters-times-tokens of arithmetic: 2 to sample, 6 to train; 8 GPUs of 1e15 operations/s at 40 %.
     step = 8 * 7e9 * tokens / (8 * 1e15 * 0.4)
     lines = [
-        f"A step of a 7B model on {rows:,} x {length:,} tokens takes at least {step:.0f} s on eight H100s: 8 operations "
-        "for a parameter and a token, sampling and training, at 40 % of 10^15/s each. Credit and loss on this machine's "
-        "CPU take "
+        f"A 7B step on {rows:,} x {length:,} tokens takes at least {step:.0f} s on eight H100s: 8 operations for "
+        "a parameter and a token, sampling and training, at 40 % of 10^15/s each. On this CPU, credit "
+        "and loss take "
         + ", ".join(f"{s + loss:.3f} s ({(s + loss) / step:.2%}) for {name}" for name, s in seconds.items())
         + "."
     ]

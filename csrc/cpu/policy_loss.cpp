@@ -69,25 +69,23 @@ TOKCREDIT_INLINE void read_body(Block<A> &b, const T *log_probs, const T *refere
 }
 
 // Positions counted from `before`, raised to `power`; a masked token has the width of the one before it.
-template <class A> TOKCREDIT_INLINE int64_t widen_body(Block<A> &b, int64_t n, int64_t before, A power) {
-  int64_t position = before, live = 0;
+template <class A>
+TOKCREDIT_INLINE int64_t widen_body(Block<A> &b, const bool *mask, int64_t n, int64_t before, A power) {
+  int32_t at[block], seen = 0;
   for (int64_t i = 0; i < n; ++i)
-    live += b.live[i] != A(0);
-  if (live == n) {
+    at[i] = int32_t(i + 1);
+  if (mask)
     for (int64_t i = 0; i < n; ++i)
-      b.width[i] = A(int32_t(i + 1)) + A(before);
-    position += n;
-  } else {
-    for (int64_t i = 0; i < n; ++i)
-      b.width[i] = A(position += b.live[i] != A(0));
-  }
+      at[i] = seen += mask[i];
+  for (int64_t i = 0; i < n; ++i)
+    b.width[i] = A(at[i]) + A(before);
   if (power == A(0.5))
     for (int64_t i = 0; i < n; ++i)
       b.width[i] = std::sqrt(b.width[i]);
   else
     for (int64_t i = 0; i < n; ++i)
       b.width[i] = growth(b.width[i], power);
-  return position;
+  return before + at[n - 1];
 }
 
 // The clipped surrogate where all tokens of the row share the bounds: their exponentials are known
@@ -169,8 +167,8 @@ TOKCREDIT_READ(double, double)
     evaluate_body<Surrogate::kind, shared, A>(b, n, low, high, gradient, totals);                            \
   }
 #define TOKCREDIT_EVALUATE_ALL(A)                                                                            \
-  TOKCREDIT_CLONES int64_t widen(Block<A> &b, int64_t n, int64_t before, A power) {                          \
-    return widen_body(b, n, before, power);                                                                  \
+  TOKCREDIT_CLONES int64_t widen(Block<A> &b, const bool *mask, int64_t n, int64_t before, A power) {        \
+    return widen_body(b, mask, n, before, power);                                                            \
   }                                                                                                          \
   TOKCREDIT_EVALUATE(clip, clip, false, A)                                                                   \
   TOKCREDIT_EVALUATE(clip_shared, clip, true, A)                                                             \
@@ -243,7 +241,7 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
     high.read(first, n, b.live, A(0), b.high);
     cap.read(first, n, b.live, A(0), b.cap);
     if (p.power != 0)
-      position = widen(b, n, position, A(p.power));
+      position = widen(b, mask ? mask + first : nullptr, n, position, A(p.power));
     evaluate(Surrogate(p.surrogate), shared, b, n, A(p.clamp_low), A(p.clamp_high),
              gradient ? gradient + first : nullptr, totals);
   }
