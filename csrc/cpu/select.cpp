@@ -90,16 +90,15 @@ template <class T> struct Scope {
   }
 
   // Of few keys: the one of `rank`; how many are larger is added to `above`.
-  static void find_among(std::vector<Key> &keys, int64_t rank, Key &found, int64_t &above, int64_t &equal) {
+  static void find_among(std::vector<Key> &keys, int64_t rank, Key &found, int64_t &above) {
     std::nth_element(keys.begin(), keys.begin() + rank, keys.end(), std::greater<Key>());
     found = keys[size_t(rank)];
     above += std::count_if(keys.begin(), keys.begin() + rank, [&](Key k) { return k > found; });
-    equal = std::count(keys.begin(), keys.end(), found);
   }
 
-  // The key of `rank` (from the largest, counted from 0). `above` becomes the number of larger tokens,
-  // `equal` of those that have it, and the result is false when there are not that many.
-  bool find(int64_t rank, int threads, Key &found, int64_t &above, int64_t &equal) const {
+  // The key of `rank` (from the largest, counted from 0). `above` becomes the number of larger tokens, and
+  // the result is false when there are not that many.
+  bool find(int64_t rank, int threads, Key &found, int64_t &above) const {
     Key known = 0;
     found = 0;
     above = 0;
@@ -107,7 +106,7 @@ template <class T> struct Scope {
       std::vector<Key> keys = matching(0, 0, threads);
       if (rank >= int64_t(keys.size()))
         return false;
-      find_among(keys, rank, found, above, equal);
+      find_among(keys, rank, found, above);
       return true;
     }
     for (int top = int(sizeof(Key)) * 8; top > 0;) {
@@ -124,10 +123,9 @@ template <class T> struct Scope {
       found = (found & ~mask) | ((Key(digit) << shift) & mask);
       known |= mask;
       top = shift;
-      equal = counts[digit];
       if (counts[digit] <= few && top > 0) {
         std::vector<Key> keys = matching(found, known, threads);
-        find_among(keys, rank - above, found, above, equal);
+        find_among(keys, rank - above, found, above);
         return true;
       }
     }
@@ -174,22 +172,27 @@ void top_k(const Select &s, bool *chosen, int threads) {
       if (s.wanted[g] <= 0)
         return;
       typename Scope<T>::Key threshold;
-      int64_t above, equal;
-      if (!scope.find(s.wanted[g] - 1, inner, threshold, above, equal)) {
+      int64_t above;
+      if (!scope.find(s.wanted[g] - 1, inner, threshold, above)) {
         scope.tokens(0, scope.rows, [&](int64_t i, auto) { chosen[i] = true; });
         return;
       }
-      int64_t ties = s.wanted[g] - above;
-      if (ties == equal) {
-        parallel(scope.rows, row_grain(s.rows.count, s.rows.size), inner, [&](int64_t first, int64_t last) {
-          scope.tokens(first, last, [&](int64_t i, auto k) { chosen[i] = k >= threshold; });
-        });
-        return;
-      }
-      scope.tokens(0, scope.rows, [&](int64_t i, auto k) {
-        chosen[i] = k > threshold || (k == threshold && ties > 0);
-        ties -= k == threshold;
+      // All that are larger, then as many as are wanted of those that tie, in order.
+      std::vector<int64_t> ties(size_t(scope.rows), 0);
+      parallel(scope.rows, row_grain(s.rows.count, s.rows.size), inner, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i)
+          scope.tokens(i, i + 1, [&](int64_t t, auto k) {
+            chosen[t] = k > threshold;
+            ties[size_t(i)] += k == threshold;
+          });
       });
+      int64_t left = s.wanted[g] - above;
+      for (int64_t i = 0; left > 0 && i < scope.rows; ++i)
+        if (ties[size_t(i)])
+          scope.tokens(i, i + 1, [&](int64_t t, auto k) {
+            if (k == threshold && left-- > 0)
+              chosen[t] = true;
+          });
     });
   });
 }
@@ -200,9 +203,9 @@ void kth(const Select &s, void *values, int threads) {
     using A = accumulate_t<T>;
     each_scope<T>(s, threads, [&](int64_t g, const Scope<T> &scope, int inner) {
       typename Scope<T>::Key found;
-      int64_t above, equal;
+      int64_t above;
       const int64_t rank = scope.size() - 1 - s.wanted[g];
-      const bool exists = rank >= 0 && s.wanted[g] >= 0 && scope.find(rank, inner, found, above, equal);
+      const bool exists = rank >= 0 && s.wanted[g] >= 0 && scope.find(rank, inner, found, above);
       static_cast<A *>(values)[g] = exists ? number_of(found) : std::numeric_limits<A>::quiet_NaN();
     });
   });
