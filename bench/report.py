@@ -1,14 +1,11 @@
 """Runs every CPU script, with glibc's malloc as it is and tuned, and writes the tables of ``bench/README.md``.
 
-    python bench/report.py [--quick] [--run RUN_FOLDER]
-
-``--quick`` uses small inputs and writes nothing into the repository.
+python bench/report.py [--quick | --tables] [--run RUN_FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -30,7 +27,8 @@ TUNED = {
 
 def measure(stage: str, quick: bool, tuned: bool, folder: Path) -> dict:
     path = folder / f"{stage}-{'tuned' if tuned else 'default'}.json"
-    command = [sys.executable, str(HERE / f"{stage}.py"), "--json", str(path), *(["--quick"] if quick else [])]
+    command = [sys.executable, str(HERE / f"{stage}.py"), "--json", str(path)]
+    command += ["--quick"] * quick + ["--impatient"] * tuned
     environment = {**os.environ, **(TUNED if tuned else {})}
     print(f"== {stage}, {'tuned' if tuned else 'default'} malloc", flush=True)
     subprocess.run(command, check=True, env=environment)
@@ -41,21 +39,32 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
+def verdict(result: dict) -> str:
+    target = result["target"]
+    return "" if target is None else "yes" if result["relative"] >= target else "**no**"
+
+
 def operations_table(default: list[dict], tuned: list[dict]) -> list[str]:
     lines = [
         "| work | provider | ms | of copy rate | peak MiB | over ours | wanted | met | tuned: ms | over ours | met |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for a, b in zip(default, tuned, strict=True):
-        target = a["target"]
-        verdict = ["" if target is None else "yes" if r["relative"] >= target else "**no**" for r in (a, b)]
-        memory = "" if a["megabytes"] is None else number(a["megabytes"])
-        lines.append(
-            f"| {a['operation']}, {a['shape']} | {a['provider']} | {number(a['milliseconds'])} "
-            f"| {a['share']:.0%} | {memory} "
-            f"| {number(a['relative'])} | {'' if target is None else f'{target:g}'} | {verdict[0]} "
-            f"| {number(b['milliseconds'])} | {number(b['relative'])} | {verdict[1]} |"
-        )
+    again = {(r["operation"], r["shape"], r["provider"]): r for r in tuned}
+    for a in default:
+        b = again.get((a["operation"], a["shape"], a["provider"]))
+        target, memory = a["target"], a["megabytes"]
+        cells = [
+            f"{a['operation']}, {a['shape']}",
+            a["provider"],
+            number(a["milliseconds"]),
+            f"{a['share']:.0%}",
+            "" if memory is None else number(memory),
+            number(a["relative"]),
+            "" if target is None else f"{target:g}",
+            verdict(a),
+            *(["", "", ""] if b is None else [number(b["milliseconds"]), number(b["relative"]), verdict(b)]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
@@ -77,8 +86,10 @@ def step_lines(default: dict[str, dict], run: str | None) -> list[str]:
     losses = {r["operation"]: r for r in default["loss"]["results"] if r["provider"] == "tokcredit"}
     loss_rows, loss_length = map(int, losses["policy loss"]["shape"].split(" x "))
     tokens = rows * length
+    grpo = default["credit"]["results"][0]
+    grpo_rows, grpo_length = map(int, grpo["shape"].split(" x "))
     seconds = {
-        "GRPO": default["credit"]["results"][0]["milliseconds"] / 1e3,
+        "GRPO": grpo["milliseconds"] / 1e3 * tokens / (grpo_rows * grpo_length),
         "TEMPO": tree["milliseconds"] / 1e3,
     }
     loss = losses["policy loss"]["milliseconds"] / 1e3 * tokens / (loss_rows * loss_length)
@@ -100,24 +111,29 @@ def step_lines(default: dict[str, dict], run: str | None) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--run")
+    parser.add_argument("--quick", action="store_true", help="small inputs; nothing is written into the repository")
+    parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables anew")
+    parser.add_argument("--run", help="a run folder, for the share of its steps")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        default = {s: measure(s, options.quick, False, folder) for s in STAGES}
-        tuned = {s: measure(s, options.quick, True, folder) for s in STAGES if s not in ONCE and not options.quick}
+    folder = HERE / "results"
     if options.quick:
+        with tempfile.TemporaryDirectory() as temporary:
+            for stage in STAGES:
+                measure(stage, True, False, Path(temporary))
         return
-    (HERE / "results").mkdir(exist_ok=True)
-    summary = {"date": datetime.date.today().isoformat(), "default": default, "tuned": tuned, "tuning": TUNED}
-    (HERE / "results" / "cpu.json").write_text(json.dumps(summary, indent=1) + "\n")
-    write(summary, options.run)
+    if not options.tables:
+        folder.mkdir(exist_ok=True)
+        for stage in STAGES:
+            measure(stage, False, False, folder)
+            if stage not in ONCE:
+                measure(stage, False, True, folder)
+    write(folder, options.run)
 
 
-def write(summary: dict, run: str | None) -> None:
-    default, tuned = summary["default"], summary["tuned"]
+def write(folder: Path, run: str | None) -> None:
     stages = [s for s in STAGES if s not in ONCE]
+    default = {s: json.loads((folder / f"{s}-default.json").read_text()) for s in STAGES}
+    tuned = {s: json.loads((folder / f"{s}-tuned.json").read_text()) for s in stages}
     first = default["tree"]
     rows = [r for s in stages for r in default[s]["results"]]
     wanted = [r for r in rows if r["target"] is not None]
@@ -125,11 +141,11 @@ def write(summary: dict, run: str | None) -> None:
     lost = [
         r
         for r in rows
-        if r["provider"] != "tokcredit" and not r["provider"].startswith(("memset", "tree")) and r["relative"] < 1
+        if not r["provider"].startswith(("tokcredit", "memset", "tree")) and r["relative"] < 1
     ]
-    settings = " ".join(f"{k}={v}" for k, v in summary["tuning"].items())
+    settings = " ".join(f"{k}={v}" for k, v in TUNED.items())
     lines = [
-        f"{first['device']}, torch {first['torch']}, {summary['date']}. "
+        f"{first['device']}, torch {first['torch']}, {first['date']}. "
         f"Copy rate {first['copy_gigabytes_per_second']:.1f} GB/s.",
         f"Tuned malloc is `{settings}`. {met} of {len(wanted)} targets met with default malloc.",
         "",
