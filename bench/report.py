@@ -138,11 +138,7 @@ def write(folder: Path, run: str | None) -> None:
     rows = [r for s in stages for r in default[s]["results"]]
     wanted = [r for r in rows if r["target"] is not None]
     met = sum(r["relative"] >= r["target"] for r in wanted)
-    lost = [
-        r
-        for r in rows
-        if not r["provider"].startswith(("tokcredit", "memset", "tree")) and r["relative"] < 1
-    ]
+    lost = [r for r in rows if not r["provider"].startswith(("tokcredit", "memset", "tree")) and r["relative"] < 1]
     settings = " ".join(f"{k}={v}" for k, v in TUNED.items())
     lines = [
         f"{first['device']}, torch {first['torch']}, {first['date']}. "
