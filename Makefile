@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 10000
 # Kernels for the GPU of this machine, if it has one; a wheel for others is built with plain pip.
 BUILD := $(if $(wildcard /dev/nvidia0),-C cmake.define.TOKCREDIT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native,-C cmake.define.TOKCREDIT_CUDA=OFF)
 
-.PHONY: train test lint bench clean
+.PHONY: train test lint bench bench-quick clean
 
 .venv/tools: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -36,10 +36,14 @@ lint: .venv/tools
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
-bench: .venv/installed
-	$(BIN)/python bench/tree.py
-	$(BIN)/python bench/policy.py
-	$(BIN)/python bench/loss.py
+# Beside the incumbents, in an environment of their own (requirements/bench.txt); `make bench RUN=runs/NAME` adds the
+# share of that run's steps. `bench-quick` takes small inputs and changes nothing.
+bench: .venv-bench/installed
+	.venv-bench/bin/python bench/report.py $(if $(RUN),--run $(RUN)) $(ARGS)
+
+bench-quick: .venv-bench/installed
+	.venv-bench/bin/python -m pytest -q -p no:randomly bench
+	.venv-bench/bin/python bench/report.py --quick
 
 clean:
 	rm -rf .venv .venv-* build

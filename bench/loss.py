@@ -1,37 +1,30 @@
-"""The loss of a batch, forward and backward, beside eager torch and torch.compile.
+"""The loss of a batch, forward and backward, beside verl, TRL, eager torch and torch.compile."""
 
-Run: ``python bench/loss.py``. Equality is asserted before anything is timed.
-"""
-
-import argparse
-import time
+from __future__ import annotations
 
 import tokcredit as tc
 import torch
+from harness import Table, main
 
 
-def median(f, repeats):
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+def mostly_equal(a, b):
+    # A token whose ratio meets its bound to the last bit may fall on either side.
+    assert ((a - b).abs() > 1e-3 * a.abs().max()).float().mean() < 1e-4
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--length", type=int, default=16_384)
-    parser.add_argument("--repeats", type=int, default=15)
-    a = parser.parse_args()
-    generator = torch.Generator().manual_seed(0)
-    old = -torch.rand(a.rows, a.length, generator=generator)
-    start = old + 0.02 * torch.randn(a.rows, a.length, generator=generator)
-    mask = torch.rand(a.rows, a.length, generator=generator) > 0.05
-    rewards = torch.rand(a.rows, generator=generator)
-    tokens = torch.zeros(a.rows, a.length, dtype=torch.long)
-    batch = tc.Rollouts.from_padded(tokens, mask, torch.arange(a.rows) // 8, rewards, old_log_probs=old)
+def step(f):
+    """Forward and backward; the result is the gradient."""
+
+    def run(x):
+        x = x.detach().requires_grad_()
+        f(x).backward()
+        return x.grad
+
+    return run
+
+
+def eager_losses(old, mask):
+    """The clipped and the cumulative loss as trainers write them, with a mean over tokens."""
     position = mask.cumsum(1).clamp(min=1).float()
 
     def clipped(log_probs, advantages):
@@ -48,37 +41,49 @@ def main():
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * (0.05 * width).exp()), loss)
         return (loss * mask).sum() / mask.sum()
 
-    print(f"{a.rows} x {a.length} tokens, {tc.num_threads()} threads; forward + backward")
+    return clipped, cumulative
+
+
+def workload(rows, length):
+    old = -torch.rand(rows, length)
+    mask = torch.rand(rows, length) > 0.05
+    tokens = torch.zeros(rows, length, dtype=torch.long)
+    batch = tc.Rollouts.from_padded(tokens, mask, torch.arange(rows) // 8, torch.rand(rows), old_log_probs=old)
+    return batch, old, mask, tokens
+
+
+def run(table: Table, quick: bool) -> None:
+    from incumbents import trl_loss, verl_loss
+
+    rows, length = (32, 4_096) if quick else (128, 16_384)
+    batch, old, mask, tokens = workload(rows, length)
+    clipped, cumulative = eager_losses(old, mask)
+    real = mask.float()
+    verl, trl = verl_loss(0.2, 0.28), trl_loss(0.2, 0.28)
     for name, eager in (("dapo", clipped), ("ctpo", cumulative)):
         objective = tc.methods.load(name)
         prepared = objective.prepare(batch)
-        compiled = torch.compile(eager)
+        credits, compiled = prepared.credits, torch.compile(eager)
         providers = {
-            "ours": lambda x, o=objective, p=prepared: o.loss(p, x).loss,
-            "torch eager": lambda x, f=eager, p=prepared: f(x, p.credits),
-            "torch.compile": lambda x, f=compiled, p=prepared: f(x, p.credits),
+            "tokcredit": lambda x, o=objective, p=prepared: o.loss(p, x).loss,
+            "torch eager": lambda x, f=eager, a=credits: f(x, a),
+            "torch.compile": lambda x, f=compiled, a=credits: f(x, a),
         }
-        gradients = []
-        for provider in providers.values():
-            x = start.clone().requires_grad_()
-            provider(x).backward()
-            gradients.append(x.grad)
-        for gradient in gradients[1:]:
-            # A token whose ratio meets its bound to the last bit may fall on either side.
-            assert ((gradient - gradients[0]).abs() > 1e-3 * gradients[0].abs().max()).float().mean() < 1e-5
-        times = {}
-        for label, provider in providers.items():
-            x = start.clone().requires_grad_()
-
-            def step(provider=provider, x=x):
-                x.grad = None
-                provider(x).backward()
-
-            step()
-            times[label] = median(step, a.repeats)
-        for label, seconds in times.items():
-            print(f"{name:<6}{label:<16}{seconds * 1e3:>8.1f} ms{seconds / times['ours']:>8.1f} x ours")
+        targets = {"torch eager": 15, "torch.compile": 3}
+        if name == "dapo":
+            providers["verl"] = lambda x, a=credits: verl(x, old, a.expand(rows, length), real)
+            providers["TRL"] = lambda x, a=credits: trl(x, old, a, real, tokens)
+            targets = {"verl": 15, "TRL": 15, "torch.compile": 1.5}
+        table.measure(
+            "policy loss" if name == "dapo" else "cumulative ratio loss",
+            f"{rows} x {length}",
+            lambda: (old + 0.02 * torch.randn(rows, length),),
+            13 * rows * length,  # log_probs, old_log_probs and mask read, gradient written
+            {label: step(f) for label, f in providers.items()},
+            mostly_equal,
+            targets,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

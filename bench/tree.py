@@ -1,21 +1,17 @@
-"""Prefix trees and tree credit beside a dictionary trie and the time of writing the result once.
+"""Prefix trees and tree credit beside TRL's TreeRow, a dictionary trie and the time of writing the result once."""
 
-Run: ``python bench/tree.py``. Equality is asserted before anything is timed.
-"""
-
-import argparse
-import gc
-import time
+from __future__ import annotations
 
 import tokcredit as tc
 import torch
+from harness import Table, main
 
 
 def workload(rows, length, group, seed=0):
     """Groups of random rows; each shares a prefix of random length with the first row of its group."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 50_000, (rows, length), generator=generator)
-    shared = torch.randint(0, length // 3, (rows,), generator=generator).tolist()
+    shared = torch.randint(0, max(length // 3, 1), (rows,), generator=generator).tolist()
     for r in range(rows):
         first = r // group * group
         tokens[r, : shared[r]] = tokens[first, : shared[r]]
@@ -52,42 +48,57 @@ def trie(batch, group):
     return out
 
 
-def median(f, repeats):
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+def tree_rows(batch, group):
+    """TRL's trie of each group; the trees alone, without credit."""
+    from incumbents import TreeRow
+
+    tokens = batch.shaped(batch.tokens)
+    rows = []
+    for r in range(batch.num_rows):
+        if r % group == 0:
+            rows.append(TreeRow())
+        rows[-1].add({"input_ids": tokens[r], "completion_mask": tokens[r] >= 0, "group_id": r // group})
+    return rows
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--length", type=int, default=9200)
-    parser.add_argument("--group", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=15)
-    a = parser.parse_args()
-    batch = workload(a.rows, a.length, a.group)
-    credit = tc.credit.tempo_like()
-    small = workload(4 * a.group, min(a.length, 500), a.group, seed=1)
-    torch.testing.assert_close(small.shaped(credit(small)), torch.tensor(trie(small, a.group)), rtol=1e-5, atol=1e-5)
+def check(group):
+    """Ours against both tries: equal credit, and at least as much shared (TreeRow forks one token early)."""
+    batch = workload(4 * group, 500, group, seed=1)
+    credit = batch.shaped(tc.credit.tempo_like()(batch))
+    torch.testing.assert_close(credit, torch.tensor(trie(batch, group)), rtol=1e-5, atol=1e-5)
+    built = tc.tree.build(batch)
+    theirs = sum(len(row.tokens) for row in tree_rows(batch, group))
+    inner = int((built.degree - 1).clamp(min=0).sum())
+    assert int(built.length.sum()) <= theirs <= int(built.length.sum()) + inner
 
-    n = batch.num_tokens
-    ours = median(lambda: credit(batch), a.repeats)
-    build = median(lambda: tc.tree.build(batch), a.repeats)
-    fresh = median(lambda: torch.zeros(n), a.repeats)
+
+def run(table: Table, quick: bool) -> None:
+    rows, length, group = (128, 1_024, 16) if quick else (1_024, 9_200, 16)
+    check(group)
+    batch = workload(rows, length, group)
+    credit, n = tc.credit.tempo_like(), batch.num_tokens
     buffer = torch.empty(n)
-    memset = median(lambda: buffer.zero_(), a.repeats)
-    gc.collect()
-    dictionary = median(lambda: trie(batch, a.group), 1)
-    print(f"{a.rows} rows x {a.length} tokens in groups of {a.group}, {tc.num_threads()} threads")
-    print(f"{'tree + credit':<28}{ours * 1e3:>10.1f} ms")
-    print(f"{'tree alone':<28}{build * 1e3:>10.1f} ms")
-    print(f"{'dictionary trie':<28}{dictionary * 1e3:>10.1f} ms  {dictionary / ours:>7.0f} x ours")
-    print(f"{'torch.zeros(N), fresh':<28}{fresh * 1e3:>10.1f} ms  ours is {ours / fresh:.1f} x")
-    print(f"{'memset of N floats, reused':<28}{memset * 1e3:>10.1f} ms  ours is {ours / memset:.1f} x")
+    table.measure(
+        "prefix tree + TEMPO credit",
+        f"{rows} x {length}",
+        lambda: (),
+        # The shared prefixes read twice, once for each of the rows compared; the result written.
+        4 * n + 2 * 8 * int(batch.num_tokens - tc.tree.build(batch).length.sum()),
+        {
+            "tokcredit": lambda: credit(batch),
+            "tree alone": lambda: tc.tree.build(batch),
+            "memset, buffer in use": lambda: buffer.zero_(),
+            "memset, memory fresh": lambda: torch.full((n,), 0.0),
+        },
+        targets={
+            "TRL TreeRow": 500,
+            "dictionary trie": 500,
+            "memset, buffer in use": 0.25,
+            "memset, memory fresh": 0.25,
+        },
+        once={"TRL TreeRow": lambda: tree_rows(batch, group), "dictionary trie": lambda: trie(batch, group)},
+    )
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

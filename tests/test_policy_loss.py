@@ -284,3 +284,36 @@ def test_a_token_that_does_not_train_counts_in_sums_and_positions_only():
     assert log_probs.grad.tolist() == pytest.approx([-q[0], 0, -2 * q[1], 0])
     named = dict(zip(ops.LOSS_STATS, stats[0].tolist(), strict=True))
     assert (named["tokens"], named["above"]) == (3, 0) and named["ratio"] == pytest.approx(sum(q))
+
+
+@pytest.mark.parametrize("scale", [1.0, -3.0])
+def test_backward_twice_through_one_graph(scale):
+    """The gradient is scaled where it lies and given away; a second pass makes it anew."""
+    rows = Rows(torch.tensor([0]), torch.tensor([5]), torch.tensor([True, False, True, True, True]))
+    old = ragged.values(5, seed=1)
+    x = ragged.values(5).requires_grad_()
+    loss = ops.policy_loss(x, rows, "k2", reference=old, advantages=torch.tensor(2.0, dtype=torch.float64))[0]
+    expected = scale * 2 * (x.detach() - old) * rows.mask
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(scale * loss, x, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_and_positions_go_on_over_blocks(masked):
+    """A row much longer than what is held at once, with a window that widens along it."""
+    size = 3_001
+    mask = ragged.values(size, seed=2) > -1 if masked else None
+    rows = Rows(torch.tensor([0]), torch.tensor([size]), mask)
+    old = ragged.values(size)
+    x = (old + 0.01 * ragged.values(size, seed=1)).requires_grad_()
+    bounds = {name: torch.tensor(b, dtype=torch.float64) for name, b in (("low", -0.001), ("high", 0.002))}
+    loss, _ = ops.policy_loss(x, rows, "clip", reference=old, cumulative=True, power=0.5, **bounds)
+    (gradient,) = torch.autograd.grad(loss, x)
+    live = torch.ones(size, dtype=torch.bool) if mask is None else mask
+    q = (torch.where(live, x.detach() - old, 0)).cumsum(0)
+    width = live.cumsum(0).double().sqrt()
+    # Advantage 1: stopped above only.
+    expected = torch.where(live & (q <= 0.002 * width), -q.exp(), 0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    assert (expected == 0).any() and (expected != 0).any()

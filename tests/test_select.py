@@ -152,3 +152,23 @@ def test_rejects_wrong_arguments():
         select.quantile(x, 1.5, rows)
     with pytest.raises(ValueError, match=r"top_k: scope: expected int64 \[1\], got int64 \[2\]"):
         select.top_k(x, 1, rows, Ids(torch.tensor([0, 0]), 1))
+
+
+@pytest.mark.parametrize("distinct", [3, 1_000, 1 << 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_tokens(dtype, distinct):
+    """More than are sorted out at once, so the threshold is found digit by digit: in long ties, and among few."""
+    size, k = 150_000, 30_001
+    x = (ragged.values(size) * distinct).round().to(dtype) / distinct
+    x[::1000] = math.nan
+    mask = ragged.values(size, seed=1) > -1
+    rows = Rows(torch.arange(0, size, 50_000), torch.arange(50_000, size + 1, 50_000), mask)
+    tokens = mask.nonzero()[:, 0]
+    order = tokens[x[tokens].argsort(descending=True, stable=True)]
+    chosen = torch.ops.tokcredit.select(x, *rows, torch.zeros(3, dtype=torch.int64), torch.tensor([k]), False, 1)
+    assert torch.equal(chosen.nonzero()[:, 0], order[:k].sort().values)
+    many = torch.ops.tokcredit.select(x, *rows, torch.zeros(3, dtype=torch.int64), torch.tensor([k]), False, 5)
+    assert torch.equal(chosen, many)
+    for rank in (0, k, len(order) - 200):
+        ours = select.kth(x, rank, rows, select.everything(rows))
+        torch.testing.assert_close(ours[0], x[order[-1 - rank]], rtol=0, atol=0, equal_nan=True)

@@ -30,4 +30,5 @@ PYBIND11_MODULE(_C, m) {
   bind_select(m);
   bind_policy_loss(m);
   bind_logits(m);
+  bind_repack(m);
 }

@@ -9,8 +9,11 @@ void segment_rows(const py::object &x, const py::object &begin, const py::object
   Call call("segment");
   const Array values = call.read("x", x);
   const Rows rows = call.rows(begin, end, mask, values.size());
-  const SegmentRows s{rows,      values.type, values.data,
-                      reduction, ddof,        call.read("y", y, accumulated(values.type), rows.count).data};
+  // A count reads no values, so they may be of any type.
+  const bool counts = Reduction(reduction) == Reduction::count && values.type != Type::f64;
+  const Type type = counts ? Type::f32 : values.type;
+  const SegmentRows s{rows,      type, values.data,
+                      reduction, ddof, call.read("y", y, accumulated(type), rows.count).data};
   call.run([&] { cpu::segment_rows(s, threads); }, [&](auto &queue) { cuda::segment_rows(s, queue); });
 }
 

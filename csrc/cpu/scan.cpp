@@ -6,28 +6,53 @@
 namespace tokcredit::cpu {
 namespace {
 
-template <class T, bool exclusive> void row(const Scan &s, int64_t r) {
+// Rows walked side by side: each step of a recurrence waits for the one before it, those of other rows do
+// not.
+constexpr int64_t side = 4;
+
+// `count` rows from r on, at most `side`.
+template <class T, bool exclusive, bool masked> void walk(const Scan &s, int64_t r, int64_t count) {
   using A = accumulate_t<T>;
   const T *x = static_cast<const T *>(s.x);
   A *y = static_cast<A *>(s.y);
-  const bool *mask = s.rows.mask;
-  // Double even for float32: a cumulative log-ratio over 100k tokens keeps its digits.
-  double state = s.carry_in ? static_cast<const A *>(s.carry_in)[r] : A(0);
   const double decay = s.decay;
   const int64_t step = s.reverse ? -1 : 1;
-  const int64_t length = s.rows.end[r] - s.rows.begin[r];
-  int64_t t = s.reverse ? s.rows.end[r] - 1 : s.rows.begin[r];
-  for (int64_t k = 0; k < length; ++k, t += step) {
-    if (mask && !mask[t]) {
-      y[t] = A(0);
-      continue;
-    }
-    const double before = state;
-    state = decay * state + double(load(x[t]));
-    y[t] = A(exclusive ? before : state);
+  // Double even for float32: a cumulative log-ratio over 100k tokens keeps its digits.
+  double state[side];
+  int64_t at[side], left[side], common = s.rows.size;
+  for (int64_t k = 0; k < count; ++k) {
+    const int64_t begin = s.rows.begin[r + k], end = s.rows.end[r + k];
+    state[k] = s.carry_in ? static_cast<const A *>(s.carry_in)[r + k] : A(0);
+    at[k] = s.reverse ? end - 1 : begin;
+    left[k] = end - begin;
+    common = std::min(common, left[k]);
   }
-  static_cast<A *>(s.carry_out)[r] = A(state);
-  clear_padding(s.rows, r, y);
+  const auto advance = [&](double &now, int64_t t) {
+    const bool live = !masked || s.rows.mask[t];
+    const double after = decay * now + double(load(x[t]));
+    y[t] = live ? A(exclusive ? now : after) : A(0);
+    now = live ? after : now;
+  };
+  if (count == side) {
+    for (int64_t i = 0; i < common; ++i)
+      for (int64_t k = 0; k < side; ++k)
+        advance(state[k], at[k] + i * step);
+  } else {
+    common = 0;
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    for (int64_t i = common; i < left[k]; ++i)
+      advance(state[k], at[k] + i * step);
+    static_cast<A *>(s.carry_out)[r + k] = A(state[k]);
+    clear_padding(s.rows, r + k, y);
+  }
+}
+
+template <class T, bool exclusive> void rows(const Scan &s, int64_t first, int64_t last) {
+  for (int64_t r = first; r < last; r += side) {
+    const int64_t count = std::min(side, last - r);
+    s.rows.mask ? walk<T, exclusive, true>(s, r, count) : walk<T, exclusive, false>(s, r, count);
+  }
 }
 
 } // namespace
@@ -36,8 +61,7 @@ void scan(const Scan &s, int threads) {
   with_float(s.type, [&](auto t) {
     using T = typename decltype(t)::type;
     parallel(s.rows.count, row_grain(s.rows.count, s.rows.size), threads, [&](int64_t first, int64_t last) {
-      for (int64_t r = first; r < last; ++r)
-        s.exclusive ? row<T, true>(s, r) : row<T, false>(s, r);
+      s.exclusive ? rows<T, true>(s, first, last) : rows<T, false>(s, first, last);
     });
   });
 }

@@ -1,5 +1,6 @@
 #include "ops/segment.hpp"
 #include "cpu/parallel.hpp"
+#include "cpu/simd.hpp"
 #include "math/dispatch.hpp"
 #include "math/moments.hpp"
 #include <vector>
@@ -9,6 +10,47 @@ namespace {
 
 constexpr int64_t block = 65536;
 
+TOKCREDIT_CLONES int64_t count_true(const bool *mask, int64_t n) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n;) {
+    // Few enough for a narrow sum, which is what makes the loop wide.
+    uint8_t sum = 0;
+    const int64_t last = std::min<int64_t>(n, i + 255);
+    for (; i < last; ++i)
+      sum = uint8_t(sum + mask[i]);
+    total += sum;
+  }
+  return total;
+}
+
+// Every 128th element has a sum of its own, so that the loop is wide and no addition waits for the one
+// before.
+template <class T> TOKCREDIT_INLINE double sum_body(const T *x, const bool *mask, int64_t n) {
+  constexpr int64_t width = 128;
+  double sums[width] = {};
+  for (int64_t i = 0; i < n; i += width) {
+    const int64_t m = std::min(width, n - i);
+    if (mask)
+      for (int64_t k = 0; k < m; ++k) {
+        const double v = load(x[i + k]);
+        sums[k] += mask[i + k] ? v : 0.0;
+      }
+    else
+      for (int64_t k = 0; k < m; ++k)
+        sums[k] += double(load(x[i + k]));
+  }
+  return fold(sums, width);
+}
+
+// target_clones needs plain functions.
+#define TOKCREDIT_SUM(T)                                                                                     \
+  TOKCREDIT_CLONES double sum_true(const T *x, const bool *mask, int64_t n) { return sum_body(x, mask, n); }
+TOKCREDIT_SUM(float)
+TOKCREDIT_SUM(double)
+TOKCREDIT_SUM(bf16)
+TOKCREDIT_SUM(f16)
+#undef TOKCREDIT_SUM
+
 // The value of element i; a count reads none.
 template <Reduction kind, class T> double value(const T *x, int64_t i) {
   return kind == Reduction::count ? 0.0 : double(load(x[i]));
@@ -17,6 +59,16 @@ template <Reduction kind, class T> double value(const T *x, int64_t i) {
 template <class T, Reduction kind>
 Moments<kind> span(const T *x, const bool *mask, int64_t begin, int64_t end) {
   Moments<kind> m;
+  if constexpr (kind == Reduction::sum || kind == Reduction::mean) {
+    mask = mask ? mask + begin : nullptr;
+    m.count = double(mask ? count_true(mask, end - begin) : end - begin);
+    m.sum = sum_true(x + begin, mask, end - begin);
+    return m;
+  }
+  if constexpr (kind == Reduction::count) {
+    m.count = double(mask ? count_true(mask + begin, end - begin) : end - begin);
+    return m;
+  }
   for (int64_t t = begin; t < end; ++t)
     if (!mask || mask[t])
       m.add(value<kind>(x, t));

@@ -4,7 +4,9 @@
 #include "math/dispatch.hpp"
 #include "math/order.hpp"
 #include "math/variance.hpp"
+#include <algorithm>
 #include <array>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -30,8 +32,11 @@ struct Scopes {
   }
 };
 
-constexpr int digit_bits = 11;
-using Histogram = std::array<int64_t, 1 << digit_bits>;
+constexpr int digit_bits = 11, bins = 1 << digit_bits, turns = 4;
+using Histogram = std::array<int64_t, bins>;
+
+// So many keys are sorted out at once rather than digit by digit.
+constexpr int64_t few = 1 << 16;
 
 template <class T> struct Scope {
   using A = accumulate_t<T>;
@@ -48,21 +53,47 @@ template <class T> struct Scope {
           body(t, order_key(A(load(x[t]))));
   }
 
-  // Integer counts add up to the same in any order, so each chunk adds its own when it is done.
+  // Integer counts add up to the same in any order, so each chunk adds its own when it is done. Neighbours
+  // often fall into one bin, and adding to it twice in a row waits; so they are counted in turns.
   Histogram histogram(Key prefix, Key known, int shift, int threads) const {
     Histogram total{};
     std::mutex guard;
     parallel(rows, row_grain(s.rows.count, s.rows.size), threads, [&](int64_t first, int64_t last) {
-      Histogram own{};
+      std::array<std::array<uint32_t, bins>, turns> own{};
+      int64_t seen = 0;
       tokens(first, last, [&](int64_t, Key k) {
         if ((k & known) == prefix)
-          ++own[size_t((k >> shift) & ((1 << digit_bits) - 1))];
+          ++own[size_t(seen++ % turns)][size_t((k >> shift) & (bins - 1))];
       });
       std::lock_guard<std::mutex> lock(guard);
-      for (size_t d = 0; d < own.size(); ++d)
-        total[d] += own[d];
+      for (const auto &part : own)
+        for (size_t d = 0; d < bins; ++d)
+          total[d] += part[d];
     });
     return total;
+  }
+
+  // The keys that begin with `prefix`, in no order.
+  std::vector<Key> matching(Key prefix, Key known, int threads) const {
+    std::vector<Key> all;
+    std::mutex guard;
+    parallel(rows, row_grain(s.rows.count, s.rows.size), threads, [&](int64_t first, int64_t last) {
+      std::vector<Key> own;
+      tokens(first, last, [&](int64_t, Key k) {
+        if ((k & known) == prefix)
+          own.push_back(k);
+      });
+      std::lock_guard<std::mutex> lock(guard);
+      all.insert(all.end(), own.begin(), own.end());
+    });
+    return all;
+  }
+
+  // Of few keys: the one of `rank`; how many are larger is added to `above`.
+  static void find_among(std::vector<Key> &keys, int64_t rank, Key &found, int64_t &above) {
+    std::nth_element(keys.begin(), keys.begin() + rank, keys.end(), std::greater<Key>());
+    found = keys[size_t(rank)];
+    above += std::count_if(keys.begin(), keys.begin() + rank, [&](Key k) { return k > found; });
   }
 
   // The key of `rank` (from the largest, counted from 0). `above` becomes the number of larger tokens, and
@@ -71,10 +102,17 @@ template <class T> struct Scope {
     Key known = 0;
     found = 0;
     above = 0;
+    if (span() <= few) {
+      std::vector<Key> keys = matching(0, 0, threads);
+      if (rank >= int64_t(keys.size()))
+        return false;
+      find_among(keys, rank, found, above);
+      return true;
+    }
     for (int top = int(sizeof(Key)) * 8; top > 0;) {
       const int shift = std::max(0, top - digit_bits);
       const Histogram counts = histogram(found, known, shift, threads);
-      int digit = (1 << digit_bits) - 1;
+      int digit = bins - 1;
       while (digit >= 0 && above + counts[digit] <= rank)
         above += counts[digit--];
       if (digit < 0)
@@ -85,11 +123,26 @@ template <class T> struct Scope {
       found = (found & ~mask) | ((Key(digit) << shift) & mask);
       known |= mask;
       top = shift;
+      if (counts[digit] <= few && top > 0) {
+        std::vector<Key> keys = matching(found, known, threads);
+        find_among(keys, rank - above, found, above);
+        return true;
+      }
     }
     return true;
   }
 
+  // Tokens, masked ones included.
+  int64_t span() const {
+    int64_t n = 0;
+    for (int64_t i = 0; i < rows; ++i)
+      n += s.rows.end[row[i]] - s.rows.begin[row[i]];
+    return n;
+  }
+
   int64_t size() const {
+    if (!s.rows.mask)
+      return span();
     int64_t n = 0;
     tokens(0, rows, [&](int64_t, Key) { ++n; });
     return n;
@@ -124,11 +177,22 @@ void top_k(const Select &s, bool *chosen, int threads) {
         scope.tokens(0, scope.rows, [&](int64_t i, auto) { chosen[i] = true; });
         return;
       }
-      int64_t ties = s.wanted[g] - above;
-      scope.tokens(0, scope.rows, [&](int64_t i, auto k) {
-        chosen[i] = k > threshold || (k == threshold && ties > 0);
-        ties -= k == threshold;
+      // All that are larger, then as many as are wanted of those that tie, in order.
+      std::vector<int64_t> ties(size_t(scope.rows), 0);
+      parallel(scope.rows, row_grain(s.rows.count, s.rows.size), inner, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i)
+          scope.tokens(i, i + 1, [&](int64_t t, auto k) {
+            chosen[t] = k > threshold;
+            ties[size_t(i)] += k == threshold;
+          });
       });
+      int64_t left = s.wanted[g] - above;
+      for (int64_t i = 0; left > 0 && i < scope.rows; ++i)
+        if (ties[size_t(i)])
+          scope.tokens(i, i + 1, [&](int64_t t, auto k) {
+            if (k == threshold && left-- > 0)
+              chosen[t] = true;
+          });
     });
   });
 }

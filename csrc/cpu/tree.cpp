@@ -1,6 +1,7 @@
 #include "ops/tree.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
+#include "cpu/simd.hpp"
 #include "math/dispatch.hpp"
 #include <cstring>
 #include <vector>
@@ -164,6 +165,23 @@ template <class T> void fold(const TreeFold &f) {
 template <class T> T plus(T a, T b) { return a + b; }
 template <> bool plus(bool a, bool b) { return a || b; }
 
+// `value` where the mask is true, or what is there already, and 0 elsewhere. target_clones needs plain
+// functions.
+#define TOKCREDIT_MASKED(T)                                                                                  \
+  TOKCREDIT_CLONES void fill(T *y, const bool *mask, int64_t n, T value) {                                   \
+    for (int64_t i = 0; i < n; ++i)                                                                          \
+      y[i] = mask[i] ? value : T{};                                                                          \
+  }                                                                                                          \
+  TOKCREDIT_CLONES void keep(T *y, const bool *mask, int64_t n) {                                            \
+    for (int64_t i = 0; i < n; ++i)                                                                          \
+      y[i] = mask[i] ? y[i] : T{};                                                                           \
+  }
+TOKCREDIT_MASKED(float)
+TOKCREDIT_MASKED(double)
+TOKCREDIT_MASKED(int64_t)
+TOKCREDIT_MASKED(bool)
+#undef TOKCREDIT_MASKED
+
 template <class T> void expand_row(const Expand &e, int64_t r) {
   const T *row = static_cast<const T *>(e.row), *body = static_cast<const T *>(e.body),
           *head = static_cast<const T *>(e.head);
@@ -171,8 +189,9 @@ template <class T> void expand_row(const Expand &e, int64_t r) {
   const T base = row ? row[r] : T{};
   const int64_t begin = e.rows.begin[r];
   int64_t last = e.rows.end[r];
+  const bool *mask = e.rows.mask ? e.rows.mask + begin : nullptr;
   if (!e.leaf) {
-    std::fill(y + begin, y + last, base);
+    mask ? fill(y + begin, mask, last - begin, base) : std::fill(y + begin, y + last, base);
   } else {
     for (int64_t v = e.leaf[r]; v >= 0 && last > begin; v = e.parent[v]) {
       const int64_t first = begin + e.depth[v];
@@ -183,9 +202,8 @@ template <class T> void expand_row(const Expand &e, int64_t r) {
       last = first;
     }
   }
-  if (e.rows.mask)
-    for (int64_t t = begin; t < e.rows.end[r]; ++t)
-      y[t] = e.rows.mask[t] ? y[t] : T{};
+  if (e.leaf && mask)
+    keep(y + begin, mask, e.rows.end[r] - begin);
   clear_padding(e.rows, r, y);
 }
 

@@ -42,17 +42,29 @@ template <class A> TOKCREDIT_FN A growth(A position, A power) {
   return power == A(0) ? A(1) : power == A(0.5) ? std::sqrt(position) : std::pow(position, power);
 }
 
+// Where the clipped surrogate stops the log-ratio, and by which bound.
+template <class A> struct Stop {
+  A at;
+  bool below, above, capped;
+};
+
+template <class A> TOKCREDIT_FN Stop<A> stop(const Token<A> &t) {
+  const A x = t.log_ratio, a = t.advantage;
+  const bool below = (x < t.low) & (a < A(0)), above = (x > t.high) & (a > A(0));
+  const bool capped = (x > t.cap) & (a < A(0));
+  A at = below ? t.low : x;
+  at = above ? t.high : at;
+  at = capped ? t.cap : at;
+  return {at, below, above, capped};
+}
+
 // Selects instead of branches, so that a loop over tokens becomes vector code.
 template <Surrogate kind, class A> TOKCREDIT_FN Paid<A> surrogate(const Token<A> &t) {
   const A q = exponential(t.log_ratio), x = t.log_ratio, a = t.advantage;
   if constexpr (kind == Surrogate::clip) {
-    const bool below = (x < t.low) & (a < A(0)), above = (x > t.high) & (a > A(0));
-    const bool capped = (x > t.cap) & (a < A(0));
-    A stop = below ? t.low : x;
-    stop = above ? t.high : stop;
-    stop = capped ? t.cap : stop;
-    const A gradient = below | above | capped | !t.moves ? A(0) : -a * q;
-    return {-a * exponential(stop), gradient, q, below, above, capped};
+    const Stop<A> s = stop(t);
+    const A gradient = s.below | s.above | s.capped | !t.moves ? A(0) : -a * q;
+    return {-a * exponential(s.at), gradient, q, s.below, s.above, s.capped};
   } else if constexpr (kind == Surrogate::weighted) {
     const A weight = exponential(bounded(x, t.low, t.high));
     return {-weight * a * t.log_prob, -weight * a, q, x<t.low, x> t.high, false};

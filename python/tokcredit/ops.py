@@ -236,6 +236,55 @@ def spread(row: Tensor, rows: Rows, like: Tensor) -> Tensor:
     return torch.ops.tokcredit.expand(like, row.dtype, *rows, row, None, None, None, None, None, num_threads())
 
 
+# -- repack ------------------------------------------------------------------------------------------------------
+
+define(
+    "tokcredit::repack", "(Tensor x, Tensor source, Tensor target, Tensor length, SymInt size, int threads) -> Tensor"
+)
+
+
+@register_fake("tokcredit::repack")
+def _repack_output(x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int, threads: int) -> Tensor:
+    return x.new_empty(size)
+
+
+@impl("tokcredit::repack", "cpu")
+def _repack(x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int, threads: int) -> Tensor:
+    y = _repack_output(x, source, target, length, size, threads)
+    if source.numel() == 0:
+        return y.zero_()
+    _C.repack(x.contiguous(), source.contiguous(), target.contiguous(), length.contiguous(), y, threads)
+    return y
+
+
+@impl("tokcredit::repack", "cuda")
+def _repack_on_cuda(x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int, threads: int) -> Tensor:
+    rows = Rows(source, source + length)
+    inside = spread(torch.ones_like(source, dtype=torch.bool), rows, x)
+    place = spread(target - source, rows, x) + torch.arange(x.numel(), device=x.device)
+    # Tokens outside the rows share a place after the last, which is dropped.
+    moved = torch.where(inside, place, size)
+    return x.new_zeros(size + 1).index_put((moved,), x)[:size]
+
+
+class _Repack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int) -> Tensor:
+        ctx.source, ctx.target, ctx.length, ctx.size = source, target, length, x.numel()
+        return torch.ops.tokcredit.repack(x, source, target, length, size, num_threads())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return repack(grad, ctx.target, ctx.source, ctx.length, ctx.size), None, None, None, None
+
+
+def repack(x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int) -> Tensor:
+    """Rows of tokens moved from one layout to another, 0 elsewhere; see ``csrc/ops/repack.hpp``."""
+    if x.requires_grad:
+        return _Repack.apply(x, source, target, length, size)
+    return torch.ops.tokcredit.repack(x, source, target, length, size, num_threads())
+
+
 # -- policy_loss -------------------------------------------------------------------------------------------------
 
 SURROGATES = ("clip", "weighted", "soft", "k1", "k2", "k3")
@@ -291,15 +340,23 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         stats, gradient = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(log_probs)
         ctx.mark_non_differentiable(stats)
-        ctx.dtype, ctx.count = log_probs.dtype, len(arguments)
+        ctx.gradient, ctx.arguments = gradient, arguments
         return stats[:, 0].sum().to(gradient.dtype), stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grad).to(ctx.dtype), *([None] * ctx.count)
+        (log_probs,) = ctx.saved_tensors
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:  # a second time through the same graph
+            _, gradient = torch.ops.tokcredit.policy_loss(log_probs, *ctx.arguments)
+        # The first pass wrote it, so it is scaled where it lies and given away: no second buffer.
+        if torch.compiler.is_compiling():
+            gradient = gradient * grad
+        elif grad.device.type != "cpu" or grad != 1:
+            gradient.mul_(grad)
+        return gradient.to(log_probs.dtype), *([None] * len(ctx.arguments))
 
 
 def policy_loss(
@@ -504,6 +561,11 @@ def _segment_ids(x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, red
     if segments:
         _C.segment_ids(x.contiguous(), ids.contiguous(), _plain(mask), reduction, ddof, y)
     return y
+
+
+def count(rows: Rows, like: Tensor) -> Tensor:
+    """Unmasked tokens of each row as a float; ``like`` is any ``[N]``, which is not read."""
+    return torch.ops.tokcredit.segment_rows(like, *rows, REDUCTIONS.index("count"), 0.0, num_threads())
 
 
 # -- select ------------------------------------------------------------------------------------------------------

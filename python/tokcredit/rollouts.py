@@ -109,8 +109,7 @@ class Rollouts:
         for name in FIELDS:
             if getattr(self, name) is not None:
                 _check(name, getattr(self, name), _FLOATS, (n,), device)
-        ones = torch.ones((), device=device).expand(n)
-        put("lengths", ops.scan(ones, self.rows)[1].long())
+        put("lengths", ops.count(self.rows, self.response_mask).long())
 
     @classmethod
     def from_padded(
@@ -148,15 +147,20 @@ class Rollouts:
             return mask if mask.dtype == torch.bool else mask != 0
 
         mask = as_mask("response_mask", response_mask)
-        columns = torch.arange(1, shape[1] + 1, device=tokens.device)
         real = mask if attention_mask is None else as_mask("attention_mask", attention_mask)
-        length = (real * columns).amax(1) if shape[1] else columns.new_zeros(shape[0])
+        begin = torch.arange(shape[0], device=tokens.device) * shape[1]
+        flat = real.reshape(-1)
+        # Walking back from the end of the row, the first True is the last of it.
+        length = begin.new_zeros(shape[0])
+        if shape[1]:
+            back = real.flip(1)
+            padding = back.view(torch.uint8).argmax(1, keepdim=True)
+            length = torch.where(back.gather(1, padding), shape[1] - padding, 0)[:, 0]
         if attention_mask is not None:
-            if not torch.equal(real.sum(1), length):
+            if not torch.equal(ops.count(Rows(begin, begin + shape[1], flat), flat).long(), length):
                 raise ValueError("attention_mask: expected real tokens first (right padding), got a gap in a row")
             if bool((mask & ~real).any()):
                 raise ValueError("response_mask: expected False on padding, got True outside attention_mask")
-        begin = torch.arange(shape[0], device=tokens.device) * shape[1]
         for name, x in per_token.items():
             if x is not None and (not isinstance(x, Tensor) or tuple(x.shape) != shape):
                 raise ValueError(f"{name}: expected float {list(shape)}, got {_describe(x)}")
@@ -219,11 +223,17 @@ class Rollouts:
             return self.flat(x.reshape(-1).view(self.shape)).view(self.shape)
         length = self.end - self.begin
         width = int(length.max()) if self.num_rows else 0
-        columns = torch.arange(width, device=x.device)
-        inside = columns < length[:, None]
-        out = x.new_zeros(self.num_rows, width)
-        out[inside] = self.flat(x)
-        return out
+        target = torch.arange(self.num_rows, device=x.device) * width
+        return ops.repack(self.flat(x), self.begin, target, length, self.num_rows * width).view(self.num_rows, width)
+
+    def to_packed(self, x: Tensor) -> Tensor:
+        """A per-token tensor as ``[sum of (end - begin)]``, the rows one after another without padding."""
+        if self.shape is None:
+            return self.flat(x)
+        length = self.end - self.begin
+        edges = length.cumsum(0)
+        size = int(edges[-1]) if self.num_rows else 0
+        return ops.repack(self.flat(x), self.begin, edges - length, length, size)
 
     def token_positions(self, rows: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
         """Where the tokens of these rows (int64 ``[M]``) are, and the spans and shape of the batch they make."""

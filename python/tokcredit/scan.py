@@ -69,5 +69,6 @@ def generalized_advantages(
     References:
         Schulman et al., arXiv 1506.02438.
     """
-    delta = rewards + discount * following(values, rows, bootstrap) - values
+    values = values.to(torch.promote_types(rewards.dtype, values.dtype))
+    delta = following(values, rows, bootstrap).mul_(discount).add_(rewards).sub_(values)
     return ops.scan(delta, rows, decay=discount * trace, reverse=True)[0]

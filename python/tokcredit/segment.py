@@ -27,7 +27,7 @@ class Ids(NamedTuple):
 
 
 def _reduce(name: str, x: Tensor, by: Rows | Ids, ddof: float = 0.0) -> Tensor:
-    if not x.dtype.is_floating_point:
+    if not x.dtype.is_floating_point and not (name == "count" and isinstance(by, Rows)):
         x = x.float()
     kind = ops.REDUCTIONS.index(name)
     if isinstance(by, Rows):

@@ -1,0 +1,109 @@
+"""The functions that trainers call today, taken from the installed packages and called as they are."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
+
+from torch import Tensor
+
+logging.disable(logging.WARNING)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
+    from trl.experimental.async_grpo.packing import TreeRow
+    from trl.trainer.grpo_trainer import GRPOTrainer
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+    from verl.trainer.config import AlgoConfig
+    from verl.trainer.ppo import core_algos as verl
+    from verl.utils import torch_functional as verl_functional
+    from verl.workers.config import ActorConfig
+    from verl.workers.utils import padding as verl_padding
+
+__all__ = [
+    "AlgoConfig",
+    "TreeRow",
+    "selective_log_softmax_and_entropy",
+    "trl_loss",
+    "unwhitened",
+    "vec_generalized_advantage_estimate",
+    "verl",
+    "verl_functional",
+    "verl_loss",
+    "verl_padding",
+]
+
+
+def unwhitened(f: Callable[..., object]) -> Callable[..., object]:
+    """A verl estimator without its last step, which is another operation: mean 0 and variance 1 over the batch."""
+
+    def run(*args: object, **kwargs: object) -> object:
+        whiten = verl.verl_F.masked_whiten
+        verl.verl_F.masked_whiten = lambda x, mask: x
+        try:
+            return f(*args, **kwargs)
+        finally:
+            verl.verl_F.masked_whiten = whiten
+
+    return run
+
+
+def verl_loss(low: float, high: float) -> Callable[..., Tensor]:
+    """verl's clipped loss, mean over tokens, with its metrics."""
+    config = ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_ratio_c=1e4,
+    )
+
+    def loss(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        return verl.compute_policy_loss_vanilla(old, log_probs, advantages, mask, "token-mean", config)[0]
+
+    return loss
+
+
+def trl_loss(low: float, high: float) -> Callable[..., Tensor]:
+    """The loss of TRL's trainer (``loss_type="bnpo"``: mean over tokens) with its metrics, given the log-probs."""
+    alone = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1)
+    trainer = SimpleNamespace(
+        _metrics={"train": defaultdict(list)},
+        _entropy_bonus_enabled=False,
+        accelerator=alone,
+        args=SimpleNamespace(delta=None),
+        aux_loss_enabled=False,
+        beta=0.0,
+        current_gradient_accumulation_steps=1,
+        epsilon_high=high,
+        epsilon_low=low,
+        importance_sampling_level="token",
+        loss_type="bnpo",
+        model=SimpleNamespace(training=True),
+        off_policy_mask_threshold=None,
+        top_entropy_quantile=1.0,
+        use_vllm=False,
+    )
+
+    def loss(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (log_probs, old, None)
+        trainer._metrics["train"].clear()
+        nothing = tokens[:, :0]
+        return GRPOTrainer._compute_loss(
+            trainer,
+            None,
+            {
+                "prompt_ids": nothing,
+                "prompt_mask": nothing,
+                "completion_ids": tokens,
+                "completion_mask": mask,
+                "advantages": advantages,
+                "old_per_token_logps": old,
+            },
+        )
+
+    return loss

@@ -1,0 +1,176 @@
+"""Runs every CPU script, with glibc's malloc as it is and tuned, and writes the tables of ``bench/README.md``.
+
+python bench/report.py [--quick | --tables] [--run RUN_FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+STAGES = ("tree", "scan", "credit", "loss", "selection", "policy", "rollouts", "end_to_end", "scaling")
+ONCE = ("end_to_end", "scaling")  # with one setting of malloc
+# Memory that was freed stays with the process, so that a result as large as one before it lands on pages in use.
+TUNED = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+
+
+def measure(stage: str, quick: bool, tuned: bool, folder: Path) -> dict:
+    path = folder / f"{stage}-{'tuned' if tuned else 'default'}.json"
+    command = [sys.executable, str(HERE / f"{stage}.py"), "--json", str(path)]
+    command += ["--quick"] * quick + ["--impatient"] * tuned
+    environment = {**os.environ, **(TUNED if tuned else {})}
+    print(f"== {stage}, {'tuned' if tuned else 'default'} malloc", flush=True)
+    subprocess.run(command, check=True, env=environment)
+    return json.loads(path.read_text())
+
+
+def number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def verdict(result: dict) -> str:
+    target = result["target"]
+    return "" if target is None else "yes" if result["relative"] >= target else "**no**"
+
+
+def operations_table(default: list[dict], tuned: list[dict]) -> list[str]:
+    lines = [
+        "| work | provider | ms | of copy rate | peak MiB | over ours | wanted | met | tuned: ms | over ours | met |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    again = {(r["operation"], r["shape"], r["provider"]): r for r in tuned}
+    for a in default:
+        b = again.get((a["operation"], a["shape"], a["provider"]))
+        target, memory = a["target"], a["megabytes"]
+        cells = [
+            f"{a['operation']}, {a['shape']}",
+            a["provider"],
+            number(a["milliseconds"]),
+            f"{a['share']:.0%}",
+            "" if memory is None else number(memory),
+            number(a["relative"]),
+            "" if target is None else f"{target:g}",
+            verdict(a),
+            *(["", "", ""] if b is None else [number(b["milliseconds"]), number(b["relative"]), verdict(b)]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def methods_table(results: list[dict]) -> list[str]:
+    ours = [r for r in results if r["provider"] == "tokcredit"]
+    theirs = [r for r in results if r["provider"] != "tokcredit"]
+    lines = ["| method | ms | GRPO in eager torch, time over ours |", "| --- | --- | --- |"]
+    for a, b in sorted(zip(ours, theirs, strict=True), key=lambda pair: -pair[1]["relative"]):
+        name = a["operation"].removeprefix("prepare + loss, ")
+        mark = "" if b["relative"] >= 1 else " **slower**"
+        lines.append(f"| {name} | {number(a['milliseconds'])} | {number(b['relative'])}{mark} |")
+    return lines
+
+
+def step_lines(default: dict[str, dict], run: str | None) -> list[str]:
+    """Share of a training step: of a run on this machine, and of a modelled step of a 7B model."""
+    tree = next(r for r in default["tree"]["results"] if r["provider"] == "tokcredit")
+    rows, length = map(int, tree["shape"].split(" x "))
+    losses = {r["operation"]: r for r in default["loss"]["results"] if r["provider"] == "tokcredit"}
+    loss_rows, loss_length = map(int, losses["policy loss"]["shape"].split(" x "))
+    tokens = rows * length
+    grpo = default["credit"]["results"][0]
+    grpo_rows, grpo_length = map(int, grpo["shape"].split(" x "))
+    seconds = {
+        "GRPO": grpo["milliseconds"] / 1e3 * tokens / (grpo_rows * grpo_length),
+        "TEMPO": tree["milliseconds"] / 1e3,
+    }
+    loss = losses["policy loss"]["milliseconds"] / 1e3 * tokens / (loss_rows * loss_length)
+    # 8 parameters-times-tokens of arithmetic: 2 to sample, 6 to train; 8 GPUs of 1e15 operations/s at 40 %.
+    step = 8 * 7e9 * tokens / (8 * 1e15 * 0.4)
+    lines = [
+        f"A 7B step on {rows:,} x {length:,} tokens takes at least {step:.0f} s on eight H100s: 8 operations for "
+        "a parameter and a token, sampling and training, at 40 % of 10^15/s each. On this CPU, credit "
+        "and loss take "
+        + ", ".join(f"{s + loss:.3f} s ({(s + loss) / step:.2%}) for {name}" for name, s in seconds.items())
+        + "."
+    ]
+    if run:
+        steps = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        share = statistics.median(s["credit_seconds"] / s["seconds"] for s in steps if "credit_seconds" in s)
+        lines.append(f"In the run `{Path(run).name}` on this kind of machine, credit is {share:.2%} of a step.")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="small inputs; nothing is written into the repository")
+    parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables anew")
+    parser.add_argument("--run", help="a run folder, for the share of its steps")
+    options = parser.parse_args()
+    folder = HERE / "results"
+    if options.quick:
+        with tempfile.TemporaryDirectory() as temporary:
+            for stage in STAGES:
+                measure(stage, True, False, Path(temporary))
+        return
+    if not options.tables:
+        folder.mkdir(exist_ok=True)
+        for stage in STAGES:
+            measure(stage, False, False, folder)
+            if stage not in ONCE:
+                measure(stage, False, True, folder)
+    write(folder, options.run)
+
+
+def write(folder: Path, run: str | None) -> None:
+    stages = [s for s in STAGES if s not in ONCE]
+    default = {s: json.loads((folder / f"{s}-default.json").read_text()) for s in STAGES}
+    tuned = {s: json.loads((folder / f"{s}-tuned.json").read_text()) for s in stages}
+    first = default["tree"]
+    rows = [r for s in stages for r in default[s]["results"]]
+    wanted = [r for r in rows if r["target"] is not None]
+    met = sum(r["relative"] >= r["target"] for r in wanted)
+    lost = [r for r in rows if not r["provider"].startswith(("tokcredit", "memset", "tree")) and r["relative"] < 1]
+    settings = " ".join(f"{k}={v}" for k, v in TUNED.items())
+    lines = [
+        f"{first['device']}, torch {first['torch']}, {first['date']}. "
+        f"Copy rate {first['copy_gigabytes_per_second']:.1f} GB/s.",
+        f"Tuned malloc is `{settings}`. {met} of {len(wanted)} targets met with default malloc.",
+        "",
+        *operations_table(rows, [r for s in stages for r in tuned[s]["results"]]),
+        "",
+        "Where we lose, with default malloc: "
+        + (
+            "; ".join(f"{r['operation']}, {r['shape']}, to {r['provider']} ({r['relative']:.2f})" for r in lost)
+            or "nowhere"
+        )
+        + ".",
+        "",
+        "### Whole methods, 128 x 4,096",
+        "",
+        *methods_table(default["end_to_end"]["results"]),
+        "",
+        "### Share of a training step",
+        "",
+        *step_lines(default, run),
+        "",
+        "### Scaling",
+        "",
+        "![time against tokens, group size and row length](scaling.png)",
+    ]
+    readme = HERE / "README.md"
+    head, _, rest = readme.read_text().partition("<!-- cpu -->\n")
+    _, _, tail = rest.partition("<!-- /cpu -->\n")
+    readme.write_text(head + "<!-- cpu -->\n" + "\n".join(lines) + "\n<!-- /cpu -->\n" + tail)
+
+
+if __name__ == "__main__":
+    main()

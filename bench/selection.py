@@ -1,0 +1,53 @@
+"""Quantiles and top-k of all tokens of a batch, beside torch.quantile, torch.kthvalue and torch.topk."""
+
+from __future__ import annotations
+
+import torch
+from harness import Table, close, main
+from tokcredit import select
+from tokcredit.ops import Rows
+
+
+def run(table: Table, quick: bool) -> None:
+    for n in (1 << 20, 1 << 22) if quick else (1 << 24, 1 << 26):
+        begin = torch.arange(0, n, 16_384)
+        rows = Rows(begin, begin + 16_384)
+        everything = select.everything(rows)
+        providers = {"tokcredit": lambda x, r=rows, e=everything: select.quantile(x, 0.8, r, e)}
+        if n <= 1 << 24:
+            providers["torch.quantile"] = lambda x: x.quantile(0.8)[None]
+        else:
+            try:
+                torch.zeros(n).quantile(0.8)
+            except RuntimeError as refusal:
+                print(f"torch.quantile of {n}: {refusal}")
+        shape = f"{n >> 20} M"
+        table.measure(
+            "quantile", shape, lambda n=n: (torch.randn(n),), 4 * n, providers, close(1e-6, 1e-6), {"torch.quantile": 5}
+        )
+        k = n // 5
+
+        def topk(x, k=k, n=n):
+            return torch.zeros(n, dtype=torch.bool).index_fill_(0, x.topk(k, sorted=False).indices, True)
+
+        def kthvalue(x, k=k, n=n):
+            return x >= x.kthvalue(n - k + 1).values
+
+        table.measure(
+            "top fifth of all tokens",
+            shape,
+            lambda n=n: (torch.rand(n, dtype=torch.float64).float(),),
+            5 * n,
+            {
+                "tokcredit": lambda x, k=k, r=rows, e=everything: select.top_k(x, k, r, e),
+                "torch.topk": topk,
+                "torch.kthvalue": kthvalue,
+            },
+            # Where values are equal, torch marks more of them, or others.
+            lambda a, b: torch.testing.assert_close(a.sum().float(), b.sum().float(), rtol=1e-5, atol=2),
+            {"torch.topk": 5},
+        )
+
+
+if __name__ == "__main__":
+    main(run)
