@@ -124,7 +124,7 @@ def test_loss_without_counts():
     value, gradient, _ = vb.loss(ROWS, paid, vb.actor("tokcredit_as_vanilla"), counted=False)
     assert value == pytest.approx(expected[0], rel=1e-5)
     torch.testing.assert_close(gradient, expected[1], rtol=1e-4, atol=1e-7)
-    with pytest.raises(ValueError, match="batch_num_tokens: expected the count over all ranks"):
+    with pytest.raises(ValueError, match="batch_num_tokens: expected the number of all ranks"):
         vb.loss(ROWS, paid, vb.actor("tokcredit_as_vanilla"), counted=False, dp_size=2)
 
 
