@@ -132,8 +132,12 @@ def main() -> None:
 
 def write(folder: Path, run: str | None) -> None:
     stages = [s for s in STAGES if s not in ONCE]
-    default = {s: json.loads((folder / f"{s}-default.json").read_text()) for s in STAGES}
-    tuned = {s: json.loads((folder / f"{s}-tuned.json").read_text()) for s in stages}
+
+    def measured(kind: str) -> dict[str, dict]:
+        paths = {s: folder / f"{s}-{kind}.json" for s in STAGES}
+        return {s: json.loads(path.read_text()) for s, path in paths.items() if path.exists()}
+
+    default, tuned = measured("default"), measured("tuned")
     first = default["tree"]
     rows = [r for s in stages for r in default[s]["results"]]
     wanted = [r for r in rows if r["target"] is not None]
@@ -145,7 +149,7 @@ def write(folder: Path, run: str | None) -> None:
         f"Copy rate {first['copy_gigabytes_per_second']:.1f} GB/s.",
         f"Tuned malloc is `{settings}`. {met} of {len(wanted)} targets met with default malloc.",
         "",
-        *operations_table(rows, [r for s in stages for r in tuned[s]["results"]]),
+        *operations_table(rows, [r for stage in tuned.values() for r in stage["results"]]),
         "",
         "Where we lose, with default malloc: "
         + (
@@ -161,11 +165,9 @@ def write(folder: Path, run: str | None) -> None:
         "### Share of a training step",
         "",
         *step_lines(default, run),
-        "",
-        "### Scaling",
-        "",
-        "![time against tokens, group size and row length](scaling.png)",
     ]
+    if (HERE / "scaling.png").exists():
+        lines += ["", "### Scaling", "", "![time against tokens, group size and row length](scaling.png)"]
     readme = HERE / "README.md"
     head, _, rest = readme.read_text().partition("<!-- cpu -->\n")
     _, _, tail = rest.partition("<!-- /cpu -->\n")
