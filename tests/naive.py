@@ -135,3 +135,24 @@ def ppo(batch, log_probs, advantages, low, high, cap=None):
         [clipped(advantages[r], (log_probs[t] - old[t]).exp(), low, high, cap) for t in tokens]
         for r, tokens in enumerate(rows_of(batch))
     ]
+
+
+def influence(batch, tokens, weights):
+    """Both sums as they are written, over whole distributions restricted to the group's tokens."""
+    column = tc.policy.group_vocabulary(batch)[1]
+    hidden, probs = batch.extras["hidden_states"], batch.extras["token_probs"]
+    errors = -probs.clone()
+    for t in range(batch.num_tokens):
+        if batch.response_mask[t]:
+            errors[t, column[t]] += 1
+    out = {}
+    for rows in group_rows(batch):
+        for j in rows:
+            for q in tokens[j]:
+                out[q] = sum(
+                    weights[i] * (errors[k] @ errors[q]).item() * (hidden[k] @ hidden[q]).item()
+                    for i in rows
+                    for k in tokens[i]
+                    if batch.rewards[i] > 0.5
+                )
+    return out

@@ -4,30 +4,9 @@ import tokcredit as tc
 import torch
 
 
-def influence(batch, tokens, weights):
-    """Both sums as they are written, over whole distributions restricted to the group's tokens."""
-    column = tc.policy.group_vocabulary(batch)[1]
-    hidden, probs = batch.extras["hidden_states"], batch.extras["token_probs"]
-    errors = -probs.clone()
-    for t in range(batch.num_tokens):
-        if batch.response_mask[t]:
-            errors[t, column[t]] += 1
-    out = {}
-    for rows in naive.group_rows(batch):
-        for j in rows:
-            for q in tokens[j]:
-                out[q] = sum(
-                    weights[i] * (errors[k] @ errors[q]).item() * (hidden[k] @ hidden[q]).item()
-                    for i in rows
-                    for k in tokens[i]
-                    if batch.rewards[i] > 0.5
-                )
-    return out
-
-
 def advantages(batch, beta):
     tokens, paid, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
-    s = influence(batch, tokens, [1.0] * batch.num_rows)
+    s = naive.influence(batch, tokens, [1.0] * batch.num_rows)
     out = {t: paid[i] for i, ts in enumerate(tokens) for t in ts}
     for rows in naive.group_rows(batch):
         correct = [i for i in rows if r[i] > 0.5]
