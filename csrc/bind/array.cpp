@@ -73,6 +73,11 @@ void *current_stream(int32_t device_type, int32_t device_id) {
   return out;
 }
 
+void expect_writes(const Array &out) {
+  if (out.device_type == dlpack::device_cpu)
+    cpu::expect_writes(out.data, out.size() * bytes_of(out.type));
+}
+
 std::string text(const std::vector<int64_t> &shape) {
   std::string out = "[";
   for (size_t i = 0; i < shape.size(); ++i)
@@ -139,6 +144,18 @@ Array Call::read(const char *name, const py::handle &tensor, Type type, int64_t 
 
 Array Call::optional(const char *name, const py::handle &tensor, Type type, int64_t size) {
   return tensor.is_none() ? Array{} : read(name, tensor, type, size);
+}
+
+Array Call::write(const char *name, const py::handle &tensor) {
+  const Array out = read(name, tensor);
+  expect_writes(out);
+  return out;
+}
+
+Array Call::write(const char *name, const py::handle &tensor, Type type, int64_t size) {
+  const Array out = read(name, tensor, type, size);
+  expect_writes(out);
+  return out;
 }
 
 Rows Call::rows(const py::handle &begin, const py::handle &end, const py::handle &mask, int64_t size) {

@@ -31,6 +31,9 @@ public:
   Array read(const char *name, const py::handle &tensor, Type type, int64_t size);
   // None becomes a null pointer.
   Array optional(const char *name, const py::handle &tensor, Type type, int64_t size);
+  // A result, all of which will be written.
+  Array write(const char *name, const py::handle &tensor);
+  Array write(const char *name, const py::handle &tensor, Type type, int64_t size);
   Rows rows(const py::handle &begin, const py::handle &end, const py::handle &mask, int64_t size);
 
   // Runs `cpu()` or `device(queue)` without the GIL. `device` is a generic lambda: a build without CUDA never

@@ -15,7 +15,7 @@ void repack(const py::object &x, const py::object &from, const py::object &to, c
                  call.read("to", to, Type::i64, rows).as<int64_t>(),
                  call.read("length", length, Type::i64, rows).as<int64_t>(),
                  rows,
-                 call.read("y", y, source.type, target.size()).data,
+                 call.write("y", y, source.type, target.size()).data,
                  target.size()};
   call.run([&] { cpu::repack(p, threads); },
            [](auto &) { throw std::logic_error("repack: x: expected a CPU tensor, got a CUDA tensor"); });

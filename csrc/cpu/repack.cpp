@@ -1,30 +1,8 @@
 #include "ops/repack.hpp"
 #include "cpu/parallel.hpp"
 #include <cstring>
-#include <stdexcept>
 
 namespace tokcredit::cpu {
-namespace {
-
-int64_t bytes_of(Type type) {
-  switch (type) {
-  case Type::f64:
-  case Type::i64:
-    return 8;
-  case Type::f32:
-  case Type::i32:
-    return 4;
-  case Type::bf16:
-  case Type::f16:
-    return 2;
-  case Type::b8:
-    return 1;
-  }
-  throw std::invalid_argument("repack: x: expected a known dtype");
-}
-
-} // namespace
-
 void repack(const Repack &p, int threads) {
   const int64_t bytes = bytes_of(p.type);
   const char *x = static_cast<const char *>(p.x);

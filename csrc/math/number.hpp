@@ -5,6 +5,9 @@
 
 #ifdef __CUDACC__
 #define TOKCREDIT_FN __host__ __device__ inline
+#elif defined(__GNUC__)
+// Inlined always: a function that stayed would be shared by files that are compiled for different machines.
+#define TOKCREDIT_FN inline __attribute__((always_inline))
 #else
 #define TOKCREDIT_FN inline
 #endif
@@ -25,6 +28,21 @@ template <> struct accumulate<double> {
   using type = double;
 };
 template <class T> using accumulate_t = typename accumulate<T>::type;
+
+// Formulas are written for a number or for a pack of them: what a comparison gives, and what stands for `?:`.
+template <class A> using mask_t = decltype(A{} < A{});
+template <class A> TOKCREDIT_FN A choose(bool which, A yes, A no) { return which ? yes : no; }
+
+TOKCREDIT_FN int32_t bits(float x) {
+  int32_t out;
+  memcpy(&out, &x, 4);
+  return out;
+}
+TOKCREDIT_FN float from_bits(int32_t x) {
+  float out;
+  memcpy(&out, &x, 4);
+  return out;
+}
 
 TOKCREDIT_FN float load(float x) { return x; }
 TOKCREDIT_FN double load(double x) { return x; }

@@ -13,6 +13,7 @@ enum class Surrogate : int32_t {
   k3        // A * (exp(-u) + u - 1)
 };
 
+// A is a floating type, or a pack of them: then all of this is done lane by lane.
 template <class A> struct Token {
   A log_ratio; // already clamped; `moves` is false where the clamp cut its gradient
   A log_prob;
@@ -20,21 +21,21 @@ template <class A> struct Token {
   A low; // bounds on the log-ratio
   A high;
   A cap; // +inf for none
-  bool moves;
+  mask_t<A> moves;
 };
 
 template <class A> struct Paid {
   A value;
   A gradient;
   A ratio;
-  bool below;  // the lower bound stopped this token
-  bool above;  // the upper bound did
-  bool capped; // the cap did
+  mask_t<A> below;  // the lower bound stopped this token
+  mask_t<A> above;  // the upper bound did
+  mask_t<A> capped; // the cap did
 };
 
 template <class A> TOKCREDIT_FN A bounded(A x, A low, A high) {
-  x = x < low ? low : x;
-  return x > high ? high : x;
+  x = choose(x < low, low, x);
+  return choose(x > high, high, x);
 }
 
 // How much wider the window is at a position, counted from 1.
@@ -42,44 +43,51 @@ template <class A> TOKCREDIT_FN A growth(A position, A power) {
   return power == A(0) ? A(1) : power == A(0.5) ? std::sqrt(position) : std::pow(position, power);
 }
 
-// Where the clipped surrogate stops the log-ratio, and by which bound.
+// Which bound stops the log-ratio of a token, if one does.
 template <class A> struct Stop {
-  A at;
-  bool below, above, capped;
+  mask_t<A> below, above, capped;
+
+  TOKCREDIT_FN explicit Stop(const Token<A> &t)
+      : below((t.log_ratio < t.low) & (t.advantage < A{})),
+        above((t.log_ratio > t.high) & (t.advantage > A{})),
+        capped((t.log_ratio > t.cap) & (t.advantage < A{})) {}
+
+  TOKCREDIT_FN A pick(A moving, A low, A high, A cap) const {
+    A at = choose(below, low, moving);
+    at = choose(above, high, at);
+    return choose(capped, cap, at);
+  }
 };
 
-template <class A> TOKCREDIT_FN Stop<A> stop(const Token<A> &t) {
-  const A x = t.log_ratio, a = t.advantage;
-  const bool below = (x < t.low) & (a < A(0)), above = (x > t.high) & (a > A(0));
-  const bool capped = (x > t.cap) & (a < A(0));
-  A at = below ? t.low : x;
-  at = above ? t.high : at;
-  at = capped ? t.cap : at;
-  return {at, below, above, capped};
+// The clipped surrogate, with the ratio q and what it became.
+template <class A> TOKCREDIT_FN Paid<A> clipped(const Token<A> &t, const Stop<A> &stop, A q, A stopped) {
+  const A slope = choose(t.moves, -t.advantage * q, A{});
+  const mask_t<A> still = stop.below | stop.above | stop.capped;
+  return {-t.advantage * stopped, choose(still, A{}, slope), q, stop.below, stop.above, stop.capped};
 }
 
 // Selects instead of branches, so that a loop over tokens becomes vector code.
 template <Surrogate kind, class A> TOKCREDIT_FN Paid<A> surrogate(const Token<A> &t) {
-  const A q = exponential(t.log_ratio), x = t.log_ratio, a = t.advantage;
+  const A q = exponential(t.log_ratio), x = t.log_ratio, a = t.advantage, zero{};
+  const mask_t<A> no{};
   if constexpr (kind == Surrogate::clip) {
-    const Stop<A> s = stop(t);
-    const A gradient = s.below | s.above | s.capped | !t.moves ? A(0) : -a * q;
-    return {-a * exponential(s.at), gradient, q, s.below, s.above, s.capped};
+    const Stop<A> stop(t);
+    return clipped(t, stop, q, exponential(stop.pick(x, t.low, t.high, t.cap)));
   } else if constexpr (kind == Surrogate::weighted) {
     const A weight = exponential(bounded(x, t.low, t.high));
-    return {-weight * a * t.log_prob, -weight * a, q, x<t.low, x> t.high, false};
+    return {-weight * a * t.log_prob, -weight * a, q, x<t.low, x> t.high, no};
   } else if constexpr (kind == Surrogate::soft) {
-    const A tau = a > A(0) ? t.high : t.low;
-    const A gate = A(1) / (A(1) + exponential(-tau * (q - A(1))));
-    const A slope = -A(4) * gate * (A(1) - gate) * q * a;
-    return {-(A(4) / tau) * gate * a, t.moves ? slope : A(0), q, false, false, false};
+    const A tau = choose(a > zero, t.high, t.low);
+    const A gate = 1 / (1 + exponential(-tau * (q - 1)));
+    const A slope = -4 * gate * (1 - gate) * q * a;
+    return {-(4 / tau) * gate * a, choose(t.moves, slope, zero), q, no, no, no};
   } else if constexpr (kind == Surrogate::k1) {
-    return {a * x, t.moves ? a : A(0), q, false, false, false};
+    return {a * x, choose(t.moves, a, zero), q, no, no, no};
   } else if constexpr (kind == Surrogate::k2) {
-    return {a * x * x / A(2), t.moves ? a * x : A(0), q, false, false, false};
+    return {a * x * x / 2, choose(t.moves, a * x, zero), q, no, no, no};
   } else {
     const A inverse = exponential(-x);
-    return {a * (inverse + x - A(1)), t.moves ? a * (A(1) - inverse) : A(0), q, false, false, false};
+    return {a * (inverse + x - 1), choose(t.moves, a * (1 - inverse), zero), q, no, no, no};
   }
 }
 

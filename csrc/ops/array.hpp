@@ -6,6 +6,13 @@ namespace tokcredit {
 
 enum class Type : int32_t { f32, f64, bf16, f16, i32, i64, b8 };
 
+constexpr int64_t bytes_of(Type type) {
+  return type == Type::f64 || type == Type::i64    ? 8
+         : type == Type::f32 || type == Type::i32  ? 4
+         : type == Type::bf16 || type == Type::f16 ? 2
+                                                   : 1;
+}
+
 // Row r is the span [begin[r], end[r]) of every buffer of `size` tokens. Spans are disjoint and in increasing
 // order; tokens between them are padding, and every operation writes 0 there. `mask` may be null (all true);
 // a token that is false takes no part: its values are never read into a result, so NaN under it is harmless.
@@ -16,5 +23,12 @@ struct Rows {
   int64_t count;
   int64_t size;
 };
+
+// Call before writing all of a large result. Memory new to the process is handed over page by page as it is
+// first written, which costs more than the writing; here the system may hand over 2 MiB at a time. Only pages
+// that lie whole inside the result are asked for, so nothing is held that would not be held anyway.
+namespace cpu {
+void expect_writes(void *data, int64_t bytes);
+}
 
 } // namespace tokcredit

@@ -1,0 +1,112 @@
+"""Row loops are compiled once for each level of x86-64; all levels that this machine can run give the same bits."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+LEVELS = {"base": "-march=x86-64", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4"}
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+ROWS, LENGTH = 3, 700  # blocks, whole packs and a rest
+MAIN = r"""
+#include "cpu/policy_loss_rows.hpp"
+#include <cstring>
+using namespace tokcredit;
+extern "C" int can_run() { return TOKCREDIT_CAN_RUN; }
+extern "C" void run(int type, int surrogate, bool cumulative, double power, const int64_t *begin, const int64_t *end,
+                    const bool *mask, int64_t rows, int64_t size, const void *log_probs, const void *reference,
+                    const void *advantages, const void *low, const void *high, double *stats, void *gradient) {
+  PolicyLoss p{};
+  p.rows = {begin, end, mask, rows, size};
+  p.type = Type(type);
+  p.log_probs = log_probs;
+  p.reference = reference;
+  p.advantages = {advantages, Per::token};
+  p.low = {low, Per::row};
+  p.high = {high, Per::row};
+  p.surrogate = surrogate;
+  p.cumulative = cumulative;
+  p.bound = p.clamp_high = 20;
+  p.clamp_low = -20;
+  p.power = power;
+  p.stats = stats;
+  p.gradient = gradient;
+  cpu::TOKCREDIT_LEVEL::policy_loss_rows(p, 0, rows);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory):
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("levels")
+    (folder / "main.cpp").write_text(MAIN)
+    libraries = {}
+    for level, march in LEVELS.items():
+        test = "1" if level == "base" else f'__builtin_cpu_supports("{march.removeprefix("-march=")}")'
+        command = [compiler, *FLAGS, march, "-Wno-psabi", f"-I{ROOT / 'csrc'}", "-DTOKCREDIT_LEVELS"]
+        command += [f"-DTOKCREDIT_LEVEL={level}", f"-DTOKCREDIT_CAN_RUN={test}"]
+        command += ["main.cpp", str(ROOT / "csrc/cpu/policy_loss_rows.cpp"), "-o", f"{level}.so"]
+        if subprocess.run(command, cwd=folder, capture_output=True).returncode:
+            continue  # a compiler or a machine of another kind
+        library = ctypes.CDLL(str(folder / f"{level}.so"))
+        if library.can_run():
+            libraries[level] = library
+    if len(libraries) < 2:
+        pytest.skip("one level only")
+    return libraries
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_levels_share_no_function(levels):
+    """The linker keeps one copy of a weak function for all files: it must not be one for a larger machine."""
+    for library in levels.values():
+        symbols = subprocess.run(["nm", library._name], capture_output=True, text=True, check=True).stdout
+        assert "policy_loss_rows" in symbols
+        assert not [line for line in symbols.splitlines() if " W " in line]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_levels_agree(levels, dtype, cumulative):
+    torch.manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    size = ROWS * LENGTH
+    begin = torch.arange(ROWS) * LENGTH
+    end = begin + torch.tensor([LENGTH, LENGTH - 37, 5])
+    mask = torch.rand(size) > 0.1
+    log_probs = -torch.rand(size, dtype=torch.float64).to(dtype)
+    reference = (log_probs.double() + 0.3 * torch.randn(size, dtype=torch.float64)).to(dtype)
+    advantages = torch.randn(size, dtype=wide)
+    low, high = -torch.rand(ROWS, dtype=wide), torch.rand(ROWS, dtype=wide)
+    code = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}[dtype]
+
+    def pointer(x):
+        return ctypes.c_void_p(x.data_ptr())
+
+    for surrogate in range(6):
+        results = []
+        for library in levels.values():
+            stats, gradient = torch.zeros(ROWS, 7, dtype=torch.float64), torch.zeros(size, dtype=wide)
+            library.run(
+                code,
+                surrogate,
+                cumulative,
+                ctypes.c_double(0.5 if cumulative else 0.0),
+                *map(pointer, (begin, end, mask)),
+                ctypes.c_int64(ROWS),
+                ctypes.c_int64(size),
+                *map(pointer, (log_probs, reference, advantages, low, high, stats, gradient)),
+            )
+            assert stats[:, 1].tolist() == [mask[b:e].sum() for b, e in zip(begin, end, strict=True)]
+            assert gradient.abs().sum() > 0
+            results.append((stats, gradient))
+        for stats, gradient in results[1:]:
+            assert torch.equal(stats, results[0][0])
+            assert torch.equal(gradient, results[0][1])
