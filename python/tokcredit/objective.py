@@ -79,13 +79,11 @@ class Objective(Choice):
             advantages, signs = self.credit(batch), credit.outcome(batch).sign()
         else:
             chosen = self.sampling(batch).nonzero()[:, 0]
-            read = {name: x for name, x in batch.extras.items() if name in self.credit.needs}
-            part, (take, _, _) = replace(batch, extras=read).select(chosen), batch.token_positions(chosen)
-            among = self.credit(part)
-            advantages = among.new_zeros(batch.num_rows, 1) if among.dim() == 2 else among.new_zeros(batch.num_tokens)
-            advantages[chosen if among.dim() == 2 else take] = among
+            part = batch.among(chosen)
+            mask, advantages = part.response_mask, self.credit(part)
+            if advantages.dim() == 2:
+                advantages = advantages.new_zeros(batch.num_rows, 1).index_put((chosen,), advantages)
             signs = torch.zeros_like(batch.rewards).index_put((chosen,), credit.outcome(part).sign())
-            mask = torch.zeros_like(mask).index_put((take,), mask[take])
         if advantages.dim() == 2:
             signs = advantages[:, 0].sign()
         kept = batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ class Rollouts:
 
     Args:
         tokens: int32 or int64 ``[N]``, token ids.
-        cu_seqlens: int32 or int64 ``[R + 1]``, where rows begin and end; from 0 to N, never decreasing.
+        cu_seqlens: int32 or int64 ``[R + 1]``, where rows begin and end; from 0 to N, never decreasing. Where something
+            lies between rows, as in what :meth:`from_padded` and :meth:`among` make, it is ``[2, R]``, begins and ends.
         group_ids: integer ``[R]``, the prompt of each row; any values in any order, groups of any size.
         rewards: float ``[R]``, finite.
         response_mask: bool ``[N]``, True where the policy chose the token, or None for all. A False token inside a row
@@ -83,17 +84,18 @@ class Rollouts:
             raise TypeError(f"tokens: expected torch.Tensor, got {type(self.tokens).__name__}")
         device, n = self.tokens.device, self.tokens.numel()
         _check("tokens", self.tokens, _INTEGERS, (n,), device)
-        if self.shape is None:
-            edges = self.cu_seqlens
+        edges = self.cu_seqlens
+        if isinstance(edges, Tensor) and edges.dim() == 2:
+            edges = _check("cu_seqlens", edges, _INTEGERS, (2, edges.shape[1]), device).long()
+            put("begin", edges[0])
+            put("end", edges[1])
+        else:
             size = edges.numel() if isinstance(edges, Tensor) else 0
             edges = _check("cu_seqlens", edges, _INTEGERS, (size,), device).long()
             if size == 0 or edges[0] != 0 or edges[-1] != n or bool((edges.diff() < 0).any()):
                 raise ValueError(f"cu_seqlens: expected to rise from 0 to {n}, got {edges.tolist()[:8]}...")
             put("begin", edges[:-1].contiguous())
             put("end", edges[1:].contiguous())
-        else:
-            put("begin", self.cu_seqlens[0])
-            put("end", self.cu_seqlens[1])
         rows = self.begin.numel()
         groups = _check("group_ids", self.group_ids, (*_INTEGERS, torch.int16, torch.uint8), (rows,), device)
         rewards = _check("rewards", self.rewards, _FLOATS, (rows,), device)
@@ -228,7 +230,7 @@ class Rollouts:
 
     def to_packed(self, x: Tensor) -> Tensor:
         """A per-token tensor as ``[sum of (end - begin)]``, the rows one after another without padding."""
-        if self.shape is None:
+        if self.cu_seqlens.dim() == 1:
             return self.flat(x)
         length = self.end - self.begin
         edges = length.cumsum(0)
@@ -245,8 +247,36 @@ class Rollouts:
         width = self.shape[1]
         columns = torch.arange(width, device=rows.device)
         begin = torch.arange(rows.numel(), device=rows.device) * width
-        take = (rows[:, None] * width + columns).reshape(-1)
+        take = (self.begin[rows][:, None] + columns).reshape(-1)
         return take, torch.stack([begin, begin + length]), (rows.numel(), width)
+
+    def among(self, rows: Tensor) -> Rollouts:
+        """The batch of these rows in the buffers of the whole, which are not copied: other rows become padding.
+
+        Per-token results have the layout of the whole.
+
+        Args:
+            rows: integer ``[M]``, rising, or bool ``[R]``.
+        """
+        rows = row_indices(rows, self.num_rows, self.tokens.device)
+        if bool((rows.diff() <= 0).any()):
+            raise ValueError(f"rows: expected rising numbers, got {rows.tolist()[:8]}")
+        taken = torch.zeros_like(self.begin, dtype=torch.bool).index_fill_(0, rows, True)
+        return replace(
+            self,
+            cu_seqlens=torch.stack([self.begin[rows], self.end[rows]]),
+            group_ids=self.group_ids[rows],
+            rewards=self.rewards[rows],
+            response_mask=ops.spread(taken, self.rows, self.tokens),
+            extras={name: x[rows] if self._per(name, x) == "row" else x for name, x in self.extras.items()},
+        )
+
+    def _per(self, name: str, x: Any) -> str | None:
+        """Whether an extra has one entry per token or per row."""
+        if name in KNOWN:
+            return KNOWN[name].per
+        size = x.shape[0] if isinstance(x, Tensor) and x.dim() else None
+        return {self.num_rows: "row", self.num_tokens: "token"}.get(size)  # type: ignore[arg-type]
 
     def select(self, rows: Tensor) -> Rollouts:
         """The batch of these rows, in this order. Per-row and per-token extras follow.
@@ -258,11 +288,9 @@ class Rollouts:
         take, spans, shape = self.token_positions(rows)
 
         def pick(name: str, x: Any) -> Any:
-            if name in KNOWN:
-                return self.evidence(name)[take if KNOWN[name].per == "token" else rows]
-            if not isinstance(x, Tensor) or x.dim() == 0:
-                return x
-            return x[take] if x.shape[0] == self.num_tokens else x[rows] if x.shape[0] == self.num_rows else x
+            x = self.evidence(name) if name in KNOWN else x
+            per = self._per(name, x)
+            return x[take] if per == "token" else x[rows] if per == "row" else x
 
         per_token = {name: x[take] for name in FIELDS if (x := getattr(self, name)) is not None}
         return Rollouts(
