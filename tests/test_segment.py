@@ -115,7 +115,7 @@ def test_pieces(problem, seed, after):
     """Walk each row and open a new piece at, or after, every marked token."""
     rows, size = problem
     marks = torch.rand(size, generator=ragged.generator(seed)) < 0.4
-    ids, offsets = segment.pieces(marks, rows, after)
+    cut = segment.pieces(marks, rows, after)
     expected, first, piece = [-1] * size, [], 0
     for b, e in zip(rows.begin.tolist(), rows.end.tolist(), strict=True):
         first.append(piece)
@@ -126,5 +126,12 @@ def test_pieces(problem, seed, after):
             expected[t] = piece
             piece += bool(marks[t]) and after
         piece += 1
-    assert ids.ids.tolist() == expected
-    assert offsets.tolist() == [*first, piece] and ids.segments == piece
+    assert ops.spread(torch.arange(piece), cut.rows, marks).tolist() == [max(k, 0) for k in expected]
+    assert ops.count(cut.rows, marks).tolist() == [expected.count(k) for k in range(piece)]
+    assert cut.offsets.tolist() == [*first, piece]
+    # All pieces but the first, or the last, of each row have a mark.
+    alone = {(f, n - 1)[after] for f, n in zip(first, [*first[1:], piece], strict=True)}
+    assert cut.marked.tolist() == [k not in alone for k in range(piece)]
+    taken = cut.take(torch.arange(1, size + 1)).tolist()
+    assert [expected[t - 1] for t in taken if t] == [k for k in range(piece) if k not in alone]
+    assert all(marks[t - 1] for t in taken if t)

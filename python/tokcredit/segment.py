@@ -114,7 +114,37 @@ def logsumexp(x: Tensor, by: Rows | Ids) -> Tensor:
     return _LogSumExp.apply(x, by) if x.requires_grad else _reduce("logsumexp", x, by)
 
 
-def pieces(marks: Tensor, rows: Rows, after: bool = False) -> tuple[Ids, Tensor]:
+def whole(x: Tensor, mask: Tensor | None = None) -> Rows:
+    """All of a buffer as one row."""
+    begin = torch.zeros(1, dtype=torch.int64, device=x.device)
+    return Rows(begin, begin + x.numel(), mask)
+
+
+class Pieces(NamedTuple):
+    """Rows cut into pieces.
+
+    Attributes:
+        rows: int64 spans ``[P]`` of the pieces, and the mask of the rows.
+        offsets: int64 ``[R + 1]``, the number of each row's first piece.
+        marked: bool ``[P]``, the pieces that begin, or end, with a marked token: all but one of each row.
+        at: int64, where the marked tokens are.
+    """
+
+    rows: Rows
+    offsets: Tensor
+    marked: Tensor
+    at: Tensor
+
+    def take(self, x: Tensor) -> Tensor:
+        """Of per-token numbers ``[N]`` those of the marked tokens, and 0 for the other pieces; ``[P]``."""
+        return x.new_zeros(self.marked.shape).masked_scatter_(self.marked, x[self.at])
+
+    def of_row(self, mask: Tensor | None = None) -> Rows:
+        """The pieces of each row, as a row of them; ``mask`` is bool ``[P]``."""
+        return Rows(self.offsets[:-1], self.offsets[1:], mask)
+
+
+def pieces(marks: Tensor, rows: Rows, after: bool = False) -> Pieces:
     """Every row cut before (or ``after``) each marked token.
 
     A row with k marks has k + 1 pieces, of which the first, or with ``after`` the last, may be empty.
@@ -123,13 +153,15 @@ def pieces(marks: Tensor, rows: Rows, after: bool = False) -> tuple[Ids, Tensor]
         marks: bool ``[N]``; not read where masked.
         rows: the spans and the mask.
         after: a marked token ends its piece, in place of beginning one.
-
-    Returns:
-        the piece of each token, and int64 ``[R + 1]``, the number of each row's first piece.
     """
-    count, total = ops.scan(marks.float(), rows, exclusive=after)
-    offsets = torch.cat([total.new_zeros(1), total + 1]).long().cumsum(0)
-    first = ops.spread(offsets[:-1], rows, marks)
-    ids = first + count.long()
-    inside = ops.spread(torch.ones_like(rows.begin, dtype=torch.bool), rows, marks)
-    return Ids(torch.where(inside, ids, -1), int(offsets[-1])), offsets
+    marks = marks & ops.spread(torch.ones_like(rows.begin, dtype=torch.bool), rows, marks)
+    at = marks.nonzero()[:, 0]
+    total = ops.count(Rows(rows.begin, rows.end, marks), marks).long() + 1
+    offsets = torch.cat([total.new_zeros(1), total.cumsum(0)])
+    marked = marks.new_ones(at.numel() + total.numel()).index_fill_(0, offsets[:-1], False)
+    begin = at.new_empty(marked.shape).index_copy_(0, offsets[:-1], rows.begin)
+    begin.masked_scatter_(marked, at + after)
+    end = begin.roll(-1).index_copy_(0, offsets[1:] - 1, rows.end)
+    if after:
+        marked = marked.roll(-1)
+    return Pieces(Rows(begin, end, rows.mask), offsets, marked, at)

@@ -163,7 +163,7 @@ class whitened(Choice):
         if self.below is not None:
             low = mask & (batch.evidence("old_log_probs").exp() < self.below)
             counted = torch.where(low.any(), low, mask)
-        one = segment.Ids(torch.zeros_like(batch.tokens, dtype=torch.int64), 1, counted)
+        one = segment.whole(advantages, counted)
         mean, var = segment.mean(advantages, one), segment.var(advantages, one)
-        white = torch.where(var > 0, (advantages - mean) / (var + self.epsilon).sqrt(), advantages)
-        return torch.where(mask, white, 0)
+        scale = torch.where(var > 0, (var + self.epsilon).rsqrt(), 1)
+        return torch.where(mask, (advantages - torch.where(var > 0, mean, 0)).mul_(scale), 0)

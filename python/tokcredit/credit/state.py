@@ -30,14 +30,8 @@ def improbable_cuts(batch: Rollouts, below: float = 0.9, interval: int = 5) -> T
     return low & (rank % interval == 0)
 
 
-def _at(ids: segment.Ids, x: Tensor, marks: Tensor) -> Tensor:
-    """The number at the marked token of each piece; 0 where there is none."""
-    return segment.sum(torch.where(marks, x, 0), segment.Ids(ids.ids, ids.segments, marks))
-
-
-def _gather(x: Tensor, ids: Tensor) -> Tensor:
-    """Each token's piece's number, 0 outside."""
-    return torch.where(ids >= 0, x[ids.clamp(min=0)], 0) if x.numel() else x.new_zeros(ids.shape)
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @dataclass(frozen=True)
@@ -56,15 +50,11 @@ class value_changes(Choice):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         value = batch.evidence(self.name)
-        value = value if value.dtype == torch.float64 else value.float()
-        marks = batch.response_mask & ~value.isnan()
-        ids, offsets = segment.pieces(marks, batch.rows)
-        before = _at(ids, value, marks)
-        after = torch.cat([before[1:], before.new_zeros(min(1, ids.segments))])
-        after[offsets[1:] - 1] = batch.rewards.to(after.dtype)
-        change = after - before
-        change[offsets[:-1]] = 0
-        return _gather(change, ids.ids)
+        stretch = segment.pieces(~value.isnan(), batch.rows)
+        before = _float(stretch.take(value))
+        after = before.roll(-1).index_copy_(0, stretch.offsets[1:] - 1, batch.rewards.to(before.dtype))
+        change = torch.where(stretch.marked, after - before, 0)
+        return ops.spread(change, stretch.rows, batch.tokens)
 
 
 @dataclass(frozen=True)
@@ -88,33 +78,25 @@ class saturating(Choice):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         a, c = batch.evidence("answer_probs"), batch.evidence("answer_confidences")
-        marks = batch.response_mask & ~a.isnan() & ~c.isnan()
-        potential = torch.where(marks, 1.5 * a * c + 0.5 * a - c, 0)
-        potential = potential if potential.dtype == torch.float64 else potential.float()
-        ids, offsets = segment.pieces(marks, batch.rows, after=True)
-        phi = _at(ids, potential, marks)
+        step = segment.pieces(~(a.isnan() | c.isnan()), batch.rows, after=True)
+        a, c = _float(step.take(a)), _float(step.take(c))
+        phi = 1.5 * a * c + 0.5 * a - c
         # The piece after a row's last step is part of it, and the only piece of a row without steps.
-        last = offsets[1:] - 1
-        has_steps = last > offsets[:-1]
-        steps = torch.ones_like(phi, dtype=torch.bool)
-        steps[last] = False
-        inside = Rows(offsets[:-1], offsets[1:], steps)
-        before = ops.scan((phi > self.saturated).to(phi.dtype), inside, exclusive=True)[0]
-        change = torch.cat([phi.new_zeros(min(1, phi.numel())), phi.diff()])
-        change[offsets[:-1]] = 0
-        counted = steps.clone()
-        counted[last[~has_steps]] = True
-        low = change[counted].amin() if counted.any() else change.new_zeros(())
-        width = change[counted].amax() - low if counted.any() else low
+        last = step.offsets[1:] - 1
+        has_steps = last > step.offsets[:-1]
+        final = torch.where(has_steps, last - 1, last)
+        before = ops.scan((phi > self.saturated).to(phi.dtype), step.of_row(step.marked), exclusive=True)[0]
+        change = (phi - phi.roll(1)).index_fill_(0, step.offsets[:-1], 0)
+        counted = segment.whole(phi, step.marked.index_fill(0, final, True))
+        low = segment.minimum(change, counted)
+        width = segment.maximum(change, counted) - low
         jump = torch.where(width > 0, (change - low) / width, 0).exp()
-        own = torch.where(ids.ids >= 0, ids.ids, 0)
-        final = ops.spread(torch.where(has_steps, last - 1, last), batch.rows, batch.tokens)
-        own = torch.where(ids.ids >= 0, torch.minimum(own, final), -1)
-        fade = 1 - self.alpha * (1 - _gather((-before).exp(), own))
-        jump = _gather(jump, own)
-        mean = segment.sum(jump, batch.rows).sum() / batch.lengths.sum().clamp(min=1)
-        paid = ops.spread(outcome(batch), batch.rows, batch.tokens) * fade + self.bonus * (jump - mean)
-        return torch.where(batch.response_mask, paid, 0)
+        fade = 1 - self.alpha * (1 - (-before).exp())
+        jump.index_copy_(0, last, jump[final])
+        fade.index_copy_(0, last, fade[final])
+        mean = (jump * ops.count(step.rows, batch.tokens)).sum() / batch.lengths.sum().clamp(min=1)
+        paid = ops.spread(outcome(batch), step.of_row(), fade) * fade + self.bonus * (jump - mean)
+        return ops.spread(paid, step.rows, batch.tokens)
 
 
 @dataclass(frozen=True)
@@ -135,22 +117,21 @@ class turns(Choice):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         mask, reward = batch.response_mask, batch.evidence("turn_rewards")
-        reward = torch.where(mask, reward, 0)
-        reward = reward if reward.dtype == torch.float64 else reward.float()
         begins = mask.clone()
         begins[1:] &= ~mask[:-1]
-        begins[batch.begin[batch.begin < batch.end]] = mask[batch.begin[batch.begin < batch.end]]
-        ids, offsets = segment.pieces(begins, batch.rows)
-        each = segment.sum(reward, ids)
-        spans = Rows(offsets[:-1], offsets[1:])
-        later = ops.scan(each, spans, decay=self.discount, reverse=True)[0]
+        first = batch.begin[batch.begin < batch.end]
+        begins[first] = mask[first]
+        turn = segment.pieces(begins, batch.rows)
+        each = segment.sum(reward, turn.rows)
+        later = ops.scan(each, turn.of_row(), decay=self.discount, reverse=True)[0]
         # The piece before the first turn is empty, and is given to no scope.
-        number = torch.arange(ids.segments, device=mask.device) - ops.spread(offsets[:-1], spans, each)
-        scope = ops.spread(batch.group_index, spans, each) * (int(number.max()) + 1 if number.numel() else 1) + number
-        local = self._normalized(later, torch.where(number > 0, scope, -1))
+        number = torch.arange(each.numel(), device=mask.device) - ops.spread(turn.offsets[:-1], turn.of_row(), each)
+        most = int(number.max()) + 1 if number.numel() else 1
+        scope = ops.spread(batch.group_index, turn.of_row(), each) * most + number
+        local = self._normalized(later, torch.where(turn.marked, scope, -1))
         whole = self._normalized(segment.sum(reward, batch.rows), batch.group_index)
-        total = ops.spread(whole, batch.rows, batch.tokens) + _gather(local, ids.ids)
-        return total / 2 if self.halve else total
+        total = ops.spread(whole, turn.of_row(), each) + local
+        return ops.spread(total / 2 if self.halve else total, turn.rows, batch.tokens)
 
     def _normalized(self, x: Tensor, scope: Tensor) -> Tensor:
         by = segment.Ids(scope, int(scope.max()) + 1 if scope.numel() else 0)
