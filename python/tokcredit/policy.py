@@ -73,19 +73,20 @@ def group_vocabulary(batch: Rollouts) -> tuple[Tensor, Tensor]:
         int64 ``[groups, K]``, rising token ids of each group and -1 after the last; int64 ``[N]``, the column of each
         token, -1 where the policy did not choose it.
     """
-    mask = batch.response_mask
-    group = ops.spread(batch.group_index, batch.rows, batch.tokens)[mask]
-    tokens = batch.tokens[mask].long()
-    base = int(tokens.max()) + 1 if tokens.numel() else 1
-    names, which = torch.unique(group * base + tokens, return_inverse=True)
-    owner = names // base
+    chosen = batch.tokens.masked_fill(~batch.response_mask, -1)
+    base = int(chosen.max()) + 1 if batch.num_tokens else 0
+    # A cell for each group and id, and a last one, which is also number -1, for what the policy did not choose.
+    cell = ops.spread(batch.group_index * base, batch.rows, batch.tokens).add_(chosen)
+    taken = torch.zeros(batch.num_groups * base + 1, dtype=torch.bool, device=cell.device).index_fill_(0, cell, True)
+    names = taken[:-1].nonzero()[:, 0]
+    owner = names // max(base, 1)
     sizes = torch.bincount(owner, minlength=batch.num_groups)
     place = torch.arange(names.numel(), device=names.device) - (sizes.cumsum(0) - sizes)[owner]
     ids = names.new_full((batch.num_groups, int(sizes.max()) if batch.num_groups else 0), -1)
-    ids[owner, place] = names % base
-    column = torch.full_like(batch.tokens, -1, dtype=torch.int64)
-    column[mask] = place[which]
-    return ids, column
+    ids[owner, place] = names % max(base, 1)
+    column = torch.empty_like(taken, dtype=torch.int32).index_copy_(0, names, place.int())
+    column[-1] = -1
+    return ids, column[cell].long()
 
 
 def group_probs(logits: Tensor, batch: Rollouts) -> Tensor:

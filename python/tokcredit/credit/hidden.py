@@ -7,6 +7,7 @@ per group, ``s = g^T (sum w g' h'^T) h``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -29,22 +30,27 @@ def _influence(batch: Rollouts, correct: Tensor, row_weights: Tensor) -> Tensor:
     """
     hidden, probs = batch.evidence("hidden_states"), batch.evidence("token_probs")
     dtype = torch.float64 if torch.float64 in (hidden.dtype, probs.dtype) else torch.float32
-    _, column = policy.group_vocabulary(batch)
-    if batch.num_tokens and int(column.max()) >= probs.shape[1]:
-        raise ValueError(f"token_probs: expected at least {int(column.max()) + 1} columns, got {probs.shape[1]}")
-    row = ops.spread(torch.arange(batch.num_rows, device=correct.device), batch.rows, batch.tokens)
-    taking_part = batch.response_mask.nonzero()[:, 0]
-    group = batch.group_index[row[taking_part]]
-    taking_part = taking_part[group.argsort(stable=True)]
+    ids, column = policy.group_vocabulary(batch)
+    if ids.shape[1] > probs.shape[1]:
+        raise ValueError(f"token_probs: expected at least {ids.shape[1]} columns, got {probs.shape[1]}")
+    weight = torch.where(correct & (_share(batch, correct) < 1), row_weights, 0)
+    members: list[list[tuple[Tensor, int, float]]] = [[] for _ in range(batch.num_groups)]
+    table = torch.stack([batch.group_index, batch.lengths, weight.double()]).tolist()
+    of_rows = batch.response_mask.nonzero()[:, 0].split([int(n) for n in table[1]])
+    for tokens, g, n, w in zip(of_rows, *table, strict=True):
+        members[int(g)].append((tokens, int(n), w))
     out = torch.zeros(batch.num_tokens, dtype=dtype, device=hidden.device)
-    weight = torch.where(correct & (_share(batch, correct) < 1), row_weights.to(dtype), 0)
-    for tokens in taking_part.split(torch.bincount(group, minlength=batch.num_groups).tolist()):
-        h, error = hidden[tokens].to(dtype), -probs[tokens].to(dtype)
+    for rows in members:
+        if not any(w for _, _, w in rows):
+            continue
+        tokens = torch.cat([tokens for tokens, _, _ in rows])
+        h, error = hidden[tokens].to(dtype), probs[tokens].to(dtype).neg_()
         error.scatter_add_(1, column[tokens, None], error.new_ones(len(tokens), 1))
-        w = weight[row[tokens]]
-        pulling = w > 0
-        pull = error[pulling].T @ (h[pulling] * w[pulling, None])
-        out[tokens] = ((error @ pull) * h).sum(1)
+        pull, sizes = h.new_zeros(error.shape[1], h.shape[1]), [n for _, n, _ in rows]
+        for own_h, own_error, (_, _, w) in zip(h.split(sizes), error.split(sizes), rows, strict=True):
+            if w:
+                pull.addmm_(own_error.T, own_h, alpha=w)
+        out[tokens] = (error @ pull).mul_(h).sum(1)
     return out
 
 
@@ -84,11 +90,12 @@ class influential(Choice):
         influence = _influence(batch, correct, 1 / batch.lengths.clamp(min=1))
         tau = self.beta * _weakest(batch, influence, correct).clamp(min=0)
         # Infinite: the group's correct rows have no token, so there is nothing to move.
-        mixed = _spread(((_share(batch, correct) < 1) & tau.isfinite())[:, None], batch)
-        signed = influence * _spread(torch.where(correct, 1.0, -1.0).to(influence.dtype)[:, None], batch)
-        scale = (signed.abs() > _spread(tau[:, None], batch)) * (1 + self.favour * signed.sign())
+        mixed = (_share(batch, correct) < 1) & tau.isfinite()
+        lean = torch.where(mixed, torch.where(correct, self.favour, -self.favour), 0).to(influence.dtype)
+        scale = influence.sign().mul_(_spread(lean[:, None], batch)).add_(1)
+        scale.mul_(influence.abs() > _spread(torch.where(mixed, tau, -1)[:, None], batch))
         paid = _spread(self.of(batch), batch)
-        return torch.where(mixed, scale.to(paid.dtype) * paid, paid)
+        return scale.to(paid.dtype) * paid
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ class sparing(Choice):
         influence = _influence(batch, correct, torch.ones_like(batch.lengths))
         tau = self.beta * _weakest(batch, influence, correct).clamp(min=0)
         share = _share(batch, correct)
-        reduced = _spread((~correct & (share > 0))[:, None], batch) & (influence > _spread(tau[:, None], batch))
+        spared = torch.where(~correct & (share > 0), tau, math.inf)
+        reduced = influence > _spread(spared[:, None], batch)
+        scale = torch.where(reduced, _spread((1 - 2 * share).abs()[:, None], batch), 1)
         paid = _spread(self.of(batch), batch)
-        return torch.where(reduced, _spread((1 - 2 * share).abs()[:, None], batch).to(paid.dtype) * paid, paid)
+        return scale.to(paid.dtype) * paid
