@@ -114,10 +114,10 @@ class widened(Choice):
 
     def __call__(self, batch: Rollouts) -> Window:
         h = self.score(batch)
-        low = self.low * (1 - self.widen * h.clamp(max=0))
-        high = self.high * (1 + self.widen * h.clamp(min=0))
+        low = h.clamp(max=0).mul_(self.low * self.widen).sub_(self.low).clamp_(min=-1)
+        high = h.clamp(min=0).mul_(self.high * self.widen).add_(self.high)
         plain = ppo(self.low, self.high, self.cap)(batch)
-        return replace(plain, low=(-low).clamp(min=-1).log1p(), high=high.log1p())
+        return replace(plain, low=low.log1p_(), high=high.log1p_())
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ class divergence(Choice):
         return None
 
     def __call__(self, log_ratio: Tensor, window: Window, signal: Tensor | None) -> Tensor:
-        moved = log_ratio.expm1() - log_ratio
-        return 1 + self.strength * ((self.slope * moved).sigmoid() - 0.5)
+        moved = log_ratio.expm1().sub_(log_ratio)
+        return moved.mul_(self.slope).sigmoid_().sub_(0.5).mul_(self.strength).add_(1)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class outside_center(Choice):
 
     def __call__(self, log_ratio: Tensor, window: Window, signal: Tensor | None) -> Tensor:
         assert signal is not None
-        low, high = (torch.as_tensor(bound, device=log_ratio.device).expm1() / 2 for bound in (window.low, window.high))
-        moved = log_ratio.expm1()
-        still = (moved > low) & (moved < high)
-        return torch.where((signal > 0) != still, 1 + self.strength * signal, 1)
+        # The log of where the ratio would be had it moved twice as far; NaN below 0.
+        twice = log_ratio.expm1().mul_(2).log1p_()
+        still = (twice > window.low) & (twice < window.high)
+        return (self.strength * signal).mul_((signal > 0) != still).add_(1)

@@ -65,10 +65,9 @@ def advantages(values: Tensor, rows: Rows, gamma: float, trace: float = 1.0, tru
     on as predicted before their last token, which is then no surprise; without it every row counts as ended.
     """
     _check_gamma(gamma)
-    cost, after = torch.full_like(values, gamma - 1), None
+    cost, after = torch.full((), gamma - 1, dtype=values.dtype, device=values.device), None
     if truncated is not None:
-        final = remaining(rows, values.shape[0]) == 1
-        last = segment.sum(torch.where(final, values, 0), rows)
+        last = ops.scan(values, rows, decay=0.0)[1]
         after = torch.where(truncated, (1 + last) / gamma - 1, 0).clamp(max=0)
     return scan.generalized_advantages(cost, values, rows, gamma, trace, after)
 

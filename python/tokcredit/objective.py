@@ -92,7 +92,7 @@ class Objective(Choice):
                 kept = replace(kept, response_mask=mask)
             w = weight(kept, advantages)
             if w.dtype == torch.bool:
-                mask = mask & per_token(w, batch)
+                mask = mask & w if w.dim() == 1 else ops.spread(w[:, 0], kept.rows, mask)
             else:
                 multiplier = w if multiplier is None else product(multiplier, w, batch)
         prepared = Prepared(
@@ -134,15 +134,17 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
     weight = prepared.row_weights
     if prepared.multiplier is not None:
         weight = product(prepared.multiplier, weight, batch)
+    # Along a row, tokens that do not train are summed and counted all the same.
+    along = log_ratio.cumulative or window.power != 0
     value, stats = ops.policy_loss(
         log_probs,
-        batch.rows,
+        batch.rows if along else rows,
         window.surrogate,
         reference=log_ratio.reference,
         log_ratio=log_ratio.log_ratio,
         advantages=advantages,
         weights=weight,
-        trains=prepared.mask if objective.weights or objective.sampling is not None else None,
+        trains=prepared.mask if along and (objective.weights or objective.sampling is not None) else None,
         low=number(window.low),
         high=number(window.high),
         cap=number(window.cap),

@@ -32,13 +32,11 @@ class LogRatio(NamedTuple):
         """``log q`` of each token, ``[N]``; as the loss computes it."""
         if self.log_ratio is not None:
             x = self.log_ratio if self.log_ratio.dim() == 1 else ops.spread(self.log_ratio[:, 0], rows, log_probs)
-        elif self.reference is None:
-            x = log_probs * 0
-        else:
-            x = log_probs - self.reference
-            if self.cumulative:
-                x = scan.cumulative(x.clamp(-self.bound, self.bound), rows)
-        return x.clamp(*self.clamp)
+            return x.clamp(*self.clamp)
+        x = log_probs - (log_probs if self.reference is None else self.reference)
+        if self.cumulative:
+            x = scan.cumulative(x.clamp_(-self.bound, self.bound), rows)
+        return x.clamp_(*self.clamp)
 
 
 class Ratio(Protocol):

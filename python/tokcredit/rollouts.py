@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -207,6 +208,10 @@ class Rollouts:
         if x is None:
             raise ValueError(f"{name}: expected in the batch because the objective needs it, got None")
         return check(name, x, self.num_tokens, self.num_rows, self.shape)
+
+    def improbable(self, below: float) -> Tensor:
+        """True at tokens to which the old policy gave a probability of less than ``below``; bool ``[N]``."""
+        return self.evidence("old_log_probs") < (math.log(below) if below > 0 else -math.inf)
 
     def flat(self, x: Tensor, name: str = "x") -> Tensor:
         """A per-token tensor in the layout of the inputs, ``(B, T)`` or ``[N]``, as ``[N]``."""

@@ -59,7 +59,7 @@ def generalized_advantages(
     ``y[t] = delta[t] + discount * trace * y[next]``, where next is the next unmasked token.
 
     Args:
-        rewards: float ``[N]``, per token.
+        rewards: float ``[N]``, per token, or 0-d, of every token.
         values: float ``[N]``, the critic before each token.
         rows: the spans and the mask.
         discount: gamma.

@@ -96,7 +96,7 @@ class improbable(Choice):
     reads: ClassVar[frozenset[str]] = frozenset({"old_log_probs"})
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        return batch.evidence("old_log_probs").exp() < self.below
+        return batch.improbable(self.below)
 
 
 def _check_share(share: float | Schedule) -> None:
@@ -151,8 +151,8 @@ class top_share(Choice):
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         score, rows = self.score(batch), batch.rows
         if self.paid:
-            paid = advantages if advantages.dim() == 1 else ops.spread(advantages[:, 0], rows, batch.tokens)
-            score = score * paid.abs()
+            paid = advantages.abs()
+            score = score * (paid if paid.dim() == 1 else ops.spread(paid[:, 0], rows, batch.tokens))
         scope = None if self.per_row else select.everything(rows)
         wanted = select.sizes(rows, scope).double() * number(self.share)
         # A share like 0.7 of 10 must not become 8 for its rounding error.

@@ -161,7 +161,7 @@ class whitened(Choice):
             mask = mask & (advantages != 0)
         counted = mask
         if self.below is not None:
-            low = mask & (batch.evidence("old_log_probs").exp() < self.below)
+            low = mask & batch.improbable(self.below)
             counted = torch.where(low.any(), low, mask)
         one = segment.whole(advantages, counted)
         mean, var = segment.mean(advantages, one), segment.var(advantages, one)

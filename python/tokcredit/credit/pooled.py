@@ -60,22 +60,24 @@ class dominance(Choice):
         solved = segment.maximum(batch.rewards, Ids(index, count, fresh)) > self.threshold
         failed = fresh & ~solved[index] & (batch.lengths > 0)
         rows = (failed & truncated).nonzero()[:, 0]
-        rows = rows[index[rows].argsort(stable=True)]
         n = torch.bincount(index[rows], minlength=count)
         out = torch.zeros_like(batch.rewards)
         if rows.numel():
-            peak, mean = self._entropies(batch)
+            by_group = index[rows].argsort(stable=True)
+            peak, mean = (x[by_group] for x in self._entropies(batch, rows))
+            rows = rows[by_group]
             paid = (torch.bincount(index[failed], minlength=count) > 1)[index[rows]]
-            k = _ranks(peak[rows], mean[rows], n)
+            k = _ranks(peak, mean, n)
             out[rows] = ((1 - k / (n[index[rows]] - 1).clamp(min=1)) * self.best * paid).to(out.dtype)
         return out
 
-    def _entropies(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
-        """Mean of the largest and of all entropies of each row; ``[R]`` each."""
+    def _entropies(self, batch: Rollouts, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of the largest and of all entropies of these rows, which rise; ``[M]`` each."""
         entropies = batch.evidence("entropies")
-        largest = (self.share * batch.lengths.double()).floor().clamp(min=1).long()
-        top = select.top_k(entropies, largest, batch.rows)
-        return segment.mean(entropies, Rows(batch.begin, batch.end, top)), segment.mean(entropies, batch.rows)
+        largest = (self.share * batch.lengths[rows].double()).floor().clamp(min=1).long()
+        all_of = Rows(batch.begin[rows], batch.end[rows], batch.response_mask)
+        top = all_of._replace(mask=select.top_k(entropies, largest, all_of))
+        return segment.mean(entropies, top), segment.mean(entropies, all_of)
 
 
 def _ranks(peak: Tensor, mean: Tensor, n: Tensor) -> Tensor:

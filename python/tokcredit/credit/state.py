@@ -25,7 +25,7 @@ def improbable_cuts(batch: Rollouts, below: float = 0.9, interval: int = 5) -> T
     """
     if interval < 1:
         raise ValueError(f"interval: expected at least 1, got {interval}")
-    low = batch.response_mask & (batch.evidence("old_log_probs").exp() < below)
+    low = batch.response_mask & batch.improbable(below)
     rank = ops.scan(low.float(), batch.rows, exclusive=True)[0].long()
     return low & (rank % interval == 0)
 
@@ -166,4 +166,4 @@ class shortening(Choice):
         if paid.dim() == 2:
             paid = ops.spread(paid[:, 0], batch.rows, batch.tokens)
         shorter = length.advantages(value, batch.rows, self.gamma, self.trace, batch.evidence("truncated"))
-        return paid + self.scale * shorter
+        return torch.add(paid, shorter, alpha=self.scale)
