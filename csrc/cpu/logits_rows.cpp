@@ -129,13 +129,13 @@ template <class T> void backward(const LogitsBackward &b, int64_t i) {
     __builtin_memset(grad, 0, b.in.vocabulary * sizeof(T));
     return;
   }
-  const double entropy = static_cast<const A *>(b.entropies)[i];
+  const double entropy = static_cast<const A *>(b.entropies)[i], own = double(load(x[token]));
   const A center = A(b.logsumexp[i] * b.in.temperature);
   const A rest = A(b.logsumexp[i] - double(center) * inverse);
   slope(x, b.in.vocabulary, Slope<A>{center, A(inverse), rest, A(entropy), A(from_log_prob), A(from_entropy)},
         grad);
   // The chosen token again, in double: 1 - p keeps its digits when p is close to 1.
-  const double log_p = double(load(x[token])) * inverse - b.logsumexp[i];
+  const double log_p = own * inverse - b.logsumexp[i];
   const double p = std::exp(log_p);
   const double spread = p > 0 ? p * (log_p + entropy) : p;
   store(grad + token, A(-from_log_prob * std::expm1(log_p) - from_entropy * spread));
