@@ -13,8 +13,8 @@ LEVELS = {"base": "-march=x86-64", "v3": "-march=x86-64-v3", "v4": "-march=x86-6
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 ROWS, LENGTH = 3, 700  # blocks, whole packs and a rest
 MAIN = r"""
+#include "cpu/logits_rows.hpp"
 #include "cpu/policy_loss_rows.hpp"
-#include <cstring>
 using namespace tokcredit;
 extern "C" int can_run() { return TOKCREDIT_CAN_RUN; }
 extern "C" void run(int type, int surrogate, bool cumulative, double power, const int64_t *begin, const int64_t *end,
@@ -37,6 +37,12 @@ extern "C" void run(int type, int surrogate, bool cumulative, double power, cons
   p.gradient = gradient;
   cpu::TOKCREDIT_LEVEL::policy_loss_rows(p, 0, rows);
 }
+extern "C" void logits(int type, int64_t rows, int64_t vocabulary, const void *x, const int64_t *tokens,
+                       void *log_probs, void *entropies, double *logsumexp, const void *slopes, void *grad) {
+  const Logits in{rows, vocabulary, Type(type), Type::i64, x, tokens, 0.7};
+  cpu::TOKCREDIT_LEVEL::logits_rows({in, log_probs, entropies, logsumexp}, 0, rows);
+  cpu::TOKCREDIT_LEVEL::logits_gradient_rows({in, logsumexp, entropies, slopes, slopes, grad}, 0, rows);
+}
 """
 
 
@@ -52,7 +58,7 @@ def levels(tmp_path_factory):
         test = "1" if level == "base" else f'__builtin_cpu_supports("{march.removeprefix("-march=")}")'
         command = [compiler, *FLAGS, march, "-Wno-psabi", f"-I{ROOT / 'csrc'}", "-DTOKCREDIT_LEVELS"]
         command += [f"-DTOKCREDIT_LEVEL={level}", f"-DTOKCREDIT_CAN_RUN={test}"]
-        command += ["main.cpp", str(ROOT / "csrc/cpu/policy_loss_rows.cpp"), "-o", f"{level}.so"]
+        command += ["main.cpp", *map(str, (ROOT / "csrc/cpu").glob("*_rows.cpp")), "-o", f"{level}.so"]
         if subprocess.run(command, cwd=folder, capture_output=True).returncode:
             continue  # a compiler or a machine of another kind
         library = ctypes.CDLL(str(folder / f"{level}.so"))
@@ -72,9 +78,16 @@ def test_levels_share_no_function(levels):
         assert not [line for line in symbols.splitlines() if " W " in line]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+def pointer(x):
+    return ctypes.c_void_p(x.data_ptr())
+
+
+@pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize("cumulative", [False, True])
-def test_levels_agree(levels, dtype, cumulative):
+def test_policy_loss(levels, dtype, cumulative):
     torch.manual_seed(0)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     size = ROWS * LENGTH
@@ -85,17 +98,12 @@ def test_levels_agree(levels, dtype, cumulative):
     reference = (log_probs.double() + 0.3 * torch.randn(size, dtype=torch.float64)).to(dtype)
     advantages = torch.randn(size, dtype=wide)
     low, high = -torch.rand(ROWS, dtype=wide), torch.rand(ROWS, dtype=wide)
-    code = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}[dtype]
-
-    def pointer(x):
-        return ctypes.c_void_p(x.data_ptr())
-
     for surrogate in range(6):
         results = []
         for library in levels.values():
             stats, gradient = torch.zeros(ROWS, 7, dtype=torch.float64), torch.zeros(size, dtype=wide)
             library.run(
-                code,
+                CODES[dtype],
                 surrogate,
                 cumulative,
                 ctypes.c_double(0.5 if cumulative else 0.0),
@@ -110,3 +118,23 @@ def test_levels_agree(levels, dtype, cumulative):
         for stats, gradient in results[1:]:
             assert torch.equal(stats, results[0][0])
             assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_logits(levels, dtype):
+    torch.manual_seed(0)
+    wide, size = torch.float64 if dtype == torch.float64 else torch.float32, 1500
+    x = (5 * torch.randn(ROWS, size, dtype=torch.float64)).to(dtype)
+    tokens, slopes = torch.tensor([3, 1499, -1]), torch.randn(ROWS, dtype=wide)
+    results = []
+    for library in levels.values():
+        log_probs, entropies, logsumexp = (torch.zeros(ROWS, dtype=t) for t in (wide, wide, torch.float64))
+        grad = torch.ones_like(x)
+        sizes = (ctypes.c_int64(ROWS), ctypes.c_int64(size))
+        tensors = (x, tokens, log_probs, entropies, logsumexp, slopes, grad)
+        library.logits(CODES[dtype], *sizes, *map(pointer, tensors))
+        assert log_probs[:2].max() < 0 < entropies[:2].min()
+        assert grad[:2].abs().min(1).values.max() >= 0 == grad[2].abs().max()
+        results.append((log_probs, entropies, logsumexp, grad))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

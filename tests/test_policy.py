@@ -104,6 +104,24 @@ def test_gradient_matches_definition(dtype, rtol, outputs):
     assert not grad[1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_gradient_may_overwrite_the_logits(dtype):
+    values, tokens = sample(5, 1100, dtype)
+    tokens[1] = -1
+    leaf = values.clone().requires_grad_()
+    expected = torch.autograd.grad(policy.log_probs(leaf, tokens, 0.8).sum(), leaf)[0]
+    leaf = values.clone().requires_grad_()
+    logits = leaf * 1
+    places = []
+    logits.register_hook(lambda grad: places.append(grad.data_ptr()))
+    ours, _ = policy.log_probs_and_entropies(logits, tokens, 0.8, overwrite=True)
+    (grad,) = torch.autograd.grad(ours.sum(), leaf, retain_graph=True)
+    assert places == [logits.data_ptr()]
+    assert torch.equal(grad, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(ours.sum(), leaf)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
 def test_minus_infinity_is_probability_zero(dtype):
     logits = torch.tensor([[0.0, -INF, 1.0, -INF], [-INF, -INF, 5.0, -INF]], dtype=dtype, requires_grad=True)
@@ -232,6 +250,10 @@ def test_opcheck(dtype):
     torch.library.opcheck(
         torch.ops.tokcredit.logits_gradient.default,
         (logits, tokens, 0.7, logsumexp, entropies, torch.ones(3), None, 1),
+    )
+    torch.library.opcheck(
+        torch.ops.tokcredit.logits_gradient_.default,
+        (logits.clone(), tokens, 0.7, logsumexp, entropies, torch.ones(3), None, 1),
     )
 
 

@@ -85,3 +85,16 @@ def test_select_rejects_what_is_not_a_row():
         make().select(torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"rows: expected bool \[3\]"):
         make().select(torch.tensor([True]))
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 16, 33])
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+def test_rows_end_after_their_last_true(width, density):
+    """Whatever the width, and where the mask begins in its storage."""
+    torch.manual_seed(0)
+    for offset in (0, 3, 8):
+        mask = (torch.rand(offset + 5 * width) < density)[offset:].view(5, width)
+        for m in (mask, mask.t().contiguous().t()):
+            batch = Rollouts.from_padded(torch.zeros(5, width, dtype=torch.long), m, torch.arange(5), torch.zeros(5))
+            lengths = [max((t + 1 for t in range(width) if row[t]), default=0) for row in m.tolist()]
+            assert (batch.end - batch.begin).tolist() == lengths

@@ -1,6 +1,6 @@
 #include "ops/select.hpp"
 #include "cpu/parallel.hpp"
-#include "cpu/rows.hpp"
+#include "cpu/select_rows.hpp"
 #include "math/dispatch.hpp"
 #include "math/order.hpp"
 #include "math/variance.hpp"
@@ -32,7 +32,6 @@ struct Scopes {
   }
 };
 
-constexpr int digit_bits = 11, bins = 1 << digit_bits, turns = 4;
 using Histogram = std::array<int64_t, bins>;
 
 // So many keys are sorted out at once rather than digit by digit.
@@ -45,48 +44,62 @@ template <class T> struct Scope {
   const int64_t *row;
   int64_t rows;
 
-  template <class Body> void tokens(int64_t first, int64_t last, Body &&body) const {
-    const T *x = static_cast<const T *>(s.x);
-    for (int64_t i = first; i < last; ++i)
-      for (int64_t t = s.rows.begin[row[i]]; t < s.rows.end[row[i]]; ++t)
-        if (!s.rows.mask || s.rows.mask[t])
-          body(t, order_key(A(load(x[t]))));
+  Tokens tokens(int64_t begin, int64_t n) const {
+    return {s.type, static_cast<const T *>(s.x) + begin, s.rows.mask ? s.rows.mask + begin : nullptr, n};
+  }
+  Tokens tokens_of(int64_t i) const {
+    return tokens(s.rows.begin[row[i]], s.rows.end[row[i]] - s.rows.begin[row[i]]);
   }
 
-  // Integer counts add up to the same in any order, so each chunk adds its own when it is done. Neighbours
-  // often fall into one bin, and adding to it twice in a row waits; so they are counted in turns.
-  Histogram histogram(Key prefix, Key known, int shift, int threads) const {
+  // Calls body(t, key) for the tokens of the i-th row, in order.
+  template <class Body> void each(int64_t i, Body &&body) const {
+    const T *x = static_cast<const T *>(s.x);
+    for (int64_t t = s.rows.begin[row[i]]; t < s.rows.end[row[i]]; ++t)
+      if (!s.rows.mask || s.rows.mask[t])
+        body(t, order_key(A(load(x[t]))));
+  }
+
+  template <class Body> void chunks(int threads, Body &&body) const {
+    parallel(rows, row_grain(s.rows.count, s.rows.size), threads, body);
+  }
+
+  // Integer counts add up to the same in any order, so each chunk adds its own when it is done.
+  Histogram histogram(Beginning b, int shift, int threads) const {
     Histogram total{};
     std::mutex guard;
-    parallel(rows, row_grain(s.rows.count, s.rows.size), threads, [&](int64_t first, int64_t last) {
-      std::array<std::array<uint32_t, bins>, turns> own{};
-      int64_t seen = 0;
-      tokens(first, last, [&](int64_t, Key k) {
-        if ((k & known) == prefix)
-          ++own[size_t(seen++ % turns)][size_t((k >> shift) & (bins - 1))];
-      });
+    chunks(threads, [&](int64_t first, int64_t last) {
+      std::array<uint32_t, turns * bins> own{};
+      for (int64_t i = first; i < last; ++i)
+        TOKCREDIT_CHOOSE(count_digits)(tokens_of(i), b, shift, own.data());
       std::lock_guard<std::mutex> lock(guard);
-      for (const auto &part : own)
-        for (size_t d = 0; d < bins; ++d)
-          total[d] += part[d];
+      for (size_t d = 0; d < own.size(); ++d)
+        total[d % bins] += own[d];
     });
     return total;
   }
 
-  // The keys that begin with `prefix`, in no order.
-  std::vector<Key> matching(Key prefix, Key known, int threads) const {
+  // The keys that begin so, in no order.
+  std::vector<Key> matching(Beginning b, int threads) const {
     std::vector<Key> all;
     std::mutex guard;
-    parallel(rows, row_grain(s.rows.count, s.rows.size), threads, [&](int64_t first, int64_t last) {
-      std::vector<Key> own;
-      tokens(first, last, [&](int64_t, Key k) {
-        if ((k & known) == prefix)
-          own.push_back(k);
-      });
-      std::lock_guard<std::mutex> lock(guard);
-      all.insert(all.end(), own.begin(), own.end());
+    chunks(threads, [&](int64_t first, int64_t last) {
+      std::vector<Key> own(size_t(std::min(few, span())));
+      for (int64_t i = first; i < last; ++i)
+        for (int64_t from = s.rows.begin[row[i]]; from < s.rows.end[row[i]]; from += few) {
+          const int64_t n = std::min(few, s.rows.end[row[i]] - from);
+          const int64_t found = TOKCREDIT_CHOOSE(gather)(tokens(from, n), b, own.data());
+          std::lock_guard<std::mutex> lock(guard);
+          all.insert(all.end(), own.begin(), own.begin() + found);
+        }
     });
     return all;
+  }
+
+  static Histogram histogram(const std::vector<Key> &keys, int shift) {
+    Histogram total{};
+    for (const Key k : keys)
+      ++total[size_t(k >> shift & (bins - 1))];
+    return total;
   }
 
   // Of few keys: the one of `rank`; how many are larger is added to `above`.
@@ -99,19 +112,22 @@ template <class T> struct Scope {
   // The key of `rank` (from the largest, counted from 0). `above` becomes the number of larger tokens, and
   // the result is false when there are not that many.
   bool find(int64_t rank, int threads, Key &found, int64_t &above) const {
+    const int64_t all = span();
     Key known = 0;
     found = 0;
     above = 0;
-    if (span() <= few) {
-      std::vector<Key> keys = matching(0, 0, threads);
-      if (rank >= int64_t(keys.size()))
-        return false;
-      find_among(keys, rank, found, above);
-      return true;
-    }
+    // Keys that are no more than a quarter of the tokens are taken out of them.
+    bool taken = all <= few;
+    std::vector<Key> keys = taken ? matching({0, 0}, threads) : std::vector<Key>{};
+    if (taken && rank >= int64_t(keys.size()))
+      return false;
     for (int top = int(sizeof(Key)) * 8; top > 0;) {
+      if (taken && int64_t(keys.size()) <= few) {
+        find_among(keys, rank - above, found, above);
+        return true;
+      }
       const int shift = std::max(0, top - digit_bits);
-      const Histogram counts = histogram(found, known, shift, threads);
+      const Histogram counts = taken ? histogram(keys, shift) : histogram({found, known}, shift, threads);
       int digit = bins - 1;
       while (digit >= 0 && above + counts[digit] <= rank)
         above += counts[digit--];
@@ -123,11 +139,12 @@ template <class T> struct Scope {
       found = (found & ~mask) | ((Key(digit) << shift) & mask);
       known |= mask;
       top = shift;
-      if (counts[digit] <= few && top > 0) {
-        std::vector<Key> keys = matching(found, known, threads);
-        find_among(keys, rank - above, found, above);
-        return true;
-      }
+      if (taken)
+        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return (k & known) != found; }),
+                   keys.end());
+      else if (counts[digit] <= all / 4)
+        keys = matching({found, known}, threads);
+      taken = taken || counts[digit] <= all / 4;
     }
     return true;
   }
@@ -144,7 +161,8 @@ template <class T> struct Scope {
     if (!s.rows.mask)
       return span();
     int64_t n = 0;
-    tokens(0, rows, [&](int64_t, Key) { ++n; });
+    for (int64_t i = 0; i < rows; ++i)
+      n += std::count(tokens_of(i).mask, tokens_of(i).mask + tokens_of(i).n, true);
     return n;
   }
 };
@@ -165,7 +183,8 @@ template <class T, class Body> void each_scope(const Select &s, int threads, Bod
 } // namespace
 
 void top_k(const Select &s, bool *chosen, int threads) {
-  std::fill(chosen, chosen + s.rows.size, false);
+  parallel(s.rows.size, 1 << 20, threads,
+           [&](int64_t first, int64_t last) { std::fill(chosen + first, chosen + last, false); });
   with_float(s.type, [&](auto t) {
     using T = typename decltype(t)::type;
     each_scope<T>(s, threads, [&](int64_t g, const Scope<T> &scope, int inner) {
@@ -174,22 +193,21 @@ void top_k(const Select &s, bool *chosen, int threads) {
       typename Scope<T>::Key threshold;
       int64_t above;
       if (!scope.find(s.wanted[g] - 1, inner, threshold, above)) {
-        scope.tokens(0, scope.rows, [&](int64_t i, auto) { chosen[i] = true; });
+        for (int64_t i = 0; i < scope.rows; ++i)
+          scope.each(i, [&](int64_t t, auto) { chosen[t] = true; });
         return;
       }
       // All that are larger, then as many as are wanted of those that tie, in order.
       std::vector<int64_t> ties(size_t(scope.rows), 0);
-      parallel(scope.rows, row_grain(s.rows.count, s.rows.size), inner, [&](int64_t first, int64_t last) {
+      scope.chunks(inner, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i)
-          scope.tokens(i, i + 1, [&](int64_t t, auto k) {
-            chosen[t] = k > threshold;
-            ties[size_t(i)] += k == threshold;
-          });
+          ties[size_t(i)] =
+              TOKCREDIT_CHOOSE(mark)(scope.tokens_of(i), threshold, chosen + s.rows.begin[scope.row[i]]);
       });
       int64_t left = s.wanted[g] - above;
       for (int64_t i = 0; left > 0 && i < scope.rows; ++i)
         if (ties[size_t(i)])
-          scope.tokens(i, i + 1, [&](int64_t t, auto k) {
+          scope.each(i, [&](int64_t t, auto k) {
             if (k == threshold && left-- > 0)
               chosen[t] = true;
           });

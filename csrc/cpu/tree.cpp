@@ -1,7 +1,7 @@
 #include "ops/tree.hpp"
+#include "cpu/expand_rows.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
-#include "cpu/simd.hpp"
 #include "math/dispatch.hpp"
 #include <cstring>
 #include <vector>
@@ -162,58 +162,6 @@ template <class T> void fold(const TreeFold &f) {
   }
 }
 
-template <class T> T plus(T a, T b) { return a + b; }
-template <> bool plus(bool a, bool b) { return a || b; }
-
-// `value` where the mask is true, or what is there already, and 0 elsewhere. target_clones needs plain
-// functions.
-#define TOKCREDIT_MASKED(T)                                                                                  \
-  TOKCREDIT_CLONES void fill(T *y, const bool *mask, int64_t n, T value) {                                   \
-    for (int64_t i = 0; i < n; ++i)                                                                          \
-      y[i] = mask[i] ? value : T{};                                                                          \
-  }                                                                                                          \
-  TOKCREDIT_CLONES void keep(T *y, const bool *mask, int64_t n) {                                            \
-    for (int64_t i = 0; i < n; ++i)                                                                          \
-      y[i] = mask[i] ? y[i] : T{};                                                                           \
-  }
-TOKCREDIT_MASKED(float)
-TOKCREDIT_MASKED(double)
-TOKCREDIT_MASKED(int64_t)
-TOKCREDIT_MASKED(bool)
-#undef TOKCREDIT_MASKED
-
-template <class T> void expand_row(const Expand &e, int64_t r) {
-  const T *row = static_cast<const T *>(e.row), *body = static_cast<const T *>(e.body),
-          *head = static_cast<const T *>(e.head);
-  T *y = static_cast<T *>(e.y);
-  const T base = row ? row[r] : T{};
-  const int64_t begin = e.rows.begin[r];
-  int64_t last = e.rows.end[r];
-  const bool *mask = e.rows.mask ? e.rows.mask + begin : nullptr;
-  if (!e.leaf) {
-    mask ? fill(y + begin, mask, last - begin, base) : std::fill(y + begin, y + last, base);
-  } else {
-    for (int64_t v = e.leaf[r]; v >= 0 && last > begin; v = e.parent[v]) {
-      const int64_t first = begin + e.depth[v];
-      const T value = body ? plus(base, body[v]) : base;
-      std::fill(y + first, y + last, value);
-      if (head && first < last)
-        y[first] = plus(value, head[v]);
-      last = first;
-    }
-  }
-  if (e.leaf && mask)
-    keep(y + begin, mask, e.rows.end[r] - begin);
-  clear_padding(e.rows, r, y);
-}
-
-template <class T> void expand_rows(const Expand &e, int threads) {
-  parallel(e.rows.count, row_grain(e.rows.count, e.rows.size), threads, [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r)
-      expand_row<T>(e, r);
-  });
-}
-
 } // namespace
 
 void tree_build(const TreeBuild &b, int threads) {
@@ -223,16 +171,9 @@ void tree_build(const TreeBuild &b, int threads) {
 void tree_fold(const TreeFold &f) { f.type == Type::f64 ? fold<double>(f) : fold<float>(f); }
 
 void expand(const Expand &e, int threads) {
-  switch (e.type) {
-  case Type::f64:
-    return expand_rows<double>(e, threads);
-  case Type::i64:
-    return expand_rows<int64_t>(e, threads);
-  case Type::b8:
-    return expand_rows<bool>(e, threads);
-  default:
-    return expand_rows<float>(e, threads);
-  }
+  const auto rows = TOKCREDIT_CHOOSE(expand_rows);
+  parallel(e.rows.count, row_grain(e.rows.count, e.rows.size), threads,
+           [&](int64_t first, int64_t last) { rows(e, first, last); });
 }
 
 } // namespace tokcredit::cpu

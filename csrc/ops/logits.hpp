@@ -43,6 +43,7 @@ struct LogitsForward {
   double *logsumexp;
 };
 
+// `grad` may be the logits themselves.
 struct LogitsBackward {
   Logits in;
   const double *logsumexp;

@@ -6,7 +6,7 @@
 //
 //     x 3 1 3 2   one scope   k 2 -> 1 0 1 0     rank 1 (from the smallest, counted from 0) -> 2
 //
-// Time: three reads (six for float64) to find the threshold digit by digit, one to mark.
+// Time: two or three reads (at most six for float64) to find the threshold digit by digit, one to mark.
 #pragma once
 #include "ops/array.hpp"
 

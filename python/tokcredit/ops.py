@@ -421,6 +421,13 @@ define(
 )
 
 
+define(
+    "tokcredit::logits_gradient_",
+    "(Tensor(a!) logits, Tensor tokens, float temperature, Tensor logsumexp, Tensor entropies, "
+    "Tensor? grad_log_probs, Tensor? grad_entropies, int threads) -> ()",
+)
+
+
 @register_fake("tokcredit::logits")
 def _logits_outputs(logits: Tensor, tokens: Tensor, temperature: float, threads: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _accumulated(logits.dtype)
@@ -478,13 +485,35 @@ def _logits_gradient(
     return grad
 
 
+@register_fake("tokcredit::logits_gradient_")
+def _logits_gradient_in_place_outputs(*arguments: Any) -> None:
+    return None
+
+
+@impl("tokcredit::logits_gradient_", _DEVICES)
+def _logits_gradient_in_place(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    logsumexp: Tensor,
+    entropies: Tensor,
+    grad_log_probs: Tensor | None,
+    grad_entropies: Tensor | None,
+    threads: int,
+) -> None:
+    gradients = _plain(grad_log_probs), _plain(grad_entropies)
+    _C.logits_gradient(logits, tokens.contiguous(), temperature, logsumexp, entropies, *gradients, logits, threads)
+
+
 class _Logits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, overwrite: bool
+    ) -> tuple[Tensor, Tensor]:
         logits, tokens = logits.contiguous(), tokens.contiguous()
         log_probs, entropies, logsumexp = torch.ops.tokcredit.logits(logits, tokens, temperature, num_threads())
         ctx.save_for_backward(logits, tokens, logsumexp, entropies)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.overwrite = temperature, overwrite
         ctx.set_materialize_grads(False)
         return log_probs, entropies
 
@@ -492,27 +521,26 @@ class _Logits(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None
-    ) -> tuple[Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, None, None, None]:
         if grad_log_probs is None and grad_entropies is None:
-            return None, None, None
-        logits, tokens, logsumexp, entropies = ctx.saved_tensors
-        grad = torch.ops.tokcredit.logits_gradient(
-            logits,
-            tokens,
-            ctx.temperature,
-            logsumexp,
-            entropies,
-            grad_log_probs,
-            grad_entropies,
-            num_threads(),
-        )
-        return grad, None, None
+            return None, None, None, None
+        logits, tokens, *sums = ctx.saved_tensors
+        arguments = (tokens, ctx.temperature, *sums, grad_log_probs, grad_entropies, num_threads())
+        if ctx.overwrite:
+            grad = logits.detach()
+            torch.ops.tokcredit.logits_gradient_(grad, *arguments)
+            torch.autograd.graph.increment_version(grad)  # a second backward pass would read the gradient as logits
+        else:
+            grad = torch.ops.tokcredit.logits_gradient(logits, *arguments)
+        return grad, None, None, None
 
 
-def logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def logits(
+    logits: Tensor, tokens: Tensor, temperature: float = 1.0, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities ``[N]`` and entropies ``[N]`` of ``csrc/ops/logits.hpp``."""
     if logits.requires_grad:
-        return _Logits.apply(logits, tokens, temperature)
+        return _Logits.apply(logits, tokens, temperature, overwrite)
     log_probs, entropies, _ = torch.ops.tokcredit.logits(logits, tokens, temperature, num_threads())
     return log_probs, entropies
 

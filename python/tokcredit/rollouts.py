@@ -153,12 +153,7 @@ class Rollouts:
         real = mask if attention_mask is None else as_mask("attention_mask", attention_mask)
         begin = torch.arange(shape[0], device=tokens.device) * shape[1]
         flat = real.reshape(-1)
-        # Walking back from the end of the row, the first True is the last of it.
-        length = begin.new_zeros(shape[0])
-        if shape[1]:
-            back = real.flip(1)
-            padding = back.view(torch.uint8).argmax(1, keepdim=True)
-            length = torch.where(back.gather(1, padding), shape[1] - padding, 0)[:, 0]
+        length = _length(real)
         if attention_mask is not None:
             if not torch.equal(ops.count(Rows(begin, begin + shape[1], flat), flat).long(), length):
                 raise ValueError("attention_mask: expected real tokens first (right padding), got a gap in a row")
@@ -308,6 +303,23 @@ class Rollouts:
             extras={name: pick(name, x) for name, x in self.extras.items()},
             shape=shape,
         )
+
+
+def _length(mask: Tensor) -> Tensor:
+    """One past the last True of each row of a bool matrix, int64 ``[B]``."""
+    rows, width = mask.shape
+    if width == 0:
+        return torch.zeros(rows, dtype=torch.long, device=mask.device)
+    # Eight at a time where they make a word: found in two steps, with an eighth of the temporaries.
+    mask = mask.contiguous()
+    size = 8 if width % 8 == 0 and mask.storage_offset() % 8 == 0 else 1
+    present = mask.view(torch.int64 if size == 8 else torch.uint8) != 0
+    # Walking back from the end of the row, the first True is the last of it.
+    skipped = present.flip(1).view(torch.uint8).argmax(1)
+    word = present.shape[1] - 1 - skipped
+    last = mask.view(rows, -1, size)[torch.arange(rows, device=mask.device), word]
+    inside = size - last.flip(1).view(torch.uint8).argmax(1)
+    return torch.where(last.any(1), word * size + inside, 0)
 
 
 def row_indices(rows: Tensor, count: int, device: torch.device) -> Tensor:

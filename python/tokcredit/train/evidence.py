@@ -108,7 +108,7 @@ def variable(name: str, part: Rollouts, model: Any, teacher: Any, temperature: f
         ValueError: the variable is neither ``log_probs`` nor ``reverse_kl``.
     """
     seen = predict(model, part)
-    log_probs, entropies = scores_of(seen, temperature)
+    log_probs, entropies = scores_of(seen, temperature, overwrite=name == "log_probs")
     if name == "log_probs":
         return log_probs, log_probs, entropies
     if name != "reverse_kl":

@@ -90,10 +90,13 @@ def score(model: Any, batch: Rollouts, temperature: float = 1.0) -> tuple[Tensor
 
     Both are 0 where the policy did not choose the token.
     """
-    return scores_of(predict(model, batch), temperature)
+    return scores_of(predict(model, batch), temperature, overwrite=True)
 
 
-def scores_of(predicted: Predicted, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies, each ``[N]``, of logits divided by the temperature."""
-    both = policy.log_probs_and_entropies(predicted.logits, predicted.tokens, temperature)
+def scores_of(predicted: Predicted, temperature: float, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies, each ``[N]``, of logits divided by the temperature.
+
+    The backward pass may ``overwrite`` logits that nothing else reads.
+    """
+    both = policy.log_probs_and_entropies(predicted.logits, predicted.tokens, temperature, overwrite)
     return both[0][predicted.inside], both[1][predicted.inside]
