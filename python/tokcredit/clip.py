@@ -19,7 +19,8 @@ from tokcredit.score import Score
 class Window:
     """Surrogate and bounds on the log-ratio, each one number or ``[N]``.
 
-    They widen by ``position ** power``, positions counting the tokens of the row that the policy chose, from 1.
+    They widen by ``position ** power``, positions counting the tokens of the row that the policy chose, from 1. Where
+    they come from a score, that and its values ``h``, ``[N]``, are kept.
     """
 
     surrogate: str
@@ -27,6 +28,8 @@ class Window:
     high: float | Tensor = math.inf
     cap: float | Tensor | None = None
     power: float = 0.0
+    score: Score | None = None
+    h: Tensor | None = None
 
     def at(self, positions: Tensor) -> Window:
         """The windows of these tokens."""
@@ -34,7 +37,7 @@ class Window:
         def pick(x: Any) -> Any:
             return x[positions] if isinstance(x, Tensor) else x
 
-        return replace(self, low=pick(self.low), high=pick(self.high), cap=pick(self.cap))
+        return replace(self, low=pick(self.low), high=pick(self.high), cap=pick(self.cap), h=pick(self.h))
 
     def spelled_out(self, rows: Rows, size: int) -> Window:
         """The same with the bounds of each token in place of the power."""
@@ -117,7 +120,7 @@ class widened(Choice):
         low = h.clamp(max=0).mul_(self.low * self.widen).sub_(self.low).clamp_(min=-1)
         high = h.clamp(min=0).mul_(self.high * self.widen).add_(self.high)
         plain = ppo(self.low, self.high, self.cap)(batch)
-        return replace(plain, low=low.log1p_(), high=high.log1p_())
+        return replace(plain, low=low.log1p_(), high=high.log1p_(), score=self.score, h=h)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ class Gain(Protocol):
     @property
     def needs(self) -> frozenset[str]: ...
 
-    def signal(self, batch: Rollouts) -> Tensor | None:
-        """A number per token, ``[N]``, from the evidence of the batch, or None if the ratio is enough."""
+    def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
+        """A number per token, ``[N]``, from the evidence of the batch, or None if ratio and window are enough."""
 
     def __call__(self, log_ratio: Tensor, window: Window, signal: Tensor | None) -> Tensor:
         """The factors, from the log-ratio ``[N]`` and the signal of the same tokens."""
@@ -41,7 +41,7 @@ class divergence(Choice):
     strength: float = 1.0
     slope: float = 10.0
 
-    def signal(self, batch: Rollouts) -> None:
+    def signal(self, batch: Rollouts, window: Window) -> None:
         return None
 
     def __call__(self, log_ratio: Tensor, window: Window, signal: Tensor | None) -> Tensor:
@@ -60,12 +60,13 @@ class outside_center(Choice):
     score: Score
     strength: float = 1.0
 
-    def signal(self, batch: Rollouts) -> Tensor:
-        return self.score(batch)
+    def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
+        return None if window.score == self.score else self.score(batch)
 
     def __call__(self, log_ratio: Tensor, window: Window, signal: Tensor | None) -> Tensor:
-        assert signal is not None
+        h = window.h if signal is None else signal
+        assert h is not None
         # The log of where the ratio would be had it moved twice as far; NaN below 0.
         twice = log_ratio.expm1().mul_(2).log1p_()
         still = (twice > window.low) & (twice < window.high)
-        return (self.strength * signal).mul_((signal > 0) != still).add_(1)
+        return (self.strength * h).mul_((h > 0) != still).add_(1)

@@ -95,6 +95,7 @@ class Objective(Choice):
                 mask = mask & w if w.dim() == 1 else ops.spread(w[:, 0], kept.rows, mask)
             else:
                 multiplier = w if multiplier is None else product(multiplier, w, batch)
+        window = self.clip(batch)
         prepared = Prepared(
             self,
             batch,
@@ -102,8 +103,8 @@ class Objective(Choice):
             mask,
             multiplier,
             signs[:, None],
-            window=self.clip(batch),
-            signal=None if self.gain is None else self.gain.signal(batch),
+            window=window,
+            signal=None if self.gain is None else self.gain.signal(batch, window),
         )
         return prepared.aggregated(batch_num_tokens, global_batch_size, dp_size, global_num_groups)
 

@@ -98,23 +98,24 @@ class entropy_deviation(Choice):
     whole_batch: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        x, pivot, spread, low, high = self._measured(batch)
-        h = (x - pivot) / spread
-        lower = low if self.literal_sign else -low
-        return torch.where(batch.response_mask, torch.where(h > 0, h / high, h / lower), 0)
+        x, pivot, _, low, high = self._measured(batch)
+        x.sub_(pivot)
+        h = x.clamp(min=0).div_(high).add_(x.clamp_(max=0).div_(low if self.literal_sign else -low))
+        return h.masked_fill_(~batch.response_mask, 0)
 
     def statistics(self, batch: Rollouts) -> tuple[float, float, float, float]:
         """Q, s, and the smallest and largest h: what it takes to give other tokens the same score."""
-        _, *numbers = self._measured(batch)
-        return tuple(torch.stack(numbers).tolist())
+        _, pivot, spread, low, high = self._measured(batch)
+        return tuple(torch.stack([pivot, spread, low / spread, high / spread]).tolist())
 
     def _measured(self, batch: Rollouts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x, Q, s, and the smallest and largest ``x - Q``, both away from 0."""
         rows, entropies = batch.rows, batch.evidence("entropies")
-        x = (entropies if entropies.dtype == torch.float64 else entropies.float()).clamp(min=1e-8).log()
+        x = (entropies if entropies.dtype == torch.float64 else entropies.float()).clamp(min=1e-8).log_()
         pivot = select.quantile_nearest(x, self.pivot, rows, select.everything(rows))[0]
-        square = segment.sum((x - pivot) ** 2, rows).sum() / batch.lengths.sum().clamp(min=1)
+        square = segment.sum((x - pivot).square_(), rows).sum() / batch.lengths.sum().clamp(min=1)
         spread = square.clamp(min=1e-8).sqrt()
         none = x.new_zeros(1)
-        low = torch.cat([none, (segment.minimum(x, rows) - pivot) / spread]).amin().clamp(max=-1e-8)
-        high = torch.cat([none, (segment.maximum(x, rows) - pivot) / spread]).amax().clamp(min=1e-8)
-        return x, pivot, spread, low, high
+        low = torch.cat([none, segment.minimum(x, rows) - pivot]).amin()
+        high = torch.cat([none, segment.maximum(x, rows) - pivot]).amax()
+        return x, pivot, spread, torch.minimum(low, -1e-8 * spread), torch.maximum(high, 1e-8 * spread)
