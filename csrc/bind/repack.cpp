@@ -17,8 +17,7 @@ void repack(const py::object &x, const py::object &from, const py::object &to, c
                  rows,
                  call.write("y", y, source.type, target.size()).data,
                  target.size()};
-  call.run([&] { cpu::repack(p, threads); },
-           [](auto &) { throw std::logic_error("repack: x: expected a CPU tensor, got a CUDA tensor"); });
+  call.run([&] { cpu::repack(p, threads); }, [&](auto &queue) { cuda::repack(p, queue); });
 }
 
 } // namespace

@@ -25,5 +25,9 @@ struct Repack {
 namespace cpu {
 void repack(const Repack &, int threads);
 }
+namespace cuda {
+class Queue;
+void repack(const Repack &, Queue &);
+} // namespace cuda
 
 } // namespace tokcredit

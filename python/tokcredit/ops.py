@@ -248,23 +248,13 @@ def _repack_output(x: Tensor, source: Tensor, target: Tensor, length: Tensor, si
     return x.new_empty(size)
 
 
-@impl("tokcredit::repack", "cpu")
+@impl("tokcredit::repack", _DEVICES)
 def _repack(x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int, threads: int) -> Tensor:
     y = _repack_output(x, source, target, length, size, threads)
     if source.numel() == 0:
         return y.zero_()
     _C.repack(x.contiguous(), source.contiguous(), target.contiguous(), length.contiguous(), y, threads)
     return y
-
-
-@impl("tokcredit::repack", "cuda")
-def _repack_on_cuda(x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int, threads: int) -> Tensor:
-    rows = Rows(source, source + length)
-    inside = spread(torch.ones_like(source, dtype=torch.bool), rows, x)
-    place = spread(target - source, rows, x) + torch.arange(x.numel(), device=x.device)
-    # Tokens outside the rows share a place after the last, which is dropped.
-    moved = torch.where(inside, place, size)
-    return x.new_zeros(size + 1).index_put((moved,), x)[:size]
 
 
 class _Repack(torch.autograd.Function):
