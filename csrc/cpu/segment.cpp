@@ -16,19 +16,25 @@ template <Reduction kind, class T> double value(const T *x, int64_t i) {
 }
 
 template <class T, Reduction kind> Moments<kind> span(const SegmentRows &s, int64_t begin, int64_t end) {
-  const T *x = static_cast<const T *>(s.x);
-  const bool *mask = s.rows.mask;
+  const T *x = static_cast<const T *>(s.x) + begin;
+  const bool *mask = s.rows.mask ? s.rows.mask + begin : nullptr;
+  const int64_t n = end - begin;
   Moments<kind> m;
-  if constexpr (kind == Reduction::count || kind == Reduction::sum || kind == Reduction::mean) {
-    const bool *own = mask ? mask + begin : nullptr;
-    m.count = double(own ? TOKCREDIT_CHOOSE(count_true)(own, end - begin) : end - begin);
-    if constexpr (kind != Reduction::count)
-      m.sum = TOKCREDIT_CHOOSE(sum_true)(s.type, x + begin, own, end - begin);
+  if constexpr (kind == Reduction::logsumexp) {
+    for (int64_t t = 0; t < n; ++t)
+      if (!mask || mask[t])
+        m.add(double(load(x[t])));
     return m;
   }
-  for (int64_t t = begin; t < end; ++t)
-    if (!mask || mask[t])
-      m.add(value<kind>(x, t));
+  m.count = double(mask ? TOKCREDIT_CHOOSE(count_true)(mask, n) : n);
+  if constexpr (kind == Reduction::sum || kind == Reduction::mean)
+    m.sum = TOKCREDIT_CHOOSE(sum_true)(s.type, x, mask, n);
+  if constexpr (kind == Reduction::var)
+    TOKCREDIT_CHOOSE(squares_true)(s.type, x, mask, n, m.mean, m.square);
+  if constexpr (kind == Reduction::minimum)
+    m.minimum = TOKCREDIT_CHOOSE(extreme_true)(s.type, x, mask, n, true);
+  if constexpr (kind == Reduction::maximum)
+    m.maximum = TOKCREDIT_CHOOSE(extreme_true)(s.type, x, mask, n, false);
   return m;
 }
 

@@ -4,26 +4,50 @@
 namespace tokcredit::cpu {
 namespace {
 
-// Every 128th element has a sum of its own, so that the loop is wide and no addition waits for the one
-// before.
-template <class T> double sum_values(const T *x, const uint8_t *mask, int64_t n) {
-  constexpr int64_t width = 128;
-  double sums[width] = {};
-  for (int64_t i = 0; i < n; i += width) {
-    const int64_t m = width < n - i ? width : n - i;
+// Lanes take the true values in turns, so that the loop is wide and none waits for the one before; then they
+// are folded into one.
+template <int64_t lanes, class A, class T, class Take, class Fold>
+A reduce(const T *x, const uint8_t *mask, int64_t n, A empty, Take take, Fold fold) {
+  A lane[lanes];
+  for (int64_t k = 0; k < lanes; ++k)
+    lane[k] = empty;
+  for (int64_t i = 0; i < n; i += lanes) {
+    const int64_t m = lanes < n - i ? lanes : n - i;
     if (mask)
       for (int64_t k = 0; k < m; ++k) {
-        const double v = load(x[i + k]);
-        sums[k] += mask[i + k] ? v : 0.0;
+        const A taken = take(lane[k], A(load(x[i + k])));
+        lane[k] = mask[i + k] ? taken : lane[k];
       }
     else
       for (int64_t k = 0; k < m; ++k)
-        sums[k] += double(load(x[i + k]));
+        lane[k] = take(lane[k], A(load(x[i + k])));
   }
-  for (int64_t half = width / 2; half > 0; half /= 2)
+  for (int64_t half = lanes / 2; half > 0; half /= 2)
     for (int64_t k = 0; k < half; ++k)
-      sums[k] += sums[k + half];
-  return sums[0];
+      lane[k] = fold(lane[k], lane[k + half]);
+  return lane[0];
+}
+
+// Of a few values, fewer lanes: folding them would take longer than the values.
+template <class A, class T, class Take, class Fold>
+A reduce(const T *x, const uint8_t *mask, int64_t n, A empty, Take take, Fold fold) {
+  constexpr int64_t wide = 128, narrow = 16;
+  return n < wide ? reduce<narrow>(x, mask, n, empty, take, fold)
+                  : reduce<wide>(x, mask, n, empty, take, fold);
+}
+
+// Sum of f(value).
+template <class T, class F> double sum(const T *x, const uint8_t *mask, int64_t n, F f) {
+  return reduce(
+      x, mask, n, 0.0, [&](double sum, double v) { return sum + f(v); },
+      [](double a, double b) { return a + b; });
+}
+
+// The body with the values and the mask as they are stored.
+template <class Body> void with_values(Type type, const void *x, const bool *mask, Body &&body) {
+  with_float(type, [&](auto t) {
+    body(static_cast<const typename decltype(t)::type *>(x), reinterpret_cast<const uint8_t *>(mask));
+  });
 }
 
 } // namespace
@@ -45,12 +69,41 @@ int64_t count_true(const bool *mask, int64_t n) {
 }
 
 double sum_true(Type type, const void *x, const bool *mask, int64_t n) {
-  double sum = 0;
-  with_float(type, [&](auto t) {
-    using T = typename decltype(t)::type;
-    sum = sum_values(static_cast<const T *>(x), reinterpret_cast<const uint8_t *>(mask), n);
+  double total = 0;
+  with_values(type, x, mask, [&](const auto *values, const uint8_t *live) {
+    total = sum(values, live, n, [](double v) { return v; });
   });
-  return sum;
+  return total;
+}
+
+void squares_true(Type type, const void *x, const bool *mask, int64_t n, double &mean, double &square) {
+  mean = square = 0;
+  const int64_t count = mask ? count_true(mask, n) : n;
+  with_values(type, x, mask, [&](const auto *values, const uint8_t *live) {
+    int64_t first = 0;
+    while (first < n && live && !live[first])
+      ++first;
+    if (first == n)
+      return;
+    // From the first value, so that equal ones have a mean that is exactly theirs.
+    const double origin = double(load(values[first]));
+    const double about = origin + sum(values, live, n, [&](double v) { return v - origin; }) / double(count);
+    square = sum(values, live, n, [&](double v) { return (v - about) * (v - about); });
+    mean = about;
+  });
+}
+
+double extreme_true(Type type, const void *x, const bool *mask, int64_t n, bool least) {
+  double found = 0;
+  with_values(type, x, mask, [&](const auto *values, const uint8_t *live) {
+    using A = decltype(load(*values));
+    const A infinite = A(__builtin_inf());
+    const auto smaller = [](A a, A b) { return b < a || b != b ? b : a; };
+    const auto larger = [](A a, A b) { return b > a || b != b ? b : a; };
+    found = least ? reduce(values, live, n, infinite, smaller, smaller)
+                  : reduce(values, live, n, -infinite, larger, larger);
+  });
+  return found;
 }
 
 } // namespace TOKCREDIT_LEVEL

@@ -4,8 +4,12 @@
 
 namespace tokcredit::cpu {
 
-// How many of n are true, and the sum of the values where the mask (null: everywhere) is.
+// Of n values those where the mask (null: everywhere) is true: how many, their sum, their mean and the sum of
+// squares about it, the least or greatest.
 TOKCREDIT_EACH_LEVEL(int64_t count_true(const bool *mask, int64_t n);
-                     double sum_true(Type type, const void *x, const bool *mask, int64_t n);)
+                     double sum_true(Type type, const void *x, const bool *mask, int64_t n);
+                     void squares_true(Type type, const void *x, const bool *mask, int64_t n, double &mean,
+                                       double &square);
+                     double extreme_true(Type type, const void *x, const bool *mask, int64_t n, bool least);)
 
 } // namespace tokcredit::cpu
