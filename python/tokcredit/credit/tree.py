@@ -40,8 +40,9 @@ def _forest(batch: Rollouts) -> tuple[Tensor, Tensor]:
     """Nodes in an order in which parents come first, one root per group before them: of each row, and its parent."""
     node, parent = (batch.evidence(name).long() for name in ("node_ids", "parent_ids"))
     rows, groups, index = batch.num_rows, batch.num_groups, batch.group_index
-    pairs = torch.cat([torch.stack([index, node], 1), torch.stack([index, parent], 1)])
-    names, which = torch.unique(pairs, dim=0, return_inverse=True)
+    # A node is one of its group.
+    numbers, which = torch.unique(torch.cat([node, parent]), return_inverse=True)
+    names, which = torch.unique(torch.cat([index, index]) * numbers.numel() + which, return_inverse=True)
     holder = which.new_full((names.shape[0],), -1)
     holder[which[:rows]] = torch.arange(rows, device=node.device)
     if int((holder >= 0).sum()) != rows:
