@@ -26,7 +26,8 @@ template <class T, Reduction kind> Moments<kind> span(const SegmentRows &s, int6
         m.add(double(load(x[t])));
     return m;
   }
-  m.count = double(mask ? TOKCREDIT_CHOOSE(count_true)(mask, n) : n);
+  constexpr bool counts = kind == Reduction::count || kind == Reduction::mean || kind == Reduction::var;
+  m.count = double(counts && mask ? TOKCREDIT_CHOOSE(count_true)(mask, n) : n);
   if constexpr (kind == Reduction::sum || kind == Reduction::mean)
     m.sum = TOKCREDIT_CHOOSE(sum_true)(s.type, x, mask, n);
   if constexpr (kind == Reduction::var)
