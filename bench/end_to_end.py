@@ -34,7 +34,8 @@ def run(table: Table, quick: bool) -> None:
     rows, length, size = (32, 512, 8) if quick else (128, 4_096, 8)
     n = rows * length
     old = -torch.rand(rows, length)
-    mask = torch.rand(rows, length) > 0.05
+    # A reply of a tool, fifty tokens long, in every thousand.
+    mask = (torch.arange(length) + 100 * torch.arange(rows)[:, None]) % 1_000 >= 50
     tokens = torch.randint(0, 5, (rows, length))  # what the synthetic evidence has a vocabulary for
     tokens[:, : length // 4] = tokens.view(-1, size, length)[:, :1, : length // 4].repeat(1, size, 1).view(rows, -1)
     rewards = torch.rand(rows)
@@ -72,13 +73,16 @@ def run(table: Table, quick: bool) -> None:
 
 
 def narrow(batch):
-    """The evidence in the dtypes that a trainer has: float32."""
+    """The evidence as a trainer has it: in float32, and of states only at the steps, one in forty tokens."""
+    between = torch.arange(batch.num_tokens) % 40 != 1
+    of_states = ("state_values", "step_values", "answer_probs", "answer_confidences")
 
-    def single(x):
-        return x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
+    def single(name, x):
+        x = x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
+        return x.masked_fill(between, torch.nan) if name in of_states else x
 
-    fields = {name: single(getattr(batch, name)) for name in tc.evidence.FIELDS}
-    return replace(batch, **fields, extras={name: single(x) for name, x in batch.extras.items()})
+    fields = {name: single(name, getattr(batch, name)) for name in tc.evidence.FIELDS}
+    return replace(batch, **fields, extras={name: single(name, x) for name, x in batch.extras.items()})
 
 
 if __name__ == "__main__":
