@@ -150,11 +150,10 @@ def pieces(marks: Tensor, rows: Rows, after: bool = False) -> Pieces:
     A row with k marks has k + 1 pieces, of which the first, or with ``after`` the last, may be empty.
 
     Args:
-        marks: bool ``[N]``; not read where masked.
+        marks: bool ``[N]``, of unmasked tokens only.
         rows: the spans and the mask.
         after: a marked token ends its piece, in place of beginning one.
     """
-    marks = marks & ops.spread(torch.ones_like(rows.begin, dtype=torch.bool), rows, marks)
     at = marks.nonzero()[:, 0]
     total = ops.count(Rows(rows.begin, rows.end, marks), marks).long() + 1
     offsets = torch.cat([total.new_zeros(1), total.cumsum(0)])

@@ -50,7 +50,7 @@ class value_changes(Choice):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         value = batch.evidence(self.name)
-        stretch = segment.pieces(~value.isnan(), batch.rows)
+        stretch = segment.pieces(batch.response_mask & ~value.isnan(), batch.rows)
         before = _float(stretch.take(value))
         after = before.roll(-1).index_copy_(0, stretch.offsets[1:] - 1, batch.rewards.to(before.dtype))
         change = torch.where(stretch.marked, after - before, 0)
@@ -78,7 +78,8 @@ class saturating(Choice):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         a, c = batch.evidence("answer_probs"), batch.evidence("answer_confidences")
-        step = segment.pieces(~(a.isnan() | c.isnan()), batch.rows, after=True)
+        marks = batch.response_mask & ~(a.isnan() | c.isnan())
+        step = segment.pieces(marks, batch.rows, after=True)
         a, c = _float(step.take(a)), _float(step.take(c))
         phi = 1.5 * a * c + 0.5 * a - c
         # The piece after a row's last step is part of it, and the only piece of a row without steps.
