@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import ragged
 import torch
@@ -78,6 +80,37 @@ def test_select_keeps_rows(data, padded, draw):
     for k, r in enumerate(rows):
         assert part.tokens[part.begin[k] : part.end[k]].tolist() == sequences[r]
         assert part.rewards[k] == rewards[r] and part.group_ids[k] == groups[r]
+
+
+@given(ragged.grouped(), st.booleans(), st.data())
+def test_among_keeps_rows_where_they_lie(data, padded, draw):
+    """The buffers are those of the whole; what else there is agrees with the copy that ``select`` makes."""
+    sequences, *_ = data
+    whole = ragged.batch(*data, padded=padded)
+    taken = torch.tensor(draw.draw(st.lists(st.booleans(), min_size=len(sequences), max_size=len(sequences)))).bool()
+    whole = replace(whole, extras={"truncated": ~taken, "length_values": torch.rand(whole.num_tokens)})
+    part, copy = whole.among(taken), whole.select(taken)
+    rows = taken.nonzero()[:, 0].tolist()
+    assert part.tokens.data_ptr() == whole.tokens.data_ptr()
+    assert torch.equal(whole.among(torch.tensor(rows, dtype=torch.long)).response_mask, part.response_mask)
+    for name in ("rewards", "group_ids", "group_index", "num_groups", "lengths"):
+        assert torch.equal(torch.as_tensor(getattr(part, name)), torch.as_tensor(getattr(copy, name)))
+    assert part.extras["truncated"].tolist() == copy.extras["truncated"].tolist()
+
+    def packed(b, name):
+        return b.to_packed(b.shaped(getattr(b, name))).tolist()
+
+    for name in ("tokens", "response_mask"):
+        assert packed(part, name) == packed(part.select(torch.arange(len(rows))), name) == packed(copy, name)
+    alone = [t for r in range(len(sequences)) for t in [r in rows] * len(sequences[r])]
+    assert packed(replace(whole, response_mask=part.response_mask), "response_mask") == alone
+
+
+def test_among_takes_rows_as_they_come():
+    with pytest.raises(ValueError, match=r"rows: expected rising numbers, got \[2, 0\]"):
+        make().among(torch.tensor([2, 0]))
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected int32 or int64 \[2, 4\], got int64 \[3, 4\]"):
+        make(cu_seqlens=torch.zeros(3, 4, dtype=torch.long))
 
 
 def test_select_rejects_what_is_not_a_row():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokcredit import aggregation, clip, credit, gain, loss, ops, ratio, sampling, weights
 from tokcredit.choice import Choice
-from tokcredit.prepared import Prepared, per_token, product
+from tokcredit.prepared import Prepared, product
 from tokcredit.rollouts import Rollouts
 
 __all__ = ["Objective", "Prepared"]

@@ -11,7 +11,6 @@ from torch import Tensor
 from tokcredit import length, ops, segment
 from tokcredit.choice import Choice
 from tokcredit.credit.group import Credit, group_normalized, outcome
-from tokcredit.ops import Rows
 from tokcredit.rollouts import Rollouts
 
 
