@@ -22,7 +22,7 @@ FLOW = [
 OUTSIDE = {"methods", "adapters", "train", "inspect", "analyze"}  # no stage imports these
 # Open to every stage; each is built on ops, rollouts and the ones before it.
 BLOCKS = [
-    *("schedule", "choice", "evidence", "scan", "segment", "select", "policy"),
+    *("arguments", "schedule", "choice", "evidence", "scan", "segment", "select", "policy"),
     *("temperature", "divergence", "matching", "length"),
 ]
 

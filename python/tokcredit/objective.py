@@ -78,9 +78,10 @@ class Objective(Choice):
         if self.sampling is None:
             advantages, signs = self.credit(batch), credit.outcome(batch).sign()
         else:
-            chosen = self.sampling(batch).nonzero()[:, 0]
-            part = batch.among(chosen)
+            sampled = self.sampling(batch)
+            part = batch.among(sampled)
             mask, advantages = part.response_mask, self.credit(part)
+            chosen = sampled.nonzero()[:, 0]
             if advantages.dim() == 2:
                 advantages = advantages.new_zeros(batch.num_rows, 1).index_put((chosen,), advantages)
             signs = torch.zeros_like(batch.rewards).index_put((chosen,), credit.outcome(part).sign())

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tokcredit import aggregation, clip, ops, segment
+from tokcredit.arguments import row_indices
 from tokcredit.ops import Rows
-from tokcredit.rollouts import Rollouts, row_indices
+from tokcredit.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from tokcredit.objective import Objective

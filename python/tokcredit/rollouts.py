@@ -11,28 +11,9 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
+from tokcredit.arguments import FLOATS, INTEGERS, describe, row_indices, tensor
 from tokcredit.evidence import FIELDS, KNOWN, check
 from tokcredit.ops import Rows
-
-_INTEGERS = (torch.int32, torch.int64)
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _describe(x: Any) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else repr(type(x).__name__)
-
-
-def _check(name: str, x: Any, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected torch.Tensor, got {type(x).__name__}")
-    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    if x.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {names} {list(shape)}, got {_describe(x)}")
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name}: expected {names} {list(shape)}, got {_describe(x)}")
-    if x.device != device:
-        raise ValueError(f"{name}: expected device {device}, the one of tokens, got {x.device}")
-    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,22 +65,22 @@ class Rollouts:
         if not isinstance(self.tokens, Tensor):
             raise TypeError(f"tokens: expected torch.Tensor, got {type(self.tokens).__name__}")
         device, n = self.tokens.device, self.tokens.numel()
-        _check("tokens", self.tokens, _INTEGERS, (n,), device)
+        tensor("tokens", self.tokens, INTEGERS, (n,), device)
         edges = self.cu_seqlens
         if isinstance(edges, Tensor) and edges.dim() == 2:
-            edges = _check("cu_seqlens", edges, _INTEGERS, (2, edges.shape[1]), device).long()
+            edges = tensor("cu_seqlens", edges, INTEGERS, (2, edges.shape[1]), device).long()
             put("begin", edges[0])
             put("end", edges[1])
         else:
             size = edges.numel() if isinstance(edges, Tensor) else 0
-            edges = _check("cu_seqlens", edges, _INTEGERS, (size,), device).long()
+            edges = tensor("cu_seqlens", edges, INTEGERS, (size,), device).long()
             if size == 0 or edges[0] != 0 or edges[-1] != n or bool((edges.diff() < 0).any()):
                 raise ValueError(f"cu_seqlens: expected to rise from 0 to {n}, got {edges.tolist()[:8]}...")
             put("begin", edges[:-1].contiguous())
             put("end", edges[1:].contiguous())
         rows = self.begin.numel()
-        groups = _check("group_ids", self.group_ids, (*_INTEGERS, torch.int16, torch.uint8), (rows,), device)
-        rewards = _check("rewards", self.rewards, _FLOATS, (rows,), device)
+        groups = tensor("group_ids", self.group_ids, (*INTEGERS, torch.int16, torch.uint8), (rows,), device)
+        rewards = tensor("rewards", self.rewards, FLOATS, (rows,), device)
         if not bool(torch.isfinite(rewards).all()):
             raise ValueError(f"rewards: expected finite numbers, got {rewards[~torch.isfinite(rewards)].tolist()[:4]}")
         put("rewards", rewards.double() if rewards.dtype == torch.float64 else rewards.float())
@@ -108,10 +89,10 @@ class Rollouts:
         put("num_groups", names.numel())
         if self.response_mask is None:
             put("response_mask", torch.ones(n, dtype=torch.bool, device=device))
-        _check("response_mask", self.response_mask, (torch.bool,), (n,), device)
+        tensor("response_mask", self.response_mask, (torch.bool,), (n,), device)
         for name in FIELDS:
             if getattr(self, name) is not None:
-                _check(name, getattr(self, name), _FLOATS, (n,), device)
+                tensor(name, getattr(self, name), FLOATS, (n,), device)
         put("lengths", ops.count(self.rows, self.response_mask).long())
 
     @classmethod
@@ -139,14 +120,14 @@ class Rollouts:
             per_token: ``old_log_probs`` and the other per-token fields, each ``(B, T)``.
         """
         if not isinstance(tokens, Tensor) or tokens.dim() != 2:
-            raise ValueError(f"tokens: expected integers (B, T), got {_describe(tokens)}")
+            raise ValueError(f"tokens: expected integers (B, T), got {describe(tokens)}")
         if unknown := set(per_token) - set(FIELDS):
             raise TypeError(f"{sorted(unknown)[0]}: expected one of {', '.join(FIELDS)}")
         shape = (tokens.shape[0], tokens.shape[1])
 
         def as_mask(name: str, mask: Any) -> Tensor:
             if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
-                raise ValueError(f"{name}: expected bool {list(shape)}, got {_describe(mask)}")
+                raise ValueError(f"{name}: expected bool {list(shape)}, got {describe(mask)}")
             return mask if mask.dtype == torch.bool else mask != 0
 
         mask = as_mask("response_mask", response_mask)
@@ -161,7 +142,7 @@ class Rollouts:
                 raise ValueError("response_mask: expected False on padding, got True outside attention_mask")
         for name, x in per_token.items():
             if x is not None and (not isinstance(x, Tensor) or tuple(x.shape) != shape):
-                raise ValueError(f"{name}: expected float {list(shape)}, got {_describe(x)}")
+                raise ValueError(f"{name}: expected float {list(shape)}, got {describe(x)}")
         return cls(
             tokens.reshape(-1),
             torch.stack([begin, begin + length]),
@@ -256,19 +237,16 @@ class Rollouts:
         Per-token results have the layout of the whole.
 
         Args:
-            rows: integer ``[M]``, rising, or bool ``[R]``.
+            rows: bool ``[R]``.
         """
-        rows = row_indices(rows, self.num_rows, self.tokens.device)
-        if bool((rows.diff() <= 0).any()):
-            raise ValueError(f"rows: expected rising numbers, got {rows.tolist()[:8]}")
-        taken = torch.zeros_like(self.begin, dtype=torch.bool).index_fill_(0, rows, True)
+        taken = tensor("rows", rows, (torch.bool,), (self.num_rows,), self.tokens.device).nonzero()[:, 0]
         return replace(
             self,
-            cu_seqlens=torch.stack([self.begin[rows], self.end[rows]]),
-            group_ids=self.group_ids[rows],
-            rewards=self.rewards[rows],
-            response_mask=ops.spread(taken, self.rows, self.tokens),
-            extras={name: x[rows] if self._per(name, x) == "row" else x for name, x in self.extras.items()},
+            cu_seqlens=torch.stack([self.begin[taken], self.end[taken]]),
+            group_ids=self.group_ids[taken],
+            rewards=self.rewards[taken],
+            response_mask=ops.spread(rows, self.rows, self.tokens),
+            extras={name: x[taken] if self._per(name, x) == "row" else x for name, x in self.extras.items()},
         )
 
     def _per(self, name: str, x: Any) -> str | None:
@@ -320,17 +298,3 @@ def _length(mask: Tensor) -> Tensor:
     last = mask.view(rows, -1, size)[torch.arange(rows, device=mask.device), word]
     inside = size - last.flip(1).view(torch.uint8).argmax(1)
     return torch.where(last.any(1), word * size + inside, 0)
-
-
-def row_indices(rows: Tensor, count: int, device: torch.device) -> Tensor:
-    """Row numbers from row numbers or a row mask, checked against ``count``."""
-    rows = torch.as_tensor(rows, device=device)
-    if rows.dtype == torch.bool:
-        if tuple(rows.shape) != (count,):
-            raise ValueError(f"rows: expected bool [{count}], got {_describe(rows)}")
-        return rows.nonzero().squeeze(1)
-    if rows.dim() != 1 or rows.dtype.is_floating_point:
-        raise ValueError(f"rows: expected integers [M] or bool [{count}], got {_describe(rows)}")
-    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= count):
-        raise ValueError(f"rows: expected numbers from 0 to {count - 1}, got {int(rows.min())} to {int(rows.max())}")
-    return rows.long()
