@@ -34,8 +34,8 @@ struct Scopes {
 
 using Histogram = std::array<int64_t, bins>;
 
-// So many keys are sorted out at once rather than digit by digit.
-constexpr int64_t few = 1 << 16;
+// So many keys are taken out at once, and so few sorted out rather than digit by digit.
+constexpr int64_t few = 1 << 16, fewest = 1 << 10;
 
 template <class T> struct Scope {
   using A = accumulate_t<T>;
@@ -102,6 +102,15 @@ template <class T> struct Scope {
     return total;
   }
 
+  static void keep(std::vector<Key> &keys, Beginning b) {
+    size_t kept = 0;
+    for (const Key k : keys) {
+      keys[kept] = k;
+      kept += (k & b.known) == b.prefix;
+    }
+    keys.resize(kept);
+  }
+
   // Of few keys: the one of `rank`; how many are larger is added to `above`.
   static void find_among(std::vector<Key> &keys, int64_t rank, Key &found, int64_t &above) {
     std::nth_element(keys.begin(), keys.begin() + rank, keys.end(), std::greater<Key>());
@@ -122,7 +131,7 @@ template <class T> struct Scope {
     if (taken && rank >= int64_t(keys.size()))
       return false;
     for (int top = int(sizeof(Key)) * 8; top > 0;) {
-      if (taken && int64_t(keys.size()) <= few) {
+      if (taken && int64_t(keys.size()) <= fewest) {
         find_among(keys, rank - above, found, above);
         return true;
       }
@@ -140,8 +149,7 @@ template <class T> struct Scope {
       known |= mask;
       top = shift;
       if (taken)
-        keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key k) { return (k & known) != found; }),
-                   keys.end());
+        keep(keys, {found, known});
       else if (counts[digit] <= all / 4)
         keys = matching({found, known}, threads);
       taken = taken || counts[digit] <= all / 4;
