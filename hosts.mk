@@ -2,6 +2,7 @@
 # conflict. requirements/HOST.txt is the whole environment; torch comes first, so that nothing else can pick another. They
 # run on the CPU.
 HOSTS := trl verl vllm
+ENVIRONMENTS := $(HOSTS) bench
 
 .PHONY: test-hosts $(HOSTS:%=test-%)
 
@@ -10,7 +11,7 @@ build/host/wheel: .venv/tools $(SOURCES)
 	$(BIN)/pip wheel -q --no-deps -w build/host -C cmake.define.TOKCREDIT_CUDA=OFF .
 	touch $@
 
-$(HOSTS:%=.venv-%/tools): .venv-%/tools: requirements/%.txt
+$(ENVIRONMENTS:%=.venv-%/tools): .venv-%/tools: requirements/%.txt
 	rm -rf .venv-$*
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install -q -U pip
@@ -18,7 +19,7 @@ $(HOSTS:%=.venv-%/tools): .venv-%/tools: requirements/%.txt
 	.venv-$*/bin/pip install -q --no-deps -r $<
 	touch $@
 
-$(HOSTS:%=.venv-%/installed): .venv-%/installed: .venv-%/tools build/host/wheel
+$(ENVIRONMENTS:%=.venv-%/installed): .venv-%/installed: .venv-%/tools build/host/wheel
 	.venv-$*/bin/pip install -q --no-deps --force-reinstall build/host/*.whl
 	touch $@
 
