@@ -77,20 +77,20 @@ def group_vocabulary(batch: Rollouts) -> tuple[Tensor, Tensor]:
         int64 ``[groups, K]``, rising token ids of each group and -1 after the last; int64 ``[N]``, the column of each
         token, -1 where the policy did not choose it.
     """
-    chosen = batch.tokens.masked_fill(~batch.response_mask, -1)
-    base = int(chosen.max()) + 1 if batch.num_tokens else 0
-    # A cell for each group and id, and a last one, which is also number -1, for what the policy did not choose.
-    cell = ops.spread(batch.group_index * base, batch.rows, batch.tokens).add_(chosen)
+    chosen = batch.tokens.masked_fill(~batch.response_mask, 0)
+    base = int(chosen.max()) + 1 if batch.num_tokens else 1
+    # A cell for each group and id, after one for what the policy did not choose.
+    cell = ops.spread(batch.group_index * base + 1, batch.rows, batch.tokens).add_(chosen)
     taken = torch.zeros(batch.num_groups * base + 1, dtype=torch.bool, device=cell.device).index_fill_(0, cell, True)
-    names = taken[:-1].nonzero()[:, 0]
-    owner = names // max(base, 1)
+    names = taken[1:].nonzero()[:, 0]
+    owner = names // base
     sizes = torch.bincount(owner, minlength=batch.num_groups)
     place = torch.arange(names.numel(), device=names.device) - (sizes.cumsum(0) - sizes)[owner]
     ids = names.new_full((batch.num_groups, int(sizes.max()) if batch.num_groups else 0), -1)
-    ids[owner, place] = names % max(base, 1)
-    column = torch.empty_like(taken, dtype=torch.int32).index_copy_(0, names, place.int())
-    column[-1] = -1
-    return ids, column[cell].long()
+    ids[owner, place] = names % base
+    column = torch.empty_like(taken, dtype=torch.int32).index_copy_(0, names + 1, place.int())
+    column[0] = -1
+    return ids, column.index_select(0, cell).long()
 
 
 def group_probs(logits: Tensor, batch: Rollouts) -> Tensor:

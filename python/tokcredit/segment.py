@@ -137,7 +137,7 @@ class Pieces(NamedTuple):
 
     def take(self, x: Tensor) -> Tensor:
         """Of per-token numbers ``[N]`` those of the marked tokens, and 0 for the other pieces; ``[P]``."""
-        return x.new_zeros(self.marked.shape).masked_scatter_(self.marked, x[self.at])
+        return x.new_zeros(self.marked.shape).masked_scatter_(self.marked, x.index_select(0, self.at))
 
     def of_row(self, mask: Tensor | None = None) -> Rows:
         """The pieces of each row, as a row of them; ``mask`` is bool ``[P]``."""

@@ -44,8 +44,9 @@ def _influence(batch: Rollouts, correct: Tensor, row_weights: Tensor) -> Tensor:
         if not any(w for _, _, w in rows):
             continue
         tokens = torch.cat([tokens for tokens, _, _ in rows])
-        h, error = hidden[tokens].to(dtype), probs[tokens].to(dtype).neg_()
-        error.scatter_add_(1, column[tokens, None], error.new_ones(len(tokens), 1))
+        h, error = (x.index_select(0, tokens).to(dtype) for x in (hidden, probs))
+        own = column.index_select(0, tokens)[:, None]
+        error.neg_().scatter_add_(1, own, error.new_ones(own.shape))
         pull, sizes = h.new_zeros(error.shape[1], h.shape[1]), [n for _, n, _ in rows]
         for own_h, own_error, (_, _, w) in zip(h.split(sizes), error.split(sizes), rows, strict=True):
             if w:
