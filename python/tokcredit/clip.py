@@ -35,7 +35,7 @@ class Window:
         """The windows of these tokens."""
 
         def pick(x: Any) -> Any:
-            return x[positions] if isinstance(x, Tensor) else x
+            return x.index_select(0, positions) if isinstance(x, Tensor) else x
 
         return replace(self, low=pick(self.low), high=pick(self.high), cap=pick(self.cap), h=pick(self.h))
 

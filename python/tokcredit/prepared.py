@@ -139,17 +139,17 @@ class Prepared:
         take, _, _ = self.batch.token_positions(rows)
 
         def pick(x: Tensor) -> Tensor:
-            return x if x.dim() == 0 else x[take if x.dim() == 1 else rows]
+            return x if x.dim() == 0 else x.index_select(0, take if x.dim() == 1 else rows)
 
         return replace(
             self,
             batch=self.batch.select(rows),
             credits=pick(self.credits),
-            mask=self.mask[take],
+            mask=self.mask.index_select(0, take),
             multiplier=None if self.multiplier is None else pick(self.multiplier),
             signs=self.signs[rows],
             window=self.window.at(take),
-            signal=None if self.signal is None else self.signal[take],
+            signal=None if self.signal is None else self.signal.index_select(0, take),
             row_weights=pick(self.row_weights),
             penalty_weights=pick(self.penalty_weights),
         )

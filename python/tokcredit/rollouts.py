@@ -268,15 +268,15 @@ class Rollouts:
         def pick(name: str, x: Any) -> Any:
             x = self.evidence(name) if name in KNOWN else x
             per = self._per(name, x)
-            return x[take] if per == "token" else x[rows] if per == "row" else x
+            return x.index_select(0, take) if per == "token" else x[rows] if per == "row" else x
 
-        per_token = {name: x[take] for name in FIELDS if (x := getattr(self, name)) is not None}
+        per_token = {name: x.index_select(0, take) for name in FIELDS if (x := getattr(self, name)) is not None}
         return Rollouts(
-            self.tokens[take],
+            self.tokens.index_select(0, take),
             spans,
             self.group_ids[rows],
             self.rewards[rows],
-            self.response_mask[take],
+            self.response_mask.index_select(0, take),
             **per_token,
             extras={name: pick(name, x) for name, x in self.extras.items()},
             shape=shape,
