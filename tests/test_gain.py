@@ -1,5 +1,6 @@
 import math
 
+import naive
 import pytest
 import tokcredit as tc
 import torch
@@ -26,6 +27,18 @@ def test_windows_may_differ_between_tokens():
     open_below = Window("clip", -math.inf, torch.tensor([0.1, 0.1]))
     gain = tc.gain.outside_center(H)(torch.tensor([-0.6, -0.8]), open_below, torch.ones(2))
     assert gain.tolist() == [1.0, 2.0]  # half of the way to 0
+
+
+def test_reads_the_score_that_widened_the_window():
+    """Asked for once where both have it; another score is asked for on its own."""
+    batch, _ = naive.random_batch(entropies=torch.rand(12, 7))
+    gain = tc.gain.outside_center(H, strength=0.8)
+    shared, own = tc.clip.widened(H)(batch), tc.clip.widened(tc.score.scaled(H))(batch)
+    assert gain.signal(batch, shared) is None
+    assert torch.equal(gain.signal(batch, own), batch.entropies)
+    log_ratio = torch.linspace(-0.4, 0.4, batch.num_tokens)
+    torch.testing.assert_close(gain(log_ratio, shared, None), gain(log_ratio, shared, batch.entropies))
+    assert shared.at(torch.tensor([3])).h == batch.entropies[3]
 
 
 @pytest.mark.parametrize("ratio", [tc.ratio.token(), tc.ratio.sequence(), tc.ratio.cumulative(), tc.ratio.one()])

@@ -80,6 +80,22 @@ def test_small_spread_about_a_large_mean_keeps_its_digits():
     assert segment.var(x, rows, ddof=4).item() == 0
 
 
+@pytest.mark.parametrize("size", [7, 200, 70_000])
+def test_spread_and_extremes_of_short_and_long_rows(size):
+    """Equal numbers have a spread of exactly 0; a first number far from the rest costs no digits; NaN is passed on."""
+    mask = torch.arange(size) % 3 != 1
+    rows = Rows(torch.tensor([0]), torch.tensor([size]), mask)
+    x = torch.full((size,), 0.1, dtype=torch.float64).masked_fill(~mask, math.nan)
+    assert segment.var(x, rows).item() == 0 and segment.mean(x, rows).item() == pytest.approx(0.1, rel=1e-12)
+    x[mask] = ragged.values(int(mask.sum())) + 1e6
+    x[0] = -1e6
+    torch.testing.assert_close(segment.var(x, rows).item(), x[mask].var().item(), rtol=1e-12, atol=0)
+    assert (segment.minimum(x, rows).item(), segment.maximum(x, rows).item()) == (-1e6, x[mask].max().item())
+    x[size - 1 - size % 3] = math.nan
+    for reduce in (segment.var, segment.minimum, segment.maximum):
+        assert mask[size - 1 - size % 3] and reduce(x, rows).isnan().item()
+
+
 def test_infinities_in_logsumexp():
     rows = Rows(torch.tensor([0, 2]), torch.tensor([2, 4]))
     x = torch.tensor([-math.inf, 1.0, -math.inf, -math.inf])

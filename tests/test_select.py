@@ -154,6 +154,21 @@ def test_rejects_wrong_arguments():
         select.top_k(x, 1, rows, Ids(torch.tensor([0, 0]), 1))
 
 
+@pytest.mark.parametrize("distinct", [2, 1000, 1e6])
+def test_rows_of_some_thousand_tokens(distinct):
+    """Each row is a scope: its keys are taken out, and become ever fewer digit by digit."""
+    size, rows = 5_000, 3
+    x = (ragged.values(rows * size) * distinct).round() / distinct
+    mask = ragged.values(rows * size, seed=1) > -1
+    begin = torch.arange(rows) * size
+    k = torch.tensor([1, 700, 4_990])
+    chosen = select.top_k(x, k, Rows(begin, begin + size, mask)).view(rows, size)
+    for r in range(rows):
+        tokens = mask.view(rows, size)[r].nonzero()[:, 0]
+        order = tokens[x.view(rows, size)[r, tokens].argsort(descending=True, stable=True)]
+        assert set(chosen[r].nonzero()[:, 0].tolist()) == set(order[: k[r]].tolist())
+
+
 @pytest.mark.parametrize("distinct", [3, 1_000, 1 << 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_many_tokens(dtype, distinct):

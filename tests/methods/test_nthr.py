@@ -71,6 +71,7 @@ def test_columns_are_the_tokens_of_the_group():
         torch.tensor([5, 5, 1]),
         torch.zeros(3),
     )
+    batch.tokens[[2, 8]] = torch.tensor([-100, 10**12])  # where masked, ids mean nothing
     ids, column = tc.policy.group_vocabulary(batch)
     assert ids.tolist() == [[7, 9, -1], [3, 5, 7]]  # groups in rising order of their ids
     assert column.tolist() == [2, 0, -1, 0, 0, 1, 1, 0, -1]
