@@ -49,9 +49,12 @@ template <class Body> void parallel(int64_t count, int64_t grain, int threads, B
     std::rethrow_exception(failure);
 }
 
-// Rows per chunk so that a chunk is about 64k tokens.
-inline int64_t row_grain(int64_t rows, int64_t tokens) {
-  return std::max<int64_t>(1, rows * 65536 / std::max<int64_t>(tokens, 1));
+// Tokens per chunk. Loops that only read or write them are done with more before another thread has started.
+constexpr int64_t tokens_per_chunk = 1 << 16, light = 1 << 20;
+
+// Rows per chunk so that a chunk is about so many tokens.
+inline int64_t row_grain(int64_t rows, int64_t tokens, int64_t per_chunk = tokens_per_chunk) {
+  return std::max<int64_t>(1, rows * per_chunk / std::max<int64_t>(tokens, 1));
 }
 
 } // namespace tokcredit::cpu

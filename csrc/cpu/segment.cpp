@@ -42,7 +42,9 @@ template <class T, Reduction kind> Moments<kind> span(const SegmentRows &s, int6
 template <class T, Reduction kind> void reduce_rows(const SegmentRows &s, int threads) {
   using A = accumulate_t<T>;
   A *y = static_cast<A *>(s.y);
-  parallel(s.rows.count, row_grain(s.rows.count, s.rows.size), threads, [&](int64_t first, int64_t last) {
+  constexpr int64_t chunk = kind == Reduction::logsumexp ? tokens_per_chunk : light;
+  const int64_t grain = row_grain(s.rows.count, s.rows.size, chunk);
+  parallel(s.rows.count, grain, threads, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r)
       if (s.rows.end[r] - s.rows.begin[r] <= block)
         y[r] = A(span<T, kind>(s, s.rows.begin[r], s.rows.end[r]).result(s.ddof));
@@ -52,8 +54,9 @@ template <class T, Reduction kind> void reduce_rows(const SegmentRows &s, int th
     if (length <= block)
       continue;
     std::vector<Moments<kind>> parts((length + block - 1) / block);
-    parallel(length, block, threads, [&](int64_t first, int64_t last) {
-      parts[first / block] = span<T, kind>(s, begin + first, begin + last);
+    parallel(int64_t(parts.size()), chunk / block, threads, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        parts[size_t(i)] = span<T, kind>(s, begin + i * block, begin + std::min(length, (i + 1) * block));
     });
     Moments<kind> all;
     for (const auto &part : parts)

@@ -172,7 +172,7 @@ void tree_fold(const TreeFold &f) { f.type == Type::f64 ? fold<double>(f) : fold
 
 void expand(const Expand &e, int threads) {
   const auto rows = TOKCREDIT_CHOOSE(expand_rows);
-  parallel(e.rows.count, row_grain(e.rows.count, e.rows.size), threads,
+  parallel(e.rows.count, row_grain(e.rows.count, e.rows.size, light), threads,
            [&](int64_t first, int64_t last) { rows(e, first, last); });
 }
 
