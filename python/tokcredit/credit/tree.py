@@ -49,12 +49,12 @@ def _forest(batch: Rollouts) -> tuple[Tensor, Tensor]:
         raise ValueError("node_ids: expected each to occur once in its group, got one twice")
     above = holder[which[rows:]]
     depth, ancestor = torch.zeros_like(node), above
-    for _ in range(rows):
+    for _ in range(rows + 1):
         if not (ancestor >= 0).any():
             break
         depth += ancestor >= 0
         ancestor = torch.where(ancestor >= 0, above[ancestor.clamp(min=0)], -1)
-    if (ancestor >= 0).any():
+    else:
         raise ValueError("parent_ids: expected a tree, got a cycle")
     number = torch.empty_like(node)
     number[depth.argsort(stable=True)] = torch.arange(groups, groups + rows, device=node.device)
