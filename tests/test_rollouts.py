@@ -89,12 +89,14 @@ def test_among_keeps_rows_where_they_lie(data, padded, draw):
     whole = ragged.batch(*data, padded=padded)
     taken = torch.tensor(draw.draw(st.lists(st.booleans(), min_size=len(sequences), max_size=len(sequences)))).bool()
     whole = replace(whole, extras={"truncated": ~taken, "length_values": torch.rand(whole.num_tokens)})
+    whole.extras["mine"] = whole.shaped(whole.extras["length_values"]) if padded else "anything"
     part, copy = whole.among(taken), whole.select(taken)
     rows = taken.nonzero()[:, 0].tolist()
     assert part.tokens.data_ptr() == whole.tokens.data_ptr()
     for name in ("rewards", "group_ids", "group_index", "num_groups", "lengths"):
         assert torch.equal(torch.as_tensor(getattr(part, name)), torch.as_tensor(getattr(copy, name)))
     assert part.extras["truncated"].tolist() == copy.extras["truncated"].tolist()
+    assert part.extras["mine"] is whole.extras["mine"] and part.extras["length_values"].numel() == whole.num_tokens
 
     def packed(b, name):
         return b.to_packed(b.shaped(getattr(b, name))).tolist()

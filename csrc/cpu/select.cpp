@@ -102,6 +102,7 @@ template <class T> struct Scope {
     return total;
   }
 
+  // Of these keys, those that begin so.
   static void keep(std::vector<Key> &keys, Beginning b) {
     size_t kept = 0;
     for (const Key k : keys) {

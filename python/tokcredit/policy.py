@@ -73,6 +73,8 @@ def normalisers(logits: Tensor, batch: Rollouts) -> Tensor:
 def group_vocabulary(batch: Rollouts) -> tuple[Tensor, Tensor]:
     """The distinct tokens that the rows of each group chose, and which of them each token is.
 
+    Takes five bytes of memory for each group and each id up to the largest.
+
     Returns:
         int64 ``[groups, K]``, rising token ids of each group and -1 after the last; int64 ``[N]``, the column of each
         token, -1 where the policy did not choose it.

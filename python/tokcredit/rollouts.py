@@ -25,8 +25,8 @@ class Rollouts:
 
     Args:
         tokens: int32 or int64 ``[N]``, token ids.
-        cu_seqlens: int32 or int64 ``[R + 1]``, where rows begin and end; from 0 to N, never decreasing. Where something
-            lies between rows, as in what :meth:`from_padded` and :meth:`among` make, it is ``[2, R]``, begins and ends.
+        cu_seqlens: int32 or int64 ``[R + 1]``, where rows begin and end; from 0 to N, never decreasing. Batches made by
+            :meth:`from_padded` and :meth:`among`, in which something may lie between rows, hold ``[2, R]``: begins, ends.
         group_ids: integer ``[R]``, the prompt of each row; any values in any order, groups of any size.
         rewards: float ``[R]``, finite.
         response_mask: bool ``[N]``, True where the policy chose the token, or None for all. A False token inside a row
@@ -246,15 +246,21 @@ class Rollouts:
             group_ids=self.group_ids[taken],
             rewards=self.rewards[taken],
             response_mask=ops.spread(rows, self.rows, self.tokens),
-            extras={name: x[taken] if self._per(name, x) == "row" else x for name, x in self.extras.items()},
+            extras=self._extras(taken),
         )
 
-    def _per(self, name: str, x: Any) -> str | None:
-        """Whether an extra has one entry per token or per row."""
-        if name in KNOWN:
-            return KNOWN[name].per
-        size = x.shape[0] if isinstance(x, Tensor) and x.dim() else None
-        return {self.num_rows: "row", self.num_tokens: "token"}.get(size)  # type: ignore[arg-type]
+    def _extras(self, rows: Tensor, tokens: Tensor | None = None) -> dict[str, Any]:
+        """The extras of these rows, and of these tokens, or None where tokens stay."""
+
+        def pick(name: str, x: Any) -> Any:
+            size = x.shape[0] if isinstance(x, Tensor) and x.dim() else -1
+            if tokens is None and size >= 0 and tuple(x.shape[:2]) == self.shape:
+                return x
+            per = KNOWN[name].per if name in KNOWN else {self.num_rows: "row", self.num_tokens: "token"}.get(size)
+            index = {"row": rows, "token": tokens}.get(per) if per else None
+            return x if index is None else (self.evidence(name) if name in KNOWN else x).index_select(0, index)
+
+        return {name: pick(name, x) for name, x in self.extras.items()}
 
     def select(self, rows: Tensor) -> Rollouts:
         """The batch of these rows, in this order. Per-row and per-token extras follow.
@@ -264,12 +270,6 @@ class Rollouts:
         """
         rows = row_indices(rows, self.num_rows, self.tokens.device)
         take, spans, shape = self.token_positions(rows)
-
-        def pick(name: str, x: Any) -> Any:
-            x = self.evidence(name) if name in KNOWN else x
-            per = self._per(name, x)
-            return x.index_select(0, take) if per == "token" else x[rows] if per == "row" else x
-
         per_token = {name: x.index_select(0, take) for name in FIELDS if (x := getattr(self, name)) is not None}
         return Rollouts(
             self.tokens.index_select(0, take),
@@ -278,7 +278,7 @@ class Rollouts:
             self.rewards[rows],
             self.response_mask.index_select(0, take),
             **per_token,
-            extras={name: pick(name, x) for name, x in self.extras.items()},
+            extras=self._extras(rows, take),
             shape=shape,
         )
 
