@@ -26,7 +26,7 @@ class Rollouts:
     Args:
         tokens: int32 or int64 ``[N]``, token ids.
         cu_seqlens: int32 or int64 ``[R + 1]``, where rows begin and end; from 0 to N, never decreasing. Batches made by
-            :meth:`from_padded` and :meth:`among`, in which something may lie between rows, hold ``[2, R]``: begins, ends.
+            :meth:`from_padded` and :meth:`among`, with gaps between rows, hold ``[2, R]``: begins, ends.
         group_ids: integer ``[R]``, the prompt of each row; any values in any order, groups of any size.
         rewards: float ``[R]``, finite.
         response_mask: bool ``[N]``, True where the policy chose the token, or None for all. A False token inside a row
