@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.logprobs import FlatLogprobs
 
@@ -72,16 +72,21 @@ def rollouts(outputs: Sequence[RequestOutput], rewards: Tensor, **fields: Any) -
 def engine(model: Any, tokenizer: Any, **settings: Any) -> LLM:
     """An engine in this process with the weights of a transformers model.
 
+    Where several processes train together, each calls this for an engine of its own.
+
     Args:
         model: the causal language model.
         tokenizer: its tokenizer.
         settings: of ``vllm.LLM``, for example ``dtype`` and ``max_model_len``.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # An engine called uni would count the other processes as its own workers.
+    several = distributed.is_initialized() and distributed.get_world_size() > 1
+    executor = "external_launcher" if several else "uni"
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return LLM(folder, **{"distributed_executor_backend": "uni", "logprobs_mode": "processed_logprobs"} | settings)
+        return LLM(folder, **{"distributed_executor_backend": executor, "logprobs_mode": "processed_logprobs"} | settings)
 
 
 @torch.no_grad()
@@ -127,6 +132,7 @@ class VllmSampler:
         settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
         if model.device.type == "cpu":
             settings["enforce_eager"] = True  # compiling takes a minute and saves a tenth
+            settings["kv_cache_memory_bytes"] = 4 << 30  # not nearly all memory of the machine
         else:
             settings["gpu_memory_utilization"] = 0.4  # the rest is the trainer's, and this too while the engine sleeps
             settings["enable_sleep_mode"] = True
@@ -165,11 +171,8 @@ class VllmSampler:
     ) -> Completions:
         """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy.
 
-        Raises:
-            ValueError: there are texts to stop at, which this engine is not asked for.
+        A row also ends with the token that completes one of the texts ``stop`` in it, special tokens being text too.
         """
-        if stop:
-            raise ValueError(f"stop: expected no texts because the sampler is vllm, got {list(stop)}")
         seeds = torch.randint(2**31, (len(prompts),)).tolist()
         params = [
             SamplingParams(
@@ -179,7 +182,10 @@ class VllmSampler:
                 seed=seed,
                 logprobs=0,
                 flat_logprobs=True,
-                detokenize=False,
+                stop=list(stop),
+                detokenize=bool(stop),
+                skip_special_tokens=False,
+                spaces_between_special_tokens=False,
             )
             for seed in seeds
         ]
