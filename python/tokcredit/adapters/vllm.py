@@ -107,7 +107,10 @@ def update(llm: LLM, model: Any) -> None:
     weights = dict(model.state_dict())
     if model.get_output_embeddings() is not None:
         weights.setdefault("lm_head.weight", model.get_output_embeddings().weight)
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+    dtype = llm.llm_engine.vllm_config.model_config.dtype
+    # In the engine's dtype, one by one: it warns of every weight in another.
+    cast = ((name, w.to(dtype) if w.is_floating_point() else w) for name, w in weights.items())
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
     if not llm.reset_prefix_cache():
         raise RuntimeError("llm: expected no request in flight during a weight update, got some")
 
@@ -129,10 +132,10 @@ class VllmSampler:
     @classmethod
     def of(cls, model: Any, tokenizer: Any, dtype: torch.dtype) -> VllmSampler:
         """With an engine of its own, beside the model on the same device."""
-        settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+        settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "max_model_len": -1}  # what memory holds
         if model.device.type == "cpu":
             settings["enforce_eager"] = True  # compiling takes a minute and saves a tenth
-            settings["kv_cache_memory_bytes"] = 4 << 30  # not nearly all memory of the machine
+            settings["kv_cache_memory_bytes"] = 1 << 30  # else nearly all memory of the machine
         else:
             settings["gpu_memory_utilization"] = 0.4  # the rest is the trainer's, and this too while the engine sleeps
             settings["enable_sleep_mode"] = True
