@@ -9,29 +9,29 @@ from pathlib import Path
 import pytest
 import tokcredit as tc
 import torch
-import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 from tokcredit.adapters import vllm as adapter
-from tokcredit.train import ObjectiveSettings, OptimizerSettings, ProbeSettings, SamplingSettings, Settings
+from tokcredit.train import ObjectiveSettings, OptimizerSettings, ProbeSettings, SamplingSettings, Settings, tools
+from tokcredit.train import tiny as tiny_model
 from tokcredit.train.explorer import Desk
 from tokcredit.train.loop import Trainer
 from tokcredit.train.probes import Prober
 from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.scoring import score
 from tokcredit.train.trees import Trees
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The embedded models are made anew, outside the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+@pytest.fixture
+def half(monkeypatch):
+    """Accelerate keeps one precision for a process; this test has another."""
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
 
 
 def threes(folder, **changes):
@@ -50,7 +50,7 @@ def threes(folder, **changes):
     return Settings(**(defaults | changes))
 
 
-def test_trainer_learns_from_another_engine(tmp_path):
+def test_trainer_learns_from_another_engine(half, tmp_path):
     """bf16 rollouts for a float32 model: the gap is measured, corrected unless told otherwise, and the reward rises."""
     trainer = Trainer(threes(tmp_path))
     steps = [trainer.step(number) for number in range(1, 13)]
@@ -94,8 +94,10 @@ def test_weights_turn_draws_of_the_engine_into_draws_of_the_model():
     assert distance(weights) < 0.06 < 0.12 < distance(torch.ones_like(weights)) < distance(1 / weights)
 
 
-def test_chosen_weights_are_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter.VllmSampler, "of", lambda model, tokenizer, dtype: TransformersSampler(model, tokenizer))
+def test_chosen_weights_are_left_alone(half, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        adapter.VllmSampler, "of", lambda model, tokenizer, dtype: TransformersSampler(model, tokenizer)
+    )
 
     def weights(*chosen, sampler="vllm"):
         objective = ObjectiveSettings("d3s", weights=chosen or None)
@@ -109,32 +111,56 @@ def test_chosen_weights_are_left_alone(tmp_path, monkeypatch):
     assert weights("with_credit()") == (tc.weights.with_credit(),)
 
 
-def warmed(model, task, method, **sampling):
-    """A trainer of a model that has learnt its task in part, sampled in float32."""
-    sampling = SamplingSettings(sampler="vllm", prompts=4, **sampling)
-    probes = ProbeSettings(
-        continuations=3, interval=3, below=0.95, step_end=";", text=">", answers=2, answer_tokens=4, answer_temperature=0.0
+def warmed(folder, text, task, method, **changes):
+    """A float32 trainer of a model that has learnt its task in part, with heads of a size that the engine takes."""
+    words = tiny_model.tokenizer(tools.WORDS)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=96,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        bos_token_id=None,
     )
+    torch.manual_seed(0)
+    network = LlamaForCausalLM(config)
+    tiny_model.warm(network, words, 150, 0.4, text, batch=32)
+    network.save_pretrained(folder)
+    words.save_pretrained(folder)
     settings = Settings(
-        model=model,
+        model=str(folder),
         tasks=(task,),
         steps=1,
         objective=ObjectiveSettings(method),
-        sampling=sampling,
-        probes=probes,
+        sampling=SamplingSettings(sampler="vllm", prompts=4, group=4, **changes),
+        probes=ProbeSettings(
+            continuations=3,
+            interval=3,
+            below=0.95,
+            step_end=";",
+            text=">",
+            answers=2,
+            answer_tokens=4,
+            answer_temperature=0.0,
+        ),
         optimizer=OptimizerSettings(lr=1e-3, precision="no"),
     )
     return Trainer(settings)
 
 
 @pytest.fixture(scope="module")
-def adding():
-    return warmed("tiny(steps=150)", "addition(digits=2)", "tempo", group=4, max_tokens=28)
+def adding(tmp_path_factory):
+    return warmed(tmp_path_factory.mktemp("adding"), tiny_model.addition, "addition(digits=2)", "tempo", max_tokens=28)
 
 
 @pytest.fixture(scope="module")
-def talking():
-    return warmed("tiny_tools(steps=150)", "calculator(size=300)", "match_tir", group=4, max_tokens=16)
+def talking(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("talking")
+    return warmed(folder, tools.conversation, "calculator(size=300)", "match_tir", max_tokens=16)
 
 
 def desks(trainer, **sampling):
@@ -166,7 +192,7 @@ def drawn_by_the_model(trainer, batch):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_stop_at_texts(adding, temperature):
-    """With the token that completes one: those of transformers where decoding is greedy, else a cut of the same draws."""
+    """With the token that completes one: greedy rows are those of transformers, drawn ones a cut of the same draws."""
     words = adding.tokenizer
     prompts = [words(text).input_ids for text in ("47+85=", "11+22=", "93+48=")]
     ours, theirs = (desk.sampler for desk in desks(adding))
@@ -243,7 +269,10 @@ def test_probes(adding):
 
 
 @pytest.mark.parametrize("method", ["spo_chain", "spo_tree", "vineppo", "spae"])
-def test_methods_that_ask_inside_rows_take_a_step(method):
-    trainer = warmed("tiny(steps=150)", "addition(digits=2)", method, group=4, max_tokens=28, widths=(3, 2))
+def test_methods_that_ask_inside_rows_take_a_step(adding, method, monkeypatch):
+    llm = adding.desk.sampler._llm
+    monkeypatch.setattr(adapter.VllmSampler, "of", lambda model, *_: adapter.VllmSampler(model, llm))
+    sampling = dataclasses.replace(adding.settings.sampling, widths=(3, 2))
+    trainer = Trainer(dataclasses.replace(adding.settings, sampling=sampling, objective=ObjectiveSettings(method)))
     metrics = trainer.step(1).metrics
     assert metrics["grad_norm"] > 0 and 0 < metrics["engine_gap"] < 1e-4

@@ -82,11 +82,14 @@ def engine(model: Any, tokenizer: Any, **settings: Any) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # An engine called uni would count the other processes as its own workers.
     several = distributed.is_initialized() and distributed.get_world_size() > 1
-    executor = "external_launcher" if several else "uni"
+    defaults = {
+        "distributed_executor_backend": "external_launcher" if several else "uni",
+        "logprobs_mode": "processed_logprobs",
+    }
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return LLM(folder, **{"distributed_executor_backend": executor, "logprobs_mode": "processed_logprobs"} | settings)
+        return LLM(folder, **defaults | settings)
 
 
 @torch.no_grad()
@@ -132,7 +135,8 @@ class VllmSampler:
     @classmethod
     def of(cls, model: Any, tokenizer: Any, dtype: torch.dtype) -> VllmSampler:
         """With an engine of its own, beside the model on the same device."""
-        settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "max_model_len": -1}  # what memory holds
+        settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+        settings["max_model_len"] = -1  # as long as memory allows
         if model.device.type == "cpu":
             settings["enforce_eager"] = True  # compiling takes a minute and saves a tenth
             settings["kv_cache_memory_bytes"] = 1 << 30  # else nearly all memory of the machine
