@@ -5,6 +5,7 @@ The engine lives in this process, so a weight update copies tensors and nothing 
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -85,11 +86,16 @@ def engine(model: Any, tokenizer: Any, **settings: Any) -> LLM:
     defaults = {
         "distributed_executor_backend": "external_launcher" if several else "uni",
         "logprobs_mode": "processed_logprobs",
+        "load_format": "dummy",
     }
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return LLM(folder, **defaults | settings)
+        for part in (config, model.generation_config, tokenizer):
+            part.save_pretrained(folder)
+        llm = LLM(folder, **defaults | settings)
+    update(llm, model)
+    return llm
 
 
 @torch.no_grad()
