@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 import tokcredit as tc
 import torch
+import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
+from torch.nn.utils import parameters_to_vector
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm")
@@ -111,7 +114,7 @@ def test_chosen_weights_are_left_alone(half, tmp_path, monkeypatch):
     assert weights("with_credit()") == (tc.weights.with_credit(),)
 
 
-def warmed(folder, text, batch, task, method, **changes):
+def warmed(folder, text, steps, task, method, reward=None, **changes):
     """A float32 trainer of a model that has learnt its task in part, with heads of a size that the engine takes."""
     words = tiny_model.tokenizer(tools.WORDS)
     config = LlamaConfig(
@@ -128,12 +131,13 @@ def warmed(folder, text, batch, task, method, **changes):
     )
     torch.manual_seed(0)
     network = LlamaForCausalLM(config)
-    tiny_model.warm(network, words, 150, 0.4, text, batch=batch)
+    tiny_model.warm(network, words, steps, 0.4, text, batch=32)
     network.save_pretrained(folder)
     words.save_pretrained(folder)
     settings = Settings(
         model=str(folder),
         tasks=(task,),
+        reward=reward,
         steps=1,
         objective=ObjectiveSettings(method),
         sampling=SamplingSettings(sampler="vllm", prompts=4, group=4, **changes),
@@ -162,7 +166,7 @@ def adding(tmp_path_factory):
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory):
     folder = tmp_path_factory.mktemp("talking")
-    return warmed(folder, tools.conversation, 32, "calculator(size=300)", "match_tir", max_tokens=16)
+    return warmed(folder, tools.conversation, 150, "calculator(size=300)", "match_tir", max_tokens=16)
 
 
 def desks(trainer, **sampling):
@@ -278,3 +282,29 @@ def test_methods_that_ask_inside_rows_take_a_step(adding, method, monkeypatch):
     trainer = Trainer(dataclasses.replace(adding.settings, sampling=sampling, objective=ObjectiveSettings(method)))
     metrics = trainer.step(1).metrics
     assert metrics["grad_norm"] > 0 and 0 < metrics["engine_gap"] < 1e-4
+
+
+def one_rank(rank, settings, port, folder):
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in launched.items()} | {"ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    trainer = Trainer(settings)
+    before = parameters_to_vector(trainer.model.parameters())
+    trainer.step(1)
+    after = parameters_to_vector(trainer.model.parameters())
+    batch = trainer.explorer.explore(2).batch
+    drawn_by_the_model(trainer, batch)
+    torch.save((before, after, batch.group_ids, batch.tokens, trainer.evaluate()), f"{folder}/{rank}.pt")
+
+
+def test_every_process_has_an_engine_of_its_own(tmp_path):
+    """Each draws for its own prompts with the weights that all of them have after a step together."""
+    settings = threes(tmp_path, optimizer=OptimizerSettings(lr=3e-3, precision="no"))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(one_rank, (settings, port, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1]) and not torch.equal(*first[:2])
+    assert first[2].tolist() == [0] * 8 + [2] * 8 and second[2].tolist() == [1] * 8 + [3] * 8
+    assert not torch.equal(first[3], second[3]) and first[4] == second[4]
