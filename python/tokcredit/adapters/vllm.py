@@ -81,7 +81,7 @@ def engine(model: Any, tokenizer: Any, **settings: Any) -> LLM:
         settings: of ``vllm.LLM``, for example ``dtype`` and ``max_model_len``.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # An engine called uni would count the other processes as its own workers.
+    # An engine called uni takes itself for the first process, on the first device.
     several = distributed.is_initialized() and distributed.get_world_size() > 1
     defaults = {
         "distributed_executor_backend": "external_launcher" if several else "uni",
@@ -89,7 +89,7 @@ def engine(model: Any, tokenizer: Any, **settings: Any) -> LLM:
         "load_format": "dummy",
     }
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
     with tempfile.TemporaryDirectory() as folder:
         for part in (config, model.generation_config, tokenizer):
             part.save_pretrained(folder)
