@@ -20,7 +20,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.logprobs import FlatLogprobs
 
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.sampler import Completions
+from tokcredit.train.sampler import Completions, end_tokens
 
 
 def completions(outputs: Sequence[RequestOutput]) -> Completions:
@@ -185,7 +185,11 @@ class VllmSampler:
         """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy.
 
         A row also ends with the token that completes one of the texts ``stop`` in it, special tokens being text too.
+
+        Raises:
+            VLLMValidationError: a prompt fills the engine's context.
         """
+        ends = end_tokens(self._model, self._llm.get_tokenizer())
         seeds = torch.randint(2**31, (len(prompts),)).tolist()
         params = [
             SamplingParams(
@@ -196,6 +200,8 @@ class VllmSampler:
                 logprobs=0,
                 flat_logprobs=True,
                 stop=list(stop),
+                stop_token_ids=ends,
+                ignore_eos=True,  # ``ends`` may leave out the tokenizer's
                 detokenize=bool(stop),
                 skip_special_tokens=False,
                 spaces_between_special_tokens=False,
