@@ -19,6 +19,7 @@ from vllm import SamplingParams
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
 
+pytestmark = pytest.mark.usefixtures("engines_stay")
 PROMPTS = [[3, 4, 5], [3, 6, 7, 8], [3, 9]]
 
 

@@ -31,6 +31,9 @@ from tokcredit.train.trees import Trees
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
+pytestmark = pytest.mark.usefixtures("engines_stay")
+
+
 @pytest.fixture
 def half(monkeypatch):
     """Accelerate keeps one precision for a process; this test has another."""
@@ -158,9 +161,8 @@ def warmed(folder, text, steps, task, method, reward=None, **changes):
 
 @pytest.fixture(scope="module")
 def adding(tmp_path_factory):
-    return warmed(
-        tmp_path_factory.mktemp("adding"), tiny_model.addition, 128, "addition(digits=2)", "tempo", max_tokens=28
-    )
+    folder, text = tmp_path_factory.mktemp("adding"), tiny_model.addition
+    return warmed(folder, text, 80, "addition(digits=2)", "tempo", "tiny:variety", max_tokens=28)
 
 
 @pytest.fixture(scope="module")
@@ -196,35 +198,47 @@ def drawn_by_the_model(trainer, batch):
     assert (log_probs[batch.response_mask] < -0.1).float().mean() > 0.05
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_stop_at_texts(adding, temperature):
-    """With the token that completes one: greedy rows are those of transformers, drawn ones a cut of the same draws."""
+def test_rows_stop_at_texts(adding):
+    """With the token that completes one, be it drawn or greedy; greedy rows are those of transformers."""
     words = adding.tokenizer
     prompts = [words(text).input_ids for text in ("47+85=", "11+22=", "93+48=")]
     ours, theirs = (desk.sampler for desk in desks(adding))
 
-    def rows(sampler, stop=()):
-        torch.manual_seed(0)
-        made = sampler.sample(prompts, 2, 20, temperature, stop)
+    def rows(sampler, temperature, stop=()):
+        made = sampler.sample(prompts, 4, 20, temperature, stop)
         lengths = made.cu_seqlens.diff().tolist()
         return made.tokens.split(lengths), made.log_probs.split(lengths), made.finished.tolist()
 
-    free, free_log_probs, ended = rows(ours)
-    text = sorted((words.convert_ids_to_tokens(row.tolist()) for row in free), key=len, reverse=True)
-    # Two texts of two tokens, one of three, one of one, and one that the prompts begin, which is not counted.
-    stop = ("".join(text[0][6:8]), "".join(text[1][9:11]), "".join(text[2][3:6]), "=" + text[3][0], ">")
-    found, cut = rows(ours, stop), 0
-    for row, log_probs, finished, whole, whole_log_probs, end in zip(*found, free, free_log_probs, ended, strict=True):
-        pieces = words.convert_ids_to_tokens(whole.tolist())
-        lengths = [n for n in range(1, len(pieces) + 1) if "".join(pieces[:n]).endswith(stop)]
-        length = min([*lengths, len(pieces)])
-        assert torch.equal(row, whole[:length]) and finished == (end or bool(lengths))
-        torch.testing.assert_close(log_probs, whole_log_probs[:length], rtol=0, atol=1e-5)
-        cut += length < len(pieces)
-    assert cut >= 3
-    if temperature == 0:
-        expected = rows(theirs, stop)
-        assert all(map(torch.equal, found[0], expected[0])) and found[2] == expected[2]
+    greedy = [words.convert_ids_to_tokens(row.tolist()) for row in rows(ours, 0.0)[0]]
+    first, *_, last = greedy
+    # Texts of one, two and three tokens, and one that the prompts begin, which is not counted.
+    stop = ("".join(first[6:8]), "".join(last[3:6]), "=" + first[0], ">")
+    found, expected = rows(ours, 0.0, stop), rows(theirs, 0.0, stop)
+    assert all(map(torch.equal, found[0], expected[0])) and found[2] == expected[2] and all(found[2])
+    assert len(found[0][0]) < len(first) and len(found[0][-1]) < len(last)
+    torch.manual_seed(0)
+    cut = 0
+    for tokens, log_probs, finished in zip(*rows(ours, 1.0, stop), strict=True):
+        pieces = words.convert_ids_to_tokens(tokens.tolist())
+        complete = ["".join(pieces[:n]).endswith(stop) for n in range(1, len(pieces) + 1)]
+        assert not any(complete[:-1]) and len(log_probs) == len(tokens)
+        assert finished == (complete[-1] or pieces[-1] == "<end>") and (finished or len(tokens) == 20)
+        cut += complete[-1]
+    assert cut > 6
+
+
+def test_more_prompts_than_the_engine_reads_at_once(adding):
+    """Some are then read in parts, between which nothing is drawn."""
+    sampler = adding.desk.sampler
+    prompt = adding.tokenizer("47+85=").input_ids
+    prompts = [[3 + i % 7, *prompt * 6] for i in range(160)]
+    runs = []
+    for seed in (0, 0, 1):
+        sampler.sync()
+        torch.manual_seed(seed)
+        runs.append(sampler.sample(prompts, 2, 3, 1.0))
+    assert sum(map(len, prompts)) > 4096 and len(runs[0].finished) == 320
+    assert torch.equal(runs[0].tokens, runs[1].tokens) and not torch.equal(runs[0].tokens, runs[2].tokens)
 
 
 def test_special_tokens_are_text_to_stop_at(adding):

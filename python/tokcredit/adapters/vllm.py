@@ -6,6 +6,7 @@ The engine lives in this process, so a weight update copies tensors and nothing 
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,7 @@ def engine(model: Any, tokenizer: Any, **settings: Any) -> LLM:
         settings: of ``vllm.LLM``, for example ``dtype`` and ``max_model_len``.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    gc.collect()  # an engine that nobody holds would, when it goes, take down what it shares with this one
     # An engine called uni takes itself for the first process, on the first device.
     several = distributed.is_initialized() and distributed.get_world_size() > 1
     defaults = {
@@ -190,24 +192,19 @@ class VllmSampler:
             VLLMValidationError: a prompt fills the engine's context.
         """
         ends = end_tokens(self._model, self._llm.get_tokenizer())
-        seeds = torch.randint(2**31, (len(prompts),)).tolist()
-        params = [
-            SamplingParams(
-                n=count if temperature else 1,
-                temperature=temperature,
-                max_tokens=max_tokens,
-                seed=seed,
-                logprobs=0,
-                flat_logprobs=True,
-                stop=list(stop),
-                stop_token_ids=ends,
-                ignore_eos=True,  # ``ends`` may leave out the tokenizer's
-                detokenize=bool(stop),
-                skip_special_tokens=False,
-                spaces_between_special_tokens=False,
-            )
-            for seed in seeds
-        ]
+        params = SamplingParams(  # without a seed: then the engine draws with torch's generator, being in this process
+            n=count if temperature else 1,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            logprobs=0,
+            flat_logprobs=True,
+            stop=list(stop),
+            stop_token_ids=ends,
+            ignore_eos=True,  # ``ends`` may leave out the tokenizer's
+            detokenize=bool(stop),
+            skip_special_tokens=False,
+            spaces_between_special_tokens=False,
+        )
         requests: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         with self._awake():
             outputs = self._llm.generate(requests, params, use_tqdm=False)
