@@ -30,7 +30,6 @@ from tokcredit.train.scoring import score
 from tokcredit.train.trees import Trees
 from transformers import LlamaConfig, LlamaForCausalLM
 
-
 pytestmark = pytest.mark.usefixtures("engines_stay")
 
 
