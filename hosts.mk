@@ -24,6 +24,6 @@ $(ENVIRONMENTS:%=.venv-%/installed): .venv-%/installed: .venv-%/tools build/host
 	touch $@
 
 $(HOSTS:%=test-%): test-%: .venv-%/installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -o filterwarnings=default tests/adapters/test_$*.py $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -o filterwarnings=default tests/adapters/test_$**.py $(ARGS)
 
 test-hosts: $(HOSTS:%=test-%)
