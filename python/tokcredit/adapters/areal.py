@@ -93,7 +93,7 @@ class CreditActor(PPOActor):  # type: ignore[misc]
         paid = split.pay_padded(
             self.paying,
             tokens,
-            data["attention_mask"],
+            (data["attention_mask"] != 0) & split.responded(mask),
             mask,
             split.prompts(tokens, mask),
             data["tot_rewards"].sum(1),

@@ -152,7 +152,7 @@ class ExperienceMaker(RemoteExperienceMaker):  # type: ignore[misc]
         paid = split.pay_padded(
             self.objective,
             whole("sequences", width)[:, -actions:],
-            whole("attention_mask", width)[:, -actions:],
+            (whole("attention_mask", width)[:, -actions:] != 0) & split.responded(mask),
             mask,
             index // self.args.rollout.n_samples_per_prompt,
             torch.cat([x.rewards for x in experiences]),

@@ -163,10 +163,14 @@ def numbered(names: Any) -> Tensor:
     return torch.tensor([known.setdefault(name, len(known)) for name in names], dtype=torch.long)
 
 
+def responded(response_mask: Tensor) -> Tensor:
+    """Where rows ``(B, T)`` that hold their prompts have come to the first chosen token; bool ``(B, T)``."""
+    return (response_mask != 0).cumsum(1) > 0
+
+
 def prompts(tokens: Tensor, response_mask: Tensor) -> Tensor:
     """Group ids int64 ``(B,)`` of rows ``(B, T)`` that hold their prompts: equal up to the first chosen token."""
-    before = (response_mask != 0).cumsum(1) == 0
-    return torch.where(before, tokens, -1).unique(dim=0, return_inverse=True)[1]
+    return torch.where(responded(response_mask), -1, tokens).unique(dim=0, return_inverse=True)[1]
 
 
 def evaluate(
