@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import absent
 import rows as rr
 
-absent.pretend("areal.infra.rpc", "areal.experimental")
+absent.pretend("areal.infra.rpc", "areal.engine", "areal.experimental")
 absent.without_init("areal", "areal.infra", "areal.trainer", "areal.trainer.ppo")
 sys.modules["areal.infra"].TrainController = object
 
