@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import absent
 import rows as rr
 
-absent.pretend("deepspeed", "flash_attn", "vllm")
+absent.pretend("datasets", "deepspeed", "flash_attn", "pandas", "vllm")
 
 from openrlhf.models import PolicyLoss
 from openrlhf.trainer import ppo_trainer

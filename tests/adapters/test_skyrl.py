@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import absent
 import rows as rr
 
-absent.pretend("deepspeed", "flash_attn", "vllm", "skyrl.tinker")
+absent.pretend("datasets", "deepspeed", "flash_attn", "pandas", "vllm", "skyrl.tinker")
 
 import cloudpickle
 from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch
