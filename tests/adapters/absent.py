@@ -1,4 +1,4 @@
-"""Modules that a host imports and that are not here: packages of CUDA code, and parts of it that have no say in its hook."""
+"""Modules that a host imports and that are not here: packages of CUDA code, and what has no say in its hook."""
 
 import importlib.util
 import sys
@@ -6,6 +6,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 from unittest.mock import MagicMock
 
 
@@ -19,7 +20,7 @@ class _Absent(ModuleType):
 
 
 class _Finder(MetaPathFinder, Loader):
-    names = set()
+    names: ClassVar[set[str]] = set()
 
     def find_spec(self, name, path=None, target=None):
         parts = name.split(".")

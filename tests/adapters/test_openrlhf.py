@@ -209,7 +209,11 @@ def test_losses_equal_openrlhf(mode, accumulated):
     [
         (TEMPO_CTPO, {"actor.eps_clip_low_high": (0.2, 0.3)}, r"actor.eps_clip_low_high: expected OpenRLHF's default"),
         (TEMPO_CTPO, {"actor.policy_loss_type": "gspo"}, "actor.policy_loss_type: expected OpenRLHF's default 'ppo'"),
-        (TEMPO_CTPO, {"algo.advantage.is_correction_level": "token"}, "is_correction_level: expected OpenRLHF's default"),
+        (
+            TEMPO_CTPO,
+            {"algo.advantage.is_correction_level": "token"},
+            "is_correction_level: expected OpenRLHF's default",
+        ),
         (TEMPO_CTPO, {"actor.loss_agg_mode": "seq-mean-token-mean"}, "actor.loss_agg_mode: expected 'token-mean'"),
         (tc.methods.grpo(), {}, "actor.loss_agg_mode: expected 'seq-mean-token-mean'"),
     ],

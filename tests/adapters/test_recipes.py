@@ -1,4 +1,4 @@
-"""The recipes of ``docs/hosts.md`` for hosts that are not on PyPI, run as printed and called as the hosts' sources do."""
+"""Recipes of ``docs/hosts.md`` for hosts that are not on PyPI, run as printed, called as the hosts' sources do."""
 
 import dataclasses
 import enum
@@ -92,7 +92,9 @@ def test_nemo_rl(monkeypatch):
     lengths = [len(row["response"]) for row in ROWS]
 
     def whole(xs, outside=0.0):
-        return rr.right([torch.cat([torch.full((len(r["prompt"]),), outside), x]) for r, x in zip(ROWS, xs, strict=True)])
+        return rr.right(
+            [torch.cat([torch.full((len(r["prompt"]),), outside), x]) for r, x in zip(ROWS, xs, strict=True)]
+        )
 
     extra = [0, *range(len(ROWS))]  # the first row twice, and only once in the loss
     data = {

@@ -167,7 +167,12 @@ def test_what_a_worker_is_sent():
         ("tokcredit_pods", "tokcredit_ctpo", {}, "no sampling stage"),
         ("tokcredit_tempo", "tokcredit_ctpo", {"eps_clip_high": 0.28}, "eps_clip_high: expected SkyRL's default 0.2"),
         ("tokcredit_tempo", "tokcredit_dr_grpo", {}, "a length in the aggregation stage"),
-        ("tokcredit_summed", "tokcredit_summed", {"loss_reduction": "seq_mean_token_sum_norm"}, "max_seq_len: expected"),
+        (
+            "tokcredit_summed",
+            "tokcredit_summed",
+            {"loss_reduction": "seq_mean_token_sum_norm"},
+            "max_seq_len: expected",
+        ),
         ("tokcredit_tempo", "tokcredit_ctpo", {"step_wise": True}, "step_wise_trajectories: expected False"),
         (
             "tokcredit_tempo",

@@ -1,4 +1,4 @@
-"""slime's hook as its ranks call it: before the loss, each with the rows that it trains. slime itself is not on PyPI."""
+"""slime's hook as its ranks call it, each with the rows that it trains. slime itself is not on PyPI."""
 
 import sys
 from pathlib import Path

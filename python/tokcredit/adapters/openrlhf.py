@@ -88,7 +88,7 @@ class PolicyLoss(torch.nn.Module):
         batch_num_tokens: Tensor | float | None = None,
         global_batch_size: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Loss of a micro-batch ``(B, A)``, share of clipped tokens, mean of ``log p_old - log p``, and no correction."""
+        """Loss of a micro-batch ``(B, A)``, share of clipped tokens, mean of ``log p_old - log p``; no correction."""
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         counts = {"batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size}
         number = counts[self.counted]

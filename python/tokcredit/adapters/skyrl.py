@@ -15,7 +15,7 @@ Tested with SkyRL 0.3.0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -125,11 +125,11 @@ def reduced(objective: Objective, algorithm: Any) -> Objective:
 
 
 class Credit:
-    """Mixed into SkyRL's trainer: checks the configuration, and gives the estimators the rollouts they are called on."""
+    """Mixed into SkyRL's trainer: checks the configuration, and gives the estimators the rollouts."""
 
     def __init__(self, cfg: Any, *arguments: Any, **parts: Any) -> None:
         checked(cfg)
-        super().__init__(cfg, *arguments, **parts)
+        super().__init__(cfg, *arguments, **parts)  # type: ignore[call-arg]
 
     def compute_advantages_and_returns(self, data: Any) -> Any:
         with rollouts(data):
