@@ -1,8 +1,8 @@
 """AReaL: ``PPOActor`` that pays and trains by an objective.
 
-``engine.actor = CreditActor(config, engine, method="ctpo")`` puts it into an engine. AReaL gives rows no group, so rows with equal prompts are one. Its engine weighs the micro-batches' losses, which makes
-the mean over tokens of the whole batch of means over tokens, and the mean over rows of means over rows. Tested with
-AReaL 1.0.4.
+``engine.actor = CreditActor(config, engine, method="ctpo")`` puts it into an engine. AReaL gives rows no group, so rows
+with equal prompts are one. Its engine weighs the micro-batches' losses, which makes the mean over tokens of the whole
+batch of means over tokens, and the mean over rows of means over rows. Tested with AReaL 1.0.4.
 """
 
 from __future__ import annotations
