@@ -1,5 +1,7 @@
 """OpenRLHF's own experience maker and actor trainer, built as it builds them, with an objective installed."""
 
+import dataclasses
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from openrlhf.trainer.ray import ppo_actor
 from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 from tokcredit.adapters import openrlhf as adapter
 
+HOSTS = Path(__file__).parents[2] / "docs/hosts.md"
 # OpenRLHF takes the rows of a prompt to follow each other.
 ROWS = sorted(rr.batch(), key=lambda row: row["group"])
 TEMPO_CTPO = replace(tc.methods.ctpo(), credit=tc.methods.tempo().credit)
@@ -251,6 +254,19 @@ def test_install_refuses(objective, message):
     with pytest.raises(ValueError, match=message):
         adapter.install(objective)
     assert ppo_actor.PolicyLoss is PolicyLoss and ppo_trainer.RemoteExperienceMaker is RemoteExperienceMaker
+
+
+def test_recipe():
+    """As ``docs/hosts.md`` prints it."""
+    (code,) = re.findall(
+        r"```python\n(# my\.py\nfrom tokcredit\.adapters import openrlhf.*?)```", HOSTS.read_text(), re.DOTALL
+    )
+    names = {"tc": tc, "dataclasses": dataclasses}
+    exec(compile(code, str(HOSTS), "exec"), names)
+    names["setup"]()
+    out = paid(arguments())
+    torch.testing.assert_close(packed([x.advantages for x in out]), rr.worth(TEMPO_CTPO, ROWS)[0])
+    assert isinstance(actor_loss(arguments()), adapter.PolicyLoss)
 
 
 def test_evidence_that_the_batch_lacks():

@@ -1,5 +1,9 @@
 """SkyRL's own trainer computes, scales and sums what estimators and policy losses of ours return."""
 
+import dataclasses
+import importlib.util
+import inspect
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +13,8 @@ import pytest
 import tokcredit as tc
 import torch
 
-pytest.importorskip("skyrl_gym", reason="SkyRL is not installed; make test-others")
+if importlib.util.find_spec("skyrl") is None:
+    pytest.skip("SkyRL is not installed; make test-others", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
 import absent
@@ -21,9 +26,11 @@ import cloudpickle
 from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch
 from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
 from skyrl.train.config import AlgorithmConfig, OffPolicyCorrectionConfig
+from skyrl.train.entrypoints.main_base import BasePPOExp
 from skyrl.train.trainer import RayPPOTrainer
 from tokcredit.adapters import skyrl as adapter
 
+HOSTS = Path(__file__).parents[2] / "docs/hosts.md"
 ROWS = rr.batch()
 ROWWISE = {"loss_reduction": "sequence_mean"}
 SUMMED = tc.aggregation.sequence_sum(12)
@@ -202,6 +209,18 @@ def test_evidence_that_the_batch_lacks():
     del batch["loss_mask"]
     with pytest.raises(RuntimeError, match="loss_mask: expected in SkyRL's batch"):
         trainer(config).compute_advantages_and_returns(batch)
+
+
+def test_recipe():
+    """As ``docs/hosts.md`` prints it: SkyRL's entry point makes our trainer, which has checked the configuration."""
+    (code,) = re.findall(r"```python\n(from skyrl\.train.*?)```", HOSTS.read_text(), re.DOTALL)
+    names = {"tc": tc, "dataclasses": dataclasses}
+    exec(compile(code, str(HOSTS), "exec"), names)
+    whole = configuration("tokcredit_mix", "tokcredit_mix", **ROWWISE)
+    parts = dict.fromkeys(inspect.signature(BasePPOExp.get_trainer).parameters)
+    del parts["self"]
+    with pytest.raises(ValueError, match="loss_reduction: expected 'token_mean'"):
+        names["CreditExp"].get_trainer(None, **{**parts, "cfg": whole})
 
 
 def test_names_are_registered_once():
