@@ -154,6 +154,7 @@ def test_weights_correct_for_the_engine():
             "rejection_sampling: expected AReaL's default None",
         ),
         ({}, tc.methods.pods(), "no sampling stage"),
+        ({}, replace(TEMPO_CTPO, credit=tc.methods.match_tir().credit), "credit stage that reads no more"),
         ({}, tc.methods.ba(), "aggregation stage without group statistics"),
         ({}, tc.methods.dr_grpo(), "a length in the aggregation stage"),
         ({}, replace(TEMPO_CTPO, aggregation=tc.aggregation.token_sum()), "aggregation stage that is a mean"),
@@ -162,6 +163,15 @@ def test_weights_correct_for_the_engine():
 def test_actors_refuse(settings, objective, message):
     with pytest.raises(ValueError, match=message):
         CreditActor(config(**settings), Engine(1), objective=objective)
+
+
+def test_a_teacher_is_not_forgotten():
+    engine = Engine(1)
+    actor = CreditActor(config(), engine, objective=TEMPO_CTPO)
+    data, engine.table = trajectories()
+    data = [{**row, "teacher_logp": row["logprobs"]} for row in actor.compute_advantages(data)]
+    with pytest.raises(ValueError, match="teacher_logp: expected None"):
+        actor.ppo_update(data)
 
 
 def test_keys_that_the_batch_lacks():

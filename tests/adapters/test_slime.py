@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import rows as rr
 from tokcredit.adapters import slime
 
+FIRST = 40  # samples count on through training
 ROWS = sorted(rr.batch(), key=lambda row: row["group"])
 
 
@@ -35,7 +36,7 @@ def rollout_data(partition):
     """The keys that slime gives a rank, for these rows of the whole batch."""
     mine = [ROWS[i] for i in partition]
     return {
-        "partition": list(partition),
+        "sample_indices": [FIRST + i for i in partition],
         "tokens": [torch.cat([row["prompt"], row["response"]]) for row in mine],
         "response_lengths": [len(row["response"]) for row in mine],
         "total_lengths": [len(row["prompt"]) + len(row["response"]) for row in mine],
@@ -66,7 +67,7 @@ def rank(number, port, queue):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
     data = rollout_data(range(number, len(ROWS), 2))
     slime.advantages(tc.methods.tempo())(arguments(), data)
-    queue.put((data["partition"], [x.tolist() for x in data["advantages"]]))
+    queue.put((data["sample_indices"], [x.tolist() for x in data["advantages"]]))
     dist.destroy_process_group()
 
 
@@ -86,7 +87,7 @@ def test_groups_that_are_split_between_ranks():
     for process in processes:
         process.join()
     whole = tc.methods.tempo().prepare(rr.rollouts(ROWS)).advantages.split([len(row["response"]) for row in ROWS])
-    assert found == {i: x.tolist() for i, x in enumerate(whole)}
+    assert found == {FIRST + i: x.tolist() for i, x in enumerate(whole)}
 
 
 @pytest.mark.parametrize(
@@ -105,9 +106,14 @@ def test_settings_that_contradict(settings, message):
 
 def test_keys_that_the_batch_lacks():
     data = rollout_data(range(16))
-    del data["partition"]
-    with pytest.raises(RuntimeError, match="partition: expected in slime's rollout data, got tokens"):
+    del data["sample_indices"]
+    with pytest.raises(RuntimeError, match="sample_indices: expected in slime's rollout data, got tokens"):
         slime.advantages(tc.methods.tempo())(arguments(), data)
+
+
+def test_samples_of_several_rows():
+    with pytest.raises(ValueError, match="sample_indices: expected one row per sample"):
+        slime.advantages(tc.methods.tempo())(arguments(), rollout_data([0, 1, 1, 2]))
 
 
 @pytest.mark.parametrize(

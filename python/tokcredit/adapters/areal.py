@@ -17,7 +17,7 @@ from areal.utils import stats_tracker
 from torch import Tensor
 
 from tokcredit.adapters import split
-from tokcredit.adapters.evidence import chosen, untouched
+from tokcredit.adapters.evidence import chosen, require, untouched
 from tokcredit.objective import Objective
 
 _CLIP = "the objective's clip stage bounds the ratio"
@@ -81,6 +81,7 @@ class CreditActor(PPOActor):  # type: ignore[misc]
         self.paying = split.payer(whole, "AReaL")
         self.training = split.surrogate(whole, "AReaL", "kl_ctl")
         self.counted = split.counted(self.training, "AReaL")
+        require(self.paying, {"old_log_probs", "rollout_log_probs"}, "AReaL")
         super().__init__(config, _Engine(engine, self.loss, self.weight))
 
     def _compute_advantages(self, data: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +120,8 @@ class CreditActor(PPOActor):  # type: ignore[misc]
         old, mask = batch["prox_logp"], batch["loss_mask"] != 0
         if old is None:
             raise ValueError("prox_logp: expected the log-probs that the update starts from, got None")
+        if batch.get("teacher_logp") is not None:
+            raise ValueError("teacher_logp: expected None, because no stage of an objective carries it, got a tensor")
         out = split.evaluate(self.training, logprobs, old, batch["advantages"], mask, batch.get("cu_seqlens"))
         means = torch.where(mask, entropy.detach(), 0).sum() / mask.count_nonzero().clamp(min=1)
         stats_tracker.scalar(**split.metrics(out), entropy=means.item(), actor_loss=out.metrics["loss"].item())

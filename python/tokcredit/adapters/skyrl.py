@@ -7,8 +7,8 @@ Estimators see token ids under :func:`rollouts`, which :class:`Credit`, mixed in
     class CreditTrainer(Credit, RayPPOTrainer): ...
 
     class CreditExp(BasePPOExp):
-        def get_trainer(self, **parts):
-            return CreditTrainer(**parts)
+        def get_trainer(self, *parts, **named):
+            return CreditTrainer(*parts, **named)
 
 Tested with SkyRL 0.3.0.
 """

@@ -24,7 +24,7 @@ from tokcredit.adapters import split
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 
-_SHOWN = ("partition", "tokens", "response_lengths", "loss_masks", "rewards")
+_SHOWN = ("sample_indices", "tokens", "response_lengths", "loss_masks", "rewards")
 
 
 def advantages(objective: Objective) -> Callable[[Any, dict[str, Any]], None]:
@@ -44,7 +44,7 @@ def advantages(objective: Objective) -> Callable[[Any, dict[str, Any]], None]:
         _check(args, rollout_data)
         paid = _pay(paying, args.n_samples_per_prompt, _everywhere({name: rollout_data[name] for name in _SHOWN}))
         device = rollout_data["tokens"][0].device if rollout_data["tokens"] else None
-        rollout_data["advantages"] = [paid[row].to(device) for row in rollout_data["partition"]]
+        rollout_data["advantages"] = [paid[row].to(device) for row in rollout_data["sample_indices"]]
         rollout_data["returns"] = rollout_data["advantages"]
 
     return credit
@@ -80,10 +80,12 @@ def _cpu(x: Any) -> Any:
 
 
 def _pay(objective: Objective, size: int, ranks: list[dict[str, Any]]) -> dict[int, Tensor]:
-    """What each token of each row is paid, by the row's number in slime's whole batch."""
+    """What each token of each row is paid, by the row's sample: slime numbers those of a prompt one after another."""
     whole = {name: [_cpu(x) for rank in ranks for x in rank[name]] for name in _SHOWN}
     lengths = whole["response_lengths"]
-    numbers = torch.tensor([int(row) for row in whole["partition"]], dtype=torch.long)
+    numbers = torch.tensor([int(row) for row in whole["sample_indices"]], dtype=torch.long)
+    if numbers.unique().numel() != len(numbers):
+        raise ValueError("sample_indices: expected one row per sample, because a row is a rollout, got several")
     responses = [torch.as_tensor(t)[len(t) - n :] for t, n in zip(whole["tokens"], lengths, strict=True)]
     batch = Rollouts(
         torch.cat(responses),
