@@ -1,7 +1,9 @@
 # `make test-hosts`: the adapters inside the real trainers, each with an environment of its own because their pins
 # conflict. requirements/HOST.txt is the whole environment; torch comes first, so that nothing else can pick another. They
-# run on the CPU.
-HOSTS := trl verl vllm
+# run on the CPU. OpenRLHF, SkyRL and AReaL share one: their hooks import little of what they pin.
+HOSTS := trl verl vllm others
+TESTS_vllm := vllm vllm_train
+TESTS_others := openrlhf skyrl areal
 ENVIRONMENTS := $(HOSTS) bench
 
 .PHONY: test-hosts $(HOSTS:%=test-%)
@@ -24,6 +26,6 @@ $(ENVIRONMENTS:%=.venv-%/installed): .venv-%/installed: .venv-%/tools build/host
 	touch $@
 
 $(HOSTS:%=test-%): test-%: .venv-%/installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -o filterwarnings=default tests/adapters/test_$*.py $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -o filterwarnings=default $(patsubst %,tests/adapters/test_%.py,$(or $(TESTS_$*),$*)) $(ARGS)
 
 test-hosts: $(HOSTS:%=test-%)

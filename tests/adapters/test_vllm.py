@@ -15,12 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 from tokcredit.adapters import vllm as adapter
-from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, Settings
-from tokcredit.train.loop import Trainer
 from vllm import SamplingParams
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
 
+pytestmark = pytest.mark.usefixtures("engines_stay")
 PROMPTS = [[3, 4, 5], [3, 6, 7, 8], [3, 9]]
 
 
@@ -76,18 +75,27 @@ def test_update_reaches_every_layer(pair):
 
 
 def test_an_engine_that_can_sleep_is_awake_only_when_used(pair, monkeypatch):
-    """Engines on a CPU cannot, so the two calls are recorded; everything else is real."""
+    """Its calls are real, and so is what the engine refuses while it sleeps; only a CPU's memory stays where it is."""
     model, llm = pair
-    calls, state = [], {"sleeping": True}
+    calls = []
+
+    def recorded(name):
+        real = getattr(llm, name)
+        monkeypatch.setattr(llm, name, lambda **settings: (calls.append((name, settings)), real(**settings)))
+
+    recorded("wake_up")
+    recorded("sleep")
     monkeypatch.setattr(llm.llm_engine.vllm_config.model_config, "enable_sleep_mode", True)
-    monkeypatch.setattr(llm.llm_engine, "is_sleeping", lambda: state["sleeping"])
-    monkeypatch.setattr(llm, "wake_up", lambda: (calls.append("wake"), state.update(sleeping=False)))
-    monkeypatch.setattr(llm, "sleep", lambda level: (calls.append(f"sleep {level}"), state.update(sleeping=True)))
     sampler = adapter.VllmSampler(model, llm)
-    sampler.sync()
-    assert calls == ["wake", "sleep 1"]
-    made = sampler.sample(PROMPTS, 1, 4, 1.0)
-    assert calls == ["wake", "sleep 1"] * 2 and made.tokens.numel() > 0
+    down = ("sleep", {"level": 1})
+    try:
+        sampler.sync()
+        assert calls == [down] and llm.llm_engine.is_sleeping()
+        made = sampler.sample(PROMPTS, 1, 4, 1.0)
+        assert calls == [down, ("wake_up", {}), down] and llm.llm_engine.is_sleeping()
+        torch.testing.assert_close(made.log_probs, expected(model, PROMPTS, made, 1), rtol=0, atol=1e-4)
+    finally:
+        llm.wake_up()
 
 
 def test_draws_with_the_generator_of_torch(pair):
@@ -117,6 +125,16 @@ def test_greedy(pair):
     assert best.tolist() == made.tokens[: edges[1]].tolist()
 
 
+def test_rows_end_with_the_end_tokens_of_the_model(pair, monkeypatch):
+    """The tokenizer's is an end no more once the model has others."""
+    model, llm = pair
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [5, 6])
+    made = adapter.VllmSampler(model, llm).sample(PROMPTS, 16, 12, 1.0)
+    rows = [made.tokens[a:b].tolist() for a, b in pairwise(made.cu_seqlens.tolist())]
+    assert [row[-1] in (5, 6) for row in rows] == made.finished.tolist() and made.finished.any()
+    assert all(not {5, 6} & set(row[:-1]) for row in rows) and any(1 in row[:-1] for row in rows)
+
+
 def test_rollouts(pair):
     """Straight from the engine to credit: requests are groups, the engine's log-probs correct for it."""
     _, llm = pair
@@ -130,26 +148,6 @@ def test_rollouts(pair):
     assert batch.tokens[begin:end].tolist() == list(first.token_ids)
     assert batch.rollout_log_probs[begin:end].sum().item() == pytest.approx(first.cumulative_logprob, abs=1e-4)
     assert tc.methods.tempo().prepare(batch).advantages.abs().sum() > 0
-
-
-def test_trainer_learns_from_another_engine(tmp_path):
-    """bf16 rollouts for a float32 model: the gap is measured, corrected by importance weights, and the reward rises."""
-    tiny.model(tied=True).save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
-    settings = Settings(
-        model=str(tmp_path),
-        tasks=("addition(digits=1)",),
-        reward="tiny:threes",
-        steps=12,
-        objective=ObjectiveSettings(method="grpo", weights=("importance_truncated(high=2.0)",)),
-        sampling=SamplingSettings(sampler="vllm", prompts=4, max_tokens=8),
-        optimizer=OptimizerSettings(lr=3e-3, precision="bf16"),
-    )
-    trainer = Trainer(settings)
-    metrics = [trainer.step(number).metrics for number in range(1, 13)]
-    assert all(1e-5 < m["engine_gap"] < 0.1 for m in metrics)
-    rewards = [m["reward"] for m in metrics]
-    assert sum(rewards[-3:]) > 2 * sum(rewards[:3]) > 0
 
 
 def output(log_probs, tokens=(4, 5)):

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
-from types import MappingProxyType, NoneType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from torch import Tensor
 from verl.trainer.ppo import core_algos
 from verl.workers.config import ActorConfig
 
-from tokcredit import aggregation, clip, gain, methods
-from tokcredit.adapters.evidence import given, require, untouched
+from tokcredit import aggregation, methods
+from tokcredit.adapters import split
+from tokcredit.adapters.evidence import require, untouched
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 
@@ -42,12 +43,8 @@ _MODES: dict[type, str] = {
     aggregation.sequence_mean: "seq-mean-token-mean",
     aggregation.sequence_sum: "seq-mean-token-sum-norm",
 }
-# What can be decided without token ids, groups and rewards, none of which verl gives to a policy loss.
-_CLIPS = (clip.ppo, clip.growing, clip.weighted, clip.soft, clip.unclipped)
-_GAINS = (NoneType, gain.divergence)
 _SETTINGS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
 _DECIDED = dict.fromkeys(_SETTINGS, "the objective's clip stage bounds the ratio")
-_DENOMINATORS = "verl counts its denominators from its own mask"
 _OBJECTIVES: dict[str, Callable[..., Objective]] = {}
 _ROLLOUTS: ContextVar[Mapping[str, Tensor] | None] = ContextVar("rollouts", default=None)
 
@@ -104,14 +101,7 @@ def estimator(key: str, settings: Mapping[str, Any]) -> Objective:
                 f"algorithm.tokcredit: expected the {stage} stage of {key}, {named!r}, because verl passes no settings "
                 f"to a policy loss, got {ours!r}; give it a name with tokcredit.adapters.verl.register"
             )
-    paid = replace(objective, ratio=Objective().ratio, clip=Objective().clip, gain=None, kl=None)
-    if paid.is_scheduled:
-        raise ValueError(
-            f"objective: expected settings that do not change, as verl tells no progress, got {objective!r}"
-        )
-    if objective.sampling is not None:
-        raise ValueError(f"objective: expected no sampling stage, because {_DENOMINATORS}, got {objective.sampling!r}")
-    return paid
+    return split.payer(objective, "verl")
 
 
 def loss(key: str, loss_agg_mode: str, actor: Any) -> Objective:
@@ -126,26 +116,8 @@ def loss(key: str, loss_agg_mode: str, actor: Any) -> Objective:
         ValueError: a stage cannot be carried, or a setting contradicts the objective.
     """
     untouched(actor, ActorConfig, _DECIDED, "verl")
-    objective = replace(_made(key), credit=given("advantages"), weights=(), sampling=None)
-    for stage, carried in (("clip", _CLIPS), ("gain", _GAINS)):
-        if type(choice := getattr(objective, stage)) not in carried:
-            raise ValueError(
-                f"objective: expected a {stage} stage that reads neither token ids nor groups, which verl's policy "
-                f"loss does not have, got {choice!r}"
-            )
-    if objective.is_scheduled:
-        raise ValueError(
-            f"objective: expected settings that do not change, as verl tells no progress, got {objective!r}"
-        )
-    if objective.kl is not None:
-        raise ValueError(f"objective: expected no kl stage, for which verl has use_kl_loss, got {objective.kl!r}")
-    require(objective, {"advantages", "old_log_probs"}, "verl's policy loss")
-    mode = _MODES.get(type(objective.aggregation))
-    if mode is None:
-        raise ValueError(
-            f"objective: expected an aggregation stage without group statistics, which verl's policy loss does not "
-            f"have, got {objective.aggregation!r}"
-        )
+    objective = split.surrogate(_made(key), "verl", "use_kl_loss")
+    mode = _MODES[type(objective.aggregation)]
     if loss_agg_mode != mode:
         raise ValueError(f"loss_agg_mode: expected {mode!r}, for {objective.aggregation!r}, got {loss_agg_mode!r}")
     if isinstance(objective.aggregation, aggregation.sequence_sum):
@@ -185,18 +157,7 @@ def _estimate(
         batch["attention_mask"],
         **fields,
     )
-    prepared = objective.prepare(data)
-    if not torch.equal(prepared.mask, data.response_mask):
-        raise ValueError(
-            f"objective: expected weights stages that multiply, because {_DENOMINATORS}, got one that selects among "
-            f"{objective.weights!r}"
-        )
-    paid = prepared.advantages
-    if prepared.multiplier is not None:
-        weight = prepared.multiplier
-        if bool((weight < 0).any()):
-            raise ValueError("objective: expected weights of at least 0, which an advantage can absorb, got less")
-        paid = paid * (data.shaped(weight) if weight.dim() == 1 else weight)
+    paid = split.pay(objective, data, "verl")
     return paid, paid
 
 
@@ -215,24 +176,11 @@ def _loss(
         raise ValueError("config: expected an ActorConfig, got None")
     objective = loss(key, loss_agg_mode, config)
     denominators = {name: value for name, value in config.global_batch_info.items() if name != "loss_scale_factor"}
-    extras = {"advantages": advantages.reshape(-1)}
-    if rollout_is_weights is not None:
-        extras["rollout_is_weights"] = rollout_is_weights.reshape(-1)
-        objective = replace(objective, weights=(given("rollout_is_weights"),))
-    rows = torch.arange(len(log_prob), device=log_prob.device)
-    data = Rollouts.from_padded(
-        torch.zeros_like(response_mask, dtype=torch.int32),
-        response_mask,
-        rows,
-        torch.zeros_like(rows, dtype=torch.float32),
-        extras=extras,
-        old_log_probs=old_log_prob,
+    out = split.evaluate(
+        objective, log_prob, old_log_prob, advantages, response_mask, weights=rollout_is_weights, **denominators
     )
-    out = objective.loss(objective.prepare(data, **denominators), log_prob)
-    names = [name for name in out.metrics if name not in ("loss", "policy_loss", "tokens")]
-    values = torch.stack([out.metrics[name].double() for name in names]).tolist()
-    metrics = {f"{PREFIX}{name}": value for name, value in zip(names, values, strict=True)}
-    below, above, capped = (metrics.pop(f"{PREFIX}clip_{side}") for side in ("low", "high", "cap"))
+    metrics = split.metrics(out)
+    below, above, capped = (metrics.pop(f"tokcredit/clip_{side}") for side in ("low", "high", "cap"))
     return out.loss, {"actor/pg_clipfrac": below + above, "actor/pg_clipfrac_lower": capped, **metrics}
 
 

@@ -5,6 +5,8 @@ The engine lives in this process, so a weight update copies tensors and nothing 
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.logprobs import FlatLogprobs
 
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.sampler import Completions
+from tokcredit.train.sampler import Completions, end_tokens
 
 
 def completions(outputs: Sequence[RequestOutput]) -> Completions:
@@ -72,16 +74,30 @@ def rollouts(outputs: Sequence[RequestOutput], rewards: Tensor, **fields: Any) -
 def engine(model: Any, tokenizer: Any, **settings: Any) -> LLM:
     """An engine in this process with the weights of a transformers model.
 
+    Where several processes train together, each calls this for an engine of its own.
+
     Args:
         model: the causal language model.
         tokenizer: its tokenizer.
         settings: of ``vllm.LLM``, for example ``dtype`` and ``max_model_len``.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    gc.collect()  # an engine that nobody holds would, when it goes, take down what it shares with this one
+    # An engine called uni takes itself for the first process, on the first device.
+    several = distributed.is_initialized() and distributed.get_world_size() > 1
+    defaults = {
+        "distributed_executor_backend": "external_launcher" if several else "uni",
+        "logprobs_mode": "processed_logprobs",
+        "load_format": "dummy",
+    }
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return LLM(folder, **{"distributed_executor_backend": "uni", "logprobs_mode": "processed_logprobs"} | settings)
+        for part in (config, model.generation_config, tokenizer):
+            part.save_pretrained(folder)
+        llm = LLM(folder, **defaults | settings)
+    update(llm, model)
+    return llm
 
 
 @torch.no_grad()
@@ -102,7 +118,10 @@ def update(llm: LLM, model: Any) -> None:
     weights = dict(model.state_dict())
     if model.get_output_embeddings() is not None:
         weights.setdefault("lm_head.weight", model.get_output_embeddings().weight)
-    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+    dtype = llm.llm_engine.vllm_config.model_config.dtype
+    # In the engine's dtype, one by one: it warns of every weight in another.
+    cast = ((name, w.to(dtype) if w.is_floating_point() else w) for name, w in weights.items())
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
     if not llm.reset_prefix_cache():
         raise RuntimeError("llm: expected no request in flight during a weight update, got some")
 
@@ -125,8 +144,10 @@ class VllmSampler:
     def of(cls, model: Any, tokenizer: Any, dtype: torch.dtype) -> VllmSampler:
         """With an engine of its own, beside the model on the same device."""
         settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+        settings["max_model_len"] = -1  # as long as memory allows
         if model.device.type == "cpu":
             settings["enforce_eager"] = True  # compiling takes a minute and saves a tenth
+            settings["kv_cache_memory_bytes"] = 1 << 30  # else nearly all memory of the machine
         else:
             settings["gpu_memory_utilization"] = 0.4  # the rest is the trainer's, and this too while the engine sleeps
             settings["enable_sleep_mode"] = True
@@ -165,24 +186,25 @@ class VllmSampler:
     ) -> Completions:
         """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy.
 
+        A row also ends with the token that completes one of the texts ``stop`` in it, special tokens being text too.
+
         Raises:
-            ValueError: there are texts to stop at, which this engine is not asked for.
+            VLLMValidationError: a prompt fills the engine's context.
         """
-        if stop:
-            raise ValueError(f"stop: expected no texts because the sampler is vllm, got {list(stop)}")
-        seeds = torch.randint(2**31, (len(prompts),)).tolist()
-        params = [
-            SamplingParams(
-                n=count if temperature else 1,
-                temperature=temperature,
-                max_tokens=max_tokens,
-                seed=seed,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-            )
-            for seed in seeds
-        ]
+        ends = end_tokens(self._model, self._llm.get_tokenizer())
+        params = SamplingParams(  # without a seed: then the engine draws with torch's generator, being in this process
+            n=count if temperature else 1,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            logprobs=0,
+            flat_logprobs=True,
+            stop=list(stop),
+            stop_token_ids=ends,
+            ignore_eos=True,  # ``ends`` may leave out the tokenizer's
+            detokenize=bool(stop),
+            skip_special_tokens=False,
+            spaces_between_special_tokens=False,
+        )
         requests: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         with self._awake():
             outputs = self._llm.generate(requests, params, use_tqdm=False)

@@ -28,6 +28,7 @@ from tokcredit.train.replay import Replay
 from tokcredit.train.sampler import Sampler, TransformersSampler
 from tokcredit.train.settings import Settings
 from tokcredit.train.trees import Trees
+from tokcredit.weights import importance_truncated
 
 _TREES = frozenset({"node_ids", "parent_ids"})
 _MADE = frozenset({"rollout_log_probs", "truncated", "replayed", "turn_rewards", "length_values"})
@@ -51,6 +52,13 @@ def _with_length(objective: Objective, longest: int) -> Objective:
     return objective
 
 
+def _corrected(objective: Objective) -> Objective:
+    """Weighted for an engine whose probabilities differ from the trainer's, unless it already is."""
+    if any("rollout_log_probs" in weight.needs for weight in objective.weights):
+        return objective
+    return dataclasses.replace(objective, weights=(*objective.weights, importance_truncated()))
+
+
 class Trainer:
     """A policy and everything that trains it; :func:`tokcredit.train.run` records it into a folder.
 
@@ -64,6 +72,8 @@ class Trainer:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.objective = _with_length(settings.objective.build(), settings.sampling.max_tokens)
+        if settings.sampling.sampler == "vllm" and settings.objective.weights is None:
+            self.objective = _corrected(self.objective)
         method = settings.objective.method
         needs = self.objective.needs
         if unknown := needs - COLLECTED:
@@ -100,8 +110,6 @@ class Trainer:
     def _vllm(self, dtype: torch.dtype) -> Sampler:
         if self.adaptive:
             raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {self.settings.sampling.adaptive}")
-        if self.ranks.count > 1:
-            raise ValueError(f"sampler: expected transformers because there are {self.ranks.count} processes, got vllm")
         from tokcredit.adapters import vllm
 
         return vllm.VllmSampler.of(self.model, self.tokenizer, dtype)

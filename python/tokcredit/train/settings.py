@@ -79,7 +79,8 @@ class SamplingSettings:
     """How rollouts are made."""
 
     sampler: Literal["transformers", "vllm"] = "transformers"
-    """The engine that generates."""
+    """The engine that generates. Where the method has no importance weights and no weights are chosen, vllm adds
+    "importance_truncated()": its probabilities differ from the trainer's."""
     prompts: int = 0
     """Prompts per step; 0: the model's recipe."""
     group: int = 8

@@ -1,0 +1,228 @@
+"""SkyRL's own trainer computes, scales and sums what estimators and policy losses of ours return."""
+
+import dataclasses
+import importlib.util
+import inspect
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tokcredit as tc
+import torch
+
+if importlib.util.find_spec("skyrl") is None:
+    pytest.skip("SkyRL is not installed; make test-others", allow_module_level=True)
+sys.path.insert(0, str(Path(__file__).parent))
+
+import absent
+import rows as rr
+
+absent.pretend("datasets", "deepspeed", "flash_attn", "pandas", "vllm", "skyrl.tinker")
+
+import cloudpickle
+from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch
+from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
+from skyrl.train.config import AlgorithmConfig, OffPolicyCorrectionConfig
+from skyrl.train.entrypoints.main_base import BasePPOExp
+from skyrl.train.trainer import RayPPOTrainer
+from tokcredit.adapters import skyrl as adapter
+
+HOSTS = Path(__file__).parents[2] / "docs/hosts.md"
+ROWS = rr.batch()
+ROWWISE = {"loss_reduction": "sequence_mean"}
+SUMMED = tc.aggregation.sequence_sum(12)
+adapter.register("tempo_ctpo", replace(tc.methods.ctpo(), credit=tc.methods.tempo().credit))
+adapter.register("as_dual_clip", tc.Objective(clip=tc.clip.ppo(0.2, 0.2, 3.0), aggregation=tc.aggregation.token_mean()))
+adapter.register("as_gspo", tc.methods.gspo(0.2, 0.2))
+adapter.register("summed", replace(tc.methods.dr_grpo(), aggregation=SUMMED))
+adapter.register("weighted", tc.Objective(weights=(tc.weights.importance_truncated(1.1),)))
+
+
+class CreditTrainer(adapter.Credit, RayPPOTrainer):
+    pass
+
+
+def configuration(estimator, loss, step_wise=False, **settings):
+    algorithm = AlgorithmConfig(advantage_estimator=estimator, policy_loss_type=loss, **settings)
+    trainer = SimpleNamespace(algorithm=algorithm, micro_train_batch_size_per_gpu=2)
+    return SimpleNamespace(trainer=trainer, generator=SimpleNamespace(step_wise_trajectories=step_wise))
+
+
+def training_batch(rows=ROWS):
+    """As SkyRL's preprocessing lays rows out: left-padded sequences, responses at their right end."""
+    width = max(len(row["response"]) for row in rows)
+    sequences = [torch.cat([row["prompt"], row["response"]]) for row in rows]
+    ones = [torch.ones(len(row["response"])) for row in rows]
+    rewards = [torch.zeros(len(row["response"])) for row in rows]
+    for row, reward in zip(rows, rewards, strict=True):
+        reward[-1] = row["reward"]
+    batch = TrainingInputBatch(
+        {
+            "sequences": rr.left(sequences),
+            "attention_mask": rr.left([torch.ones(len(x), dtype=torch.long) for x in sequences]),
+            "response_mask": rr.left(ones),
+            "loss_mask": rr.left([row["mask"].float() for row in rows]),
+            "rewards": rr.left(rewards),
+            "action_log_probs": rr.left([row["old_log_probs"] for row in rows], width),
+            "rollout_logprobs": rr.left([row["rollout_log_probs"] for row in rows], width),
+            "base_action_log_probs": None,
+            "values": None,
+        }
+    )
+    batch.metadata = {"uids": [f"p{row['group']}" for row in rows], "avg_response_length": 5.0}
+    return batch
+
+
+def trainer(config):
+    """SkyRL's trainer with a configuration and nothing that needs a GPU."""
+    one = CreditTrainer.__new__(CreditTrainer)
+    one.cfg, one.all_metrics = config, {}
+    adapter.checked(config)
+    return one
+
+
+def paid(config, rows=ROWS):
+    """Advantages as the trainer stores them, packed."""
+    out = trainer(config).compute_advantages_and_returns(training_batch(rows))
+    return out["advantages"][out["response_mask"].bool()]
+
+
+def trained(config, rows=ROWS, parts=((0, 6), (6, 16)), key=None):
+    """Loss and gradient to the packed log-probs, by the calls of the trainer and of its workers."""
+    one = trainer(config)
+    batch = one._normalize_advantages(one.compute_advantages_and_returns(training_batch(rows)), [(0, len(rows))])
+    loss_fn = PolicyLossRegistry.get(config.trainer.algorithm.policy_loss_type)
+    current = rr.left([row["log_probs"] for row in rows]).requires_grad_()
+    total = 0.0
+    for first, last in parts:
+        loss, metrics = loss_fn(
+            current[first:last],
+            batch["action_log_probs"][first:last],
+            batch["advantages"][first:last],
+            config=config.trainer.algorithm,
+            loss_mask=batch["loss_mask"][first:last],
+            rollout_logprobs=batch["rollout_logprobs"][first:last],
+        )
+        loss.backward()
+        total += loss.item()
+    assert 0 <= metrics["clip_ratio"] <= 1
+    return total, current.grad[batch["response_mask"].bool()]
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_estimators_equal_skyrl(name):
+    """But on a tool's tokens, which SkyRL pays and does not train."""
+    config = configuration(f"tokcredit_{name}", "tokcredit_grpo", **ROWWISE)
+    expected = paid(configuration(name, "regular")) * torch.cat([row["mask"] for row in ROWS])
+    assert (expected > 0).any() and (expected < 0).any()
+    torch.testing.assert_close(paid(config), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tempo_ctpo", "grpo", "tempo", "summed"])
+def test_training_equals_the_objective(name):
+    objective = adapter._OBJECTIVES[f"tokcredit_{name}"]
+    settings = {"loss_reduction": adapter._REDUCTIONS[type(objective.aggregation)]}
+    if name == "summed":
+        settings["max_seq_len"] = 12
+    config = configuration(f"tokcredit_{name}", f"tokcredit_{name}", **settings)
+    advantages, loss, gradient = rr.worth(objective, ROWS)
+    torch.testing.assert_close(paid(config), advantages)
+    value, theirs = trained(config)
+    assert value == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(theirs, gradient, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "settings"),
+    [("as_dual_clip", "dual_clip", {}), ("as_gspo", "gspo", ROWWISE), ("sapo", "sapo", ROWWISE)],
+)
+def test_losses_equal_skyrl(ours, theirs, settings):
+    expected = trained(configuration("grpo", theirs, **settings))
+    value, gradient = trained(configuration("tokcredit_grpo", f"tokcredit_{ours}", **settings))
+    assert gradient.abs().sum() > 0.1
+    assert value == pytest.approx(expected[0], rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-4, atol=1e-7)
+
+
+def test_multiplying_weights_are_part_of_the_advantage():
+    plain = paid(configuration("tokcredit_grpo", "tokcredit_grpo", **ROWWISE))
+    weighted = paid(configuration("tokcredit_weighted", "tokcredit_grpo", **ROWWISE))
+    data = rr.rollouts(ROWS)
+    ratio = (data.old_log_probs - data.rollout_log_probs).exp().clamp(max=1.1)
+    torch.testing.assert_close(weighted, plain * ratio, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(weighted, plain)
+
+
+def test_what_a_worker_is_sent():
+    """SkyRL pickles the functions of its registries by value."""
+    loss = PolicyLossRegistry.get("tokcredit_tempo_ctpo")
+    x = torch.tensor([[-1.0, -1.5, -0.5]])
+    arguments = (x, x + 0.3, torch.tensor([[1.0, -2.0, 3.0]]), AlgorithmConfig())
+    assert cloudpickle.loads(cloudpickle.dumps(loss))(*arguments)[0] == loss(*arguments)[0] != 0
+
+
+@pytest.mark.parametrize(
+    ("estimator", "loss", "settings", "message"),
+    [
+        ("grpo", "tokcredit_ctpo", {}, "advantage_estimator: expected one of tokcredit_.*got 'grpo'"),
+        ("tokcredit_tempo", "regular", {}, "policy_loss_type: expected one of tokcredit_.*got 'regular'"),
+        ("tokcredit_tempo", "tokcredit_grpo", {}, "loss_reduction: expected 'sequence_mean'"),
+        ("tokcredit_tempo", "tokcredit_ba", {}, "aggregation stage without group statistics"),
+        ("tokcredit_pods", "tokcredit_ctpo", {}, "no sampling stage"),
+        ("tokcredit_tempo", "tokcredit_ctpo", {"eps_clip_high": 0.28}, "eps_clip_high: expected SkyRL's default 0.2"),
+        ("tokcredit_tempo", "tokcredit_dr_grpo", {}, "a length in the aggregation stage"),
+        (
+            "tokcredit_summed",
+            "tokcredit_summed",
+            {"loss_reduction": "seq_mean_token_sum_norm"},
+            "max_seq_len: expected",
+        ),
+        ("tokcredit_tempo", "tokcredit_ctpo", {"step_wise": True}, "step_wise_trajectories: expected False"),
+        (
+            "tokcredit_tempo",
+            "tokcredit_ctpo",
+            {"off_policy_correction": OffPolicyCorrectionConfig(tis_ratio_type="token")},
+            "off_policy_correction: expected SkyRL's default",
+        ),
+    ],
+)
+def test_trainers_refuse(estimator, loss, settings, message):
+    with pytest.raises(ValueError, match=message):
+        CreditTrainer(configuration(estimator, loss, **settings))
+
+
+def test_estimators_need_token_ids():
+    config = configuration("tokcredit_tempo", "tokcredit_ctpo")
+    with pytest.raises(RuntimeError, match=r"mix tokcredit\.adapters\.skyrl\.Credit into the trainer"):
+        RayPPOTrainer.compute_advantages_and_returns(trainer(config), training_batch())
+
+
+def test_evidence_that_the_batch_lacks():
+    batch = training_batch()
+    del batch["rollout_logprobs"]
+    config = configuration("tokcredit_weighted", "tokcredit_grpo", **ROWWISE)
+    with pytest.raises(ValueError, match="needs rollout_log_probs"):
+        trainer(config).compute_advantages_and_returns(batch)
+    del batch["loss_mask"]
+    with pytest.raises(RuntimeError, match="loss_mask: expected in SkyRL's batch"):
+        trainer(config).compute_advantages_and_returns(batch)
+
+
+def test_recipe():
+    """As ``docs/hosts.md`` prints it: SkyRL's entry point makes our trainer, which has checked the configuration."""
+    (code,) = re.findall(r"```python\n(from skyrl\.train.*?)```", HOSTS.read_text(), re.DOTALL)
+    names = {"tc": tc, "dataclasses": dataclasses}
+    exec(compile(code, str(HOSTS), "exec"), names)
+    whole = configuration("tokcredit_mix", "tokcredit_mix", **ROWWISE)
+    parts = dict.fromkeys(inspect.signature(BasePPOExp.get_trainer).parameters)
+    del parts["self"]
+    with pytest.raises(ValueError, match="loss_reduction: expected 'token_mean'"):
+        names["CreditExp"].get_trainer(None, **{**parts, "cfg": whole})
+
+
+def test_names_are_registered_once():
+    with pytest.raises(ValueError, match="name: expected a new one, got 'tempo'"):
+        adapter.register("tempo", tc.methods.tempo())
