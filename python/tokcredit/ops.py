@@ -497,9 +497,7 @@ def _logits_gradient_in_place(
 
 class _Logits(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, overwrite: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, overwrite: bool) -> tuple[Tensor, Tensor]:
         logits, tokens = logits.contiguous(), tokens.contiguous()
         log_probs, entropies, logsumexp = torch.ops.tokcredit.logits(logits, tokens, temperature, num_threads())
         ctx.save_for_backward(logits, tokens, logsumexp, entropies)
@@ -525,9 +523,7 @@ class _Logits(torch.autograd.Function):
         return grad, None, None, None
 
 
-def logits(
-    logits: Tensor, tokens: Tensor, temperature: float = 1.0, overwrite: bool = False
-) -> tuple[Tensor, Tensor]:
+def logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probabilities ``[N]`` and entropies ``[N]`` of ``csrc/ops/logits.hpp``."""
     if logits.requires_grad:
         return _Logits.apply(logits, tokens, temperature, overwrite)
