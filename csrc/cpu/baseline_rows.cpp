@@ -1,7 +1,7 @@
 #include "cpu/baseline_rows.hpp"
 #include "cpu/running.hpp"
 #include "math/dispatch.hpp"
-#include "math/exponential.hpp"
+#include "math/energy.hpp"
 
 namespace tokcredit::cpu {
 namespace {
@@ -60,7 +60,7 @@ template <class T, class A> struct Group {
   void add(int64_t row, int64_t first, int64_t n, double &energy, double after, Sums &sums) {
     read_mask(first, n);
     for (int64_t i = 0; i < n; ++i) {
-      const A own = A(1) - A(2) * exponential(A(load(log_probs[first + i]))) + A(load(squares[first + i]));
+      const A own = tokcredit::energy(A(load(log_probs[first + i])), A(load(squares[first + i])));
       s.energy[i] = s.live[i] ? own : A(0);
     }
     if (b.per_row) {

@@ -1,18 +1,18 @@
 // Reward-to-go, less what the rows of a group have of it on average at the same offset, weighted by energy.
 //
-// With j = t - begin[r] the offset of a token in its row, over unmasked tokens only:
-//     G[t] = sum of rewards over the row from t on               (rewards per row: that number at every
-//     token) W[t] = sum over the row up to t of 1 - 2 exp(log_probs) + squares baseline[g][j] = sum of W G /
-//     (sum of W + epsilon) over the rows of group g at offset j;
-//                      0 where fewer than two rows have a token there
-//     advantages[t] = G[t] - baseline[g][j];     returns[t] = G[t]
-// and both are 0 where masked. W is what the squared score of the logits adds up to, so the baseline is the
-// one of least variance. Sums are float64, over rows in their order.
+// With j = t - begin[r] the offset of a token in its row, masked tokens counted, and over unmasked tokens:
+//     G[t] = sum of the row's rewards from t on; with one reward per row, that number
+//     W[t] = sum over the row up to t of max(0, 1 - 2 exp(log_probs) + squares)
+//     baseline[g][j] = sum of W G / (sum of W + epsilon), over the rows of group g that have a token at j;
+//                      0 where fewer than two have one
+//     advantages[t] = G[t] - baseline[g][j];   returns[t] = G[t]
+// Both results are 0 where masked. W adds up the squared length of the score in the logits, so this baseline
+// is the one of least variance. Sums are float64, those over rows in the order of the rows.
 //
-//     two rows of a group   log_probs -inf   squares 1   rewards 0 1 and 0 3
-//     W 2 4                 G 1 1 and 3 3    baseline 2 2   advantages -1 -1 and 1 1
+//     two rows of a group   log_probs -inf -inf   squares 1 1   rewards 0 1 and 0 3
+//     W 2 4 in both         G 1 1 and 3 3         baseline 2 2  advantages -1 -1 and 1 1
 //
-// Time: one read of each argument, one write of each result.
+// Time: one read of log_probs and squares, two of rewards and mask, one write of each result.
 #pragma once
 #include "ops/array.hpp"
 
