@@ -103,7 +103,9 @@ def test_nothing_under_the_mask_is_read(poison, per_row):
     group = torch.zeros(3, dtype=torch.int64)
     clean = ops.baseline(*arguments, rows, group, 1, with_returns=True)
     dirty = [x if x.dim() == 2 else x.masked_fill(~mask, poison) for x in arguments]
-    assert all(torch.equal(*x) for x in zip(clean, ops.baseline(*dirty, rows, group, 1, with_returns=True), strict=True))
+    assert all(
+        torch.equal(*x) for x in zip(clean, ops.baseline(*dirty, rows, group, 1, with_returns=True), strict=True)
+    )
     assert clean[0][mask].any() and not clean[0][~mask].any() and not clean[1][~mask].any()
 
 

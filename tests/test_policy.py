@@ -293,7 +293,9 @@ def test_squared_probs(dtype, scale, temperature):
 
 def test_squared_probs_by_hand():
     """Of even choices, of a certain one, of one among impossible ones, and of none."""
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1e4, -1e4, 0.0, 0.0], [-INF, 0.0, math.log(3.0), -INF], [math.nan] * 4])
+    logits = torch.tensor(
+        [[0.0, 0.0, 0.0, 0.0], [1e4, -1e4, 0.0, 0.0], [-INF, 0.0, math.log(3.0), -INF], [math.nan] * 4]
+    )
     ours = policy.squared_probs(logits, torch.tensor([3, 1, 0, -1], dtype=torch.int32))
     assert ours.tolist() == pytest.approx([1 / 4, 1, 1 / 16 + 9 / 16, 0])
     assert policy.squared_probs(logits[None, 2:3], torch.tensor([[1]]), 0.5).tolist() == [[pytest.approx(0.01 + 0.81)]]

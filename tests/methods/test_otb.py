@@ -10,7 +10,11 @@ NEEDS = {"squared_probs", "turn_rewards"}
 
 def advantages(batch, rewards):
     """The paper's ``G - E[G W] / E[W]`` per time step, G and W written out as sums."""
-    p, squares, tokens = batch.old_log_probs.exp().tolist(), batch.extras["squared_probs"].tolist(), naive.rows_of(batch)
+    p, squares, tokens = (
+        batch.old_log_probs.exp().tolist(),
+        batch.extras["squared_probs"].tolist(),
+        naive.rows_of(batch),
+    )
     begin, out = batch.begin.tolist(), {}
     for rows in naive.group_rows(batch):
         to_go = {t: sum(rewards[r].get(s, 0.0) for s in tokens[r] if s >= t) for r in rows for t in tokens[r]}
@@ -33,7 +37,9 @@ def test_formula(by_turn, seed):
         if by_turn:
             rewards = [{t: batch.extras["turn_rewards"][t].item() for t in row} for row in naive.rows_of(batch)]
         else:
-            rewards = [{row[-1]: r} if row else {} for row, r in zip(naive.rows_of(batch), batch.rewards.tolist(), strict=True)]
+            rewards = [
+                {row[-1]: r} if row else {} for row, r in zip(naive.rows_of(batch), batch.rewards.tolist(), strict=True)
+            ]
         paid = advantages(batch, rewards)
         ratio = lambda t: (log_probs[t] - batch.old_log_probs[t]).exp()  # noqa: E731
         losses = [[naive.clipped(paid[t], ratio(t), 0.8, 1.2) for t in row] for row in naive.rows_of(batch)]

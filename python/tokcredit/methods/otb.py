@@ -33,5 +33,7 @@ def otb(
     whatever the rounding, and are not multiplied by the squared weights of a rollout correction.
     """
     return Objective(
-        credit.least_variance(by_turn, epsilon), clip=clip.ppo(clip_low, clip_high), aggregation=aggregation.token_mean()
+        credit.least_variance(by_turn, epsilon),
+        clip=clip.ppo(clip_low, clip_high),
+        aggregation=aggregation.token_mean(),
     )
