@@ -13,6 +13,7 @@ LEVELS = {"base": "-march=x86-64", "v3": "-march=x86-64-v3", "v4": "-march=x86-6
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 ROWS, LENGTH = 3, 700  # blocks, whole packs and a rest
 MAIN = r"""
+#include "cpu/baseline_rows.hpp"
 #include "cpu/policy_loss_rows.hpp"
 #include <cstring>
 using namespace tokcredit;
@@ -37,6 +38,16 @@ extern "C" void run(int type, int surrogate, bool cumulative, double power, cons
   p.gradient = gradient;
   cpu::TOKCREDIT_LEVEL::policy_loss_rows(p, 0, rows);
 }
+extern "C" void run_baseline(int type, bool per_row, const int64_t *begin, const int64_t *end, const bool *mask,
+                             int64_t rows, int64_t size, const void *log_probs, const void *squares,
+                             const void *rewards, void *advantages, void *returns) {
+  const Baseline b{{begin, end, mask, rows, size}, Type(type), nullptr, 1, log_probs, squares, rewards, per_row,
+                   1e-8, advantages, returns};
+  const int64_t members[] = {0, 1, 2};
+  double to_go[3][8];
+  cpu::Course courses[] = {{0, to_go[0]}, {0, to_go[1]}, {0, to_go[2]}};
+  cpu::TOKCREDIT_LEVEL::baseline_group(b, members, 3, courses);
+}
 """
 
 
@@ -52,7 +63,8 @@ def levels(tmp_path_factory):
         test = "1" if level == "base" else f'__builtin_cpu_supports("{march.removeprefix("-march=")}")'
         command = [compiler, *FLAGS, march, "-Wno-psabi", f"-I{ROOT / 'csrc'}", "-DTOKCREDIT_LEVELS"]
         command += [f"-DTOKCREDIT_LEVEL={level}", f"-DTOKCREDIT_CAN_RUN={test}"]
-        command += ["main.cpp", str(ROOT / "csrc/cpu/policy_loss_rows.cpp"), "-o", f"{level}.so"]
+        loops = [str(ROOT / f"csrc/cpu/{name}_rows.cpp") for name in ("policy_loss", "baseline")]
+        command += ["main.cpp", *loops, "-o", f"{level}.so"]
         if subprocess.run(command, cwd=folder, capture_output=True).returncode:
             continue  # a compiler or a machine of another kind
         library = ctypes.CDLL(str(folder / f"{level}.so"))
@@ -63,12 +75,19 @@ def levels(tmp_path_factory):
     return libraries
 
 
+def pointer(x):
+    return ctypes.c_void_p(x.data_ptr())
+
+
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 def test_levels_share_no_function(levels):
     """The linker keeps one copy of a weak function for all files: it must not be one for a larger machine."""
     for library in levels.values():
         symbols = subprocess.run(["nm", library._name], capture_output=True, text=True, check=True).stdout
-        assert "policy_loss_rows" in symbols
+        assert "policy_loss_rows" in symbols and "baseline_group" in symbols
         assert not [line for line in symbols.splitlines() if " W " in line]
 
 
@@ -85,17 +104,12 @@ def test_levels_agree(levels, dtype, cumulative):
     reference = (log_probs.double() + 0.3 * torch.randn(size, dtype=torch.float64)).to(dtype)
     advantages = torch.randn(size, dtype=wide)
     low, high = -torch.rand(ROWS, dtype=wide), torch.rand(ROWS, dtype=wide)
-    code = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}[dtype]
-
-    def pointer(x):
-        return ctypes.c_void_p(x.data_ptr())
-
     for surrogate in range(6):
         results = []
         for library in levels.values():
             stats, gradient = torch.zeros(ROWS, 7, dtype=torch.float64), torch.zeros(size, dtype=wide)
             library.run(
-                code,
+                CODES[dtype],
                 surrogate,
                 cumulative,
                 ctypes.c_double(0.5 if cumulative else 0.0),
@@ -110,3 +124,32 @@ def test_levels_agree(levels, dtype, cumulative):
         for stats, gradient in results[1:]:
             assert torch.equal(stats, results[0][0])
             assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("per_row", [False, True])
+def test_levels_agree_on_baselines(levels, dtype, per_row):
+    torch.manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    length = 2500  # two whole stretches and a part
+    size = ROWS * length
+    begin = torch.arange(ROWS) * length
+    end = begin + torch.tensor([length, length - 37, 5])
+    mask = torch.rand(size) > 0.1
+    p = torch.rand(size, dtype=torch.float64)
+    log_probs, squares = p.log().to(dtype), (p**2 + 0.2 * (1 - p) ** 2).to(dtype)
+    rewards = torch.randn(ROWS if per_row else size, dtype=torch.float64).to(dtype)
+    results = []
+    for library in levels.values():
+        out = torch.zeros(2, size, dtype=wide)
+        library.run_baseline(
+            CODES[dtype],
+            per_row,
+            *map(pointer, (begin, end, mask)),
+            ctypes.c_int64(ROWS),
+            ctypes.c_int64(size),
+            *map(pointer, (log_probs, squares, rewards, *out)),
+        )
+        assert not out[:, ~mask].any() and (out[0] != out[1]).any()
+        results.append(out)
+    assert all(torch.equal(out, results[0]) for out in results[1:])
