@@ -1,6 +1,6 @@
 // Reward-to-go, less what the rows of a group have of it on average at the same offset, weighted by energy.
 //
-// With j = t - begin[r] the offset of a token in its row, masked tokens counted, and over unmasked tokens:
+// j = t - begin[r] is the offset of a token in its row, masked tokens counted; sums are over unmasked tokens:
 //     G[t] = sum of the row's rewards from t on; with one reward per row, that number
 //     W[t] = sum over the row up to t of max(0, 1 - 2 exp(log_probs) + squares)
 //     baseline[g][j] = sum of W G / (sum of W + epsilon), over the rows of group g that have a token at j;

@@ -16,8 +16,8 @@ from tokcredit.train.scoring import predict, scores_of
 
 _TEACHER = frozenset({"reverse_kl", "forward_kl"})
 _WHOLE_GROUPS = frozenset({"disagreement", "padded_disagreement", "token_probs"})
-_OWN = frozenset({"old_log_probs", "ref_log_probs", "entropies", "squared_probs", "hidden_states"})
-COLLECTED = _OWN | _TEACHER | _WHOLE_GROUPS
+_ROW_BY_ROW = frozenset({"old_log_probs", "ref_log_probs", "entropies", "squared_probs", "hidden_states"})
+COLLECTED = _ROW_BY_ROW | _TEACHER | _WHOLE_GROUPS
 """Names of the evidence that forward passes give."""
 
 
