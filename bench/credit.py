@@ -5,29 +5,7 @@ from __future__ import annotations
 import tokcredit as tc
 import torch
 from harness import Table, close, main
-from tokcredit import ops, scan, segment
-
-
-def optimal_baseline(rewards, old, energy, batch):
-    """``A[t] = G[t] - sum_rows(G W)[t] / sum_rows(W)[t]``, sums over the rows of a group; also G.
-
-    W is the sum up to t of ``1 - 2 p + sum(p^2)``; where only the longest row of its group is left, its baseline is 0.
-    """
-    group, shape = batch.group_index, old.shape
-    energies = old.exp().mul_(-2).add_(1).add_(energy)
-    path = scan.cumulative(energies.view(-1), batch.rows).view(shape)
-    after = scan.returns(rewards.reshape(-1), batch.rows).view(shape)
-    weights = path.new_full((batch.num_groups, shape[1]), 1e-8).index_add_(0, group, path)
-    baselines = torch.zeros_like(weights).index_add_(0, group, torch.mul(after, path, out=path)).div_(weights)
-    advantages = baselines[group]
-    longest = segment.maximum(batch.lengths.float(), ids := segment.Ids(group, batch.num_groups))
-    first = batch.lengths == longest[group]
-    alone = segment.sum(first.float(), ids)[group] == 1
-    others = torch.where(first, 0, batch.lengths)
-    second = segment.maximum(others.float(), ids).long()
-    for row in (first & alone).nonzero()[:, 0].tolist():
-        advantages[row, int(second[group[row]]) :] = 0
-    return torch.sub(after, advantages, out=advantages).mul_(batch.shaped(batch.response_mask)), after
+from tokcredit import ops
 
 
 def run(table: Table, quick: bool) -> None:
@@ -73,16 +51,23 @@ def run(table: Table, quick: bool) -> None:
         {"verl, dictionary": 1, "verl, vectorised": 1},
     )
 
-    old, energy = -2 * torch.rand(rows, length), torch.rand(rows, length)
-    batch = tc.Rollouts.from_padded(tokens, mask, index, torch.zeros(rows))
+    p = torch.rand(rows, length).clamp_(min=1e-3)
+    squares = p.square() + torch.rand(rows, length) * (1 - p).square()
+    old = p.log()
+
+    def least_variance(rewards):
+        flat = (x.view(-1) for x in (old, squares, rewards))
+        advantages, returns = ops.baseline(*flat, known.rows, known.group_index, known.num_groups, with_returns=True)
+        return advantages.view(rows, length), returns.view(rows, length)
+
     table.measure(
         "optimal token baseline",
         shape,
         lambda: (torch.randn(rows, length) * real,),
         21 * n,  # rewards, log-probs, sum of squares and mask read; advantages and returns written
         {
-            "tokcredit": lambda r: optimal_baseline(r, old, energy, batch),
-            "verl": lambda r: verl.compute_optimal_token_baseline_advantage(r, real, uids, old, energy),
+            "tokcredit": least_variance,
+            "verl": lambda r: verl.compute_optimal_token_baseline_advantage(r, real, uids, old, squares),
         },
         close(2e-3, 2e-3),
         {"verl": 20},

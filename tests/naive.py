@@ -33,11 +33,14 @@ def synthetic(name, batch, g):
         torch.stack([(batch.group_index == i).nonzero()[0, 0] for i in range(batch.num_groups)]) if len(rows) else rows
     )
     earlier = torch.stack([(batch.group_index[:r] == batch.group_index[r]).sum() for r in rows]) if len(rows) else rows
+    chosen = (-x if batch.old_log_probs is None else batch.old_log_probs.double()).exp()
     made = {
         "old_log_probs": -x,
         "rollout_log_probs": -x,
         "ref_log_probs": -x,
         "entropies": 2 * x,
+        # Between what one probability and one other token of the rest's make.
+        "squared_probs": chosen**2 + x * (1 - chosen) ** 2,
         "reverse_kl": x**2,
         "forward_kl": x**3,
         "disagreement": x,

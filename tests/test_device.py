@@ -35,6 +35,7 @@ def test_the_current_stream_is_used(cuda):
     logits = torch.zeros(64, 1000, device=cuda)
     tokens = torch.zeros(64, dtype=torch.long, device=cuda)
     rows = rows_on(cuda, 0, 400_000, 1_000_000)
+    group = torch.zeros(2, dtype=torch.long, device=cuda)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -45,11 +46,13 @@ def test_the_current_stream_is_used(cuda):
         largest = segment.maximum(x, rows)
         chosen = select.top_k(x, 1, rows)
         value, _ = ops.policy_loss(x, rows, "k1", reference=x, cumulative=True)
+        _, to_go = ops.baseline(-x, x, x, rows, group, 1, with_returns=True)
         log_probs = policy.log_probs(logits, tokens)
     stream.synchronize()
     assert largest.tolist() == [400_000.0, 1_000_000.0]
     assert total[399_999].item() == pytest.approx(400_000 * 400_001 / 2)
     assert chosen.nonzero()[:, 0].tolist() == [399_999, 999_999]
+    assert to_go[399_998:400_000].tolist() == [799_999.0, 400_000.0]
     assert value.item() == 0
     torch.testing.assert_close(log_probs, torch.log_softmax(logits, 1)[:, 0])
 
@@ -163,6 +166,10 @@ def test_more_than_two_to_the_31_tokens(cuda):
     assert last.tolist() == pytest.approx([half, n - half + 6])
     assert y[half].item() == 3.0 and y[-1].item() == last[1].item()
     del y
+    group = torch.zeros(2, dtype=torch.long, device=cuda)
+    paid, _ = ops.baseline(torch.full_like(x, -torch.inf), x, x.new_tensor([[0.0], [1.0]]), rows, group, 1)
+    assert paid[[half - 1, -4100, -4099, -1]].tolist() == pytest.approx([-0.5, 0.5, 1, 1])
+    del paid
     tail = ops.spread(torch.tensor([False, True], device=cuda), rows, x)
     assert not tail[half - 1] and tail[half] and tail[-1]
     del tail

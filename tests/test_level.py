@@ -13,6 +13,7 @@ LEVELS = {"base": "-march=x86-64", "v3": "-march=x86-64-v3", "v4": "-march=x86-6
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 ROWS, LENGTH = 3, 700  # blocks, whole packs and a rest
 MAIN = r"""
+#include "cpu/baseline_rows.hpp"
 #include "cpu/logits_rows.hpp"
 #include "cpu/policy_loss_rows.hpp"
 using namespace tokcredit;
@@ -43,6 +44,16 @@ extern "C" void logits(int type, int64_t rows, int64_t vocabulary, const void *x
   cpu::TOKCREDIT_LEVEL::logits_rows({in, log_probs, entropies, logsumexp}, 0, rows);
   cpu::TOKCREDIT_LEVEL::logits_gradient_rows({in, logsumexp, entropies, slopes, slopes, grad}, 0, rows);
 }
+extern "C" void run_baseline(int type, bool per_row, const int64_t *begin, const int64_t *end, const bool *mask,
+                             int64_t rows, int64_t size, const void *log_probs, const void *squares,
+                             const void *rewards, void *advantages, void *returns) {
+  const Baseline b{{begin, end, mask, rows, size}, Type(type), nullptr, 1, log_probs, squares, rewards, per_row,
+                   1e-8, advantages, returns};
+  const int64_t members[] = {0, 1, 2};
+  double to_go[3][8];
+  cpu::Course courses[] = {{0, to_go[0]}, {0, to_go[1]}, {0, to_go[2]}};
+  cpu::TOKCREDIT_LEVEL::baseline_group(b, members, 3, courses);
+}
 """
 
 
@@ -69,20 +80,20 @@ def levels(tmp_path_factory):
     return libraries
 
 
-@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
-def test_levels_share_no_function(levels):
-    """The linker keeps one copy of a weak function for all files: it must not be one for a larger machine."""
-    for library in levels.values():
-        symbols = subprocess.run(["nm", library._name], capture_output=True, text=True, check=True).stdout
-        assert "policy_loss_rows" in symbols
-        assert not [line for line in symbols.splitlines() if " W " in line]
+def pointer(x):
+    return ctypes.c_void_p(x.data_ptr())
 
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
-def pointer(x):
-    return ctypes.c_void_p(x.data_ptr())
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_levels_share_no_function(levels):
+    """The linker keeps one copy of a weak function for all files: it must not be one for a larger machine."""
+    for library in levels.values():
+        symbols = subprocess.run(["nm", library._name], capture_output=True, text=True, check=True).stdout
+        assert "policy_loss_rows" in symbols and "baseline_group" in symbols
+        assert not [line for line in symbols.splitlines() if " W " in line]
 
 
 @pytest.mark.parametrize("dtype", CODES)
@@ -138,3 +149,32 @@ def test_logits(levels, dtype):
         results.append((log_probs, entropies, logsumexp, grad))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("per_row", [False, True])
+def test_baseline(levels, dtype, per_row):
+    torch.manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    length = 2500  # two whole stretches and a part
+    size = ROWS * length
+    begin = torch.arange(ROWS) * length
+    end = begin + torch.tensor([length, length - 37, 5])
+    mask = torch.rand(size) > 0.1
+    p = torch.rand(size, dtype=torch.float64)
+    log_probs, squares = p.log().to(dtype), (p**2 + 0.2 * (1 - p) ** 2).to(dtype)
+    rewards = torch.randn(ROWS if per_row else size, dtype=torch.float64).to(dtype)
+    results = []
+    for library in levels.values():
+        out = torch.zeros(2, size, dtype=wide)
+        library.run_baseline(
+            CODES[dtype],
+            per_row,
+            *map(pointer, (begin, end, mask)),
+            ctypes.c_int64(ROWS),
+            ctypes.c_int64(size),
+            *map(pointer, (log_probs, squares, rewards, *out)),
+        )
+        assert not out[:, ~mask].any() and (out[0] != out[1]).any()
+        results.append(out)
+    assert all(torch.equal(out, results[0]) for out in results[1:])

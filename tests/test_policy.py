@@ -289,6 +289,8 @@ def test_rejects_wrong_arguments():
     logits, tokens = sample(3, 4)
     with pytest.raises(ValueError, match=r"tokens: expected the shape of logits without V, \[3\], got \[2\]"):
         policy.log_probs(logits, tokens[:2])
+    with pytest.raises(ValueError, match=r"tokens: expected the shape of logits without V, \[3\], got \[2\]"):
+        policy.squared_probs(logits, tokens[:2])
     with pytest.raises(ValueError, match="temperature: expected a positive number, got 0"):
         policy.log_probs(logits, tokens, 0.0)
     with pytest.raises(ValueError, match="temperature: expected a positive number, got nan"):
@@ -297,6 +299,47 @@ def test_rejects_wrong_arguments():
         policy.log_probs(tokens[:, None], tokens)
     with pytest.raises(ValueError, match="logits: tokens: expected int64 or int32"):
         policy.log_probs(logits, tokens.float())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+def test_squared_probs(dtype, scale, temperature):
+    logits, tokens = sample(64, 3000, dtype, min(scale, 1e4 if dtype != torch.float16 else 9e3))
+    exact = torch.softmax(logits.double() / temperature, -1).square().sum(-1)
+    ours = policy.squared_probs(logits, tokens, temperature)
+    assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = 1e-11 if dtype == torch.float64 else 5e-6
+    torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=0)
+
+
+def test_squared_probs_by_hand():
+    """Of even choices, of a certain one, of one among impossible ones, and of none."""
+    logits = torch.tensor(
+        [[0.0, 0.0, 0.0, 0.0], [1e4, -1e4, 0.0, 0.0], [-INF, 0.0, math.log(3.0), -INF], [math.nan] * 4]
+    )
+    ours = policy.squared_probs(logits, torch.tensor([3, 1, 0, -1], dtype=torch.int32))
+    assert ours.tolist() == pytest.approx([1 / 4, 1, 1 / 16 + 9 / 16, 0])
+    assert policy.squared_probs(logits[None, 2:3], torch.tensor([[1]]), 0.5).tolist() == [[pytest.approx(0.01 + 0.81)]]
+    assert policy.squared_probs(logits[:0], torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+def test_squared_probs_have_no_gradient_and_do_not_copy_the_logits(device):
+    logits, tokens = sample(8, 50, torch.bfloat16)
+    assert not policy.squared_probs(logits.requires_grad_(), tokens).requires_grad
+    if device == "cpu":
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Sizes(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                made.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if x.data_ptr() != at)
+                return out
+
+        made, at = [], logits.data_ptr()
+        with Sizes():
+            policy.squared_probs(logits, tokens)
+        assert made and max(made) == 8
 
 
 def test_no_vocabulary(device):

@@ -31,4 +31,5 @@ PYBIND11_MODULE(_C, m) {
   bind_policy_loss(m);
   bind_logits(m);
   bind_repack(m);
+  bind_baseline(m);
 }

@@ -1,6 +1,7 @@
 #include "cpu/policy_loss_rows.hpp"
 #include "cpu/pack.hpp"
 #include "cpu/rows.hpp"
+#include "cpu/running.hpp"
 #include "math/dispatch.hpp"
 #include "math/surrogate.hpp"
 
@@ -87,21 +88,6 @@ template <class A> int64_t widen(Block<A> &b, int64_t n, int64_t before, A power
     for (int64_t i = 0; i < n; ++i)
       b.width[i] = growth(b.width[i], power);
   return before;
-}
-
-// raw becomes the sum up to and including each token, four at a time.
-template <class A> double accumulate(A *raw, int64_t n, double sum) {
-  typedef double Four __attribute__((vector_size(32)));
-  for (int64_t i = 0; i < n; i += 4) {
-    Four x = {double(raw[i]), double(raw[i + 1]), double(raw[i + 2]), double(raw[i + 3])};
-    x += Four{0, x[0], x[1], x[2]};
-    x += Four{0, 0, x[0], x[1]};
-    const Four y = x + sum;
-    for (int64_t k = 0; k < 4; ++k)
-      raw[i + k] = A(y[k]);
-    sum += x[3];
-  }
-  return sum;
 }
 
 // Sums over the tokens of a row.
@@ -215,7 +201,7 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
     if (p.cumulative) {
       for (int64_t i = n; i % 4; ++i)
         b.raw[i] = A(0);
-      sum = accumulate(b.raw, n, sum);
+      sum = run_forward(b.raw, (n + 3) / 4 * 4, sum);
     }
     log_ratio.read(first, n, b.live, A(0), b.raw);
     advantages.read(first, n, b.live, A(0), b.advantage);

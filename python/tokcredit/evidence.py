@@ -41,6 +41,12 @@ KNOWN = {
     "entropies": Evidence(
         "token", "float", "entropy of the next-token distribution, nats", "`policy.log_probs_and_entropies`"
     ),
+    "squared_probs": Evidence(
+        "token",
+        "float",
+        "sum over the vocabulary of squared probabilities, from the distribution of `old_log_probs`",
+        "`policy.squared_probs`",
+    ),
     "reverse_kl": Evidence(
         "token", "float", "KL(policy || teacher) of the next-token distributions, nats", "`divergence.kl`"
     ),

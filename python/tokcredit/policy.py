@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens from the logits of a language model, with gradients.
+"""Log-probabilities and entropies of tokens from the logits of a language model, with gradients; squared probabilities.
 
 No float32 copy of ``(N, V)`` is made: with bf16 logits, the one that ``log_softmax`` in float32 makes and
 keeps for the gradient is twice the size of the logits. Here two numbers per row are kept beside the logits.
@@ -13,6 +13,16 @@ from torch import Tensor
 
 from tokcredit import ops
 from tokcredit.rollouts import Rollouts
+
+
+def _check(logits: Tensor, tokens: Tensor, temperature: float) -> None:
+    if logits.dim() == 0 or logits.shape[:-1] != tokens.shape:
+        expected = "at least one dimension" if logits.dim() == 0 else f"{list(logits.shape[:-1])}"
+        raise ValueError(f"tokens: expected the shape of logits without V, {expected}, got {list(tokens.shape)}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a float dtype, got {logits.dtype}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
 
 
 def log_probs_and_entropies(
@@ -43,13 +53,7 @@ def log_probs_and_entropies(
     Raises:
         ValueError: if shapes disagree, a token is out of range, or the temperature is not positive.
     """
-    if logits.dim() == 0 or logits.shape[:-1] != tokens.shape:
-        expected = "at least one dimension" if logits.dim() == 0 else f"{list(logits.shape[:-1])}"
-        raise ValueError(f"tokens: expected the shape of logits without V, {expected}, got {list(tokens.shape)}")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits: expected a float dtype, got {logits.dtype}")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    _check(logits, tokens, temperature)
     rows = logits.reshape(tokens.numel(), logits.shape[-1])
     log_probs, entropies = ops.logits(rows, tokens.reshape(-1), float(temperature), overwrite)
     return log_probs.view(tokens.shape), entropies.view(tokens.shape)
@@ -61,6 +65,28 @@ def log_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tenso
     Arguments, ignored positions and errors are those of :func:`log_probs_and_entropies`.
     """
     return log_probs_and_entropies(logits, tokens, temperature)[0]
+
+
+@torch.no_grad()
+def squared_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum over the vocabulary of squared probabilities, ``sum(p[j] ** 2)``, without gradient; ``(...)``.
+
+    At half the temperature the probabilities are squared and normalised anew, so for any token y this is
+    ``exp(2 log p[y] - log p_half[y])``; for the most probable y nothing large cancels.
+
+    Args:
+        logits: as :func:`log_probs_and_entropies` takes them.
+        tokens: int64 or int32 ``(...)``, -1 where a position takes no part, and its result is 0; else any id, it does
+            not matter which.
+        temperature: positive; what the logits were divided by when the tokens were drawn.
+
+    Raises:
+        ValueError: if shapes disagree, or the temperature is not positive.
+    """
+    _check(logits, tokens, temperature)
+    likely = torch.where(tokens < 0, -1, logits.argmax(-1))
+    double = 2 * log_probs(logits, likely, temperature)
+    return torch.where(tokens < 0, 0, double.sub_(log_probs(logits, likely, temperature / 2)).exp_())
 
 
 def normalisers(logits: Tensor, batch: Rollouts) -> Tensor:

@@ -67,6 +67,16 @@ def test_estimators_equal_verl(ours, settings, theirs, std):
     torch.testing.assert_close(estimated(ours, **settings), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_optimal_token_baseline_equals_verl():
+    """On rows without tool tokens; verl ends a row at its count of chosen tokens."""
+    rows = [row | {"response_mask": torch.ones_like(row["response_mask"])} for row in ROWS if row["uid"] != "pad9"]
+    rows += [row for row in ROWS if row["uid"] == "pad9"]
+    expected = vb.advantages(rows, "optimal_token_baseline", ALGORITHM)
+    assert (expected > 0).any() and (expected < 0).any()
+    assert (expected.std(1) > 0.05).any(), "tokens of a row are paid alike"
+    torch.testing.assert_close(estimated("otb", rows), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_credit_of_the_tree():
     paid = estimated("tempo")
     evidence, names = vb.evidence(ROWS), sorted({row["uid"] for row in ROWS})
@@ -172,6 +182,7 @@ adapter.register("scheduled", lambda: tc.Objective(clip=tc.clip.growing(tc.sched
         ("negative", {}, "weights of at least 0"),
         ("pods", {}, "no sampling stage"),
         ("uncarried", {}, "credit stage .* needs hidden_states"),
+        ("otb", {"by_turn": True}, "credit stage .* needs turn_rewards"),
         ("tempo", {"clip_high": 0.3}, "algorithm.tokcredit: expected the clip stage"),
     ],
 )
@@ -235,6 +246,7 @@ def test_configuration_is_checked_before_anything_starts():
         ("actor_rollout_ref.actor.policy_loss.loss_mode=tokcredit_cpo", "name: expected one of"),
         ("algorithm.adv_estimator=tokcredit_temp", "name: expected one of"),
         ("algorithm.adv_estimator=tokcredit_uncarried", "credit stage .* needs hidden_states"),
+        ("algorithm.adv_estimator=tokcredit_otb", "credit stage .* needs squared_probs"),
         ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "loss_agg_mode: expected 'token-mean'"),
         ("actor_rollout_ref.actor.clip_ratio_c=10.0", "clip_ratio_c: expected verl's default"),
         ("+algorithm.tokcredit.clip_low=0.1", "algorithm.tokcredit: expected the clip stage"),

@@ -50,6 +50,8 @@ def batch(seed=0, padding=3):
         row["old_log_probs"] = -1 - torch.rand(length, generator=g)
         row["rollout_log_probs"] = row["old_log_probs"] + 0.3 * torch.randn(length, generator=g)
         row["entropy"] = torch.rand(length, generator=g)
+        chosen = row["old_log_probs"].exp()
+        row["sum_pi_squared"] = chosen**2 + 0.3 * (1 - chosen) ** 2
         row["log_probs"] = row["old_log_probs"] + 0.3 * torch.randn(length, generator=g)
     return [rows[i] for i in torch.randperm(len(rows), generator=g).tolist()]
 
@@ -71,12 +73,13 @@ def evidence(rows):
     responses = padded(rows, "responses")
     lengths = torch.tensor([len(row["responses"]) for row in rows])
     real = torch.arange(responses.shape[1]) < lengths[:, None]
-    names = ("old_log_probs", "rollout_log_probs", "entropy")
+    names = ("old_log_probs", "rollout_log_probs", "entropy", "sum_pi_squared")
     return {"responses": responses, "attention_mask": real, **{name: padded(rows, name) for name in names}}
 
 
 def data_proto(rows):
-    proto = DataProto(batch=tensordict(rows, ("response_mask", "rm_scores", "old_log_probs")).to_padded_tensor())
+    names = ("response_mask", "rm_scores", "old_log_probs", "sum_pi_squared")
+    proto = DataProto(batch=tensordict(rows, names).to_padded_tensor())
     proto.batch["token_level_rewards"] = proto.batch["rm_scores"]
     proto.non_tensor_batch["uid"] = np.array([row["uid"] for row in rows], dtype=object)
     return proto

@@ -29,6 +29,7 @@ DIFFERENCES = {
     "dr_grpo": {"credit": credit.group_normalized(scale=False), "aggregation": aggregation.sequence_sum(None)},
     "dapo": DAPO,
     "rloo": {"credit": credit.leave_one_out(), "aggregation": TOKENS},
+    "otb": {"credit": credit.least_variance(by_turn=False, epsilon=1e-8), "aggregation": TOKENS},
     "gspo": SEQUENCE,
     "cispo": {"clip": clip.weighted(low=10.0, high=0.2), "aggregation": TOKENS},
     "sapo": {"clip": clip.soft(tau_positive=1.0, tau_negative=1.05)},

@@ -50,7 +50,8 @@ def alone(model, row):
 @pytest.mark.parametrize("size", [1, 2, 100])
 def test_each_token_alone(models, batch, size):
     policy, reference, teacher = models
-    names = frozenset({"old_log_probs", "entropies", "ref_log_probs", "reverse_kl", "forward_kl", "hidden_states"})
+    names = frozenset({"old_log_probs", "entropies", "squared_probs", "ref_log_probs"})
+    names |= {"reverse_kl", "forward_kl", "hidden_states"}
     found = evidence.collect(names, batch, size, policy, reference, teacher, TEMPERATURE)
     expected = {name: [] for name in names}
     for row in ROWS:
@@ -60,6 +61,7 @@ def test_each_token_alone(models, batch, size):
         expected["old_log_probs"].append(p.gather(1, chosen)[:, 0])
         expected["ref_log_probs"].append(alone(reference, row)[0].log_softmax(-1).gather(1, chosen)[:, 0])
         expected["entropies"].append(-(p.exp() * p).sum(-1))
+        expected["squared_probs"].append(p.exp().square().sum(-1))
         expected["reverse_kl"].append((p.exp() * (p - q)).sum(-1))
         expected["forward_kl"].append((q.exp() * (q - p)).sum(-1))
         expected["hidden_states"].append(hidden)

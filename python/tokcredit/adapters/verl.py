@@ -26,6 +26,7 @@ from verl.workers.config import ActorConfig
 from tokcredit import aggregation, methods
 from tokcredit.adapters import split
 from tokcredit.adapters.evidence import require, untouched
+from tokcredit.evidence import FIELDS
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 
@@ -36,6 +37,7 @@ EVIDENCE = {
     "rollout_log_probs": "rollout_log_probs",
     "ref_log_probs": "ref_log_prob",
     "entropies": "entropy",
+    "squared_probs": "sum_pi_squared",
 }
 _MODES: dict[type, str] = {
     aggregation.token_mean: "token-mean",
@@ -147,14 +149,16 @@ def _estimate(
     if index is None:
         raise ValueError("uid: expected the prompt of each row in the batch, got None")
     objective = estimator(key, dict((config or {}).get("tokcredit") or {}))
-    fields: Any = {name: batch[field] for name, field in EVIDENCE.items() if field in batch}
-    require(objective, set(fields), "this batch")
+    carried = {name: batch[field] for name, field in EVIDENCE.items() if field in batch}
+    require(objective, set(carried), "this batch")
+    fields: Any = {name: carried.pop(name) for name in FIELDS if name in carried}
     data = Rollouts.from_padded(
         batch["responses"],
         response_mask,
         torch.from_numpy(np.unique(np.asarray(index).astype(str), return_inverse=True)[1]),
         token_level_rewards.sum(-1),
         batch["attention_mask"],
+        extras=carried,
         **fields,
     )
     paid = split.pay(objective, data, "verl")

@@ -5,6 +5,7 @@ A credit maps a batch to advantages: ``[R, 1]`` when every token of a row is pai
 
 from __future__ import annotations
 
+from tokcredit.credit.baseline import least_variance
 from tokcredit.credit.group import (
     Credit,
     constant,
@@ -38,6 +39,7 @@ __all__ = [
     "halves",
     "improbable_cuts",
     "influential",
+    "least_variance",
     "leave_one_out",
     "length",
     "mean_entropy",

@@ -16,7 +16,8 @@ from tokcredit.train.scoring import predict, scores_of
 
 _TEACHER = frozenset({"reverse_kl", "forward_kl"})
 _WHOLE_GROUPS = frozenset({"disagreement", "padded_disagreement", "token_probs"})
-COLLECTED = frozenset({"old_log_probs", "ref_log_probs", "entropies", "hidden_states"}) | _TEACHER | _WHOLE_GROUPS
+_ROW_BY_ROW = frozenset({"old_log_probs", "ref_log_probs", "entropies", "squared_probs", "hidden_states"})
+COLLECTED = _ROW_BY_ROW | _TEACHER | _WHOLE_GROUPS
 """Names of the evidence that forward passes give."""
 
 
@@ -84,6 +85,8 @@ def _of_part(
     found = {}
     seen = predict(model, part, hidden_states="hidden_states" in asked)
     found["old_log_probs"], found["entropies"] = scores_of(seen, temperature)
+    if "squared_probs" in asked:
+        found["squared_probs"] = policy.squared_probs(seen.logits, seen.tokens, temperature)[seen.inside]
     if seen.hidden_states is not None:
         found["hidden_states"] = seen.hidden_states[seen.inside].float()
     if "ref_log_probs" in asked:
