@@ -175,7 +175,7 @@ def test_thread_count_does_not_change_bits(monkeypatch, per_row):
     group = torch.arange(40) % 7
     results = []
     for threads in (1, 7):
-        monkeypatch.setattr(ops, "_threads", threads)
+        monkeypatch.setattr(ops.call, "_threads", threads)
         results.append(ops.baseline(*arguments, rows, group, 7, with_returns=True))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

@@ -235,7 +235,7 @@ def test_thread_count_does_not_change_bits(dtype, monkeypatch):
     logits.requires_grad_()
     results = []
     for threads in (1, 7):
-        monkeypatch.setattr(ops, "_threads", threads)
+        monkeypatch.setattr(ops.call, "_threads", threads)
         log_probs, entropies = policy.log_probs_and_entropies(logits, tokens)
         (grad,) = torch.autograd.grad((log_probs * entropies).sum(), logits)
         results.append((log_probs, entropies, grad))

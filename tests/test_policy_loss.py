@@ -209,7 +209,7 @@ def test_thread_count_does_not_change_bits(monkeypatch):
     rows = Rows(edges[:-1], edges[1:])
     results = []
     for threads in (1, 6):
-        monkeypatch.setattr(ops, "_threads", threads)
+        monkeypatch.setattr(ops.call, "_threads", threads)
         log_probs = ragged.values(size, torch.float32).requires_grad_()
         value, stats = ops.policy_loss(log_probs, rows, "clip", reference=ragged.values(size, torch.float32, seed=1))
         value.backward()

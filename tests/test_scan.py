@@ -62,9 +62,9 @@ def test_thread_count_does_not_change_bits(monkeypatch):
     x = ragged.values(300_000, torch.float32)
     edges = torch.arange(0, 300_001, 3000)
     rows = Rows(edges[:-1], edges[1:])
-    monkeypatch.setattr(ops, "_threads", 1)
+    monkeypatch.setattr(ops.call, "_threads", 1)
     one = ops.scan(x, rows, 0.99)[0]
-    monkeypatch.setattr(ops, "_threads", 7)
+    monkeypatch.setattr(ops.call, "_threads", 7)
     assert torch.equal(one, ops.scan(x, rows, 0.99)[0])
 
 

@@ -66,7 +66,7 @@ def test_long_rows_in_blocks(name, dtype, monkeypatch):
     rows = Rows(torch.tensor([0, 10]), torch.tensor([10, n]))
     results = []
     for threads in (1, 5):
-        monkeypatch.setattr(ops, "_threads", threads)
+        monkeypatch.setattr(ops.call, "_threads", threads)
         results.append(getattr(segment, name)(x, rows))
     assert torch.equal(*results) and results[0].dtype == torch.float32
     exact = [reference.reduce(name, part.tolist()) for part in (x[:10].double(), x[10:].double())]

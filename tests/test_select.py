@@ -86,7 +86,7 @@ def test_above_the_size_torch_refuses(monkeypatch):
     exact = x.sort().values
     results = []
     for threads in (1, 3):
-        monkeypatch.setattr(ops, "_threads", threads)
+        monkeypatch.setattr(ops.call, "_threads", threads)
         results.append(select.top_k(x, 1000, rows, select.everything(rows)))
         assert select.quantile_nearest(x, 0.8, rows, select.everything(rows)) == exact[round(0.8 * (n - 1))]
     assert torch.equal(*results) and results[0].sum() == 1000

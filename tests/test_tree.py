@@ -129,9 +129,9 @@ def test_duplicates_prefixes_and_empty_rows():
 
 def test_thread_count_does_not_change_anything(monkeypatch):
     batch = ragged.batch([[i % 3, i % 2, i] for i in range(64)], [i % 5 for i in range(64)], [0.0] * 64)
-    monkeypatch.setattr(ops, "_threads", 1)
+    monkeypatch.setattr(ops.call, "_threads", 1)
     one = tree.build(batch)
-    monkeypatch.setattr(ops, "_threads", 7)
+    monkeypatch.setattr(ops.call, "_threads", 7)
     many = tree.build(batch)
     for name in ("leaf", "parent", "depth", "length", "count", "degree"):
         assert torch.equal(getattr(one, name), getattr(many, name))

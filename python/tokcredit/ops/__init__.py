@@ -1,0 +1,33 @@
+"""Torch registrations of the native operations: shapes, devices and gradients. Contracts are in ``csrc/ops``.
+
+Private: users call the stage modules. Every operation is defined in ``torch.library`` with a fake implementation
+that also allocates its outputs, so it composes with ``torch.compile`` and is checked by ``opcheck``.
+"""
+
+from tokcredit.ops import select
+from tokcredit.ops.baseline import baseline
+from tokcredit.ops.call import Rows, num_threads, set_num_threads
+from tokcredit.ops.logits import logits
+from tokcredit.ops.policy_loss import LOSS_STATS, SURROGATES, policy_loss
+from tokcredit.ops.repack import repack
+from tokcredit.ops.scan import scan
+from tokcredit.ops.segment import REDUCTIONS, count
+from tokcredit.ops.tree import spread, tree_fold
+
+__all__ = [
+    "LOSS_STATS",
+    "REDUCTIONS",
+    "SURROGATES",
+    "Rows",
+    "baseline",
+    "count",
+    "logits",
+    "num_threads",
+    "policy_loss",
+    "repack",
+    "scan",
+    "select",
+    "set_num_threads",
+    "spread",
+    "tree_fold",
+]

@@ -1,0 +1,95 @@
+"""Masked linear recurrences along rows: contract in ``csrc/ops/scan.hpp``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import define, impl, register_fake
+
+from tokcredit import _C
+from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain
+
+define(
+    "tokcredit::scan",
+    "(Tensor x, Tensor begin, Tensor end, Tensor? mask, float decay, Tensor? carry, bool reverse, bool exclusive, "
+    "int threads) -> (Tensor, Tensor)",
+)
+
+
+@register_fake("tokcredit::scan")
+def _scan_outputs(
+    x: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    mask: Tensor | None,
+    decay: float,
+    carry: Tensor | None,
+    reverse: bool,
+    exclusive: bool,
+    threads: int,
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulated(x.dtype)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(begin.shape, dtype=dtype)
+
+
+@impl("tokcredit::scan", DEVICES)
+def _scan(
+    x: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    mask: Tensor | None,
+    decay: float,
+    carry: Tensor | None,
+    reverse: bool,
+    exclusive: bool,
+    threads: int,
+) -> tuple[Tensor, Tensor]:
+    y, last = _scan_outputs(x, begin, end, mask, decay, carry, reverse, exclusive, threads)
+    if begin.numel() == 0:
+        return y.zero_(), last
+    _C.scan(x.contiguous(), begin, end, plain(mask), decay, plain(carry), reverse, exclusive, y, last, threads)
+    return y, last
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, carry: Tensor | None, rows: Rows, decay: float, reverse: bool, exclusive: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.rows, ctx.decay, ctx.reverse, ctx.exclusive, ctx.dtype = rows, decay, reverse, exclusive, x.dtype
+        ctx.set_materialize_grads(False)
+        ctx.shape = x.shape
+        return torch.ops.tokcredit.scan(x, *rows, decay, carry, reverse, exclusive, num_threads())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
+        # The adjoint of a decayed recurrence is the same recurrence walked the other way.
+        def adjoint(g: Tensor, carry: Tensor | None, exclusive: bool) -> tuple[Tensor, Tensor]:
+            return torch.ops.tokcredit.scan(g, *ctx.rows, ctx.decay, carry, not ctx.reverse, exclusive, num_threads())
+
+        gx = gcarry = None
+        if grad is not None:
+            gx, gcarry = adjoint(grad, None, ctx.exclusive)
+            gcarry = gcarry if ctx.exclusive else gcarry * ctx.decay
+        if grad_last is not None:
+            through, first = adjoint(grad_last.new_zeros(ctx.shape), grad_last, True)
+            gx = through if gx is None else gx + through
+            gcarry = first if gcarry is None else gcarry + first
+        gcarry = gcarry if ctx.needs_input_grad[1] else None
+        return None if gx is None else gx.to(ctx.dtype), gcarry, None, None, None, None
+
+
+def scan(
+    x: Tensor,
+    rows: Rows,
+    decay: float = 1.0,
+    carry: Tensor | None = None,
+    reverse: bool = False,
+    exclusive: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and last states of the masked recurrence of ``csrc/ops/scan.hpp``."""
+    if x.requires_grad or (carry is not None and carry.requires_grad):
+        return _Scan.apply(x, carry, rows, decay, reverse, exclusive)
+    return torch.ops.tokcredit.scan(x, *rows, decay, carry, reverse, exclusive, num_threads())

@@ -1,0 +1,58 @@
+"""Reductions over rows and ids: contract in ``csrc/ops/segment.hpp``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import define, impl, register_fake
+
+from tokcredit import _C
+from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain
+
+REDUCTIONS = ("sum", "mean", "var", "minimum", "maximum", "count", "logsumexp")
+
+define(
+    "tokcredit::segment_rows",
+    "(Tensor x, Tensor begin, Tensor end, Tensor? mask, int reduction, float ddof, int threads) -> Tensor",
+)
+define(
+    "tokcredit::segment_ids",
+    "(Tensor x, Tensor ids, Tensor? mask, int segments, int reduction, float ddof) -> Tensor",
+)
+
+
+@register_fake("tokcredit::segment_rows")
+def _segment_rows_output(
+    x: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, reduction: int, ddof: float, threads: int
+) -> Tensor:
+    return x.new_empty(begin.shape, dtype=accumulated(x.dtype))
+
+
+@impl("tokcredit::segment_rows", DEVICES)
+def _segment_rows(
+    x: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, reduction: int, ddof: float, threads: int
+) -> Tensor:
+    y = _segment_rows_output(x, begin, end, mask, reduction, ddof, threads)
+    if begin.numel():
+        _C.segment_rows(x.contiguous(), begin, end, plain(mask), reduction, ddof, y, threads)
+    return y
+
+
+@register_fake("tokcredit::segment_ids")
+def _segment_ids_output(
+    x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float
+) -> Tensor:
+    return x.new_empty((segments,), dtype=accumulated(x.dtype))
+
+
+@impl("tokcredit::segment_ids", DEVICES)
+def _segment_ids(x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float) -> Tensor:
+    y = _segment_ids_output(x, ids, mask, segments, reduction, ddof)
+    if segments:
+        _C.segment_ids(x.contiguous(), ids.contiguous(), plain(mask), reduction, ddof, y)
+    return y
+
+
+def count(rows: Rows, like: Tensor) -> Tensor:
+    """Unmasked tokens of each row as a float; ``like`` is any ``[N]``, which is not read."""
+    return torch.ops.tokcredit.segment_rows(like, *rows, REDUCTIONS.index("count"), 0.0, num_threads())

@@ -1,0 +1,65 @@
+"""Exact ranks and subsets: contract in ``csrc/ops/select.hpp``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import define, impl, register_fake
+
+from tokcredit import _C
+from tokcredit.ops.call import DEVICES, accumulated, plain
+
+define(
+    "tokcredit::select",
+    "(Tensor x, Tensor begin, Tensor end, Tensor? mask, Tensor scope, Tensor wanted, bool ranks, int threads) "
+    "-> Tensor",
+)
+
+
+@register_fake("tokcredit::select")
+def _select_output(
+    x: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    mask: Tensor | None,
+    scope: Tensor,
+    wanted: Tensor,
+    ranks: bool,
+    threads: int,
+) -> Tensor:
+    if ranks:
+        return x.new_empty(wanted.shape, dtype=accumulated(x.dtype))
+    return x.new_empty(x.shape, dtype=torch.bool)
+
+
+@impl("tokcredit::select", DEVICES)
+def _select(
+    x: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    mask: Tensor | None,
+    scope: Tensor,
+    wanted: Tensor,
+    ranks: bool,
+    threads: int,
+) -> Tensor:
+    y = _select_output(x, begin, end, mask, scope, wanted, ranks, threads)
+    if begin.numel() == 0 or wanted.numel() == 0:
+        return y.fill_(float("nan")) if ranks else y.fill_(False)
+    _C.select(x.contiguous(), begin, end, plain(mask), scope.contiguous(), wanted.contiguous(), ranks, y, threads)
+    return y
+
+
+define("tokcredit::maximum_variance", "(Tensor x, Tensor scope, Tensor wanted) -> Tensor")
+
+
+@register_fake("tokcredit::maximum_variance")
+def _maximum_variance_output(x: Tensor, scope: Tensor, wanted: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.bool)
+
+
+@impl("tokcredit::maximum_variance", DEVICES)
+def _maximum_variance(x: Tensor, scope: Tensor, wanted: Tensor) -> Tensor:
+    chosen = _maximum_variance_output(x, scope, wanted)
+    _C.maximum_variance(x.double().contiguous(), scope.contiguous(), wanted.contiguous(), chosen)
+    return chosen
