@@ -468,13 +468,18 @@ def test_odd_rollouts(browser, tmp_path):
     inspect.run(source, ["tempo", "gspo"], page)
     browser.open(page)
     assert "so there are no ratios" in browser.js("return document.querySelector('.note').textContent")
+
+    def tokens():
+        """Of each text, which is filled in when it comes into view."""
+        return sorted(len(a.find_elements(By.CSS_SELECTOR, ".text span")) for a in browser.all("article"))
+
     for group, lengths in enumerate([[0], [1], [1, 2], [0, 2]]):
         browser.open(page, str(group))
-        spans = [len(a.find_elements(By.CSS_SELECTOR, ".text span")) for a in browser.all("article")]
-        assert sorted(spans) == lengths
+        browser.wait(lambda expected=lengths: tokens() == expected)
         browser.press("j", "b", Keys.ARROW_RIGHT, "x", "m", Keys.ESCAPE)
         assert browser.shown() == list(range(len(lengths)))
     browser.open(page, "2")
+    browser.wait(lambda: tokens() == [1, 2])
     browser.hover(browser.all("article[data-row='0'] .text span")[1])
     card = browser.card()
     assert card["clipped", "tempo"] == "not trained" and card["ratio", "gspo"] == "–"
