@@ -113,6 +113,8 @@ class Cpu:
         for turn in range(max(calls.values())):
             for name, body in bodies.items():
                 if turn < calls[name]:
+                    if first[name] < 1:
+                        body(0)  # pays for giving back the memory that the provider before it used
                     times[name].append(once(body))
         return {name: 1e3 * statistics.median(x) for name, x in times.items()}
 

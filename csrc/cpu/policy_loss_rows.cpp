@@ -48,9 +48,8 @@ template <class A> struct Block {
       cap[block], width[block];
 };
 
-// log_prob, and as raw the difference to the reference within `bound`, both 0 where masked.
-template <class T, class A>
-void read(Block<A> &b, const T *log_probs, const T *reference, const bool *mask, int64_t n, A bound) {
+// Which tokens take part.
+template <class A> void read_mask(Block<A> &b, const bool *mask, int64_t n) {
   __builtin_memset(b.unmasked, 0, block);
   if (mask)
     __builtin_memcpy(b.unmasked, mask, n);
@@ -58,15 +57,23 @@ void read(Block<A> &b, const T *log_probs, const T *reference, const bool *mask,
     __builtin_memset(b.unmasked, 1, n);
   for (int64_t i = 0; i < block; ++i)
     b.live[i] = A(int32_t(b.unmasked[i]));
+}
+
+// log_prob, 0 where masked.
+template <class T, class A> void read(Block<A> &b, const T *log_probs, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const A x = load(log_probs[i]);
     b.log_prob[i] = b.live[i] != A(0) ? x : A(0);
   }
-  if (reference)
-    for (int64_t i = 0; i < n; ++i) {
-      const A x = bounded(A(load(log_probs[i]) - load(reference[i])), -bound, bound);
-      b.raw[i] = b.live[i] != A(0) ? x : A(0);
-    }
+}
+
+// As raw the difference to the reference within `bound`, 0 where masked.
+template <class T, class A>
+void read_difference(Block<A> &b, const T *log_probs, const T *reference, int64_t n, A bound) {
+  for (int64_t i = 0; i < n; ++i) {
+    const A x = bounded(A(load(log_probs[i]) - load(reference[i])), -bound, bound);
+    b.raw[i] = b.live[i] != A(0) ? x : A(0);
+  }
 }
 
 // Positions counted from `before`, raised to `power`; a masked token has the width of the one before it.
@@ -194,10 +201,14 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
   int64_t position = 0;
   for (int64_t first = p.rows.begin[r]; first < p.rows.end[r]; first += block) {
     const int64_t left = p.rows.end[r] - first, n = left < block ? left : block;
-    if (!reference)
+    read_mask(b, mask ? mask + first : nullptr, n);
+    // The other surrogates are of the ratio alone.
+    if (Surrogate(p.surrogate) == Surrogate::weighted)
+      read(b, log_probs + first, n);
+    if (reference)
+      read_difference(b, log_probs + first, reference + first, n, bound);
+    else
       log_ratio.begin(b.raw);
-    read(b, log_probs + first, reference ? reference + first : nullptr, mask ? mask + first : nullptr, n,
-         bound);
     if (p.cumulative) {
       for (int64_t i = n; i % 4; ++i)
         b.raw[i] = A(0);
