@@ -226,7 +226,8 @@ __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Cha
       });
 }
 
-// Enough registers for all that a token needs, few enough for 24 warps per multiprocessor (double: 8).
+// Enough registers for all that a token needs, but for two to eight words of some kinds, and few enough for
+// 24 warps per multiprocessor (double: 8).
 template <class T> constexpr int blocks_at_once = sizeof(T) == 8 ? 1 : 3;
 
 template <Surrogate kind, class T>
