@@ -1,4 +1,5 @@
 #include "cpu/baseline_rows.hpp"
+#include "cpu/rows.hpp"
 #include "cpu/running.hpp"
 #include "math/dispatch.hpp"
 #include "math/energy.hpp"
@@ -24,15 +25,6 @@ template <class T, class A> struct Group {
   A *advantages = static_cast<A *>(b.advantages), *returns = static_cast<A *>(b.returns);
   Stretch<A> s{};
 
-  // 1 at unmasked tokens, 0 at others and after the last.
-  void read_mask(int64_t first, int64_t n) {
-    __builtin_memset(s.live, 0, stretch);
-    if (b.rows.mask)
-      __builtin_memcpy(s.live, b.rows.mask + first, n);
-    else
-      __builtin_memset(s.live, 1, n);
-  }
-
   // Rewards from each stretch of the row on.
   void look_ahead(int64_t row, double *to_go) {
     const int64_t begin = b.rows.begin[row], length = b.rows.end[row] - begin;
@@ -41,7 +33,7 @@ template <class T, class A> struct Group {
     while (k-- > 0) {
       const int64_t first = begin + k * stretch,
                     n = length - k * stretch < stretch ? length - k * stretch : stretch;
-      read_mask(first, n);
+      read_mask(b.rows, first, n, s.live);
       double parts[8] = {};
       for (int64_t i = 0; i < n; ++i)
         s.to_go[i] = s.live[i] ? A(load(rewards[first + i])) : A(0);
@@ -58,7 +50,7 @@ template <class T, class A> struct Group {
 
   // G of n tokens of a row into the results, and what they add to the sums.
   void add(int64_t row, int64_t first, int64_t n, double &energy, double after, Sums &sums) {
-    read_mask(first, n);
+    read_mask(b.rows, first, n, s.live);
     for (int64_t i = 0; i < n; ++i) {
       const A own = tokcredit::energy(A(load(log_probs[first + i])), A(load(squares[first + i])));
       s.energy[i] = s.live[i] ? own : A(0);
@@ -113,7 +105,7 @@ template <class T, class A> struct Group {
       for (int64_t i = 0; i < stretch; ++i)
         s.baseline[i] = sums.rows[i] > 1 ? A(sums.weighted[i] / (sums.weight[i] + b.epsilon)) : A(0);
       each([&](int64_t, int64_t first, int64_t n) {
-        read_mask(first, n);
+        read_mask(b.rows, first, n, s.live);
         for (int64_t i = 0; i < n; ++i)
           advantages[first + i] -= s.live[i] ? s.baseline[i] : A(0);
       });

@@ -48,17 +48,6 @@ template <class A> struct Block {
       cap[block], width[block];
 };
 
-// Which tokens take part.
-template <class A> void read_mask(Block<A> &b, const bool *mask, int64_t n) {
-  __builtin_memset(b.unmasked, 0, block);
-  if (mask)
-    __builtin_memcpy(b.unmasked, mask, n);
-  else
-    __builtin_memset(b.unmasked, 1, n);
-  for (int64_t i = 0; i < block; ++i)
-    b.live[i] = A(int32_t(b.unmasked[i]));
-}
-
 // log_prob, 0 where masked.
 template <class T, class A> void read(Block<A> &b, const T *log_probs, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -184,7 +173,6 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
   const T *log_probs = static_cast<const T *>(p.log_probs);
   const T *reference = p.log_ratio.data ? nullptr : static_cast<const T *>(p.reference);
   A *gradient = static_cast<A *>(p.gradient);
-  const bool *mask = p.rows.mask;
   const Lane<A> log_ratio(p.log_ratio, r, 0), advantages(p.advantages, r, 1), weights(p.weights, r, 1),
       low(p.low, r, -infinity), high(p.high, r, infinity), cap(p.cap, r, infinity);
   const bool shared = p.power == 0 && !low.per_token() && !high.per_token() && !cap.per_token();
@@ -201,7 +189,9 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
   int64_t position = 0;
   for (int64_t first = p.rows.begin[r]; first < p.rows.end[r]; first += block) {
     const int64_t left = p.rows.end[r] - first, n = left < block ? left : block;
-    read_mask(b, mask ? mask + first : nullptr, n);
+    read_mask(p.rows, first, n, b.unmasked);
+    for (int64_t i = 0; i < block; ++i)
+      b.live[i] = A(int32_t(b.unmasked[i]));
     // The other surrogates are of the ratio alone.
     if (Surrogate(p.surrogate) == Surrogate::weighted)
       read(b, log_probs + first, n);

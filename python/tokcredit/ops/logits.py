@@ -21,8 +21,6 @@ define(
     "(Tensor logits, Tensor tokens, float temperature, Tensor logsumexp, Tensor entropies, "
     "Tensor? grad_log_probs, Tensor? grad_entropies, int threads) -> Tensor",
 )
-
-
 define(
     "tokcredit::logits_gradient_",
     "(Tensor(a!) logits, Tensor tokens, float temperature, Tensor logsumexp, Tensor entropies, "
@@ -48,52 +46,12 @@ def _logits(logits: Tensor, tokens: Tensor, temperature: float, threads: int) ->
 
 
 @register_fake("tokcredit::logits_gradient")
-def _logits_gradient_output(
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: float,
-    logsumexp: Tensor,
-    entropies: Tensor,
-    grad_log_probs: Tensor | None,
-    grad_entropies: Tensor | None,
-    threads: int,
-) -> Tensor:
+def _logits_gradient_output(logits: Tensor, *arguments: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@impl("tokcredit::logits_gradient", DEVICES)
-def _logits_gradient(
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: float,
-    logsumexp: Tensor,
-    entropies: Tensor,
-    grad_log_probs: Tensor | None,
-    grad_entropies: Tensor | None,
-    threads: int,
-) -> Tensor:
-    grad = logits.new_empty(logits.shape)
-    _C.logits_gradient(
-        logits.contiguous(),
-        tokens.contiguous(),
-        temperature,
-        logsumexp,
-        entropies,
-        plain(grad_log_probs),
-        plain(grad_entropies),
-        grad,
-        threads,
-    )
-    return grad
-
-
-@register_fake("tokcredit::logits_gradient_")
-def _logits_gradient_in_place_outputs(*arguments: Any) -> None:
-    return None
-
-
-@impl("tokcredit::logits_gradient_", DEVICES)
-def _logits_gradient_in_place(
+def _write_gradient(
+    grad: Tensor,
     logits: Tensor,
     tokens: Tensor,
     temperature: float,
@@ -104,7 +62,24 @@ def _logits_gradient_in_place(
     threads: int,
 ) -> None:
     gradients = plain(grad_log_probs), plain(grad_entropies)
-    _C.logits_gradient(logits, tokens.contiguous(), temperature, logsumexp, entropies, *gradients, logits, threads)
+    _C.logits_gradient(logits, tokens.contiguous(), temperature, logsumexp, entropies, *gradients, grad, threads)
+
+
+@impl("tokcredit::logits_gradient", DEVICES)
+def _logits_gradient(logits: Tensor, *arguments: Any) -> Tensor:
+    grad = _logits_gradient_output(logits)
+    _write_gradient(grad, logits.contiguous(), *arguments)
+    return grad
+
+
+@register_fake("tokcredit::logits_gradient_")
+def _logits_gradient_in_place_outputs(*arguments: Any) -> None:
+    return None
+
+
+@impl("tokcredit::logits_gradient_", DEVICES)
+def _logits_gradient_in_place(logits: Tensor, *arguments: Any) -> None:
+    _write_gradient(logits, logits, *arguments)
 
 
 class _Logits(torch.autograd.Function):

@@ -19,17 +19,7 @@ define(
 
 
 @register_fake("tokcredit::scan")
-def _scan_outputs(
-    x: Tensor,
-    begin: Tensor,
-    end: Tensor,
-    mask: Tensor | None,
-    decay: float,
-    carry: Tensor | None,
-    reverse: bool,
-    exclusive: bool,
-    threads: int,
-) -> tuple[Tensor, Tensor]:
+def _scan_outputs(x: Tensor, begin: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulated(x.dtype)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(begin.shape, dtype=dtype)
 
@@ -46,7 +36,7 @@ def _scan(
     exclusive: bool,
     threads: int,
 ) -> tuple[Tensor, Tensor]:
-    y, last = _scan_outputs(x, begin, end, mask, decay, carry, reverse, exclusive, threads)
+    y, last = _scan_outputs(x, begin)
     if begin.numel() == 0:
         return y.zero_(), last
     _C.scan(x.contiguous(), begin, end, plain(mask), decay, plain(carry), reverse, exclusive, y, last, threads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.library import define, impl, register_fake
@@ -17,9 +19,7 @@ define(
 
 
 @register_fake("tokcredit::tree_build")
-def _tree_outputs(
-    tokens: Tensor, begin: Tensor, end: Tensor, group: Tensor, groups: int, threads: int
-) -> tuple[Tensor, ...]:
+def _tree_outputs(tokens: Tensor, begin: Tensor, *others: Any) -> tuple[Tensor, ...]:
     nodes = [begin.new_empty(2 * begin.shape[0]) for _ in range(6)]
     return begin.new_empty(begin.shape), *nodes, begin.new_zeros(())
 
@@ -28,7 +28,7 @@ def _tree_outputs(
 def _tree_build(
     tokens: Tensor, begin: Tensor, end: Tensor, group: Tensor, groups: int, threads: int
 ) -> tuple[Tensor, ...]:
-    outputs = _tree_outputs(tokens, begin, end, group, groups, threads)
+    outputs = _tree_outputs(tokens, begin)
     if begin.numel():
         _C.tree_build(tokens.contiguous(), begin, end, group.contiguous(), groups, *outputs, threads)
     return outputs
@@ -59,20 +59,7 @@ define(
 
 
 @register_fake("tokcredit::expand")
-def _expand_output(
-    like: Tensor,
-    dtype: torch.dtype,
-    begin: Tensor,
-    end: Tensor,
-    mask: Tensor | None,
-    row: Tensor | None,
-    leaf: Tensor | None,
-    parent: Tensor | None,
-    depth: Tensor | None,
-    body: Tensor | None,
-    head: Tensor | None,
-    threads: int,
-) -> Tensor:
+def _expand_output(like: Tensor, dtype: torch.dtype, *others: Any) -> Tensor:
     return like.new_empty(like.shape, dtype=dtype)
 
 
@@ -91,7 +78,7 @@ def _expand(
     head: Tensor | None,
     threads: int,
 ) -> Tensor:
-    y = _expand_output(like, dtype, begin, end, mask, row, leaf, parent, depth, body, head, threads)
+    y = _expand_output(like, dtype)
     if begin.numel() == 0:
         return y.zero_()
     _C.expand(begin, end, plain(mask), plain(row), leaf, parent, depth, plain(body), plain(head), y, threads)
