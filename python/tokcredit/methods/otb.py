@@ -24,13 +24,16 @@ def otb(
         clip_low: the ratio may fall to ``1 - clip_low``.
         clip_high: the ratio may rise to ``1 + clip_high``.
 
-    Cost: as GRPO, plus two more passes over the logits where old log-probs are computed.
+    Cost: as GRPO, plus three more reads of the logits where old log-probs are computed.
     Source: arXiv 2602.07078.
-    Departs from the paper: token ratios with PPO's clip and the mean over tokens, as verl runs it. A row alone at a
-    place has baseline 0; verl does so in groups of one and behind the end of the second longest row, which it takes
-    from the count of chosen tokens, and pays a row alone elsewhere 0. Places count tool tokens, as in verl's
-    ``optimal_token_baseline``; its ``tir_optimal_token_baseline`` counts chosen tokens alone. Energies are at least 0
-    whatever the rounding, and are not multiplied by the squared weights of a rollout correction.
+    Departs from the paper: token ratios with PPO's clip and the mean over tokens; verl's loss caps the ratio of losing
+    tokens at 3 besides. The reward is the row's and G the same at each of its tokens, where verl sums rewards per
+    token from there on, penalties in the reward among them; ``by_turn`` does that. A row alone at a place has baseline
+    0. verl gives that to groups of one and, counting chosen tokens, to the longest row behind the second longest, which
+    with masked tokens reaches places where it is not alone, and pays a row alone elsewhere about 0. Places count tool
+    tokens, as in verl's ``optimal_token_baseline``; its ``tir_optimal_token_baseline`` counts chosen tokens alone.
+    Energies are at least 0 whatever the rounding, and are not multiplied by the squared weights of a rollout
+    correction. ``squared_probs`` are the current policy's, also for rows that were replayed.
     """
     return Objective(
         credit.least_variance(by_turn, epsilon),
