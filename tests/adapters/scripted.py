@@ -128,6 +128,8 @@ def main(folder):
             results[method, name] = {"steps": steps, "history": history, "table": list(trainer._logs["advantages"])}
     if trainer.accelerator.is_main_process:
         torch.save(results, f"{folder}/results.pt")
+    trainer.accelerator.wait_for_everyone()  # no rank leaves while another still speaks to it
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -128,8 +128,11 @@ def by_ranks(tmp_path_factory):
     for ranks in (1, 2):
         folder = tmp_path_factory.mktemp("ranks")
         tiny.model().save_pretrained(folder / "start")  # beforehand, or the ranks race to write it
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        subprocess.run([sys.executable, *launch, scripted.__file__, str(folder)], check=True, timeout=400)
+        local = ["--standalone", "--local-addr=127.0.0.1"]  # whatever the machine's name resolves to
+        launch = ["-m", "torch.distributed.run", *local, f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        command = [sys.executable, *launch, scripted.__file__, str(folder)]
+        run = subprocess.run(command, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"}, stderr=subprocess.PIPE, timeout=400)
+        assert run.returncode == 0, run.stderr.decode()[-8000:]
         results.append(torch.load(folder / "results.pt"))
     return results
 
