@@ -299,7 +299,8 @@ def test_methods_that_ask_inside_rows_take_a_step(adding, method, monkeypatch):
 
 def one_rank(rank, settings, port, folder):
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in launched.items()} | {"ACCELERATE_USE_CPU": "true"}
+    local = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {name: str(value) for name, value in launched.items()} | local
     torch.set_num_threads(1)
     trainer = Trainer(settings)
     before = parameters_to_vector(trainer.model.parameters())
@@ -308,6 +309,8 @@ def one_rank(rank, settings, port, folder):
     batch = trainer.explorer.explore(2).batch
     drawn_by_the_model(trainer, batch)
     torch.save((before, after, batch.group_ids, batch.tokens, trainer.evaluate()), f"{folder}/{rank}.pt")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 def test_every_process_has_an_engine_of_its_own(tmp_path):

@@ -44,6 +44,7 @@ def one_rank(rank, settings, port, folder):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         ACCELERATE_USE_CPU="true",
+        GLOO_SOCKET_IFNAME="lo",
     )
     torch.set_num_threads(1)
     torch.save(update(settings, rank, 2), f"{folder}/{rank}.pt")
