@@ -4,6 +4,9 @@
 #pragma once
 #include "math/exponential.hpp"
 #include <type_traits>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 namespace tokcredit::cpu {
 namespace {
@@ -60,6 +63,24 @@ template <class V, int64_t n, class A> TOKCREDIT_FN void copy(const Registers<V,
   }
 }
 
+// Whether a register is not all zero.
+template <class V> TOKCREDIT_FN bool any(const Registers<V, 1> &x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x.low, (__m512i)x.low);
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)x.low);
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8((__m128i)x.low);
+#else
+  int64_t halves[2];
+  __builtin_memcpy(halves, &x.low, sizeof halves);
+  return halves[0] | halves[1];
+#endif
+}
+template <class V, int64_t n> TOKCREDIT_FN bool any(const Registers<V, n> &x) {
+  return any(map([](V a, V b) { return a | b; }, x.low, x.high));
+}
+
 template <class A> struct Pack {
   static constexpr int64_t count = lanes * sizeof(A) / register_bytes;
   using V = typename Register<A>::type;
@@ -74,13 +95,14 @@ template <class A> struct Pack {
     TOKCREDIT_FN friend Mask operator|(const Mask &a, const Mask &b) {
       return {map([](M x, M y) { return x | y; }, a.at, b.at)};
     }
+    TOKCREDIT_FN friend bool any(const Mask &a) { return any(a.at); }
   };
 
   Registers<V, count> at;
 
   Pack() = default;
   TOKCREDIT_FN Pack(const Registers<V, count> &x) : at(x) {}
-  TOKCREDIT_FN Pack(A x) : at(map([x](V zero) { return zero + x; }, Registers<V, count>{})) {}
+  TOKCREDIT_FN Pack(A x) : at(map([x](V zero) { return x - zero; }, Registers<V, count>{})) {}
   TOKCREDIT_FN explicit Pack(const A *x) { copy(x, at); }
 
   // The first n numbers.

@@ -200,9 +200,9 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
     else
       log_ratio.begin(b.raw);
     if (p.cumulative) {
-      for (int64_t i = n; i % 4; ++i)
+      for (int64_t i = n; i % together; ++i)
         b.raw[i] = A(0);
-      sum = run_forward(b.raw, (n + 3) / 4 * 4, sum);
+      sum = run_forward(b.raw, (n + together - 1) / together * together, sum);
     }
     log_ratio.read(first, n, b.live, A(0), b.raw);
     advantages.read(first, n, b.live, A(0), b.advantage);

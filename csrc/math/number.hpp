@@ -33,6 +33,8 @@ template <class T> using accumulate_t = typename accumulate<T>::type;
 template <class A> using mask_t = decltype(A{} < A{});
 template <class A> TOKCREDIT_FN A choose(bool which, A yes, A no) { return which ? yes : no; }
 
+TOKCREDIT_FN bool any(bool which) { return which; }
+
 TOKCREDIT_FN int32_t bits(float x) {
   int32_t out;
   memcpy(&out, &x, 4);

@@ -52,6 +52,8 @@ template <class A> struct Stop {
         above((t.log_ratio > t.high) & (t.advantage > A{})),
         capped((t.log_ratio > t.cap) & (t.advantage < A{})) {}
 
+  TOKCREDIT_FN mask_t<A> stops() const { return below | above | capped; }
+
   TOKCREDIT_FN A pick(A moving, A low, A high, A cap) const {
     A at = choose(below, low, moving);
     at = choose(above, high, at);
@@ -62,8 +64,7 @@ template <class A> struct Stop {
 // The clipped surrogate, with the ratio q and what it became.
 template <class A> TOKCREDIT_FN Paid<A> clipped(const Token<A> &t, const Stop<A> &stop, A q, A stopped) {
   const A slope = choose(t.moves, -t.advantage * q, A{});
-  const mask_t<A> still = stop.below | stop.above | stop.capped;
-  return {-t.advantage * stopped, choose(still, A{}, slope), q, stop.below, stop.above, stop.capped};
+  return {-t.advantage * stopped, choose(stop.stops(), A{}, slope), q, stop.below, stop.above, stop.capped};
 }
 
 // Selects instead of branches, so that a loop over tokens becomes vector code.
@@ -72,7 +73,7 @@ template <Surrogate kind, class A> TOKCREDIT_FN Paid<A> surrogate(const Token<A>
   const mask_t<A> no{};
   if constexpr (kind == Surrogate::clip) {
     const Stop<A> stop(t);
-    return clipped(t, stop, q, exponential(stop.pick(x, t.low, t.high, t.cap)));
+    return clipped(t, stop, q, any(stop.stops()) ? exponential(stop.pick(x, t.low, t.high, t.cap)) : q);
   } else if constexpr (kind == Surrogate::weighted) {
     const A weight = exponential(bounded(x, t.low, t.high));
     return {-weight * a * t.log_prob, -weight * a, q, x<t.low, x> t.high, no};

@@ -155,16 +155,16 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
         power=window.power,
         clamp=log_ratio.clamp,
     )
-    totals = dict(zip(ops.LOSS_STATS, stats.sum(0), strict=True))
-    tokens = totals["tokens"].clamp(min=1)
+    totals = stats.sum(0)
+    rates = dict(zip(ops.LOSS_STATS, totals / totals[1].clamp(min=1), strict=True))
     metrics = {
         "policy_loss": value.detach(),
-        "ratio": totals["ratio"] / tokens,
-        "approx_kl": totals["divergence"] / tokens,
-        "clip_low": totals["below"] / tokens,
-        "clip_high": totals["above"] / tokens,
-        "clip_cap": totals["capped"] / tokens,
-        "tokens": totals["tokens"],
+        "ratio": rates["ratio"],
+        "approx_kl": rates["divergence"],
+        "clip_low": rates["below"],
+        "clip_high": rates["above"],
+        "clip_cap": rates["capped"],
+        "tokens": totals[1],
     }
     if objective.kl is not None:
         penalty, _ = ops.policy_loss(

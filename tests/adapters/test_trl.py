@@ -131,7 +131,8 @@ def by_ranks(tmp_path_factory):
         local = ["--standalone", "--local-addr=127.0.0.1"]  # whatever the machine's name resolves to
         launch = ["-m", "torch.distributed.run", *local, f"--nproc-per-node={ranks}"] if ranks > 1 else []
         command = [sys.executable, *launch, scripted.__file__, str(folder)]
-        run = subprocess.run(command, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"}, stderr=subprocess.PIPE, timeout=400)
+        loopback = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+        run = subprocess.run(command, env=loopback, stderr=subprocess.PIPE, timeout=400)
         assert run.returncode == 0, run.stderr.decode()[-8000:]
         results.append(torch.load(folder / "results.pt"))
     return results
