@@ -29,8 +29,8 @@ inline Four within_backward(Four y) {
   y += Four{y[1], y[2], y[3], 0};
   return y + Four{y[2], y[3], 0, 0};
 }
-// x becomes `before` plus the sum up to and including each number; n is a multiple of `together`. Returns the last.
-// So many at a time, because each step waits for the sum of the one before.
+// x becomes `before` plus the sum up to and including each number; n is a multiple of `together`. Returns the
+// last. So many at a time, because each step waits for the sum of the one before.
 constexpr int64_t together = 16;
 template <class A> double run_forward(A *x, int64_t n, double before) {
   for (int64_t i = 0; i < n; i += together) {

@@ -22,7 +22,8 @@ template <class A> TOKCREDIT_FN A exponential_from(A x) {
   return ((q * square + r) + 1.0f) * from_bits((bits(shifted) << 23) + 0x3f800000);
 }
 
-// Within 2 ulp where the result is a normal number below 2^127.5; above infinity, below -87.7 exactly 0; NaN stays NaN.
+// Within 2 ulp where the result is a normal number below 2^127.5; above infinity, below -87.7 exactly 0; NaN
+// stays NaN.
 TOKCREDIT_FN float exponential(float x) { return exponential_from(x); }
 TOKCREDIT_FN double exponential(double x) { return std::exp(x); }
 
