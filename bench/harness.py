@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import tokcredit as tc
 import torch
 
 Inputs = tuple[object, ...]
@@ -131,6 +132,7 @@ class Cpu:
 
     def release(self) -> None:
         gc.collect()
+        tc.empty_cache()
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -73,11 +73,6 @@ void *current_stream(int32_t device_type, int32_t device_id) {
   return out;
 }
 
-void expect_writes(const Array &out) {
-  if (out.device_type == dlpack::device_cpu)
-    cpu::expect_writes(out.data, out.size() * bytes_of(out.type));
-}
-
 std::string text(const std::vector<int64_t> &shape) {
   std::string out = "[";
   for (size_t i = 0; i < shape.size(); ++i)
@@ -92,6 +87,15 @@ int64_t Array::size() const {
   for (int64_t extent : shape)
     n *= extent;
   return n;
+}
+
+py::object tensor_over(dlpack::ManagedTensor &managed) {
+  void *object = nullptr;
+  if (torch_table()->managed_to_object(&managed, &object) != 0) {
+    managed.release(&managed);
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(static_cast<PyObject *>(object));
 }
 
 void Call::fail(const char *name, const std::string &expected, const std::string &got) const {
@@ -144,18 +148,6 @@ Array Call::read(const char *name, const py::handle &tensor, Type type, int64_t 
 
 Array Call::optional(const char *name, const py::handle &tensor, Type type, int64_t size) {
   return tensor.is_none() ? Array{} : read(name, tensor, type, size);
-}
-
-Array Call::write(const char *name, const py::handle &tensor) {
-  const Array out = read(name, tensor);
-  expect_writes(out);
-  return out;
-}
-
-Array Call::write(const char *name, const py::handle &tensor, Type type, int64_t size) {
-  const Array out = read(name, tensor, type, size);
-  expect_writes(out);
-  return out;
 }
 
 Rows Call::rows(const py::handle &begin, const py::handle &end, const py::handle &mask, int64_t size) {

@@ -22,6 +22,9 @@ struct Array {
   template <class T> T *as() const { return static_cast<T *>(data); }
 };
 
+// A tensor that releases `managed` when torch drops it.
+py::object tensor_over(dlpack::ManagedTensor &managed);
+
 // One call of one operation: reads its tensors, insists on one device, and knows where to run.
 class Call {
 public:
@@ -31,9 +34,6 @@ public:
   Array read(const char *name, const py::handle &tensor, Type type, int64_t size);
   // None becomes a null pointer.
   Array optional(const char *name, const py::handle &tensor, Type type, int64_t size);
-  // A result, all of which will be written.
-  Array write(const char *name, const py::handle &tensor);
-  Array write(const char *name, const py::handle &tensor, Type type, int64_t size);
   Rows rows(const py::handle &begin, const py::handle &end, const py::handle &mask, int64_t size);
 
   // Runs `cpu()` or `device(queue)` without the GIL. `device` is a generic lambda: a build without CUDA never

@@ -22,8 +22,8 @@ void baseline(const py::object &log_probs, const py::object &squares, const py::
                    call.read("rewards", rewards, lp.type, per_row ? rows.count : rows.size).data,
                    per_row,
                    epsilon,
-                   call.write("advantages", advantages, out, rows.size).data,
-                   returns.is_none() ? nullptr : call.write("returns", returns, out, rows.size).data};
+                   call.read("advantages", advantages, out, rows.size).data,
+                   returns.is_none() ? nullptr : call.read("returns", returns, out, rows.size).data};
   call.run([&] { cpu::baseline(b, threads); }, [&](auto &queue) { cuda::baseline(b, queue); });
 }
 

@@ -1,5 +1,6 @@
-// The part of the DLPack 1.x binary interface that reading a tensor needs (https://dmlc.github.io/dlpack):
-// field order and types are the standard's, the rest of the standard is left out.
+// The part of the DLPack 1.x binary interface that reading and making a tensor needs
+// (https://dmlc.github.io/dlpack): field order and types are the standard's, the rest of the standard is left
+// out.
 #pragma once
 #include <cstdint>
 
@@ -37,7 +38,7 @@ struct ExchangeApi {
   int (*allocate)(Tensor *prototype, ManagedTensor **out, void *context,
                   void (*fail)(void *context, const char *kind, const char *message));
   void *managed_from_object;
-  void *managed_to_object;
+  int (*managed_to_object)(ManagedTensor *tensor, void **object);
   int (*borrow)(void *object, Tensor *out);
   int (*current_stream)(int32_t device_type, int32_t device_id, void **out);
 };

@@ -31,9 +31,9 @@ void forward(const py::object &logits, const py::object &tokens, double temperat
   Call call("logits");
   const Logits in = inputs(call, logits, tokens, temperature);
   const Type out = accumulated(in.type);
-  const LogitsForward f{in, call.write("log_probs", log_probs, out, in.rows).data,
-                        call.write("entropies", entropies, out, in.rows).data,
-                        call.write("logsumexp", logsumexp, Type::f64, in.rows).as<double>()};
+  const LogitsForward f{in, call.read("log_probs", log_probs, out, in.rows).data,
+                        call.read("entropies", entropies, out, in.rows).data,
+                        call.read("logsumexp", logsumexp, Type::f64, in.rows).as<double>()};
   call.run([&] { cpu::logits(f, threads); }, [&](auto &queue) { cuda::logits(f, queue); });
 }
 
@@ -48,7 +48,7 @@ void backward(const py::object &logits, const py::object &tokens, double tempera
                          call.read("entropies", entropies, out, in.rows).data,
                          call.optional("grad_log_probs", grad_log_probs, out, in.rows).data,
                          call.optional("grad_entropies", grad_entropies, out, in.rows).data,
-                         call.write("grad", grad, in.type, in.rows * in.vocabulary).data};
+                         call.read("grad", grad, in.type, in.rows * in.vocabulary).data};
   call.run([&] { cpu::logits_gradient(b, threads); }, [&](auto &queue) { cuda::logits_gradient(b, queue); });
 }
 

@@ -32,4 +32,5 @@ PYBIND11_MODULE(_C, m) {
   bind_logits(m);
   bind_repack(m);
   bind_baseline(m);
+  bind_memory(m);
 }

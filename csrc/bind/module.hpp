@@ -12,6 +12,7 @@ void bind_policy_loss(py::module_ &);
 void bind_logits(py::module_ &);
 void bind_repack(py::module_ &);
 void bind_baseline(py::module_ &);
+void bind_memory(py::module_ &);
 
 // float64 computes in itself, every other float type in float32.
 inline Type accumulated(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }

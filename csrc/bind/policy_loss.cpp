@@ -46,8 +46,8 @@ void policy_loss(const py::object &log_probs, const py::object &reference, const
     throw py::value_error("policy_loss: cumulative: expected old_log_probs and no log_ratio");
   p.clamp_low = clamp_low;
   p.clamp_high = clamp_high;
-  p.stats = call.write("stats", stats, Type::f64, rows.count * loss_stats).as<double>();
-  p.gradient = gradient.is_none() ? nullptr : call.write("gradient", gradient, type, rows.size).data;
+  p.stats = call.read("stats", stats, Type::f64, rows.count * loss_stats).as<double>();
+  p.gradient = gradient.is_none() ? nullptr : call.read("gradient", gradient, type, rows.size).data;
   call.run([&] { cpu::policy_loss(p, threads); }, [&](auto &queue) { cuda::policy_loss(p, queue); });
 }
 

@@ -15,7 +15,7 @@ void repack(const py::object &x, const py::object &from, const py::object &to, c
                  call.read("to", to, Type::i64, rows).as<int64_t>(),
                  call.read("length", length, Type::i64, rows).as<int64_t>(),
                  rows,
-                 call.write("y", y, source.type, target.size()).data,
+                 call.read("y", y, source.type, target.size()).data,
                  target.size()};
   call.run([&] { cpu::repack(p, threads); }, [&](auto &queue) { cuda::repack(p, queue); });
 }

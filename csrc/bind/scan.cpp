@@ -15,8 +15,8 @@ void scan(const py::object &x, const py::object &begin, const py::object &end, c
                values.type,
                values.data,
                call.optional("carry_in", carry_in, out, rows.count).data,
-               call.write("y", y, out, rows.size).data,
-               call.write("carry_out", carry_out, out, rows.count).data,
+               call.read("y", y, out, rows.size).data,
+               call.read("carry_out", carry_out, out, rows.count).data,
                decay,
                reverse,
                exclusive};

@@ -13,7 +13,7 @@ void segment_rows(const py::object &x, const py::object &begin, const py::object
   const bool counts = Reduction(reduction) == Reduction::count && values.type != Type::f64;
   const Type type = counts ? Type::f32 : values.type;
   const SegmentRows s{rows,      type, values.data,
-                      reduction, ddof, call.write("y", y, accumulated(type), rows.count).data};
+                      reduction, ddof, call.read("y", y, accumulated(type), rows.count).data};
   call.run([&] { cpu::segment_rows(s, threads); }, [&](auto &queue) { cuda::segment_rows(s, queue); });
 }
 
@@ -31,7 +31,7 @@ void segment_ids(const py::object &x, const py::object &ids, const py::object &m
                      out.size(),
                      reduction,
                      ddof,
-                     call.write("y", y, accumulated(values.type), out.size()).data};
+                     call.read("y", y, accumulated(values.type), out.size()).data};
   call.run([&] { cpu::segment_ids(s); }, [&](auto &queue) { cuda::segment_ids(s, queue); });
 }
 

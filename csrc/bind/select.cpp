@@ -17,7 +17,7 @@ void select(const py::object &x, const py::object &begin, const py::object &end,
                  call.read(ranks ? "rank" : "k", wanted, Type::i64, scopes).as<int64_t>(),
                  scopes};
   const Array out =
-      ranks ? call.write("y", y, accumulated(values.type), scopes) : call.write("y", y, Type::b8, rows.size);
+      ranks ? call.read("y", y, accumulated(values.type), scopes) : call.read("y", y, Type::b8, rows.size);
   call.run(
       [&] { ranks ? cpu::kth(s, out.data, threads) : cpu::top_k(s, out.as<bool>(), threads); },
       [&](auto &queue) { ranks ? cuda::kth(s, out.data, queue) : cuda::top_k(s, out.as<bool>(), queue); });
@@ -32,7 +32,7 @@ void maximum_variance(const py::object &x, const py::object &scope, const py::ob
                           call.read("k", wanted, Type::i64, scopes).as<int64_t>(),
                           rows,
                           scopes,
-                          call.write("chosen", chosen, Type::b8, rows).as<bool>()};
+                          call.read("chosen", chosen, Type::b8, rows).as<bool>()};
   call.run([&] { cpu::maximum_variance(m); }, [&](auto &queue) { cuda::maximum_variance(m, queue); });
 }
 

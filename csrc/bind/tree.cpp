@@ -19,14 +19,14 @@ void tree_build(const py::object &tokens, const py::object &begin, const py::obj
                     text.data,
                     call.read("group", group, Type::i64, R).as<int64_t>(),
                     groups,
-                    call.write("leaf", leaf, Type::i64, R).as<int64_t>(),
-                    call.write("parent", parent, Type::i64, V).as<int64_t>(),
-                    call.write("group_of", group_of, Type::i64, V).as<int64_t>(),
-                    call.write("depth", depth, Type::i64, V).as<int64_t>(),
-                    call.write("length", length, Type::i64, V).as<int64_t>(),
-                    call.write("count", count, Type::i64, V).as<int64_t>(),
-                    call.write("degree", degree, Type::i64, V).as<int64_t>(),
-                    call.write("size", size, Type::i64, 1).as<int64_t>()};
+                    call.read("leaf", leaf, Type::i64, R).as<int64_t>(),
+                    call.read("parent", parent, Type::i64, V).as<int64_t>(),
+                    call.read("group_of", group_of, Type::i64, V).as<int64_t>(),
+                    call.read("depth", depth, Type::i64, V).as<int64_t>(),
+                    call.read("length", length, Type::i64, V).as<int64_t>(),
+                    call.read("count", count, Type::i64, V).as<int64_t>(),
+                    call.read("degree", degree, Type::i64, V).as<int64_t>(),
+                    call.read("size", size, Type::i64, 1).as<int64_t>()};
   call.run([&] { cpu::tree_build(b, threads); }, [&](auto &queue) { cuda::tree_build(b, queue); });
 }
 
@@ -41,7 +41,7 @@ void tree_fold(const py::object &leaf, const py::object &parent, const py::objec
                    call.read("parent", parent, Type::i64, V).as<int64_t>(),
                    call.optional("scale", scale, values.type, V).data,
                    values.data,
-                   call.write("y", y, accumulated(values.type), V).data,
+                   call.read("y", y, accumulated(values.type), V).data,
                    R,
                    V};
   call.run([&] { cpu::tree_fold(f); }, [&](auto &queue) { cuda::tree_fold(f, queue); });
@@ -51,7 +51,7 @@ void expand(const py::object &begin, const py::object &end, const py::object &ma
             const py::object &leaf, const py::object &parent, const py::object &depth, const py::object &body,
             const py::object &head, const py::object &y, int threads) {
   Call call("expand");
-  const Array out = call.write("y", y);
+  const Array out = call.read("y", y);
   const Rows rows = call.rows(begin, end, mask, out.size());
   const int64_t R = rows.count, V = parent.is_none() ? 0 : call.read("parent", parent).size();
   const Expand e{rows,

@@ -24,11 +24,4 @@ struct Rows {
   int64_t size;
 };
 
-// Call before writing all of a large result. Memory new to the process is handed over page by page as it is
-// first written, which costs more than the writing; here the system may hand over 2 MiB at a time. Only pages
-// that lie whole inside the result are asked for, so nothing is held that would not be held anyway.
-namespace cpu {
-void expect_writes(void *data, int64_t bytes);
-}
-
 } // namespace tokcredit

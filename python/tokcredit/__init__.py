@@ -37,7 +37,7 @@ from tokcredit import (
 )
 from tokcredit._C import build_info
 from tokcredit.objective import Objective
-from tokcredit.ops import num_threads, set_num_threads
+from tokcredit.ops import empty_cache, num_threads, set_num_threads
 from tokcredit.prepared import Prepared
 from tokcredit.rollouts import Rollouts
 
@@ -50,6 +50,7 @@ __all__ = [
     "clip",
     "credit",
     "divergence",
+    "empty_cache",
     "evidence",
     "gain",
     "length",

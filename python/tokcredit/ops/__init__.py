@@ -6,7 +6,7 @@ that also allocates its outputs, so it composes with ``torch.compile`` and is ch
 
 from tokcredit.ops import select
 from tokcredit.ops.baseline import baseline
-from tokcredit.ops.call import Rows, num_threads, set_num_threads
+from tokcredit.ops.call import Rows, empty_cache, num_threads, set_num_threads
 from tokcredit.ops.logits import logits
 from tokcredit.ops.policy_loss import LOSS_STATS, SURROGATES, policy_loss
 from tokcredit.ops.repack import repack
@@ -21,6 +21,7 @@ __all__ = [
     "Rows",
     "baseline",
     "count",
+    "empty_cache",
     "logits",
     "num_threads",
     "policy_loss",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain
+from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain, result
 
 define(
     "tokcredit::baseline",
@@ -22,8 +22,8 @@ define(
 def _baseline_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     with_returns, dtype = arguments[8], accumulated(log_probs.dtype)
     return (
-        log_probs.new_empty(log_probs.shape, dtype=dtype),
-        log_probs.new_empty(log_probs.shape if with_returns else (0,), dtype=dtype),
+        result(log_probs, log_probs.shape, dtype),
+        result(log_probs, log_probs.shape if with_returns else (0,), dtype),
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-DEVICES = ("cpu", "cuda")
+from tokcredit import _C
+
+DEVICES: tuple[str, ...] = ("cpu", "cuda")
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
@@ -39,6 +42,32 @@ class Rows(NamedTuple):
 def accumulated(dtype: torch.dtype) -> torch.dtype:
     """What values of this dtype are summed in and results have."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_TYPES = {
+    dtype: number
+    for number, dtype in enumerate(
+        (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool)
+    )
+}
+
+
+def result(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised, on the device of ``like``; on the CPU a large one lies where earlier results lay."""
+    dtype = dtype or like.dtype
+    ours = type(like) is Tensor and like.is_cpu and dtype in _TYPES
+    if ours and math.prod(shape) * dtype.itemsize >= _C.LARGE:
+        return cast(Tensor, _C.empty(shape, _TYPES[dtype]))
+    return like.new_empty(shape, dtype=dtype)
+
+
+def empty_cache() -> None:
+    """Returns to the system the memory that results on the CPU have left, at most 256 MiB.
+
+    It is kept for the results that follow, because memory new to the process costs several times what writing it does.
+    There is no need to call this: Linux takes it back by itself when it is short.
+    """
+    _C.empty_cache()
 
 
 def plain(x: Tensor | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain
+from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain, result
 
 define(
     "tokcredit::logits",
@@ -32,9 +32,9 @@ define(
 def _logits_outputs(logits: Tensor, tokens: Tensor, temperature: float, threads: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulated(logits.dtype)
     return (
-        logits.new_empty(tokens.shape, dtype=dtype),
-        logits.new_empty(tokens.shape, dtype=dtype),
-        logits.new_empty(tokens.shape, dtype=torch.float64),
+        result(logits, tokens.shape, dtype),
+        result(logits, tokens.shape, dtype),
+        result(logits, tokens.shape, torch.float64),
     )
 
 
@@ -47,7 +47,7 @@ def _logits(logits: Tensor, tokens: Tensor, temperature: float, threads: int) ->
 
 @register_fake("tokcredit::logits_gradient")
 def _logits_gradient_output(logits: Tensor, *arguments: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+    return result(logits, logits.shape)
 
 
 def _write_gradient(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain
+from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain, result
 
 SURROGATES = ("clip", "weighted", "soft", "k1", "k2", "k3")
 LOSS_STATS = ("loss", "tokens", "below", "above", "capped", "ratio", "divergence")
@@ -28,7 +28,7 @@ def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Te
     begin, differentiate = arguments[7], arguments[17]
     return (
         log_probs.new_empty((begin.shape[0], len(LOSS_STATS)), dtype=torch.float64),
-        log_probs.new_empty(log_probs.shape if differentiate else (0,), dtype=accumulated(log_probs.dtype)),
+        result(log_probs, log_probs.shape if differentiate else (0,), accumulated(log_probs.dtype)),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, num_threads
+from tokcredit.ops.call import DEVICES, num_threads, result
 
 define(
     "tokcredit::repack", "(Tensor x, Tensor source, Tensor target, Tensor length, SymInt size, int threads) -> Tensor"
@@ -18,7 +18,7 @@ define(
 
 @register_fake("tokcredit::repack")
 def _repack_output(x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int, threads: int) -> Tensor:
-    return x.new_empty(size)
+    return result(x, (size,))
 
 
 @impl("tokcredit::repack", DEVICES)

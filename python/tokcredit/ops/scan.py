@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain
+from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain, result
 
 define(
     "tokcredit::scan",
@@ -21,7 +21,7 @@ define(
 @register_fake("tokcredit::scan")
 def _scan_outputs(x: Tensor, begin: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulated(x.dtype)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(begin.shape, dtype=dtype)
+    return result(x, x.shape, dtype), result(x, begin.shape, dtype)
 
 
 @impl("tokcredit::scan", DEVICES)

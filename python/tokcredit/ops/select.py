@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, accumulated, plain
+from tokcredit.ops.call import DEVICES, accumulated, plain, result
 
 define(
     "tokcredit::select",
@@ -29,7 +29,7 @@ def _select_output(
 ) -> Tensor:
     if ranks:
         return x.new_empty(wanted.shape, dtype=accumulated(x.dtype))
-    return x.new_empty(x.shape, dtype=torch.bool)
+    return result(x, x.shape, torch.bool)
 
 
 @impl("tokcredit::select", DEVICES)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, num_threads, plain
+from tokcredit.ops.call import DEVICES, Rows, num_threads, plain, result
 
 define(
     "tokcredit::tree_build",
@@ -60,7 +60,7 @@ define(
 
 @register_fake("tokcredit::expand")
 def _expand_output(like: Tensor, dtype: torch.dtype, *others: Any) -> Tensor:
-    return like.new_empty(like.shape, dtype=dtype)
+    return result(like, like.shape, dtype)
 
 
 @impl("tokcredit::expand", DEVICES)
