@@ -1,4 +1,4 @@
-#include "cpu/memory.hpp"
+#include "ops/memory.hpp"
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
