@@ -63,11 +63,11 @@ template <class T, class A> struct Group {
       for (int64_t i = 0; i < n; ++i)
         s.to_go[i] = s.live[i] ? A(load(rewards[first + i])) : A(0);
     }
-    for (int64_t i = n; i % together; ++i)
+    for (int64_t i = n; i % at_once; ++i)
       s.energy[i] = s.to_go[i] = A(0);
-    energy = run_forward(s.energy, (n + together - 1) / together * together, energy);
+    energy = run_forward(s.energy, (n + at_once - 1) / at_once * at_once, energy);
     if (!b.per_row)
-      run_backward(s.to_go, (n + together - 1) / together * together, after);
+      run_backward(s.to_go, (n + at_once - 1) / at_once * at_once, after);
     for (int64_t i = 0; i < n; ++i) {
       const double weight = s.live[i] ? double(s.energy[i]) : 0.0;
       const A g = s.live[i] ? s.to_go[i] : A(0);

@@ -1,14 +1,12 @@
-// A chunker over std::thread. Chunks are fixed by `grain`, never by the number of threads, so a result that
-// is combined per chunk has the same bits on any machine. No pool: host processes fork.
+// A chunker over threads. Chunks are fixed by `grain`, never by the number of threads, so a result that is
+// combined per chunk has the same bits on any machine.
 #pragma once
+#include "cpu/team.hpp"
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace tokcredit::cpu {
 
@@ -33,18 +31,8 @@ template <class Body> void parallel(int64_t count, int64_t grain, int threads, B
       next = chunks;
     }
   };
-  std::vector<std::thread> helpers;
-  const int64_t wanted = std::min<int64_t>(threads, chunks) - 1;
-  helpers.reserve(wanted);
-  try {
-    for (int64_t t = 0; t < wanted; ++t)
-      helpers.emplace_back(work);
-  } catch (const std::system_error &) {
-    // The process may not have more threads: the ones there are do all the work.
-  }
-  work();
-  for (auto &helper : helpers)
-    helper.join();
+  const auto helpers = int(std::min<int64_t>(threads, chunks) - 1);
+  run_together(helpers, [](void *data) { (*static_cast<decltype(work) *>(data))(); }, &work);
   if (failure)
     std::rethrow_exception(failure);
 }

@@ -200,9 +200,9 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
     else
       log_ratio.begin(b.raw);
     if (p.cumulative) {
-      for (int64_t i = n; i % together; ++i)
+      for (int64_t i = n; i % at_once; ++i)
         b.raw[i] = A(0);
-      sum = run_forward(b.raw, (n + together - 1) / together * together, sum);
+      sum = run_forward(b.raw, (n + at_once - 1) / at_once * at_once, sum);
     }
     log_ratio.read(first, n, b.live, A(0), b.raw);
     advantages.read(first, n, b.live, A(0), b.advantage);

@@ -29,13 +29,13 @@ inline Four within_backward(Four y) {
   y += Four{y[1], y[2], y[3], 0};
   return y + Four{y[2], y[3], 0, 0};
 }
-// x becomes `before` plus the sum up to and including each number; n is a multiple of `together`. Returns the
+// x becomes `before` plus the sum up to and including each number; n is a multiple of `at_once`. Returns the
 // last. So many at a time, because each step waits for the sum of the one before.
-constexpr int64_t together = 16;
+constexpr int64_t at_once = 16;
 template <class A> double run_forward(A *x, int64_t n, double before) {
-  for (int64_t i = 0; i < n; i += together) {
+  for (int64_t i = 0; i < n; i += at_once) {
     double sum = 0;
-    for (int64_t k = i; k < i + together; k += 4) {
+    for (int64_t k = i; k < i + at_once; k += 4) {
       const Four y = within_forward(read_four(x + k));
       write_four(y + (before + sum), x + k);
       sum += y[3];
@@ -47,9 +47,9 @@ template <class A> double run_forward(A *x, int64_t n, double before) {
 
 // The same from the end.
 template <class A> double run_backward(A *x, int64_t n, double after) {
-  for (int64_t i = n - together; i >= 0; i -= together) {
+  for (int64_t i = n - at_once; i >= 0; i -= at_once) {
     double sum = 0;
-    for (int64_t k = i + together - 4; k >= i; k -= 4) {
+    for (int64_t k = i + at_once - 4; k >= i; k -= 4) {
       const Four y = within_backward(read_four(x + k));
       write_four(y + (after + sum), x + k);
       sum += y[0];

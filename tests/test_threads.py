@@ -1,0 +1,77 @@
+"""Operations on the CPU share the threads of torch's OpenMP library, except where those are not to be had."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import tokcredit as tc
+import torch
+from tokcredit import ops
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, forks")
+
+SETTING = """
+import os, re
+from pathlib import Path
+import torch
+import tokcredit as tc
+from tokcredit import ops
+
+def threads():
+    return int(re.search(r"Threads:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+x = torch.rand(64, 20_000).flatten()
+rows = ops.Rows(torch.arange(64) * 20_000, torch.arange(1, 65) * 20_000)
+tc.set_num_threads(2)
+"""
+
+
+def run(script, **environment):
+    command = [sys.executable, "-c", SETTING + script]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@linux
+@pytest.mark.parametrize(("of_torch", "stay"), [("2", 1), ("1", 0)])
+def test_shares_the_threads_of_torch_where_it_has_some(of_torch, stay):
+    script = "before = threads(); ops.scan(x, rows); print(threads() - before)"
+    assert run(script, OMP_NUM_THREADS=of_torch) == [str(stay)]
+
+
+@linux
+@pytest.mark.parametrize("before_the_fork", ["ops.scan(x, rows)", "(x + 1).sum()"])
+def test_a_forked_process_starts_its_own(before_the_fork):
+    script = f"""
+{before_the_fork}
+expected = x.numpy().reshape(64, -1).cumsum(1, dtype=float).ravel()
+if os.fork() == 0:
+    print(abs(ops.scan(x, rows)[0].numpy() - expected).max() < 0.01, flush=True)
+    os._exit(0)  # torch's own operations would wait here for threads that are not there
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    assert run(script, OMP_NUM_THREADS="2") == ["True", "0"]
+
+
+def test_several_callers_at_once():
+    x = torch.rand(64, 20_000).flatten()
+    rows = ops.Rows(torch.arange(64) * 20_000, torch.arange(1, 65) * 20_000)
+    expected, same = ops.scan(x, rows)[0], []
+
+    def call():
+        same.extend(torch.equal(ops.scan(x, rows)[0], expected) for _ in range(5))
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert same == [True] * 20
+
+
+def test_at_least_one():
+    with pytest.raises(ValueError, match="count: expected at least 1, got 0"):
+        tc.set_num_threads(0)
