@@ -36,8 +36,8 @@ lint: .venv/tools
 	$(BIN)/clang-format --dry-run -Werror $$(find csrc -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
-# Beside the incumbents, in an environment of their own (requirements/bench.txt); `make bench RUN=runs/NAME` adds the
-# share of that run's steps. `bench-quick` takes small inputs and changes nothing.
+# Beside the incumbents, in an environment of their own (requirements/bench.txt); `make bench RUN="runs/A runs/B"`
+# adds the share of those runs' steps. `bench-quick` takes small inputs and changes nothing.
 bench: .venv-bench/installed
 	.venv-bench/bin/python bench/report.py $(if $(RUN),--run $(RUN)) $(ARGS)
 

@@ -1,6 +1,6 @@
 """Runs every CPU script, with glibc's malloc as it is and tuned, and writes the tables of ``bench/README.md``.
 
-python bench/report.py [--quick | --tables] [--run RUN_FOLDER]
+python bench/report.py [--quick | --tables] [--run RUN_FOLDER ...]
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def methods_table(results: list[dict]) -> list[str]:
     return lines
 
 
-def step_lines(default: dict[str, dict], run: str | None) -> list[str]:
-    """Share of a training step: of a run on this machine, and of a modelled step of a 7B model."""
+def step_lines(default: dict[str, dict], runs: list[str]) -> list[str]:
+    """Share of a training step: of a modelled step of a 7B model, and of runs on this machine."""
     tree = next(r for r in default["tree"]["results"] if r["provider"] == "tokcredit")
     rows, length = map(int, tree["shape"].split(" x "))
     losses = {r["operation"]: r for r in default["loss"]["results"] if r["provider"] == "tokcredit"}
@@ -102,10 +102,10 @@ def step_lines(default: dict[str, dict], run: str | None) -> list[str]:
         + ", ".join(f"{s + loss:.3f} s ({(s + loss) / step:.2%}) for {name}" for name, s in seconds.items())
         + "."
     ]
-    if run:
+    for run in runs:
         steps = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
         share = statistics.median(s["credit_seconds"] / s["seconds"] for s in steps if "credit_seconds" in s)
-        lines.append(f"In the run `{Path(run).name}` on this kind of machine, credit is {share:.2%} of a step.")
+        lines += ["", f"In the run `{Path(run).name}` on this kind of machine, credit is {share:.2%} of a step."]
     return lines
 
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="small inputs; nothing is written into the repository")
     parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables anew")
-    parser.add_argument("--run", help="a run folder, for the share of its steps")
+    parser.add_argument("--run", nargs="+", default=[], help="run folders, for the share of their steps")
     options = parser.parse_args()
     folder = HERE / "results"
     if options.quick:
@@ -130,7 +130,7 @@ def main() -> None:
     write(folder, options.run)
 
 
-def write(folder: Path, run: str | None) -> None:
+def write(folder: Path, runs: list[str]) -> None:
     stages = [s for s in STAGES if s not in ONCE]
 
     def measured(kind: str) -> dict[str, dict]:
@@ -164,7 +164,7 @@ def write(folder: Path, run: str | None) -> None:
         "",
         "### Share of a training step",
         "",
-        *step_lines(default, run),
+        *step_lines(default, runs),
     ]
     if (HERE / "scaling.png").exists():
         lines += ["", "### Scaling", "", "![time against tokens, group size and row length](scaling.png)"]
