@@ -43,6 +43,24 @@ def test_shares_the_threads_of_torch_where_it_has_some(of_torch, stay):
 
 
 @linux
+def test_few_threads_do_not_end_the_others():
+    script = """
+few = ops.Rows(rows.begin[:8], rows.end[:8])
+(x + 1).sum()
+before = threads()
+ops.scan(x[:160_000], few)
+print(threads() - before)
+"""
+    assert run(script, OMP_NUM_THREADS="4") == ["0"]
+
+
+@linux
+def test_more_threads_than_torch_has_are_started():
+    script = "(x + 1).sum(); before = threads(); tc.set_num_threads(4); ops.scan(x, rows); print(threads() - before)"
+    assert run(script, OMP_NUM_THREADS="2") == ["0"]
+
+
+@linux
 @pytest.mark.parametrize("before_the_fork", ["ops.scan(x, rows)", "(x + 1).sum()"])
 def test_a_forked_process_starts_its_own(before_the_fork):
     script = f"""

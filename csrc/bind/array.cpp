@@ -91,10 +91,8 @@ int64_t Array::size() const {
 
 py::object tensor_over(dlpack::ManagedTensor &managed) {
   void *object = nullptr;
-  if (torch_table()->managed_to_object(&managed, &object) != 0) {
-    managed.release(&managed);
-    throw py::error_already_set();
-  }
+  if (torch_table()->managed_to_object(&managed, &object) != 0)
+    throw py::error_already_set(); // torch may have released it already
   return py::reinterpret_steal<py::object>(static_cast<PyObject *>(object));
 }
 

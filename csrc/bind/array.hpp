@@ -22,7 +22,7 @@ struct Array {
   template <class T> T *as() const { return static_cast<T *>(data); }
 };
 
-// A tensor that releases `managed` when torch drops it.
+// A tensor that owns `managed`, and releases it when torch drops it.
 py::object tensor_over(dlpack::ManagedTensor &managed);
 
 // One call of one operation: reads its tensors, insists on one device, and knows where to run.

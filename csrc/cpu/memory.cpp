@@ -1,5 +1,4 @@
 #include "ops/memory.hpp"
-#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -9,23 +8,34 @@
 #endif
 
 namespace tokcredit::cpu {
+
+#ifdef __linux__
 namespace {
 
-enum class Advice { large_pages, may_be_taken };
-
-// Refusal costs time only.
-void advise([[maybe_unused]] const Memory &memory, [[maybe_unused]] Advice advice) {
-#if defined(MADV_HUGEPAGE) && defined(MADV_FREE)
-  madvise(memory.data, memory.bytes, advice == Advice::large_pages ? MADV_HUGEPAGE : MADV_FREE);
-#endif
+// Advice that the system refuses costs time only.
+Memory map(int64_t bytes) {
+  void *mapped =
+      mmap(nullptr, bytes + page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED)
+    throw std::bad_alloc();
+  const auto address = reinterpret_cast<uintptr_t>(mapped);
+  const uintptr_t before = (page_bytes - address % page_bytes) % page_bytes;
+  char *data = static_cast<char *>(mapped) + before;
+  if (before)
+    munmap(mapped, before);
+  munmap(data + bytes, page_bytes - before);
+  madvise(data, bytes, MADV_HUGEPAGE);
+  return {data, bytes};
 }
 
-// Whoever finds it locked does without: a process forked while another thread held the lock will never see it
-// open.
+void unmap(const Memory &memory) { munmap(memory.data, memory.bytes); }
+
 struct Cache {
   std::mutex guard;
   std::vector<Memory> kept; // the longest kept first
   int64_t bytes = 0;
+
+  Cache() { kept.reserve(kept_bytes / page_bytes + 1); }
 
   Memory remove(std::vector<Memory>::iterator at) {
     const Memory memory = *at;
@@ -41,11 +51,15 @@ Cache &cache() {
   return only;
 }
 
+// Whoever finds it locked does without: in a process forked while another thread held the lock it never
+// opens.
+std::unique_lock<std::mutex> try_lock() { return {cache().guard, std::try_to_lock}; }
+
 } // namespace
 
 Memory take(int64_t bytes) {
   bytes = (bytes + page_bytes - 1) / page_bytes * page_bytes;
-  if (std::unique_lock<std::mutex> lock(cache().guard, std::try_to_lock); lock) {
+  if (const auto lock = try_lock()) {
     auto &kept = cache().kept;
     auto best = kept.end();
     for (auto at = kept.begin(); at != kept.end(); ++at)
@@ -54,31 +68,39 @@ Memory take(int64_t bytes) {
     if (best != kept.end())
       return cache().remove(best);
   }
-  const Memory memory{std::aligned_alloc(page_bytes, bytes), bytes};
-  if (!memory.data)
-    throw std::bad_alloc();
-  advise(memory, Advice::large_pages);
-  return memory;
+  return map(bytes);
 }
 
-void give_back(Memory memory) {
-  if (memory.bytes <= kept_bytes) {
-    if (std::unique_lock<std::mutex> lock(cache().guard, std::try_to_lock); lock) {
-      advise(memory, Advice::may_be_taken);
-      cache().kept.push_back(memory);
-      cache().bytes += memory.bytes;
-      while (cache().bytes > kept_bytes)
-        std::free(cache().remove(cache().kept.begin()).data);
-      return;
-    }
-  }
-  std::free(memory.data);
+void give_back(const Memory &memory) {
+  const auto lock = try_lock();
+  if (!lock || memory.bytes > kept_bytes)
+    return unmap(memory);
+#ifdef MADV_FREE
+  madvise(memory.data, memory.bytes, MADV_FREE);
+#endif
+  cache().kept.push_back(memory);
+  cache().bytes += memory.bytes;
+  while (cache().bytes > kept_bytes)
+    unmap(cache().remove(cache().kept.begin()));
 }
 
 void empty_cache() {
-  if (std::unique_lock<std::mutex> lock(cache().guard, std::try_to_lock); lock)
+  if (const auto lock = try_lock())
     while (!cache().kept.empty())
-      std::free(cache().remove(cache().kept.begin()).data);
+      unmap(cache().remove(cache().kept.begin()));
 }
+
+#else
+Memory take(int64_t bytes) {
+  void *data = std::malloc(bytes);
+  if (!data)
+    throw std::bad_alloc();
+  return {data, bytes};
+}
+
+void give_back(const Memory &memory) { std::free(memory.data); }
+
+void empty_cache() {}
+#endif
 
 } // namespace tokcredit::cpu

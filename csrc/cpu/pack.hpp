@@ -63,7 +63,7 @@ template <class V, int64_t n, class A> TOKCREDIT_FN void copy(const Registers<V,
   }
 }
 
-// Whether a register is not all zero.
+// Whether a lane of a mask is set.
 template <class V> TOKCREDIT_FN bool any(const Registers<V, 1> &x) {
 #if defined(__AVX512F__)
   return _mm512_test_epi32_mask((__m512i)x.low, (__m512i)x.low);
@@ -141,16 +141,13 @@ template <class A> struct Pack {
   TOKCREDIT_FN friend Pack operator<<(const Pack &a, int by) {
     return {map([by](V x) { return x << by; }, a.at)};
   }
-  TOKCREDIT_FN friend Pack operator>>(const Pack &a, int by) {
-    return {map([by](V x) { return x >> by; }, a.at)};
-  }
 
   TOKCREDIT_FN friend Pack choose(const Mask &which, const Pack &yes, const Pack &no) {
     return {map([](M m, V x, V y) { return m ? x : y; }, which.at, yes.at, no.at)};
   }
 
-  TOKCREDIT_FN friend Pack<int32_t> bits(const Pack &a) {
-    return {map([](V x) { return (typename Register<int32_t>::type)x; }, a.at)};
+  TOKCREDIT_FN friend Pack<uint32_t> bits(const Pack &a) {
+    return {map([](V x) { return (typename Register<uint32_t>::type)x; }, a.at)};
   }
   TOKCREDIT_FN friend Pack<float> from_bits(const Pack &a) {
     return {map([](V x) { return (typename Register<float>::type)x; }, a.at)};

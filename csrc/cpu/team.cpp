@@ -1,12 +1,10 @@
 #include "cpu/team.hpp"
+#include <atomic>
 #include <system_error>
 #include <thread>
 #include <vector>
 #ifdef __linux__
-#include <atomic>
-#include <cstring>
 #include <dlfcn.h>
-#include <link.h>
 #include <pthread.h>
 #endif
 
@@ -14,40 +12,47 @@ namespace tokcredit::cpu {
 namespace {
 
 #ifdef __linux__
-// The library that torch brought into this process.
+// The OpenMP library of the torch in this process.
 struct OpenMp {
-  // How GCC calls a parallel region: its function and argument, threads with the caller, flags.
+  // How compilers call a parallel region: its function and argument, threads with the caller, flags.
   void (*parallel)(void (*)(void *), void *, unsigned, unsigned) = nullptr;
   int (*max_threads)() = nullptr;
+
+  OpenMp() {
+    if (void *torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD)) {
+      parallel = reinterpret_cast<decltype(parallel)>(dlsym(torch, "GOMP_parallel"));
+      max_threads = reinterpret_cast<decltype(max_threads)>(dlsym(torch, "omp_get_max_threads"));
+    }
+  }
 };
 
-template <class F> void look_up(void *library, const char *name, F &function) {
-  function = reinterpret_cast<F>(dlsym(library, name));
-}
-
-int is_torchs(dl_phdr_info *library, size_t, void *out) {
-  const char *path = library->dlpi_name, *file = std::strrchr(path, '/');
-  if (!file || !std::strstr(file, "libgomp") || !std::strstr(path, "/torch"))
-    return 0;
-  if (void *handle = dlopen(path, RTLD_LAZY | RTLD_NOLOAD)) {
-    auto *found = static_cast<OpenMp *>(out);
-    look_up(handle, "GOMP_parallel", found->parallel);
-    look_up(handle, "omp_get_max_threads", found->max_threads);
-  }
-  return 1;
-}
-
 std::atomic<bool> forked{false};
-const int watches_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+const bool watches_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; }) == 0;
 
-const OpenMp *openmp() {
-  static const OpenMp torchs = [] {
-    OpenMp found;
-    dl_iterate_phdr(is_torchs, &found);
-    return found;
-  }();
-  const bool usable = watches_forks == 0 && !forked && torchs.parallel && torchs.max_threads;
-  return usable && torchs.max_threads() > 1 ? &torchs : nullptr;
+struct Part {
+  void (*work)(void *);
+  void *data;
+  std::atomic<int> wanted;
+};
+
+// In all threads that torch computes with, because a smaller team would end the others: those not wanted
+// return.
+bool run_in_threads_of_torch(int helpers, void (*work)(void *), void *data) {
+  if (forked || !watches_forks)
+    return false;
+  static const OpenMp openmp;
+  const int threads = openmp.parallel && openmp.max_threads ? openmp.max_threads() : 1;
+  if (threads <= helpers)
+    return false;
+  Part part{work, data, {helpers + 1}};
+  openmp.parallel(
+      [](void *shared) {
+        Part &p = *static_cast<Part *>(shared);
+        if (p.wanted.fetch_sub(1) > 0)
+          p.work(p.data);
+      },
+      &part, unsigned(threads), 0);
+  return true;
 }
 #endif
 
@@ -55,8 +60,8 @@ const OpenMp *openmp() {
 
 void run_together(int helpers, void (*work)(void *), void *data) {
 #ifdef __linux__
-  if (const OpenMp *torchs = openmp())
-    return torchs->parallel(work, data, unsigned(helpers) + 1, 0);
+  if (run_in_threads_of_torch(helpers, work, data))
+    return;
 #endif
   std::vector<std::thread> threads;
   threads.reserve(helpers);

@@ -19,7 +19,7 @@ template <class A> TOKCREDIT_FN A exponential_from(A x) {
   const A q = ((r * 1.9790223e-4f + 1.3944880e-3f) * square + (r * 8.3334983e-3f + 4.1666292e-2f)) * square +
               (r * 1.6666666e-1f + 5.0000001e-1f);
   // 2^n from its exponent; at n = -127 it is 0, at n = 128 infinity.
-  return ((q * square + r) + 1.0f) * from_bits((bits(shifted) << 23) + 0x3f800000);
+  return ((q * square + r) + 1.0f) * from_bits((bits(shifted) << 23) + 0x3f800000u);
 }
 
 // Within 2 ulp where the result is a normal number below 2^127.5; above infinity, below -87.7 exactly 0; NaN

@@ -35,12 +35,12 @@ template <class A> TOKCREDIT_FN A choose(bool which, A yes, A no) { return which
 
 TOKCREDIT_FN bool any(bool which) { return which; }
 
-TOKCREDIT_FN int32_t bits(float x) {
-  int32_t out;
+TOKCREDIT_FN uint32_t bits(float x) {
+  uint32_t out;
   memcpy(&out, &x, 4);
   return out;
 }
-TOKCREDIT_FN float from_bits(int32_t x) {
+TOKCREDIT_FN float from_bits(uint32_t x) {
   float out;
   memcpy(&out, &x, 4);
   return out;

@@ -156,7 +156,8 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
         clamp=log_ratio.clamp,
     )
     totals = stats.sum(0)
-    rates = dict(zip(ops.LOSS_STATS, totals / totals[1].clamp(min=1), strict=True))
+    tokens = totals[ops.LOSS_STATS.index("tokens")]
+    rates = dict(zip(ops.LOSS_STATS, totals / tokens.clamp(min=1), strict=True))
     metrics = {
         "policy_loss": value.detach(),
         "ratio": rates["ratio"],
@@ -164,7 +165,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
         "clip_low": rates["below"],
         "clip_high": rates["above"],
         "clip_cap": rates["capped"],
-        "tokens": totals[1],
+        "tokens": tokens,
     }
     if objective.kl is not None:
         penalty, _ = ops.policy_loss(
