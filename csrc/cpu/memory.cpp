@@ -12,7 +12,7 @@ namespace tokcredit::cpu {
 #ifdef __linux__
 namespace {
 
-// Advice that the system refuses costs time only.
+// Small pages, if the system refuses others, cost time only.
 Memory map(int64_t bytes) {
   void *mapped =
       mmap(nullptr, bytes + page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -29,6 +29,15 @@ Memory map(int64_t bytes) {
 }
 
 void unmap(const Memory &memory) { munmap(memory.data, memory.bytes); }
+
+// Whether the system agrees to take it when it is short.
+bool may_be_taken([[maybe_unused]] const Memory &memory) {
+#ifdef MADV_FREE
+  return madvise(memory.data, memory.bytes, MADV_FREE) == 0;
+#else
+  return false;
+#endif
+}
 
 struct Cache {
   std::mutex guard;
@@ -73,11 +82,8 @@ Memory take(int64_t bytes) {
 
 void give_back(const Memory &memory) {
   const auto lock = try_lock();
-  if (!lock || memory.bytes > kept_bytes)
+  if (!lock || memory.bytes > kept_bytes || !may_be_taken(memory))
     return unmap(memory);
-#ifdef MADV_FREE
-  madvise(memory.data, memory.bytes, MADV_FREE);
-#endif
   cache().kept.push_back(memory);
   cache().bytes += memory.bytes;
   while (cache().bytes > kept_bytes)

@@ -16,7 +16,10 @@ _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 
 
 def num_threads() -> int:
-    """Threads of CPU operations: the CPUs this process may run on, whatever ``OMP_NUM_THREADS`` says."""
+    """Threads of CPU operations, at most: the CPUs this process may run on, whatever ``OMP_NUM_THREADS`` says.
+
+    Where torch computes with several threads they are shared, and no more are used than torch has.
+    """
     return _threads
 
 
@@ -53,7 +56,10 @@ _TYPES = {
 
 
 def result(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, on the device of ``like``; on the CPU a large one lies where earlier results lay."""
+    """Uninitialised, on the device of ``like``; on the CPU a large one lies where earlier results lay.
+
+    Those cannot be resized, as no tensor that torch did not allocate.
+    """
     dtype = dtype or like.dtype
     ours = type(like) is Tensor and like.is_cpu and dtype in _TYPES
     if ours and math.prod(shape) * dtype.itemsize >= _C.LARGE:
