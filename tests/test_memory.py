@@ -170,7 +170,7 @@ def lazily_free():
 def test_the_system_may_take_what_is_kept():
     before = lazily_free()
     if "LazyFree" not in Path("/proc/self/smaps").read_text():
-        pytest.skip("this system does not count it")
+        pytest.skip("this kernel does not say in smaps what it may take")
     held(64).fill_(1)
     assert lazily_free() - before >= 62
     x = held(64).fill_(2)
