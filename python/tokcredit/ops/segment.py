@@ -9,7 +9,7 @@ from torch.library import define, impl, register_fake
 from tokcredit import _C
 from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain
 
-REDUCTIONS = ("sum", "mean", "var", "minimum", "maximum", "count", "logsumexp")
+REDUCTIONS: tuple[str, ...] = _C.REDUCTIONS
 
 define(
     "tokcredit::segment_rows",
