@@ -13,7 +13,8 @@ import warnings
 import tokcredit as tc
 import torch
 from harness import Table
-from tokcredit import ops, policy, scan, segment, select, tree, values
+from tokcredit import ops
+from tokcredit.blocks import log_probs, scan, segment, select, tree, values
 from tokcredit.ops import Rows
 
 try:
@@ -175,7 +176,7 @@ def losses(table, rows, length):
             },
             mostly_equal,
         )
-    spans = batch.rows
+    spans = batch.spans
     for label, options in (("", {}), (", cumulative", {"cumulative": True, "power": 0.5})):
         weights = torch.ones((), device="cuda")
         arguments = [None, torch.ones(rows, 1, device="cuda"), weights, -weights, weights, None, *spans]
@@ -240,7 +241,7 @@ def logits(table, rows, vocabulary, dtype):
     size = rows * vocabulary * dtype.itemsize
     compiled = torch.compile(with_torch)
     providers = {
-        "tokcredit": lambda x: policy.log_probs_and_entropies(x, tokens),
+        "tokcredit": lambda x: log_probs.log_probs_and_entropies(x, tokens),
         "torch eager": lambda x: with_torch(x, tokens),
         "torch.compile": lambda x: compiled(x, tokens),
     }

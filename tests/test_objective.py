@@ -5,6 +5,8 @@ import naive
 import pytest
 import ragged
 import tokcredit as tc
+from tokcredit.methods.ba import balanced
+from tokcredit.methods.divergence_weighted import divergence
 import torch
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -16,7 +18,7 @@ def mixture(**changes):
             credit=tc.credit.tempo_like(),
             ratio=tc.ratio.cumulative(),
             clip=tc.clip.growing(0.025, 0.05, 0.5),
-            aggregation=tc.aggregation.balanced(),
+            aggregation=balanced(),
         ),
         **changes,
     )
@@ -56,9 +58,9 @@ def test_a_penalty_and_the_metrics_cover_what_trains():
     g = torch.Generator().manual_seed(5)
     entropies = torch.rand(12, 7, generator=g)
     batch, current = naive.random_batch(entropies=entropies, ref_log_probs=-torch.rand(12, 7, generator=g).double())
-    half = tc.weights.top_share(0.5, tc.score.given("entropies"), per_row=True)
-    plain = dataclasses.replace(tc.methods.dapo(), weights=(half,), kl=tc.loss.k3(0.1))
-    scanned = dataclasses.replace(tc.methods.ctpo(), weights=(half,), kl=tc.loss.k3(0.1))
+    half = tc.filters.top_share(0.5, tc.token_score.given("entropies"), per_row=True)
+    plain = dataclasses.replace(tc.methods.dapo(), weights=(half,), terms=(tc.term.kl(0.1, estimator="k3"),))
+    scanned = dataclasses.replace(tc.methods.ctpo(), weights=(half,), terms=(tc.term.kl(0.1, estimator="k3"),))
     outs = [o.loss(o.prepare(batch), current) for o in (plain, scanned)]
     torch.testing.assert_close(outs[0].metrics["kl"], outs[1].metrics["kl"])
     trained = plain.prepare(batch).mask.sum()
@@ -74,9 +76,9 @@ def test_sums_and_positions_count_tokens_that_do_not_train(gain):
     batch, current = naive.random_batch(entropies=torch.rand(12, 7, generator=ragged.generator(5)))
     objective = mixture(
         credit=tc.credit.group_normalized(),
-        weights=(tc.weights.top_share(0.5, tc.score.given("entropies"), per_row=True),),
+        weights=(tc.filters.top_share(0.5, tc.token_score.given("entropies"), per_row=True),),
         aggregation=tc.aggregation.token_mean(),
-        gain=tc.gain.divergence(strength=1.0, slope=2.0) if gain else None,
+        gain=divergence(strength=1.0, slope=2.0) if gain else None,
     )
 
     def formula(batch, log_probs):
@@ -106,9 +108,9 @@ def test_rollout_importance_weights(whole_rows, masked):
     engine[0, 0] = float("nan")
     batch, current = naive.random_batch(rollout_log_probs=engine)
     if masked:
-        stage = tc.weights.importance_masked(0.5, 1.5, whole_rows)
+        stage = tc.token_weights.importance_masked(0.5, 1.5, whole_rows)
     else:
-        stage = tc.weights.importance_truncated(1.3, whole_rows)
+        stage = tc.token_weights.importance_truncated(1.3, whole_rows)
 
     def formula(batch, log_probs):
         losses = naive.ppo(batch, log_probs, naive.group_advantages(batch), 0.8, 1.2)
@@ -130,7 +132,7 @@ def test_rollout_importance_weights(whole_rows, masked):
 def test_row_and_token_weights_multiply():
     engine = -torch.rand(12, 7, dtype=torch.float64, generator=ragged.generator(3))
     batch, _ = naive.random_batch(rollout_log_probs=engine)
-    row, token = tc.weights.importance_truncated(1.3, True), tc.weights.importance_truncated(1.3, False)
+    row, token = tc.token_weights.importance_truncated(1.3, True), tc.token_weights.importance_truncated(1.3, False)
     both = dataclasses.replace(tc.methods.grpo(), weights=(row, token)).prepare(batch).multiplier
     expected = row(batch, None) * batch.shaped(token(batch, None))
     mask = batch.shaped(batch.response_mask)
@@ -141,14 +143,14 @@ def test_selection_leaves_the_denominators():
     batch, current = naive.random_batch()
     batch = dataclasses.replace(batch, rewards=torch.where(batch.group_index == 0, 1.0, batch.rewards))
     plain = tc.methods.dapo()
-    chosen = dataclasses.replace(plain, weights=(tc.weights.with_credit(),))
+    chosen = dataclasses.replace(plain, weights=(tc.filters.nonzero_advantage(),))
     a, b = plain.prepare(batch), chosen.prepare(batch)
-    paid = a.has_credit
+    paid = a.has_gradient
     ratio = batch.lengths.sum() / batch.lengths[paid].sum()
     torch.testing.assert_close(chosen.loss(b, current).loss, plain.loss(a, current).loss * ratio, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("penalty", [tc.loss.k1, tc.loss.k2, tc.loss.k3])
+@pytest.mark.parametrize("penalty", [tc.term.k1, tc.term.k2, tc.term.k3])
 @pytest.mark.parametrize("method", ["grpo", "ba"])
 def test_penalty(penalty, method):
     batch, current = naive.random_batch()
@@ -166,7 +168,7 @@ def test_penalty(penalty, method):
 
     out = naive.check(objective, batch, current, formula)
     assert out.metrics["kl"].abs() > 0
-    assert objective.needs == {"ref_log_probs"}
+    assert objective.required_inputs == {"ref_log_probs"}
 
 
 def test_minibatch_counts_its_own_rows():
@@ -176,14 +178,14 @@ def test_minibatch_counts_its_own_rows():
         objective = tc.methods.load(name)
         part = objective.prepare(batch).minibatch(rows)
         alone = objective.prepare(batch.select(rows))
-        alone = dataclasses.replace(alone, credits=part.credits, signs=part.signs).aggregated()
+        alone = dataclasses.replace(alone, credits=part.credits, signs=part.signs).with_denominators()
         torch.testing.assert_close(objective.loss(part, current[rows]).loss, objective.loss(alone, current[rows]).loss)
         assert not torch.equal(part.row_weights, objective.prepare(batch).select(rows).row_weights)
 
 
 def test_missing_evidence_and_denominators_are_errors():
     batch, current = naive.random_batch()
-    objective = dataclasses.replace(tc.methods.grpo(), kl=tc.loss.k3())
+    objective = dataclasses.replace(tc.methods.grpo(), terms=(tc.term.kl(, estimator="k3"),))
     with pytest.raises(ValueError, match="ref_log_probs: expected in the batch"):
         objective.prepare(batch)
     with pytest.raises(ValueError, match="batch_num_tokens: expected the number of all ranks because dp_size is 2"):
@@ -232,7 +234,7 @@ def test_empty_batch(name):
         torch.zeros(0),
     )
     objective = tc.methods.load(name)
-    batch = naive.with_evidence(batch, objective.needs)
+    batch = naive.with_evidence(batch, objective.required_inputs)
     log_probs = torch.zeros(0, requires_grad=True)
     out = objective.loss(objective.prepare(batch, progress=0.5), log_probs)
     out.loss.backward()

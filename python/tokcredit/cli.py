@@ -112,7 +112,7 @@ def _inspect(
         step: the last by default.
         prompt: which one to print, from 1.
     """
-    from tokcredit.inspect import run
+    from tokcredit.report import run
 
     written = run(path, method, output, tokenizer, step, prompt)
     if written is not None:

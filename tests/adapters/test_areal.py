@@ -129,7 +129,7 @@ def test_training_equals_areal():
 
 
 def test_weights_correct_for_the_engine():
-    objective = replace(TEMPO_CTPO, weights=(tc.weights.importance_truncated(1.1),))
+    objective = replace(TEMPO_CTPO, weights=(tc.token_weights.importance_truncated(1.1),))
     engine = Engine(1)
     paid, *_ = stepped(CreditActor(config(), engine, objective=objective), engine)
     data = rr.rollouts(ROWS)

@@ -247,7 +247,7 @@ def test_experience_makers_refuse(settings, reference, message):
         (tc.methods.pods(), "no sampling stage"),
         (tc.methods.ba(), "aggregation stage without group statistics"),
         (tc.methods.dr_grpo(), "a length in the aggregation stage"),
-        (tc.Objective(kl=tc.loss.k3()), "no kl stage, for which OpenRLHF has algo.kl.use_loss"),
+        (tc.Objective(terms=(tc.term.kl(estimator="k3"),)), "no kl stage, for which OpenRLHF has algo.kl.use_loss"),
     ],
 )
 def test_install_refuses(objective, message):
@@ -270,7 +270,7 @@ def test_recipe():
 
 
 def test_evidence_that_the_batch_lacks():
-    weighted = replace(TEMPO_CTPO, weights=(tc.weights.importance_truncated(2.0),))
+    weighted = replace(TEMPO_CTPO, weights=(tc.token_weights.importance_truncated(2.0),))
     adapter.install(weighted)
     rows = experiences(arguments())
     for row in rows:

@@ -38,7 +38,7 @@ adapter.register("tempo_ctpo", replace(tc.methods.ctpo(), credit=tc.methods.temp
 adapter.register("as_dual_clip", tc.Objective(clip=tc.clip.ppo(0.2, 0.2, 3.0), aggregation=tc.aggregation.token_mean()))
 adapter.register("as_gspo", tc.methods.gspo(0.2, 0.2))
 adapter.register("summed", replace(tc.methods.dr_grpo(), aggregation=SUMMED))
-adapter.register("weighted", tc.Objective(weights=(tc.weights.importance_truncated(1.1),)))
+adapter.register("weighted", tc.Objective(weights=(tc.token_weights.importance_truncated(1.1),)))
 
 
 class CreditTrainer(adapter.Credit, RayPPOTrainer):

@@ -120,7 +120,7 @@ def test_samples_of_several_rows():
     ("objective", "message"),
     [
         (tc.methods.pods(), "no sampling stage"),
-        (tc.Objective(weights=(tc.weights.importance_truncated(2.0),)), "needs old_log_probs, rollout_log_probs"),
+        (tc.Objective(weights=(tc.token_weights.importance_truncated(2.0),)), "needs old_log_probs, rollout_log_probs"),
     ],
 )
 def test_methods_that_slime_cannot_carry(objective, message):

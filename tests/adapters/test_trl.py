@@ -20,7 +20,7 @@ import tiny
 import trl
 from datasets import Dataset
 from tokcredit.adapters.trl import CreditGRPOTrainer
-from tokcredit.choice import Choice
+from tokcredit.stages.base import Stage
 
 AS_TRL = tc.credit.group_normalized(epsilon=1e-4)
 PARITY = {
@@ -200,7 +200,7 @@ def test_tokens_are_paid_by_the_method(tmp_path):
 
 
 @dataclass(frozen=True)
-class undecided(Choice):
+class undecided(Stage):
     """Selects tokens of high entropy."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"entropies", "old_log_probs"})
@@ -233,7 +233,7 @@ def test_collects_evidence_that_trl_had_no_use_for(tmp_path):
 
 
 @dataclass(frozen=True)
-class from_hidden_states(Choice):
+class from_hidden_states(Stage):
     reads: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
     def __call__(self, batch, advantages=None):
@@ -250,12 +250,12 @@ class from_hidden_states(Choice):
         (dict(top_entropy_quantile=0.2), dict(method="grpo"), "top_entropy_quantile: .* weights stage"),
         (dict(entropy_coef=0.1), dict(method="grpo"), "entropy_coef: .* entropy bonus"),
         (dict(beta=0.1), dict(method="grpo"), "use_bias_correction_kl: expected False"),
-        ({}, dict(objective=tc.Objective(kl=tc.loss.k2(0.1))), "beta: expected 0.1"),
+        ({}, dict(objective=tc.Objective(terms=(tc.term.kl(0.1, estimator="k2"),))), "beta: expected 0.1"),
         ({}, dict(objective=tc.Objective(credit=from_hidden_states())), "credit stage .* needs hidden_states"),
         ({}, dict(objective=tc.Objective(weights=(from_hidden_states(),))), "weights stage .* needs hidden_states"),
         (
             {},
-            dict(objective=tc.Objective(weights=(tc.weights.importance_truncated(),))),
+            dict(objective=tc.Objective(weights=(tc.token_weights.importance_truncated(),))),
             "weights stage .* needs rollout_log_probs",
         ),
         ({}, dict(method="gppo"), "name: expected one of"),
@@ -268,7 +268,7 @@ def test_refuses_what_would_be_ignored(settings, keywords, message, tmp_path):
 
 def test_refuses_to_correct_for_the_engine_twice(tmp_path, monkeypatch):
     scripted.with_scripted_engine(monkeypatch)
-    objective = tc.Objective(weights=(tc.weights.importance_truncated(),))
+    objective = tc.Objective(weights=(tc.token_weights.importance_truncated(),))
     with pytest.raises(ValueError, match="vllm_importance_sampling_correction: expected False"):
         CreditGRPOTrainer(
             tiny.model(), scripted.reward, scripted.arguments(tmp_path, use_vllm=True), objective=objective

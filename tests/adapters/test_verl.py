@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 import tokcredit as tc
+from tokcredit.methods.hapo import widened
 import torch
 
 pytest.importorskip("verl", reason="verl is not installed; make test-verl")
@@ -21,7 +22,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf, open_dict
 from tokcredit.adapters import verl as adapter
 from tokcredit.adapters import verl_trainer
-from tokcredit.choice import Choice
+from tokcredit.stages.base import Stage
 
 SEQUENCES = "seq-mean-token-mean"
 ROWS = vb.batch()
@@ -46,7 +47,7 @@ LOSSES = {
 
 def estimated(name, rows=ROWS, **settings):
     config = OmegaConf.merge(ALGORITHM, {"tokcredit": settings}) if settings else ALGORITHM
-    with adapter.rollouts(vb.evidence(rows)):
+    with adapter.rollouts(vb.input(rows)):
         return vb.advantages(rows, f"tokcredit_{name}", config)
 
 
@@ -79,7 +80,7 @@ def test_optimal_token_baseline_equals_verl():
 
 def test_credit_of_the_tree():
     paid = estimated("tempo")
-    evidence, names = vb.evidence(ROWS), sorted({row["uid"] for row in ROWS})
+    evidence, names = vb.input(ROWS), sorted({row["uid"] for row in ROWS})
     groups = torch.tensor([names.index(row["uid"]) for row in ROWS])
     rewards = torch.stack([row["rm_scores"].sum() for row in ROWS])
     mask = vb.padded(ROWS, "response_mask")
@@ -96,9 +97,9 @@ def test_padding_rows_change_nothing():
 
 
 def test_multiplying_weights_are_part_of_the_advantage():
-    adapter.register("weighted", lambda: tc.Objective(weights=(tc.weights.importance_truncated(1.1),)))
+    adapter.register("weighted", lambda: tc.Objective(weights=(tc.token_weights.importance_truncated(1.1),)))
     plain, weighted = estimated("grpo"), estimated("weighted")
-    evidence = vb.evidence(ROWS)
+    evidence = vb.input(ROWS)
     ratio = (evidence["old_log_probs"] - evidence["rollout_log_probs"]).exp().clamp(max=1.1)
     torch.testing.assert_close(weighted, plain * ratio, rtol=1e-5, atol=1e-6)
     assert not torch.equal(weighted, plain)
@@ -146,7 +147,7 @@ def test_padding_alone():
 
 
 @dataclass(frozen=True)
-class upper_half(Choice):
+class upper_half(Stage):
     reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
 
     def __call__(self, batch, advantages):
@@ -154,13 +155,13 @@ class upper_half(Choice):
 
 
 @dataclass(frozen=True)
-class debited(Choice):
+class debited(Stage):
     def __call__(self, batch, advantages):
         return -torch.ones(batch.num_rows, 1)
 
 
 @dataclass(frozen=True)
-class from_hidden_states(Choice):
+class from_hidden_states(Stage):
     reads: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
     def __call__(self, batch, advantages=None):
@@ -169,9 +170,9 @@ class from_hidden_states(Choice):
 
 adapter.register("selecting", lambda: tc.Objective(weights=(upper_half(),)))
 adapter.register("uncarried", lambda: tc.Objective(credit=from_hidden_states()))
-adapter.register("penalized", lambda: tc.Objective(kl=tc.loss.k3()))
+adapter.register("penalized", lambda: tc.Objective(terms=(tc.term.kl(estimator="k3"),)))
 adapter.register("negative", lambda: tc.Objective(weights=(debited(),)))
-adapter.register("widened", lambda: tc.Objective(clip=tc.clip.widened(tc.score.given("entropies"))))
+adapter.register("widened", lambda: tc.Objective(clip=widened(tc.token_score.given("entropies"))))
 adapter.register("scheduled", lambda: tc.Objective(clip=tc.clip.growing(tc.schedule.linear(0.1, 0.2), 0.2)))
 
 
@@ -276,7 +277,7 @@ def test_example_is_a_configuration_that_verl_takes():
 def test_two_outputs_of_one_session_are_refused():
     meta = tq.KVBatchMeta(keys=["p_0_0", "p_0_1"], tags=[{}, {}], partition_id="train")
     with pytest.raises(ValueError, match="expected one row per session"):
-        verl_trainer.evidence(meta, tc.methods.tempo())
+        verl_trainer.input(meta, tc.methods.tempo())
 
 
 def test_info_names_what_verl_knows():
@@ -322,7 +323,7 @@ class Worker:
         from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
         rollouts = get_adv_estimator_fn(name).func.__globals__["rollouts"]
-        with rollouts(verl_batch.evidence(rows)):
+        with rollouts(verl_batch.input(rows)):
             return verl_batch.advantages(rows, name, {"norm_adv_by_std_in_grpo": True})
 
     def loss(self, rows, paid, mode, loss_agg_mode):

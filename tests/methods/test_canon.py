@@ -3,6 +3,9 @@ import math
 import naive
 import pytest
 import tokcredit as tc
+from tokcredit.methods.canon import by_mean_reward
+from tokcredit.methods.canon import halves
+from tokcredit.methods.canon import order
 import torch
 
 
@@ -49,7 +52,7 @@ def loss(batch, log_probs, advantages, length=7):
 )
 def test_formula(by_length, mu, alpha, offset):
     batch, current = naive.random_batch(groups=4, size=3)
-    batch = naive.with_evidence(batch, {"entropies"})
+    batch = naive.with_inputs(batch, {"entropies"})
 
     def formula(batch, log_probs):
         return loss(batch, log_probs, advantages(batch, by_length, mu, alpha, offset))
@@ -60,15 +63,15 @@ def test_formula(by_length, mu, alpha, offset):
 @pytest.mark.parametrize("released", [False, True])
 def test_dynamic(released):
     batch, current = naive.random_batch()
-    batch = naive.with_evidence(batch, {"entropies"})
+    batch = naive.with_inputs(batch, {"entropies"})
     accuracy = batch.rewards.mean().item()
-    objective = tc.methods.canon(between=tc.credit.by_mean_reward(0, 1)) if released else tc.methods.canon()
+    objective = tc.methods.canon(between=by_mean_reward(0, 1)) if released else tc.methods.canon()
 
     def formula(batch, log_probs):
         return loss(batch, log_probs, advantages(batch, False, accuracy if released else 1 - accuracy))
 
     naive.check(objective, batch, current, formula)
-    assert objective.spans_groups and not tc.methods.canon(between=0.5).spans_groups
+    assert objective.compares_groups and not tc.methods.canon(between=0.5).compares_groups
 
 
 @pytest.mark.parametrize("inside_first", [False, True])
@@ -82,7 +85,7 @@ def test_cosine_schedule(inside_first):
             wave = 0.3 * (1 + math.cos(math.pi * ((s - 30) % 40) / 40))
             expected = 1 - wave if inside_first else 0.4 + wave
         assert schedule(s / 149) == pytest.approx(expected)
-    batch = naive.with_evidence(naive.random_batch()[0], {"entropies"})
+    batch = naive.with_inputs(naive.random_batch()[0], {"entropies"})
     scheduled = tc.methods.canon(between=schedule).prepare(batch, progress=31 / 149)
     fixed = tc.methods.canon(between=schedule(31 / 149)).prepare(batch)
     assert torch.equal(scheduled.advantages, fixed.advantages) and scheduled.objective == fixed.objective
@@ -117,4 +120,4 @@ def test_ties_go_by_order_and_a_group_of_one_keeps_its_reward():
 
 def test_control_splits_by_order():
     batch = one_group([1.0, 0.0, 1.0, 1.0], [0.9, 0.8, 0.2, 0.1])
-    assert tc.credit.halves(tc.credit.order())(batch)[:, 0].tolist() == [0.0, -1.0, 0.5, 0.5]
+    assert halves(order())(batch)[:, 0].tolist() == [0.0, -1.0, 0.5, 0.5]

@@ -22,7 +22,7 @@ def most_varied(values, count):
 @pytest.mark.parametrize("seed", range(3))
 def test_formula(progress, seed):
     batch, current = naive.random_batch(seed)
-    batch = naive.with_evidence(batch, {"entropies"})
+    batch = naive.with_inputs(batch, {"entropies"})
 
     def formula(batch, log_probs):
         advantages, tokens = naive.group_advantages(batch), naive.rows_of(batch)
@@ -58,7 +58,7 @@ def test_by_hand():
 
 
 def test_progress_is_asked_for_and_checked():
-    batch = naive.with_evidence(naive.random_batch()[0], {"entropies"})
+    batch = naive.with_inputs(naive.random_batch()[0], {"entropies"})
     with pytest.raises(ValueError, match="progress: expected a number from 0 to 1 because settings change"):
         tc.methods.d3s().prepare(batch)
     with pytest.raises(ValueError, match="progress: expected a number from 0 to 1, got 2"):
@@ -69,7 +69,7 @@ def test_progress_is_asked_for_and_checked():
 
 def test_equal_rewards_everywhere_train_nothing():
     batch, current = naive.random_batch()
-    batch = naive.with_evidence(batch, {"entropies"})
+    batch = naive.with_inputs(batch, {"entropies"})
     batch.rewards.fill_(1.0)
     objective = tc.methods.d3s()
     prepared = objective.prepare(batch, progress=0.0)

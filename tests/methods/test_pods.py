@@ -45,7 +45,7 @@ def test_by_hand():
     assert prepared.mask.tolist() == [True, True, False, False, False, True]
     assert prepared.advantages.tolist() == pytest.approx([0.80064, 0.32026, 0, 0, 0, -1.12090], abs=1e-5)
     assert prepared.row_weights.unique().tolist() == pytest.approx([1 / 3])
-    assert prepared.has_credit.tolist() == [True, True, False, False, False, True]
+    assert prepared.has_gradient.tolist() == [True, True, False, False, False, True]
 
 
 def test_small_groups_are_kept_whole():

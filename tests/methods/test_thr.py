@@ -25,7 +25,7 @@ def advantages(batch, favour, beta):
 @pytest.mark.parametrize(("favour", "beta"), [(0.1, 1.0), (-0.3, 0.5), (0.0, 1.0)])
 def test_formula(seed, favour, beta):
     batch, current = naive.random_batch(seed, size=5)
-    batch = naive.with_evidence(batch, {"hidden_states", "token_probs"}, seed)
+    batch = naive.with_inputs(batch, {"hidden_states", "token_probs"}, seed)
 
     def formula(batch, log_probs):
         paid = advantages(batch, favour, beta)

@@ -5,7 +5,7 @@ import pytest
 import tokcredit as tc
 import torch
 
-SCORE = tc.score
+SCORE = tc.token_score
 
 
 def scaled(x):
@@ -50,7 +50,7 @@ def test_formula(rank, score, share):
     g = torch.Generator().manual_seed(0)
     batch = naive.random_batch()[0]
     student, teacher = (2 * torch.randn(12, 7, 5, generator=g, dtype=torch.float64) for _ in range(2))
-    batch = naive.with_evidence(batch, {"entropies"})
+    batch = naive.with_inputs(batch, {"entropies"})
     with torch.no_grad():
         batch.extras["reverse_kl"] = tc.divergence.kl(student, teacher)
         batch.extras["forward_kl"] = tc.divergence.kl(teacher, student)
@@ -114,4 +114,4 @@ def test_a_penalty_on_log_probs_is_refused():
     with pytest.raises(ValueError, match="kl: expected None because the loss is given reverse_kl"):
         import dataclasses
 
-        dataclasses.replace(tc.methods.tip(), kl=tc.loss.k3())
+        dataclasses.replace(tc.methods.tip(), terms=(tc.term.kl(estimator="k3"),))

@@ -17,7 +17,7 @@ from areal.utils import stats_tracker
 from torch import Tensor
 
 from tokcredit.adapters import split
-from tokcredit.adapters.evidence import chosen, require, untouched
+from tokcredit.adapters.capabilities import chosen, require, untouched
 from tokcredit.objective import Objective
 
 _CLIP = "the objective's clip stage bounds the ratio"

@@ -16,7 +16,7 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ray import ppo_actor
 from torch import Tensor
 
-from tokcredit import aggregation
+from tokcredit.stages import aggregation
 from tokcredit.adapters import split
 from tokcredit.objective import Objective
 

@@ -27,9 +27,10 @@ from skyrl.backends.skyrl_train.utils import ppo_utils
 from skyrl.train.config import AlgorithmConfig
 from torch import Tensor
 
-from tokcredit import aggregation, methods
+from tokcredit import methods
+from tokcredit.stages import aggregation
 from tokcredit.adapters import split
-from tokcredit.adapters.evidence import untouched
+from tokcredit.adapters.capabilities import untouched
 from tokcredit.objective import Objective
 
 PREFIX = "tokcredit_"

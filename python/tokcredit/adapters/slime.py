@@ -34,7 +34,7 @@ def advantages(objective: Objective) -> Callable[[Any, dict[str, Any]], None]:
         ValueError: a stage cannot be carried.
     """
     paying = split.payer(objective, "slime")
-    if paying.needs:
+    if paying.required_inputs:
         raise ValueError(
             f"objective: expected credit and weights stages that read tokens and rewards only, got {paying!r}, which "
             f"needs {', '.join(sorted(paying.needs))}"

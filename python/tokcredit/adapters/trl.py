@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from trl import GRPOConfig, GRPOTrainer
 
-from tokcredit import aggregation, loss, segment
-from tokcredit.adapters.evidence import chosen, given, require, untouched
+from tokcredit.blocks import segment
+from tokcredit.stages import aggregation, term
+from tokcredit.adapters.capabilities import chosen, given, require, untouched
 from tokcredit.objective import Objective, Prepared
 from tokcredit.rollouts import Rollouts
 
@@ -73,7 +74,7 @@ def _resolved(objective: Objective, args: GRPOConfig) -> Objective:
     if args.beta and getattr(args, "use_bias_correction_kl", False):
         raise ValueError("use_bias_correction_kl: expected False, because the kl stage has no ratio, got True")
     if args.beta and objective.kl is None:
-        objective = replace(objective, kl=loss.k3(args.beta))  # type: ignore[arg-type]
+        objective = replace(objective, kl=term.k3(args.beta))  # type: ignore[arg-type]
     beta = objective.kl.beta if objective.kl is not None else 0.0
     if args.beta != beta:
         raise ValueError(f"beta: expected {beta}, the weight of the objective's kl stage, got {args.beta}")
@@ -83,7 +84,7 @@ def _resolved(objective: Objective, args: GRPOConfig) -> Objective:
     if args.use_vllm:
         carries.add("rollout_log_probs")
         if args.vllm_importance_sampling_correction:
-            if "rollout_log_probs" in objective.needs:
+            if "rollout_log_probs" in objective.required_inputs:
                 raise ValueError(
                     "vllm_importance_sampling_correction: expected False, because the objective's weights stage "
                     "corrects for the engine, got True"
@@ -99,7 +100,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     Generation, rewards, vLLM and its importance-sampling correction, the reference model, accumulation, evaluation and
     logging stay TRL's. The loss is the objective's alone: settings of ``GRPOConfig`` that it decides must be left at
-    their defaults. ``beta`` adds :class:`tokcredit.loss.k3` to an objective without a kl stage, and
+    their defaults. ``beta`` adds :class:`tokcredit.term.k3` to an objective without a kl stage, and
     ``max_completion_length`` is the length of :class:`tokcredit.aggregation.sequence_sum` where that has none. Rows
     without a training token leave the mean over rows, where TRL counts them; a completion that no reward function
     scored is paid nothing.
@@ -161,7 +162,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _collect(self, batch: dict[str, Any]) -> None:
         """Adds evidence that a forward pass of the policy gives and that TRL had no use for."""
-        wanted = {"old_log_probs", "entropies"} & self.credit_objective.needs
+        wanted = {"old_log_probs", "entropies"} & self.credit_objective.required_inputs
         if all(_EVIDENCE[name] in batch for name in wanted):
             return
         with torch.no_grad():
@@ -178,7 +179,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         accelerator, ids = self.accelerator, batch["completion_ids"]
         ranks, rank, rows = accelerator.num_processes, accelerator.process_index, len(ids)
         generations = self.num_generations if self._mode == "train" else self.num_generations_eval
-        straddling = ranks > 1 and (self.credit_objective.spans_groups or rows % generations != 0)
+        straddling = ranks > 1 and (self.credit_objective.compares_groups or rows % generations != 0)
 
         def whole(x: Tensor) -> Tensor:
             if not straddling:
@@ -211,7 +212,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         prepared = self.credit_objective.prepare(
             rollouts, progress=done if self.credit_objective.is_scheduled else None
         )
-        tokens = segment.count(rollouts.tokens, prepared.rows)
+        tokens = segment.count(rollouts.tokens, prepared.spans)
         present = rollouts.group_index[tokens > 0].unique().numel()
         counts = torch.stack([tokens.sum(), (tokens > 0).sum(), tokens.new_tensor(present)]).double()
         if not straddling:
@@ -270,7 +271,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
         The policy loss is scaled to the whole generation batch; the KL is a mean with the weights it has in the loss.
         """
-        rows, metrics = prepared.rows, {name: value.double() for name, value in metrics.items()}
+        rows, metrics = prepared.spans, {name: value.double() for name, value in metrics.items()}
         del metrics["loss"]
         tokens, policy_loss = metrics.pop("tokens"), metrics.pop("policy_loss")
         sums = {"policy_loss": (policy_loss * parts, tokens.new_tensor(1.0))}
@@ -290,7 +291,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _log_advantages(self, prepared: Prepared) -> None:
         """Replaces TRL's advantages in its table of completions by the mean over each row's tokens of what is paid."""
-        paid = segment.mean(prepared.advantages.reshape(-1), prepared.rows)
+        paid = segment.mean(prepared.advantages.reshape(-1), prepared.spans)
         values, table = self.accelerator.gather(paid).tolist(), self._logs["advantages"]
         for _ in range(min(len(values), len(table))):
             table.pop()

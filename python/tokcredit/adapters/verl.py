@@ -23,10 +23,11 @@ from torch import Tensor
 from verl.trainer.ppo import core_algos
 from verl.workers.config import ActorConfig
 
-from tokcredit import aggregation, methods
+from tokcredit import methods
+from tokcredit.stages import aggregation
 from tokcredit.adapters import split
-from tokcredit.adapters.evidence import require, untouched
-from tokcredit.evidence import FIELDS
+from tokcredit.adapters.capabilities import require, untouched
+from tokcredit.inputs import FIELDS
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, register_trainer
 
 from tokcredit.adapters import verl as adapter
-from tokcredit.adapters.evidence import require
+from tokcredit.adapters.capabilities import require
 from tokcredit.objective import Objective
 
 
@@ -46,7 +46,7 @@ def checked(config: DictConfig) -> Objective | None:
     if actor.use_kl_loss or algorithm.use_kl_in_reward:
         carries.add("ref_log_probs")
     require(objective, carries, "verl with this configuration")
-    if "rollout_log_probs" in objective.needs and correction.get("rollout_is"):
+    if "rollout_log_probs" in objective.required_inputs and correction.get("rollout_is"):
         raise ValueError(
             "algorithm.rollout_correction.rollout_is: expected null, because the objective's weights stage corrects "
             f"for the engine, got {correction.get('rollout_is')!r}"
@@ -62,7 +62,7 @@ def evidence(batch: tq.KVBatchMeta, objective: Objective) -> dict[str, Tensor]:
             f"batch: expected one row per session, because a group compares whole rollouts, got {len(sessions)} rows "
             f"of {len(set(sessions))} sessions"
         )
-    names = [field for name, field in adapter.EVIDENCE.items() if name in objective.needs]
+    names = [field for name, field in adapter.EVIDENCE.items() if name in objective.required_inputs]
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["responses", *names])
     for name in ("responses", *names):
         if name not in data:

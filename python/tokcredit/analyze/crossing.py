@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokcredit import divergence
+from tokcredit.blocks import divergence
 from tokcredit.analyze.study import Pair
 from tokcredit.train.scoring import left_padded, prefill
 

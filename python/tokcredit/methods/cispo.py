@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip
+import math
+
+from tokcredit.stages import aggregation, clip
+from tokcredit.stages.clip import log_bound
 from tokcredit.objective import Objective
 
 
@@ -19,4 +22,4 @@ def cispo(clip_low: float = 10.0, clip_high: float = 0.2) -> Objective:
     Source: MiniMax, arXiv 2506.13585.
     Departs from the paper: bounds as in verl; TRL's ``epsilon_high`` is the cap itself, so its 5.0 is 4.0 here.
     """
-    return Objective(clip=clip.weighted(clip_low, clip_high), aggregation=aggregation.token_mean())
+    return Objective(clip=clip.gated(low=log_bound(1 - clip_low), high=math.log1p(clip_high), outside_low=1.0, outside_high=1.0, both_sides=True), aggregation=aggregation.token_mean())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, ratio
+from tokcredit.stages import aggregation, clip, ratio
 from tokcredit.objective import Objective
 
 

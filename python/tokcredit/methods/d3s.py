@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit, score, weights
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokcredit.blocks import segment, select
+from tokcredit.blocks.segment import Ids
 from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import linear
+from tokcredit.stages import aggregation, clip, credit, filters, token_score
+from tokcredit.stages.base import number
+from tokcredit.stages.filters import Filter
+
+
+@dataclass(frozen=True)
+class varied_rows(Filter):
+    """Selects the rows of the whole batch whose advantages vary most as a set: ``round(share * rows)``, at least 2.
+
+    Rows without a token to train are neither counted nor chosen. Of advantages that vary inside a row the mean counts.
+
+    References:
+        arXiv 2509.22115.
+    """
+
+    share: float = number(above=0, at_most=1, scheduled=True)
+    whole_batch: ClassVar[bool] = True
+
+    def __call__(self, batch: Rollouts, advantages: Tensor | None) -> Tensor:
+        assert advantages is not None
+        of_row = advantages[:, 0] if advantages.dim() == 2 else segment.mean(advantages, batch.spans)
+        candidates = batch.lengths > 0
+        count = (candidates.sum() * self.share).round().long().clamp(min=2).reshape(1)
+        return select.maximum_variance(of_row, count, Ids(torch.where(candidates, 0, -1), 1))[:, None]
 
 
 def d3s(
@@ -38,10 +71,10 @@ def d3s(
     """
     return Objective(
         credit.group_normalized(epsilon=epsilon),
-        weights=(
-            weights.varied_rows(linear(rows_start, rows_end)),
-            weights.with_credit(),
-            weights.top_share(linear(tokens_start, tokens_end), score.given("entropies"), paid=True),
+        filters=(
+            varied_rows(linear(rows_start, rows_end)),
+            filters.nonzero_advantage(),
+            filters.top_share(linear(tokens_start, tokens_end), token_score.given("entropies"), times_advantage=True),
         ),
         clip=clip.ppo(clip_low, clip_high),
         aggregation=aggregation.token_mean(),

@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, gain
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
 from tokcredit.objective import Objective
+from tokcredit.spans import Spans
+from tokcredit.stages import aggregation, clip
+from tokcredit.stages.base import number
+from tokcredit.stages.clip import Window
+from tokcredit.stages.scale import Scale
+
+
+@dataclass(frozen=True)
+class divergence(Scale):
+    """``1 + strength (sigmoid(slope k) - 1/2)`` with ``k = (q - 1) - log q >= 0``, how far the token's policy moved.
+
+    In ``[1, 1 + strength / 2)`` for a positive slope, which favours tokens that moved, and in
+    ``(1 - strength / 2, 1]`` for a negative one.
+    """
+
+    strength: float = number(1.0)
+    slope: float = number(10.0)
+
+    def __call__(
+        self,
+        log_probs: Tensor,
+        log_ratio: Tensor,
+        advantages: Tensor,
+        spans: Spans,
+        window: Window,
+        signal: Tensor | None,
+    ) -> Tensor:
+        moved = log_ratio.expm1().sub_(log_ratio)
+        return moved.mul_(self.slope).sigmoid_().sub_(0.5).mul_(self.strength).add_(1)
 
 
 def divergence_weighted(
@@ -27,5 +60,5 @@ def divergence_weighted(
     return Objective(
         clip=clip.ppo(clip_low, clip_high),
         aggregation=aggregation.token_mean(),
-        gain=gain.divergence(strength, slope),
+        scales=(divergence(strength, slope),),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit
+from tokcredit.stages import aggregation, clip, credit
 from tokcredit.objective import Objective
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit, ratio
+from tokcredit.stages import aggregation, clip, credit, ratio
 from tokcredit.objective import Objective
 
 
@@ -26,7 +26,7 @@ def grpo(
 
     Cost: the measure for the others.
     Source: Shao et al., arXiv 2402.03300.
-    Departs from the paper: no KL term; add one with ``dataclasses.replace(objective, kl=tokcredit.loss.k3(0.04))``.
+    Departs from the paper: no KL term; add one with ``dataclasses.replace(objective, kl=tokcredit.term.k3(0.04))``.
     """
     return Objective(
         credit.group_normalized(scale, epsilon),

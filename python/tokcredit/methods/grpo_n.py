@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tokcredit import clip, credit, weights
+from tokcredit.stages import clip, credit, filters
 from tokcredit.objective import Objective
 
 
 def grpo_n(
-    clip_low: float = 0.2, clip_high: float = 0.2, epsilon: float = 1e-6, renormalise: bool = False
+    clip_low: float = 0.2, clip_high: float = 0.2, epsilon: float = 1e-6, renormalize: bool = False
 ) -> Objective:
     """GRPO that only discourages: ``min(A, 0)``, rows better than their group train nothing.
 
@@ -18,7 +18,7 @@ def grpo_n(
         clip_low: the ratio may fall to ``1 - clip_low``.
         clip_high: the ratio may rise to ``1 + clip_high``.
         epsilon: added to the standard deviation.
-        renormalise: rows that are paid nothing leave the denominators.
+        renormalize: rows that are paid nothing leave the denominators.
 
     Cost: as GRPO; rows above the mean need no backward pass.
     Source: arXiv 2510.04028.
@@ -27,6 +27,6 @@ def grpo_n(
     """
     return Objective(
         credit.negative_part(credit.group_normalized(epsilon=epsilon)),
-        weights=(weights.with_credit(),) if renormalise else (),
+        filters=(filters.nonzero_advantage(),) if renormalize else (),
         clip=clip.ppo(clip_low, clip_high),
     )

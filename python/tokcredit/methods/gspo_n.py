@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tokcredit import clip, credit, ratio, weights
+from tokcredit.stages import clip, credit, ratio, filters
 from tokcredit.objective import Objective
 
 
 def gspo_n(
-    clip_low: float = 3e-4, clip_high: float = 4e-4, epsilon: float = 1e-6, renormalise: bool = False
+    clip_low: float = 3e-4, clip_high: float = 4e-4, epsilon: float = 1e-6, renormalize: bool = False
 ) -> Objective:
     """GSPO that only discourages: ``min(A, 0)`` with the geometric mean of the row's ratios.
 
@@ -15,7 +15,7 @@ def gspo_n(
         clip_low: the ratio may fall to ``1 - clip_low``.
         clip_high: the ratio may rise to ``1 + clip_high``.
         epsilon: added to the standard deviation.
-        renormalise: rows that are paid nothing leave the denominators.
+        renormalize: rows that are paid nothing leave the denominators.
 
     Cost: as GRPO; rows above the mean need no backward pass.
     Source: arXiv 2510.04028.
@@ -23,7 +23,7 @@ def gspo_n(
     """
     return Objective(
         credit.negative_part(credit.group_normalized(epsilon=epsilon)),
-        weights=(weights.with_credit(),) if renormalise else (),
+        filters=(filters.nonzero_advantage(),) if renormalize else (),
         ratio=ratio.sequence(),
         clip=clip.ppo(clip_low, clip_high),
     )

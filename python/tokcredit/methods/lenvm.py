@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
-from tokcredit import clip, credit
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokcredit.blocks import length
 from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages import clip
+from tokcredit.stages.base import number, part
+from tokcredit.stages.credit import Credit, group_normalized
+from tokcredit.stages.credit.group import per_token
+
+
+@dataclass(frozen=True)
+class shortening(Credit):
+    """Another credit plus ``scale`` times how much shorter than predicted each token made the row.
+
+    ``length_values`` are ``-(1 - gamma^l)``, l being the predicted tokens to go; the added term is their generalized
+    advantage (:func:`tokcredit.length.advantages`), in which rows ``truncated`` go on as predicted. A negative scale
+    lengthens.
+    """
+
+    of: Credit = part(Credit, group_normalized)
+    scale: float = number(0.1)
+    gamma: float = number(0.997, above=0, below=1)
+    trace: float = number(1.0, at_least=0, at_most=1)
+    reads: ClassVar[frozenset[str]] = frozenset({"length_values", "truncated"})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        advantages, value = per_token(self.of(batch), batch.spans), batch.input("length_values")
+        shorter = length.advantages(value, batch.spans, self.gamma, self.trace, batch.input("truncated"))
+        return torch.add(advantages, shorter, alpha=self.scale)
 
 
 def lenvm(
@@ -34,6 +67,6 @@ def lenvm(
     row cut at the length limit goes on as predicted before its last token: cutting it did not make it short.
     """
     return Objective(
-        credit.shortening(credit.group_normalized(epsilon=epsilon), scale, gamma, trace),
+        shortening(group_normalized(epsilon=epsilon), scale, gamma, trace),
         clip=clip.ppo(clip_low, clip_high),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit, weights
+from tokcredit.stages import aggregation, clip, credit, filters
 from tokcredit.objective import Objective
 
 
@@ -23,7 +23,7 @@ def nsr(clip_low: float = 0.2, clip_high: float = 0.2, threshold: float = 0.5) -
     """
     return Objective(
         credit.thresholded(0.0, -1.0, threshold),
-        weights=(weights.with_credit(),),
+        filters=(filters.nonzero_advantage(),),
         clip=clip.ppo(clip_low, clip_high),
         aggregation=aggregation.token_mean(),
     )

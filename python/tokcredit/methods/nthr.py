@@ -2,8 +2,47 @@
 
 from __future__ import annotations
 
-from tokcredit import clip, credit
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
 from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages import clip
+from tokcredit.stages.base import number, part
+from tokcredit.stages.credit import Credit, group_normalized
+from tokcredit.stages.credit.group import per_token
+from tokcredit.stages.credit.influence import READS, correct_share, influence, least_mean_influence
+
+
+@dataclass(frozen=True)
+class sparing(Credit):
+    """Another credit, reduced at the tokens of wrong rows that pull the group's correct rows up.
+
+    Where ``s > tau`` in a wrong row, with ``w = 1``, the token is paid ``|1 - 2 p| A``, p being the share of correct
+    rows; ``tau = beta`` times the least mean influence of a correct row, at least 0. Groups all correct or all wrong
+    keep their credit.
+    """
+
+    of: Credit = part(Credit, group_normalized)
+    beta: float = number(1.0, at_least=0)
+    threshold: float = number(0.5)
+    reads: ClassVar[frozenset[str]] = READS
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        correct = batch.rewards > self.threshold
+        influences = influence(batch, correct, torch.ones_like(batch.rewards))
+        tau = self.beta * least_mean_influence(batch, influences, correct).clamp(min=0)
+        share = correct_share(batch, correct)
+        spared = torch.where(~correct & (share > 0), tau, math.inf)
+        reduced = influences > per_token(spared[:, None], batch.spans)
+        scale = torch.where(reduced, per_token((1 - 2 * share).abs()[:, None], batch.spans), 1)
+        advantages = per_token(self.of(batch), batch.spans)
+        return scale.to(advantages.dtype) * advantages
 
 
 def nthr(
@@ -31,5 +70,5 @@ def nthr(
     Departs from the paper: tau is at least 0.
     """
     return Objective(
-        credit.sparing(credit.group_normalized(epsilon=epsilon), beta, threshold), clip=clip.ppo(clip_low, clip_high)
+        sparing(group_normalized(epsilon=epsilon), beta, threshold), clip=clip.ppo(clip_low, clip_high)
     )

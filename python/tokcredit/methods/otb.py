@@ -2,8 +2,57 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit
+
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from tokcredit import ops
 from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages import aggregation, clip
+from tokcredit.stages.base import flag, number
+from tokcredit.stages.credit import Credit
+
+
+@dataclass(frozen=True)
+class least_variance(Credit):
+    """Reward to go minus its mean over the group's rows at the same place, weighted by the rows' energy up to there.
+
+    A token's energy is the squared length of its score in the logits, at least 0. With W its sum over the row up to a
+    place, and G the rewards from there on::
+
+        energy = 1 - 2 p + sum(p^2)
+        A = G - sum(W G) / (sum(W) + epsilon)           # sums over the group's rows that have a token there
+
+    Places are offsets in the row, masked tokens counted. Where a row has no others beside it, ``A = G``. The reward is
+    the row's, and G the same all along it, or with ``by_turn`` the evidence ``turn_rewards`` instead.
+    """
+
+    by_turn: bool = flag(False)
+    epsilon: float = number(1e-8, at_least=0)
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        required_inputs = frozenset({"old_log_probs", "squared_probs"})
+        return required_inputs | {"turn_rewards"} if self.by_turn else required_inputs
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        log_probs, squares = batch.input("old_log_probs"), batch.input("squared_probs")
+        rewards = batch.input("turn_rewards") if self.by_turn else batch.rewards[:, None]
+        dtype = reduce(torch.promote_types, (log_probs.dtype, squares.dtype, rewards.dtype))
+        advantages, _ = ops.baseline(
+            log_probs.to(dtype),
+            squares.to(dtype),
+            rewards.to(dtype),
+            batch.spans,
+            batch.group_index,
+            batch.num_groups,
+            self.epsilon,
+        )
+        return advantages
 
 
 def otb(
@@ -36,7 +85,7 @@ def otb(
     correction. ``squared_probs`` are the current policy's, also for rows that were replayed.
     """
     return Objective(
-        credit.least_variance(by_turn, epsilon),
+        least_variance(by_turn, epsilon),
         clip=clip.ppo(clip_low, clip_high),
         aggregation=aggregation.token_mean(),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit, ratio, weights
+from tokcredit.stages import aggregation, clip, credit, filters, ratio
 from tokcredit.objective import Objective
 
 
@@ -26,7 +26,7 @@ def spo_chain(below: float = 0.9, clip_low: float = 0.2, clip_high: float = 0.2,
     changes = credit.value_changes()
     return Objective(
         credit.whitened(changes, below) if whiten else changes,
-        weights=(weights.improbable(below),),
+        filters=(filters.improbable(below),),
         ratio=ratio.token(bound=10.0),
         clip=clip.ppo(clip_low, clip_high),
         aggregation=aggregation.token_mean(),

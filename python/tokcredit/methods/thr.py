@@ -2,8 +2,48 @@
 
 from __future__ import annotations
 
-from tokcredit import clip, credit
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
 from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages import clip
+from tokcredit.stages.base import number, part
+from tokcredit.stages.credit import Credit, group_normalized
+from tokcredit.stages.credit.group import per_token
+from tokcredit.stages.credit.influence import READS, correct_share, influence, least_mean_influence
+
+
+@dataclass(frozen=True)
+class influential(Credit):
+    """Another credit, kept only at tokens of large influence on the group's correct rows, and scaled by its sign.
+
+    ``H = s`` in a correct row and ``-s`` in a wrong one, with ``w = 1 / L`` for a correct row of L tokens. Where
+    ``|H| > tau`` the token is paid ``(1 + favour sign(H)) A``, else 0; ``tau = beta`` times the least mean influence
+    of a correct row of the group, at least 0. Groups all correct or all wrong keep their credit.
+    """
+
+    of: Credit = part(Credit, group_normalized)
+    favour: float = number(0.1)
+    beta: float = number(1.0, at_least=0)
+    threshold: float = number(0.5)
+    reads: ClassVar[frozenset[str]] = READS
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        correct = batch.rewards > self.threshold
+        influences = influence(batch, correct, 1 / batch.lengths.clamp(min=1).double())
+        tau = self.beta * least_mean_influence(batch, influences, correct).clamp(min=0)
+        # Infinite: the group's correct rows have no token, so there is nothing to move.
+        mixed = (correct_share(batch, correct) < 1) & tau.isfinite()
+        lean = torch.where(mixed, torch.where(correct, self.favour, -self.favour), 0).to(influences.dtype)
+        scale = influences.sign().mul_(per_token(lean[:, None], batch.spans)).add_(1)
+        scale.mul_(influences.abs() > per_token(torch.where(mixed, tau, -1)[:, None], batch.spans))
+        advantages = per_token(self.of(batch), batch.spans)
+        return scale.to(advantages.dtype) * advantages
 
 
 def thr(
@@ -35,6 +75,6 @@ def thr(
     1e-4).
     """
     return Objective(
-        credit.influential(credit.group_normalized(epsilon=epsilon), favour, beta, threshold),
+        influential(group_normalized(epsilon=epsilon), favour, beta, threshold),
         clip=clip.ppo(clip_low, clip_high),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit, score, weights
+from tokcredit.stages import aggregation, clip, credit, token_score, token_weights
 from tokcredit.objective import Objective
 
 
@@ -32,7 +32,7 @@ def tw_grpo(
     """
     return Objective(
         credit.group_normalized(epsilon=epsilon),
-        weights=(weights.raised(score.given("padded_disagreement" if padded else "disagreement"), alpha - 1),),
+        token_weights=(token_weights.raised(token_score.given("padded_disagreement" if padded else "disagreement"), alpha - 1),),
         clip=clip.ppo(clip_low, clip_high),
         aggregation=aggregation.token_mean(),
     )

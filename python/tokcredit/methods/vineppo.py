@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit
+from tokcredit.stages import aggregation, clip, credit
 from tokcredit.objective import Objective
 
 
@@ -18,7 +18,7 @@ def vineppo(clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:
 
     Cost: no groups; nine continuations from the beginning of every step of every row.
     Source: Kazemnejad et al., arXiv 2410.01679.
-    Departs from the paper: no KL term; add one with ``dataclasses.replace(objective, kl=tokcredit.loss.k3(1e-4))``. A
+    Departs from the paper: no KL term; add one with ``dataclasses.replace(objective, kl=tokcredit.term.k3(1e-4))``. A
     continuation cut at the length limit is rewarded for its text, as rows are.
     """
     return Objective(

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain, result
+from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain, result
+from tokcredit.spans import Spans
 
 SURROGATES = ("clip", "weighted", "soft", "k1", "k2", "k3")
-LOSS_STATS = ("loss", "tokens", "below", "above", "capped", "ratio", "divergence")
+LOSS_STATS = ("loss", "tokens", "below", "above", "capped", "ratio", "divergence", "nonfinite")
 
 define(
     "tokcredit::policy_loss",
@@ -27,7 +28,7 @@ define(
 def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     begin, differentiate = arguments[7], arguments[17]
     return (
-        log_probs.new_empty((begin.shape[0], len(LOSS_STATS)), dtype=torch.float64),
+        log_probs.new_empty((begin.shape[0], 7), dtype=torch.float64),
         result(log_probs, log_probs.shape if differentiate else (0,), accumulated(log_probs.dtype)),
     )
 
@@ -62,61 +63,60 @@ def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, log_probs: Tensor, spans: Spans, *arguments: Any) -> tuple[Tensor, Tensor]:
         stats, gradient = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
         ctx.save_for_backward(log_probs)
         ctx.mark_non_differentiable(stats)
-        ctx.gradient, ctx.arguments = gradient, arguments
-        return stats[:, 0].sum().to(gradient.dtype), stats
+        ctx.gradient, ctx.spans = gradient, spans
+        return stats[:, 0].to(gradient.dtype), stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (log_probs,) = ctx.saved_tensors
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:  # a second time through the same graph
-            _, gradient = torch.ops.tokcredit.policy_loss(log_probs, *ctx.arguments)
-        # The first pass wrote it, so it is scaled where it lies and given away: no second buffer.
-        if torch.compiler.is_compiling():
-            gradient = gradient * grad
-        elif grad.device.type != "cpu" or grad != 1:
-            gradient.mul_(grad)
-        return gradient.to(log_probs.dtype), *([None] * len(ctx.arguments))
+        scale = torch.ops.tokcredit.expand(
+            ctx.spans.begin, ctx.spans.end, None, ctx.spans.size, grad.dtype, grad.contiguous(), None, None, None, None, None, 1
+        )
+        return (ctx.gradient * scale).to(log_probs.dtype), *([None] * 20)
 
 
 def policy_loss(
     log_probs: Tensor,
-    rows: Rows,
+    spans: Spans,
     surrogate: str,
     *,
     reference: Tensor | None = None,
     log_ratio: Tensor | None = None,
     advantages: Tensor | None = None,
     weights: Tensor | None = None,
-    low: Tensor | None = None,
-    high: Tensor | None = None,
-    cap: Tensor | None = None,
+    low: Any = None,
+    high: Any = None,
+    cap: Any = None,
     trains: Tensor | None = None,
     cumulative: bool = False,
     bound: float = float("inf"),
     power: float = 0.0,
     clamp: tuple[float, float] = (-float("inf"), float("inf")),
+    limit: float = float("inf"),
+    gate: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the weighted surrogate over all rows, and ``LOSS_STATS`` ``[R, 7]``; see ``csrc/ops/policy_loss.hpp``.
-
-    Every operand may be 0-d (one for all), ``[R, 1]`` (one per row) or ``[N]`` (one per token). ``trains`` is bool
-    ``[N]``: the other unmasked tokens count in sums and positions only.
-    """
+    """Interim wrapper around the first edition's operation."""
     dtype = accumulated(log_probs.dtype)
     if reference is not None and reference.dtype != log_probs.dtype:
-        # Differences are taken in the wider of the two, never after rounding one of them.
         common = torch.promote_types(log_probs.dtype, reference.dtype)
         log_probs, reference = log_probs.to(common), reference.to(common)
         dtype = accumulated(common)
-    operands = [None if x is None else x.to(dtype) for x in (log_ratio, advantages, weights, low, high, cap)]
+
+    def number(x: Any) -> Any:
+        return torch.full((), x, device=log_probs.device) if isinstance(x, float) else x
+
+    operands = [
+        None if x is None else number(x).to(dtype) for x in (log_ratio, advantages, weights, low, high, cap)
+    ]
+    surrogate = "weighted" if surrogate == "gated" else surrogate
     arguments = (
         reference,
         *operands,
-        *rows,
+        *spans.arrays,
         trains,
         SURROGATES.index(surrogate),
         cumulative,
@@ -127,6 +127,8 @@ def policy_loss(
         num_threads(),
     )
     if log_probs.requires_grad and torch.is_grad_enabled():
-        return _PolicyLoss.apply(log_probs, *arguments)
-    stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
-    return stats[:, 0].sum().to(dtype), stats
+        rows, stats = _PolicyLoss.apply(log_probs, spans, *arguments)
+    else:
+        stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
+        rows = stats[:, 0].to(dtype)
+    return rows, torch.cat([stats, torch.zeros_like(stats[:, :1])], 1)

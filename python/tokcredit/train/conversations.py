@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from tokcredit import matching
-from tokcredit.matching import Similarities
+from tokcredit.rewards import matching
+from tokcredit.rewards.matching import Similarities
 from tokcredit.rollouts import Rollouts
 from tokcredit.train import tools
-from tokcredit.train.explorer import Desk, Explored
+from tokcredit.train.explorer import SamplingContext, Explored
 from tokcredit.train.scoring import left_padded
 from tokcredit.train.tasks import Problem, tagged
 
@@ -57,26 +57,26 @@ class Conversations:
         ValueError: a problem does not, or the settings of tools are wrong.
     """
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk, self._turns = desk, desk.settings.tools.turns
-        self._rule = tools.rule(desk.settings.tools.matching)
+    def __init__(self, context: SamplingContext) -> None:
+        self._context, self._turns = context, context.settings.tools.turns
+        self._rule = tools.rule(context.settings.tools.matching)
         if self._turns < 1:
             raise ValueError(f"turns: expected at least 1, got {self._turns}")
-        everything = [*desk.problems.held_out, *(p for task in desk.problems.train for p in task)]
+        everything = [*context.problems.held_out, *(p for task in context.problems.train for p in task)]
         if without := sorted({p.task for p in everything if p.calls is None}):
             raise ValueError(f"tasks: expected only ones that call tools, such as calculator(), got {without}")
 
     def explore(self, number: int) -> Explored:
-        desk, s = self._desk, self._desk.settings.sampling
-        numbers, chosen = desk.chosen(number)
-        desk.sampler.sync()
+        context, s = self._context, self._context.settings.sampling
+        numbers, chosen = context.chosen(number)
+        context.sampler.sync()
         with torch.random.fork_rng():
-            desk.seeded(number)
+            context.seeded(number)
             talks = self._talk(chosen, s.group, s.temperature)
-        device = desk.sampler.device
+        device = context.sampler.device
         edges = torch.tensor([0, *(len(t.tokens) for t in talks)], device=device).cumsum(0)
         tokens = torch.tensor([x for t in talks for x in t.tokens], device=device)
-        texts = desk.texts(tokens, edges)
+        texts = context.texts(tokens, edges)
         rewards = torch.tensor([t.problem.reward(x) for t, x in zip(talks, texts, strict=True)], device=device)
         batch = Rollouts(
             tokens,
@@ -93,24 +93,24 @@ class Conversations:
 
     def attempt(self, problems: Sequence[Problem]) -> list[float]:
         talks = self._talk(problems, 1, 0.0)
-        texts = self._desk.tokenizer.batch_decode([t.tokens for t in talks], skip_special_tokens=True)
+        texts = self._context.tokenizer.batch_decode([t.tokens for t in talks], skip_special_tokens=True)
         return [t.problem.reward(text) for t, text in zip(talks, texts, strict=True)]
 
     def _talk(self, problems: Sequence[Problem], count: int, temperature: float) -> list[_Talk]:
-        desk = self._desk
-        prompts = [desk.prompt(self._question(p)) for p in problems]
+        context = self._context
+        prompts = [context.prompt(self._question(p)) for p in problems]
         talks = [_Talk(p, prompt) for p, prompt in zip(problems, prompts, strict=True) for _ in range(count)]
         going = talks
         for turn in range(self._turns):
             if turn:
                 for talk in going:
-                    said = desk.tokenizer(tools.reply(tools.calls(talk.turns[-1])), add_special_tokens=False).input_ids
+                    said = context.tokenizer(tools.reply(tools.calls(talk.turns[-1])), add_special_tokens=False).input_ids
                     talk.say(said, [0.0] * len(said), own=False)
                 prompts, count = [talk.prompt + talk.tokens for talk in going], 1
-            made = desk.complete(prompts, count, temperature, stop=(tools.STOP,))
+            made = context.complete(prompts, count, temperature, stop=(tools.STOP,))
             sizes = made.cu_seqlens.diff().tolist()
             rows = zip(made.tokens.split(sizes), made.log_probs.split(sizes), strict=True)
-            texts, ended = desk.texts(made.tokens, made.cu_seqlens), made.finished.tolist()
+            texts, ended = context.texts(made.tokens, made.cu_seqlens), made.finished.tolist()
             waiting = []
             for talk, (tokens, log_probs), text, whole in zip(going, rows, texts, ended, strict=True):
                 talk.say(tokens.tolist(), log_probs.tolist(), own=True)
@@ -125,7 +125,7 @@ class Conversations:
         return talks
 
     def _question(self, problem: Problem) -> str:
-        if self._desk.tokenizer.chat_template is None:
+        if self._context.tokenizer.chat_template is None:
             return problem.question
         return f"{tools.INTRODUCTION}\n{problem.question}"
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from tokcredit import __version__
-from tokcredit.inspect import report
+from tokcredit.report import report
 from tokcredit.train import checkpoint, models
-from tokcredit.train.loop import Step, Trainer
+from tokcredit.train.trainer import Step, Trainer
 from tokcredit.train.record import Record, claim, read_metrics, write
 from tokcredit.train.settings import Settings
 

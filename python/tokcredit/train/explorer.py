@@ -58,7 +58,7 @@ def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-class Desk:
+class SamplingContext:
     """Asks a sampler: prompts as the model expects them, random numbers of the step, texts of the answers.
 
     Args:
@@ -134,21 +134,21 @@ class Desk:
 class Replies:
     """Several replies to every prompt: the rows of a group are alike and independent."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, context: SamplingContext) -> None:
+        self._context = context
 
     def explore(self, number: int) -> Explored:
-        return self.answers(number, *self._desk.chosen(number))
+        return self.answers(number, *self._context.chosen(number))
 
     def answers(self, number: int, numbers: Sequence[int], chosen: Sequence[tasks.Problem]) -> Explored:
         """Replies at step ``number`` to these problems, whose groups have these numbers."""
-        desk, count = self._desk, self._desk.settings.sampling.group
-        prompts = [desk.prompt(p.question) for p in chosen]
-        desk.sampler.sync()
+        context, count = self._context, self._context.settings.sampling.group
+        prompts = [context.prompt(p.question) for p in chosen]
+        context.sampler.sync()
         with torch.random.fork_rng():
-            desk.seeded(number)
-            made = desk.complete(prompts, count, desk.settings.sampling.temperature)
-        replies = desk.texts(made.tokens, made.cu_seqlens)
+            context.seeded(number)
+            made = context.complete(prompts, count, context.settings.sampling.temperature)
+        replies = context.texts(made.tokens, made.cu_seqlens)
         problems = [p for p in chosen for _ in range(count)]
         device = made.tokens.device
         rewards = torch.tensor([p.reward(r) for p, r in zip(problems, replies, strict=True)], device=device)
@@ -166,7 +166,7 @@ class Replies:
         return Explored(problems, replies, batch, rewards, made.finished)
 
     def attempt(self, problems: Sequence[tasks.Problem]) -> list[float]:
-        return self._desk.attempt(problems)
+        return self._context.attempt(problems)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from tokcredit import segment
+from tokcredit.blocks import segment
 from tokcredit.objective import Objective, Prepared
 from tokcredit.rollouts import Rollouts
 from tokcredit.train import evidence
@@ -53,7 +53,7 @@ class Learner:
         o = settings.optimizer
         self._settings, self._accelerator, self._ranks = settings, accelerator, Ranks(accelerator)
         self._objective, self._model, self._teacher = objective, model, teacher
-        self._reference = copy.deepcopy(model) if "ref_log_probs" in objective.needs else None
+        self._reference = copy.deepcopy(model) if "ref_log_probs" in objective.required_inputs else None
         self._optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
         )
@@ -70,24 +70,24 @@ class Learner:
 
     def with_evidence(self, batch: Rollouts, others: frozenset[str] = frozenset()) -> Rollouts:
         """The rollouts with what forward passes tell: what the objective needs, and ``others``."""
-        needs, o = self._objective.needs | others, self._settings.optimizer
+        required_inputs, o = self._objective.required_inputs | others, self._settings.optimizer
         if o.epochs * o.minibatches > 1:
-            needs |= {"old_log_probs"}
+            required_inputs |= {"old_log_probs"}
         models = (self._model, self._reference, self._teacher)
         with self._accelerator.autocast():
-            return evidence.collect(needs, batch, o.micro_batch, *models, self._settings.sampling.temperature)
+            return evidence.collect(required_inputs, batch, o.micro_batch, *models, self._settings.sampling.temperature)
 
     def score(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies under the policy at temperature 1, each ``[N]``, without gradient."""
         wanted = frozenset({"old_log_probs", "entropies"})
         with self._accelerator.autocast():
             scored = evidence.collect(wanted, batch, self._settings.optimizer.micro_batch, self._model)
-        return scored.evidence("old_log_probs"), scored.evidence("entropies")
+        return scored.input("old_log_probs"), scored.input("entropies")
 
     def _prepare(self, batch: Rollouts, progress: float) -> Prepared:
-        if self._ranks.count == 1 or not self._objective.spans_groups:
+        if self._ranks.count == 1 or not self._objective.compares_groups:
             return self._objective.prepare(batch, progress=progress)
-        everything, mine = self._ranks.gather(batch, self._objective.needs)
+        everything, mine = self._ranks.gather(batch, self._objective.required_inputs)
         return dataclasses.replace(self._objective.prepare(everything, progress=progress).select(mine), batch=batch)
 
     def _update(self, prepared: Prepared, number: int, clock: Clock) -> tuple[dict[str, float], Tensor]:
@@ -100,7 +100,7 @@ class Learner:
             for chosen in torch.from_numpy(order).to(batch.tokens.device).tensor_split(o.minibatches):
                 whole = o.minibatches == 1
                 part = prepared if whole else self._over_ranks(prepared.select(chosen))
-                paid = part.has_credit.nonzero()[:, 0]
+                paid = part.has_gradient.nonzero()[:, 0]
                 if not self._ranks.any(len(paid) > 0):
                     continue
                 # The rows of a group side by side: they share their prompt.
@@ -140,7 +140,7 @@ class Learner:
         """These rows as an optimizer step of their own, with denominators over all processes."""
         if self._ranks.count == 1:
             return part.aggregated()
-        lengths = segment.count(part.batch.tokens, part.rows)
+        lengths = segment.count(part.batch.tokens, part.spans)
         trained = lengths > 0
         counts = self._ranks.sum(
             {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokcredit import length
+from tokcredit.decoding import length
 from tokcredit.rollouts import Rollouts
 from tokcredit.train.ranks import Ranks
 
@@ -47,7 +47,7 @@ class LengthLearner:
     @torch.no_grad()
     def values(self, batch: Rollouts) -> Tensor:
         """``-(1 - gamma^l)`` before each token, ``[N]``, from ``hidden_states``."""
-        return -self.head(batch.evidence("hidden_states")).sigmoid()
+        return -self.head(batch.input("hidden_states")).sigmoid()
 
     def learn(self, batch: Rollouts, finished: Tensor) -> float:
         """Regression on the rows that ended by themselves, bool ``[R]``; the loss before it, 0 without such rows.
@@ -58,10 +58,10 @@ class LengthLearner:
         part = batch.select(finished)
         if not self._ranks.any(part.num_tokens > 0):
             return first
-        target = length.targets(part.rows, part.num_tokens, self._gamma)
-        hidden = part.evidence("hidden_states")
+        target = length.targets(part.spans, part.num_tokens, self._gamma)
+        hidden = part.input("hidden_states")
         for i in range(self._passes):
-            loss = length.squared(self.head(hidden), target, part.rows)
+            loss = length.squared(self.head(hidden), target, part.spans)
             self._optimizer.zero_grad()
             loss.backward()
             self._ranks.average_gradients(self.head)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from tokcredit.train import tiny as tiny_model
 from tokcredit.train import tools
-from tokcredit.train.expression import construct, parse
+from tokcredit.expression import construct, parse
 
 
 class Recipe(NamedTuple):

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tokcredit import credit, segment
+from tokcredit.blocks import segment
+from tokcredit.stages import credit
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.explorer import Desk
+from tokcredit.train.explorer import SamplingContext
 from tokcredit.train.scoring import left_padded
 from tokcredit.train.tasks import Problem
 
@@ -25,11 +26,11 @@ class Prober:
         score: ``(rollouts) -> (log_probs [N], entropies [N])`` under the policy, at temperature 1.
     """
 
-    def __init__(self, desk: Desk, score: Callable[[Rollouts], tuple[Tensor, Tensor]]) -> None:
-        self._desk, self._score, self._settings = desk, score, desk.settings.probes
+    def __init__(self, context: SamplingContext, score: Callable[[Rollouts], tuple[Tensor, Tensor]]) -> None:
+        self._context, self._score, self._settings = context, score, context.settings.probes
 
     def probe(
-        self, needs: frozenset[str], batch: Rollouts, problems: Sequence[Problem], number: int
+        self, required_inputs: frozenset[str], batch: Rollouts, problems: Sequence[Problem], number: int
     ) -> dict[str, Tensor]:
         """Evidence ``[N]`` for the names among ``PROBED`` that are needed, NaN where no state was asked about.
 
@@ -39,30 +40,30 @@ class Prober:
             problems: of each row.
             number: of the step; draws are seeded by it.
         """
-        rows = _Rows(self._desk, batch)
+        rows = _Rows(self._context, batch)
         found = {}
         with torch.random.fork_rng():
-            self._desk.seeded(number, 1)
-            if "state_values" in needs:
+            self._context.seeded(number, 1)
+            if "state_values" in required_inputs:
                 cuts = credit.improbable_cuts(batch, self._settings.below, self._settings.interval)
                 found["state_values"] = self._values(rows, cuts.nonzero()[:, 0].tolist(), problems)
-            if "step_values" in needs:
+            if "step_values" in required_inputs:
                 begins = [b for b, e in rows.spans if b < e]
                 begins += [t + 1 for t in rows.step_ends(self._settings.step_end) if t + 1 not in rows.ends]
                 found["step_values"] = self._values(rows, sorted(begins), problems)
-            if needs & {"answer_probs", "answer_confidences"}:
+            if required_inputs & {"answer_probs", "answer_confidences"}:
                 ends = rows.step_ends(self._settings.step_end)
                 found["answer_probs"], found["answer_confidences"] = self._answers(rows, ends, problems)
-        return {name: value for name, value in found.items() if name in needs}
+        return {name: value for name, value in found.items() if name in required_inputs}
 
     def _values(self, rows: _Rows, tokens: list[int], problems: Sequence[Problem]) -> Tensor:
         """Mean reward of continuations from before each of these tokens; equal states are asked about once."""
-        desk, s = self._desk, self._desk.settings.sampling
+        context, s = self._context, self._context.settings.sampling
         count = self._settings.continuations
         asked: dict[tuple[int, ...], list[int]] = {}
         for t in tokens:
             asked.setdefault((*rows.prompt_of(t), *rows.before(t)), []).append(t)
-        made = desk.complete(list(asked), count, s.temperature)
+        made = context.complete(list(asked), count, s.temperature)
         parts = made.tokens.split(made.cu_seqlens.diff().tolist())
         out = rows.nothing()
         for i, places in enumerate(asked.values()):
@@ -72,24 +73,24 @@ class Prober:
             replies = [
                 before + part.tolist()[: s.max_tokens - len(before)] for part in parts[i * count : (i + 1) * count]
             ]
-            texts = desk.tokenizer.batch_decode(replies, skip_special_tokens=True)
+            texts = context.tokenizer.batch_decode(replies, skip_special_tokens=True)
             reward = problems[rows.row_of(t)].reward
             out[places] = sum(map(reward, texts)) / count
         return out
 
     def _answers(self, rows: _Rows, ends: list[int], problems: Sequence[Problem]) -> tuple[Tensor, Tensor]:
         """After each of these tokens: mean probability of the true answer's tokens, and confidence in short answers."""
-        desk, p = self._desk, self._settings
+        context, p = self._context, self._settings
         probs, confidences = rows.nothing(), rows.nothing()
         if not ends:
             return probs, confidences
-        question = desk.tokenizer(p.text, add_special_tokens=False).input_ids
+        question = context.tokenizer(p.text, add_special_tokens=False).input_ids
         states = [rows.prompt_of(t) + rows.through(t) + question for t in ends]
-        truths = [desk.tokenizer(problems[rows.row_of(t)].answer, add_special_tokens=False).input_ids for t in ends]
+        truths = [context.tokenizer(problems[rows.row_of(t)].answer, add_special_tokens=False).input_ids for t in ends]
         forced = self._rollouts(states, truths)
         log_probs, _ = self._score(forced)
         probs[ends] = segment.mean(log_probs.exp(), forced.rows).to(probs.dtype)
-        made = desk.complete(states, p.answers, p.answer_temperature, p.answer_tokens)
+        made = context.complete(states, p.answers, p.answer_temperature, p.answer_tokens)
         drawn = self._rollouts(
             [state for state in states for _ in range(p.answers)],
             [part.tolist() for part in made.tokens.split(made.cu_seqlens.diff().tolist())],
@@ -100,7 +101,7 @@ class Prober:
         return probs, confidences
 
     def _rollouts(self, prompts: list[list[int]], rows: list[list[int]]) -> Rollouts:
-        device = self._desk.sampler.device
+        device = self._context.sampler.device
         lengths = torch.tensor([len(row) for row in rows])
         return Rollouts(
             torch.tensor([t for row in rows for t in row], dtype=torch.int64, device=device),
@@ -114,8 +115,8 @@ class Prober:
 class _Rows:
     """The rows of a batch as lists: where they are, what stands before a token, where steps end."""
 
-    def __init__(self, desk: Desk, batch: Rollouts) -> None:
-        self._tokenizer, self._size, self._device = desk.tokenizer, batch.num_tokens, batch.tokens.device
+    def __init__(self, context: SamplingContext, batch: Rollouts) -> None:
+        self._tokenizer, self._size, self._device = context.tokenizer, batch.num_tokens, batch.tokens.device
         self._tokens = batch.tokens.tolist()
         self._prompts = [row[row >= 0].tolist() for row in batch.extras["prompt_tokens"]]
         self.spans = list(zip(batch.begin.tolist(), batch.end.tolist(), strict=True))

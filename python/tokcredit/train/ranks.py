@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from tokcredit.evidence import FIELDS
+from tokcredit.inputs import FIELDS
 from tokcredit.rollouts import Rollouts
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Ranks:
             return batch, torch.arange(batch.num_rows, device=batch.tokens.device)
         columns = {"tokens", "group_ids", "rewards", "response_mask", *names & set(FIELDS)}
         own = {name: getattr(batch, name).cpu() for name in columns}
-        own |= {name: batch.evidence(name).cpu() for name in names - set(FIELDS)}
+        own |= {name: batch.input(name).cpu() for name in names - set(FIELDS)}
         parts = gather_object([own | {"lengths": (batch.end - batch.begin).cpu()}])
         device = batch.tokens.device
         whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}

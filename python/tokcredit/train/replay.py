@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokcredit.rollouts import Rollouts
 from tokcredit.train import tasks
-from tokcredit.train.explorer import Desk, Explored, Replies
+from tokcredit.train.explorer import SamplingContext, Explored, Replies
 
 _RIGHT = 0.5
 
@@ -109,8 +109,8 @@ class Replay:
         ValueError: more are to be replayed than are remembered.
     """
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk, self._replies, self._settings = desk, Replies(desk), desk.settings.replay
+    def __init__(self, context: SamplingContext) -> None:
+        self._context, self._replies, self._settings = context, Replies(context), context.settings.replay
         if not 0 <= self._settings.replayed <= self._settings.remembered:
             raise ValueError(
                 f"replayed: expected 0 to the {self._settings.remembered} replies remembered, "
@@ -120,9 +120,9 @@ class Replay:
 
     def explore(self, number: int) -> Explored:
         """As in :class:`~tokcredit.train.explorer.Explorer`; ``outcomes`` and ``finished`` are of plain questions."""
-        desk, sampling = self._desk, self._desk.settings.sampling
-        numbers, chosen = desk.chosen(number)
-        draws = [np.random.default_rng([desk.settings.seed, number, n]) for n in numbers]
+        context, sampling = self._context, self._context.settings.sampling
+        numbers, chosen = context.chosen(number)
+        draws = [np.random.default_rng([context.settings.seed, number, n]) for n in numbers]
         again = {
             n + sampling.prompts: problem
             for n, p, draw in zip(numbers, chosen, draws, strict=True)
@@ -137,7 +137,7 @@ class Replay:
             for i, (p, draw) in enumerate(zip(chosen, draws, strict=True))
             if right[i] in (0, sampling.group)
         }
-        for prompt, reply in desk.ranks.exchange(list(_fresh(explored))):
+        for prompt, reply in context.ranks.exchange(list(_fresh(explored))):
             self._buffer.add(prompt, reply)
         return self._joined(
             explored,
@@ -163,7 +163,7 @@ class Replay:
                 yield problem._replace(question="\n\n".join(parts))
 
     def _texts(self, replies: Sequence[Reply]) -> list[str]:
-        return [self._desk.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in replies]
+        return [self._context.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in replies]
 
     def _joined(self, explored: Explored, rows: list[int], replies: list[Reply]) -> Explored:
         """With stored replies behind, each in the group of one of the rows."""
@@ -180,7 +180,7 @@ class Replay:
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
             group_ids=batch.group_ids[same],
             rewards=extended(batch.rewards, "rewards"),
-            rollout_log_probs=extended(batch.evidence("rollout_log_probs"), "log_probs"),
+            rollout_log_probs=extended(batch.input("rollout_log_probs"), "log_probs"),
             extras={
                 "prompt_tokens": batch.extras["prompt_tokens"][same],
                 "truncated": extended(batch.extras["truncated"], "truncated"),
@@ -201,7 +201,7 @@ def _fresh(explored: Explored) -> Iterator[tuple[str, Reply]]:
     packed = {
         "lengths": batch.end - batch.begin,
         "tokens": batch.tokens,
-        "log_probs": batch.evidence("rollout_log_probs"),
+        "log_probs": batch.input("rollout_log_probs"),
         "rewards": batch.rewards,
         "truncated": batch.extras["truncated"],
     }

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 
-from tokcredit import policy
-from tokcredit.temperature import AdaptiveTemperature
+from tokcredit.blocks import log_probs
+from tokcredit.decoding.temperature import AdaptiveTemperature
 from tokcredit.train.scoring import left_padded, prefill
 
 
@@ -181,7 +181,7 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]
 
     def _record(self, tokens: Tensor) -> None:
         if self._scores is not None:
-            drawn = policy.log_probs(self._scores, tokens) if self._temperature else torch.zeros(len(tokens))
+            drawn = log_probs.from_logits(self._scores, tokens) if self._temperature else torch.zeros(len(tokens))
             self._log_probs.append(drawn.to(tokens.device, torch.float32))
 
     def finish(self, tokens: Tensor) -> Tensor:

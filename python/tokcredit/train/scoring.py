@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokcredit import policy
+from tokcredit.blocks import log_probs
 from tokcredit.rollouts import Rollouts
 
 
@@ -98,5 +98,5 @@ def scores_of(predicted: Predicted, temperature: float, overwrite: bool = False)
 
     The backward pass may ``overwrite`` logits that nothing else reads.
     """
-    both = policy.log_probs_and_entropies(predicted.logits, predicted.tokens, temperature, overwrite)
+    both = log_probs.with_entropies(predicted.logits, predicted.tokens, temperature, overwrite)
     return both[0][predicted.inside], both[1][predicted.inside]

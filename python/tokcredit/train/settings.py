@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from tokcredit import aggregation, clip, credit, gain, loss, methods, ratio, sampling, schedule, score, weights
+from tokcredit import methods, schedule
+from tokcredit.stages import aggregation, clip, credit, filters, ratio, scale, term, token_score, token_weights
 from tokcredit.objective import Objective
-from tokcredit.train.expression import construct, setting
+from tokcredit.expression import construct, setting
 
 _STAGES = {
     "sampling": sampling,

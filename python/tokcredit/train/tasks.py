@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokcredit import matching
+from tokcredit.rewards import matching
 from tokcredit.train import tools
-from tokcredit.train.expression import Call, parse
+from tokcredit.expression import Call, parse
 
 _NUMBER = re.compile(r"(?<![\w)])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.S)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from tokcredit import matching
-from tokcredit.matching import Call, Similarities
-from tokcredit.train.expression import parse
+from tokcredit.rewards import matching
+from tokcredit.rewards.matching import Call, Similarities
+from tokcredit.expression import parse
 
 STOP = "</tool>"
 """With which the model hands over to the tool."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.explorer import Desk, Explored
+from tokcredit.train.explorer import SamplingContext, Explored
 from tokcredit.train.scoring import left_padded
 from tokcredit.train.tasks import Problem
 
@@ -35,27 +35,27 @@ class Trees:
     how many one has.
     """
 
-    def __init__(self, desk: Desk) -> None:
-        s = desk.settings.sampling
-        self._desk, levels = desk, len(s.widths)
+    def __init__(self, context: SamplingContext) -> None:
+        s = context.settings.sampling
+        self._context, levels = context, len(s.widths)
         self._segment = s.segment or max(1, s.max_tokens // max(levels, 1))
         if levels == 0 or self._segment * (levels - 1) >= s.max_tokens:
             expected = f"less than {s.max_tokens} tokens above the last of {levels} levels"
             raise ValueError(f"segment: expected {expected}, got {self._segment} on each")
 
     def explore(self, number: int) -> Explored:
-        desk = self._desk
-        numbers, chosen = desk.chosen(number)
-        prompts = [desk.prompt(p.question) for p in chosen]
-        desk.sampler.sync()
+        context = self._context
+        numbers, chosen = context.chosen(number)
+        prompts = [context.prompt(p.question) for p in chosen]
+        context.sampler.sync()
         with torch.random.fork_rng():
-            desk.seeded(number)
+            context.seeded(number)
             edges = self._grow(prompts)
         leaves = [e for e in edges if e.leaf]
-        texts = desk.tokenizer.batch_decode([e.path + e.own for e in leaves], skip_special_tokens=True)
+        texts = context.tokenizer.batch_decode([e.path + e.own for e in leaves], skip_special_tokens=True)
         reward = {e.node: chosen[e.prompt].reward(text) for e, text in zip(leaves, texts, strict=True)}
         lengths = torch.tensor([len(e.path) + len(e.own) for e in edges])
-        device = desk.sampler.device
+        device = context.sampler.device
         batch = Rollouts(
             torch.tensor([t for e in edges for t in e.path + e.own], device=device),
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device),
@@ -75,14 +75,14 @@ class Trees:
         )
         return Explored(
             [chosen[e.prompt] for e in edges],
-            desk.tokenizer.batch_decode([e.own for e in edges], skip_special_tokens=True),
+            context.tokenizer.batch_decode([e.own for e in edges], skip_special_tokens=True),
             batch,
             torch.tensor([reward[e.node] for e in leaves]),
             torch.tensor([e.finished for e in leaves]),
         )
 
     def _grow(self, prompts: list[list[int]]) -> list[_Edge]:
-        desk, s = self._desk, self._desk.settings.sampling
+        context, s = self._context, self._context.settings.sampling
         depth = len(s.widths)
         edges: list[_Edge] = []
         # Numbers below every node's stand for prompts.
@@ -90,7 +90,7 @@ class Trees:
         for level, width in enumerate(s.widths):
             last = level == depth - 1
             limit = s.max_tokens - self._segment * level if last else self._segment
-            made = desk.complete([prompts[i] + path for i, _, path in open_ends], width, s.temperature, limit)
+            made = context.complete([prompts[i] + path for i, _, path in open_ends], width, s.temperature, limit)
             rows = made.tokens.split(made.cu_seqlens.diff().tolist())
             log_probs = made.log_probs.split(made.cu_seqlens.diff().tolist())
             below = []
@@ -104,7 +104,7 @@ class Trees:
         return edges
 
     def attempt(self, problems: Sequence[Problem]) -> list[float]:
-        return self._desk.attempt(problems)
+        return self._context.attempt(problems)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
