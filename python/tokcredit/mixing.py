@@ -88,7 +88,8 @@ def _stage(kind: str, rule: Range, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     assert rule.stage is not None
-    call, stages = parse(value, kind, inner()), known(rule.stage)
+    call = parse(value, kind, inner())
+    stages: dict[str, type] = known(rule.stage)
     if call.name in stages:
         return call_with(stages, call, kind)
     if call.name not in methods.names():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tokcredit import ops
 from tokcredit.blocks import segment
-from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
+from tokcredit.protocol import Denominators, Loss, Metrics, ObjectiveStage, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
 from tokcredit.spans import Spans
@@ -24,12 +25,12 @@ from tokcredit.stages import ratio as ratios
 from tokcredit.stages import scale as scales
 from tokcredit.stages import term as term_stages
 from tokcredit.stages import token_weights as weight_stages
-from tokcredit.stages.base import Stage, part, parts
+from tokcredit.stages.base import part, parts
 from tokcredit.stages.credit.group import per_token, product
 
 
 @dataclass(frozen=True)
-class Objective(Stage):
+class Objective(ObjectiveStage):
     """A policy-gradient objective: one stage of each kind. The defaults are those of ``tokcredit.methods.grpo``.
 
     ``prepare`` decides everything that does not depend on the current policy; ``loss`` is evaluated per micro-batch::
@@ -75,7 +76,7 @@ class Objective(Stage):
         if len(set(metrics)) < len(metrics):
             raise ValueError(f"terms: expected at most one of each kind, got {self.terms!r}")
 
-    @property
+    @cached_property
     def variables(self) -> tuple[str, ...]:
         """``log_probs``, then the further variables that terms differentiate."""
         further = sorted(frozenset().union(*(term.variables for term in self.terms)))
@@ -181,8 +182,9 @@ class Objective(Stage):
             if term.where is None:
                 own, own_spans, own_lengths = denominators, spans, lengths
             else:
-                chosen = per_token(term.where(batch.with_mask(spans.mask), advantages), spans)
-                own_spans = spans.with_mask(spans.mask & chosen)
+                mask = spans.mask if spans.mask is not None else batch.response_mask
+                chosen = per_token(term.where(batch.with_mask(mask), advantages), spans)
+                own_spans = spans.with_mask(mask & chosen)
                 own_lengths, own = ops.count(own_spans), Denominators(dp_size=denominators.dp_size)
             if not self.compares_groups:
                 own.require(aggregation)
@@ -283,9 +285,7 @@ class Prepared:
             ValueError: A number is missing or too small.
         """
         denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
-        weights = self.objective._weights(
-            self.batch, self.spans, self.lengths, self.signs, self.credit, denominators
-        )
+        weights = self.objective._weights(self.batch, self.spans, self.lengths, self.signs, self.credit, denominators)
         return dataclasses.replace(self, **weights)
 
     def minibatch(self, rows: Any, **denominators: int) -> Prepared:

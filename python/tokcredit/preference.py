@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,19 @@ from torch import Tensor
 from tokcredit import ops
 from tokcredit.arguments import row_numbers
 from tokcredit.blocks import segment
-from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
+from tokcredit.protocol import Denominators, Loss, Metrics, ObjectiveStage, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
 from tokcredit.stages import link as links
 from tokcredit.stages import token_weights as weight_stages
-from tokcredit.stages.base import Stage, option, part, parts
+from tokcredit.stages.base import option, part, parts
 from tokcredit.stages.credit.group import per_token, product
 
 _REFERENCES = ("ref_log_probs", "none")
 
 
 @dataclass(frozen=True)
-class Preference(Stage):
+class Preference(ObjectiveStage):
     """Preference optimization of pairs: a score per row, and a link that makes a loss of the two scores of a pair.
 
     A pair is a group of two rows of which the one with the higher reward is chosen; see ``Rollouts.from_pairs``. With
@@ -52,7 +53,7 @@ class Preference(Stage):
         """``log_probs``."""
         return ("log_probs",)
 
-    @property
+    @cached_property
     def required_inputs(self) -> frozenset[str]:
         """Those of the stages, and the reference."""
         own = frozenset() if self.reference == "none" else frozenset({self.reference})
@@ -196,7 +197,9 @@ class PreparedPairs:
     @property
     def has_gradient(self) -> Tensor:
         """Rows that can have a gradient; bool ``[R]``. Both rows of a pair are needed if one of them is."""
-        moves = (self.batch.lengths > 0)[self.batch.groups.order if self.batch.groups.order is not None else slice(None)]
+        moves = (self.batch.lengths > 0)[
+            self.batch.groups.order if self.batch.groups.order is not None else slice(None)
+        ]
         either = moves.view(-1, 2).any(1)
         return self.batch.groups.per_row(either)
 

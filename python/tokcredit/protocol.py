@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from tokcredit.arguments import whole_number
 from tokcredit.rollouts import Rollouts
-from tokcredit.schedule import State
+from tokcredit.schedule import Adjustable, State
 from tokcredit.stages.aggregation import Aggregation, Counts
+from tokcredit.stages.base import Stage
 
 
 class Metrics(Mapping[str, Tensor]):
@@ -143,6 +145,25 @@ class Denominators:
                 group_of_row=groups,
             )
         )
+
+
+class ObjectiveStage(Stage):
+    """Base of the three objectives. What their stages declare is asked for at every batch, so it is remembered."""
+
+    @cached_property
+    def required_inputs(self) -> frozenset[str]:
+        """Names of the inputs that a batch must carry."""
+        return super().required_inputs
+
+    @cached_property
+    def compares_groups(self) -> bool:
+        """Whether ``prepare`` must see the rows of all ranks."""
+        return super().compares_groups
+
+    @cached_property
+    def adjustables(self) -> tuple[Adjustable, ...]:
+        """Schedules and controllers among the settings, in order."""
+        return super().adjustables
 
 
 _ARGUMENTS = {"tokens": "batch_num_tokens", "rows": "global_batch_size", "groups": "global_num_groups"}

@@ -253,7 +253,9 @@ class State:
         """
         for controller in {repr(x): x for x in objective.adjustables if isinstance(x, Controller)}.values():
             if controller.metric not in metrics:
-                raise ValueError(f"metrics: expected {controller.metric} because of {controller}, got {sorted(metrics)}")
+                raise ValueError(
+                    f"metrics: expected {controller.metric} because of {controller}, got {sorted(metrics)}"
+                )
             name = repr(controller)
             before = self._of.get(name, controller.initial())
             self._of[name] = controller.updated(before, float(metrics[controller.metric]))

@@ -186,7 +186,6 @@ def require_spans(name: str, x: Any) -> Spans:
     """
     if not isinstance(x, Spans):
         raise TypeError(
-            f"{name}: expected tokcredit.Spans, got {type(x).__name__}; "
-            "see Spans.from_cu_seqlens and Spans.from_padded"
+            f"{name}: expected tokcredit.Spans, got {type(x).__name__}; see Spans.from_cu_seqlens and Spans.from_padded"
         )
     return x

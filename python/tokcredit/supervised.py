@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokcredit.blocks import segment
-from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
+from tokcredit.protocol import Denominators, Loss, Metrics, ObjectiveStage, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
 from tokcredit.spans import Spans
@@ -58,7 +58,7 @@ class forward_kl(TokenLoss):
 
 
 @dataclass(frozen=True)
-class Supervised(Stage):
+class Supervised(ObjectiveStage):
     """Imitation of a text or of a teacher: a token loss, which tokens train, their weights, and how they are averaged.
 
     The defaults are plain supervised fine-tuning. Rewards and groups of the batch are not read.

@@ -161,14 +161,14 @@ class Moments(NamedTuple):
     """Statistics of each segment, float64.
 
     Attributes:
-        count: Number of unmasked elements.
+        size: Number of unmasked elements.
         mean: Mean; 0 of an empty segment, and exactly the value of equal numbers.
         var: Variance; exactly 0 of equal numbers, and 0 where there are ``ddof`` elements or fewer.
         minimum: Smallest element; +inf of an empty segment.
         maximum: Largest element; -inf of an empty segment.
     """
 
-    count: Tensor
+    size: Tensor
     mean: Tensor
     var: Tensor
     minimum: Tensor

@@ -59,7 +59,9 @@ class Range:
             word = getattr(self.stage, "kind", "") or self.stage.__name__  # type: ignore[union-attr]
             text = f"a tuple of {word} stages" if self.several else f"a {word} stage"
         else:
-            text = "a bool" if self.kind == "bool" else f"an {self.kind}" if self.kind[0] in "aeiou" else f"a {self.kind}"
+            text = (
+                "a bool" if self.kind == "bool" else f"an {self.kind}" if self.kind[0] in "aeiou" else f"a {self.kind}"
+            )
             limits = [
                 f"{word} {limit:g}"
                 for word, limit in (

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tokcredit.blocks import scan
-from tokcredit.rollouts import Rollouts, Selection
+from tokcredit.rollouts import Rollouts
+from tokcredit.selection import Selection
 from tokcredit.spans import Spans
 from tokcredit.stages.base import Stage, number, option, flag
 

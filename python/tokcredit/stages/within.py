@@ -14,9 +14,7 @@ OVER = ("token", "sum", "mean", "max", "min")
 SIGNS = ("any", "positive", "negative")
 
 
-def within(
-    log_ratio: Tensor, spans: Spans, statistic: str, over: str, low: float, high: float
-) -> Tensor:
+def within(log_ratio: Tensor, spans: Spans, statistic: str, over: str, low: float, high: float) -> Tensor:
     """Return whether a statistic of the log-ratios lies in ``[low, high]``.
 
     With ``x`` the log-ratio of a token::

@@ -56,7 +56,7 @@ def outcome(batch: Rollouts, count_empty: bool = False) -> Tensor:
     """
     groups = counted(batch, count_empty)
     statistics = segment.moments(batch.rewards, groups)
-    return batch.rewards - groups.per_row(statistics.mean.masked_fill(statistics.count < 2, 0))
+    return batch.rewards - groups.per_row(statistics.mean.masked_fill(statistics.size < 2, 0))
 
 
 def deviation(batch: Rollouts, epsilon: float, count_empty: bool = False) -> Tensor:
@@ -72,7 +72,7 @@ def deviation(batch: Rollouts, epsilon: float, count_empty: bool = False) -> Ten
     """
     groups = counted(batch, count_empty)
     statistics = segment.moments(batch.rewards, groups)
-    return groups.per_row(statistics.var.sqrt().masked_fill(statistics.count < 2, 1) + epsilon)
+    return groups.per_row(statistics.var.sqrt().masked_fill(statistics.size < 2, 1) + epsilon)
 
 
 def per_token(x: Tensor, spans: Spans) -> Tensor:
@@ -117,7 +117,7 @@ class group_normalized(Credit):
     def __call__(self, batch: Rollouts) -> Tensor:
         groups = counted(batch, self.count_empty)
         statistics = segment.moments(batch.rewards, groups)
-        alone = statistics.count < 2
+        alone = statistics.size < 2
         advantages = batch.rewards - groups.per_row(statistics.mean.masked_fill(alone, 0))
         if self.scale:
             advantages /= groups.per_row(statistics.var.sqrt().masked_fill(alone, 1).add_(self.epsilon))
@@ -137,9 +137,9 @@ class leave_one_out(Credit):
     def __call__(self, batch: Rollouts) -> Tensor:
         groups = counted(batch, self.count_empty)
         statistics = segment.moments(batch.rewards, groups)
-        factor = statistics.count / (statistics.count - 1).clamp(min=1)
+        factor = statistics.size / (statistics.size - 1).clamp(min=1)
         advantages = batch.rewards - groups.per_row(statistics.mean)
-        advantages *= groups.per_row(factor.masked_fill(statistics.count < 2, 0))
+        advantages *= groups.per_row(factor.masked_fill(statistics.size < 2, 0))
         return advantages.to(batch.rewards.dtype)[:, None]
 
 
