@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tokcredit as tc
 from tokcredit import report
-from tokcredit.cli import main
 from tokcredit.report.recorded import as_recorded
 from tokcredit.report.summary import summarize
 
@@ -243,9 +242,9 @@ def test_tables_by_hand(four):
         True,
         False,
     ]
-    assert data.groups["signal"].tolist() == [True, False]
-    paid = data.methods["tempo"]["advantage"]
-    assert paid[:6] == pytest.approx([1.1547, 1.4434, 0.8660, -0.5773, -2.0207, -0.8660], abs=1e-4)
+    assert data.groups["differ"].tolist() == [True, False]
+    advantages = data.methods["tempo"]["advantage"]
+    assert advantages[:6] == pytest.approx([1.1547, 1.4434, 0.8660, -0.5773, -2.0207, -0.8660], abs=1e-4)
 
     ratio, log = {m: t["ratio"] for m, t in data.methods.items()}, np.log
     assert log(ratio["tempo"][:3]) == pytest.approx([0.5, 0, -0.4], abs=1e-6)
@@ -254,7 +253,7 @@ def test_tables_by_hand(four):
     ctpo = data.methods["ctpo"]
     assert log(ctpo["high"][:3]) == pytest.approx(0.05 * np.sqrt([1, 2, 3]))
     assert log(ctpo["low"][:3]) == pytest.approx(-0.025 * np.sqrt([1, 2, 3]))
-    # Paid and above the window, or charged and below it (or above the cap): stopped.
+    # Clipped: a positive advantage above the bounds, or a negative one below them (or above the cap).
     assert data.methods["tempo"]["clipped"][:8].tolist() == [1, 0, 0, 0, 0, 1, 0, 1]
     assert ctpo["clipped"][:6].tolist() == [1, 1, 1, 1, 1, 1]
     assert data.methods["cispo"]["clipped"].max() == 2 and data.methods["cispo"]["gradient"][0] != 0
@@ -279,6 +278,59 @@ def test_tables_are_the_stages_own(folder):
             explained = np.where(free, -table["weight"] * table["advantage"] * table["ratio"], 0)
             assert table["gradient"] == pytest.approx(np.nan_to_num(explained), rel=1e-4, abs=1e-6), name
     assert data.notes == []
+
+
+PAIR = [
+    {
+        "group": 0,
+        "tokens": [5, 8, 2],
+        "reward": 0.0,
+        "ref_log_probs": [-1.0, -1.0, -1.0],
+        "old_log_probs": [-1.0, -1.0, -1.0],
+        "log_probs": [-0.5, -1.0, -2.0],
+        "response_mask": [True, True, True],
+    },
+    {
+        "group": 0,
+        "tokens": [5, 9],
+        "reward": 1.0,
+        "ref_log_probs": [-1.0, -1.0],
+        "old_log_probs": [-1.0, -1.0],
+        "log_probs": [-0.8, -0.7],
+        "response_mask": [False, True],
+    },
+]
+
+
+def test_preference_and_supervised_objectives(tmp_path):
+    run = report.read(lines(tmp_path / "x.jsonl", PAIR))
+    data = report.compute(run, ["dpo", "sft", "grpo"])
+    assert data.with_ratio == {"grpo"}
+    dpo, sft = data.methods["dpo"], data.methods["sft"]
+    for table in (dpo, sft):
+        assert table["trains"].tolist() == [True, True, True, False, True]
+        assert np.isnan(table["ratio"]).all() and np.isnan(table["low"]).all() and not table["clipped"].any()
+    # One pair: the rejected row has the score -0.5, the chosen row 0.3; loss = -log sigmoid(0.1 * 0.8).
+    assert dpo["advantage"].tolist() == [-1, -1, -1, 0, 1] and dpo["median"].tolist() == [-1, 1]
+    slope = 0.1 / (1 + math.exp(0.1 * 0.8))
+    assert dpo["gradient"] == pytest.approx(np.array([slope, slope, slope, 0, -slope]) * 4)
+    assert dpo["weight"] == pytest.approx([4, 4, 4, 0, 4])
+    assert sft["advantage"].tolist() == [1, 1, 1, 0, 1]
+    assert sft["weight"] == pytest.approx([1, 1, 1, 0, 1])
+    assert sft["gradient"] == pytest.approx([-1, -1, -1, 0, -1])
+    figures = summarize(data)["methods"]
+    assert figures["dpo"]["clipped"] is figures["sft"]["ratios"] is figures["dpo"]["effective"] is None
+    assert figures["dpo"]["signs"]["tokens"] == pytest.approx([1 / 4, 3 / 4])
+    assert '"with_ratio": ["grpo"]' in render(data)
+    with pytest.raises(ValueError, match="group_ids: expected pairs"):
+        report.compute(report.read(lines(tmp_path / "y.jsonl", PAIR[:1])), ["dpo"])
+
+
+def test_every_registered_input_is_read(tmp_path):
+    rows = [{**row, "turn_rewards": [0.0] * len(row["tokens"]), "truncated": row["reward"] == 0} for row in PAIR]
+    batch = report.read(lines(tmp_path / "x.jsonl", rows)).batch
+    assert batch.input("ref_log_probs").tolist() == [-1.0] * 5 and batch.input("turn_rewards").tolist() == [0.0] * 5
+    assert batch.input("truncated").tolist() == [True, False]
 
 
 def test_masked_empty_and_alone(tmp_path):
@@ -309,7 +361,7 @@ def test_masked_empty_and_alone(tmp_path):
         assert table["weight"][[2, 5, 6]].tolist() == [0, 0, 0] and np.isnan(table["ratio"][2])
     assert np.log(data.methods["ctpo"]["ratio"][3]) == pytest.approx(0.1, abs=1e-6)
     figures = summarize(data)
-    assert figures["silent"] == 2 and figures["tokens"] == 7
+    assert figures["equal_rewards"] == 3 and figures["tokens"] == 7
     assert render(data)
 
 
@@ -320,9 +372,9 @@ def test_without_the_updated_policy(four):
     assert summarize(data)["methods"]["grpo"]["ratios"] is None
 
 
-def test_missing_evidence_is_named(four):
+def test_a_missing_input_is_named(four):
     strict = replace(tc.methods.grpo(), terms=(tc.term.kl(estimator="k3"),))
-    with pytest.raises(ValueError, match=r"ref_log_probs: expected in .*x.jsonl because strict needs it, got none"):
+    with pytest.raises(ValueError, match=r"ref_log_probs: expected in .*x.jsonl because strict reads it, got none"):
         report.compute(four, {"strict": strict})
     with pytest.raises(ValueError, match="name: expected one of"):
         report.compute(four, ["grpoo"])
@@ -343,11 +395,11 @@ def test_other_advantages_than_the_trainers_are_told(folder):
 def test_summary_by_hand(four):
     figures = summarize(report.compute(four, ["tempo", "grpo"]))
     tempo, grpo = figures["methods"]["tempo"], figures["methods"]["grpo"]
-    assert (figures["groups"], figures["silent"], figures["rollouts"], figures["tokens"]) == (2, 1, 5, 12)
-    assert figures["branch_share"] == pytest.approx(7 / 12)
-    assert grpo["beyond"] == 0 and grpo["beyond_credit"] == 0
-    # Rollout 0 is paid 1.15, 1.44, 0.87: the median is the first, so two of its tokens lie beyond.
-    assert tempo["beyond"] == pytest.approx((2 + 2 + 0 + 2 + 2) / 12)
+    assert (figures["groups"], figures["equal_rewards"], figures["rollouts"], figures["tokens"]) == (2, 1, 5, 12)
+    assert figures["branch_fraction"] == pytest.approx(7 / 12)
+    assert grpo["token_level"] == 0 and grpo["token_level_advantage"] == 0
+    # The advantages of rollout 0 are 1.15, 1.44, 0.87: the median is the first, so its other two tokens differ.
+    assert tempo["token_level"] == pytest.approx((2 + 2 + 0 + 2 + 2) / 12)
     q = np.exp([0.5, 0, -0.4, 0.5, 0, -0.4, 0, -0.5, 0.1, 0, 0, 0])
     assert grpo["effective"] == pytest.approx(q.sum() ** 2 / (12 * (q**2).sum()))
     assert figures["lengths"]["mean_above"] == 3 and figures["lengths"]["mean_below"] == 2.5
@@ -374,23 +426,36 @@ def test_report_of_a_run_folder(folder):
     assert "high=0.5" in path.read_text()
 
 
-def test_methods_whose_evidence_is_not_in_the_file(folder):
+def test_methods_whose_inputs_are_not_in_the_file(folder):
     pytest.importorskip("jinja2")
     text = report.report(folder, "vineppo").read_text()
-    required_inputs = ", ".join(sorted(tc.methods.load("vineppo").required_inputs))
-    assert f"vineppo needs {needs}, which the file does not hold" in text and "credit=recorded()" in text
+    (lacking,) = tc.methods.load("vineppo").required_inputs
+    assert f"vineppo reads {lacking}, which the file does not have" in text and "credit=recorded()" in text
     run = report.read(folder)
     objective, notes = as_recorded("vineppo", tc.methods.load("vineppo"), run)
     table = report.compute(run, {"vineppo": objective}).methods["vineppo"]
     assert np.array_equal(table["advantage"], run.advantages.numpy()) and len(notes) == 1
-    with pytest.raises(ValueError, match=rf"{needs}: expected in .* because vineppo needs it"):
+    with pytest.raises(ValueError, match=rf"{lacking}: expected in .* because vineppo reads it"):
         report.run(folder, ["vineppo"])
+
+
+def test_other_stages_whose_inputs_are_not_in_the_file(folder):
+    run = report.read(folder)
+    bare = replace(run, batch=run.batch.with_inputs(entropies=None))
+    objective, (note,) = as_recorded("tip", tc.methods.tip(), bare)
+    assert note.endswith("that the trainer wrote, and without its own filters.")
+    assert np.array_equal(
+        report.compute(bare, {"tip": objective}).methods["tip"]["advantage"], run.advantages.abs().numpy()
+    )
+    objective, (note,) = as_recorded("dpo", tc.methods.dpo(), run)
+    assert objective.reference == "none" and "dpo reads ref_log_probs, which the file does not have" in note
+    assert as_recorded("grpo", tc.methods.grpo(), run) == (tc.methods.grpo(), [])
 
 
 def test_settings_that_change_during_training(folder, tmp_path):
     run = report.read(folder)
     assert run.progress is None
-    assert "d3s is shown with its settings at the end" in report.compute(run, ["d3s"]).notes[0]
+    assert "d3s is shown with its settings of the last step" in report.compute(run, ["d3s"]).notes[0]
     derivations.write(tmp_path, step=3, groups=2, rollouts=4, length=40)
     (tmp_path / "settings.json").write_text(json.dumps({"steps": 9}))
     run = report.read(tmp_path)
@@ -403,11 +468,13 @@ def test_settings_that_change_during_training(folder, tmp_path):
 def test_command(folder, tmp_path, capsys):
     pytest.importorskip("jinja2")
     pytest.importorskip("rich")
+    from tokcredit.cli import main
+
     main(["inspect", str(folder), "--method", "ctpo", "-o", str(tmp_path / "r.html")])
     assert capsys.readouterr().out == f"report  {tmp_path / 'r.html'}\n"
     main(["inspect", str(folder), "--prompt", "2"])
     out = capsys.readouterr().out
-    assert "prompt 2 of 3" in out and "tempo" in out and "grpo" in out
+    assert "prompt 2 of 3" in out and "tempo" in out and "grpo" in out and "underlined: a branch" in out
     with pytest.raises(SystemExit, match="prompt: expected a number from 1 to 3, got 4"):
         main(["inspect", str(folder), "--prompt", "4"])
 

@@ -252,9 +252,9 @@ def test_hover_shows_the_computed_numbers(browser, example):
                 table = data.methods[method]
                 for field in ("advantage", "ratio", "weight"):
                     assert agrees(card[field, method], table[field][token]), (field, method, card)
-                low, high = re.findall(r"[\d.]+", card["window", method].replace("…", " "))
+                low, high = re.findall(r"[\d.]+", card["bounds", method].replace("…", " "))
                 assert agrees(low, table["low"][token]) and agrees(high, table["high"][token])
-                assert card["clipped", method] == ("no", "stopped", "bounded")[table["clipped"][token]]
+                assert card["clip", method] == ("inside", "no gradient", "ratio bounded")[table["clipped"][token]]
             checked += 1
     assert checked == 14 and branches >= 7
 
@@ -327,12 +327,16 @@ def test_filters_and_search(browser, example):
         box.send_keys(str(value))
 
     middle = int(np.median(length))
+    # In the middle of the widest gap, where no rounding matters.
+    levels = np.sort(largest)
+    widest = int(np.diff(levels).argmax())
+    least = round(float(levels[widest] + levels[widest + 1]) / 2, 3)
     for name, value, passes in [
         ("reward-low", 0.5, reward >= 0.5),
         ("reward-high", 0.5, reward <= 0.5),
         ("length-low", middle, length >= middle),
         ("length-high", middle, length <= middle),
-        ("paid-low", round(float(np.median(largest)), 3), largest >= round(float(np.median(largest)), 3)),
+        ("advantage-low", least, largest >= least),
     ]:
         fill(name, value)
         assert browser.shown() == np.flatnonzero(passes).tolist(), name
@@ -467,7 +471,7 @@ def test_odd_rollouts(browser, tmp_path):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.run(source, ["tempo", "gspo"], page)
     browser.open(page)
-    assert "so there are no ratios" in browser.js("return document.querySelector('.note').textContent")
+    assert "ratios and clipping are unknown" in browser.js("return document.querySelector('.note').textContent")
 
     def tokens():
         """Of each text, which is filled in when it comes into view."""
@@ -482,8 +486,37 @@ def test_odd_rollouts(browser, tmp_path):
     browser.wait(lambda: tokens() == [1, 2])
     browser.hover(browser.all("article[data-row='0'] .text span")[1])
     card = browser.card()
-    assert card["clipped", "tempo"] == "not trained" and card["ratio", "gspo"] == "–"
+    assert card["clip", "tempo"] == "does not train" and card["ratio", "gspo"] == "–"
     assert number(card["advantage", "tempo"]) == 0 == number(card["weight", "tempo"])
+
+
+@needs_chromium
+def test_objectives_without_a_ratio(browser, tmp_path):
+    rows = [
+        {
+            "group": 0,
+            "prompt": "p",
+            "tokens": [5, token],
+            "reward": reward,
+            "ref_log_probs": [-1, -1],
+            "old_log_probs": [-1, -1],
+            "log_probs": [-0.5, -1.5],
+            "advantages": [0, 0],
+        }
+        for token, reward in ((8, 1), (9, 0))
+    ]
+    source, page = tmp_path / "x.jsonl", tmp_path / "x.html"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.run(source, ["dpo", "grpo"], page)
+    browser.open(page)
+    cells = browser.js("return [...document.querySelectorAll('table.methods td')].map(c => c.textContent)")
+    assert cells.count("not applicable") == 2
+    browser.open(page, "0")
+    token = browser.wait(lambda: browser.all("article[data-row='1'] .text span"))[1]
+    card = browser.wait(lambda: browser.hover(token) or browser.card())
+    assert {card[field, "dpo"] for field in ("ratio", "bounds", "clip")} == {"not applicable"}
+    assert number(card["advantage", "dpo"]) == -1 and number(card["weight", "dpo"]) == 4
+    assert agrees(card["ratio", "grpo"], np.exp(-0.5)) and card["clip", "grpo"] == "no gradient"
 
 
 @needs_chromium

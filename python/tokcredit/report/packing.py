@@ -1,10 +1,12 @@
-"""Tables of one prompt in few bytes: rounded numbers, shared tokens once, deflate, base64.
+"""The tables of one prompt in few bytes: numbers are rounded, shared tokens are stored once, and the rest is deflated.
 
-The page decodes this with ``DecompressionStream``. A blob is the deflated concatenation of a little-endian uint32, the
-length of a JSON manifest, the manifest, and the columns it points into. A column of per-token numbers is stored as
-integers times ``10 ** -decimals``: one number (``all``), one per rollout (``row``), or one per token (``at``), then as
-byte planes of ``bytes`` bytes per number, the low bytes first, and with ``delta`` as the steps from one number to the
-next, modulo the width. The smallest integer of the width means: no number.
+The page decodes a blob with ``DecompressionStream``. It is base64 of deflated bytes, which hold a little-endian uint32
+(the length of the manifest), the manifest in JSON, and the columns that the manifest points to.
+
+A column of per-token numbers holds integers times ``10 ** -decimals``: one number (``all``), one per rollout (``row``),
+or one per token from byte ``at`` on. The latter are byte planes of ``bytes`` bytes per number, all low bytes first;
+with ``delta`` they are differences from one number to the next, modulo the width. The smallest integer of the width
+stands for NaN.
 """
 
 from __future__ import annotations
@@ -22,22 +24,31 @@ from tokcredit.report.vocabulary import visible
 
 LOG_PROB, RATIO, WEIGHT = 2, 3, 3
 PROMPT = 20_000
-RESPONSE, BRANCH, TRAINS, CLIPPED = 1, 2, 4, 8
+RESPONSE, BRANCH, TRAINS, CLIP = 1, 2, 4, 8
 
 
 def blob(x: bytes) -> str:
-    """Deflated, as base64."""
+    """Return bytes deflated and encoded in base64.
+
+    Args:
+        x: The bytes.
+    """
     return base64.b64encode(zlib.compress(x, 9)).decode()
 
 
 def decimals_for(x: Any, digits: int = 4) -> int:
-    """Decimals that give the largest finite number of ``x`` this many digits; from 0 to 8."""
+    """Return the number of decimals, from 0 to 8, that gives the largest finite number this many digits.
+
+    Args:
+        x: The numbers.
+        digits: Wanted digits.
+    """
     largest = float(np.abs(x[np.isfinite(x)]).max(initial=0))
     return min(8, max(0, digits - 1 - math.floor(math.log10(largest)))) if largest else 0
 
 
 class _Columns:
-    """Columns of one group; equal ones are stored once."""
+    """The columns of one group; equal ones are stored once."""
 
     def __init__(self, row: Any) -> None:
         self.row, self.first = row, np.flatnonzero(np.diff(row, prepend=-1))
@@ -47,7 +58,7 @@ class _Columns:
         self.size = 0
 
     def put(self, x: Any, decimals: int = 0) -> int:
-        """Adds a column of numbers, one per token, with so many decimals if four bytes hold them; its index."""
+        """Add a column of numbers, one per token, with so many decimals if four bytes hold them. Return its index."""
         finite = np.isfinite(x)
         largest = float(np.abs(np.where(finite, x, 0)).max(initial=0))
         while decimals and largest * 10.0**decimals >= 2**31 - 1:
@@ -81,7 +92,7 @@ class _Columns:
         return {**entry, "at": self.raw(steps if delta else planes), "bytes": width, "delta": delta}
 
     def raw(self, data: bytes) -> int:
-        """Adds bytes; where they begin."""
+        """Add bytes and return where they begin."""
         at = self.size
         self.parts.append(data)
         self.size += len(data)
@@ -89,13 +100,17 @@ class _Columns:
 
 
 def _planes(integers: Any, width: int) -> bytes:
-    """All low bytes first, then the next ones; steps that leave the range wrap around."""
+    """Return byte planes, all low bytes first; numbers outside of the range wrap around."""
     numbers = integers.astype(f"<i{width}").view(np.uint8).reshape(-1, width)
     return np.ascontiguousarray(numbers.T).tobytes()
 
 
 def vocabulary(data: Data) -> tuple[list[str], Any]:
-    """Texts of the tokens that occur, most frequent first, and for every token of the run its place among them."""
+    """Return the texts of the tokens that occur, most frequent first, and the place of every token among them.
+
+    Args:
+        data: The tables.
+    """
     ids, inverse, counts = np.unique(data.tokens["token"], return_inverse=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
     place = np.empty_like(order)
@@ -104,14 +119,14 @@ def vocabulary(data: Data) -> tuple[list[str], Any]:
 
 
 def group_blob(data: Data, group: int, words: Any, decimals: dict[str, int], log_prob: int = LOG_PROB) -> str:
-    """Everything the page shows of one prompt.
+    """Return everything that the page shows of one prompt, as a blob.
 
     Args:
-        data: the tables.
-        group: which prompt.
-        words: from :func:`vocabulary`, the place of every token.
-        decimals: of each method's advantages.
-        log_prob: decimals of log-probs.
+        data: The tables.
+        group: Number of the prompt.
+        words: Place of every token, from :func:`vocabulary`.
+        decimals: Decimals of the advantages of each objective.
+        log_prob: Decimals of log-probs.
     """
     rows = np.flatnonzero(data.rollouts["group"] == group)
     spans = [slice(b, b + n) for b, n in zip(data.rollouts["begin"][rows], data.rollouts["length"][rows], strict=True)]
@@ -151,26 +166,26 @@ def _method(columns: _Columns, data: Data, name: str, take: Any, rows: Any, deci
     table = data.methods[name]
     flags = data.tokens["response"][take] * RESPONSE + data.tokens["branch"][take] * BRANCH
     ratio = _ratio_decimals(table, take)
-    flags = flags + table["trains"][take] * TRAINS + table["clipped"][take].astype(np.int64) * CLIPPED
+    flags = flags + table["trains"][take] * TRAINS + table["clipped"][take].astype(np.int64) * CLIP
     return {
         "advantage": columns.put(table["advantage"][take], decimals),
         "weight": columns.put(table["weight"][take], WEIGHT),
         **{field: columns.put(table[field][take], ratio) for field in ("ratio", "low", "high")},
         "flags": columns.put(flags),
-        "constant": [_plain(x) for x in table["constant"][rows]],
+        "median": [_plain(x) for x in table["median"][rows]],
         "largest": [_plain(x) for x in table["largest"][rows]],
-        "moves": [bool(x) for x in table["moves"][rows]],
+        "has_gradient": [bool(x) for x in table["has_gradient"][rows]],
     }
 
 
 def _ratio_decimals(table: Table, take: Any) -> int:
-    """Five where the window is so narrow that three do not tell its bounds from 1."""
+    """Return five decimals where the bounds are too close to 1 for three, else three."""
     width = np.abs(table["high"][take] - 1)
     return RATIO + 2 if width[np.isfinite(width)].min(initial=1) < 0.005 else RATIO
 
 
 def _node_tokens(data: Data, rows: Any, nodes: Any, words: Any) -> Any:
-    """Tokens of the nodes, one node after the other, each read from one rollout that runs through it."""
+    """Return the tokens of the nodes, one node after the other, each read from one rollout through it."""
     source = {}
     parent = data.nodes["parent"]
     for r in rows:
@@ -184,5 +199,5 @@ def _node_tokens(data: Data, rows: Any, nodes: Any, words: Any) -> Any:
 
 
 def _plain(x: Any) -> float | None:
-    """A number for JSON: six significant digits, None if it is not finite."""
+    """Return a number for JSON, with six significant digits, or None if it is not finite."""
     return float(f"{x:.6g}") if math.isfinite(x) else None

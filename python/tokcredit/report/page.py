@@ -1,4 +1,4 @@
-"""One self-contained HTML file: nothing is fetched, nothing is computed in it, untrusted text stays text."""
+"""The page: one HTML file that fetches nothing and computes nothing, and in which untrusted text stays text."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NOTE, TAG = 200, 60
 
 
 def render(data: Data, limit: int = LIMIT) -> str:
-    """The page.
+    """Return the page as HTML.
 
     Args:
-        data: the tables.
-        limit: bytes; where all prompts do not fit, log-probs lose a decimal, then prompts are left out, evenly over
-            the run, and the page says so. The figures of the run always count all of them.
+        data: The tables.
+        limit: Largest size in bytes. Where not all prompts fit, log-probs lose a decimal, then prompts are left out,
+            evenly over the run, and the page says so. The figures of the run always count all prompts.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -50,6 +50,7 @@ def render(data: Data, limit: int = LIMIT) -> str:
         "notes": data.notes,
         "summary": _finite(summarize(data)),
         "methods": {name: visible(repr(objective), 2000) for name, objective in data.objectives.items()},
+        "with_ratio": sorted(data.with_ratio),
         "prompts": [_entry(data, group) for group in range(len(data.groups["prompt"]))],
     }
 
@@ -69,7 +70,7 @@ def render(data: Data, limit: int = LIMIT) -> str:
 
 
 def _fitting(data: Data, places: Any, room: int) -> tuple[dict[int, str], list[str]]:
-    """Blobs by group, as many as fit, and a note on the ones that do not."""
+    """Return blobs by group, as many as fit, and a note on those left out."""
     decimals = {name: packing.decimals_for(table["advantage"]) for name, table in data.methods.items()}
     groups = list(range(len(data.groups["prompt"])))
     blobs: dict[int, str] = {}
@@ -82,7 +83,8 @@ def _fitting(data: Data, places: Any, room: int) -> tuple[dict[int, str], list[s
         kept = np.unique(np.linspace(0, len(groups) - 1, count).round().astype(int)).tolist()
         if count == 1 or _size(blobs, kept) <= room:
             note = (
-                f"{len(kept)} of {len(groups)} prompts are shown, evenly spread; the run's figures count all of them."
+                f"{len(kept)} of {len(groups)} prompts are shown, evenly spread over the run; "
+                "the figures of the run count all of them."
             )
             return {g: blobs[g] for g in kept}, [note]
     return blobs, []
@@ -93,19 +95,19 @@ def _size(blobs: dict[int, str], groups: list[int]) -> int:
 
 
 def _entry(data: Data, group: int) -> Table:
-    """A prompt in the list."""
+    """Return a prompt for the list."""
     rewards = data.rollouts["reward"][data.rollouts["group"] == group]
     return {
         "group": group,
         "prompt": visible(data.groups["prompt"][group], SNIPPET),
         "rewards": rewards.tolist(),
         "mean": float(data.groups["mean"][group]),
-        "signal": bool(data.groups["signal"][group]),
+        "differ": bool(data.groups["differ"][group]),
     }
 
 
 def _finite(x: Any) -> Any:
-    """JSON has no infinities: null for what is not finite."""
+    """Return the same with None for numbers that are not finite, which JSON does not have."""
     if isinstance(x, dict):
         return {key: _finite(value) for key, value in x.items()}
     if isinstance(x, list):

@@ -1,4 +1,4 @@
-"""Rollouts of one step, read from what trainers leave on disk."""
+"""Rollouts of one step, read from the files that trainers write."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokcredit import inputs
 from tokcredit.report.vocabulary import Vocabulary, load_tokenizer
-from tokcredit.rollouts import Rollouts
+from tokcredit.rollouts import FIELDS, Rollouts
 
 Record = Mapping[str, Any]
-_PER_TOKEN = ("response_mask", "rollout_log_probs", "old_log_probs", "log_probs", "entropies", "advantages")
+
+RECORDED = "recorded_advantages"
+"""Input that holds the advantages that the trainer wrote."""
+
+_DTYPES = {"float": np.float32, "integer": np.int64, "bool": np.bool_}
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One step's rollouts and what is needed to show them.
+    """The rollouts of one step, and what is needed to show them.
 
     Attributes:
-        batch: the rollouts, packed; groups are numbered by first appearance.
-        log_probs: float32 ``[N]``, of the policy after its update, or None.
+        batch: The rollouts, packed, with the inputs that the file has; groups are numbered by first appearance.
+        log_probs: float32 ``[N]``, under the policy after its update, or None.
         advantages: float32 ``[N]``, as the trainer computed them, or None.
-        prompts: one per group.
-        vocabulary: text of the token ids.
-        name: the file and its folder.
-        step: its training step, or None.
-        progress: share of training that was done, from 0 to 1, or None.
-        settings: what the trainer wrote about itself (version, method, objective, model, tokenizer), or nothing.
+        prompts: One text per group.
+        vocabulary: Texts of the token ids.
+        name: Name of the file and of its folder.
+        step: Training step, or None if unknown.
+        progress: From 0 at the first step of training to 1 at the last, or None if unknown.
+        settings: What the trainer wrote about itself (version, method, objective, model, tokenizer); empty if nothing.
     """
 
     batch: Rollouts
@@ -48,19 +53,20 @@ class Run:
 
 
 def read(path: str | Path, tokenizer: str | None = None, step: int | None = None) -> Run:
-    """The rollouts of one step of a file or of a run folder.
+    """Return the rollouts of one step of a file or of a run folder.
 
-    Reads ``rollouts-*.parquet`` as our trainer writes it, the completions parquet of TRL (``log_completions``), the
-    JSONL of verl (``rollout_data_dir``), and JSONL of ``{"group", "prompt", "tokens" | "text", "reward",
-    "log_probs"?}`` with the further per-token names of our parquet. TRL's reward is the sum of its reward functions.
+    Readable files are ``rollouts-*.parquet`` of this trainer, the completions of TRL (``log_completions``), the JSONL
+    of verl (``rollout_data_dir``), and JSONL of ``{"group", "prompt", "tokens" or "text", "reward"}``. Parquet and
+    JSONL may carry ``response_mask``, ``log_probs`` (of the updated policy), ``advantages`` and any registered input
+    without further axes by its name. TRL's reward is the sum of its reward functions.
 
     Args:
-        path: a file, or a folder that holds such files, of which the one of ``step`` is taken.
-        tokenizer: folder or name of a ``transformers`` tokenizer; by default the ``tokenizer`` folder beside the file.
-        step: which step, the last by default.
+        path: A file, or a folder with such files, of which the one of ``step`` is taken.
+        tokenizer: Folder or name of a ``transformers`` tokenizer, or None for the ``tokenizer`` folder beside the file.
+        step: Training step, or None for the last.
 
     Raises:
-        ValueError: nothing readable there, a row without what it must have, or text without a tokenizer.
+        ValueError: There is no readable file, a row lacks something, or text has no tokenizer.
     """
     file = _file(Path(path), step)
     records, settings = _parquet(file) if file.suffix == ".parquet" else (_jsonl(file), {})
@@ -113,7 +119,7 @@ def _parquet(file: Path) -> tuple[list[Record], dict[str, str]]:
 
 
 def _cells(column: Any) -> list[Any]:
-    """The cells of an Arrow column; lists of numbers stay arrays."""
+    """Return the cells of an Arrow column; lists of numbers stay arrays."""
     from pyarrow import types
 
     if not types.is_list(column.type) or not (
@@ -142,7 +148,7 @@ def _jsonl(file: Path) -> list[Record]:
 
 
 def _row(record: Record, number: int, file: Path) -> dict[str, Any]:
-    """One record of any of the formats in our words."""
+    """Return a record of any of the formats under the names of this package."""
     row = dict(record)
     if "output" in row and "score" in row:  # verl
         row = {"prompt": row["input"], "text": row["output"], "reward": row["score"]}
@@ -164,7 +170,7 @@ def _row(record: Record, number: int, file: Path) -> dict[str, Any]:
 
 
 def _text(said: Any) -> str:
-    """Plain text of a string or of chat messages."""
+    """Return the text of a string or of chat messages."""
     if isinstance(said, str):
         return said
     if isinstance(said, Sequence):
@@ -181,26 +187,30 @@ def _run(
     for row, group in zip(rows, group_ids, strict=True):
         prompts[group] = prompts[group] or row["prompt"]
     lengths = [len(row["tokens"]) for row in rows]
-    columns = {name: _column(name, rows, lengths) for name in _PER_TOKEN}
-    mask, log_probs, advantages = columns.pop("response_mask"), columns.pop("log_probs"), columns.pop("advantages")
-    if settings == {} and log_probs is not None and columns["old_log_probs"] is None:
-        # Plain JSONL knows one log-prob, that of the policy which sampled.
-        columns["old_log_probs"], log_probs = log_probs, None
+    mask, log_probs, advantages = (
+        _column(name, rows, lengths, np.float32) for name in ("response_mask", "log_probs", "advantages")
+    )
+    named = _inputs(rows, lengths)
+    if settings == {} and log_probs is not None and "old_log_probs" not in named:
+        # JSONL with one kind of log-probs has those of the policy that sampled.
+        named["old_log_probs"], log_probs = log_probs, None
+    if advantages is not None:
+        named[RECORDED] = advantages
     batch = Rollouts(
         torch.from_numpy(_joined((row["tokens"] for row in rows), np.int64)),
         torch.tensor([0, *lengths]).cumsum(0),
         torch.tensor(group_ids),
         torch.tensor([float(row["reward"]) for row in rows]),
         None if mask is None else mask.bool(),  # type: ignore[arg-type]
-        **columns,  # type: ignore[arg-type]
-        extras={} if advantages is None else {"advantages": advantages},
+        **{name: x for name, x in named.items() if name in FIELDS},  # type: ignore[arg-type]
+        extras={name: x for name, x in named.items() if name not in FIELDS},
     )
     name = "/".join(file.absolute().parts[-2:])
     return Run(batch, log_probs, advantages, prompts, vocabulary, name, step, _progress(file, step), settings)
 
 
 def _progress(file: Path, step: int | None) -> float | None:
-    """As the trainer counts it, from the number of steps in its settings."""
+    """Return the progress as the trainer counts it, from the number of steps in its settings."""
     settings = file.parent / "settings.json"
     if step is None or not settings.exists():
         return None
@@ -208,15 +218,29 @@ def _progress(file: Path, step: int | None) -> float | None:
     return min(1.0, max(0, step - 1) / max(steps - 1, 1)) if isinstance(steps, int) else None
 
 
-def _column(name: str, rows: list[dict[str, Any]], lengths: list[int]) -> Tensor | None:
-    """A per-token column of all rows, or None where a row lacks it."""
+def _inputs(rows: list[dict[str, Any]], lengths: list[int]) -> dict[str, Tensor]:
+    """Return the registered inputs without further axes that every row has."""
+    found: dict[str, Tensor] = {}
+    for name in sorted(inputs.names() - {RECORDED}):
+        entry = inputs.get(name)
+        if entry.axes or any(row.get(name) is None for row in rows):
+            continue
+        if entry.per == "token":
+            found[name] = _column(name, rows, lengths, _DTYPES[entry.dtype])  # type: ignore[assignment]
+        else:
+            found[name] = torch.from_numpy(np.asarray([row[name] for row in rows], dtype=_DTYPES[entry.dtype]))
+    return found
+
+
+def _column(name: str, rows: list[dict[str, Any]], lengths: list[int], dtype: Any) -> Tensor | None:
+    """Return a per-token column of all rows, or None where a row lacks it."""
     lists = [row.get(name) for row in rows]
     if any(values is None for values in lists):
         return None
     for number, (values, length) in enumerate(zip(lists, lengths, strict=True)):
         if len(values) != length:  # type: ignore[arg-type]
             raise ValueError(f"{name}: expected {length} numbers in row {number}, got {len(values)}")  # type: ignore[arg-type]
-    return torch.from_numpy(_joined(lists, np.float32))
+    return torch.from_numpy(_joined(lists, dtype))
 
 
 def _joined(lists: Iterable[Any], dtype: Any) -> Any:

@@ -1,58 +1,87 @@
-"""Methods whose evidence a file does not hold, shown with the advantages that their trainer wrote."""
+"""Objectives whose required inputs a file does not hold, shown with the advantages that the trainer wrote."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from tokcredit import inputs
+from tokcredit.report.readers import RECORDED, Run
+from tokcredit.rollouts import Rollouts
 from tokcredit.stages import clip
 from tokcredit.stages.base import Stage
-from tokcredit.report.readers import Run
-from tokcredit.objective import Objective
-from tokcredit.rollouts import Rollouts
+from tokcredit.stages.credit import Credit
+from tokcredit.stages.token_weights import TokenWeight
 
 
 @dataclass(frozen=True)
-class recorded(Stage):
-    """The advantages of the file."""
+class recorded(Credit):
+    """The advantages in the file."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"advantages"})
+    reads: ClassVar[frozenset[str]] = frozenset({RECORDED})
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        return batch.input("advantages")
+        return batch.input(RECORDED)
 
 
-def missing(objective: Objective, run: Run) -> list[str]:
-    """Names of the evidence that the objective needs and the run does not carry."""
-    batch = run.batch
-    return [name for name in sorted(objective.required_inputs) if getattr(batch, name, None) is None and name not in batch.extras]
+@dataclass(frozen=True)
+class recorded_weight(TokenWeight):
+    """The absolute advantages in the file, for objectives whose advantages are their token weights."""
+
+    reads: ClassVar[frozenset[str]] = frozenset({RECORDED})
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        return batch.input(RECORDED).abs()
 
 
-def as_recorded(name: str, objective: Objective, run: Run) -> tuple[Objective, list[str]]:
-    """The objective as far as the run carries its evidence, and a note if that is not all of it.
+def missing(objective: Stage, run: Run) -> list[str]:
+    """Return the names of the inputs that an objective reads and a run does not carry, sorted.
 
-    The credit becomes the trainer's own advantages; other stages whose evidence is missing are left out.
+    Args:
+        objective: The objective.
+        run: The run.
     """
-    lacks = missing(objective, run)
+    return [name for name in sorted(objective.required_inputs) if not run.batch.has_input(name)]
+
+
+def as_recorded(name: str, objective: Any, run: Run) -> tuple[Any, list[str]]:
+    """Return an objective as far as the run carries its required inputs, and a note if that is not all of it.
+
+    The advantages become those that the trainer wrote. Other stages whose inputs are missing are left out. An objective
+    whose inputs the run carries, or a run without the trainer's advantages, changes nothing.
+
+    Args:
+        name: Name of the objective, for the note.
+        objective: The objective.
+        run: The run.
+    """
+    lacks = frozenset(missing(objective, run))
     if not lacks or run.advantages is None:
         return objective, []
+    settings = {f.name: getattr(objective, f.name) for f in fields(objective)}
+    defaults = type(objective)()
+    changes: dict[str, Any] = {}
+    for kind, value in settings.items():
+        if isinstance(value, tuple):
+            kept = tuple(stage for stage in value if not lacks & stage.required_inputs)
+            changes |= {kind: kept} if kept != value else {}
+        elif isinstance(value, Stage):
+            neutral = clip.unclipped() if kind == "clip" else getattr(defaults, kind)
+            changes |= {kind: neutral} if lacks & value.required_inputs else {}
+        elif value in lacks:
+            changes[kind] = "none"
+    left_out = sorted(changes.keys() - {"credit"})
+    if "credit" in settings:
+        changes["credit"] = recorded()
+    else:
+        changes["token_weights"] = (recorded_weight(),)
+    note = f"{name} reads {', '.join(sorted(lacks))}, which the file does not have: it is shown with the advantages "
+    note += "that the trainer wrote" + (f", and without its own {', '.join(left_out)}." if left_out else ".")
+    return replace(objective, **changes), [note]
 
-    def known(stage: Stage) -> bool:
-        return not stage.required_inputs & set(lacks)
 
-    shown = replace(
-        objective,
-        credit=recorded(),
-        weights=tuple(weight for weight in objective.weights if known(weight)),  # type: ignore[arg-type]
-        clip=objective.clip if known(objective.clip) else clip.unclipped(),  # type: ignore[arg-type]
-        gain=objective.gain if objective.gain is not None and known(objective.gain) else None,  # type: ignore[arg-type]
-        sampling=None,
-        kl=None,
-    )
-    note = f"{name} needs {', '.join(lacks)}, which the file does not hold: its advantages are those the trainer wrote."
-    left_out = [
-        stage for stage in ("weights", "clip", "gain", "sampling") if getattr(shown, stage) != getattr(objective, stage)
-    ]
-    return shown, [note + (f" Left out: {', '.join(left_out)}." if left_out else "")]
+inputs.register(
+    RECORDED, per="token", dtype="float", meaning="advantages that the trainer wrote into the file of a report"
+)

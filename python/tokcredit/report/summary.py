@@ -1,4 +1,4 @@
-"""Figures of a whole run, from the tables: what the charts draw and the first lines say."""
+"""Figures of a whole run, computed from its tables: what the charts draw and the first lines of a report say."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from tokcredit.report.data import STOPPED, Data, Table
+from tokcredit.report.data import CLIPPED, Data, Table
 
 BINS = 48
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def summarize(data: Data) -> Table:
-    """Figures of the run.
+    """Return the figures of a run.
+
+    Args:
+        data: The tables.
 
     Returns:
-        ``groups``: how many, and ``silent`` ones, whose rewards are all equal, so that no rollout beats another;
-        ``rollouts``, ``tokens``, mean ``reward``; ``means``: histogram of the prompts' mean rewards; ``edges``: of the
-        bins of positions and lengths; ``lengths``: histograms of trained tokens of the rollouts above and below their
-        prompt's mean reward; ``branches``: share of branch tokens by position; ``methods``: per method the figures of
-        :func:`method_figures`.
+        ``groups``: number of prompts, ``equal_rewards``: number of prompts whose rewards are all equal; ``rollouts``;
+        ``tokens``; ``reward``: the mean reward; ``means``: histogram of the prompts' mean rewards; ``edges``: bins of
+        positions and lengths; ``lengths``: histograms of the response tokens of rollouts above and below their
+        prompt's mean reward; ``branches``: fraction of branch tokens by position; ``branch_fraction``: that of all
+        tokens; ``methods``: for each objective the figures of :func:`method_figures`.
     """
     rows, tokens, groups = data.rollouts, data.tokens, data.groups
     longest = int(rows["length"].max(initial=0))
@@ -29,7 +32,7 @@ def summarize(data: Data) -> Table:
     where = _bin(tokens["position"], growing)
     return {
         "groups": len(groups["prompt"]),
-        "silent": int((~groups["signal"]).sum()),
+        "equal_rewards": int((~groups["differ"]).sum()),
         "rollouts": len(rows["reward"]),
         "tokens": len(tokens["token"]),
         "reward": float(rows["reward"].mean()) if len(rows["reward"]) else 0.0,
@@ -38,39 +41,47 @@ def summarize(data: Data) -> Table:
         "lengths": _lengths(data, edges),
         "branches": {
             "edges": growing.tolist(),
-            "share": _mean_by(tokens["branch"].astype(float), where, len(growing) - 1),
+            "fraction": _mean_by(tokens["branch"].astype(float), where, len(growing) - 1),
         },
-        "branch_share": float(tokens["branch"].mean()) if len(tokens["branch"]) else 0.0,
-        "methods": {name: method_figures(data, table, edges) for name, table in data.methods.items()},
+        "branch_fraction": float(tokens["branch"].mean()) if len(tokens["branch"]) else 0.0,
+        "methods": {name: method_figures(data, name, edges) for name in data.methods},
     }
 
 
-def method_figures(data: Data, table: Table, edges: Any) -> Table:
-    """Figures of one method over the training tokens.
+def method_figures(data: Data, name: str, edges: Any) -> Table:
+    """Return the figures of one objective over its training tokens.
+
+    Args:
+        data: The tables.
+        name: Name of the objective.
+        edges: Bins of positions, ascending.
 
     Returns:
-        ``beyond``: share of tokens whose advantage is not their rollout's constant, and ``beyond_credit``: the sum of
-        these distances over the sum of ``|A|``; ``moves``: share of rollouts that can move the policy; ``effective``:
-        ``(sum q)^2 / (n sum q^2)`` of the ratios, 1 when all are equal; ``clipped``: share of tokens whose gradient
-        the clip stops; ``scale``: the 0.99-quantile of ``|A|``, where colours saturate; ``advantages``: histogram;
-        ``ratios``: quantiles, window and clipped share by position, or None; ``signs``: shares of rollouts, tokens and
-        weighted credit of the rollouts that are paid more than nothing and of those that are paid less.
+        ``token_level``: fraction of tokens whose advantage differs from the median of their rollout;
+        ``token_level_advantage``: the sum of these differences over the sum of ``|A|``; ``has_gradient``: fraction of
+        rollouts that can have a gradient; ``effective``: effective sample size over the number of tokens,
+        ``(sum q)^2 / (n sum q^2)`` of the ratios q, which is 1 when all are equal; ``clipped``: fraction of tokens that
+        the clip leaves without gradient; ``scale``: the 0.99-quantile of ``|A|``, the advantage of the strongest
+        colour; ``advantages``: a histogram; ``ratios``: quantiles, bounds and clipped fraction by position; ``signs``:
+        fractions of rollouts, tokens and ``|A| * weight`` in rollouts with a positive and with a negative median.
+        ``effective``, ``clipped`` and ``ratios`` are None where ratios are unknown or the objective has none.
     """
+    table = data.methods[name]
     trains, rollout = table["trains"], data.tokens["rollout"]
     advantage = table["advantage"][trains].astype(float)
-    constant = table["constant"][rollout[trains]].astype(float)
-    distance = np.abs(advantage - constant)
-    apart = distance > 1e-6 * np.maximum(1, np.abs(constant))
+    median = table["median"][rollout[trains]].astype(float)
+    distance = np.abs(advantage - median)
+    apart = distance > 1e-6 * np.maximum(1, np.abs(median))
     ratio = table["ratio"][trains].astype(float)
     known = np.isfinite(ratio)
     q = ratio[known]
     scale = float(np.quantile(np.abs(advantage), 0.99)) if advantage.size else 0.0
     return {
-        "beyond": _share(apart.sum(), apart.size),
-        "beyond_credit": _share(distance[apart].sum(), np.abs(advantage).sum()),
-        "moves": _share(table["moves"].sum(), table["moves"].size),
-        "effective": _share(q.sum() ** 2, q.size * (q**2).sum()) if q.size else None,
-        "clipped": _share((table["clipped"][trains] == STOPPED).sum(), trains.sum()) if q.size else None,
+        "token_level": _fraction(apart.sum(), apart.size),
+        "token_level_advantage": _fraction(distance[apart].sum(), np.abs(advantage).sum()),
+        "has_gradient": _fraction(table["has_gradient"].sum(), table["has_gradient"].size),
+        "effective": _fraction(q.sum() ** 2, q.size * (q**2).sum()) if q.size else None,
+        "clipped": _fraction((table["clipped"][trains] == CLIPPED).sum(), trains.sum()) if q.size else None,
         "scale": scale or float(np.abs(advantage).max(initial=0)) or 1.0,
         "advantages": _histogram(advantage),
         "ratios": _ratios(data, table, edges) if q.size else None,
@@ -78,7 +89,7 @@ def method_figures(data: Data, table: Table, edges: Any) -> Table:
     }
 
 
-def _share(part: Any, whole: Any) -> float:
+def _fraction(part: Any, whole: Any) -> float:
     return float(part / whole) if whole else 0.0
 
 
@@ -87,7 +98,7 @@ def _edges(longest: int) -> Any:
 
 
 def _growing(longest: int) -> Any:
-    """Edges of bins that widen with the position, because rollouts part early."""
+    """Return edges of bins that widen with the position, because rollouts branch early."""
     return np.unique(np.geomspace(1, max(longest, 1) + 1, min(BINS, max(longest, 1)) + 1).round().astype(np.int64)) - 1
 
 
@@ -114,13 +125,14 @@ def _lengths(data: Data, edges: Any) -> Table:
     trained = np.bincount(data.tokens["rollout"][data.tokens["response"]], minlength=len(sign))
     counts = {name: np.histogram(trained[sign == s], edges)[0].tolist() for name, s in (("above", 1), ("below", -1))}
     means = {
-        f"mean_{name}": _share(trained[sign == s].sum(), (sign == s).sum()) for name, s in (("above", 1), ("below", -1))
+        f"mean_{name}": _fraction(trained[sign == s].sum(), (sign == s).sum())
+        for name, s in (("above", 1), ("below", -1))
     }
     return {**counts, **means}
 
 
 def _histogram(advantage: Any) -> Table:
-    """41 bins around 0, the middle one on it."""
+    """Return 41 bins around 0, with 0 in the middle of one."""
     bound = float(np.abs(advantage).max(initial=0)) or 1.0
     edges = np.linspace(-bound, bound, 42)
     return {"edges": edges.tolist(), "counts": np.histogram(advantage, edges)[0].tolist()}
@@ -132,7 +144,7 @@ def _ratios(data: Data, table: Table, edges: Any) -> Table:
     order = np.argsort(where, kind="stable")
     stops = np.searchsorted(where[order], np.arange(len(edges)))
     columns = {name: table[name][use][order].astype(float) for name in ("ratio", "low", "high")}
-    stopped = (table["clipped"][use][order] == STOPPED).astype(float)
+    clipped = (table["clipped"][use][order] == CLIPPED).astype(float)
     spans = list(pairwise(stops))
 
     def each(measure: Any, x: Any) -> list[Any]:
@@ -142,7 +154,7 @@ def _ratios(data: Data, table: Table, edges: Any) -> Table:
         "quantiles": each(lambda x: np.quantile(x, QUANTILES).tolist(), columns["ratio"]),
         "low": each(lambda x: float(x.mean()), columns["low"]),
         "high": each(lambda x: float(x.mean()), columns["high"]),
-        "clipped": each(lambda x: float(x.mean()), stopped),
+        "clipped": each(lambda x: float(x.mean()), clipped),
     }
 
 
@@ -150,11 +162,11 @@ def _signs(data: Data, table: Table) -> Table:
     rollout, trains = data.tokens["rollout"], table["trains"]
     size = len(data.rollouts["reward"])
     tokens = np.bincount(rollout[trains], minlength=size)
-    credit = np.bincount(rollout, weights=np.abs(table["advantage"] * table["weight"]) * trains, minlength=size)
-    sign = np.sign(table["constant"]) * (tokens > 0)
+    weighted = np.bincount(rollout, weights=np.abs(table["advantage"] * table["weight"]) * trains, minlength=size)
+    sign = np.where(tokens > 0, np.sign(table["median"]), 0)
     counted = sign != 0
 
-    def shares(x: Any) -> list[float]:
-        return [_share(x[sign == s].sum(), x[counted].sum()) for s in (1, -1)]
+    def fractions(x: Any) -> list[float]:
+        return [_fraction(x[sign == s].sum(), x[counted].sum()) for s in (1, -1)]
 
-    return {"rollouts": shares(np.ones(size)), "tokens": shares(tokens), "credit": shares(credit)}
+    return {"rollouts": fractions(np.ones(size)), "tokens": fractions(tokens), "weighted": fractions(weighted)}

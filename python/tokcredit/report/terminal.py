@@ -1,4 +1,4 @@
-"""One prompt in the terminal: figures, the prefix tree, and the rollouts coloured by what their tokens are paid."""
+"""One prompt in the terminal: figures, the prefix tree, and the rollouts coloured by the advantages of their tokens."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SHOWN = 160
+LEGEND = (
+    "token-level: the token's advantage A differs from the median of its rollout\n"
+    "colours: blue is a positive advantage, orange a negative one; underlined: a branch"
+)
 BLUE, ORANGE = (26, 104, 190), (214, 92, 12)
 
 
 def show(data: Data, prompt: int = 1, console: Console | None = None) -> None:
-    """Prints one prompt.
+    """Print one prompt.
 
     Args:
-        data: the tables.
-        prompt: which one, counted from 1.
-        console: where to; a new one on standard output by default.
+        data: The tables.
+        prompt: Number of the prompt, from 1.
+        console: A ``rich`` console, or None for a new one on standard output.
 
     Raises:
-        ValueError: there is no such prompt.
+        ValueError: There is no such prompt.
     """
     from rich.console import Console
 
@@ -37,7 +41,8 @@ def show(data: Data, prompt: int = 1, console: Console | None = None) -> None:
     group = prompt - 1
     figures = summarize(data)
     console.print(_head(data, group, count))
-    console.print(_figures(figures))
+    console.print(_figures(figures, data.with_ratio))
+    console.print(_text(LEGEND, "dim"))
     for note in data.notes:
         console.print(_text(note, "italic"))
     console.print()
@@ -61,25 +66,20 @@ def _head(data: Data, group: int, count: int) -> Any:
     return head
 
 
-def _figures(figures: dict[str, Any]) -> Any:
+def _figures(figures: dict[str, Any], with_ratio: frozenset[str]) -> Any:
     from rich.table import Table
 
-    names = (
-        "tokens beyond the constant",
-        "credit beyond the constant",
-        "move the policy",
-        "clipped",
-        "effective share",
-    )
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("method", style="bold")
-    for name in names:
+    for name in ("token-level tokens", "token-level |A|", "has gradient", "clipped", "effective sample"):
         table.add_column(name, justify="right")
     for method, f in figures["methods"].items():
-        shares = [
-            f"{f[key]:.1%}" if f[key] is not None else "–" for key in ("beyond", "beyond_credit", "moves", "clipped")
-        ]
-        table.add_row(method, *shares, "–" if f["effective"] is None else f"{f['effective']:.3f}")
+        unknown = "–" if method in with_ratio else "not applicable"
+        table.add_row(
+            method,
+            *(f"{f[key]:.1%}" for key in ("token_level", "token_level_advantage", "has_gradient")),
+            *(unknown if f[key] is None else f"{f[key]:.1%}" for key in ("clipped", "effective")),
+        )
     return table
 
 
@@ -119,14 +119,16 @@ def _rollouts(data: Data, group: int, figures: dict[str, Any]) -> Any:
         begin, length = int(data.rollouts["begin"][row]), int(data.rollouts["length"][row])
         texts = data.run.vocabulary.texts(data.tokens["token"][begin : begin + min(length, SHOWN)].tolist())
         cells = [
-            _paid(texts, t["advantage"][begin:], data.tokens["branch"][begin:], figures["methods"][m]["scale"], length)
+            _coloured(
+                texts, t["advantage"][begin:], data.tokens["branch"][begin:], figures["methods"][m]["scale"], length
+            )
             for m, t in data.methods.items()
         ]
         table.add_row(str(number), f"{data.rollouts['reward'][row]:.3f}", str(length), *cells)
     return table
 
 
-def _paid(texts: list[str], advantages: Any, branches: Any, scale: float, length: int) -> Any:
+def _coloured(texts: list[str], advantages: Any, branches: Any, scale: float, length: int) -> Any:
     out = _text("")
     for text, advantage, branch in zip(texts, advantages, branches, strict=False):
         out.append(text, f"{_style(advantage, scale)} {'underline bold' if branch else ''}")
@@ -136,7 +138,7 @@ def _paid(texts: list[str], advantages: Any, branches: Any, scale: float, length
 
 
 def _style(x: float, scale: float) -> str:
-    """Dark text on blue above zero and on orange below, nothing on zero; readable on either kind of terminal."""
+    """Return dark text on blue above zero and on orange below, and no colour at zero."""
     share = min(1.0, abs(float(x)) / scale) * 0.7
     if not share > 0:
         return ""

@@ -1,4 +1,4 @@
-"""What a token looks like: text for every id, with nothing in it that could act on the reader's screen."""
+"""The text of every token id, free of characters that control a terminal or a browser."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ LONGEST = 200
 
 
 def load_tokenizer(name: str) -> Any:
-    """A ``transformers`` tokenizer from a folder or by name; code that comes with it is not run."""
+    """Return a ``transformers`` tokenizer. Code that comes with it is not run.
+
+    Args:
+        name: Folder, or name on the hub.
+    """
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name)
 
 
 def visible(text: str, longest: int = LONGEST) -> str:
-    """The text with every character that controls instead of showing written out.
+    r"""Return a text in which control characters are written out as ``\u{...}``.
 
-    Line feeds and tabs stay; other control characters, marks that turn the writing direction, invisible characters,
-    lone surrogates and unassigned code points become ``\\u{...}``. A very long text is cut, and says so.
+    Line feeds and tabs stay. Other control characters, marks that turn the writing direction, invisible characters,
+    lone surrogates and unassigned code points are written out. A longer text is cut and ends with its length.
+
+    Args:
+        text: The text.
+        longest: Characters to keep.
     """
     if len(text) > longest:
         text = f"{text[:longest]}… ({len(text)} characters)"
@@ -32,16 +40,23 @@ def _named(character: str) -> str:
 
 
 class Vocabulary:
-    """Text of token ids by a tokenizer, or the ids themselves without one."""
+    """Texts of token ids.
+
+    Args:
+        tokenizer: A ``transformers`` tokenizer, or None to show the ids themselves.
+    """
 
     def __init__(self, tokenizer: Any = None) -> None:
         self.tokenizer = tokenizer
 
     def texts(self, ids: Iterable[int]) -> list[str]:
-        """Visible text of each id on its own.
+        """Return the visible text of each id.
 
-        A token that is part of a character only is shown as its bytes, ``⟨f0 9f⟩``, and an id the tokenizer does not
-        know as ``⟨id⟩``.
+        A token that is only a part of a character is shown as its bytes, ``⟨f0 9f⟩``, and an id that the tokenizer does
+        not know as ``⟨id⟩``.
+
+        Args:
+            ids: Token ids.
         """
         ids = list(ids)
         if self.tokenizer is None:
@@ -61,7 +76,7 @@ class Vocabulary:
 
 
 def _printable_bytes() -> dict[str, int]:
-    """Byte-level BPE writes every byte as a printable character: itself, or the next free one from 256 on."""
+    """Return the byte of each character of byte-level BPE, which writes unprintable bytes as characters from 256 on."""
     plain = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}

@@ -1,4 +1,4 @@
-// Small builders of elements, and the card that shows numbers beside what is pointed at. Text is only ever set as text.
+// Builders of elements, and the card with the numbers of the token under the pointer. Text is only ever set as text.
 
 function el(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -58,14 +58,18 @@ function tokenCard(group, row, position) {
   const shared = (name, field, text) =>
     el("tr", {}, title(name), el("td", { "data-field": field, colspan: METHODS.length }, text ?? "–"));
   const each = (name, get) => el("tr", {}, title(name), ...METHODS.map((m) =>
-    el("td", { "data-field": name, "data-method": m }, get(group.methods[m], group.flags(m, row, position)) ?? "–")));
+    el("td", { "data-field": name, "data-method": m }, get(group.methods[m], group.flags(m, row, position), m) ?? "–")));
   const number = (name) => each(name, (own) => own[name].text(r, token));
-  const window = (own) => {
+  const ofRatio = (name, get) => each(name, (own, flags, m) => (hasRatio(m) ? get(own, flags) : "not applicable"));
+  const bounds = (own) => {
     const low = own.low.text(r, token), high = own.high.text(r, token);
     return low === null && high === null ? null : `${low ?? "0"} … ${high ?? "∞"}`;
   };
-  const clipped = (_, flags) =>
-    flags & STOPPED ? "stopped" : flags & BOUNDED ? "bounded" : flags & TRAINS ? "no" : "not trained";
+  const clip = (own, flags) => {
+    if (!(flags & TRAINS)) return "does not train";
+    if (own.ratio.text(r, token) === null) return null;
+    return flags & CLIPPED ? "no gradient" : flags & BOUNDED ? "ratio bounded" : "inside";
+  };
   const names = METHODS.map((m) => el("th", { scope: "col" }, m)), text = group.word(row, position);
   return [
     el("div", { class: "token" }, text.trim() ? text : `“${text.replace(/\n/g, "↵")}”`),
@@ -74,7 +78,8 @@ function tokenCard(group, row, position) {
       shared("log-prob", "log_prob", group.logProb.text(r, token)),
       shared("value before, after", "value", `${branch ? "branch, " : ""}${plain(was)} → ${plain(value[v])}`),
       METHODS.length > 1 ? el("tr", { class: "names" }, el("td"), ...names) : null,
-      number("advantage"), number("ratio"), each("window", window), number("weight"), each("clipped", clipped))),
+      number("advantage"), ofRatio("ratio", (own) => own.ratio.text(r, token)), ofRatio("bounds", bounds),
+      number("weight"), ofRatio("clip", clip))),
   ];
 }
 

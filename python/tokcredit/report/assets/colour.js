@@ -18,7 +18,7 @@ function paint(x, scale) {
 // For bands, which must be seen at their middle too: from grey at `middle` to either end of [low, high].
 function mixed(x, range) {
   const share = Math.round(strength(x, range) * 100);
-  return `color-mix(in oklab, rgb(var(${x < range[1] ? "--neg" : "--pos"})) ${share}%, var(--river))`;
+  return `color-mix(in oklab, rgb(var(${x < range[1] ? "--neg" : "--pos"})) ${share}%, var(--neutral))`;
 }
 
 function strength(x, [low, middle, high]) {

@@ -1,9 +1,12 @@
 "use strict";
-// What the page was given: a header in JSON, and one deflated blob per prompt, opened when it is looked at.
+// The data of the page: a header in JSON, and one deflated blob per prompt, which is decoded when it is first shown.
 
 const HEADER = JSON.parse(document.getElementById("header").textContent);
 const METHODS = Object.keys(HEADER.methods);
-const RESPONSE = 1, BRANCH = 2, TRAINS = 4, STOPPED = 8, BOUNDED = 16;
+const RESPONSE = 1, BRANCH = 2, TRAINS = 4, CLIPPED = 8, BOUNDED = 16;
+
+// Whether a method has a ratio and a clip; without them it is no policy-gradient method.
+const hasRatio = (method) => HEADER.with_ratio.includes(method);
 
 async function inflate(id) {
   const coded = document.getElementById(id).textContent;

@@ -1,4 +1,4 @@
-// One prompt: its tree, and its rollouts with what narrows them down.
+// One prompt: its prefix tree, and its rollouts with filters.
 
 class GroupPage {
   constructor(group) {
@@ -24,14 +24,14 @@ class GroupPage {
     const { prompt, rows, nodes, index } = this.group, [low, middle, high] = this.tree.range;
     const entry = HEADER.prompts.findIndex((p) => p.group === index);
     const place = [`Prompt ${entry + 1} of ${HEADER.prompts.length}`, `${rows.length} rollouts`,
-      `mean reward ${plain(nodes.value[0])}`, HEADER.prompts[entry].signal ? null : "all rewards equal: no signal"];
+      `mean reward ${plain(nodes.value[0])}`, HEADER.prompts[entry].differ ? null : "all rewards are equal"];
     const view = el("div", {},
       el("p", { class: "crumb" }, place.filter(Boolean).join(" · ")),
       el("h1", { class: "prompt", tabindex: prompt.length > 700 ? 0 : null }, prompt || "(no prompt in the file)"),
-      el("h2", {}, "Where rollouts part"),
+      el("h2", {}, "Where responses branch"),
       el("div", { class: "row" },
-        el("p", { class: "muted" }, "A band is a run of tokens that its rollouts share, as thick as they are many. " +
-          "Click one to keep its rollouts only."),
+        el("p", { class: "muted" }, "A band is a run of tokens that several rollouts share; its height is their number. " +
+          "Click a band to show only its rollouts."),
         el("p", { class: "scale" }, plain(low), el("i", { class: "values" }), plain(high),
           el("span", {}, `mean reward of a band's rollouts, grey at ${plain(middle)}`))),
       el("div", { class: "tree" }, this.tree.svg), this.chosen,
@@ -41,7 +41,7 @@ class GroupPage {
     return view;
   }
 
-  // Shows a method's credit, or all of them side by side.
+  // Shows the advantages of a method, or of all methods side by side.
   use(method) {
     this.method = GroupPage.method = method;
     for (const button of this.form.querySelectorAll("[data-method]"))
@@ -65,9 +65,9 @@ class GroupPage {
       const passed = this.group.rows.filter((row) => row.path.includes(v)).map((row) => row.number + 1);
       this.chosen.replaceChildren(
         el("div", { class: "row" }, el("b", {}, stretch(this.group, v)),
-          el("span", { class: "muted" }, `passed by rollouts ${passed.join(", ")}`),
-          el("button", { type: "button", onclick: () => this.choose(v) }, "All rollouts again")),
-        el("pre", { tabindex: 0 }, this.group.nodeTexts(v).join("") || "(nothing in common)"));
+          el("span", { class: "muted" }, `in rollouts ${passed.join(", ")}`),
+          el("button", { type: "button", onclick: () => this.choose(v) }, "Show all rollouts")),
+        el("pre", { tabindex: 0 }, this.group.nodeTexts(v).join("") || "(no common token)"));
     }
     this.filter();
   }

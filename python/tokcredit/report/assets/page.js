@@ -1,17 +1,17 @@
-// Which view is shown, the list of prompts, the theme and the keys.
+// The list of prompts, which view is shown, the theme and the keys.
 
 const main = document.getElementById("main"), help = document.getElementById("help");
 const find = document.getElementById("find");
 let view = null;
 
 function promptList() {
-  document.getElementById("prompts").append(...HEADER.prompts.map(({ group, prompt, rewards, mean, signal }, i) => {
+  document.getElementById("prompts").append(...HEADER.prompts.map(({ group, prompt, rewards, mean, differ }, i) => {
     const range = span(rewards, mean), best = rewards.toSorted((a, b) => b - a).slice(0, 24);
     const dots = best.map((reward) => el("i", { style: `background:${mixed(reward, range)}` }));
     const label = `Prompt ${i + 1}, mean reward ${plain(mean)}: ${prompt}`;
     return el("li", {}, el("a", { href: `#${group}`, "data-group": group, "aria-label": label },
       el("p", {}, prompt || `Prompt ${i + 1}`),
-      el("div", { class: "rewards" }, ...dots, el("span", {}, signal ? shown(mean, 2) : "no signal"))));
+      el("div", { class: "rewards" }, ...dots, el("span", {}, differ ? shown(mean, 2) : `all ${shown(mean, 2)}`))));
   }));
   find.addEventListener("input", () => {
     for (const link of document.querySelectorAll("#prompts a"))

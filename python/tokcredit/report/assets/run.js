@@ -7,8 +7,8 @@ function runPage() {
     rollouts: whole(summary.rollouts),
     tokens: whole(summary.tokens),
     "mean reward": shown(summary.reward, 3),
-    "prompts without signal": `${summary.silent} of ${summary.groups}`,
-    "tokens where rollouts part": percent(summary.branch_share),
+    "prompts with equal rewards": `${summary.equal_rewards} of ${summary.groups}`,
+    "branch tokens": percent(summary.branch_fraction),
   };
   const origin = [["model ", settings.model], ["trained with ", settings.method], ["tokcredit ", settings.version]];
   return el("div", {},
@@ -17,24 +17,26 @@ function runPage() {
     ...notes.map((note) => el("p", { class: "note", role: "note" }, note)),
     el("dl", { class: "facts" }, ...Object.entries(facts).map(([name, value]) =>
       el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
-    el("h2", {}, "What each method pays"),
-    el("p", {}, "A token carries credit beyond the constant when its advantage is not the median of its rollout. " +
-      "The effective share is (Σ q)² / (n Σ q²) of the ratios: 1 when all are equal."),
+    el("h2", {}, "Methods"),
+    el("p", {}, "A token is token-level if its advantage differs from the median of its rollout. " +
+      "The effective sample size of n ratios q is (Σ q)² / Σ q²; the table shows its fraction of n, which is 1 when all " +
+      "ratios are equal."),
     methodTable(summary.methods),
     el("div", { class: "charts" }, ...runCharts(summary)));
 }
 
 function methodTable(figures) {
   const columns = {
-    "tokens beyond the constant": (f) => percent(f.beyond),
-    "credit beyond the constant": (f) => percent(f.beyond_credit),
-    "rollouts that move the policy": (f) => percent(f.moves, 0),
-    "tokens the clip stops": (f) => percent(f.clipped),
-    "effective share": (f) => (f.effective === null ? "–" : shown(f.effective, 3)),
+    "token-level tokens": (f) => percent(f.token_level),
+    "token-level share of |advantage|": (f) => percent(f.token_level_advantage),
+    "rollouts with a gradient": (f) => percent(f.has_gradient, 0),
+    "clipped tokens": (f, m) => (hasRatio(m) ? percent(f.clipped) : "not applicable"),
+    "effective sample size": (f, m) =>
+      !hasRatio(m) ? "not applicable" : f.effective === null ? "–" : shown(f.effective, 3),
   };
   const names = Object.keys(columns), gets = Object.values(columns);
   const rows = METHODS.flatMap((m) => [
-    el("tr", {}, el("td", {}, m), ...gets.map((get) => el("td", {}, get(figures[m])))),
+    el("tr", {}, el("td", {}, m), ...gets.map((get) => el("td", {}, get(figures[m], m)))),
     el("tr", { class: "how" }, el("td", { colspan: names.length + 1 }, HEADER.methods[m])),
   ]);
   const head = ["method", ...names].map((name) => el("th", { scope: "col" }, name));

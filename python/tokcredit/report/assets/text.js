@@ -1,4 +1,4 @@
-// Rollouts as text: tokens coloured by what they are paid, built only where they are seen.
+// Rollouts as text, with tokens coloured by their advantages. Elements exist only where they are seen.
 
 const PIECE = 220, FOLD = 340, LINE = 13 * 1.72, STRIP = 18;
 
@@ -40,7 +40,7 @@ class RolloutText {
       const position = Math.floor((offsetX / this.canvas.clientWidth) * this.longest);
       this.page.move(this, Math.min(row.length - 1, position));
     } });
-    this.paid = el("span", {});
+    this.about = el("span", {});
     this.columns = el("div", { class: "texts" });
     const label = `Rollout ${row.number + 1}, reward ${reward}, ${length} tokens`;
     return el("article", { tabindex: 0, "aria-label": label, "data-row": row.number,
@@ -53,7 +53,7 @@ class RolloutText {
     el("header", {}, el("b", {}, `Rollout ${row.number + 1}`),
       el("span", {}, "reward ", el("b", { class: sign(row.reward, group.nodes.value[0]) }, reward)),
       el("span", {}, `${length} tokens`), el("span", {}, `${branches} branch ${branches === 1 ? "token" : "tokens"}`),
-      this.paid, this.button),
+      this.about, this.button),
     this.canvas, this.columns);
   }
 
@@ -63,10 +63,10 @@ class RolloutText {
     const several = methods.length > 1;
     this.columns.replaceChildren(...methods.map((m) => el("div", {}, several ? el("h4", {}, m) : null,
       el("div", { class: "text" }, ...this.cuts.map(([begin, end]) => this.piece(m, begin, end))))));
-    this.paid.textContent = methods.map((m) => {
-      const { constant, moves } = this.group.methods[m], { number } = this.row;
-      const stays = moves[number] ? "" : ", does not move the policy";
-      return `${several ? m : "advantage"} ${plain(constant[number])}${stays}`;
+    this.about.textContent = methods.map((m) => {
+      const { median, has_gradient: hasGradient } = this.group.methods[m], { number } = this.row;
+      const none = hasGradient[number] ? "" : ", no gradient";
+      return `${several ? m : "median advantage"} ${plain(median[number])}${none}`;
     }).join(" · ");
   }
 
@@ -97,7 +97,7 @@ class RolloutText {
   token(method, position, text) {
     const flags = this.group.flags(method, this.row, position);
     const kinds = [shade(this.advantage(method, position), HEADER.summary.methods[method].scale),
-      flags & BRANCH && "branch", flags & (STOPPED | BOUNDED) && "stopped", !(flags & TRAINS) && "outside",
+      flags & BRANCH && "branch", flags & (CLIPPED | BOUNDED) && "clipped", !(flags & TRAINS) && "outside",
       this.hits.has(position) && "hit", this.cursor === position && "cursor"];
     const span = el("span", { class: kinds.filter(Boolean).join(" ") }, text.replace(/\n/g, "↵\n"));
     span.position = position;
@@ -175,9 +175,9 @@ class RolloutText {
     const { scale } = HEADER.summary.methods[method];
     pen.scale(dense, dense);
     for (let i = 0; i < row.length; i++) {
-      const paid = this.advantage(method, i), key = shade(paid, scale);
+      const advantage = this.advantage(method, i), key = shade(advantage, scale);
       if (!key) continue;
-      if (!colours.has(key)) colours.set(key, paint(paid, scale));
+      if (!colours.has(key)) colours.set(key, paint(advantage, scale));
       pen.fillStyle = colours.get(key);
       pen.fillRect(i * unit, 5, Math.max(unit, 0.7), STRIP - 5);
     }

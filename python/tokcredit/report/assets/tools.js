@@ -21,7 +21,7 @@ function toolBar(page) {
   return el("form", { class: "tools row", onsubmit: (event) => event.preventDefault() },
     el("div", { class: "switch", role: "group", "aria-label": "Method" }, ...methods),
     search, range("reward", "reward"), range("length", "tokens"),
-    el("label", {}, "|A| at least", number("paid-low", "largest absolute advantage, at least")), order);
+    el("label", {}, "|A| at least", number("advantage-low", "largest absolute advantage, at least")), order);
 }
 
 // The test that a rollout must pass by the bar's numbers.
@@ -29,18 +29,18 @@ function passing(form, group, methods) {
   const bound = (name, none) => (form.elements[name].value === "" ? none : Number(form.elements[name].value));
   const [shortest, longest] = [bound("length-low", -Infinity), bound("length-high", Infinity)];
   const [worst, best] = [bound("reward-low", -Infinity), bound("reward-high", Infinity)];
-  const paid = bound("paid-low", -Infinity);
+  const least = bound("advantage-low", -Infinity);
   return (row) => row.length >= shortest && row.length <= longest && row.reward >= worst && row.reward <= best &&
-    methods.some((m) => group.methods[m].largest[row.number] >= paid);
+    methods.some((m) => group.methods[m].largest[row.number] >= least);
 }
 
 function legend(method) {
   const bound = HEADER.summary.methods[method].scale;
   const mark = (kind, text, meaning) => el("p", { class: "text" }, el("span", { class: kind }, text), ` ${meaning}`);
   return [
-    el("p", { class: "scale" }, shown(-bound, 2), el("i", { class: "credit" }), shown(bound, 2),
+    el("p", { class: "scale" }, shown(-bound, 2), el("i", { class: "advantages" }), shown(bound, 2),
       el("span", {}, "advantage of the token")),
-    mark("branch", "branch", "where rollouts part"), mark("stopped", "dotted", "held by the clip"),
-    mark("outside", "grey", "not trained"),
+    mark("branch", "branch", "responses branch here"), mark("clipped", "dotted", "outside the clip's bounds"),
+    mark("outside", "grey", "does not train"),
   ];
 }

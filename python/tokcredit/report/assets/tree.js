@@ -1,5 +1,5 @@
-// The prefix tree as a river: a lane per rollout, a band per node as thick as the rollouts in it.
-// Distances along it are logarithmic between events, so that long runs without a branch do not drown the branches.
+// The picture of a prefix tree: one line per rollout, and one band per node, as high as the number of its rollouts.
+// Distances between two branches grow with the logarithm of the tokens, so that long runs do not hide branches.
 
 const GUTTER = 176, LEFT = 14, TOP = 20, LETTER = 6.4;
 
@@ -15,8 +15,8 @@ function treePicture(group, choose, go) {
 
   const warp = warped(group), main = document.getElementById("main"), style = getComputedStyle(main);
   const room = Math.max(720, main.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight));
-  const river = Math.max(warp.least, room - GUTTER - LEFT - 8), labels = LEFT + river + 20;
-  const x = (position) => LEFT + warp.at(position) * river;
+  const breadth = Math.max(warp.least, room - GUTTER - LEFT - 8), labels = LEFT + breadth + 20;
+  const x = (position) => LEFT + warp.at(position) * breadth;
   const width = labels + GUTTER - 12, height = size * pitch + 44;
   const svg = draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "group",
     "aria-label": `Prefix tree of ${size} rollouts` });
@@ -77,7 +77,7 @@ function treePicture(group, choose, go) {
 
   function tell(v) {
     const text = group.nodeTexts(v, 60).join("").slice(0, 240);
-    showCard(bands[v], [el("div", { class: "token" }, text || "(nothing in common)"),
+    showCard(bands[v], [el("div", { class: "token" }, text || "(no common token)"),
       el("div", { class: "place" }, stretch(group, v)), nodeNumbers(group, v)], svg.parentElement.offsetLeft);
   }
 
