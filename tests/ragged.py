@@ -26,6 +26,11 @@ def spans(draw, max_rows=6, max_length=9):
     return Spans(torch.tensor(begin, dtype=torch.int64), torch.tensor(end, dtype=torch.int64), at, mask)
 
 
+def packed(*lengths, mask=None):
+    """Spans of rows of these lengths, one after another."""
+    return Spans.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0), mask)
+
+
 def generator(seed=0):
     """Random numbers on the device where tensors are made."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)

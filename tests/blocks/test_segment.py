@@ -6,9 +6,8 @@ import reference.segment as reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokcredit import ops
+from tokcredit import Spans, ops
 from tokcredit.blocks import segment
-from tokcredit.ops import Rows
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -16,16 +15,21 @@ NAMES = ops.REDUCTIONS
 
 
 def members(by, size):
-    if isinstance(by, Rows):
+    if isinstance(by, Spans):
         spans = zip(by.begin.tolist(), by.end.tolist(), strict=True)
         return [[t for t in range(b, e) if by.mask is None or by.mask[t]] for b, e in spans]
     return [[i for i in range(size) if by.ids[i] == s and (by.mask is None or by.mask[i])] for s in range(by.segments)]
 
 
+def reduced(name, x, by):
+    return segment.count(by).to(torch.promote_types(x.dtype, torch.float32)) if name == "count" else getattr(segment, name)(x, by)
+
+
 @st.composite
 def groupings(draw):
     if draw(st.booleans()):
-        return draw(ragged.rows())
+        spans = draw(ragged.spans())
+        return spans, spans.size
     size = draw(st.integers(0, 20))
     count = draw(st.integers(0, 4))
     ids = torch.tensor(draw(st.lists(st.integers(-1, 4), min_size=size, max_size=size)), dtype=torch.int64)
@@ -42,7 +46,7 @@ def test_matches_definition(grouping, name, seed):
     for group in members(by, size):
         inside[group] = True
         expected.append(reference.reduce(name, x[group].tolist()))
-    ours = getattr(segment, name)(x.masked_fill(~inside, math.nan), by)
+    ours = reduced(name, x.masked_fill(~inside, math.nan), by)
     torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
 
 
@@ -64,11 +68,11 @@ def test_long_rows_in_blocks(name, dtype, monkeypatch):
     """A row of several blocks, merged, equals its definition; the number of threads changes no bit."""
     n = 200_000
     x = (ragged.values(n) + 3).to(dtype)
-    rows = Rows(torch.tensor([0, 10]), torch.tensor([10, n]))
+    spans = ragged.packed(10, n - 10)
     results = []
     for threads in (1, 5):
         monkeypatch.setattr(ops.call, "_threads", threads)
-        results.append(getattr(segment, name)(x, rows))
+        results.append(reduced(name, x, spans))
     assert torch.equal(*results) and results[0].dtype == torch.float32
     exact = [reference.reduce(name, part.tolist()) for part in (x[:10].double(), x[10:].double())]
     torch.testing.assert_close(results[0].double(), torch.tensor(exact, dtype=torch.float64), rtol=1e-6, atol=1e-6)
@@ -76,45 +80,45 @@ def test_long_rows_in_blocks(name, dtype, monkeypatch):
 
 def test_small_spread_about_a_large_mean_keeps_its_digits():
     x = 1e8 + torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
-    rows = Rows(torch.tensor([0]), torch.tensor([4]))
-    torch.testing.assert_close(segment.var(x, rows).item(), 5 / 3)
-    assert segment.var(x, rows, ddof=4).item() == 0
+    spans = Spans.single(4)
+    torch.testing.assert_close(segment.var(x, spans).item(), 5 / 3)
+    assert segment.var(x, spans, ddof=4).item() == 0
 
 
 @pytest.mark.parametrize("size", [7, 200, 70_000])
 def test_spread_and_extremes_of_short_and_long_rows(size):
     """Equal numbers have a spread of exactly 0; a first number far from the rest costs no digits; NaN is passed on."""
     mask = torch.arange(size) % 3 != 1
-    rows = Rows(torch.tensor([0]), torch.tensor([size]), mask)
+    spans = Spans.single(size, mask=mask)
     x = torch.full((size,), 0.1, dtype=torch.float64).masked_fill(~mask, math.nan)
-    assert segment.var(x, rows).item() == 0 and segment.mean(x, rows).item() == pytest.approx(0.1, rel=1e-12)
+    assert segment.var(x, spans).item() == 0 and segment.mean(x, spans).item() == pytest.approx(0.1, rel=1e-12)
     x[mask] = ragged.values(int(mask.sum())) + 1e6
     x[0] = -1e6
-    torch.testing.assert_close(segment.var(x, rows).item(), x[mask].var().item(), rtol=1e-12, atol=0)
-    assert (segment.minimum(x, rows).item(), segment.maximum(x, rows).item()) == (-1e6, x[mask].max().item())
+    torch.testing.assert_close(segment.var(x, spans).item(), x[mask].var().item(), rtol=1e-12, atol=0)
+    assert (segment.minimum(x, spans).item(), segment.maximum(x, spans).item()) == (-1e6, x[mask].max().item())
     x[size - 1 - size % 3] = math.nan
     for reduce in (segment.var, segment.minimum, segment.maximum):
-        assert mask[size - 1 - size % 3] and reduce(x, rows).isnan().item()
+        assert mask[size - 1 - size % 3] and reduce(x, spans).isnan().item()
 
 
 def test_infinities_in_logsumexp():
-    rows = Rows(torch.tensor([0, 2]), torch.tensor([2, 4]))
+    spans = ragged.packed(2, 2)
     x = torch.tensor([-math.inf, 1.0, -math.inf, -math.inf])
-    assert segment.logsumexp(x, rows).tolist() == [1.0, -math.inf]
+    assert segment.logsumexp(x, spans).tolist() == [1.0, -math.inf]
     x.requires_grad_()
-    segment.logsumexp(x, rows).sum().backward()
+    segment.logsumexp(x, spans).sum().backward()
     assert x.grad.tolist() == [0.0, 1.0, 0.0, 0.0]
 
 
 def test_opcheck_and_compile():
     x = ragged.values(6)
-    rows = Rows(torch.tensor([0, 2]), torch.tensor([2, 6]), torch.tensor([True, False] * 3))
-    torch.library.opcheck(torch.ops.tokcredit.segment_rows.default, (x, *rows, 1, 0.0, 1))
+    spans = ragged.packed(2, 4, mask=torch.tensor([True, False] * 3))
+    torch.library.opcheck(torch.ops.tokcredit.segment_rows.default, (x, *spans.arrays, 1, 0.0, 1))
     ids = torch.tensor([0, 1, 1, 0, 2, -1])
     torch.library.opcheck(torch.ops.tokcredit.segment_ids.default, (x, ids, None, 3, 2, 1.0))
 
     def f(x):
-        return (segment.mean(x, rows) * segment.logsumexp(x, rows)).sum()
+        return (segment.mean(x, spans) * segment.logsumexp(x, spans)).sum()
 
     x.requires_grad_()
     (eager,) = torch.autograd.grad(f(x), x)
@@ -123,33 +127,38 @@ def test_opcheck_and_compile():
 
 
 def test_rejects_wrong_arguments():
-    with pytest.raises(ValueError, match=r"segment: ids: expected int64 \[3\], got int64 \[2\]"):
+    with pytest.raises(ValueError, match=r"x: expected \[2\], got float32 \[3\]"):
         segment.sum(torch.ones(3), segment.Ids(torch.zeros(2, dtype=torch.long), 1))
+    with pytest.raises(TypeError, match=r"ids: expected int64 \[3\], got int32 \[3\]"):
+        segment.sum(torch.ones(3), segment.Ids(torch.zeros(3, dtype=torch.int32), 1))
+    with pytest.raises(TypeError, match=r"by: expected Spans, Groups or segment\.Ids, got Tensor"):
+        segment.sum(torch.ones(3), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="x: expected \\[3\\], got list"):
+        segment.mean([1.0, 2.0, 3.0], Spans.single(3))
 
 
-@given(ragged.rows(), st.integers(0, 5), st.booleans())
-def test_pieces(problem, seed, after):
+@given(ragged.spans(), st.integers(0, 5), st.booleans())
+def test_pieces(spans, seed, after):
     """Walk each row and open a new piece at, or after, every marked token."""
-    rows, size = problem
-    marks = torch.rand(size, generator=ragged.generator(seed)) < 0.4
-    marks &= ops.spread(torch.ones_like(rows.begin, dtype=torch.bool), rows, marks)
-    cut = segment.pieces(marks, rows, after)
-    expected, first, piece = [-1] * size, [], 0
-    for b, e in zip(rows.begin.tolist(), rows.end.tolist(), strict=True):
+    marks = torch.rand(spans.size, generator=ragged.generator(seed)) < 0.4
+    marks &= ops.spread(torch.ones_like(spans.begin, dtype=torch.bool), spans)
+    cut = segment.pieces(marks, spans, after)
+    expected, first, piece = [-1] * spans.size, [], 0
+    for b, e in zip(spans.begin.tolist(), spans.end.tolist(), strict=True):
         first.append(piece)
         for t in range(b, e):
-            if rows.mask is not None and not rows.mask[t]:
+            if spans.mask is not None and not spans.mask[t]:
                 continue
             piece += bool(marks[t]) and not after
             expected[t] = piece
             piece += bool(marks[t]) and after
         piece += 1
-    assert ops.spread(torch.arange(piece), cut.rows, marks).tolist() == [max(k, 0) for k in expected]
-    assert ops.count(cut.rows, marks).tolist() == [expected.count(k) for k in range(piece)]
+    assert ops.spread(torch.arange(piece), cut.spans).tolist() == [max(k, 0) for k in expected]
+    assert ops.count(cut.spans).tolist() == [expected.count(k) for k in range(piece)]
     assert cut.offsets.tolist() == [*first, piece]
     # All pieces but the first, or the last, of each row have a mark.
     alone = {(f, n - 1)[after] for f, n in zip(first, [*first[1:], piece], strict=True)}
     assert cut.marked.tolist() == [k not in alone for k in range(piece)]
-    taken = cut.take(torch.arange(1, size + 1)).tolist()
+    taken = cut.take(torch.arange(1, spans.size + 1)).tolist()
     assert [expected[t - 1] for t in taken if t] == [k for k in range(piece) if k not in alone]
     assert all(marks[t - 1] for t in taken if t)

@@ -30,7 +30,7 @@ def test_divides_by_the_temperature_of_each_row(literal_sign):
 def test_is_the_score_of_the_training_batch():
     """A row of logits whose entropy the batch has seen gets the temperature of that score."""
     logits = torch.randn(20, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
-    _, entropies = tc.log_probs.log_probs_and_entropies(logits, torch.zeros(20, dtype=torch.long))
+    _, entropies = tc.log_probs.with_entropies(logits, torch.zeros(20, dtype=torch.long))
     batch = tc.Rollouts(
         torch.zeros(20, dtype=torch.long),
         torch.tensor([0, 20]),

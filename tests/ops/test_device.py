@@ -6,14 +6,12 @@ import tokcredit as tc
 import torch
 from tokcredit import ops
 from tokcredit.blocks import log_probs, scan, segment, select, tree
-from tokcredit.ops import Rows
 
 pytestmark = pytest.mark.gpu
 
 
-def rows_on(device, *edges, mask=None):
-    edges = torch.tensor(edges, device=device)
-    return Rows(edges[:-1].contiguous(), edges[1:].contiguous(), mask)
+def spans_on(device, *edges):
+    return tc.Spans.from_cu_seqlens(torch.tensor(edges, device=device))
 
 
 def batch_on(device, seed=0):
@@ -35,7 +33,7 @@ def test_the_current_stream_is_used(cuda):
     x = torch.zeros_like(source)
     logits = torch.zeros(64, 1000, device=cuda)
     tokens = torch.zeros(64, dtype=torch.long, device=cuda)
-    rows = rows_on(cuda, 0, 400_000, 1_000_000)
+    spans = spans_on(cuda, 0, 400_000, 1_000_000)
     group = torch.zeros(2, dtype=torch.long, device=cuda)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -43,19 +41,19 @@ def test_the_current_stream_is_used(cuda):
         torch.cuda._sleep(200_000_000)
         x.copy_(source)
         logits[:, 0] = 3.0
-        total = scan.cumulative(x, rows)
-        largest = segment.maximum(x, rows)
-        chosen = select.top_k(x, 1, rows)
-        value, _ = ops.policy_loss(x, rows, "k1", reference=x, cumulative=True)
-        _, to_go = ops.baseline(-x, x, x, rows, group, 1, with_returns=True)
-        log_probs = log_probs.log_probs(logits, tokens)
+        total = scan.cumulative(x, spans)
+        largest = segment.maximum(x, spans)
+        chosen = select.top_k(x, 1, spans)
+        value, _ = ops.policy_loss(x, spans, "k1", reference=x, cumulative=True)
+        _, to_go = ops.baseline(-x, x, x, spans, group, 1, with_returns=True)
+        chosen_log_probs = log_probs.from_logits(logits, tokens)
     stream.synchronize()
     assert largest.tolist() == [400_000.0, 1_000_000.0]
     assert total[399_999].item() == pytest.approx(400_000 * 400_001 / 2)
     assert chosen.nonzero()[:, 0].tolist() == [399_999, 999_999]
     assert to_go[399_998:400_000].tolist() == [799_999.0, 400_000.0]
-    assert value.item() == 0
-    torch.testing.assert_close(log_probs, torch.log_softmax(logits, 1)[:, 0])
+    assert value.tolist() == [0, 0]
+    torch.testing.assert_close(chosen_log_probs, torch.log_softmax(logits, 1)[:, 0])
 
 
 def test_the_tensors_device_is_used_and_the_callers_restored(cuda):
@@ -73,14 +71,14 @@ def test_the_tensors_device_is_used_and_the_callers_restored(cuda):
 
 def test_tensors_on_the_wrong_device_are_refused(cuda):
     x = torch.ones(4, device=cuda)
-    rows = rows_on("cpu", 0, 4)
+    spans = spans_on("cpu", 0, 4)
     with pytest.raises(ValueError, match="scan: begin: expected the device of the other arguments, got another device"):
-        ops.scan(x, rows)
-    rows = rows_on(cuda, 0, 4)
+        ops.scan(x, spans)
+    spans = spans_on(cuda, 0, 4)
     with pytest.raises(ValueError, match="policy_loss: old_log_probs: expected the device of the other arguments"):
-        ops.policy_loss(x, rows, "clip", reference=torch.ones(4))
+        ops.policy_loss(x, spans, "clip", reference=torch.ones(4))
     with pytest.raises(ValueError, match="segment: mask: expected the device of the other arguments"):
-        segment.sum(x, rows._replace(mask=torch.ones(4, dtype=torch.bool)))
+        segment.sum(x, tc.Spans.trusted(spans.begin, spans.end, 4, torch.ones(4, dtype=torch.bool)))
 
 
 @pytest.mark.parametrize("name", tc.methods.names())
@@ -154,30 +152,30 @@ def test_more_than_two_to_the_31_tokens(cuda):
     needs_memory(60)
     n = 2**31 + 4099
     half = 2**30
-    rows = rows_on(cuda, 0, half, n)
+    spans = spans_on(cuda, 0, half, n)
     x = torch.ones(n, dtype=torch.bfloat16, device=cuda)
     x[-1] = 5.0
     x[half] = 3.0
-    assert segment.sum(x, rows).tolist() == pytest.approx([half, n - half + 6])
-    chosen = select.top_k(x, 2, rows, select.everything(rows))
+    assert segment.sum(x, spans).tolist() == pytest.approx([half, n - half + 6])
+    chosen = select.top_k(x, 2, spans, select.everything(spans))
     assert chosen.sum() == 2 and chosen[-1] and chosen[half]
-    assert select.kth(x, n - 3, rows, select.everything(rows)).item() == 1.0
+    assert select.kth(x, n - 3, spans, select.everything(spans)).item() == 1.0
     del chosen
-    y, last = ops.scan(x, rows)
+    y, last = ops.scan(x, spans)
     assert last.tolist() == pytest.approx([half, n - half + 6])
     assert y[half].item() == 3.0 and y[-1].item() == last[1].item()
     del y
     group = torch.zeros(2, dtype=torch.long, device=cuda)
-    paid, _ = ops.baseline(torch.full_like(x, -torch.inf), x, x.new_tensor([[0.0], [1.0]]), rows, group, 1)
-    assert paid[[half - 1, -4100, -4099, -1]].tolist() == pytest.approx([-0.5, 0.5, 1, 1])
-    del paid
-    tail = ops.spread(torch.tensor([False, True], device=cuda), rows, x)
+    advantages, _ = ops.baseline(torch.full_like(x, -torch.inf), x, x.new_tensor([[0.0], [1.0]]), spans, group, 1)
+    assert advantages[[half - 1, -4100, -4099, -1]].tolist() == pytest.approx([-0.5, 0.5, 1, 1])
+    del advantages
+    tail = ops.spread(torch.tensor([False, True], device=cuda), spans)
     assert not tail[half - 1] and tail[half] and tail[-1]
     del tail
     x.requires_grad_()
-    value, stats = ops.policy_loss(x, rows, "k1", reference=torch.ones_like(x))
-    value.backward()
-    assert value.item() == 6.0 and stats[:, 1].tolist() == [half, n - half]
+    value, stats = ops.policy_loss(x, spans, "k1", reference=torch.ones_like(x))
+    value.sum().backward()
+    assert value.tolist() == [0.0, 6.0] and stats[:, 1].tolist() == [half, n - half]
     assert x.grad[0] == x.grad[-1] == 1
 
 
@@ -188,9 +186,9 @@ def test_more_than_two_to_the_31_logits(cuda):
     logits[-1, -1] = 4.0
     tokens = torch.full((logits.shape[0],), vocabulary - 1, device=cuda)
     logits.requires_grad_()
-    log_probs = log_probs.log_probs(logits, tokens)
+    chosen = log_probs.from_logits(logits, tokens)
     expected = torch.log_softmax(logits[-1:].detach().float(), 1)[0, -1]
-    torch.testing.assert_close(log_probs[-1], expected)
-    log_probs[-1].backward()
+    torch.testing.assert_close(chosen[-1], expected)
+    chosen[-1].backward()
     torch.testing.assert_close(logits.grad[-1, -1].float(), 1 - expected.exp(), rtol=1e-2, atol=1e-3)
     assert not logits.grad[:-1].any()

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from tokcredit import ops
+from tokcredit import Spans, ops
 
 
 @pytest.fixture
 def ratios(device):
     def taken(x):
-        rows = ops.Rows(torch.arange(len(x)), torch.arange(1, len(x) + 1))
+        rows = Spans.from_cu_seqlens(torch.arange(len(x) + 1))
         _, stats = ops.policy_loss(torch.zeros(len(x)), rows, "clip", log_ratio=x)
         return stats[:, ops.LOSS_STATS.index("ratio")]
 

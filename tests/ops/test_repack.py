@@ -18,11 +18,11 @@ def definition(x, source, target, length, size):
 @st.composite
 def moves(draw):
     """Rows somewhere in a buffer, and disjoint places for them in another."""
-    rows, size = draw(ragged.rows())
-    length = rows.end - rows.begin
+    spans = draw(ragged.spans())
+    length = spans.lengths
     gaps = torch.tensor(draw(st.lists(st.integers(0, 3), min_size=len(length) + 1, max_size=len(length) + 1)))
     target = gaps[:-1].cumsum(0) + length.cumsum(0) - length
-    return rows.begin, target, length, size, int(gaps.sum() + length.sum())
+    return spans.begin, target, length, spans.size, int(gaps.sum() + length.sum())
 
 
 @given(moves(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64, torch.bool]))
@@ -46,10 +46,9 @@ def test_gradient(move):
     torch.autograd.gradcheck(lambda x: ops.repack(x, source, target, length, after), (x,))
 
 
-@given(ragged.rows())
-def test_packing_and_padding_undo_each_other(batch):
-    rows, _ = batch
-    length = rows.end - rows.begin
+@given(ragged.spans())
+def test_packing_and_padding_undo_each_other(spans):
+    length = spans.lengths
     edges = torch.cat([length.new_zeros(1), length.cumsum(0)])
     packed = Rollouts(torch.zeros(int(edges[-1]), dtype=torch.int64), edges, torch.zeros_like(length), length.float())
     x = ragged.values(packed.num_tokens)

@@ -38,7 +38,7 @@ def native(tmp_path_factory):
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("native")
     (folder / "tile.cpp").write_text(SOURCE)
-    include = Path(__file__).parents[1] / "csrc"
+    include = Path(__file__).parents[2] / "csrc"
     command = [
         compiler,
         "-std=c++17",

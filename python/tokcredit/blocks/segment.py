@@ -50,6 +50,10 @@ def _length(by: By) -> int:
     raise TypeError(f"by: expected Spans, Groups or segment.Ids, got {type(by).__name__}")
 
 
+def _differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
 def _reduce(name: str, x: Tensor, by: By, ddof: float = 0.0) -> Tensor:
     size = _length(by)
     if not isinstance(x, Tensor) or tuple(x.shape) != (size,):
@@ -114,7 +118,7 @@ def sum(x: Tensor, by: By) -> Tensor:
         x: float, or integers that are converted, ``[N]``, ``[R]`` or ``[M]``.
         by: What belongs together; see the module.
     """
-    return _Sum.apply(x, by) if x.requires_grad else _reduce("sum", x, by)
+    return _Sum.apply(x, by) if _differentiable(x) else _reduce("sum", x, by)
 
 
 def count(by: By) -> Tensor:
@@ -138,7 +142,7 @@ def mean(x: Tensor, by: By) -> Tensor:
         x: float ``[N]``, ``[R]`` or ``[M]``.
         by: What belongs together; see the module.
     """
-    if x.requires_grad:
+    if _differentiable(x):
         total = sum(x, by)
         return total / count(by).clamp(min=1).to(total.dtype)
     return _reduce("mean", x, by)
@@ -216,7 +220,7 @@ def logsumexp(x: Tensor, by: By) -> Tensor:
         x: float ``[N]``, ``[R]`` or ``[M]``.
         by: What belongs together; see the module.
     """
-    return _LogSumExp.apply(x, by) if x.requires_grad else _reduce("logsumexp", x, by)
+    return _LogSumExp.apply(x, by) if _differentiable(x) else _reduce("logsumexp", x, by)
 
 
 def keys(*ids: Tensor) -> Ids:
