@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,10 +15,16 @@ from tokcredit.stages.aggregation import Aggregation, Counts
 
 @dataclass(frozen=True)
 class balanced(Aggregation):
-    """Mean over groups of positive and negative rows averaged apart, then mixed by their share of the rows.
+    """Mean over groups of the token mean of positive rows and that of negative rows, weighted by their share of rows.
 
-    ``k/G mean(tokens of rows with A > 0) + n/G mean(tokens of rows with A < 0)``: tokens are equal on either side, and
-    neither side outweighs the other by being longer. Rows with A = 0 count in G only.
+    In a group of ``G`` rows, ``k`` of which have a positive and ``n`` a negative outcome advantage::
+
+        group loss = k / G * mean(token losses of positive rows) + n / G * mean(token losses of negative rows)
+
+    Rows with an advantage of 0 count in ``G`` only. Rows without a training token do not count at all.
+
+    References:
+        arXiv 2605.04077.
     """
 
     counts: ClassVar[frozenset[str]] = frozenset({"groups"})
@@ -46,18 +51,25 @@ class balanced(Aggregation):
 
 
 def ba(clip_low: float = 0.2, clip_high: float = 0.28) -> Objective:
-    """GRPO that averages tokens of positive and of negative rows apart, then mixes them by their share of the group.
+    """BA: GRPO that averages the tokens of positive and of negative responses separately in each group.
 
-    Tokens are equal inside a side, and the longer side does not outweigh the other.
+    The two means are added with weights equal to the share of responses on each side. Tokens of one side have equal
+    weights, and the side with the longer responses does not outweigh the other::
+
+        loss = mean over groups of k / G * mean(tokens with A > 0) + n / G * mean(tokens with A < 0)
+
+    ``G`` is the number of responses, ``k`` of which have ``A > 0`` and ``n`` have ``A < 0``.
 
     Args:
-        clip_low: the ratio may fall to ``1 - clip_low``.
-        clip_high: the ratio may rise to ``1 + clip_high``.
+        clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
+        clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
 
-    Cost: as GRPO.
-    Source: arXiv 2605.04077.
-    Departs from the paper: what it leaves open is read so: rows with A = 0 count in the group's size only;
-    advantages that vary inside a row are split by the row's outcome; groups weigh equally; a KL term keeps the token
-    mean.
+    Cost: The same as GRPO.
+    References: arXiv 2605.04077.
+    Differences from the paper:
+        - The paper does not say what rows with ``A = 0`` do. Here they count in ``G`` only.
+        - The paper has one advantage per response. Advantages that vary inside a row are split by the row's outcome.
+        - The paper does not say how groups are combined. Here they have equal weights.
+        - A KL term has the mean over tokens.
     """
     return Objective(clip=clip.ppo(clip_low, clip_high), aggregation=balanced())

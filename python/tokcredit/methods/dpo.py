@@ -8,21 +8,24 @@ from tokcredit.stages.token_weights import TokenWeight
 
 
 def dpo(beta: float = 0.1, label_smoothing: float = 0.0, token_weights: tuple[TokenWeight, ...] = ()) -> Preference:
-    """DPO: raise the log-ratio of the chosen row to the reference policy above that of the rejected row.
+    """DPO: the log-ratio of the chosen response to the reference policy is raised above that of the rejected one.
 
-    With ``S`` the sum over a row's tokens of ``log p - log p_ref``::
+    With ``w`` the token weights, 1 by default, and ``e`` the label smoothing::
 
-        loss = mean over pairs of -log sigmoid(beta * (S[chosen] - S[rejected]))
+        S = sum over the tokens of a response of w * (log p - log p_ref)
+        z = beta * (S[chosen] - S[rejected])
+        loss = mean over pairs of -(1 - e) * log sigmoid(z) - e * log sigmoid(-z)
 
     Args:
         beta: Strength of the preference, above 0.
-        label_smoothing: Assumed share of wrong labels e, at least 0 and below 0.5: the loss is then
-            ``-(1 - e) log sigmoid(z) - e log sigmoid(-z)``.
-        token_weights: Factors of the tokens in ``S``, none by default.
+        label_smoothing: Assumed share of wrong labels, at least 0 and below 0.5. Above 0 it is conservative DPO.
+        token_weights: Factors of the tokens in ``S``.
 
     Cost: Two rows per pair, and log-probs of the reference policy.
-    References: Rafailov et al., arXiv 2305.18290. Label smoothing: conservative DPO, arXiv 2305.18290 (released code).
+    References: Rafailov et al., arXiv 2305.18290.
+    Differences from the paper:
+        - Token weights are an addition.
     Differences from the released code:
-        - Token weights, which the paper does not have.
+        - None known. In TRL ``label_smoothing`` has no effect on the ``sigmoid`` loss.
     """
-    return Preference(tuple(token_weights), link=logistic(beta, label_smoothing=label_smoothing))
+    return Preference(token_weights, link=logistic(beta, label_smoothing=label_smoothing))

@@ -39,25 +39,38 @@ class drawn_share(Filter):
 
 
 def tip(share: float = 0.5, quantile: float = 0.98, rank: TokenScore | None = None, drawn: bool = False) -> Supervised:
-    """On-policy distillation of the tokens where the student is uncertain, or certain and far from its teacher.
+    """TIP: on-policy distillation of the tokens where the student is uncertain, or certain and far from its teacher.
 
-    The loss is the mean over the kept tokens of ``KL(student || teacher)``, and is given those divergences (with their
-    gradient, ``tokcredit.divergence.kl``) in place of log-probs. Kept is the share of each row with the largest
-    ``h + d - h d``: h the entropy and d the divergence, each scaled to ``[0, 1]`` in the row, h after lowering the
-    largest of the batch to its quantile. Rewards are not read.
+    ``h`` is the entropy of the student, lowered to its 98 % quantile over the batch, and ``d`` the divergence
+    ``KL(student || teacher)``, both scaled to ``[0, 1]`` in each response. The share of each response with the largest
+    score is kept::
+
+        score = 1 - (1 - h) * (1 - d)
+        loss = mean over the kept tokens of KL(student || teacher)
+
+    ``loss`` is given the divergences with their gradient (``tokcredit.divergence.kl``) instead of log-probs. Rewards
+    are not read.
 
     Args:
-        share: of each row's tokens, at least one.
-        quantile: of the batch's entropies.
-        rank: another score. The paper's entropy-only selection is ``token_score.given("entropies")``, its Q3-only
-            ``token_score.but_not(token_score.given("forward_kl"), token_score.scaled(token_score.given("entropies"), 0.98))``.
-        drawn: draw tokens in proportion to the score, as the paper does for entropy-only, in place of the largest.
+        share: Share of the tokens of each response that are kept, above 0 and at most 1; rounded down to at least one
+            token. The paper's rho.
+        quantile: Quantile of the entropies of the batch to which larger ones are lowered, from 0 to 1.
+        rank: Another score. ``token_score.given("entropies")`` is the paper's entropy-only selection, and its Q3-only
+            selection is ``token_score.but_not(token_score.given("forward_kl"),
+            token_score.scaled(token_score.given("entropies"), 0.98))``.
+        drawn: Whether tokens are drawn in proportion to the score instead of taking the largest, as the paper does for
+            its entropy-only selection.
 
-    Cost: no groups and no rewards; a teacher's forward pass, and the student's backward pass on the share only.
-    Source: arXiv 2604.14084.
-    Departs from the paper: nothing where it is explicit; it leaves the scope open and this ranks inside each row, clips
-    over the batch, and takes the mean over all kept tokens. Our trainer divides the logits of both by the sampling
-    temperature, 1 by default.
+    Cost: No groups and no rewards; a forward pass of the teacher, and a backward pass of the student over the kept
+        tokens.
+    References: arXiv 2604.14084.
+    Differences from the paper:
+        - The paper leaves the scope of the ranking open. Here tokens are ranked in each response.
+        - The paper leaves the mean open. Here it is over all kept tokens of the batch.
+        - Scores of a response that are all equal are scaled to 0.
+    Differences from the released code:
+        - The released code does not have this score. It draws tokens in proportion to powers of entropy and
+          Jensen-Shannon divergence.
     """
     if rank is None:
         entropies = token_score.scaled(token_score.given("entropies"), quantile)
