@@ -1,122 +1,205 @@
-"""What an objective needs beside rollouts and rewards, computed by forward passes over them."""
+"""Inputs and loss variables that forward passes give: log-probs, entropies, divergences, group statistics."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokcredit import ops
+from tokcredit import inputs, ops
 from tokcredit.blocks import divergence, log_probs
-from tokcredit.inputs import FIELDS
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.scoring import predict, scores_of
-
-_TEACHER = frozenset({"reverse_kl", "forward_kl"})
-_WHOLE_GROUPS = frozenset({"disagreement", "padded_disagreement", "token_probs"})
-_ROW_BY_ROW = frozenset({"old_log_probs", "ref_log_probs", "entropies", "squared_probs", "hidden_states"})
-COLLECTED = _ROW_BY_ROW | _TEACHER | _WHOLE_GROUPS
-"""Names of the evidence that forward passes give."""
+from tokcredit.train.scoring import Predicted, predict, scores_of
 
 
-def needs_teacher(required_inputs: Iterable[str]) -> bool:
-    """Whether another model has to be asked."""
-    return bool(_TEACHER.intersection(required_inputs))
+class ForwardPass:
+    """Forward passes over some rows.
+
+    Every property is one input or one variable of an objective, under its name, and is computed when it is first read.
+    Values are float ``[N, ...]`` in the packed order of the batch.
+
+    Args:
+        names: Which properties will be read; this decides what the models return.
+        batch: Packed rows with ``prompt_tokens``; see :func:`~tokcredit.train.scoring.predict`.
+        policy: Causal language model, the policy.
+        reference: Reference policy, or None.
+        teacher: Teacher, or None.
+        temperature: Logits of all models are divided by it.
+    """
+
+    def __init__(
+        self,
+        names: Collection[str],
+        batch: Rollouts,
+        policy: Any,
+        reference: Any = None,
+        teacher: Any = None,
+        temperature: float = 1.0,
+    ) -> None:
+        self._names, self._batch, self._temperature = frozenset(names), batch, temperature
+        self._policy, self._reference, self._teacher = policy, reference, teacher
+
+    @cached_property
+    def _predicted(self) -> Predicted:
+        return predict(self._policy, self._batch, hidden_states="hidden_states" in self._names)
+
+    @cached_property
+    def _scores(self) -> tuple[Tensor, Tensor]:
+        # A divergence reads the logits again in its backward pass.
+        overwrite = not self._names & inputs.names("teacher")
+        return scores_of(self._predicted, self._temperature, overwrite)
+
+    @property
+    def _logits(self) -> Tensor:
+        return self._predicted.logits[self._predicted.inside]
+
+    @cached_property
+    def _scaled_logits(self) -> Tensor:
+        return self._logits.float() / self._temperature
+
+    @cached_property
+    def _teacher_logits(self) -> Tensor:
+        with torch.no_grad():
+            predicted = predict(self._teacher, self._batch)
+        return predicted.logits[predicted.inside]
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Log-probs of the tokens under the policy, nats, with gradient; 0 where it did not choose the token."""
+        return self._scores[0]
+
+    @property
+    def old_log_probs(self) -> Tensor:
+        """The same numbers, as an input: the policy here is the one that the update starts from."""
+        return self._scores[0]
+
+    @property
+    def entropies(self) -> Tensor:
+        """Entropies of the next-token distributions, nats, with gradient."""
+        return self._scores[1]
+
+    @property
+    def squared_probs(self) -> Tensor:
+        """Sums over the vocabulary of squared probabilities."""
+        seen = self._predicted
+        return log_probs.squared_probs(seen.logits, seen.tokens, self._temperature)[seen.inside]
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """Final hidden states that predict the tokens, ``[N, d]``."""
+        assert self._predicted.hidden_states is not None
+        return self._predicted.hidden_states[self._predicted.inside].float()
+
+    @property
+    def ref_log_probs(self) -> Tensor:
+        """Log-probs under the reference policy, nats."""
+        return scores_of(predict(self._reference, self._batch), self._temperature)[0]
+
+    @property
+    def token_probs(self) -> Tensor:
+        """Probabilities of the K tokens that the rows of the group chose, ``[N, K]``."""
+        return log_probs.group_probs(self._scaled_logits, self._batch)
+
+    @property
+    def disagreement(self) -> Tensor:
+        """Disagreement of the rows of the group at each position, from 0 to 1."""
+        return divergence.disagreement(self._scaled_logits, self._batch)
+
+    @property
+    def padded_disagreement(self) -> Tensor:
+        """The same, with uniform distributions at padding."""
+        return divergence.disagreement(self._scaled_logits, self._batch, padded=True)
+
+    @cached_property
+    def reverse_kl(self) -> Tensor:
+        """``KL(policy || teacher)`` of the next-token distributions, nats, with gradient to the policy."""
+        return divergence.kl(self._logits, self._teacher_logits, self._temperature)
+
+    @cached_property
+    def forward_kl(self) -> Tensor:
+        """``KL(teacher || policy)`` of the next-token distributions, nats, with gradient to the policy."""
+        return divergence.kl(self._teacher_logits, self._logits, self._temperature)
+
+    def read(self, name: str) -> Tensor:
+        """Return an input or a variable by name.
+
+        Args:
+            name: Name of a property.
+        """
+        value: Tensor = getattr(self, name)
+        return value
+
+
+_COLLECTORS = ("policy", "policy_groups", "reference", "teacher")
+
+
+def collected() -> frozenset[str]:
+    """Return the names of the registered inputs whose collector is a forward pass."""
+    return frozenset().union(*map(inputs.names, _COLLECTORS))
+
+
+def computes(name: str) -> bool:
+    """Return whether a forward pass computes an input or a variable.
+
+    Args:
+        name: Name of an input or a variable.
+    """
+    return not name.startswith("_") and isinstance(getattr(ForwardPass, name, None), property | cached_property)
 
 
 @torch.no_grad()
 def collect(
-    required_inputs: frozenset[str],
+    required_inputs: Iterable[str],
     batch: Rollouts,
     size: int,
-    model: Any,
+    policy: Any,
     reference: Any = None,
     teacher: Any = None,
     temperature: float = 1.0,
 ) -> Rollouts:
-    """The batch with this evidence.
+    """Return the batch with those of the required inputs that forward passes give.
 
-    The ``old_log_probs`` of replayed rows are their ``rollout_log_probs``: the policy before the update did not draw
-    them.
+    The ``old_log_probs`` of replayed rows are their ``rollout_log_probs``, because an older policy sampled them.
 
     Args:
-        needs: names of evidence; those not among ``COLLECTED`` are left to others.
-        batch: whole groups, packed, as :func:`~tokcredit.train.scoring.predict` takes them.
-        size: rows of one forward pass at most, except where a group must be seen at once.
-        model: the policy before the update.
-        reference: for ``ref_log_probs``.
-        teacher: for the divergences from it.
-        temperature: logits of all of them are divided by it.
+        required_inputs: Names of inputs; those with other collectors are left out.
+        batch: Whole groups, packed, with ``prompt_tokens``.
+        size: Largest number of rows of a forward pass, except for inputs that need a whole group at once.
+        policy: The policy before the update.
+        reference: Reference policy, for ``ref_log_probs``.
+        teacher: Teacher, for the divergences from it.
+        temperature: Logits of all models are divided by it.
     """
-    asked = required_inputs & COLLECTED
-    if not asked:
+    names = frozenset(required_inputs) & collected()
+    if not names or batch.num_tokens == 0:
         return batch
     order = batch.group_index.argsort(stable=True)
     order = order[(batch.end > batch.begin)[order]]
     groups = batch.group_index[order].unique_consecutive(return_counts=True)[1]
-    parts = order.split(groups.tolist() if asked & _WHOLE_GROUPS else size)
-    found: dict[str, list[Tensor]] = {name: [] for name in asked}
+    parts = order.split(groups.tolist() if names & inputs.names("policy_groups") else size)
+    values: dict[str, list[Tensor]] = {name: [] for name in names}
+    places = []
     for rows in parts:
-        for name, value in _of_part(asked, batch.select(rows), model, reference, teacher, temperature).items():
-            found[name].append(value)
-    back = torch.cat([batch.token_positions(rows)[0] for rows in parts]).argsort()
-    whole = {name: _joined(values)[back] for name, values in found.items()}
-    if "old_log_probs" in whole and "replayed" in batch.extras:
-        replayed = ops.spread(batch.input("replayed"), batch.all_spans, batch.tokens)
+        chosen = batch.selection(rows)
+        assert chosen.tokens is not None
+        places.append(chosen.tokens)
+        forward = ForwardPass(names, batch.part(chosen), policy, reference, teacher, temperature)
+        for name in names:
+            values[name].append(forward.read(name))
+    back = torch.cat(places).argsort()
+    whole = {name: _joined(parts)[back] for name, parts in values.items()}
+    if "old_log_probs" in whole and batch.has_input("replayed"):
+        replayed = ops.spread(batch.input("replayed"), batch.all_spans)
         whole["old_log_probs"] = torch.where(replayed, batch.input("rollout_log_probs"), whole["old_log_probs"])
-    extras = {name: value for name, value in whole.items() if name not in FIELDS}
-    fields: dict[str, Any] = {name: value for name, value in whole.items() if name in FIELDS}
-    return dataclasses.replace(batch, **fields, extras={**batch.extras, **extras})
+    return batch.with_inputs(**whole)
 
 
 def _joined(values: list[Tensor]) -> Tensor:
-    """One after another; of two axes the second is filled up with 0 to the widest."""
+    """Return tensors one after another; a second axis is padded with 0 to the widest."""
     if values[0].dim() == 2:
         width = max(value.shape[1] for value in values)
         values = [torch.nn.functional.pad(value, (0, width - value.shape[1])) for value in values]
     return torch.cat(values)
-
-
-def _of_part(
-    asked: frozenset[str], part: Rollouts, model: Any, reference: Any, teacher: Any, temperature: float
-) -> dict[str, Tensor]:
-    found = {}
-    seen = predict(model, part, hidden_states="hidden_states" in asked)
-    found["old_log_probs"], found["entropies"] = scores_of(seen, temperature)
-    if "squared_probs" in asked:
-        found["squared_probs"] = log_probs.squared_probs(seen.logits, seen.tokens, temperature)[seen.inside]
-    if seen.hidden_states is not None:
-        found["hidden_states"] = seen.hidden_states[seen.inside].float()
-    if "ref_log_probs" in asked:
-        found["ref_log_probs"], _ = scores_of(predict(reference, part), temperature)
-    if asked & (_TEACHER | _WHOLE_GROUPS):
-        logits = seen.logits[seen.inside].float() / temperature
-        if "token_probs" in asked:
-            found["token_probs"] = log_probs.group_probs(logits, part)
-        for name in asked & {"disagreement", "padded_disagreement"}:
-            found[name] = divergence.disagreement(logits, part, padded=name == "padded_disagreement")
-        if asked & _TEACHER:
-            taught = predict(teacher, part).logits[seen.inside].float() / temperature
-            found["reverse_kl"] = divergence.kl(logits, taught)
-            found["forward_kl"] = divergence.kl(taught, logits)
-    return {name: value for name, value in found.items() if name in asked}
-
-
-def variable(name: str, part: Rollouts, model: Any, teacher: Any, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What an objective of this ``variable`` differentiates, and log-probs and entropies; each ``[N]``.
-
-    Raises:
-        ValueError: the variable is neither ``log_probs`` nor ``reverse_kl``.
-    """
-    seen = predict(model, part)
-    log_probs, entropies = scores_of(seen, temperature, overwrite=name == "log_probs")
-    if name == "log_probs":
-        return log_probs, log_probs, entropies
-    if name != "reverse_kl":
-        raise ValueError(f"variable: expected log_probs or reverse_kl, got {name!r}")
-    with torch.no_grad():
-        taught = predict(teacher, part).logits[seen.inside]
-    return divergence.kl(seen.logits[seen.inside], taught, temperature), log_probs, entropies

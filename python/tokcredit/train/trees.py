@@ -1,20 +1,18 @@
-"""Rollouts that branch: every prompt grows a tree, and every edge of it is a row."""
+"""Rollout collection that branches: every prompt grows a tree, and every edge of it is a row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.explorer import SamplingContext, Explored
+from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext
 from tokcredit.train.scoring import left_padded
-from tokcredit.train.tasks import Problem
 
 
 class _Edge(NamedTuple):
-    """``path`` are the tokens above, ``own`` those of the edge; ``leaf`` where nothing was grown below."""
+    """An edge: ``path`` are the tokens above it, ``own`` its tokens; a ``leaf`` has nothing below."""
 
     prompt: int
     node: int
@@ -26,26 +24,38 @@ class _Edge(NamedTuple):
     finished: bool
 
 
-class Trees:
-    """Grows ``widths[d]`` children at depth d, each a segment of tokens; the last level goes on to the end.
+class Trees(RolloutCollector):
+    """Grows ``widths[d]`` children at depth d, each a segment of tokens; those of the last level continue to the end.
 
-    A child that ended by itself is a leaf, and so is one of the last level; leaves are rewarded for the whole text from
-    the prompt on. A row has the tokens of the path above it, masked, and its own; ``node_ids`` and ``parent_ids`` tell
-    how the edges hang together. The tokens of a reply are shared out evenly over the levels unless ``segment`` says
-    how many one has.
+    A child that the model ended is a leaf, and so is every child of the last level. The reward of a leaf is that of the
+    whole text from the prompt on; other edges have reward 0. A row holds the tokens of the path above its edge, with a
+    False ``response_mask``, and its own tokens; ``node_ids`` and ``parent_ids`` connect the edges. The tokens of a
+    reply are shared out evenly over the levels unless the setting ``segment`` is given.
+
+    Args:
+        context: Problems and sampler.
+
+    Raises:
+        ValueError: There is no level, or the segments leave no token for the last one.
     """
 
     def __init__(self, context: SamplingContext) -> None:
+        super().__init__(context)
         s = context.settings.sampling
-        self._context, levels = context, len(s.widths)
+        levels = len(s.widths)
         self._segment = s.segment or max(1, s.max_tokens // max(levels, 1))
         if levels == 0 or self._segment * (levels - 1) >= s.max_tokens:
             expected = f"less than {s.max_tokens} tokens above the last of {levels} levels"
             raise ValueError(f"segment: expected {expected}, got {self._segment} on each")
 
-    def explore(self, number: int) -> Explored:
+    def collect(self, number: int) -> RolloutCollection:
+        """Return the edges of the trees of a step.
+
+        Args:
+            number: Number of the step, from 1.
+        """
         context = self._context
-        numbers, chosen = context.chosen(number)
+        groups, chosen = context.chosen(number)
         prompts = [context.prompt(p.question) for p in chosen]
         context.sampler.sync()
         with torch.random.fork_rng():
@@ -59,7 +69,7 @@ class Trees:
         batch = Rollouts(
             torch.tensor([t for e in edges for t in e.path + e.own], device=device),
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device),
-            group_ids=torch.tensor([numbers[e.prompt] for e in edges], device=device),
+            group_ids=torch.tensor([groups[e.prompt] for e in edges], device=device),
             rewards=torch.tensor([reward.get(e.node, 0.0) for e in edges], device=device),
             response_mask=torch.tensor([x for e in edges for x in [False] * len(e.path) + [True] * len(e.own)]).to(
                 device
@@ -73,11 +83,12 @@ class Trees:
                 "parent_ids": torch.tensor([e.parent for e in edges], device=device),
             },
         )
-        return Explored(
+        return RolloutCollection(
             [chosen[e.prompt] for e in edges],
             context.tokenizer.batch_decode([e.own for e in edges], skip_special_tokens=True),
             batch,
             torch.tensor([reward[e.node] for e in leaves]),
+            torch.tensor([groups[e.prompt] for e in leaves]),
             torch.tensor([e.finished for e in leaves]),
         )
 
@@ -85,7 +96,7 @@ class Trees:
         context, s = self._context, self._context.settings.sampling
         depth = len(s.widths)
         edges: list[_Edge] = []
-        # Numbers below every node's stand for prompts.
+        # A negative parent stands for the prompt.
         open_ends = [(i, -1, list[int]()) for i in range(len(prompts))]
         for level, width in enumerate(s.widths):
             last = level == depth - 1
@@ -94,20 +105,11 @@ class Trees:
             rows = made.tokens.split(made.cu_seqlens.diff().tolist())
             log_probs = made.log_probs.split(made.cu_seqlens.diff().tolist())
             below = []
-            for j, (own, drawn, finished) in enumerate(zip(rows, log_probs, made.finished.tolist(), strict=True)):
+            for j, (own, sampled, finished) in enumerate(zip(rows, log_probs, made.finished.tolist(), strict=True)):
                 i, parent, path = open_ends[j // width]
-                edge = _Edge(i, len(edges), parent, path, own.tolist(), drawn.tolist(), last or finished, finished)
+                edge = _Edge(i, len(edges), parent, path, own.tolist(), sampled.tolist(), last or finished, finished)
                 edges.append(edge)
                 if not edge.leaf:
                     below.append((i, edge.node, path + edge.own))
             open_ends = below
         return edges
-
-    def attempt(self, problems: Sequence[Problem]) -> list[float]:
-        return self._context.attempt(problems)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        return None
