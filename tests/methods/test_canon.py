@@ -3,10 +3,8 @@ import math
 import naive
 import pytest
 import tokcredit as tc
-from tokcredit.methods.canon import by_mean_reward
-from tokcredit.methods.canon import halves
-from tokcredit.methods.canon import order
 import torch
+from tokcredit.methods.canon import by_mean_reward, conditional, order
 
 
 def halves_of(rows, metric):
@@ -28,7 +26,7 @@ def mean(rewards, rows):
 def advantages(batch, by_length, mu, alpha=1.0, offset=0.0):
     """The four weighted equations, one for each half of each variant."""
     r, out = batch.rewards.tolist(), [0.0] * batch.num_rows
-    for rows in naive.group_rows(batch):
+    for rows in naive.counted_rows(batch):
         low, high = halves_of(rows, metrics(batch, by_length))
         below, above = mean(r, low), mean(r, high)
         for i in rows:
@@ -41,8 +39,8 @@ def advantages(batch, by_length, mu, alpha=1.0, offset=0.0):
     return out
 
 
-def loss(batch, log_probs, advantages, length=7):
-    losses = naive.ppo(batch, log_probs, advantages, 0.8, 1.28)
+def loss(batch, log_probs, advantages, length=7, cap=None):
+    losses = naive.ppo(batch, log_probs, advantages, 0.8, 1.28, cap)
     return sum(map(sum, losses)) / sum(map(bool, losses)) / length
 
 
@@ -60,11 +58,25 @@ def test_formula(by_length, mu, alpha, offset):
     naive.check(tc.methods.canon(by_length, between=mu, alpha=alpha, offset=offset), batch, current, formula)
 
 
+def test_dual_clip_of_the_release():
+    batch, current = naive.random_batch()
+    batch = naive.with_inputs(batch, {"entropies"})
+    current = current + torch.arange(7) * 0.2  # ratios up to 3 at late tokens
+
+    def formula(batch, log_probs):
+        return loss(batch, log_probs, advantages(batch, False, 1.0), cap=1.5)
+
+    out = naive.check(tc.methods.canon(between=1.0, cap=1.5), batch, current, formula)
+    assert out.metrics["clip_cap_fraction"] > 0
+
+
 @pytest.mark.parametrize("released", [False, True])
 def test_dynamic(released):
     batch, current = naive.random_batch()
     batch = naive.with_inputs(batch, {"entropies"})
-    accuracy = batch.rewards.mean().item()
+    counted = [r for rows in naive.counted_rows(batch) for r in rows]
+    accuracy = mean(batch.rewards.tolist(), counted)
+    assert len(counted) < batch.num_rows
     objective = tc.methods.canon(between=by_mean_reward(0, 1)) if released else tc.methods.canon()
 
     def formula(batch, log_probs):
@@ -120,4 +132,4 @@ def test_ties_go_by_order_and_a_group_of_one_keeps_its_reward():
 
 def test_control_splits_by_order():
     batch = one_group([1.0, 0.0, 1.0, 1.0], [0.9, 0.8, 0.2, 0.1])
-    assert halves(order())(batch)[:, 0].tolist() == [0.0, -1.0, 0.5, 0.5]
+    assert conditional(order())(batch)[:, 0].tolist() == [0.0, -1.0, 0.5, 0.5]

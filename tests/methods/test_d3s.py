@@ -59,11 +59,13 @@ def test_by_hand():
 
 def test_progress_is_asked_for_and_checked():
     batch = naive.with_inputs(naive.random_batch()[0], {"entropies"})
-    with pytest.raises(ValueError, match="progress: expected a number from 0 to 1 because settings change"):
+    with pytest.raises(ValueError, match="progress: expected a number from 0 to 1 because of linear"):
         tc.methods.d3s().prepare(batch)
     with pytest.raises(ValueError, match="progress: expected a number from 0 to 1, got 2"):
         tc.methods.d3s().prepare(batch, progress=2)
-    with pytest.raises(ValueError, match="share: expected more than 0 and at most 1"):
+    with pytest.raises(
+        ValueError, match=r"varied_rows: share: expected a number above 0 and at most 1, a schedule, got 0\.0"
+    ):
         tc.methods.d3s(rows_start=0.0).prepare(batch, progress=0)
 
 

@@ -6,22 +6,22 @@ import pytest
 import tokcredit as tc
 from tokcredit import schedule
 from tokcredit.methods.ba import balanced
-from tokcredit.methods.canon import by_mean_reward, halves, mean_entropy
+from tokcredit.methods.canon import by_mean_reward, conditional, mean_entropy
 from tokcredit.methods.d3s import varied_rows
 from tokcredit.methods.divergence_weighted import divergence
-from tokcredit.methods.hapo import entropy_deviation, outside_center, token_normalized, widened
-from tokcredit.methods.lenvm import shortening
+from tokcredit.methods.hapo import entropy_deviation, outside_center, token_group_average, widened
+from tokcredit.methods.lenvm import length_advantage
 from tokcredit.methods.match_tir import turns
-from tokcredit.methods.nthr import sparing
-from tokcredit.methods.otb import least_variance
+from tokcredit.methods.nthr import negative_hidden_reward
+from tokcredit.methods.otb import optimal_baseline
 from tokcredit.methods.pods import most_varied
-from tokcredit.methods.r3 import brevity, dominance, pooled
-from tokcredit.methods.spae import saturating
+from tokcredit.methods.r3 import dominance, length_reward, pooled
+from tokcredit.methods.spae import step_potential
 from tokcredit.methods.spo_tree import edges
 from tokcredit.methods.tempo import tempo_credit
-from tokcredit.methods.thr import influential
-from tokcredit.supervised import reverse_kl
+from tokcredit.methods.thr import hidden_reward
 from tokcredit.stages import aggregation, clip, credit, filters, link, ratio, token_score, token_weights
+from tokcredit.supervised import reverse_kl
 
 GRPO = {
     "credit": credit.group_normalized(scale=True, epsilon=1e-6),
@@ -45,9 +45,12 @@ DIFFERENCES = {
     "dr_grpo": {"credit": credit.group_normalized(scale=False), "aggregation": aggregation.sequence_sum(None)},
     "dapo": DAPO,
     "rloo": {"credit": credit.leave_one_out(), "aggregation": TOKENS},
-    "otb": {"credit": least_variance(by_turn=False, epsilon=1e-8), "aggregation": TOKENS},
+    "otb": {"credit": optimal_baseline(by_turn=False, epsilon=1e-8), "aggregation": TOKENS},
     "gspo": SEQUENCE,
-    "cispo": {"clip": clip.gated(low=-math.inf, high=math.log1p(0.2), outside_low=1.0, outside_high=1.0, both_sides=True), "aggregation": TOKENS},
+    "cispo": {
+        "clip": clip.gated(low=-math.inf, high=math.log1p(0.2), outside_low=1.0, outside_high=1.0, both_sides=True),
+        "aggregation": TOKENS,
+    },
     "sapo": {"clip": clip.soft(tau_positive=1.0, tau_negative=1.05)},
     "tempo": {
         "credit": tempo_credit(scale=True, epsilon=1e-6),
@@ -73,7 +76,7 @@ DIFFERENCES = {
         "aggregation": TOKENS,
     },
     "w_reinforce": {"credit": credit.thresholded(above=0.1, below=-1.0, threshold=0.5), "aggregation": TOKENS},
-    "pods": {"filters": (most_varied(count=16),)},
+    "pods": {"credit": credit.group_normalized(epsilon=1e-4), "filters": (most_varied(count=16),)},
     "d3s": {
         "filters": (
             varied_rows(schedule.linear(0.25, 1.0)),
@@ -83,19 +86,21 @@ DIFFERENCES = {
         "aggregation": TOKENS,
     },
     "canon": {
-        "credit": halves(mean_entropy(), between=by_mean_reward()),
+        "credit": conditional(mean_entropy(), between=by_mean_reward()),
         "clip": HIGHER,
         "aggregation": aggregation.sequence_sum(None),
     },
     "hapo": {
-        "credit": token_normalized(limit=5.0, epsilon=1e-6, otherwise=credit.group_normalized(epsilon=1e-6)),
+        "credit": token_group_average(
+            limit=5.0, epsilon=1e-6, otherwise=credit.group_normalized(epsilon=1e-6), limit_padding=False
+        ),
         "clip": widened(DEVIATION, low=0.2, high=0.28, widen=1.0, cap=10.0),
         "aggregation": TOKENS,
         "scales": (outside_center(DEVIATION, strength=1.0),),
     },
     "divergence_weighted": {**DAPO, "scales": (divergence(strength=1.0, slope=10.0),)},
-    "thr": {"credit": influential(credit.group_normalized(), favour=0.1, beta=1.0, threshold=0.5)},
-    "nthr": {"credit": sparing(credit.group_normalized(), beta=1.0, threshold=0.5)},
+    "thr": {"credit": hidden_reward(credit.group_normalized(), favour=0.1, beta=1.0, threshold=0.5)},
+    "nthr": {"credit": negative_hidden_reward(credit.group_normalized(), beta=1.0, threshold=0.5)},
     "tw_grpo": {
         "credit": credit.group_normalized(epsilon=1e-4),
         "token_weights": (token_weights.raised(token_score.given("disagreement"), strength=1.7 - 1),),
@@ -103,25 +108,25 @@ DIFFERENCES = {
     },
     "spo_chain": {"credit": credit.value_changes(), "filters": (filters.improbable(0.9),), **SEGMENTS},
     "spo_tree": {
-        "credit": edges(scale=False),
+        "credit": edges(scale=False, epsilon=1e-8, tolerance=1e-12),
         "filters": (filters.nonzero_advantage(), filters.improbable(0.9)),
         **SEGMENTS,
     },
     "vineppo": {"credit": credit.value_changes("step_values"), "aggregation": TOKENS},
     "spae": {
-        "credit": credit.whitened(saturating(alpha=0.5, bonus=0.5, saturated=0.9)),
+        "credit": credit.whitened(step_potential(alpha=0.5, bonus=0.5, saturated=0.9)),
         "filters": (filters.mixed_groups(),),
         **DAPO,
     },
     "match_tir": {"credit": turns(discount=0.9, epsilon=1e-6, halve=False, center_alone=False)},
     "r3": {
         "credit": pooled(
-            (brevity(limit=32768, threshold=0.5), dominance(share=0.2, best=0.5, threshold=0.5)),
+            (length_reward(limit=32768, threshold=0.5), dominance(share=0.2, best=0.5, threshold=0.5)),
             scale=1.0,
             epsilon=1e-6,
         )
     },
-    "lenvm": {"credit": shortening(credit.group_normalized(), scale=0.1, gamma=0.997, trace=1.0)},
+    "lenvm": {"credit": length_advantage(credit.group_normalized(), scale=0.1, gamma=0.997, trace=1.0)},
 }
 
 

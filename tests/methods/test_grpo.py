@@ -12,7 +12,7 @@ def test_formula(seed, cap):
         return naive.sequence_mean(batch, losses)
 
     out = naive.check(tc.methods.grpo(clip_high=0.3, cap=cap), *naive.random_batch(seed), formula)
-    assert out.metrics["clip_low"] > 0 and out.metrics["clip_high"] > 0
+    assert out.metrics["clip_low_fraction"] > 0 and out.metrics["clip_high_fraction"] > 0
 
 
 def test_by_hand():

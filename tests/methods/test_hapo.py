@@ -3,9 +3,8 @@ import math
 import naive
 import pytest
 import tokcredit as tc
-from tokcredit.methods.hapo import entropy_deviation
-from tokcredit.methods.hapo import token_normalized
 import torch
+from tokcredit.methods.hapo import entropy_deviation, token_group_average
 
 ENTROPIES = [0.01, 0.05, 0.1, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2]
 
@@ -78,13 +77,13 @@ def test_by_hand():
     pivot, spread, low, high = score.statistics(batch)
     assert (pivot, spread) == pytest.approx((0.0, 1.968), abs=1e-3)
     assert (low, high) == pytest.approx((math.log(0.01) / spread, math.log(2) / spread))
-    paid = token_normalized()(flat([1.0, 0.0], [10, 30]))
+    paid = token_group_average()(flat([1.0, 0.0], [10, 30]))
     assert paid[:, 0].tolist() == pytest.approx([1.732, -0.577], abs=1e-3)
 
 
 def test_rare_outcomes_fall_back_to_the_mean_over_rows():
     # One correct token in 27: |A| is the root of 26 there, so the whole group is paid by rows.
-    paid = token_normalized()
+    paid = token_group_average()
     assert paid(flat([1.0, 0.0], [1, 26]))[:, 0].tolist() == pytest.approx([0.70711, -0.70711], abs=1e-4)
     assert paid(flat([1.0, 0.0], [1, 24]))[:, 0].tolist() == pytest.approx([24**0.5, -(24**-0.5)], abs=1e-4)
     assert paid(flat([0.7, 0.7, 0.7], [3, 5, 9])).tolist() == [[0.0], [0.0], [0.0]]

@@ -33,7 +33,7 @@ def advantages(batch, halve, center_alone):
     turns, reward, out = turns_of(batch), batch.extras["turn_rewards"].tolist(), {}
     each = [[sum(reward[t] for t in run) for run in runs] for runs in turns]
     later = [[sum(0.9 ** (k - t) * r[k] for k in range(t, len(r))) for t in range(len(r))] for r in each]
-    for rows in naive.group_rows(batch):
+    for rows in naive.counted_rows(batch):
         whole = dict(zip(rows, normalised([sum(each[i]) for i in rows], center_alone), strict=True))
         for t in range(max(len(turns[i]) for i in rows)):
             having = [i for i in rows if len(turns[i]) > t]

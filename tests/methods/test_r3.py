@@ -4,9 +4,8 @@ import math
 import naive
 import pytest
 import tokcredit as tc
-from tokcredit.methods.r3 import brevity
-from tokcredit.methods.r3 import dominance
 import torch
+from tokcredit.methods.r3 import dominance, length_reward
 
 
 def shaped_rewards(batch, share, best, limit):
@@ -40,7 +39,7 @@ def shaped_rewards(batch, share, best, limit):
 
 def paid(batch, alpha, share, best, limit, epsilon):
     r, replayed, out = shaped_rewards(batch, share, best, limit), batch.extras["replayed"].tolist(), {}
-    for group in naive.group_rows(batch):
+    for group in naive.counted_rows(batch):
         mean = sum(r[i] for i in group) / len(group)
         std = math.sqrt(sum((r[i] - mean) ** 2 for i in group) / (len(group) - 1))
         factor = alpha if any(replayed[i] for i in group) else 1.0
@@ -70,7 +69,8 @@ def test_formula(alpha, share, best, seed):
 
     def formula(batch, log_probs):
         advantages = paid(batch, alpha, share, best, 12, 1e-6)
-        return naive.sequence_mean(batch, naive.ppo(batch, log_probs, advantages, 0.8, 1.2))
+        losses = naive.ppo(batch, log_probs, dict.fromkeys(range(24), 0.0) | advantages, 0.8, 1.2)
+        return naive.sequence_mean(batch, losses)
 
     objective = tc.methods.r3(alpha, share, best, max_length=12)
     naive.check(objective, batch, current, formula)
@@ -136,12 +136,12 @@ def test_groups_do_not_mix_and_order_does_not_matter():
     assert torch.equal(dominance()(batch.select(order)), dominance()(batch)[order])
 
 
-def test_brevity():
+def test_length_reward():
     batch = shaped([[1.0] * 3, [1.0] * 3, [1.0] * 20], [1.0, 0.5, 1.0])
-    assert brevity(limit=12)(batch).tolist() == [0.75, 0, 0]
-    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
-        brevity(limit=0)
-    with pytest.raises(ValueError, match="share: expected a number from 0 to 1, got 2"):
+    assert length_reward(limit=12)(batch).tolist() == [0.75, 0, 0]
+    with pytest.raises(ValueError, match="length_reward: limit: expected a whole number at least 1, got 0"):
+        length_reward(limit=0)
+    with pytest.raises(ValueError, match="dominance: share: expected a number at least 0 and at most 1, got 2"):
         dominance(share=2)
 
 
@@ -154,5 +154,5 @@ def test_marks_are_bool():
     batch = shaped(FOUR)
     with pytest.raises(TypeError, match=r"replayed: expected bool \[R\], got float32"):
         tc.methods.r3().credit(dataclasses.replace(batch, extras=batch.extras | {"replayed": torch.zeros(4)}))
-    with pytest.raises(ValueError, match=r"replayed: expected bool \[4\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"replayed: expected bool \[4\], got bool \[3\]"):
         tc.methods.r3().prepare(dataclasses.replace(batch, extras=batch.extras | {"replayed": torch.ones(3) > 0}))

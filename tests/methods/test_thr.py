@@ -8,7 +8,7 @@ def advantages(batch, favour, beta):
     tokens, paid, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
     s = naive.influence(batch, tokens, [1 / max(len(t), 1) for t in tokens])
     out = {t: paid[i] for i, ts in enumerate(tokens) for t in ts}
-    for rows in naive.group_rows(batch):
+    for rows in naive.counted_rows(batch):
         correct = [i for i in rows if r[i] > 0.5]
         if not 0 < len(correct) < len(rows):
             continue

@@ -42,7 +42,7 @@ class tempo_credit(Credit):
     def __call__(self, batch: Rollouts) -> Tensor:
         groups = counted(batch, self.count_empty)
         statistics = segment.moments(batch.rewards, groups)
-        alone = statistics.count < 2
+        alone = statistics.size < 2
         trees = tree.build(batch)
         counts = None if self.count_empty else batch.lengths > 0
         change = values.temporal_difference(trees, values.monte_carlo(trees, batch.rewards.double(), counts))
