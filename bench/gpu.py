@@ -176,19 +176,17 @@ def losses(table, rows, length):
             },
             mostly_equal,
         )
-    spans = batch.spans
+    spans, advantages = batch.spans, torch.ones(rows, 1, device="cuda")
     for label, options in (("", {}), (", cumulative", {"cumulative": True, "power": 0.5})):
-        weights = torch.ones((), device="cuda")
-        arguments = [None, torch.ones(rows, 1, device="cuda"), weights, -weights, weights, None, *spans]
-        flags = [0, options.get("cumulative", False), 20.0, options.get("power", 0.0), -20.0, 10.0, True, 1]
+        settings = {"low": -1.0, "high": 1.0, "bound": 20.0, "clamp": (-20.0, 10.0), **options}
         table.measure(
             f"policy_loss kernel{label}",
             shape,
             lambda: (old + random(rows, length, scale=0.02),),
             13 * n,
             {
-                "tokcredit": lambda x, a=arguments, f=flags: torch.ops.tokcredit.policy_loss(
-                    x.view(-1), old.view(-1), *a, *f
+                "tokcredit": lambda x, s=settings: ops.policy_loss(
+                    x.view(-1).requires_grad_(), spans, "clip", reference=old.view(-1), advantages=advantages, **s
                 )
             },
         )

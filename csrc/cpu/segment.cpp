@@ -78,7 +78,7 @@ template <class T, Reduction kind> void reduce_ids(const SegmentIds &s) {
 
 // The body with element type and reduction as template arguments; a count may be of any type, as it reads
 // none.
-template <class Body> void dispatch(Type type, int32_t reduction, Body &&body) {
+template <class Body> void dispatch(Type type, Reduction reduction, Body &&body) {
   with_reduction(reduction, [&](auto moments) { with_float(type, [&](auto t) { body(t, moments); }); });
 }
 

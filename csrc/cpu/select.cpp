@@ -231,8 +231,9 @@ void kth(const Select &s, void *values, int threads) {
     each_scope<T>(s, threads, [&](int64_t g, const Scope<T> &scope, int inner) {
       typename Scope<T>::Key found;
       int64_t above;
-      const int64_t rank = scope.size() - 1 - s.wanted[g];
-      const bool exists = rank >= 0 && s.wanted[g] >= 0 && scope.find(rank, inner, found, above);
+      // Found by its rank from the largest; below 0 there is none.
+      const int64_t rank = s.wanted[g] < 0 ? -1 : scope.size() - 1 - s.wanted[g];
+      const bool exists = rank >= 0 && scope.find(rank, inner, found, above);
       static_cast<A *>(values)[g] = exists ? number_of(found) : std::numeric_limits<A>::quiet_NaN();
     });
   });

@@ -81,8 +81,8 @@ template <Reduction kind> struct Moments {
 };
 
 // The body with the reduction as a template argument.
-template <class Body> void with_reduction(int32_t reduction, Body &&body) {
-  switch (Reduction(reduction)) {
+template <class Body> void with_reduction(Reduction reduction, Body &&body) {
+  switch (reduction) {
 #define TOKCREDIT_REDUCTION(kind)                                                                            \
   case Reduction::kind:                                                                                      \
     return body(Moments<Reduction::kind>{});

@@ -12,13 +12,13 @@
 
 namespace tokcredit {
 
-enum class Reduction : int32_t { sum, mean, var, minimum, maximum, count, logsumexp };
+TOKCREDIT_ENUM(Reduction, sum, mean, var, minimum, maximum, count, logsumexp)
 
 struct SegmentRows {
   Rows rows;
   Type type; // of x; for count any type, x is not read
   const void *x;
-  int32_t reduction;
+  Reduction reduction;
   double ddof;
   void *y; // [R] of the accumulation type
 };
@@ -31,7 +31,7 @@ struct SegmentIds {
   const bool *mask; // or null
   int64_t size;
   int64_t segments;
-  int32_t reduction;
+  Reduction reduction;
   double ddof;
   void *y; // [segments]
 };

@@ -369,6 +369,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
         bound=log_ratio.bound,
         power=window.power,
         clamp=log_ratio.clamp,
+        **window.gate,
     )
     total = rows.sum()
     policy_loss = total.detach()

@@ -214,4 +214,4 @@ def test_rejects_wrong_arguments():
     with pytest.raises(ValueError, match="baseline: mask: expected bool"):
         ops.baseline(log_probs, squares, squares, Spans.trusted(rows.begin, rows.end, 5, squares), group, 1)
     whole = torch.ones(5, dtype=torch.int64)
-    fails("expected a floating type", a=whole, b=whole, c=whole)
+    fails("baseline: log_probs: expected a float dtype, got int64", a=whole, b=whole, c=whole)

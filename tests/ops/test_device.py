@@ -75,7 +75,7 @@ def test_tensors_on_the_wrong_device_are_refused(cuda):
     with pytest.raises(ValueError, match="scan: begin: expected the device of the other arguments, got another device"):
         ops.scan(x, spans)
     spans = spans_on(cuda, 0, 4)
-    with pytest.raises(ValueError, match="policy_loss: old_log_probs: expected the device of the other arguments"):
+    with pytest.raises(ValueError, match="policy_loss: reference: expected the device of the other arguments"):
         ops.policy_loss(x, spans, "clip", reference=torch.ones(4))
     with pytest.raises(ValueError, match="segment: mask: expected the device of the other arguments"):
         segment.sum(x, tc.Spans.trusted(spans.begin, spans.end, 4, torch.ones(4, dtype=torch.bool)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokcredit import ops
 
 ROOT = Path(__file__).parents[2]
 LEVELS = {"base": "-march=x86-64", "v3": "-march=x86-64-v3", "v4": "-march=x86-64-v4"}
@@ -16,26 +17,33 @@ MAIN = r"""
 #include "cpu/baseline_rows.hpp"
 #include "cpu/logits_rows.hpp"
 #include "cpu/policy_loss_rows.hpp"
+#include <cmath>
 using namespace tokcredit;
 extern "C" int can_run() { return TOKCREDIT_CAN_RUN; }
-extern "C" void run(int type, int surrogate, bool cumulative, double power, const int64_t *begin, const int64_t *end,
-                    const bool *mask, int64_t rows, int64_t size, const void *log_probs, const void *reference,
-                    const void *advantages, const void *low, const void *high, double *stats, void *gradient) {
+extern "C" void run(int type, int surrogate, int on, bool cumulative, double power, const int64_t *begin,
+                    const int64_t *end, const bool *mask, int64_t rows, int64_t size, const void *log_probs,
+                    const void *reference, const void *advantages, const void *low, const void *high, void *values,
+                    double *stats, void *slopes) {
   PolicyLoss p{};
   p.rows = {begin, end, mask, rows, size};
   p.type = Type(type);
   p.log_probs = log_probs;
   p.reference = reference;
-  p.advantages = {advantages, Per::token};
-  p.low = {low, Per::row};
-  p.high = {high, Per::row};
-  p.surrogate = surrogate;
-  p.cumulative = cumulative;
+  p.advantages = p.given = {advantages, Per::token, 0};
+  p.weights = {nullptr, Per::batch, 1};
+  p.low = {low, Per::row, 0};
+  p.high = {high, Per::row, 0};
+  p.cap = {nullptr, Per::batch, INFINITY};
+  p.surrogate = Surrogate(surrogate);
+  p.source = cumulative ? Source::cumulative : Source::difference;
+  p.on = Coordinate(on);
   p.bound = p.clamp_high = 20;
   p.clamp_low = -20;
   p.power = power;
+  p.limit = 2;
+  p.values = values;
   p.stats = stats;
-  p.gradient = gradient;
+  p.slopes = slopes;
   cpu::TOKCREDIT_LEVEL::policy_loss_rows(p, 0, rows);
 }
 extern "C" void logits(int type, int64_t rows, int64_t vocabulary, const void *x, const int64_t *tokens,
@@ -109,26 +117,29 @@ def test_policy_loss(levels, dtype, cumulative):
     reference = (log_probs.double() + 0.3 * torch.randn(size, dtype=torch.float64)).to(dtype)
     advantages = torch.randn(size, dtype=wide)
     low, high = -torch.rand(ROWS, dtype=wide), torch.rand(ROWS, dtype=wide)
-    for surrogate in range(6):
+    gated = ops.SURROGATES.index("gated")
+    cases = [(kind, 0) for kind in range(len(ops.SURROGATES))] + [(gated, on) for on in range(len(ops.COORDINATES))]
+    for surrogate, on in cases:
         results = []
         for library in levels.values():
-            stats, gradient = torch.zeros(ROWS, 7, dtype=torch.float64), torch.zeros(size, dtype=wide)
+            values, stats = torch.zeros(ROWS, dtype=wide), torch.zeros(ROWS, len(ops.LOSS_STATS), dtype=torch.float64)
+            slopes = torch.zeros(size, dtype=wide)
             library.run(
                 CODES[dtype],
                 surrogate,
+                on,
                 cumulative,
                 ctypes.c_double(0.5 if cumulative else 0.0),
                 *map(pointer, (begin, end, mask)),
                 ctypes.c_int64(ROWS),
                 ctypes.c_int64(size),
-                *map(pointer, (log_probs, reference, advantages, low, high, stats, gradient)),
+                *map(pointer, (log_probs, reference, advantages, low, high, values, stats, slopes)),
             )
             assert stats[:, 1].tolist() == [mask[b:e].sum() for b, e in zip(begin, end, strict=True)]
-            assert gradient.abs().sum() > 0
-            results.append((stats, gradient))
-        for stats, gradient in results[1:]:
-            assert torch.equal(stats, results[0][0])
-            assert torch.equal(gradient, results[0][1])
+            assert slopes.abs().sum() > 0
+            results.append((values, stats, slopes))
+        for result in results[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize("dtype", CODES)

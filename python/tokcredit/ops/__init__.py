@@ -8,13 +8,15 @@ from tokcredit.ops import select
 from tokcredit.ops.baseline import baseline
 from tokcredit.ops.call import empty_cache, num_threads, set_num_threads
 from tokcredit.ops.logits import logits
-from tokcredit.ops.policy_loss import LOSS_STATS, SURROGATES, policy_loss
+from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss
 from tokcredit.ops.repack import repack
 from tokcredit.ops.scan import scan
 from tokcredit.ops.segment import REDUCTIONS, count
 from tokcredit.ops.tree import expand, spread, tree_build, tree_fold
 
 __all__ = [
+    "COORDINATES",
+    "GATED_VALUES",
     "LOSS_STATS",
     "REDUCTIONS",
     "SURROGATES",

@@ -10,7 +10,7 @@ from tokcredit import _C
 from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain
 from tokcredit.spans import Spans
 
-REDUCTIONS = ("sum", "mean", "var", "minimum", "maximum", "count", "logsumexp")
+REDUCTIONS: tuple[str, ...] = _C.REDUCTIONS
 
 define(
     "tokcredit::segment_rows",

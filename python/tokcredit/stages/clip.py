@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -28,7 +29,7 @@ class Window:
         high: Upper bound.
         cap: Log of the largest ratio that a token with a negative advantage is charged for, or None.
         power: How bounds grow along the row.
-        gate: Settings of a gated surrogate, or None.
+        gate: Further settings of a gated surrogate, by name.
         score: Token scores that the bounds come from, ``[N]``, or None.
     """
 
@@ -37,7 +38,7 @@ class Window:
     high: float | Tensor = math.inf
     cap: float | Tensor | None = None
     power: float = 0.0
-    gate: gated | None = None
+    gate: Mapping[str, Any] = field(default_factory=dict)
     score: Tensor | None = None
 
     def part(self, chosen: Selection) -> Window:
@@ -178,7 +179,8 @@ class gated(Clip):
     both_sides: bool = flag(False)
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Window:
-        return Window("gated", self.low, self.high, self.cap, gate=self)
+        gate = {"on": self.on, "outside_low": self.outside_low, "outside_high": self.outside_high}
+        return Window("gated", self.low, self.high, self.cap, gate={**gate, "both_sides": self.both_sides})
 
 
 @dataclass(frozen=True)
