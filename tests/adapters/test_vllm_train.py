@@ -23,10 +23,10 @@ from tokcredit.adapters import vllm as adapter
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, ProbeSettings, SamplingSettings, Settings, tools
 from tokcredit.train import tiny as tiny_model
 from tokcredit.train.explorer import SamplingContext
-from tokcredit.train.trainer import Trainer
 from tokcredit.train.probes import Prober
 from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.scoring import score
+from tokcredit.train.trainer import Trainer
 from tokcredit.train.trees import Trees
 from transformers import LlamaConfig, LlamaForCausalLM
 
