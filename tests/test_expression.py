@@ -1,10 +1,6 @@
-import dataclasses
-
 import pytest
 import tokcredit as tc
-from tokcredit.methods.ba import balanced
-from tokcredit.train import ObjectiveSettings
-from tokcredit.expression import construct, parse, setting
+from tokcredit.expression import call_with, construct, parse, setting
 
 
 def test_a_call_is_a_name_with_literals():
@@ -41,38 +37,20 @@ def test_setting():
         setting("clip", "set")
 
 
-def test_any_stage_can_be_put_in_anothers_place():
-    chosen = ObjectiveSettings(
-        method="tempo",
-        set=("scale=False",),
-        ratio="cumulative(high=5.0)",
-        clip="growing(0.025, 0.05)",
-        aggregation="balanced",
-        weights=("importance_truncated(high=2.0)", "with_credit()"),
-        kl="k3(beta=0.01)",
-    )
-    assert chosen.build() == tc.Objective(
-        credit=tc.credit.tempo_like(scale=False),
-        weights=(tc.token_weights.importance_truncated(2.0), tc.filters.nonzero_advantage()),
-        ratio=tc.ratio.cumulative(high=5.0),
-        clip=tc.clip.growing(0.025, 0.05),
-        aggregation=balanced(),
-        terms=(tc.term.kl(0.01, estimator="k3"),),
-    )
+def test_words_of_settings():
+    texts = ("a=true", "a=None", "a=inf", "a=-Inf", "a=1e-3", "a=(1, 2)", "a='x'")
+    assert [setting(x, "set")[1] for x in texts] == [True, None, float("inf"), -float("inf"), 1e-3, (1, 2), "x"]
 
 
-def test_choices_among_the_arguments():
-    chosen = ObjectiveSettings(weights=("top_share(linear(0.2, 1.0), score=given('entropies'), paid=True)",))
-    share = tc.schedule.linear(0.2, 1.0)
-    assert chosen.build().weights == (tc.filters.top_share(share, tc.token_score.given("entropies"), paid=True),)
-    with pytest.raises(ValueError, match=r"weights: expected one of .*linear.*, got 'system'"):
-        ObjectiveSettings(weights=("top_share(system('ls'), score=given('entropies'))",)).build()
+def test_calls_among_the_arguments():
+    inner = {"linear": tc.schedule.linear, "given": tc.token_score.given}
+    call = parse("top_share(linear(0.2, inf), score=given('entropies'), many=(linear(1, 2), -3))", "filters", inner)
+    assert call.positional == (tc.schedule.linear(0.2, float("inf")),)
+    assert call.named == {"score": tc.token_score.given("entropies"), "many": (tc.schedule.linear(1, 2), -3)}
+    with pytest.raises(ValueError, match="filters: expected one of given, linear, got 'system'"):
+        parse("top_share(system('ls'))", "filters", inner)
 
 
-def test_what_an_objective_prints_can_be_typed():
-    for name in tc.methods.names():
-        objective = tc.methods.load(name)
-        stages = ("credit", "ratio", "clip", "aggregation", "gain", "sampling", "kl")
-        typed = {s: repr(x) for s in stages if (x := getattr(objective, s)) is not None}
-        built = ObjectiveSettings("grpo", weights=tuple(map(repr, objective.weights)), **typed).build()
-        assert dataclasses.replace(built, variable=objective.variable) == objective
+def test_arguments_are_those_of_the_function():
+    with pytest.raises(ValueError, match=r"ratio: expected f\(a, b=2\), got \(1, 2, 3\), \{\}: too many"):
+        call_with({"f": lambda a, b=2: a}, parse("f(1, 2, 3)", "ratio"), "ratio")

@@ -190,14 +190,18 @@ def test_missing_inputs_and_denominators_are_errors():
     objective = dataclasses.replace(tc.methods.grpo(), terms=(tc.term.kl(),))
     with pytest.raises(ValueError, match="ref_log_probs: expected in the batch"):
         objective.prepare(batch)
-    with pytest.raises(ValueError, match="global_batch_size: expected the number over all ranks because dp_size is 2, got None"):
+    with pytest.raises(
+        ValueError, match="global_batch_size: expected the number over all ranks because dp_size is 2, got None"
+    ):
         tc.methods.grpo().prepare(batch, dp_size=2)
     with pytest.raises(ValueError, match="global_num_groups: expected"):
         tc.methods.ba().prepare(batch, batch_num_tokens=9, global_batch_size=3, dp_size=2)
     with pytest.raises(ValueError, match=r"log_probs: expected \[12, 7\], got \[12, 6\]"):
         tc.methods.grpo().loss(tc.methods.grpo().prepare(batch), current[:, 1:])
     summed = tc.methods.dr_grpo()
-    with pytest.raises(ValueError, match="aggregation: expected a length in sequence_sum.* because dp_size is 2, got None"):
+    with pytest.raises(
+        ValueError, match="aggregation: expected a length in sequence_sum.* because dp_size is 2, got None"
+    ):
         summed.prepare(batch, batch_num_tokens=9, global_batch_size=9, dp_size=2)
 
 
