@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHOWN = 160
 LEGEND = (
     "token-level: the token's advantage A differs from the median of its rollout\n"
-    "colours: blue is a positive advantage, orange a negative one; underlined: a branch"
+    "blue: positive advantage, orange: negative advantage, underlined: branch"
 )
 BLUE, ORANGE = (26, 104, 190), (214, 92, 12)
 
