@@ -60,7 +60,7 @@ def run(table: Table, quick: bool) -> None:
     torch.testing.assert_close(ours(tc.methods.grpo(), batch)(), eager(), rtol=1e-3, atol=1e-9)
     objectives = {name: tc.methods.load(name) for name in tc.methods.names()}
     objectives = {name: o for name, o in objectives.items() if o.variable == "log_probs"}
-    evidence = narrow(naive.with_evidence(batch, frozenset().union(*(o.needs for o in objectives.values()))))
+    evidence = narrow(naive.with_evidence(batch, frozenset().union(*(o.required_inputs for o in objectives.values()))))
     for name, objective in objectives.items():
         table.measure(
             f"prepare + loss, {name}",
@@ -81,7 +81,7 @@ def narrow(batch):
         x = x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
         return x.masked_fill(between, torch.nan) if name in of_states else x
 
-    fields = {name: single(name, getattr(batch, name)) for name in tc.evidence.FIELDS}
+    fields = {name: single(name, getattr(batch, name)) for name in tc.inputs.FIELDS}
     return replace(batch, **fields, extras={name: single(name, x) for name, x in batch.extras.items()})
 
 

@@ -13,7 +13,8 @@ import warnings
 import tokcredit as tc
 import torch
 from harness import Table
-from tokcredit import ops, policy, scan, segment, select, tree, values
+from tokcredit import ops
+from tokcredit.blocks import log_probs, scan, segment, select, tree, values
 from tokcredit.ops import Rows
 
 try:
@@ -175,7 +176,7 @@ def losses(table, rows, length):
             },
             mostly_equal,
         )
-    spans, advantages = batch.rows, torch.ones(rows, 1, device="cuda")
+    spans, advantages = batch.spans, torch.ones(rows, 1, device="cuda")
     for label, options in (("", {}), (", cumulative", {"cumulative": True, "power": 0.5})):
         settings = {"low": -1.0, "high": 1.0, "bound": 20.0, "clamp": (-20.0, 10.0), **options}
         table.measure(
@@ -238,7 +239,7 @@ def logits(table, rows, vocabulary, dtype):
     size = rows * vocabulary * dtype.itemsize
     compiled = torch.compile(with_torch)
     providers = {
-        "tokcredit": lambda x: policy.log_probs_and_entropies(x, tokens),
+        "tokcredit": lambda x: log_probs.log_probs_and_entropies(x, tokens),
         "torch eager": lambda x: with_torch(x, tokens),
         "torch.compile": lambda x: compiled(x, tokens),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 import tokcredit as tc
 import torch
 from harness import Table, main
-from tokcredit import scan, segment, select
+from tokcredit.blocks import scan, segment, select
 
 
 def seconds(f, budget=0.3):
@@ -36,7 +36,7 @@ def batch_of(rows, length, group):
 
 def operations(batch):
     """What is timed, by name; each is linear in the tokens."""
-    x, rows = torch.rand(batch.num_tokens), batch.rows
+    x, rows = torch.rand(batch.num_tokens), batch.spans
     tempo, dapo = tc.credit.tempo_like(), tc.methods.load("dapo")
     prepared = dapo.prepare(batch)
     leaf = x.sub(1).requires_grad_()

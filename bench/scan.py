@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from harness import Table, close, main
-from tokcredit import scan
+from tokcredit.blocks import scan
 from tokcredit.ops import Rows
 
 

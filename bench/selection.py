@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from harness import Table, close, main
-from tokcredit import select
+from tokcredit.blocks import select
 from tokcredit.ops import Rows
 
 

@@ -6,7 +6,7 @@ import pytest
 import tokcredit as tc
 import torch
 from loss import eager_losses, mostly_equal, step, workload
-from tokcredit import policy, scan, segment, select
+from tokcredit.blocks import log_probs, scan, segment, select
 from tokcredit.ops import Rows
 
 ROWS, LENGTH = 64, 2_048
@@ -37,7 +37,7 @@ def logits():
         return everything.gather(-1, tokens[:, None])[:, 0] - (everything.exp() * everything).sum(-1)
 
     providers = {
-        "tokcredit": step(lambda x: sum(y.sum() for y in policy.log_probs_and_entropies(x, tokens))),
+        "tokcredit": step(lambda x: sum(y.sum() for y in log_probs.log_probs_and_entropies(x, tokens))),
         "torch": step(lambda x: theirs(x).sum()),
     }
     return torch.randn(256, 4_096), providers, equal

@@ -1,4 +1,4 @@
-"""Makes docs/inspect.png: a prompt of a report, with the numbers of a branch token, in headless Chromium.
+"""Makes docs/report.png: a prompt of a report, with the numbers of a branch token, in headless Chromium.
 
 python docs/screenshot.py [RUN_FOLDER] [PROMPT]; without a run, of the seeded example that the tests use. Needs the
 extras ``inspect`` and ``test``, and Debian's packages chromium and chromium-driver.
@@ -36,11 +36,11 @@ def example(folder: Path) -> Path:
 
 
 def main(run: str | None = None, prompt: str = "4") -> None:
-    from tokcredit import inspect
+    from tokcredit import report
 
     with tempfile.TemporaryDirectory() as work:
         folder = Path(run) if run else example(Path(work) / "example")
-        page = inspect.run(folder, output=Path(work) / "report.html")
+        page = report.run(folder, output=Path(work) / "report.html")
         options = webdriver.ChromeOptions()
         options.binary_location = "/usr/bin/chromium"
         for flag in [*FLAGS.split(), f"--user-data-dir={work}/profile", "--window-size=1440,1420"]:
@@ -50,10 +50,10 @@ def main(run: str | None = None, prompt: str = "4") -> None:
             driver.get(f"{page.as_uri()}#{int(prompt) - 1}")
             span = WebDriverWait(driver, 30).until(lambda d: d.execute_script(f"if (view) {{ {TOKEN} }}"))
             ActionChains(driver).move_to_element(span).perform()
-            driver.save_screenshot(str(HERE / "inspect.png"))
+            driver.save_screenshot(str(HERE / "report.png"))
         finally:
             driver.quit()
-    print(f"{HERE / 'inspect.png'}: {(HERE / 'inspect.png').stat().st_size:,} bytes")
+    print(f"{HERE / 'report.png'}: {(HERE / 'report.png').stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

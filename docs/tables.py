@@ -57,8 +57,8 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def methods() -> str:
     rows = []
     for name in tc.methods.names():
-        parts, needs = described(name), sorted(tc.methods.load(name).needs)
-        what = ", ".join(f"`{need}`" for need in needs) or "-"
+        parts, required_inputs = described(name), sorted(tc.methods.load(name).required_inputs)
+        what = ", ".join(f"`{need}`" for need in required_inputs) or "-"
         rows.append(
             (f"`{name}`", parts["Summary"], changes(name), what, parts["Cost"], link(parts["Source"]), parts["Departs"])
         )
@@ -66,7 +66,7 @@ def methods() -> str:
 
 
 def evidence() -> str:
-    rows = [(f"`{n}`", f"{e.kind} `{e.shape}`", e.meaning, e.source) for n, e in tc.evidence.KNOWN.items()]
+    rows = [(f"`{n}`", f"{e.kind} `{e.shape}`", e.meaning, e.source) for n, e in tc.inputs.KNOWN.items()]
     return table(("name", "what", "meaning", "computed by"), rows)
 
 

@@ -34,7 +34,7 @@ class Policy(nn.Module):
 
     def log_probs(self, prompts, replies):
         logits, _ = self(torch.cat([prompts, replies[:, :-1]], 1))
-        return tc.policy.log_probs(logits, replies)
+        return tc.log_probs.log_probs(logits, replies)
 
 
 def main(method, steps):

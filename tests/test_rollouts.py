@@ -24,8 +24,22 @@ def make(**changes):
         ({"tokens": TOKENS.float()}, TypeError, r"tokens: expected int32 or int64 \[6\], got float32 \[6\]"),
         ({"tokens": [1, 2]}, TypeError, "tokens: expected torch.Tensor, got list"),
         ({"tokens": TOKENS.view(2, 3)}, ValueError, r"tokens: expected .* \[6\], got int64 \[2, 3\]"),
-        ({"cu_seqlens": torch.tensor([0, 4, 2, 6])}, ValueError, "cu_seqlens: expected to rise from 0 to 6"),
-        ({"cu_seqlens": torch.tensor([0, 2, 2, 5])}, ValueError, "cu_seqlens: expected to rise from 0 to 6"),
+        (
+            {"cu_seqlens": torch.tensor([0, 4, 2, 6])},
+            ValueError,
+            r"cu_seqlens: expected ascending offsets from 0, got \[0, 4, 2, 6\]",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 2, 2, 5])},
+            ValueError,
+            "cu_seqlens: expected offsets from 0 to 6, the number of tokens, got 5",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([[0, 2], [2, 6]])},
+            ValueError,
+            r"cu_seqlens: expected int64 \[R \+ 1\], got int64 \[2, 2\]",
+        ),
+        ({"cu_seqlens": [0, 2, 2, 6]}, ValueError, r"cu_seqlens: expected int64 \[R \+ 1\], got list"),
         ({"cu_seqlens": EDGES.float()}, TypeError, "cu_seqlens: expected int32 or int64"),
         ({"group_ids": GROUPS[:2]}, ValueError, r"group_ids: expected .* \[3\], got int64 \[2\]"),
         ({"rewards": REWARDS / 0 * 0}, ValueError, "rewards: expected finite numbers, got"),
@@ -36,7 +50,11 @@ def make(**changes):
             r"response_mask: expected bool \[6\], got bool \[5\]",
         ),
         ({"response_mask": torch.ones(6)}, TypeError, "response_mask: expected bool"),
-        ({"old_log_probs": torch.zeros(6, device="meta")}, ValueError, "old_log_probs: expected device cpu"),
+        (
+            {"old_log_probs": torch.zeros(6, device="meta")},
+            ValueError,
+            "old_log_probs: expected a tensor on cpu, got one on meta",
+        ),
         ({"entropies": torch.zeros(7)}, ValueError, r"entropies: expected .* \[6\], got float32 \[7\]"),
     ],
 )
@@ -83,20 +101,19 @@ def test_select_keeps_rows(data, padded, draw):
 
 
 @given(ragged.grouped(), st.booleans(), st.data())
-def test_among_keeps_rows_where_they_lie(data, padded, draw):
-    """The buffers are those of the whole; what else there is agrees with the copy that ``select`` makes."""
+def test_keeping_leaves_rows_where_they_are(data, padded, draw):
+    """The buffers are those of the whole batch; everything else agrees with the copy that ``select`` makes."""
     sequences, *_ = data
     whole = ragged.batch(*data, padded=padded)
     taken = torch.tensor(draw.draw(st.lists(st.booleans(), min_size=len(sequences), max_size=len(sequences)))).bool()
-    whole = replace(whole, extras={"truncated": ~taken, "length_values": torch.rand(whole.num_tokens)})
-    whole.extras["mine"] = whole.shaped(whole.extras["length_values"]) if padded else "anything"
-    part, copy = whole.among(taken), whole.select(taken)
+    whole = whole.with_inputs(truncated=~taken, length_values=whole.shaped(torch.rand(whole.num_tokens)))
+    part, copy = whole.keeping(taken), whole.select(taken)
     rows = taken.nonzero()[:, 0].tolist()
     assert part.tokens.data_ptr() == whole.tokens.data_ptr()
     for name in ("rewards", "group_ids", "group_index", "num_groups", "lengths"):
         assert torch.equal(torch.as_tensor(getattr(part, name)), torch.as_tensor(getattr(copy, name)))
     assert part.extras["truncated"].tolist() == copy.extras["truncated"].tolist()
-    assert part.extras["mine"] is whole.extras["mine"] and part.extras["length_values"].numel() == whole.num_tokens
+    assert part.extras["length_values"] is whole.extras["length_values"]
 
     def packed(b, name):
         return b.to_packed(b.shaped(getattr(b, name))).tolist()
@@ -107,17 +124,15 @@ def test_among_keeps_rows_where_they_lie(data, padded, draw):
     assert packed(replace(whole, response_mask=part.response_mask), "response_mask") == alone
 
 
-def test_among_takes_rows_as_they_come():
+def test_keeping_takes_a_mask():
     with pytest.raises(TypeError, match=r"rows: expected bool \[3\], got int64 \[2\]"):
-        make().among(torch.tensor([2, 0]))
-    with pytest.raises(ValueError, match=r"cu_seqlens: expected int32 or int64 \[2, 4\], got int64 \[3, 4\]"):
-        make(cu_seqlens=torch.zeros(3, 4, dtype=torch.long))
+        make().keeping(torch.tensor([2, 0]))
 
 
 def test_select_rejects_what_is_not_a_row():
-    with pytest.raises(ValueError, match="rows: expected numbers from 0 to 2, got 0 to 3"):
+    with pytest.raises(ValueError, match="rows: expected numbers from 0 to 2, got 3"):
         make().select(torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match=r"rows: expected bool \[3\]"):
+    with pytest.raises(ValueError, match=r"rows: expected integers \[M\] or bool \[3\], got bool \[1\]"):
         make().select(torch.tensor([True]))
 
 

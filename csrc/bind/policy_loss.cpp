@@ -37,8 +37,9 @@ Operand operand(Call &call, const char *name, const py::handle &x, double number
   return {a.data, per, number};
 }
 
-void check_combination(const Call &call, const PolicyLoss &p) {
-  if (p.reference)
+// An empty reference has no pointer, so whether there is one is said apart.
+void check_combination(const Call &call, const PolicyLoss &p, bool has_reference) {
+  if (has_reference)
     return;
   if (p.source == Source::cumulative)
     call.fail("reference", "a tensor, because the log-ratio is cumulative", "None");
@@ -80,7 +81,7 @@ void policy_loss(const py::object &log_probs, const py::object &reference, const
   p.values = call.read("values", values, type, rows.count).data;
   p.stats = call.read("stats", stats, Type::f64, rows.count * loss_stats).as<double>();
   p.slopes = slopes.is_none() ? nullptr : call.read("slopes", slopes, type, rows.size).data;
-  check_combination(call, p);
+  check_combination(call, p, !reference.is_none());
   call.run([&] { cpu::policy_loss(p, threads); }, [&](auto &queue) { cuda::policy_loss(p, queue); });
 }
 

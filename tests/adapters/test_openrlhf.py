@@ -134,14 +134,14 @@ def packed(xs):
     return torch.cat(out)
 
 
-def paid(args):
+def with_advantages(args):
     return maker(args).compute_advantages_and_returns(experiences(args))
 
 
 def trained(args, accumulated=2):
     """Loss and gradient of optimizer steps of several micro-batches, as OpenRLHF's actor and DeepSpeed make them."""
     loss_fn, total, gradients, first = actor_loss(args), 0.0, [], 0
-    steps = iter_grad_accum_global_norm(paid(args), SimpleNamespace(), accumulated, lambda e: e.action_mask)
+    steps = iter_grad_accum_global_norm(with_advantages(args), SimpleNamespace(), accumulated, lambda e: e.action_mask)
     for experience, info in steps:
         mine = ROWS[first : first + len(experience.index)]
         first += len(mine)
@@ -164,21 +164,23 @@ def trained(args, accumulated=2):
     return total, packed(gradients), (clipped.item(), drift.item())
 
 
-def test_advantages_are_what_the_method_pays():
+def test_advantages_are_those_of_the_method():
     adapter.install(TEMPO_CTPO)
-    out = paid(arguments())
-    torch.testing.assert_close(packed([x.advantages for x in out]), rr.worth(TEMPO_CTPO, ROWS)[0])
+    out = with_advantages(arguments())
+    torch.testing.assert_close(packed([x.advantages for x in out]), rr.expected(TEMPO_CTPO, ROWS)[0])
     assert all((x.advantages[x.action_mask == 0] == 0).all() for x in out)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("grpo", "group_norm"), ("rloo", "rloo"), ("dr_grpo", "dr_grpo")])
 def test_advantages_equal_openrlhf(ours, theirs):
-    """But on a tool's tokens, which OpenRLHF pays and does not train."""
-    expected = packed([x.advantages for x in paid(arguments(theirs))]) * torch.cat([row["mask"] for row in ROWS])
+    """Except at tokens of tools, to which OpenRLHF gives advantages that it does not train."""
+    expected = packed([x.advantages for x in with_advantages(arguments(theirs))]) * torch.cat(
+        [row["mask"] for row in ROWS]
+    )
     assert (expected > 0).any() and (expected < 0).any()
     objective = tc.Objective(credit=tc.methods.load(ours).credit)
     adapter.install(objective)
-    found = packed([x.advantages for x in paid(arguments())])
+    found = packed([x.advantages for x in with_advantages(arguments())])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -187,7 +189,7 @@ def test_training_equals_the_objective(objective):
     """Micro-batches of 5, 5, 5 and 1 rows add up to the whole."""
     adapter.install(objective)
     mode = "token-mean" if objective is TEMPO_CTPO else "seq-mean-token-mean"
-    _, loss, gradient = rr.worth(objective, ROWS)
+    _, loss, gradient = rr.expected(objective, ROWS)
     value, theirs, _ = trained(arguments(**{"actor.loss_agg_mode": mode}), accumulated=4)
     assert value == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(theirs, gradient, rtol=1e-5, atol=1e-8)
@@ -244,10 +246,13 @@ def test_experience_makers_refuse(settings, reference, message):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (tc.methods.pods(), "no sampling stage"),
+        (tc.methods.pods(), "expected no filters"),
         (tc.methods.ba(), "aggregation stage without group statistics"),
         (tc.methods.dr_grpo(), "a length in the aggregation stage"),
-        (tc.Objective(kl=tc.loss.k3()), "no kl stage, for which OpenRLHF has algo.kl.use_loss"),
+        (
+            tc.Objective(terms=(tc.term.kl(estimator="k3"),)),
+            r"expected no terms, because OpenRLHF adds its own \(algo.kl.use_loss for KL\)",
+        ),
     ],
 )
 def test_install_refuses(objective, message):
@@ -264,16 +269,16 @@ def test_recipe():
     names = {"tc": tc, "dataclasses": dataclasses}
     exec(compile(code, str(HOSTS), "exec"), names)
     names["setup"]()
-    out = paid(arguments())
-    torch.testing.assert_close(packed([x.advantages for x in out]), rr.worth(TEMPO_CTPO, ROWS)[0])
+    out = with_advantages(arguments())
+    torch.testing.assert_close(packed([x.advantages for x in out]), rr.expected(TEMPO_CTPO, ROWS)[0])
     assert isinstance(actor_loss(arguments()), adapter.PolicyLoss)
 
 
-def test_evidence_that_the_batch_lacks():
-    weighted = replace(TEMPO_CTPO, weights=(tc.weights.importance_truncated(2.0),))
+def test_inputs_that_the_batch_lacks():
+    weighted = replace(TEMPO_CTPO, token_weights=(tc.token_weights.importance_truncated(2.0),))
     adapter.install(weighted)
     rows = experiences(arguments())
     for row in rows:
         row.rollout_log_probs = None
-    with pytest.raises(ValueError, match="needs rollout_log_probs"):
+    with pytest.raises(ValueError, match="requires rollout_log_probs"):
         maker(arguments()).compute_advantages_and_returns(rows)

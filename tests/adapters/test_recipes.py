@@ -53,9 +53,9 @@ class LossOutputs:
 def test_prime_rl(monkeypatch):
     """One call per sequence, prompt included; the sum is divided by the tokens of all."""
     loss = recipe("prime-rl", monkeypatch, prime_rl__trainer__rl__loss={"LossOutputs": LossOutputs})["loss"]
-    paid, expected, gradient = rr.worth(TEMPO_CTPO, ROWS)
+    advantages, expected, gradient = rr.expected(TEMPO_CTPO, ROWS)
     found, total, tokens = [], 0.0, sum(int(row["mask"].sum()) for row in ROWS)
-    for row, advantages in zip(ROWS, paid.split([len(row["response"]) for row in ROWS]), strict=True):
+    for row, advantages in zip(ROWS, advantages.split([len(row["response"]) for row in ROWS]), strict=True):
         before = torch.zeros(len(row["prompt"]))
         current = torch.cat([before, row["log_probs"]]).requires_grad_()
         out = loss(
@@ -88,7 +88,7 @@ def test_nemo_rl(monkeypatch):
     members = {"LossType": LossType, "LossInputType": LossInputType}
     loss_fn = recipe("NeMo-RL", monkeypatch, nemo_rl__algorithms__loss__interfaces=members)["CtpoLoss"]()
     assert loss_fn.loss_type is LossType.TOKEN_LEVEL and loss_fn.input_type is LossInputType.LOGPROB
-    paid, expected, gradient = rr.worth(TEMPO_CTPO, ROWS)
+    advantages, expected, gradient = rr.expected(TEMPO_CTPO, ROWS)
     lengths = [len(row["response"]) for row in ROWS]
 
     def whole(xs, outside=0.0):
@@ -101,7 +101,7 @@ def test_nemo_rl(monkeypatch):
         "token_mask": whole([row["mask"].float() for row in ROWS])[extra],
         "sample_mask": torch.tensor([0.0] + [1.0] * len(ROWS)),
         "prev_logprobs": whole([row["old_log_probs"] for row in ROWS])[extra],
-        "advantages": whole(paid.split(lengths), 7.0)[extra],
+        "advantages": whole(advantages.split(lengths), 7.0)[extra],
     }
     current = whole([row["log_probs"] for row in ROWS])[extra].requires_grad_()
     tokens, total = torch.tensor(sum(int(row["mask"].sum()) for row in ROWS)), 0.0

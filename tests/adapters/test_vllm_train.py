@@ -22,11 +22,11 @@ import tiny
 from tokcredit.adapters import vllm as adapter
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, ProbeSettings, SamplingSettings, Settings, tools
 from tokcredit.train import tiny as tiny_model
-from tokcredit.train.explorer import Desk
-from tokcredit.train.loop import Trainer
+from tokcredit.train.explorer import SamplingContext
 from tokcredit.train.probes import Prober
 from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.scoring import score
+from tokcredit.train.trainer import Trainer
 from tokcredit.train.trees import Trees
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -90,7 +90,7 @@ def test_weights_turn_draws_of_the_engine_into_draws_of_the_model():
         old_log_probs=truth[made.tokens],
         rollout_log_probs=made.log_probs,
     )
-    weights = tc.weights.importance_truncated(high=1e6)(batch, torch.zeros(count, 1)).double()
+    weights = tc.token_weights.importance_truncated(high=1e6)(batch, torch.zeros(count, 1)).double()
 
     def distance(of_each):
         frequencies = torch.zeros(16, dtype=torch.float64).index_add(0, made.tokens, of_each) / count
@@ -111,9 +111,9 @@ def test_chosen_weights_are_left_alone(half, tmp_path, monkeypatch):
 
     own = tc.methods.d3s().weights
     assert weights(sampler="transformers") == own and own
-    assert weights() == (*own, tc.weights.importance_truncated())
-    assert weights("importance_masked()") == (tc.weights.importance_masked(),)
-    assert weights("with_credit()") == (tc.weights.with_credit(),)
+    assert weights() == (*own, tc.token_weights.importance_truncated())
+    assert weights("importance_masked()") == (tc.token_weights.importance_masked(),)
+    assert weights("with_credit()") == (tc.filters.nonzero_advantage(),)
 
 
 def warmed(folder, text, steps, task, method, reward=None, **changes):
@@ -175,9 +175,9 @@ def desks(trainer, **sampling):
     settings = dataclasses.replace(
         trainer.settings, sampling=dataclasses.replace(trainer.settings.sampling, **sampling)
     )
-    trainer.desk.sampler.sync()
-    for sampler in (trainer.desk.sampler, TransformersSampler(trainer.model, trainer.tokenizer)):
-        yield Desk(settings, trainer.problems, trainer.tokenizer, sampler, trainer.ranks)
+    trainer.context.sampler.sync()
+    for sampler in (trainer.context.sampler, TransformersSampler(trainer.model, trainer.tokenizer)):
+        yield SamplingContext(settings, trainer.problems, trainer.tokenizer, sampler, trainer.ranks)
 
 
 def same(a, b):
@@ -201,7 +201,7 @@ def test_rows_stop_at_texts(adding):
     """With the token that completes one, be it drawn or greedy; greedy rows are those of transformers."""
     words = adding.tokenizer
     prompts = [words(text).input_ids for text in ("47+85=", "11+22=", "93+48=")]
-    ours, theirs = (desk.sampler for desk in desks(adding))
+    ours, theirs = (context.sampler for context in desks(adding))
 
     def rows(sampler, temperature, stop=()):
         made = sampler.sample(prompts, 4, 20, temperature, stop)
@@ -228,7 +228,7 @@ def test_rows_stop_at_texts(adding):
 
 def test_more_prompts_than_the_engine_reads_at_once(adding):
     """Some are then read in parts, between which nothing is drawn."""
-    sampler = adding.desk.sampler
+    sampler = adding.context.sampler
     prompt = adding.tokenizer("47+85=").input_ids
     prompts = [[3 + i % 7, *prompt * 6] for i in range(160)]
     runs = []
@@ -241,7 +241,7 @@ def test_more_prompts_than_the_engine_reads_at_once(adding):
 
 
 def test_special_tokens_are_text_to_stop_at(adding):
-    ours, theirs = (desk.sampler for desk in desks(adding))
+    ours, theirs = (context.sampler for context in desks(adding))
     prompt = [adding.tokenizer("47+85=").input_ids]
     for stop in (("<end>",), ("2<end>",), ("<unk>",)):
         rows = [sampler.sample(prompt, 1, 28, 0.0, stop) for sampler in (ours, theirs)]
@@ -251,8 +251,8 @@ def test_special_tokens_are_text_to_stop_at(adding):
 def test_conversations(talking):
     """The rows of transformers: calls, results between them, and answers."""
     made = []
-    for desk in desks(talking, temperature=0.0):
-        explorer = type(talking.explorer)(desk)
+    for context in desks(talking, temperature=0.0):
+        explorer = type(talking.explorer)(context)
         made.append((explorer.explore(1), explorer.attempt(talking.problems.held_out[:20])))
     (ours, rewards), (theirs, expected) = made
     same(ours.batch, theirs.batch)
@@ -265,7 +265,7 @@ def test_conversations(talking):
 
 def test_trees(adding):
     """Edges go on from token ids that the engine made before."""
-    ours, theirs = (Trees(desk).explore(1) for desk in desks(adding, temperature=0.0, widths=(2, 2)))
+    ours, theirs = (Trees(context).explore(1) for context in desks(adding, temperature=0.0, widths=(2, 2)))
     same(ours.batch, theirs.batch)
     assert ours.replies == theirs.replies and (~ours.batch.response_mask).any()
     drawn_by_the_model(adding, Trees(next(desks(adding, widths=(2, 2)))).explore(1).batch)
@@ -275,13 +275,13 @@ def test_probes(adding):
     """Greedy continuations and answers from inside rows are worth what transformers finds."""
     explored = adding.explorer.explore(1)
     batch = adding.learner.with_evidence(explored.batch, frozenset({"old_log_probs"}))
-    needs = frozenset({"state_values", "step_values", "answer_probs", "answer_confidences"})
+    required_inputs = frozenset({"state_values", "step_values", "answer_probs", "answer_confidences"})
     ours, theirs = (
-        Prober(desk, adding.learner.score).probe(needs, batch, explored.problems, 1)
-        for desk in desks(adding, temperature=0.0)
+        Prober(context, adding.learner.score).probe(required_inputs, batch, explored.problems, 1)
+        for context in desks(adding, temperature=0.0)
     )
-    assert ours.keys() == needs
-    for name in needs:
+    assert ours.keys() == required_inputs
+    for name in required_inputs:
         torch.testing.assert_close(ours[name], theirs[name], equal_nan=True, rtol=1e-3, atol=1e-4)
         found = ours[name][~ours[name].isnan()]
         assert found.min() < found.max(), name
@@ -289,7 +289,7 @@ def test_probes(adding):
 
 @pytest.mark.parametrize("method", ["spo_chain", "spo_tree", "vineppo", "spae"])
 def test_methods_that_ask_inside_rows_take_a_step(adding, method, monkeypatch):
-    llm = adding.desk.sampler._llm
+    llm = adding.context.sampler._llm
     monkeypatch.setattr(adapter.VllmSampler, "of", lambda model, *_: adapter.VllmSampler(model, llm))
     sampling = dataclasses.replace(adding.settings.sampling, widths=(3, 2))
     trainer = Trainer(dataclasses.replace(adding.settings, sampling=sampling, objective=ObjectiveSettings(method)))

@@ -9,20 +9,18 @@ from pathlib import Path
 import naive
 import pytest
 import tokcredit as tc
+import tokcredit.mixing
 import torch
+from tokcredit.rollouts import FIELDS
 
 ROOT = Path(__file__).parents[2]
 METHODS = tc.methods.names()
-STAGES = [
-    *(tc.schedule, tc.sampling, tc.credit, tc.score, tc.weights, tc.ratio, tc.clip, tc.gain),
-    *(tc.aggregation, tc.loss),
-]
 each = pytest.mark.parametrize("name", METHODS)
 
 
-def evidence(objective):
+def carried(objective):
     batch, current = naive.random_batch()
-    return naive.with_evidence(batch, objective.needs), current
+    return naive.with_inputs(batch, objective.required_inputs), current
 
 
 def prepare(objective, batch, **counts):
@@ -53,8 +51,8 @@ def test_tables_are_those_of_the_methods():
         text = (ROOT / document).read_text()
         assert text == tables.filled(text), f"{document} is out of date: python docs/tables.py"
         assert all(f"| `{name}` |" in text for name in METHODS)
-    needs = set().union(*(tc.methods.load(name).needs for name in METHODS))
-    assert needs <= set(tc.evidence.KNOWN)
+    required_inputs = set().union(*(tc.methods.load(name).required_inputs for name in METHODS))
+    assert required_inputs <= tc.inputs.names()
 
 
 @each
@@ -67,17 +65,14 @@ def test_prints_compares_pickles_and_converts(name):
 
 
 def vars_of_stages():
-    scope = {"Objective": tc.Objective, "inf": float("inf")}
-    for stage in STAGES:
-        scope |= {k: v for k, v in vars(stage).items() if dataclasses.is_dataclass(v)}
-    return scope
+    return {**tokcredit.mixing.inner(), "inf": float("inf")}
 
 
 @each
 @pytest.mark.parametrize("seed", range(3))
 def test_micro_batches_add_up(name, seed):
     objective = tc.methods.load(name)
-    batch, current = evidence(objective)
+    batch, current = carried(objective)
     prepared = prepare(objective, batch)
     whole = current.clone().requires_grad_()
     total = objective.loss(prepared, whole).loss
@@ -97,7 +92,7 @@ def test_ranks_average_to_the_whole(name):
     objective = tc.methods.load(name)
     if isinstance(objective.aggregation, tc.aggregation.sequence_sum):
         objective = dataclasses.replace(objective, aggregation=tc.aggregation.sequence_sum(7))
-    batch, current = evidence(objective)
+    batch, current = carried(objective)
     whole = current.clone().requires_grad_()
     prepared = prepare(objective, batch)
     objective.loss(prepared, whole).loss.backward()
@@ -105,7 +100,7 @@ def test_ranks_average_to_the_whole(name):
     trained = torch.stack([x.any() for x in prepared.mask.split(7)])
     for rank in range(2):
         rows = (batch.group_index % 2 == rank).nonzero()[:, 0]
-        if objective.spans_groups:
+        if objective.compares_groups:
             local = prepare(objective, batch, dp_size=2).select(rows)
         else:
             local = prepare(
@@ -125,13 +120,13 @@ def test_packed_equals_padded(name):
     objective = tc.methods.load(name)
     if isinstance(objective.aggregation, tc.aggregation.sequence_sum):
         objective = dataclasses.replace(objective, aggregation=tc.aggregation.sequence_sum(7))
-    batch, current = evidence(objective)
+    batch, current = carried(objective)
     spans = list(zip(batch.begin.tolist(), batch.end.tolist(), strict=True))
     keep = torch.cat([torch.arange(b, e) for b, e in spans])
 
     def pick(name):
-        x = batch.evidence(name)
-        return x[keep] if tc.evidence.KNOWN[name].per == "token" else x
+        x = batch.input(name)
+        return x[keep] if tc.inputs.get(name).per == "token" else x
 
     packed = tc.Rollouts(
         batch.tokens[keep],
@@ -139,7 +134,7 @@ def test_packed_equals_padded(name):
         batch.group_ids,
         batch.rewards,
         batch.response_mask[keep],
-        **{name: pick(name) for name in tc.evidence.FIELDS if getattr(batch, name) is not None},
+        **{name: pick(name) for name in FIELDS if getattr(batch, name) is not None},
         extras={name: pick(name) for name in batch.extras},
     )
     a = loss(objective, batch, current).loss
@@ -150,7 +145,7 @@ def test_packed_equals_padded(name):
 @each
 def test_masked_tokens_cannot_leak(name):
     objective = tc.methods.load(name)
-    batch, current = evidence(objective)
+    batch, current = carried(objective)
     clean = current.clone().requires_grad_()
     loss(objective, batch, clean).loss.backward()
     mask = batch.shaped(batch.response_mask)
@@ -167,26 +162,26 @@ def test_masked_tokens_cannot_leak(name):
 @each
 def test_all_masked_is_zero_and_attached(name):
     objective = tc.methods.load(name)
-    batch, current = evidence(objective)
+    batch, current = carried(objective)
     batch = dataclasses.replace(batch, response_mask=torch.zeros_like(batch.response_mask))
     prepared = prepare(objective, batch)
     log_probs = current.clone().requires_grad_()
     out = objective.loss(prepared, log_probs)
     out.loss.backward()
     assert out.loss == 0 and not log_probs.grad.any()
-    assert not prepared.has_credit.any()
+    assert not prepared.has_gradient.any()
 
 
 @each
 def test_rows_without_credit_have_no_gradient(name):
     objective = tc.methods.load(name)
-    batch, current = evidence(objective)
+    batch, current = carried(objective)
     batch = dataclasses.replace(batch, rewards=torch.where(batch.group_index == 0, 1.0, batch.rewards))
     prepared = prepare(objective, batch)
     unpaid = ~torch.stack([row.any() for row in prepared.advantages])
     log_probs = current.clone().requires_grad_()
     objective.loss(prepared, log_probs).loss.backward()
-    paid = prepared.has_credit
+    paid = prepared.has_gradient
     assert not paid[unpaid].any() and paid.any()
     assert not log_probs.grad[~paid].any()
     assert not log_probs.grad[~prepared.mask.view(batch.shape)].any()
@@ -203,25 +198,25 @@ def test_equal_rewards_cancel_exactly(name, dtype):
         groups = torch.arange(5).repeat_interleave(size)
         batch = tc.Rollouts.from_padded(tokens, torch.ones_like(tokens), groups, rewards)
         prepared = objective.prepare(batch)
-        assert not prepared.advantages.any() and not prepared.has_credit.any()
+        assert not prepared.advantages.any() and not prepared.has_gradient.any()
 
 
 @each
 def test_groups_of_equal_rewards_are_paid_nothing(name):
     objective = tc.methods.load(name)
-    batch, _ = evidence(objective)
+    batch, _ = carried(objective)
     if prepare(objective, dataclasses.replace(batch, rewards=torch.ones(12))).advantages.any():
         pytest.skip("pays rewards, or evidence besides them")
     batch = dataclasses.replace(batch, rewards=torch.where(batch.group_index == 0, 0.7, batch.rewards))
-    assert not prepare(objective, batch).has_credit[batch.group_index == 0].any()
+    assert not prepare(objective, batch).has_gradient[batch.group_index == 0].any()
 
 
 @each
 def test_absent_old_log_probs_mean_on_policy(name):
     objective = tc.methods.load(name)
-    if "old_log_probs" in objective.needs:
+    if "old_log_probs" in objective.required_inputs:
         pytest.skip("needs old_log_probs")
-    batch, current = evidence(objective)
+    batch, current = carried(objective)
     grads = []
     for old in (None, current.reshape(-1)):
         log_probs = current.clone().requires_grad_()

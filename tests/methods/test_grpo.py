@@ -12,7 +12,7 @@ def test_formula(seed, cap):
         return naive.sequence_mean(batch, losses)
 
     out = naive.check(tc.methods.grpo(clip_high=0.3, cap=cap), *naive.random_batch(seed), formula)
-    assert out.metrics["clip_low"] > 0 and out.metrics["clip_high"] > 0
+    assert out.metrics["clip_low_fraction"] > 0 and out.metrics["clip_high_fraction"] > 0
 
 
 def test_by_hand():
@@ -32,4 +32,4 @@ def test_group_of_one_is_paid_its_reward_and_equal_rewards_nothing():
         torch.arange(3), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 1]), torch.tensor([2.0, 3.0, 3.0])
     )
     assert tc.methods.grpo().prepare(batch).advantages.tolist() == pytest.approx([2.0, 0.0, 0.0], abs=1e-5)
-    assert tc.methods.grpo().prepare(batch).has_credit.tolist() == [True, False, False]
+    assert tc.methods.grpo().prepare(batch).has_gradient.tolist() == [True, False, False]

@@ -4,6 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.hapo import entropy_deviation, token_group_average
 
 ENTROPIES = [0.01, 0.05, 0.1, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2]
 
@@ -36,7 +37,7 @@ def group_advantages(batch):
 @pytest.mark.parametrize("literal_sign", [False, True])
 def test_formula(seed, literal_sign):
     batch, current = naive.random_batch(seed)
-    batch = naive.with_evidence(batch, {"entropies"})
+    batch = naive.with_inputs(batch, {"entropies"})
 
     def formula(batch, log_probs):
         tokens = [t for row in naive.rows_of(batch) for t in row]
@@ -69,20 +70,20 @@ def flat(rewards, lengths, entropies=None):
 def test_by_hand():
     batch = flat([1.0, 0.0], [4, 6], ENTROPIES)
     intended = [-1, -0.65, -0.5, -0.26, -0.20, -0.11, -0.05, 0, 0.585, 1]
-    score = tc.score.entropy_deviation()
+    score = entropy_deviation()
     assert score(batch).tolist() == pytest.approx(intended, abs=6e-3)
-    literal = tc.score.entropy_deviation(literal_sign=True)(batch)
+    literal = entropy_deviation(literal_sign=True)(batch)
     assert literal.tolist() == pytest.approx([abs(h) for h in intended], abs=6e-3)
     pivot, spread, low, high = score.statistics(batch)
     assert (pivot, spread) == pytest.approx((0.0, 1.968), abs=1e-3)
     assert (low, high) == pytest.approx((math.log(0.01) / spread, math.log(2) / spread))
-    paid = tc.credit.token_normalized()(flat([1.0, 0.0], [10, 30]))
+    paid = token_group_average()(flat([1.0, 0.0], [10, 30]))
     assert paid[:, 0].tolist() == pytest.approx([1.732, -0.577], abs=1e-3)
 
 
 def test_rare_outcomes_fall_back_to_the_mean_over_rows():
     # One correct token in 27: |A| is the root of 26 there, so the whole group is paid by rows.
-    paid = tc.credit.token_normalized()
+    paid = token_group_average()
     assert paid(flat([1.0, 0.0], [1, 26]))[:, 0].tolist() == pytest.approx([0.70711, -0.70711], abs=1e-4)
     assert paid(flat([1.0, 0.0], [1, 24]))[:, 0].tolist() == pytest.approx([24**0.5, -(24**-0.5)], abs=1e-4)
     assert paid(flat([0.7, 0.7, 0.7], [3, 5, 9])).tolist() == [[0.0], [0.0], [0.0]]
@@ -93,6 +94,6 @@ def test_on_policy_only_certain_tokens_change():
     objective = tc.methods.hapo()
     log_probs = torch.zeros(10, dtype=torch.float64, requires_grad=True)
     objective.loss(objective.prepare(batch), log_probs).loss.backward()
-    h = tc.score.entropy_deviation()(batch)
+    h = entropy_deviation()(batch)
     expected = torch.where(h > 0, 1, 1 + h) / 10 * torch.tensor([-1.0] * 5 + [1.0] * 5)
     torch.testing.assert_close(log_probs.grad, expected, rtol=1e-5, atol=1e-7)

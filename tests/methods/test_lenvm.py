@@ -10,7 +10,7 @@ import torch
 @pytest.mark.parametrize("scale", [0.5, -2.0])
 def test_formula(trace, scale):
     batch, current = naive.random_batch()
-    batch = naive.with_evidence(batch, {"length_values", "truncated"})
+    batch = naive.with_inputs(batch, {"length_values", "truncated"})
     gamma = 0.9
 
     def formula(batch, log_probs):
@@ -48,7 +48,7 @@ def test_by_hand():
     )
     prepared = tc.methods.lenvm(scale=2.0, gamma=0.5).prepare(batch)
     assert prepared.advantages.tolist() == pytest.approx([-0.5, 0.0, 0.5])
-    assert prepared.has_credit.tolist() == [True, True]
+    assert prepared.has_gradient.tolist() == [True, True]
 
 
 def test_a_cut_row_is_no_short_row():

@@ -21,40 +21,40 @@ def turns_of(batch):
     return out
 
 
-def normalised(x, centre_alone=False):
+def normalised(x, center_alone=False):
     if len(x) == 1:
-        return [0.0 if centre_alone else x[0] / (1 + 1e-6)]
+        return [0.0 if center_alone else x[0] / (1 + 1e-6)]
     mean = sum(x) / len(x)
     std = math.sqrt(sum((a - mean) ** 2 for a in x) / (len(x) - 1))
     return [(a - mean) / (std + 1e-6) for a in x]
 
 
-def advantages(batch, halve, centre_alone):
+def advantages(batch, halve, center_alone):
     turns, reward, out = turns_of(batch), batch.extras["turn_rewards"].tolist(), {}
     each = [[sum(reward[t] for t in run) for run in runs] for runs in turns]
     later = [[sum(0.9 ** (k - t) * r[k] for k in range(t, len(r))) for t in range(len(r))] for r in each]
-    for rows in naive.group_rows(batch):
-        whole = dict(zip(rows, normalised([sum(each[i]) for i in rows], centre_alone), strict=True))
+    for rows in naive.counted_rows(batch):
+        whole = dict(zip(rows, normalised([sum(each[i]) for i in rows], center_alone), strict=True))
         for t in range(max(len(turns[i]) for i in rows)):
             having = [i for i in rows if len(turns[i]) > t]
-            for i, local in zip(having, normalised([later[i][t] for i in having], centre_alone), strict=True):
+            for i, local in zip(having, normalised([later[i][t] for i in having], center_alone), strict=True):
                 out |= dict.fromkeys(turns[i][t], (whole[i] + local) / (2 if halve else 1))
     return out
 
 
-@pytest.mark.parametrize(("halve", "centre_alone"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("halve", "center_alone"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("seed", range(3))
-def test_formula(halve, centre_alone, seed):
+def test_formula(halve, center_alone, seed):
     batch, current = naive.random_batch(seed, length=11)
-    batch = naive.with_evidence(batch, {"turn_rewards"}, seed)
+    batch = naive.with_inputs(batch, {"turn_rewards"}, seed)
 
     def formula(batch, log_probs):
-        paid = advantages(batch, halve, centre_alone)
+        paid = advantages(batch, halve, center_alone)
         ratio = lambda t: (log_probs[t] - batch.old_log_probs[t]).exp()  # noqa: E731
         losses = [[naive.clipped(paid[t], ratio(t), 0.8, 1.2) for t in row] for row in naive.rows_of(batch)]
         return naive.sequence_mean(batch, losses)
 
-    naive.check(tc.methods.match_tir(halve=halve, centre_alone=centre_alone), batch, current, formula)
+    naive.check(tc.methods.match_tir(halve=halve, center_alone=center_alone), batch, current, formula)
 
 
 def two_rollouts(a, b):
@@ -68,7 +68,7 @@ def two_rollouts(a, b):
         torch.zeros(2),
         torch.tensor(turn * (len(a) + len(b))),
     )
-    batch.extras["turn_rewards"] = tc.matching.turn_rewards(batch, [a, b])
+    batch.extras["turn_rewards"] = tc.rewards.matching.turn_rewards(batch, [a, b])
     return batch
 
 
@@ -83,5 +83,5 @@ def test_by_hand():
 
 def test_the_turn_of_one_row_alone_keeps_its_return_or_none():
     batch = two_rollouts([0.5, 1.0], [0.0, 0.5, 0.8])  # 1.5 against 1.3
-    last = [tc.methods.match_tir(centre_alone=c).prepare(batch).advantages[-2].item() for c in (False, True)]
+    last = [tc.methods.match_tir(center_alone=c).prepare(batch).advantages[-2].item() for c in (False, True)]
     assert last == pytest.approx([-0.70711 + 0.8, -0.70711], abs=1e-5)

@@ -8,7 +8,7 @@ def advantages(batch, beta):
     tokens, paid, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
     s = naive.influence(batch, tokens, [1.0] * batch.num_rows)
     out = {t: paid[i] for i, ts in enumerate(tokens) for t in ts}
-    for rows in naive.group_rows(batch):
+    for rows in naive.counted_rows(batch):
         correct = [i for i in rows if r[i] > 0.5]
         if not 0 < len(correct) < len(rows):
             continue
@@ -24,7 +24,7 @@ def advantages(batch, beta):
 @pytest.mark.parametrize("beta", [1.0, 0.0, 0.2])
 def test_formula(seed, beta):
     batch, current = naive.random_batch(seed, size=5)
-    batch = naive.with_evidence(batch, {"hidden_states", "token_probs"}, seed)
+    batch = naive.with_inputs(batch, {"hidden_states", "token_probs"}, seed)
 
     def formula(batch, log_probs):
         paid = advantages(batch, beta)
@@ -72,11 +72,11 @@ def test_columns_are_the_tokens_of_the_group():
         torch.zeros(3),
     )
     batch.tokens[[2, 8]] = torch.tensor([-100, 10**12])  # where masked, ids mean nothing
-    ids, column = tc.policy.group_vocabulary(batch)
+    ids, column = tc.log_probs.group_vocabulary(batch)
     assert ids.tolist() == [[7, 9, -1], [3, 5, 7]]  # groups in rising order of their ids
     assert column.tolist() == [2, 0, -1, 0, 0, 1, 1, 0, -1]
     logits = torch.randn(3, 3, 10, generator=torch.Generator().manual_seed(0))
-    probs = tc.policy.group_probs(logits, batch).view(3, 3, 3)
+    probs = tc.log_probs.group_probs(logits, batch).view(3, 3, 3)
     torch.testing.assert_close(probs[0, 1], logits[0, 1].softmax(-1)[[3, 5, 7]])
     torch.testing.assert_close(probs[2, 0, :2], logits[2, 0].softmax(-1)[[7, 9]])
     assert probs[2, 0, 2] == 0 and not probs[0, 2].any()

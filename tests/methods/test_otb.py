@@ -31,7 +31,7 @@ def advantages(batch, rewards):
 @pytest.mark.parametrize("seed", range(3))
 def test_formula(by_turn, seed):
     batch, current = naive.random_batch(seed, length=9)
-    batch = naive.with_evidence(batch, NEEDS, seed)
+    batch = naive.with_inputs(batch, NEEDS, seed)
 
     def formula(batch, log_probs):
         if by_turn:

@@ -31,7 +31,7 @@ def whitened(paid, counted):
 @pytest.mark.parametrize("seed", range(3))
 def test_formula(whiten, seed):
     batch, current = naive.random_batch(seed)
-    batch = naive.with_evidence(batch, {"state_values"}, seed)
+    batch = naive.with_inputs(batch, {"state_values"}, seed)
 
     def formula(batch, log_probs):
         rows, old = naive.rows_of(batch), batch.old_log_probs

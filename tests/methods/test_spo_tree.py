@@ -35,7 +35,7 @@ def values_of(batch):
 @pytest.mark.parametrize("seed", range(3))
 def test_formula(scale, seed):
     batch, current = naive.random_batch(seed, size=6)
-    batch = naive.with_evidence(batch, {"node_ids", "parent_ids"})
+    batch = naive.with_inputs(batch, {"node_ids", "parent_ids"})
 
     def formula(batch, log_probs):
         losses, old = [], batch.old_log_probs

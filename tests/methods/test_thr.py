@@ -8,7 +8,7 @@ def advantages(batch, favour, beta):
     tokens, paid, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
     s = naive.influence(batch, tokens, [1 / max(len(t), 1) for t in tokens])
     out = {t: paid[i] for i, ts in enumerate(tokens) for t in ts}
-    for rows in naive.group_rows(batch):
+    for rows in naive.counted_rows(batch):
         correct = [i for i in rows if r[i] > 0.5]
         if not 0 < len(correct) < len(rows):
             continue
@@ -25,7 +25,7 @@ def advantages(batch, favour, beta):
 @pytest.mark.parametrize(("favour", "beta"), [(0.1, 1.0), (-0.3, 0.5), (0.0, 1.0)])
 def test_formula(seed, favour, beta):
     batch, current = naive.random_batch(seed, size=5)
-    batch = naive.with_evidence(batch, {"hidden_states", "token_probs"}, seed)
+    batch = naive.with_inputs(batch, {"hidden_states", "token_probs"}, seed)
 
     def formula(batch, log_probs):
         paid = advantages(batch, favour, beta)

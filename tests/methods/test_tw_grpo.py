@@ -76,9 +76,9 @@ def test_by_hand():
 def test_needs_what_it_compares():
     batch, _ = naive.random_batch()
     with pytest.raises(
-        ValueError, match="disagreement: expected in the batch because the objective needs it, got None"
+        ValueError, match="disagreement: expected in the batch because the objective reads it, got None"
     ):
         tc.methods.tw_grpo().prepare(batch)
     batch.extras["disagreement"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"disagreement: expected float \[84\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"disagreement: expected float \[84\], got float32 \[3\]"):
         tc.methods.tw_grpo().prepare(batch)

@@ -9,7 +9,7 @@ import torch
 @pytest.mark.parametrize("seed", range(3))
 def test_formula(seed):
     batch, current = naive.random_batch(seed)
-    batch = naive.with_evidence(batch, {"step_values"}, seed)
+    batch = naive.with_inputs(batch, {"step_values"}, seed)
 
     def formula(batch, log_probs):
         values, losses = batch.extras["step_values"].tolist(), []

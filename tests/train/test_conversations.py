@@ -8,7 +8,7 @@ import torch
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, ToolSettings, run, tools
 from tokcredit.train.conversations import Conversations
 from tokcredit.train.experiment import resolved
-from tokcredit.train.loop import Trainer
+from tokcredit.train.trainer import Trainer
 from tokcredit.train.record import read_metrics
 from tokcredit.train.sampler import Completions
 from tokcredit.train.scoring import score
@@ -59,7 +59,7 @@ class Scripted:
 def scripted(talking, script, **changes):
     trainer = Trainer(resolved(talking(**changes)))
     assert isinstance(trainer.explorer, Conversations)
-    trainer.desk.sampler = Scripted(trainer.tokenizer, script)
+    trainer.context.sampler = Scripted(trainer.tokenizer, script)
     return trainer
 
 
@@ -97,7 +97,7 @@ def test_exact_rows(talking):
     assert ((batch.rollout_log_probs == 0) == ~batch.response_mask).all()
     assert explored.finished.tolist() == [True, True, False, False] * 2, "the turn limit and the length cut"
     assert batch.group_ids.tolist() == [0] * 4 + [1] * 4
-    assert set(trainer.desk.sampler.stops) == {("</tool>",)}
+    assert set(trainer.context.sampler.stops) == {("</tool>",)}
     # What each turn drew stands in its place: rows of the first call, then those still going.
     begin, end = batch.begin[0], batch.end[0]
     own = batch.rollout_log_probs[begin:end][batch.response_mask[begin:end]]

@@ -13,7 +13,7 @@ import torch
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, ProbeSettings, compare, run
 from tokcredit.train.experiment import resolved
 from tokcredit.train.learner import learning_rate
-from tokcredit.train.loop import COLLECTED, Trainer
+from tokcredit.train.trainer import COLLECTED, Trainer
 from tokcredit.train.record import read_metrics, smoothed
 
 TIMES = {"seconds", "sample_seconds", "train_seconds", "credit_seconds"}
@@ -82,7 +82,7 @@ def test_recorded_rollouts_hold_what_was_paid(settings):
 
 
 def scope():
-    stages = (tc.credit, tc.weights, tc.ratio, tc.clip, tc.aggregation, tc.loss, tc.score, tc.schedule)
+    stages = (tc.credit, tc.token_weights, tc.ratio, tc.clip, tc.aggregation, tc.term, tc.token_score, tc.schedule)
     names = {k: v for stage in stages for k, v in vars(stage).items() if dataclasses.is_dataclass(v)}
     return names | {"Objective": tc.Objective, "inf": float("inf")}
 
@@ -99,9 +99,9 @@ def test_training_raises_the_reward(settings):
 @pytest.mark.parametrize("method", tc.methods.names())
 def test_every_method_trains(settings, method):
     objective = tc.methods.load(method)
-    if unknown := objective.needs - COLLECTED:
+    if unknown := objective.required_inputs - COLLECTED:
         pytest.skip(f"needs {', '.join(unknown)}")
-    if "turn_rewards" in objective.needs:
+    if "turn_rewards" in objective.required_inputs:
         pytest.skip("needs tools, see test_conversations.py")
     reward = "test_experiment:has_digit" if method in ("psr", "nsr", "w_reinforce", "thr", "nthr") else None
     optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, precision="no", epochs=2, minibatches=2, schedule="linear")
@@ -131,7 +131,7 @@ def test_groups_without_signal_cost_no_pass(settings, monkeypatch):
     s = settings(reward="test_experiment:always")
     trainer = Trainer(resolved(s))
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    monkeypatch.setattr("tokcredit.train.evidence.predict", None)
+    monkeypatch.setattr("tokcredit.train.collectors.predict", None)
     step = trainer.step(1)
     assert step.metrics["groups_with_signal"] == 0 and step.metrics["reward"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from tokcredit.train import run, tiny
 from tokcredit.train.experiment import resolved
 from tokcredit.train.lengths import LengthHead, LengthLearner, candidates_head
-from tokcredit.train.loop import Trainer
+from tokcredit.train.trainer import Trainer
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.record import read_metrics
 
@@ -98,7 +98,7 @@ def test_decoding_is_steered(learner):
     drawn = {}
     for beta in (-20.0, 20.0):
         torch.manual_seed(0)
-        tilt = tc.length.LengthTilt(head, beta, candidates=99, top_p=1.0)
+        tilt = tc.decoding.length.LengthTilt(head, beta, candidates=99, top_p=1.0)
         out = model.generate(ids, max_new_tokens=3, do_sample=True, top_k=0, logits_processor=[tilt])
         drawn[beta] = torch.isin(out[:, ids.shape[1] :], short).float().mean().item()
     assert drawn[-20.0] > 0.99 and drawn[20.0] < 0.01
@@ -119,9 +119,9 @@ def test_the_values_reach_the_objective(settings):
     made = Trainer(resolved(settings("lenvm")))
     step = made.step(1)
     batch = step.learnt.prepared.batch
-    value = batch.evidence("length_values")
+    value = batch.input("length_values")
     assert ((value < 0) & (value > -1)).all()
     plain = tc.methods.grpo().prepare(dataclasses.replace(batch, extras={})).advantages
-    cut = batch.evidence("truncated")
-    expected = plain + 0.1 * tc.length.advantages(value, batch.rows, 0.997, truncated=cut)
+    cut = batch.input("truncated")
+    expected = plain + 0.1 * tc.decoding.length.advantages(value, batch.spans, 0.997, truncated=cut)
     torch.testing.assert_close(step.learnt.prepared.advantages, expected)

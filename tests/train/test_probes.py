@@ -5,7 +5,7 @@ import tokcredit as tc
 import torch
 from tokcredit.train import ProbeSettings, tiny
 from tokcredit.train.experiment import resolved
-from tokcredit.train.loop import Trainer
+from tokcredit.train.trainer import Trainer
 from tokcredit.train.probes import _Rows
 from tokcredit.train.tasks import Problem
 
@@ -36,7 +36,7 @@ def batch():
 
 
 def test_steps_end_with_the_text(trainer, batch):
-    rows = _Rows(trainer.desk, batch)
+    rows = _Rows(trainer.context, batch)
     assert rows.step_ends(";") == [1, 3, 7, 9, 10]
     assert rows.step_ends(";;") == [10] and rows.step_ends("?") == []
     assert rows.before(7) == WORDS("a").input_ids and rows.through(7) == WORDS("a;").input_ids
@@ -52,12 +52,12 @@ def test_steps_end_with_the_thought(trainer):
         torch.zeros(1),
         extras={"prompt_tokens": torch.tensor([[5]])},
     )
-    assert _Rows(trainer.desk, batch).step_ends(";") == [1]
+    assert _Rows(trainer.context, batch).step_ends(";") == [1]
 
 
 def test_values_are_means_over_continuations_from_the_state(trainer, batch, monkeypatch):
     asked = []
-    sample = trainer.desk.sampler.sample
+    sample = trainer.context.sampler.sample
 
     def recorded(prompts, count, max_tokens, temperature, stop):
         made = sample(prompts, count, max_tokens, temperature, stop)
@@ -65,7 +65,7 @@ def test_values_are_means_over_continuations_from_the_state(trainer, batch, monk
         asked.append({tuple(p): rows[i * count : (i + 1) * count] for i, p in enumerate(prompts)})
         return made
 
-    monkeypatch.setattr(trainer.desk.sampler, "sample", recorded)
+    monkeypatch.setattr(trainer.context.sampler, "sample", recorded)
     problems = [problem("5")] * 4
     value = trainer.prober.probe(frozenset({"step_values"}), batch, problems, 1)["step_values"]
     # Steps begin at the first token of a row and behind every end but the last.
@@ -76,7 +76,7 @@ def test_values_are_means_over_continuations_from_the_state(trainer, batch, monk
     # The bare prompt is asked about once for three rows, "a;" once for two.
     assert len(states) == 4
     for t in begins:
-        before = _Rows(trainer.desk, batch).before(t)
+        before = _Rows(trainer.context, batch).before(t)
         rows = states[(*prompt, *before)]
         limit = trainer.settings.sampling.max_tokens
         texts = [WORDS.decode((before + row.tolist())[:limit], skip_special_tokens=True) for row in rows]
@@ -94,23 +94,23 @@ def test_improbable_states_are_valued(trainer, batch):
 
 def test_answers(trainer, batch, monkeypatch):
     drawn = []
-    sample = trainer.desk.sampler.sample
+    sample = trainer.context.sampler.sample
 
     def recorded(prompts, count, max_tokens, temperature, stop):
         assert (count, max_tokens, temperature) == (4, 3, 0.6)
         drawn.append((prompts, sample(prompts, count, max_tokens, temperature, stop)))
         return drawn[-1][1]
 
-    monkeypatch.setattr(trainer.desk.sampler, "sample", recorded)
-    needs = frozenset({"answer_probs", "answer_confidences"})
-    found = trainer.prober.probe(needs, batch, [problem("51")] * 4, 1)
+    monkeypatch.setattr(trainer.context.sampler, "sample", recorded)
+    required_inputs = frozenset({"answer_probs", "answer_confidences"})
+    found = trainer.prober.probe(required_inputs, batch, [problem("51")] * 4, 1)
     ends = [1, 3, 7, 9, 10]
     model, truth = trainer.model.double(), WORDS("51").input_ids
     ((states, made),) = drawn
     rows = made.tokens.split(made.cu_seqlens.diff().tolist())
     with torch.no_grad():
         for k, t in enumerate(ends):
-            state = WORDS("2+3=").input_ids + _Rows(trainer.desk, batch).through(t) + WORDS(">").input_ids
+            state = WORDS("2+3=").input_ids + _Rows(trainer.context, batch).through(t) + WORDS(">").input_ids
             assert states[k] == state
             p = model(torch.tensor([[*state, *truth]])).logits[0, len(state) - 1 : -1].softmax(-1)
             probs = [p[i, token].item() for i, token in enumerate(truth)]

@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
-from tokcredit.train.loop import Trainer
+from tokcredit.train.trainer import Trainer
 from tokcredit.train.record import read_metrics
 from tokcredit.train.scoring import left_padded
 

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tokcredit as tc
+from tokcredit.methods.r3 import dominance
 import torch
 from test_experiment import numbers
 from tokcredit.train import ObjectiveSettings, ReplaySettings, SamplingSettings, Settings, run, tasks, tiny
 from tokcredit.train.experiment import resolved
-from tokcredit.train.explorer import Desk
-from tokcredit.train.loop import Trainer
+from tokcredit.train.explorer import SamplingContext
+from tokcredit.train.trainer import Trainer
 from tokcredit.train.replay import Buffer, Replay, Reply, _key
 from tokcredit.train.sampler import Completions
 
@@ -47,11 +48,11 @@ def explorer(ranks=ALONE, prompts=2, seed=0, **changes):
     settings = Settings(
         sampling=SamplingSettings(prompts=prompts, group=3, max_tokens=4), replay=ReplaySettings(**changes), seed=seed
     )
-    return Replay(Desk(settings, tasks.Problems([problems], problems), WORDS, Scripted(), ranks))
+    return Replay(SamplingContext(settings, tasks.Problems([problems], problems), WORDS, Scripted(), ranks))
 
 
 def explore(e, number, a, b):
-    e._desk.sampler.replies = {"a?": a, "b?": b}
+    e._context.sampler.replies = {"a?": a, "b?": b}
     return e.explore(number)
 
 
@@ -105,7 +106,7 @@ def test_numbers_of_settings():
     e = explorer(remembered=3, replayed=3, hard=0.0)
     explore(e, 1, ["n1", "n2", "n3"], ["y1", "n4", "n5"])
     got = rows(explore(e, 2, ["y1", "y2", "y3"], ["n6", "n7", "n8"]))
-    assert sorted(row[1] for row in got[6:]) == ["n1", "n2", "n3", "y1"] and len(e._desk.sampler.asked) == 2
+    assert sorted(row[1] for row in got[6:]) == ["n1", "n2", "n3", "y1"] and len(e._context.sampler.asked) == 2
     with pytest.raises(ValueError, match="replayed: expected 0 to the 1 replies remembered, got 2"):
         explorer(remembered=1)
 
@@ -132,7 +133,7 @@ def test_state_survives_a_file():
         file.seek(0)
         other = explorer(replayed=1)
         other.load_state_dict(torch.load(file))
-        other._desk.sampler.step = e._desk.sampler.step
+        other._context.sampler.step = e._context.sampler.step
     for number in (2, 3, 4):
         script = (["n", "n", "n"], ["y", "y", "y"])
         got = [rows(explore(x, number, *script)) for x in (e, other)]
@@ -184,7 +185,7 @@ def test_the_gradient_is_the_formulas(settings, monkeypatch):
         resolved(settings("r3", objective=objective, reward="test_replay:never", replay=ReplaySettings(hard=0.6)))
     )
     generator = torch.Generator().manual_seed(0)
-    for problem in trainer.desk.chosen(1)[1]:
+    for problem in trainer.context.chosen(1)[1]:
         for length, reward in ((3, 1.0), (5, 1.0), (6, 0.0), (4, 0.0)):
             tokens = torch.randint(3, 90, (length,), generator=generator)
             # About those of a random model over 100 tokens, so that some ratios are clipped and some are not.
@@ -211,7 +212,7 @@ def test_the_gradient_is_the_formulas(settings, monkeypatch):
         p = trainer.model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         current.append(p.gather(1, tokens[:, None])[:, 0])
         entropies.append(-(p.exp() * p).sum(1).detach())
-    shape = tc.credit.dominance()(dataclasses.replace(batch, entropies=torch.cat(entropies)))
+    shape = dominance()(dataclasses.replace(batch, entropies=torch.cat(entropies)))
     rewards = torch.where(replayed, batch.rewards + 1 - batch.lengths / 6, shape)
     loss, clipped = torch.zeros(()), []
     for group in range(4):

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from tokcredit import matching
-from tokcredit.matching import Call
+from tokcredit.rewards import matching
+from tokcredit.rewards.matching import Call
 from tokcredit.train import tasks, tiny, tools
 
 

@@ -2,10 +2,11 @@ import dataclasses
 
 import pytest
 import tokcredit as tc
+from tokcredit.methods.spo_tree import edges
 import torch
 from tokcredit.train import SamplingSettings, tiny
 from tokcredit.train.experiment import resolved
-from tokcredit.train.loop import Trainer
+from tokcredit.train.trainer import Trainer
 
 WIDTHS = (3, 2, 2)
 
@@ -14,7 +15,7 @@ def trainer(settings, **changes):
     sampling = SamplingSettings(prompts=2, max_tokens=7, widths=WIDTHS, **changes)
     made = Trainer(resolved(settings("spo_tree", sampling=sampling)))
     # Half of the vocabulary ends a text, so that leaves occur at every depth.
-    made.desk.sampler._ends = torch.arange(1, 99, 6)
+    made.context.sampler._ends = torch.arange(1, 99, 6)
     return made
 
 
@@ -29,7 +30,7 @@ def test_edges_hang_together(settings):
         n: (batch.tokens[b:e].tolist(), batch.response_mask[b:e].tolist())
         for n, (b, e) in zip(node, spans, strict=True)
     }
-    ends = set(made.desk.sampler._ends.tolist())
+    ends = set(made.context.sampler._ends.tolist())
     leaves, depths = [], {}
     for i, (n, p) in enumerate(zip(node, parent, strict=True)):
         tokens, mask = rows[n]
@@ -64,7 +65,7 @@ def test_credit_of_a_grown_tree(settings):
         below = [value(m) for m, p in zip(node, parent, strict=True) if p == n]
         return sum(below) / len(below) if below else batch.rewards[node.index(n)].item()
 
-    paid = tc.credit.edges()(batch)[:, 0].tolist()
+    paid = edges()(batch)[:, 0].tolist()
     for i, (n, p) in enumerate(zip(node, parent, strict=True)):
         siblings = [m for m, q, g in zip(node, parent, group, strict=True) if q == p and g == group[i]]
         expected = value(n) - sum(map(value, siblings)) / len(siblings)
@@ -100,7 +101,7 @@ def test_levels_must_fit(settings, tokens, segment):
 def test_no_path_is_longer_than_a_reply(settings, tokens):
     sampling = SamplingSettings(prompts=2, max_tokens=tokens, widths=(2, 1, 1))
     made = Trainer(resolved(settings("spo_tree", sampling=sampling)))
-    made.desk.sampler._ends = torch.tensor([98])
+    made.context.sampler._ends = torch.tensor([98])
     batch = made.explorer.explore(1).batch
     assert int((batch.end - batch.begin).max()) == tokens
 

@@ -1,6 +1,6 @@
-"""Published methods, one file each: a function that returns the :class:`~tokcredit.objective.Objective`.
+"""Published methods, one file each: a function that returns the objective of the method.
 
-The folder is the registry: ``methods/NAME.py`` holds ``def NAME(...) -> Objective`` and nothing else is needed.
+The folder is the registry: ``methods/NAME.py`` holds ``def NAME(...)`` and the stages that only this method has.
 """
 
 from __future__ import annotations
@@ -12,24 +12,32 @@ from pkgutil import iter_modules
 from typing import Any
 
 from tokcredit.objective import Objective
+from tokcredit.preference import Preference
+from tokcredit.supervised import Supervised
 
-_METHODS: dict[str, Callable[..., Objective]] = {
+AnyObjective = Objective | Preference | Supervised
+
+_METHODS: dict[str, Callable[..., AnyObjective]] = {
     module.name: getattr(import_module(f"{__name__}.{module.name}"), module.name) for module in iter_modules(__path__)
 }
 globals().update(_METHODS)
 
 
 def names() -> tuple[str, ...]:
-    """Every method there is."""
+    """Return the names of all methods."""
     return tuple(sorted(_METHODS))
 
 
-def load(name: str, **settings: Any) -> Objective:
-    """The objective of a published method.
+def load(name: str, **settings: Any) -> Any:
+    """Return the objective of a published method.
 
     Args:
-        name: one of :func:`names`.
-        settings: the method's own arguments; what it does not know is an error.
+        name: One of :func:`names`.
+        settings: Arguments of the method.
+
+    Raises:
+        TypeError: The method does not have a setting, or it has the wrong type.
+        ValueError: There is no such method, or a setting is out of range.
     """
     if name not in _METHODS:
         raise ValueError(f"name: expected one of {', '.join(names())}, got {name!r}")
@@ -40,5 +48,5 @@ def load(name: str, **settings: Any) -> Objective:
     return _METHODS[name](**settings)
 
 
-def __getattr__(name: str) -> Callable[..., Objective]:
+def __getattr__(name: str) -> Callable[..., AnyObjective]:
     raise AttributeError(f"no method {name!r}; there are {', '.join(names())}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -31,15 +31,6 @@ def set_num_threads(count: int) -> None:
     _threads = count
 
 
-class Rows(NamedTuple):
-    """Spans of flat token buffers: row r is ``[begin[r], end[r])``, and only tokens with ``mask`` take part.
-
-    ``begin`` and ``end`` are int64 ``[R]``, increasing and disjoint; ``mask`` is bool ``[N]`` or None for all.
-    """
-
-    begin: Tensor
-    end: Tensor
-    mask: Tensor | None = None
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:

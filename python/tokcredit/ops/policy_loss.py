@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain, result
+from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain, result
+from tokcredit.spans import Spans
 
 SURROGATES: tuple[str, ...] = _C.SURROGATES
 COORDINATES: tuple[str, ...] = _C.COORDINATES
@@ -106,7 +107,7 @@ def _index(names: tuple[str, ...], argument: str, name: str) -> int:
 
 def policy_loss(
     log_probs: Tensor,
-    rows: Rows,
+    spans: Spans,
     surrogate: str,
     *,
     reference: Tensor | None = None,
@@ -129,14 +130,14 @@ def policy_loss(
     limit: float = inf,
     clamp: tuple[float, float] = (-inf, inf),
 ) -> tuple[Tensor, Tensor]:
-    """Weighted surrogate summed over each row ``[R]``, and statistics ``[R, len(LOSS_STATS)]`` in float64.
+    """Return the weighted surrogate summed over each row, and statistics of each row.
 
     Definition: ``csrc/ops/policy_loss.hpp``.
 
     Args:
         log_probs: Log-probs of the tokens ``[N]``, any float dtype. Values and slopes are float32, or float64 for
             float64.
-        rows: Where rows lie; tokens under a False mask take no part.
+        spans: The rows; tokens under a False mask take no part.
         surrogate: One of ``SURROGATES``.
         reference: Log-probs of another policy ``[N]``.
         log_ratio: Log-ratio to use in place of ``log_probs - reference``. This and the next operands are one number,
@@ -160,7 +161,7 @@ def policy_loss(
         clamp: Smallest and largest log-ratio.
 
     Returns:
-        Values ``[R]`` with a gradient to ``log_probs``, and detached statistics.
+        Values ``[R]`` with a gradient to ``log_probs``, and statistics float64 ``[R, len(LOSS_STATS)]`` without one.
 
     Raises:
         ValueError: An unknown name, tensors of other shapes or dtypes, or ``cumulative`` with a ``log_ratio``.
@@ -188,7 +189,7 @@ def policy_loss(
         reference,
         tensors,
         numbers,
-        *rows,
+        *spans.arrays,
         trains,
         _index(SURROGATES, "surrogate", surrogate),
         _SOURCES.index("cumulative" if cumulative else "difference" if log_ratio is None else "given"),

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain
+from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain
+from tokcredit.spans import Spans
 
 REDUCTIONS: tuple[str, ...] = _C.REDUCTIONS
 
@@ -53,6 +54,13 @@ def _segment_ids(x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, red
     return y
 
 
-def count(rows: Rows, like: Tensor) -> Tensor:
-    """Unmasked tokens of each row as a float; ``like`` is any ``[N]``, which is not read."""
-    return torch.ops.tokcredit.segment_rows(like, *rows, REDUCTIONS.index("count"), 0.0, num_threads())
+def count(spans: Spans) -> Tensor:
+    """Return the number of unmasked tokens of each row, int64 ``[R]``.
+
+    Args:
+        spans: The rows.
+    """
+    if spans.mask is None:
+        return spans.lengths
+    counts = torch.ops.tokcredit.segment_rows(spans.mask, *spans.arrays, REDUCTIONS.index("count"), 0.0, num_threads())
+    return counts.long()

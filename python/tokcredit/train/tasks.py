@@ -1,4 +1,4 @@
-"""Problems with verifiable answers: reasoning_gym data sets, a JSONL file, column addition, or a calculator to call."""
+"""Tasks with verifiable answers: reasoning_gym data sets, JSONL files, column addition, and chains for a calculator."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokcredit import matching
+from tokcredit.expression import Call, parse
+from tokcredit.rewards import matching
 from tokcredit.train import tools
-from tokcredit.train.expression import Call, parse
 
 _NUMBER = re.compile(r"(?<![\w)])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.S)
@@ -24,7 +24,15 @@ _CORRECT = 0.99
 
 
 class Problem(NamedTuple):
-    """A question, its answer, and the reward of a reply to it; where tools can be called, the calls expected."""
+    """A question with its answer.
+
+    Attributes:
+        task: Name of the task.
+        question: Text of the question.
+        answer: Text of the answer.
+        reward: Function from a reply to its reward.
+        calls: Expected tool calls, or None for a task without tools.
+    """
 
     task: str
     question: str
@@ -34,17 +42,32 @@ class Problem(NamedTuple):
 
 
 class Problems(NamedTuple):
-    """Training problems of each task, and the problems kept from training."""
+    """The problems of a run.
+
+    Attributes:
+        train: Training problems of each task.
+        held_out: Problems that are kept from training.
+    """
 
     train: list[list[Problem]]
     held_out: list[Problem]
 
     def step(self, step: int, count: int, seed: int) -> list[Problem]:
-        """``count`` problems for a step, the tasks taking turns, each in an order of its own that never skips one."""
+        """Return the problems of a step. Tasks alternate, and each gives all its problems in random order, then again.
+
+        Args:
+            step: Number of the step, from 0.
+            count: Number of problems.
+            seed: Seed of the order.
+        """
         return [self._nth(step * count + i, seed) for i in range(count)]
 
     def measured(self, count: int) -> list[Problem]:
-        """At most ``count`` held-out problems, evenly spaced among them."""
+        """Return held-out problems, evenly spaced.
+
+        Args:
+            count: Largest number of problems.
+        """
         count = min(len(self.held_out), count)
         return [self.held_out[i * len(self.held_out) // count] for i in range(count)]
 
@@ -61,13 +84,22 @@ def _order(size: int, seed: str) -> list[int]:
 
 
 def tagged(reply: str) -> str | None:
-    """The reply's last ``<answer>``."""
+    """Return the content of the last ``<answer>`` of a reply, or None without one.
+
+    Args:
+        reply: Text of the reply.
+    """
     tags = _TAG.findall(reply)
     return str(tags[-1]).strip() if tags else None
 
 
 def final_answer(reply: str, numeric: bool) -> str | None:
-    """The reply's last ``<answer>`` if it has one, else its last number, or all of it where no number is asked for."""
+    """Return the final answer of a reply: its last ``<answer>``, else its last number, or the whole reply.
+
+    Args:
+        reply: Text of the reply.
+        numeric: Whether the answer is a number. Without ``<answer>`` the result is then the last number, or None.
+    """
     if (answer := tagged(reply)) is not None:
         return answer
     if not numeric:
@@ -105,7 +137,7 @@ def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
 
 
 def _lines(path: str) -> list[tuple[str, str]]:
-    """Prompt and answer of each line of a JSONL file."""
+    """Return the prompt and the answer of each line of a JSONL file."""
     pairs = []
     for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
         if not line.strip():
@@ -119,7 +151,7 @@ def _lines(path: str) -> list[tuple[str, str]]:
 
 
 def _jsonl(path: str) -> list[Problem]:
-    """Lines of ``{"prompt", "answer"}``, checked as mathematics: 1/2 equals 0.5."""
+    """Return the problems of a JSONL file, whose answers are compared as mathematics: 1/2 equals 0.5."""
     from math_verify import parse as parse_math
     from math_verify import verify
 
@@ -140,8 +172,7 @@ def _jsonl(path: str) -> list[Problem]:
 
 
 def _choices(path: str) -> list[Problem]:
-    """Lines of ``{"prompt", "answer"}`` with capital letters as answer, ``A, C``; some right ones and no wrong one
-    count in part."""
+    """Return the problems of a JSONL file with capital letters as answers; see :func:`matching.options`."""
 
     def reward(true: frozenset[str], reply: str) -> float:
         tags = _TAG.findall(reply)
@@ -155,7 +186,7 @@ def _choices(path: str) -> list[Problem]:
 
 
 def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]:
-    """``47+85=``; the reply's last number is compared with the sum."""
+    """Return problems such as ``47+85=``; the last number of a reply is compared with the sum."""
     generator = random.Random(seed)
 
     def reward(answer: str, reply: str) -> float:
@@ -170,7 +201,7 @@ def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]
 
 
 def _calculator(operations: int = 2, digits: int = 1, size: int = 2000, seed: int = 0) -> list[Problem]:
-    """``(7+5)*3=``, to be solved by calling a calculator; the reply's ``<answer>`` is compared."""
+    """Return problems such as ``(7+5)*3=`` for a model that calls a calculator; ``<answer>`` is compared."""
     generator = random.Random(seed)
 
     def reward(answer: str, reply: str) -> float:
@@ -197,7 +228,14 @@ def _problems(text: str, seed: int) -> list[Problem]:
 
 
 def imported_reward(path: str) -> Callable[[str, str, str], float]:
-    """The function ``package.module:function``, of (prompt, reply, answer)."""
+    """Return a reward function of (prompt, reply, answer).
+
+    Args:
+        path: ``package.module:function``.
+
+    Raises:
+        ValueError: The path has no colon.
+    """
     module, separator, name = path.partition(":")
     if not separator:
         raise ValueError(f"reward: expected package.module:function, got {path!r}")
@@ -205,19 +243,19 @@ def imported_reward(path: str) -> Callable[[str, str, str], float]:
 
 
 def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed: int = 0) -> Problems:
-    """The distinct problems of some tasks, split into training and held-out ones.
+    """Return the distinct problems of some tasks, split into training and held-out problems.
 
-    Problems over the same numbers, in whatever order and under whatever task, fall on the same side: ``3 + 4`` is not
-    measured after ``4 + 3`` or ``3 * 4`` was trained. Questions without numbers are split by their text.
+    Problems with the same numbers, in any order and of any task, are on the same side: ``3 + 4`` is not measured after
+    ``4 + 3`` or ``3 * 4`` was trained. Questions without numbers are split by their text.
 
     Args:
-        tasks: calls, as in :class:`~tokcredit.train.settings.Settings`.
-        held_out: share of the number sets (or texts) kept from training.
-        reward: import path of another reward.
-        seed: of generated problems.
+        tasks: Tasks with their settings, as in :class:`~tokcredit.train.settings.Settings`.
+        held_out: Share of the sets of numbers (or of the texts) that is kept from training.
+        reward: Import path of a reward function, or None for the rewards of the tasks.
+        seed: Seed of generated problems.
 
     Raises:
-        ValueError: an unknown task, a malformed file, or a side of the split without problems.
+        ValueError: A task is unknown, a file is malformed, or one side has no problems.
     """
     train, measured = [], []
     for text in tasks:
