@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 10000
 # Kernels for the GPU of this machine, if it has one; a wheel for others is built with plain pip.
 BUILD := $(if $(wildcard /dev/nvidia0),-C cmake.define.TOKCREDIT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native,-C cmake.define.TOKCREDIT_CUDA=OFF)
 
-.PHONY: train test lint bench bench-quick clean
+.PHONY: train test sanitize lint bench bench-quick clean
 
 .venv/tools: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,19 @@ train: .venv/installed
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+# Tests of the native operations on a module that stops at memory errors and undefined behaviour. Python itself is not
+# built so: the sanitizer comes first in the process, and what the interpreter leaks is not counted.
+sanitize: export PATH := $(abspath $(BIN)):$(PATH)
+sanitize: .venv/tools
+	$(BIN)/pip install -q -c constraints.txt cmake ninja pybind11
+	cmake --preset sanitize -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
+	cmake --build --preset sanitize
+	rm -rf build/sanitize/site && mkdir build/sanitize/site && cp -r python/tokcredit build/sanitize/site
+	cmake --install build/sanitize --prefix build/sanitize/site >/dev/null
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/site OMP_NUM_THREADS=1 \
+	  python -m pytest -s tests/ops tests/blocks --ignore tests/ops/test_level.py $(ARGS)
 
 lint: .venv/tools
 	$(BIN)/ruff check python tests bench docs examples
