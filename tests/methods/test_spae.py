@@ -36,7 +36,7 @@ def paid_by(batch, alpha=0.5, xi=0.5, saturated=0.9):
                 count += phi > saturated
     x = list(out.values())
     mean = sum(x) / len(x)
-    std = math.sqrt(sum((a - mean) ** 2 for a in x) / (len(x) - 1))
+    std = math.sqrt(sum((a - mean) ** 2 for a in x) / (len(x) - 1) + 1e-8)
     return {t: (a - mean) / std for t, a in out.items()}
 
 
