@@ -190,14 +190,19 @@ class Rollouts:
         """
 
         def joined(name: str, pair: tuple[Tensor, Tensor]) -> Tensor:
+            if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):
+                raise TypeError(f"{name}: expected tensors for chosen and rejected, got {type(pair).__name__}")
             first, second = pair
-            if first.shape != second.shape or first.shape[:2] != chosen.shape:
+            if first.shape != second.shape or first.shape[:2] != chosen.shape[:2]:
                 raise ValueError(
                     f"{name}: expected {list(chosen.shape)} for chosen and rejected, "
                     f"got {describe(first)} and {describe(second)}"
                 )
             return torch.stack([first, second], 1).flatten(0, 1)
 
+        joined("chosen, rejected", (chosen, rejected))
+        if chosen.dim() != 2:
+            raise ValueError(f"chosen: expected integers (P, T), got {describe(chosen)}")
         pairs = chosen.shape[0]
         groups = torch.arange(pairs, device=chosen.device).repeat_interleave(2)
         rewards = torch.tensor([1.0, 0.0], device=chosen.device).repeat(pairs)

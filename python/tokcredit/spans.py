@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcredit.arguments import INTEGERS, describe, tensor, whole_number
+from tokcredit.arguments import INTEGERS, describe, instance, tensor, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +184,5 @@ def require_spans(name: str, x: Any) -> Spans:
     Raises:
         TypeError: It is something else.
     """
-    if not isinstance(x, Spans):
-        raise TypeError(
-            f"{name}: expected tokcredit.Spans, got {type(x).__name__}; see Spans.from_cu_seqlens and Spans.from_padded"
-        )
-    return x
+    checked: Spans = instance(name, x, Spans, "; see Spans.from_cu_seqlens and Spans.from_padded")
+    return checked

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokcredit import ops
+from tokcredit.arguments import float_tensor, instance
 from tokcredit.blocks import log_probs, scan, segment
 from tokcredit.rollouts import Rollouts
 from tokcredit.blocks.segment import Ids
@@ -37,6 +38,8 @@ def _summed(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _check(p_logits: Tensor, q_logits: Tensor, temperature: float) -> None:
+    float_tensor("p_logits", p_logits)
+    float_tensor("q_logits", q_logits)
     if p_logits.dim() == 0 or p_logits.shape != q_logits.shape:
         raise ValueError(
             f"q_logits: expected the shape of p_logits, {list(p_logits.shape)}, got {list(q_logits.shape)}"
@@ -106,6 +109,10 @@ def nucleus(log_p: Tensor, top_p: float) -> Tensor:
     Returns:
         ``(..., V)``.
     """
+    if float_tensor("log_p", log_p).dim() == 0:
+        raise ValueError("log_p: expected float (..., V), got a single number")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")
     ranked, order = log_p.sort(dim=-1, descending=True, stable=True)
     before = ranked.exp().cumsum(-1) - ranked.exp()
     kept = torch.where(before < top_p, ranked, -math.inf)
@@ -166,6 +173,9 @@ def disagreement(logits: Tensor, batch: Rollouts, padded: bool = False) -> Tenso
     References:
         arXiv 2505.24718.
     """
+    instance("batch", batch, Rollouts)
+    if float_tensor("logits", logits).dim() < 2:
+        raise ValueError(f"logits: expected [{batch.num_tokens}, V], got {list(logits.shape)}")
     vocabulary, everything = logits.shape[-1], batch.all_spans
     if logits.numel() != batch.num_tokens * vocabulary:
         raise ValueError(f"logits: expected [{batch.num_tokens}, V], got {list(logits.shape)}")
