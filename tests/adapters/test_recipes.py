@@ -55,7 +55,7 @@ def test_prime_rl(monkeypatch):
     loss = recipe("prime-rl", monkeypatch, prime_rl__trainer__rl__loss={"LossOutputs": LossOutputs})["loss"]
     advantages, expected, gradient = rr.expected(TEMPO_CTPO, ROWS)
     found, total, tokens = [], 0.0, sum(int(row["mask"].sum()) for row in ROWS)
-    for row, advantages in zip(ROWS, advantages.split([len(row["response"]) for row in ROWS]), strict=True):
+    for row, of_row in zip(ROWS, advantages.split([len(row["response"]) for row in ROWS]), strict=True):
         before = torch.zeros(len(row["prompt"]))
         current = torch.cat([before, row["log_probs"]]).requires_grad_()
         out = loss(
@@ -63,7 +63,7 @@ def test_prime_rl(monkeypatch):
                 trainer_logprobs=current,
                 inference_logprobs=torch.cat([before, row["old_log_probs"]]),
                 ref_logprobs=None,
-                advantages=torch.cat([before + 7, advantages]),
+                advantages=torch.cat([before + 7, of_row]),
                 loss_mask=torch.cat([before, row["mask"]]).bool(),
             )
         )

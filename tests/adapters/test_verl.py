@@ -23,6 +23,7 @@ from tokcredit.adapters import verl as adapter
 from tokcredit.adapters import verl_trainer
 from tokcredit.adapters.capabilities import policy_methods
 from tokcredit.methods.hapo import widened
+from tokcredit.stages.base import number
 
 SEQUENCES = "seq-mean-token-mean"
 ROWS = vb.batch()
@@ -157,12 +158,18 @@ class from_hidden_states(tc.credit.Credit):
     reads: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
 
+@dataclass(frozen=True)
+class moving(tc.clip.ppo):
+    low: float = number(0.2, scheduled=True)
+
+
+MIXED = tc.credit.sum(tc.credit.group_normalized(), tc.credit.leave_one_out(), tc.schedule.linear(0.0, 1.0))
 adapter.register("filtered", lambda: tc.mix("grpo", filters="improbable(0.5)"))
 adapter.register("uncarried", lambda: tc.Objective(credit=from_hidden_states()))
 adapter.register("penalized", lambda: tc.Objective(terms=(tc.term.kl(estimator="k3"),)))
 adapter.register("negative", lambda: tc.Objective(token_weights=(minus_one(),)))
 adapter.register("widened", lambda: tc.Objective(clip=widened(tc.token_score.given("entropies"))))
-adapter.register("scheduled", lambda: tc.Objective(clip=tc.clip.growing(tc.schedule.linear(0.1, 0.2), 0.2)))
+adapter.register("scheduled", lambda: tc.Objective(credit=MIXED, clip=moving(tc.schedule.linear(0.1, 0.2))))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +178,7 @@ adapter.register("scheduled", lambda: tc.Objective(clip=tc.clip.growing(tc.sched
         ("filtered", {}, "expected no filters"),
         ("negative", {}, "token weights of at least 0"),
         ("pods", {}, "expected no filters"),
+        ("scheduled", {}, "expected constant settings, .* progress of training, got linear"),
         ("uncarried", {}, "credit stage .* requires hidden_states"),
         ("otb", {"by_turn": True}, "credit stage .* requires turn_rewards"),
         ("tempo", {"clip_high": 0.3}, "algorithm.tokcredit: expected the clip of tokcredit_tempo"),
@@ -196,7 +204,11 @@ def test_estimators_need_token_ids():
             {"loss_agg_mode": SEQUENCES},
             "clip stage that reads no more inputs than the policy loss of verl",
         ),
-        ("tokcredit_scheduled", {"loss_agg_mode": SEQUENCES}, "expected constant settings"),
+        (
+            "tokcredit_scheduled",
+            {"loss_agg_mode": SEQUENCES},
+            "expected constant settings, .* progress of training, got linear",
+        ),
         ("tokcredit_ctpo", {"clip_ratio_high": 0.28}, "clip_ratio_high: expected verl's default 0.2"),
         (
             "tokcredit_penalized",
@@ -346,7 +358,7 @@ def test_inside_ray_actors(local_ray):
 
 
 def test_trainer_with_its_queue(local_ray):
-    """The trainer's own ``_compute_advantage`` on verl's real queue: what it writes back are the advantages of the method."""
+    """The trainer's own ``_compute_advantage`` writes the advantages of the method into verl's real queue."""
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
     keys = [row["key"] for row in ROWS]
     fields = vb.tensordict(ROWS)
