@@ -72,7 +72,8 @@ class Input:
         if not fits[self.dtype]:
             raise TypeError(f"{self.name}: expected {self.dtype} {self.shape}, got {describe(x)}")
         flat = x
-        if self.per == "token" and shape is not None and tuple(x.shape[:2]) == shape:
+        padded = self.per == "token" and shape is not None and x.dim() == 2 + len(self.axes)
+        if padded and tuple(x.shape[:2]) == shape:
             flat = x.flatten(0, 1)
         size = tokens if self.per == "token" else rows
         if flat.dim() != 1 + len(self.axes) or flat.shape[0] != size:

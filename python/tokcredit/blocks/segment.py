@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, tensor
+from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, per_token, tensor
 from tokcredit.groups import Groups
 from tokcredit.spans import Spans, require_spans
 
@@ -121,6 +121,26 @@ def sum(x: Tensor, by: By) -> Tensor:
         by: What belongs together; see the module.
     """
     return _Sum.apply(x, by) if _differentiable(x) else _reduce("sum", x, by)
+
+
+def weighted_sum(x: Tensor, spans: Spans, weights: Tensor | None = None) -> Tensor:
+    """Return the weighted sum of each row, ``sum over t of weights[t] * x[t]``, with its gradient to ``x``.
+
+    Unlike the gradient of ``(weights * x).sum()``, NaN in ``x`` at an unmasked token gives a NaN gradient there, and
+    NaN at a masked token gives 0.
+
+    Args:
+        x: float ``[N]``.
+        spans: The rows.
+        weights: float ``[N]`` per token, ``[R, 1]`` per row or 0-d, or None for 1.
+
+    Returns:
+        float ``[R]``.
+    """
+    require_spans("spans", spans)
+    per_token("x", x, spans.size, spans.device)
+    rows, _ = ops.policy_loss(x, spans, "k1", reference=torch.zeros_like(x, requires_grad=False), weights=weights)
+    return rows
 
 
 def count(by: By) -> Tensor:

@@ -63,6 +63,11 @@ class Aggregation(Stage):
         raise NotImplementedError
 
     @property
+    def reads_width(self) -> bool:
+        """Whether it divides by the longest row, which differs between ranks and between parts of a batch."""
+        return False
+
+    @property
     def for_terms(self) -> Aggregation:
         """Aggregation of terms that have no advantage, such as KL."""
         return self
@@ -110,6 +115,11 @@ class sequence_sum(Aggregation):
 
     length: int | None = whole_number(None, at_least=1, optional=True)
     counts: ClassVar[frozenset[str]] = frozenset({"rows"})
+
+    @property
+    def reads_width(self) -> bool:
+        """Whether ``length`` is None."""
+        return self.length is None
 
     def __call__(self, counts: Counts) -> Tensor:
         assert counts.rows is not None

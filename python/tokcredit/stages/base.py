@@ -73,7 +73,7 @@ class Range:
                 if limit is not None
             ]
             text += " " + " and ".join(limits) if limits else ""
-        return text + (", a schedule" if self.scheduled else "") + (" or None" if self.optional else "")
+        return text + (" (or a schedule)" if self.scheduled else "") + (" or None" if self.optional else "")
 
     def checked(self, value: Any) -> Any:
         """Return the value in the declared type.
@@ -233,11 +233,14 @@ class Stage:
         kind: Word for the kind of stage, for example ``clip``; empty for a part that is no stage of an objective.
         reads: Names of the inputs that the stage itself reads; see :mod:`tokcredit.inputs`.
         whole_batch: Whether the stage compares rows of different groups.
+        reads_rollouts: Whether a clip stage or a scale reads token ids, groups or rewards, which some hosts do not hand
+            to their policy loss.
     """
 
     kind: ClassVar[str] = ""
     reads: ClassVar[frozenset[str]] = frozenset()
     whole_batch: ClassVar[bool] = False
+    reads_rollouts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         name = f"{self.kind}.{type(self).__name__}" if self.kind else type(self).__name__
