@@ -156,7 +156,7 @@ Rows Call::rows(const py::handle &begin, const py::handle &end, const py::handle
 }
 
 const int64_t *Call::groups(const py::handle &group, int64_t count, int64_t rows) {
-  constexpr int64_t most = int64_t(1) << 24; // memory grows with them
+  constexpr int64_t most = int64_t(1) << 20; // memory grows with them
   if (count < 0 || count > most)
     fail("groups", "0 to " + std::to_string(most), std::to_string(count));
   const auto *out = read_as<int64_t>("group", group, Type::i64, rows);
