@@ -42,15 +42,18 @@ def test_rows_without_a_token_that_the_policy_chose_do_not_count(credit):
     three = batch_of([1.0, 0.0, 0.0], [0, 0, 0])
     torch.testing.assert_close(credit()(batch)[:2], credit()(two), rtol=0, atol=0)
     torch.testing.assert_close(credit(count_empty=True)(batch), credit()(three), rtol=0, atol=0)
-    assert credit()(two)[0] != credit()(three)[0]
+    assert credit()(two)[1] != credit()(three)[1]
 
 
-@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "rloo", "tempo", "gspo"])
+@pytest.mark.parametrize("method", ["grpo", "dr_grpo", "rloo", "tempo"])
 @pytest.mark.parametrize("size", [1e-30, 1e30, 3e38])
 def test_rewards_of_any_size_have_the_advantages_of_rewards_of_size_one(method, size):
-    """``3e38 - -3e38`` overflows float32, and the square of 1e30 does too."""
+    """``3e38 - -3e38`` overflows float32, and so does the square of 1e30.
+
+    Statistics are float64. An advantage that exceeds float32 is inf (rloo's ``3e38 - -3e38``), as its formula says.
+    """
     pattern, groups = [1.0, -1.0, 0.5, 1.0], [0, 0, 1, 1]
-    scaled = method in ("grpo", "tempo", "gspo")
+    scaled = method in ("grpo", "tempo")
     objective = tc.methods.load(method, **({"epsilon": 0.0} if scaled else {}))
     ours = objective.prepare(batch_of([size * x for x in pattern], groups)).advantages
     expected = objective.prepare(batch_of(pattern, groups, dtype=torch.float64)).advantages
