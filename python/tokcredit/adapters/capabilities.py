@@ -192,15 +192,6 @@ def require_defaults(settings: Any, kind: type, decided: Mapping[str, str], host
             )
 
 
-def reads_width(aggregation: Aggregation) -> bool:
-    """Return whether a denominator depends on the widest row of the batch, which differs between ranks and parts.
-
-    Args:
-        aggregation: The aggregation.
-    """
-    return getattr(aggregation, "length", 1) is None
-
-
 def with_length(aggregation: Aggregation, length: int) -> Aggregation:
     """Return an aggregation with ``length`` in place of the width of the batch, if it depends on that.
 
@@ -208,4 +199,4 @@ def with_length(aggregation: Aggregation, length: int) -> Aggregation:
         aggregation: The aggregation.
         length: Tokens of the longest response that the host allows.
     """
-    return dataclasses.replace(aggregation, length=length) if reads_width(aggregation) else aggregation  # type: ignore[type-var]
+    return dataclasses.replace(aggregation, length=length) if aggregation.reads_width else aggregation  # type: ignore[type-var]
