@@ -67,7 +67,7 @@ def test_by_hand():
     assert out.loss.item() == pytest.approx(math.log(1 + math.exp(-0.07)), abs=1e-12)
     slope = 0.1 / (1 + math.exp(0.07))
     assert grad == pytest.approx([-slope] * 3 + [slope] * 2, abs=1e-12)
-    names = ("score_chosen_mean", "score_rejected_mean", "margin_mean", "accuracy", "pairs", "tokens")
+    names = ("score_chosen_mean", "score_rejected_mean", "margin_mean", "accuracy_mean", "pairs", "tokens")
     assert [out.metrics[name].item() for name in names] == pytest.approx([0.1, -0.6, 0.7, 1, 1, 5])
 
 

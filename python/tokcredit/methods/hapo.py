@@ -127,15 +127,15 @@ class widened(Clip):
 
     Args:
         score: Score of each token, from -1 to 1.
-        low: Lower clip range before it is widened, at least 0.
-        high: Upper clip range before it is widened, at least 0.
+        low: Lower clip range before it is widened, at least 0; may be a schedule or a controller.
+        high: Upper clip range before it is widened, at least 0; may be a schedule or a controller.
         widen: Growth of a clip range where ``|h|`` is 1, at least 0.
         cap: Dual-clip constant, at least 1, or None for no dual clip.
     """
 
     score: TokenScore = part(TokenScore)
-    low: float = number(0.2, at_least=0)
-    high: float = number(0.2, at_least=0)
+    low: float = number(0.2, at_least=0, scheduled=True)
+    high: float = number(0.2, at_least=0, scheduled=True)
     widen: float = number(1.0, at_least=0)
     cap: float | None = number(None, at_least=1, optional=True)
 
