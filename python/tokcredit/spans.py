@@ -91,7 +91,7 @@ class Spans:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"cu_seqlens: expected int64 [R + 1], got {describe(cu_seqlens)}")
         edges = tensor("cu_seqlens", cu_seqlens, INTEGERS, tuple(cu_seqlens.shape)).long().contiguous()
-        bad = edges.diff() < 0
+        bad = edges[1:] < edges[:-1]
         if bool(bad.any()) or int(edges[0]) != 0:
             shown = edges[:8].tolist()
             more = ", ..." if edges.numel() > 8 else ""
