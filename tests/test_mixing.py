@@ -6,7 +6,6 @@ import pytest
 import tokcredit as tc
 from tokcredit.methods.ba import balanced
 from tokcredit.methods.tempo import tempo_credit
-from tokcredit.train import ObjectiveSettings
 
 
 def test_stages_of_other_methods_by_name():
@@ -103,6 +102,9 @@ def test_what_an_objective_prints_can_be_typed(name):
 
 
 def test_the_command_line_mixes_the_same():
+    pytest.importorskip("tyro")
+    from tokcredit.train import ObjectiveSettings
+
     settings = ObjectiveSettings(
         method="tempo",
         set=("scale=False",),
