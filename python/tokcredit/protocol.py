@@ -136,7 +136,7 @@ class Denominators:
         return aggregation(
             Counts(
                 tokens=count("tokens", lengths.sum),
-                rows=count("rows", lambda: (lengths > 0).sum()),
+                rows=count("rows", lengths.count_nonzero),
                 groups=count("groups", present),
                 dp_size=self.dp_size,
                 width=batch.width if aggregation.reads_width else 0,
