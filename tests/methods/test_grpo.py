@@ -27,7 +27,7 @@ def test_by_hand():
     assert log_probs.grad.tolist() == pytest.approx([-0.35355, 0.17678, 0.17678], abs=1e-5)
 
 
-def test_group_of_one_is_paid_its_reward_and_equal_rewards_nothing():
+def test_group_of_one_has_its_reward_as_advantage_and_equal_rewards_have_none():
     batch = tc.Rollouts(
         torch.arange(3), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 1]), torch.tensor([2.0, 3.0, 3.0])
     )

@@ -5,9 +5,9 @@ import torch
 
 
 def advantages(batch, beta):
-    tokens, paid, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
+    tokens, credit, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
     s = naive.influence(batch, tokens, [1.0] * batch.num_rows)
-    out = {t: paid[i] for i, ts in enumerate(tokens) for t in ts}
+    out = {t: credit[i] for i, ts in enumerate(tokens) for t in ts}
     for rows in naive.counted_rows(batch):
         correct = [i for i in rows if r[i] > 0.5]
         if not 0 < len(correct) < len(rows):
@@ -16,7 +16,7 @@ def advantages(batch, beta):
         for j in rows:
             for q in tokens[j]:
                 if j not in correct and s[q] > tau:
-                    out[q] = paid[j] * 2 * abs(0.5 - len(correct) / len(rows))
+                    out[q] = credit[j] * 2 * abs(0.5 - len(correct) / len(rows))
     return out
 
 
@@ -27,9 +27,9 @@ def test_formula(seed, beta):
     batch = naive.with_inputs(batch, {"hidden_states", "token_probs"}, seed)
 
     def formula(batch, log_probs):
-        paid = advantages(batch, beta)
-        ratios = {t: (log_probs[t] - batch.old_log_probs[t]).exp() for t in paid}
-        losses = [[naive.clipped(paid[t], ratios[t], 0.8, 1.2) for t in ts] for ts in naive.rows_of(batch)]
+        credit = advantages(batch, beta)
+        ratios = {t: (log_probs[t] - batch.old_log_probs[t]).exp() for t in credit}
+        losses = [[naive.clipped(credit[t], ratios[t], 0.8, 1.2) for t in ts] for ts in naive.rows_of(batch)]
         return naive.sequence_mean(batch, losses)
 
     objective = tc.methods.nthr(beta)

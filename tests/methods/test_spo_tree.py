@@ -79,8 +79,8 @@ def test_by_hand(order):
 
 def test_whitening_leaves_dropped_edges_out():
     prepared = tc.methods.spo_tree(whiten=True).prepare(tree(list(range(9))))
-    paid = torch.tensor(CHANGES[:7])
-    white = (paid - paid.mean()) / paid.std()
+    credit = torch.tensor(CHANGES[:7])
+    white = (credit - credit.mean()) / credit.std()
     assert prepared.advantages.tolist() == pytest.approx([*white.tolist(), 0, 0], abs=1e-5)
     assert prepared.mask.sum() == 7
 

@@ -63,7 +63,7 @@ def test_changes_sum_to_the_outcome_where_a_row_ends_alone():
         torch.testing.assert_close(changes.sum(), outcome)
 
 
-def test_masked_tokens_are_compared_but_not_paid():
+def test_masked_tokens_are_compared_and_have_no_advantage():
     mask = torch.tensor([True, False, True, True, False, True])
     batch = ragged.batch([[1, 2, 3], [1, 9, 3]], [0, 0], [1.0, 0.0], mask=mask)
     advantages = tc.methods.tempo(scale=False).prepare(batch).advantages

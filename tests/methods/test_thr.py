@@ -5,9 +5,9 @@ import torch
 
 
 def advantages(batch, favour, beta):
-    tokens, paid, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
+    tokens, credit, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
     s = naive.influence(batch, tokens, [1 / max(len(t), 1) for t in tokens])
-    out = {t: paid[i] for i, ts in enumerate(tokens) for t in ts}
+    out = {t: credit[i] for i, ts in enumerate(tokens) for t in ts}
     for rows in naive.counted_rows(batch):
         correct = [i for i in rows if r[i] > 0.5]
         if not 0 < len(correct) < len(rows):
@@ -17,7 +17,7 @@ def advantages(batch, favour, beta):
             for q in tokens[j]:
                 h = (2 * (j in correct) - 1) * s[q]
                 kept = abs(h) > max(tau, 0)
-                out[q] = paid[j] * (1 + favour * ((h > 0) - (h < 0))) if kept else 0.0
+                out[q] = credit[j] * (1 + favour * ((h > 0) - (h < 0))) if kept else 0.0
     return out
 
 
@@ -28,15 +28,15 @@ def test_formula(seed, favour, beta):
     batch = naive.with_inputs(batch, {"hidden_states", "token_probs"}, seed)
 
     def formula(batch, log_probs):
-        paid = advantages(batch, favour, beta)
-        ratios = {t: (log_probs[t] - batch.old_log_probs[t]).exp() for t in paid}
-        losses = [[naive.clipped(paid[t], ratios[t], 0.8, 1.2) for t in ts] for ts in naive.rows_of(batch)]
+        credit = advantages(batch, favour, beta)
+        ratios = {t: (log_probs[t] - batch.old_log_probs[t]).exp() for t in credit}
+        losses = [[naive.clipped(credit[t], ratios[t], 0.8, 1.2) for t in ts] for ts in naive.rows_of(batch)]
         return naive.sequence_mean(batch, losses)
 
     objective = tc.methods.thr(favour, beta)
     out = naive.check(objective, batch, current, formula)
-    paid, plain = objective.prepare(batch).advantages, tc.methods.grpo().prepare(batch).advantages
-    assert 0 < ((paid == 0) & (plain != 0)).sum() < out.metrics["tokens"]
+    credit, plain = objective.prepare(batch).advantages, tc.methods.grpo().prepare(batch).advantages
+    assert 0 < ((credit == 0) & (plain != 0)).sum() < out.metrics["tokens"]
 
 
 def two_rows(rewards, hidden, probs):
