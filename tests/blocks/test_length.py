@@ -90,7 +90,7 @@ def test_wrong_settings_are_errors():
         length.targets(SPANS, 0.9, trace=0.5)
     with pytest.raises(ValueError, match="length, resolved"):
         length.gamma_for(0)
-    with pytest.raises(TypeError, match="spans: expected tokcredit.Spans, got Tensor"):
+    with pytest.raises(TypeError, match=r"spans: expected tokcredit\.Spans, got Tensor"):
         length.remaining(SPANS.begin)
 
 

@@ -22,7 +22,11 @@ def members(by, size):
 
 
 def reduced(name, x, by):
-    return segment.count(by).to(torch.promote_types(x.dtype, torch.float32)) if name == "count" else getattr(segment, name)(x, by)
+    return (
+        segment.count(by).to(torch.promote_types(x.dtype, torch.float32))
+        if name == "count"
+        else getattr(segment, name)(x, by)
+    )
 
 
 @st.composite

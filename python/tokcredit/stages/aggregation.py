@@ -12,7 +12,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from tokcredit.blocks import segment
 from tokcredit.groups import Groups
 from tokcredit.stages.base import Stage, whole_number
 

@@ -14,7 +14,7 @@ from tokcredit.blocks import scan
 from tokcredit.rollouts import Rollouts
 from tokcredit.selection import Selection
 from tokcredit.spans import Spans
-from tokcredit.stages.base import Stage, number, option, flag
+from tokcredit.stages.base import Stage, flag, number, option
 
 
 @dataclass(frozen=True, eq=False)
