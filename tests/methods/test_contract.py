@@ -136,6 +136,24 @@ def test_ints_are_taken_for_floats(name):
 
 
 @each
+def test_types_of_settings_are_checked(name):
+    """Also where a setting decides which stages there are, or is computed with before a stage sees it."""
+    function = getattr(tc.methods, name)
+    for setting, parameter in inspect.signature(function).parameters.items():
+        annotation = str(parameter.annotation)
+        wrong = [("1", TypeError), (object(), TypeError)]
+        if annotation == "bool":
+            wrong += [(1, TypeError), (None, TypeError), (math.nan, TypeError)]
+        elif annotation.startswith("float"):
+            wrong += [(True, TypeError), (math.nan, ValueError)]
+        elif annotation.startswith("int"):
+            wrong += [(1.5, TypeError), (True, TypeError), (0, ValueError)]
+        for value, error in wrong:
+            with pytest.raises(error, match=r"\w+: \w+: expected "):
+                function(**{setting: value})
+
+
+@each
 @pytest.mark.parametrize("seed", range(3))
 def test_micro_batches_add_up(name, seed):
     objective = tc.methods.load(name)
@@ -239,6 +257,21 @@ def test_nan_at_a_training_token_reaches_loss_and_gradient(name):
             reached = own if isinstance(objective.ratio, tc.ratio.sequence) else own & (torch.arange(len(own)) == t)
             torch.testing.assert_close(grad[~reached], clean[~reached])
             assert grad[reached & (clean != 0)].isnan().all()
+        if isinstance(objective, tc.Objective):
+            assert out.metrics["nonfinite_log_probs"] == 1
+
+
+@each
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinity_at_a_training_token(name, value):
+    """The loss is as its formula says; where that is NaN, so is the gradient of the token."""
+    objective = tc.methods.load(name)
+    batch, current = carried(objective)
+    for t in prepare(objective, batch).mask.nonzero()[:, 0].tolist():
+        dirty = current.clone()
+        dirty.view(-1)[t] = value
+        out, grad = gradient(objective, batch, dirty)
+        assert bool(out.loss.isnan()) <= bool(grad.view(-1)[t].isnan())
         if isinstance(objective, tc.Objective):
             assert out.metrics["nonfinite_log_probs"] == 1
 

@@ -48,7 +48,7 @@ DIFFERENCES = {
     "otb": {"credit": optimal_baseline(by_turn=False, epsilon=1e-8), "aggregation": TOKENS},
     "gspo": SEQUENCE,
     "cispo": {
-        "clip": clip.gated(low=-math.inf, high=math.log1p(0.2), outside_low=1.0, outside_high=1.0, both_sides=True),
+        "clip": clip.gated(low=-math.inf, high=math.log(1 + 0.2), outside_low=1.0, outside_high=1.0, both_sides=True),
         "aggregation": TOKENS,
     },
     "sapo": {"clip": clip.soft(tau_positive=1.0, tau_negative=1.05)},

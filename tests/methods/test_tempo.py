@@ -6,15 +6,15 @@ import tokcredit as tc
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokcredit.methods.tempo import tempo_credit
 
 
-@given(ragged.grouped(), st.booleans())
-def test_credit(data, padded):
+@given(ragged.grouped(), st.booleans(), st.booleans())
+def test_credit(data, padded, count_empty):
     sequences, groups, rewards = data
     batch = ragged.batch(*data, padded=padded)
-    ours = batch.flat(tc.methods.tempo().prepare(batch).advantages)
-    # Rows without a token count neither in the group nor in prefix values.
-    rows = [i for i, s in enumerate(sequences) if s]
+    ours = tempo_credit(count_empty=count_empty)(batch)
+    rows = [i for i, s in enumerate(sequences) if s or count_empty]
     sequences, groups, rewards = ([x[i] for i in rows] for x in data)
     for i, s in enumerate(sequences):
         mean, std = reference.moments(groups, rewards, i)

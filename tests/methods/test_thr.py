@@ -1,3 +1,5 @@
+import dataclasses
+
 import naive
 import pytest
 import tokcredit as tc
@@ -65,3 +67,28 @@ def test_groups_all_correct_or_all_wrong_keep_their_credit():
         batch = two_rows(rewards, [[1.0, 0.0], [0.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]])
         plain = tc.methods.grpo().prepare(batch).advantages
         assert torch.equal(tc.methods.thr().prepare(batch).advantages, plain) and plain.any()
+
+
+def test_constants_are_as_exact_as_the_rewards():
+    """Hidden states in float32 decide which tokens are kept; the advantages there are those of float64 rewards."""
+    batch = two_rows([1.0, 0.0], [[1.0, 0.0], [0.5, 1.0]], [[0.5, 0.5], [0.5, 0.5]])
+    batch = dataclasses.replace(batch, rewards=batch.rewards.double())
+    plain = tc.methods.grpo().prepare(batch).advantages
+    got = tc.methods.thr(favour=0.1, beta=0.4).prepare(batch).advantages
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, (1 + 0.1) * plain, rtol=1e-15, atol=0)
+    three = dataclasses.replace(
+        batch,
+        tokens=torch.tensor([0, 1, 1]),
+        cu_seqlens=torch.arange(4),
+        group_ids=torch.zeros(3, dtype=torch.long),
+        rewards=torch.tensor([1.0, 0, 0], dtype=torch.float64),
+        response_mask=None,
+        extras={
+            "hidden_states": torch.tensor([[1.0, 0.0], [-2.0, 0.0], [-2.0, 0.0]]),
+            "token_probs": torch.full((3, 2), 0.5),
+        },
+    )
+    plain = tc.methods.grpo().prepare(three).advantages
+    got = tc.methods.nthr().prepare(three).advantages  # a third is correct: |1 - 2 / 3| of the penalty is left
+    torch.testing.assert_close(got, plain * torch.tensor([1, 1 / 3, 1 / 3], dtype=torch.float64), rtol=1e-15, atol=0)
