@@ -80,6 +80,26 @@ def test_is_documented_and_tested(name):
     assert "naive" in test or "reference" in test
 
 
+@each
+def test_code_in_documentation_runs(name):
+    """Whatever a docstring says can be called is called; a mixture must differ from the method itself."""
+    text = inspect.getdoc(getattr(tc.methods, name))
+    for code in re.findall(r"``((?:tokcredit|tc)\.[^`]*)``", text):
+        if code.startswith("tokcredit.train."):  # needs more packages
+            assert (ROOT / "python" / (code.replace(".", "/") + ".py")).exists()
+            continue
+        value = eval(" ".join(code.split()), {"tokcredit": tc, "tc": tc})
+        assert value is not None
+        if isinstance(value, Stage):
+            batch, current = carried(value)
+            further = {x: torch.ones_like(current) for x in value.variables[1:]}
+            assert value.loss(prepare(value, batch), current, **further).loss.isfinite()
+            assert value != tc.methods.load(name)
+    for reference in re.findall(r":func:`~?([\w.]+)`", text):
+        functions = {"tokcredit": tc, **{x: getattr(tc.methods, x) for x in METHODS}}
+        assert callable(eval(reference, functions))
+
+
 def test_tables_are_those_of_the_methods():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/tables.py")
     tables = importlib.util.module_from_spec(spec)

@@ -234,12 +234,12 @@ def hapo(
     Differences from the paper:
         - ``h`` of low entropies is negative, as the later equations need it; equation 6 has the other sign.
         - ``limit`` is a rule of the released code.
-        - ``h`` is that of the old policy over the whole batch.
         - The dual clip of 10 is that of the released scripts.
         - The adaptive temperature belongs to the sampler and is used only if asked for.
     Differences from the released code:
         - The sign of ``h`` at low entropies, see ``literal_sign``.
-        - The release takes ``h`` from the current policy over the micro-batch.
+        - ``h`` is that of the old policy over the whole batch. The release takes it from the current policy over the
+          micro-batch.
         - The upper clip range is 0.28 as in the paper; the scripts have 0.2.
         - ``limit`` does not apply to padded positions, see ``limit_padding``.
         - Rows without a token that the policy chose do not count where a group has the advantages of GRPO.
