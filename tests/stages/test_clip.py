@@ -115,3 +115,13 @@ def test_a_window_of_some_rows():
 def test_which_stages_have_bounds():
     stages = (tc.clip.ppo(), tc.clip.growing(0.1, 0.1), tc.clip.gated(), tc.clip.soft(), tc.clip.unclipped())
     assert [x.has_bounds for x in stages] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("clip", [tc.clip.ppo, tc.clip.growing])
+def test_bounds_may_follow_a_schedule(clip):
+    batch, current = naive.random_batch()
+    scheduled = objective_with(clip(tc.schedule.linear(0.05, 0.25), tc.schedule.linear(0.4, 0.0)))
+    plain = objective_with(clip(0.1, 0.3))
+    ours = scheduled.loss(scheduled.prepare(batch, progress=0.25), current).loss
+    torch.testing.assert_close(ours, plain.loss(plain.prepare(batch), current).loss)
+    assert ours != scheduled.loss(scheduled.prepare(batch, progress=1.0), current).loss
