@@ -4,7 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.methods.canon import by_mean_reward, conditional, order
+from tokcredit.methods.canon import by_mean_reward, conditional, length, mean_entropy, order
 
 
 def halves_of(rows, metric):
@@ -145,3 +145,14 @@ def test_ties_go_by_order_and_a_group_of_one_keeps_its_reward():
 def test_control_splits_by_order():
     batch = one_group([1.0, 0.0, 1.0, 1.0], [0.9, 0.8, 0.2, 0.1])
     assert conditional(order())(batch)[:, 0].tolist() == [0.0, -1.0, 0.5, 0.5]
+
+
+def test_defaults():
+    assert tc.methods.canon() == tc.Objective(
+        credit=conditional(
+            mean_entropy(), by_mean_reward(failed=1.0, solved=0.0), high=1.0, low=1.0, offset=0.0, count_empty=False
+        ),
+        clip=tc.clip.ppo(low=0.2, high=0.28, cap=None),
+        aggregation=tc.aggregation.sequence_sum(None),
+    )
+    assert tc.methods.canon(by_length=True).credit.metric == length()

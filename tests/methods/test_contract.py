@@ -77,6 +77,7 @@ def test_is_documented_and_tested(name):
     assert importlib.import_module(f"tokcredit.methods.{name}").__doc__.count("\n") == 0
     test = (ROOT / f"tests/methods/test_{name}.py").read_text()
     assert "def test_by_hand" in test
+    assert "def test_defaults" in test, "every value that the method chooses, so that none moves unseen"
     assert "naive" in test or "reference" in test
 
 
@@ -622,6 +623,12 @@ def test_settings_inside_the_range_are_taken(cls, field):
 def test_combinations_and_settings_that_mean_nothing(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+def test_defaults_of_stages_that_no_method_has():
+    truncated, masked = tc.token_weights.importance_truncated(), tc.token_weights.importance_masked()
+    assert (truncated.high, truncated.whole_rows) == (2.0, False)
+    assert (masked.low, masked.high, masked.whole_rows) == (0.0, 3.0, True)
 
 
 def test_unknown_names_and_settings_are_errors():

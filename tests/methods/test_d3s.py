@@ -4,6 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.d3s import varied_rows
 
 
 def most_varied(values, count):
@@ -76,3 +77,20 @@ def test_equal_rewards_everywhere_train_nothing():
     log_probs = current.clone().requires_grad_()
     objective.loss(prepared, log_probs).loss.backward()
     assert not prepared.mask.any() and not log_probs.grad.any()
+
+
+def test_defaults():
+    assert tc.methods.d3s() == tc.Objective(
+        filters=(
+            varied_rows(tc.schedule.linear(0.25, 1.0)),
+            tc.filters.nonzero_advantage(),
+            tc.filters.top_share(
+                tc.schedule.linear(0.2, 1.0),
+                tc.token_score.given("entropies"),
+                times_advantage=True,
+                per_row=False,
+                round_up=True,
+            ),
+        ),
+        aggregation=tc.aggregation.token_mean(),
+    )

@@ -4,7 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.methods.hapo import entropy_deviation, token_group_average
+from tokcredit.methods.hapo import entropy_deviation, outside_center, token_group_average, widened
 
 ENTROPIES = [0.01, 0.05, 0.1, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2]
 
@@ -130,3 +130,16 @@ def test_the_limit_at_padded_positions_by_hand():
     assert credit([3, 3], limit_padding=True) == pytest.approx([1, -1], abs=1e-5), "no padding"
     assert credit([2, 3], limit=1.0) == pytest.approx([0.70711, -0.70711], abs=1e-5)
     assert credit([1, 99], limit=math.inf) == pytest.approx([99**0.5, -(99**-0.5)], rel=1e-4)
+
+
+def test_defaults():
+    assert tc.decoding.temperature.AdaptiveTemperature().strength == 0.05
+    score = entropy_deviation(pivot=0.8, literal_sign=False)
+    assert tc.methods.hapo() == tc.Objective(
+        credit=token_group_average(
+            limit=5.0, epsilon=1e-6, otherwise=tc.credit.group_normalized(epsilon=1e-6), limit_padding=False
+        ),
+        clip=widened(score, low=0.2, high=0.28, widen=1.0, cap=10.0),
+        scales=(outside_center(score, strength=1.0),),
+        aggregation=tc.aggregation.token_mean(),
+    )

@@ -4,6 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.match_tir import turns
 
 
 def turns_of(batch):
@@ -114,3 +115,9 @@ def test_terms_of_the_paper():
     u = {t: (current.reshape(-1)[t] - ref[t]).item() for row in rows for t in row}
     k3 = sum(sum(math.exp(-u[t]) + u[t] - 1 for t in row) / len(row) for row in rows) / len(rows)
     assert added.item() == pytest.approx(0.001 * k3 - 0.001 * 2.0, rel=1e-9)
+
+
+def test_defaults():
+    assert tc.methods.match_tir() == tc.Objective(
+        credit=turns(discount=0.9, epsilon=1e-6, halve=False, center_alone=False)
+    )

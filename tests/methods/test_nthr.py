@@ -2,6 +2,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.nthr import negative_hidden_reward
 
 
 def advantages(batch, beta):
@@ -80,3 +81,11 @@ def test_columns_are_the_tokens_of_the_group():
     torch.testing.assert_close(probs[0, 1], logits[0, 1].softmax(-1)[[3, 5, 7]])
     torch.testing.assert_close(probs[2, 0, :2], logits[2, 0].softmax(-1)[[7, 9]])
     assert probs[2, 0, 2] == 0 and not probs[0, 2].any()
+
+
+def test_defaults():
+    assert tc.methods.nthr() == tc.Objective(
+        credit=negative_hidden_reward(
+            tc.credit.group_normalized(scale=True, epsilon=1e-6, count_empty=False), beta=1.0, threshold=0.5
+        )
+    )

@@ -4,6 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.otb import optimal_baseline
 
 INPUTS = {"squared_probs", "turn_rewards"}
 
@@ -86,3 +87,9 @@ def test_missing_inputs_are_named():
         tc.methods.otb().prepare(two_rollouts(extras={}))
     with pytest.raises(ValueError, match="turn_rewards: expected in the batch"):
         tc.methods.otb(by_turn=True).prepare(two_rollouts())
+
+
+def test_defaults():
+    assert tc.methods.otb() == tc.Objective(
+        credit=optimal_baseline(by_turn=False, epsilon=1e-8), aggregation=tc.aggregation.token_mean()
+    )

@@ -5,7 +5,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.methods.r3 import dominance, length_reward
+from tokcredit.methods.r3 import dominance, length_reward, pooled
 
 
 def shaped_rewards(batch, share, best, limit):
@@ -156,3 +156,13 @@ def test_marks_are_bool():
         tc.methods.r3().credit(dataclasses.replace(batch, extras=batch.extras | {"replayed": torch.zeros(4)}))
     with pytest.raises(ValueError, match=r"replayed: expected bool \[4\], got bool \[3\]"):
         tc.methods.r3().prepare(dataclasses.replace(batch, extras=batch.extras | {"replayed": torch.ones(3) > 0}))
+
+
+def test_defaults():
+    assert tc.methods.r3() == tc.Objective(
+        credit=pooled(
+            (length_reward(limit=32768, threshold=0.5), dominance(share=0.2, best=0.5, threshold=0.5)),
+            scale=1.0,
+            epsilon=1e-6,
+        )
+    )

@@ -95,3 +95,14 @@ def test_groups_of_equal_rewards_are_left_out():
     assert not prepared.mask[equal].any() and not prepared.credit[equal].any()
     credit = prepared.credit[prepared.mask]
     assert credit.mean().abs() < 1e-9 and credit.std().item() == pytest.approx(1.0)
+
+
+def test_defaults():
+    assert tc.methods.spae() == tc.Objective(
+        credit=tc.credit.whitened(
+            step_potential(alpha=0.5, bonus=0.5, saturated=0.9), below=None, nonzero=False, epsilon=1e-8
+        ),
+        filters=(tc.filters.mixed_groups(),),
+        clip=tc.clip.ppo(low=0.2, high=0.28, cap=None),
+        aggregation=tc.aggregation.token_mean(),
+    )

@@ -94,3 +94,13 @@ def test_equal_advantages_are_not_whitened():
         extras={"state_values": torch.tensor([0.5, math.nan, math.nan])},
     )
     assert tc.methods.spo_chain(whiten=True).prepare(batch).advantages.tolist() == [0.5, 0.5, 0.5]
+
+
+def test_defaults():
+    assert tc.credit.improbable_cuts.__defaults__ == (0.9, 5)
+    assert tc.methods.spo_chain() == tc.Objective(
+        credit=tc.credit.value_changes("state_values"),
+        filters=(tc.filters.improbable(0.9),),
+        ratio=tc.ratio.token(bound=10.0, to="old_log_probs"),
+        aggregation=tc.aggregation.token_mean(),
+    )

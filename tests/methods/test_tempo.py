@@ -68,3 +68,11 @@ def test_masked_tokens_are_compared_and_have_no_advantage():
     batch = ragged.batch([[1, 2, 3], [1, 9, 3]], [0, 0], [1.0, 0.0], mask=mask)
     advantages = tc.methods.tempo(scale=False).prepare(batch).advantages
     assert advantages.tolist() == [0.5, 0.0, 0.5, -0.5, 0.0, -0.5]
+
+
+def test_defaults():
+    assert tc.methods.tempo() == tc.Objective(
+        credit=tempo_credit(scale=True, epsilon=1e-6, count_empty=False),
+        clip=tc.clip.ppo(low=0.2, high=0.28, cap=3.0),
+        aggregation=tc.aggregation.token_mean(),
+    )

@@ -4,6 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.thr import hidden_reward
 
 
 def advantages(batch, favour, beta):
@@ -92,3 +93,11 @@ def test_constants_are_as_exact_as_the_rewards():
     plain = tc.methods.grpo().prepare(three).advantages
     got = tc.methods.nthr().prepare(three).advantages  # a third is correct: |1 - 2 / 3| of the penalty is left
     torch.testing.assert_close(got, plain * torch.tensor([1, 1 / 3, 1 / 3], dtype=torch.float64), rtol=1e-15, atol=0)
+
+
+def test_defaults():
+    assert tc.methods.thr() == tc.Objective(
+        credit=hidden_reward(
+            tc.credit.group_normalized(scale=True, epsilon=1e-6, count_empty=False), favour=0.1, beta=1.0, threshold=0.5
+        )
+    )

@@ -76,3 +76,9 @@ def test_by_hand():
     )
     prepared = tc.methods.vineppo().prepare(batch)
     assert prepared.advantages.tolist() == [-0.25, -0.25, 0.0, 0.75]
+
+
+def test_defaults():
+    assert tc.methods.vineppo() == tc.Objective(
+        credit=tc.credit.value_changes("step_values"), aggregation=tc.aggregation.token_mean()
+    )
