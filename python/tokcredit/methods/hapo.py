@@ -45,9 +45,9 @@ class entropy_deviation(TokenScore):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         x, pivot, _, low, high = self._measured(batch)
-        x = x - pivot
-        h = x.clamp(min=0) / high + x.clamp(max=0) / (low if self.literal_sign else -low)
-        return h.masked_fill(~batch.response_mask, 0)
+        x.sub_(pivot)
+        h = x.clamp(min=0).div_(high).add_(x.clamp(max=0).div_(low if self.literal_sign else -low))
+        return h.masked_fill_(~batch.response_mask, 0)
 
     def statistics(self, batch: Rollouts) -> tuple[float, float, float, float]:
         """Return ``Q``, ``s`` and the smallest and largest ``h``, from which other tokens get the same score.
@@ -62,9 +62,9 @@ class entropy_deviation(TokenScore):
     def _measured(self, batch: Rollouts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return x, Q, s, and the smallest and largest ``x - Q``, both away from 0."""
         spans, entropies = batch.spans, batch.input("entropies")
-        x = (entropies if entropies.dtype == torch.float64 else entropies.float()).clamp(min=1e-8).log()
+        x = (entropies if entropies.dtype == torch.float64 else entropies.float()).clamp(min=1e-8).log_()
         pivot = select.quantile_nearest(x, self.pivot, spans, select.everything(spans))[0]
-        square = segment.sum((x - pivot).square(), spans).sum() / batch.lengths.sum().clamp(min=1)
+        square = segment.sum((x - pivot).square_(), spans).sum() / batch.lengths.sum().clamp(min=1)
         spread = square.clamp(min=1e-8).sqrt()
         none = x.new_zeros(1)
         low = torch.cat([none, segment.minimum(x, spans) - pivot]).amin()
