@@ -15,6 +15,7 @@ pytest.importorskip("verl", reason="verl is not installed; make test-verl")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ray
+import recipes
 import transfer_queue as tq
 import verl_batch as vb
 from hydra import compose, initialize_config_module
@@ -67,6 +68,19 @@ def test_estimators_equal_verl(ours, settings, theirs, std):
     expected = vb.advantages(ROWS, theirs, ALGORITHM, std)
     assert (expected > 0).any() and (expected < 0).any()
     torch.testing.assert_close(estimated(ours, **settings), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_a_chosen_token():
+    """verl counts them in their group, as ``count_empty`` does."""
+    counting = tc.credit.group_normalized(count_empty=True)
+    adapter.register("counting_empty", lambda: tc.Objective(counting))
+    empty = next(i for i, row in enumerate(ROWS) if row["uid"] == "p1")
+    rows = list(ROWS)
+    rows[empty] = {**rows[empty], "response_mask": torch.zeros_like(rows[empty]["response_mask"])}
+    expected = vb.advantages(rows, "grpo", ALGORITHM)
+    torch.testing.assert_close(estimated("counting_empty", rows), expected, rtol=1e-5, atol=1e-6)
+    group = torch.tensor([row["uid"] == "p1" for row in rows])
+    assert ((estimated("grpo", rows) - expected).abs()[group].amax(1) > 0.01).sum() == 2
 
 
 def test_optimal_token_baseline_equals_verl():
@@ -225,6 +239,14 @@ def test_estimators_need_token_ids():
 def test_losses_refuse(mode, settings, message):
     with pytest.raises(ValueError, match=message):
         vb.loss(ROWS, torch.zeros(len(ROWS), 8), vb.actor(mode, **settings))
+
+
+def test_recipe():
+    """As ``docs/hosts.md`` prints it: the loss has the wider bound, the estimator is that of the method."""
+    recipes.run("verl")
+    part = adapter.policy_loss("tokcredit_wide", "token-mean", vb.actor("tokcredit_wide"))
+    assert part.clip == tc.methods.ctpo(clip_high=0.1).clip != tc.methods.ctpo().clip
+    torch.testing.assert_close(estimated("wide"), estimated("ctpo"))
 
 
 def test_names_are_registered_once():
