@@ -33,9 +33,7 @@ def test_stages_are_mixed_by_method_name_or_expression():
 
 def test_a_supervised_method_takes_its_own_kinds():
     assert ObjectiveSettings("tip", token_loss="forward_kl()").build().variables == ("forward_kl",)
-    with pytest.raises(
-        TypeError, match=r"ratio: expected one of token_loss, filters, .*, got an unknown kind of stage"
-    ):
+    with pytest.raises(TypeError, match=r"ratio: expected one of token_loss, filters, .*, got an unknown kind"):
         ObjectiveSettings("sft", ratio="ctpo").build()
 
 
@@ -52,7 +50,7 @@ def test_several_stages_can_be_removed():
             ObjectiveSettings("grpo", credit="temp"),
             "credit: expected a stage or a method, one of .*tempo.*, got 'temp'",
         ),
-        (ObjectiveSettings("grpo", clip="ppo(low=-1)"), "clip.ppo: low: expected a number at least 0, got -1"),
+        (ObjectiveSettings("grpo", clip="ppo(low=-1)"), "clip.ppo: low: expected a number at least 0.*, got -1"),
         (ObjectiveSettings("grpo", scales=("within(",)), "scales: expected NAME or NAME"),
     ],
 )
