@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import math
 import pickle
+import random
 import re
 from pathlib import Path
 
@@ -483,6 +484,34 @@ def test_mixing_by_name_gives_exactly_that_stage(name, base):
         assert mixed == dataclasses.replace(plain, **{kind: stage})
         if isinstance(stage, Stage):
             assert tc.mix(base, **{kind: repr(stage)}) == mixed
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_mixture_keeps_the_contract(seed):
+    """Stages of different methods together: finite, the sum of its micro-batches, and open about NaN."""
+    rng = random.Random(seed)
+    stages = ("credit", "filters", "token_weights", "ratio", "clip", "scales", "aggregation")
+    chosen = {kind: rng.choice(POLICY_GRADIENT) for kind in stages if rng.random() < 0.6}
+    try:
+        objective = of_fixed_length(tc.mix(rng.choice(POLICY_GRADIENT), **chosen))
+    except ValueError as error:
+        assert re.match("clip: expected a stage with bounds because of outside_center", str(error))
+        return
+    batch, current = carried(objective, seed)
+    prepared = prepare(objective, batch)
+    out, grad = gradient(objective, batch, current)
+    assert out.loss.isfinite() and grad.isfinite().all()
+    assert not grad[~prepared.has_gradient].any() and not grad[~prepared.mask.view(batch.shape)].any()
+    parts = current.clone().requires_grad_()
+    added = sum(objective.loss(prepared.select(r), parts[r]).loss for r in partition(objective, batch, seed))
+    added.backward()
+    torch.testing.assert_close(added, out.loss)
+    torch.testing.assert_close(parts.grad, grad)
+    for t in prepared.mask.nonzero()[:, 0].tolist()[seed % 3 :: 9]:
+        dirty = current.clone()
+        dirty.view(-1)[t] = math.nan
+        out, grad = gradient(objective, batch, dirty)
+        assert bool(out.loss.isnan()) == bool(grad.view(-1)[t].isnan())
 
 
 def stage_classes(kind=Stage):
