@@ -24,7 +24,6 @@ from tokcredit.adapters import verl as adapter
 from tokcredit.adapters import verl_trainer
 from tokcredit.adapters.capabilities import policy_methods
 from tokcredit.methods.hapo import widened
-from tokcredit.stages.base import number
 
 SEQUENCES = "seq-mean-token-mean"
 ROWS = vb.batch()
@@ -172,18 +171,15 @@ class from_hidden_states(tc.credit.Credit):
     reads: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
 
-@dataclass(frozen=True)
-class moving(tc.clip.ppo):
-    low: float = number(0.2, scheduled=True)
-
-
 MIXED = tc.credit.sum(tc.credit.group_normalized(), tc.credit.leave_one_out(), tc.schedule.linear(0.0, 1.0))
 adapter.register("filtered", lambda: tc.mix("grpo", filters="improbable(0.5)"))
 adapter.register("uncarried", lambda: tc.Objective(credit=from_hidden_states()))
 adapter.register("penalized", lambda: tc.Objective(terms=(tc.term.kl(estimator="k3"),)))
 adapter.register("negative", lambda: tc.Objective(token_weights=(minus_one(),)))
 adapter.register("widened", lambda: tc.Objective(clip=widened(tc.token_score.given("entropies"))))
-adapter.register("scheduled", lambda: tc.Objective(credit=MIXED, clip=moving(tc.schedule.linear(0.1, 0.2))))
+adapter.register(
+    "scheduled", lambda: tc.Objective(credit=MIXED, clip=tc.clip.growing(tc.schedule.linear(0.1, 0.2), 0.2))
+)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +229,11 @@ def test_estimators_need_token_ids():
             "tokcredit_dr_grpo",
             {"loss_agg_mode": "seq-mean-token-sum-norm"},
             "loss_scale_factor: expected the number of tokens of the longest",
+        ),
+        (
+            "tokcredit_dr_grpo",
+            {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 11.5},
+            r"loss_scale_factor: expected the number of tokens .* got 11\.5",
         ),
     ],
 )

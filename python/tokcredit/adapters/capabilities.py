@@ -45,6 +45,7 @@ class given_advantages(Credit):
         return frozenset({self.name})
 
     def __call__(self, batch: Rollouts) -> Tensor:
+        """Return the named input."""
         return batch.input(self.name)
 
 
@@ -64,6 +65,7 @@ class given_weights(TokenWeight):
         return frozenset({self.name})
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        """Return the named input."""
         return batch.input(self.name)
 
 
