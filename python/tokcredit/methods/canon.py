@@ -139,7 +139,7 @@ def canon(
 ) -> Objective:
     """CANON: the group is split by entropy, and a reward is compared with the mean of the other or of its own half.
 
-    ::
+    The rows of each half are averaged::
 
         A = between * (r - mean of the other half) + (1 - between) * (r - mean of the own half)
 

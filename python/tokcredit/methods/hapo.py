@@ -120,7 +120,7 @@ class token_group_average(Credit):
 class widened(Clip):
     """HAPO's asymmetric adaptive clipping: PPO's clip with one clip range of each token widened by a score ``h``.
 
-    ::
+    The ratio of a token is clipped to these bounds::
 
         ratio in [1 - low * (1 - widen * h), 1 + high]    if h <= 0
         ratio in [1 - low, 1 + high * (1 + widen * h)]    if h > 0
