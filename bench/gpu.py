@@ -14,8 +14,7 @@ import tokcredit as tc
 import torch
 from harness import Table
 from tokcredit import ops
-from tokcredit.blocks import log_probs, scan, segment, select, tree, values
-from tokcredit.ops import Rows
+from tokcredit.blocks import scan, segment, select, tree, values
 
 try:
     import triton
@@ -31,8 +30,7 @@ def close(a, b, rtol=1e-4, atol=1e-4):
 
 
 def equal_rows(rows, length):
-    begin = torch.arange(rows, device="cuda") * length
-    return Rows(begin, begin + length)
+    return tc.Spans.from_cu_seqlens(torch.arange(rows + 1, device="cuda") * length)
 
 
 def random(*shape, scale=1.0):
@@ -48,12 +46,12 @@ def streams(table, rows, length):
     table.measure(
         "expand (one per row)",
         shape,
-        lambda: (random(rows), torch.empty(n, device="cuda")),
+        lambda: (random(rows),),
         4 * n,
         {
-            "tokcredit": lambda x, like: ops.spread(x, spans, like),
-            "torch expand": lambda x, like: x[:, None].expand(rows, length).contiguous(),
-            "torch repeat_interleave": lambda x, like: torch.repeat_interleave(x, length, output_size=n),
+            "tokcredit": lambda x: ops.spread(x, spans),
+            "torch expand": lambda x: x[:, None].expand(rows, length).contiguous(),
+            "torch repeat_interleave": lambda x: torch.repeat_interleave(x, length, output_size=n),
         },
         close,
     )
@@ -73,7 +71,7 @@ def streams(table, rows, length):
         shape,
         lambda: (random(n),),
         9 * n,
-        {"tokcredit": lambda x: scan.returns(x, spans._replace(mask=mask), 0.99)},
+        {"tokcredit": lambda x: scan.returns(x, spans.with_mask(mask), 0.99)},
     )
     offsets = torch.arange(rows + 1, device="cuda") * length
     for name in ("sum", "maximum", "var"):
@@ -162,8 +160,7 @@ def losses(table, rows, length):
         objective = tc.methods.load(name)
         prepared = objective.prepare(batch)
         compiled = torch.compile(eager)
-        with torch.no_grad():
-            credits = prepared.credits
+        advantages = prepared.credit
         table.measure(
             f"loss + gradient ({name})",
             shape,
@@ -171,8 +168,8 @@ def losses(table, rows, length):
             13 * n,
             {
                 "tokcredit": step(lambda x, o=objective, p=prepared: o.loss(p, x).loss),
-                "torch eager": step(lambda x, f=eager, a=credits: f(x, a)),
-                "torch.compile": step(lambda x, f=compiled, a=credits: f(x, a)),
+                "torch eager": step(lambda x, f=eager, a=advantages: f(x, a)),
+                "torch.compile": step(lambda x, f=compiled, a=advantages: f(x, a)),
             },
             mostly_equal,
         )
@@ -239,7 +236,7 @@ def logits(table, rows, vocabulary, dtype):
     size = rows * vocabulary * dtype.itemsize
     compiled = torch.compile(with_torch)
     providers = {
-        "tokcredit": lambda x: log_probs.log_probs_and_entropies(x, tokens),
+        "tokcredit": lambda x: tc.log_probs.with_entropies(x, tokens),
         "torch eager": lambda x: with_torch(x, tokens),
         "torch.compile": lambda x: compiled(x, tokens),
     }
@@ -281,7 +278,7 @@ def logits(table, rows, vocabulary, dtype):
 
 
 def trees(table, rows, length, group=16):
-    """Rollouts that share their first half, and part one after another from there."""
+    """Measure prefix trees of rollouts that share about their first half and branch one after another from there."""
     n, shape = rows * length, f"{rows} x {length}"
     tokens = torch.randint(0, 50_000, (rows, length), device="cuda", dtype=torch.int64)
     shared = (length // 2 * torch.rand(rows, device="cuda")).long() + length // 4

@@ -63,16 +63,16 @@ def run(table: Table, quick: bool) -> None:
     for name, eager in (("dapo", clipped), ("ctpo", cumulative)):
         objective = tc.methods.load(name)
         prepared = objective.prepare(batch)
-        credits, compiled = prepared.credits, torch.compile(eager)
+        advantages, compiled = prepared.credit, torch.compile(eager)
         providers = {
             "tokcredit": lambda x, o=objective, p=prepared: o.loss(p, x).loss,
-            "torch eager": lambda x, f=eager, a=credits: f(x, a),
-            "torch.compile": lambda x, f=compiled, a=credits: f(x, a),
+            "torch eager": lambda x, f=eager, a=advantages: f(x, a),
+            "torch.compile": lambda x, f=compiled, a=advantages: f(x, a),
         }
         targets = {"torch eager": 15, "torch.compile": 3}
         if name == "dapo":
-            providers["verl"] = lambda x, a=credits: verl(x, old, a.expand(rows, length), real)
-            providers["TRL"] = lambda x, a=credits: trl(x, old, a, real, tokens)
+            providers["verl"] = lambda x, a=advantages: verl(x, old, a.expand(rows, length), real)
+            providers["TRL"] = lambda x, a=advantages: trl(x, old, a, real, tokens)
             targets = {"verl": 15, "TRL": 15, "torch.compile": 1.5}
         table.measure(
             "policy loss" if name == "dapo" else "cumulative ratio loss",

@@ -36,8 +36,8 @@ def batch_of(rows, length, group):
 
 def operations(batch):
     """What is timed, by name; each is linear in the tokens."""
-    x, rows = torch.rand(batch.num_tokens), batch.spans
-    tempo, dapo = tc.credit.tempo_like(), tc.methods.load("dapo")
+    x, spans = torch.rand(batch.num_tokens), batch.spans
+    tempo, dapo = tc.methods.tempo().credit, tc.methods.load("dapo")
     prepared = dapo.prepare(batch)
     leaf = x.sub(1).requires_grad_()
 
@@ -47,9 +47,9 @@ def operations(batch):
 
     return {
         "tree + credit": lambda: tempo(batch),
-        "scan": lambda: scan.returns(x, rows, 0.99),
-        "row sums": lambda: segment.sum(x, rows),
-        "quantile": lambda: select.quantile(x, 0.8, rows, select.everything(rows)),
+        "scan": lambda: scan.returns(x, spans, 0.99),
+        "row sums": lambda: segment.sum(x, spans),
+        "quantile": lambda: select.quantile(x, 0.8, spans, select.everything(spans)),
         "policy loss": loss,
     }
 

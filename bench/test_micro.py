@@ -6,13 +6,11 @@ import pytest
 import tokcredit as tc
 import torch
 from loss import eager_losses, mostly_equal, step, workload
-from tokcredit.blocks import log_probs, scan, segment, select
-from tokcredit.ops import Rows
+from tokcredit.blocks import scan, segment, select
 
 ROWS, LENGTH = 64, 2_048
 N = ROWS * LENGTH
-BEGIN = torch.arange(ROWS) * LENGTH
-SPANS = Rows(BEGIN, BEGIN + LENGTH)
+SPANS = tc.Spans.from_cu_seqlens(torch.arange(ROWS + 1) * LENGTH)
 
 
 def equal(a, b):
@@ -25,7 +23,7 @@ def losses(name):
     prepared = objective.prepare(batch)
     eager = eager_losses(old, mask)[name == "ctpo"]
     x = old + 0.02 * torch.randn(ROWS, LENGTH)
-    ours, theirs = step(lambda y: objective.loss(prepared, y).loss), step(lambda y: eager(y, prepared.credits))
+    ours, theirs = step(lambda y: objective.loss(prepared, y).loss), step(lambda y: eager(y, prepared.credit))
     return x, {"tokcredit": ours, "torch": theirs}, mostly_equal
 
 
@@ -37,7 +35,7 @@ def logits():
         return everything.gather(-1, tokens[:, None])[:, 0] - (everything.exp() * everything).sum(-1)
 
     providers = {
-        "tokcredit": step(lambda x: sum(y.sum() for y in log_probs.log_probs_and_entropies(x, tokens))),
+        "tokcredit": step(lambda x: sum(y.sum() for y in tc.log_probs.with_entropies(x, tokens))),
         "torch": step(lambda x: theirs(x).sum()),
     }
     return torch.randn(256, 4_096), providers, equal

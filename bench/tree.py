@@ -64,7 +64,7 @@ def tree_rows(batch, group):
 def check(group):
     """Ours against both tries: equal credit, and at least as much shared (TreeRow forks one token early)."""
     batch = workload(4 * group, 500, group, seed=1)
-    credit = batch.shaped(tc.credit.tempo_like()(batch))
+    credit = batch.shaped(tc.methods.tempo().credit(batch))
     torch.testing.assert_close(credit, torch.tensor(trie(batch, group)), rtol=1e-5, atol=1e-5)
     built = tc.tree.build(batch)
     theirs = sum(len(row.tokens) for row in tree_rows(batch, group))
@@ -76,7 +76,7 @@ def run(table: Table, quick: bool) -> None:
     rows, length, group = (128, 1_024, 16) if quick else (1_024, 9_200, 16)
     check(group)
     batch = workload(rows, length, group)
-    credit, n = tc.credit.tempo_like(), batch.num_tokens
+    credit, n = tc.methods.tempo().credit, batch.num_tokens
     buffer = torch.empty(n)
     table.measure(
         "prefix tree + TEMPO credit",

@@ -24,6 +24,14 @@ def random_batch(seed=0, groups=3, size=4, length=7, padded=True, **extra):
     return batch, current
 
 
+def random_pairs(seed=0, pairs=6, length=7, **extra):
+    """The rows of :func:`random_batch` as preference pairs with different rewards."""
+    batch, current = random_batch(seed, groups=pairs, size=2, length=length, **extra)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    rewards = torch.randperm(batch.num_rows, generator=g).double()
+    return dataclasses.replace(batch, rewards=rewards), current
+
+
 def synthetic(name, batch, g):
     """An input of this name for a batch, random, with nothing but NaN where the mask is False."""
     n = batch.num_tokens
@@ -123,8 +131,8 @@ def check(objective, batch, current, naive, progress=None):
     theirs = current.clone().requires_grad_()
     expected = naive(batch, theirs.reshape(-1))
     expected.backward()
-    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
     assert theirs.grad.abs().sum() > 0, "a comparison of zeros proves nothing"
     return out
 

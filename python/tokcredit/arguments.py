@@ -54,6 +54,39 @@ def tensor(
     return x
 
 
+def instance(name: str, x: Any, kind: type, hint: str = "") -> Any:
+    """Return ``x`` after checking that it is an instance of a class.
+
+    Args:
+        name: Argument name for the error.
+        x: What the caller passed.
+        kind: The class.
+        hint: What to do about it, appended to the error.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(x, kind):
+        module = "torch" if kind is Tensor else "tokcredit"
+        raise TypeError(f"{name}: expected {module}.{kind.__name__}, got {type(x).__name__}{hint}")
+    return x
+
+
+def float_tensor(name: str, x: Any) -> Tensor:
+    """Return ``x`` after checking that it is a dense float tensor.
+
+    Args:
+        name: Argument name for the error.
+        x: What the caller passed.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a float tensor, got {describe(x)}")
+    return x
+
+
 def per_token(name: str, x: Any, size: int, device: torch.device) -> Tensor:
     """Return ``x`` after checking that it is a float tensor ``[size]`` on the device.
 

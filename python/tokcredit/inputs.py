@@ -72,7 +72,8 @@ class Input:
         if not fits[self.dtype]:
             raise TypeError(f"{self.name}: expected {self.dtype} {self.shape}, got {describe(x)}")
         flat = x
-        if self.per == "token" and shape is not None and tuple(x.shape[:2]) == shape:
+        padded = self.per == "token" and shape is not None and x.dim() == 2 + len(self.axes)
+        if padded and tuple(x.shape[:2]) == shape:
             flat = x.flatten(0, 1)
         size = tokens if self.per == "token" else rows
         if flat.dim() != 1 + len(self.axes) or flat.shape[0] != size:
@@ -192,7 +193,7 @@ for _entry in (
         "padded_disagreement",
         "token",
         "float",
-        "the same with uniform distributions at padding (divergence.disagreement, padded=True)",
+        "how much the rows of the group disagree at this position, with uniform distributions at padding, 0 to 1",
         "policy_groups",
     ),
     Input("hidden_states", "token", "float", "final hidden state that predicts the token", "policy", ("d",)),
@@ -216,7 +217,7 @@ for _entry in (
         "step_values",
         "token",
         "float",
-        "the same at the first token of every reasoning step; NaN at other tokens",
+        "mean reward of continuations from the first token of every reasoning step; NaN at other tokens",
         "continuations",
         nan_means_absent=True,
     ),

@@ -378,9 +378,9 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
         variables = {"log_probs": flat, **{name: batch.flat(x, name) for name, x in further.items()}}
         for term, (mask, term_weights) in zip(objective.terms, prepared.terms, strict=True):
             spans = prepared.spans if mask is None else prepared.spans.with_mask(mask)
-            value = term.coefficient * term(variables, batch, spans, term_weights)
-            values[term.metric] = value.detach()
-            total = total + value
+            value = term(variables, batch, spans, term_weights)
+            values[term.metric] = term.metric_sign * value.detach()
+            total = total + term.coefficient * value
     loss = total.detach()
 
     def metrics() -> dict[str, Tensor]:

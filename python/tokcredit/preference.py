@@ -125,7 +125,7 @@ class Preference(ObjectiveStage):
                 "score_chosen_mean": chosen.sum() / pairs,
                 "score_rejected_mean": rejected.sum() / pairs,
                 "margin_mean": margins.sum() / pairs,
-                "accuracy": (margins > 0).double().sum() / pairs,
+                "accuracy_mean": (margins > 0).double().sum() / pairs,
                 "pairs": torch.full((), float(len(prepared.pairs)), device=margins.device),
                 "tokens": batch.lengths.sum().double(),
             }
@@ -195,6 +195,17 @@ class PreparedPairs:
         return self.batch.shaped(torch.where(self.mask, per_token(x, self.batch.spans), 0))
 
     @property
+    def lengths(self) -> Tensor:
+        """Training tokens of each row; int64 ``[R]``."""
+        return self.batch.lengths
+
+    @property
+    def row_weights(self) -> Tensor:
+        """Weight of each row's tokens in its score and of its pair in the loss; float64 ``[R, 1]``."""
+        weights = torch.full((self.batch.num_rows, 1), self.pair_weight, dtype=torch.float64, device=self.batch.device)
+        return weights / self.lengths.clamp(min=1)[:, None] if self.objective.normalization == "mean" else weights
+
+    @property
     def has_gradient(self) -> Tensor:
         """Rows that can have a gradient; bool ``[R]``. Both rows of a pair are needed if one of them is."""
         moves = (self.batch.lengths > 0)[
@@ -211,8 +222,7 @@ class PreparedPairs:
         """
         spans = self.batch.spans
         if self.objective.reference == "none":
-            weighted = log_probs if self.multiplier is None else product(log_probs, self.multiplier, spans)
-            scores = segment.sum(weighted, spans)
+            scores = segment.weighted_sum(log_probs, spans, self.multiplier)
         else:
             scores, _ = ops.policy_loss(
                 log_probs, spans, "k1", reference=self.batch.input(self.objective.reference), weights=self.multiplier

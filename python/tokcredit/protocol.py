@@ -97,7 +97,7 @@ class Denominators:
         if self.dp_size == 1:
             return
         needed = [_ARGUMENTS[count] for count in ("tokens", "rows", "groups") if count in aggregation.counts]
-        if getattr(aggregation, "length", 1) is None:
+        if aggregation.reads_width:
             raise ValueError(
                 f"aggregation: expected a length in {aggregation} because dp_size is {self.dp_size}, got None"
             )
@@ -136,10 +136,10 @@ class Denominators:
         return aggregation(
             Counts(
                 tokens=count("tokens", lengths.sum),
-                rows=count("rows", lambda: (lengths > 0).sum()),
+                rows=count("rows", lengths.count_nonzero),
                 groups=count("groups", present),
                 dp_size=self.dp_size,
-                width=batch.width if getattr(aggregation, "length", 1) is None else 0,
+                width=batch.width if aggregation.reads_width else 0,
                 lengths=lengths,
                 signs=signs,
                 group_of_row=groups,
@@ -167,6 +167,49 @@ class ObjectiveStage(Stage):
 
 
 _ARGUMENTS = {"tokens": "batch_num_tokens", "rows": "global_batch_size", "groups": "global_num_groups"}
+
+
+class PreparedBatch(Protocol):
+    """What trainers, adapters and reports may use of any prepared batch."""
+
+    batch: Rollouts
+
+    @property
+    def mask(self) -> Tensor:
+        """The tokens that train; bool ``[N]``."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """Training tokens of each row; int64 ``[R]``."""
+
+    @property
+    def advantages(self) -> Tensor:
+        """Advantage of each token, or what takes its place, in the layout of the batch."""
+
+    @property
+    def row_weights(self) -> Tensor:
+        """Weight of each row's tokens in the loss; float64 ``[R, 1]`` or 0-d."""
+
+    @property
+    def has_gradient(self) -> Tensor:
+        """Rows that can have a gradient; bool ``[R]``."""
+
+    def select(self, rows: Any) -> PreparedBatch:
+        """Return these rows as a micro-batch."""
+
+    def minibatch(self, rows: Any, **denominators: int) -> PreparedBatch:
+        """Return these rows as an optimizer step of their own."""
+
+    def with_denominators(
+        self,
+        *,
+        batch_num_tokens: int | None = None,
+        global_batch_size: int | None = None,
+        global_num_groups: int | None = None,
+        dp_size: int = 1,
+    ) -> PreparedBatch:
+        """Return the same with other denominators."""
+
 
 P = TypeVar("P")
 

@@ -190,14 +190,19 @@ class Rollouts:
         """
 
         def joined(name: str, pair: tuple[Tensor, Tensor]) -> Tensor:
+            if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):
+                raise TypeError(f"{name}: expected tensors for chosen and rejected, got {type(pair).__name__}")
             first, second = pair
-            if first.shape != second.shape or first.shape[:2] != chosen.shape:
+            if first.shape != second.shape or first.shape[:2] != chosen.shape[:2]:
                 raise ValueError(
                     f"{name}: expected {list(chosen.shape)} for chosen and rejected, "
                     f"got {describe(first)} and {describe(second)}"
                 )
             return torch.stack([first, second], 1).flatten(0, 1)
 
+        joined("chosen, rejected", (chosen, rejected))
+        if chosen.dim() != 2:
+            raise ValueError(f"chosen: expected integers (P, T), got {describe(chosen)}")
         pairs = chosen.shape[0]
         groups = torch.arange(pairs, device=chosen.device).repeat_interleave(2)
         rewards = torch.tensor([1.0, 0.0], device=chosen.device).repeat(pairs)
@@ -303,12 +308,17 @@ class Rollouts:
         """Return the batch with more inputs, or other ones under the same names.
 
         Args:
-            named: Registered inputs by name; None removes one.
+            named: Registered inputs by name, per-token ones as ``[N, ...]`` or in the layout of the batch; None removes
+                one.
         """
-        own = {name: x for name, x in named.items() if name in FIELDS}
+        own = {name: self._one_axis(x) for name, x in named.items() if name in FIELDS}
         extras = {**self.extras, **{name: x for name, x in named.items() if name not in FIELDS}}
         extras = {name: x for name, x in extras.items() if x is not None}
         return replace(self, **own, extras=extras)  # type: ignore[arg-type]
+
+    def _one_axis(self, x: Tensor | None) -> Tensor | None:
+        """Return a tensor in the layout of the batch as ``[N]``, and anything else as it is."""
+        return x.reshape(-1) if isinstance(x, Tensor) and self.shape and tuple(x.shape) == self.shape else x
 
     def flat(self, x: Tensor, name: str = "x") -> Tensor:
         """Return a per-token tensor in the layout of the batch as ``[N]``.
@@ -374,7 +384,8 @@ class Rollouts:
             TypeError: ``rows`` holds neither integers nor bool.
             ValueError: A row number is out of range.
         """
-        return Selection.of(row_numbers(rows, self.num_rows), self.spans, self.sizes, self.shape)
+        padded = self.shape is not None and self.shape[0] == self.num_rows
+        return Selection.of(row_numbers(rows, self.num_rows), self.spans, self.sizes, self.shape if padded else None)
 
     def select(self, rows: Any) -> Rollouts:
         """Return the batch of these rows, in this order, with their inputs.
@@ -423,7 +434,8 @@ class Rollouts:
         """Return the batch with inputs that carry no gradient."""
         named = {name: x for name in FIELDS if (x := getattr(self, name)) is not None} | dict(self.extras)
         attached = {name: x.detach() for name, x in named.items() if x.requires_grad}
-        return self.with_inputs(**attached) if attached else self
+        batch = self.with_inputs(**attached) if attached else self
+        return replace(batch, rewards=self.rewards.detach()) if self.rewards.requires_grad else batch
 
     def with_mask(self, response_mask: Tensor) -> Rollouts:
         """Return the batch with another response mask. Nothing waits for the device.

@@ -156,7 +156,7 @@ class target_entropy(Controller):
     start: float = 0.0
     low: float = 0.0
     high: float = 1.0
-    metric: str = "entropy"
+    metric: str = "entropy_mean"
 
     def initial(self) -> tuple[float, ...]:
         """Return the coefficient, and an entropy above any target."""

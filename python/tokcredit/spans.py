@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcredit.arguments import INTEGERS, describe, tensor, whole_number
+from tokcredit.arguments import INTEGERS, describe, instance, tensor, whole_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class Spans:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"cu_seqlens: expected int64 [R + 1], got {describe(cu_seqlens)}")
         edges = tensor("cu_seqlens", cu_seqlens, INTEGERS, tuple(cu_seqlens.shape)).long().contiguous()
-        bad = edges.diff() < 0
+        bad = edges[1:] < edges[:-1]
         if bool(bad.any()) or int(edges[0]) != 0:
             shown = edges[:8].tolist()
             more = ", ..." if edges.numel() > 8 else ""
@@ -184,8 +184,5 @@ def require_spans(name: str, x: Any) -> Spans:
     Raises:
         TypeError: It is something else.
     """
-    if not isinstance(x, Spans):
-        raise TypeError(
-            f"{name}: expected tokcredit.Spans, got {type(x).__name__}; see Spans.from_cu_seqlens and Spans.from_padded"
-        )
-    return x
+    checked: Spans = instance(name, x, Spans, "; see Spans.from_cu_seqlens and Spans.from_padded")
+    return checked

@@ -147,11 +147,10 @@ class Supervised(ObjectiveStage):
         name = prepared.objective.token_loss.variable
         check_variables((name,), variables)
         x, spans = prepared.batch.flat(per_token, name), prepared.spans
+        weights = prepared.row_weights
         if prepared.multiplier is not None:
-            x = product(x, prepared.multiplier, spans)
-        rows = segment.sum(x, spans)
-        weights = prepared.row_weights if prepared.row_weights.dim() == 0 else prepared.row_weights[:, 0]
-        value = prepared.objective.token_loss.sign * (rows * weights.to(rows.dtype)).sum()
+            weights = product(prepared.multiplier, weights, spans)
+        value = prepared.objective.token_loss.sign * segment.weighted_sum(x, spans, weights).sum()
         detached = value.detach()
 
         def metrics() -> dict[str, Tensor]:

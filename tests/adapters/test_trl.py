@@ -15,6 +15,7 @@ pytest.importorskip("trl", reason="TRL is not installed; make test-trl")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import recipes
 import scripted
 import tiny
 import trl
@@ -319,11 +320,14 @@ def test_takes_policy_gradient_objectives(keywords, tmp_path):
 
 
 def test_settings_follow_the_progress_of_training(tmp_path):
-    clip = tc.clip.growing(tc.schedule.linear(0.1, 0.5), 0.2)
-    args = scripted.arguments(tmp_path)
-    trainer, _ = scripted.train(CreditGRPOTrainer, args, objective=tc.Objective(clip=clip))
+    plain, other = tc.credit.group_normalized(), tc.credit.leave_one_out()
+    args = scripted.arguments(tmp_path, steps_per_generation=2)
+    objective = tc.Objective(tc.credit.sum(plain, other, tc.schedule.linear(0.1, 0.5)))
+    trainer, _ = scripted.train(CreditGRPOTrainer, args, objective=objective)
+    prepared = trainer._prepared["train"]
     # The second generation batch is sampled after two of four steps.
-    assert trainer._prepared["train"].objective.clip.low == pytest.approx(0.3)
+    assert prepared.objective.credit.weight == pytest.approx(0.3)
+    torch.testing.assert_close(prepared.credit, plain(prepared.batch) + 0.3 * other(prepared.batch))
 
 
 def test_missing_key_is_loud(tmp_path, monkeypatch):
@@ -346,31 +350,56 @@ def test_missing_hook_is_loud(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["tempo", "ctpo"])
-def test_learns(method, tmp_path):
-    """Sampled completions, paid for each 3 in them: the reward rises."""
+def test_a_step_follows_the_advantages(method, tmp_path):
+    """Completions that the model samples: one small step raises the sum of advantage times log-prob."""
 
-    def threes(completions, **columns):
-        return [text.count("3") / 8 for text in completions]
+    def by_place(completions, **columns):
+        return [(i % 3) / 2 for i in range(len(completions))]
 
     args = scripted.arguments(
         tmp_path,
-        max_steps=30,
+        max_steps=1,
         per_device_train_batch_size=32,
         gradient_accumulation_steps=1,
         steps_per_generation=1,
         num_generations=8,
         max_completion_length=8,
-        optim="adamw_torch",
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         num_iterations=1,
     )
     data = Dataset.from_dict({"prompt": scripted.PROMPTS * 8})
     trainer = CreditGRPOTrainer(
-        tiny.model(), threes, args, method=method, train_dataset=data, processing_class=tiny.tokenizer()
+        tiny.model(), by_place, args, method=method, train_dataset=data, processing_class=tiny.tokenizer()
     )
+    kept, generate = [], trainer._generate_and_score_completions
+
+    @torch.no_grad()
+    def log_probs(batch):
+        return trainer._forward(trainer.model, batch)[0].double()
+
+    def generated(inputs):
+        batch = generate(inputs)
+        kept.append((batch, log_probs(batch)))
+        return batch
+
+    trainer._generate_and_score_completions = generated
     trainer.train()
-    rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
-    assert sum(rewards[-5:]) / 5 > 2 * sum(rewards[:5]) / 5 > 0
+    ((batch, before),) = kept
+    after = log_probs(batch)
+    assert batch["advantages"].abs().sum() > 1
+    assert (batch["advantages"] * batch["completion_mask"] * (after - before)).sum() > 0
+
+
+def test_recipe(tmp_path):
+    """As ``docs/hosts.md`` prints it."""
+    tiny.model().save_pretrained(tmp_path / "start")
+    tiny.tokenizer().save_pretrained(tmp_path / "start")
+    args = scripted.arguments(tmp_path, max_steps=1)
+    data = Dataset.from_dict({"prompt": scripted.PROMPTS * 8})
+    trainer = recipes.run("TRL")["make_trainer"](str(tmp_path / "start"), scripted.reward, args, data)
+    assert trainer.credit_objective == tc.mix("ctpo", credit="tempo", aggregation="tempo")
+    trainer.train()
+    assert trainer.state.log_history[0]["tokcredit/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_example(tmp_path):

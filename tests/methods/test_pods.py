@@ -1,9 +1,11 @@
 import itertools
+from fractions import Fraction
 
 import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.pods import most_varied
 
 
 def variance(x):
@@ -55,3 +57,50 @@ def test_small_groups_are_kept_whole():
         for objective in (tc.methods.pods(), tc.methods.grpo(epsilon=1e-4))
     )
     torch.testing.assert_close(a, b)
+
+
+def released(rewards, count):
+    """The rule of the released code, with exact variances: the highest rewards win ties, then the first split."""
+    order = sorted(range(len(rewards)), key=lambda r: -rewards[r])
+    best = order[:count]
+    for i in range(count):
+        split = order[:i] + order[len(order) - (count - i) :]
+        if variance([rewards[r] for r in split]) > variance([rewards[r] for r in best]):
+            best = split
+    return sorted(best)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_are_broken_as_in_the_release(dtype):
+    g = torch.Generator().manual_seed(0)
+    ties = 0
+    for _ in range(200):
+        n, count = int(torch.randint(4, 12, (1,), generator=g)), int(torch.randint(1, 5, (1,), generator=g))
+        rewards = [Fraction(int(x)) for x in torch.randint(0, 3, (n,), generator=g)]
+        batch = tc.Rollouts(
+            torch.arange(n),
+            torch.arange(n + 1),
+            torch.zeros(n, dtype=torch.long),
+            torch.tensor(list(map(float, rewards)), dtype=dtype),
+        )
+        kept = most_varied(count)(batch, None)[:, 0].nonzero()[:, 0].tolist()
+        assert kept == released(rewards, count)
+        ties += kept != tc.select.maximum_variance(batch.rewards, count).nonzero()[:, 0].tolist()
+    assert ties > 20, "the first split would have been another set"
+
+
+def test_ties_by_hand():
+    # {1, 0, 0} three times: the highest three are taken, in the order of the batch. {2, 0} has no rival.
+    for rewards, count, expected in (
+        ([0.0, 1, 0, 0], 3, [0, 1, 2]),
+        ([1.0, 0, 1, 2], 2, [1, 3]),
+        ([5.0] * 4, 2, [0, 1]),
+    ):
+        batch = tc.Rollouts(torch.arange(4), torch.arange(5), torch.zeros(4, dtype=torch.long), torch.tensor(rewards))
+        assert tc.methods.pods(count).prepare(batch).mask.nonzero()[:, 0].tolist() == expected
+
+
+def test_defaults():
+    assert tc.methods.pods() == tc.Objective(
+        credit=tc.credit.group_normalized(epsilon=1e-4), filters=(most_varied(count=16),)
+    )

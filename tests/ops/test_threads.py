@@ -77,7 +77,9 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
 )
 def test_a_forked_process_computes_as_its_parent(before):
     command = [sys.executable, "-c", FORKED.format(before=before)]
-    run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=120
+    )
     assert run.stdout.split() == ["0"], run.stderr
 
 

@@ -102,14 +102,34 @@ def test_schedules_become_numbers():
             "expected a tuple of token_weight stages",
         ),
         (lambda: tc.Objective(terms=("kl",)), TypeError, r"terms: expected a tuple of term stages, got \('kl',\)"),
-        (lambda: tc.clip.growing(-0.1, 0.1), ValueError, r"growing: low: expected a number at least 0, got -0\.1"),
-        (lambda: tc.clip.growing(0.1, math.nan), ValueError, "growing: high: expected a number at least 0, got nan"),
-        (lambda: tc.clip.soft(0, 0), ValueError, "soft: tau_positive: expected a number above 0, got 0"),
-        (lambda: tc.clip.ppo(cap=0.5), ValueError, r"ppo: cap: expected a number at least 1 or None, got 0\.5"),
-        (lambda: tc.clip.ppo("0.2"), TypeError, "ppo: low: expected a number at least 0, got '0.2'"),
-        (lambda: tc.clip.ppo(True), TypeError, "ppo: low: expected a number at least 0, got True"),
+        (
+            lambda: tc.clip.growing(-0.1, 0.1),
+            ValueError,
+            r"clip\.growing: low: expected a number at least 0 \(or a schedule\), got -0\.1",
+        ),
+        (
+            lambda: tc.clip.growing(0.1, math.nan),
+            ValueError,
+            r"growing: high: expected a number at least 0 \(or a schedule\), got nan",
+        ),
+        (
+            lambda: tc.clip.soft(0, 0),
+            ValueError,
+            r"soft: tau_positive: expected a number above 0 \(or a schedule\), got 0",
+        ),
+        (
+            lambda: tc.clip.ppo(cap=0.5),
+            ValueError,
+            r"ppo: cap: expected a number at least 1 \(or a schedule\) or None, got 0\.5",
+        ),
+        (lambda: tc.clip.ppo("0.2"), TypeError, r"ppo: low: expected a number at least 0 \(or a schedule\), got '0.2'"),
+        (lambda: tc.clip.ppo(True), TypeError, r"ppo: low: expected a number at least 0 \(or a schedule\), got True"),
         (lambda: tc.clip.gated("ratios"), ValueError, "gated: on: expected one of 'ratio', 'difference', .*'ratios'"),
-        (lambda: tc.clip.gated(low=0.1), ValueError, r"gated: low: expected a number at most 0, got 0\.1"),
+        (
+            lambda: tc.clip.gated(low=0.1),
+            ValueError,
+            r"gated: low: expected a number at most 0 \(or a schedule\), got 0\.1",
+        ),
         (lambda: tc.ratio.sequence(high=-5), ValueError, "sequence: high: expected a number at least 0, got -5"),
         (lambda: tc.ratio.token(bound=0), ValueError, "token: bound: expected a number above 0, got 0"),
         (lambda: tc.ratio.token(to="old_logprobs"), ValueError, "to: .*'old_logprobs'; did you mean old_log_probs"),
@@ -123,11 +143,15 @@ def test_schedules_become_numbers():
             TypeError,
             "length: expected a whole number at least 1 or None, got 1.5",
         ),
-        (lambda: tc.term.kl(-1), ValueError, "kl: coefficient: expected a number at least 0, a schedule, got -1"),
+        (
+            lambda: tc.term.kl(-1),
+            ValueError,
+            r"term\.kl: coefficient: expected a number at least 0 \(or a schedule\), got -1",
+        ),
         (
             lambda: tc.term.kl(math.nan),
             ValueError,
-            "kl: coefficient: expected a number at least 0, a schedule, got nan",
+            r"term\.kl: coefficient: expected a number at least 0 \(or a schedule\), got nan",
         ),
         (lambda: tc.term.kl(0.1, "k4"), ValueError, "kl: estimator: expected one of 'k3', 'k1', 'k2', 'abs', got 'k4'"),
         (lambda: tc.term.nll(0.1, where=tc.clip.ppo()), TypeError, "nll: where: expected a filter stage or None"),
@@ -181,7 +205,7 @@ def test_ints_become_floats():
 
 
 def test_ranges_read_as_sentences():
-    assert str(Range("number", above=0, at_most=1, scheduled=True)) == "a number above 0 and at most 1, a schedule"
+    assert str(Range("number", above=0, at_most=1, scheduled=True)) == "a number above 0 and at most 1 (or a schedule)"
     assert str(Range("whole number", at_least=1, optional=True)) == "a whole number at least 1 or None"
     assert str(Range("option", options=("a", "b"))) == "one of 'a', 'b'"
     assert str(Range("stage", stage=tc.clip.Clip, several=True)) == "a tuple of clip stages"
@@ -216,9 +240,9 @@ def test_declarations_of_settings():
 
 def test_only_declared_settings_take_schedules():
     linear = schedule.linear(0.1, 0.2)
-    assert tc.term.kl(linear).adjustables == (linear,)
-    with pytest.raises(TypeError, match="ppo: low: expected a number at least 0, got linear"):
-        tc.clip.ppo(linear)
+    assert tc.term.kl(linear).adjustables == tc.clip.ppo(linear).adjustables == (linear,)
+    with pytest.raises(TypeError, match="group_normalized: epsilon: expected a number at least 0, got linear"):
+        tc.credit.group_normalized(epsilon=linear)
 
 
 def test_the_rows_of_all_ranks_are_asked_for():

@@ -1,57 +1,68 @@
+import dataclasses
 import math
 
 import naive
-import pytest
+import ragged
 import tokcredit as tc
-from tokcredit.methods.hapo import outside_center
-from tokcredit.methods.hapo import widened
 import torch
-from tokcredit.stages.clip import Window
-
-H = tc.token_score.given("entropies")
-
-
-def test_middle_half_of_the_window():
-    """Ratios just inside and outside of 0.9 and 1.14, the middle of [0.8, 1.28]; h = 0.5, then -0.5."""
-    log_ratio = torch.tensor([0.899, 0.901, 1.0, 1.139, 1.141]).log()
-    window = Window("clip", math.log(0.8), math.log(1.28))
-    gain = outside_center(H, strength=0.8)
-    uncertain = gain(log_ratio, window, torch.full((5,), 0.5))
-    certain = gain(log_ratio, window, torch.full((5,), -0.5))
-    assert uncertain.tolist() == pytest.approx([1.4, 1, 1, 1, 1.4])
-    assert certain.tolist() == pytest.approx([1, 0.6, 0.6, 0.6, 1])
+from tokcredit.stages.base import number
+from tokcredit.stages.scale import Scale
 
 
-def test_windows_may_differ_between_tokens():
-    window = Window("clip", -0.1, 0.1, power=2.0).spelled_out(tc.ops.Rows(torch.tensor([0]), torch.tensor([2])), 2)
-    gain = outside_center(H)(torch.tensor([0.08, 0.08]), window, torch.ones(2))
-    assert gain.tolist() == [2.0, 1.0]
-    open_below = Window("clip", -math.inf, torch.tensor([0.1, 0.1]))
-    gain = outside_center(H)(torch.tensor([-0.6, -0.8]), open_below, torch.ones(2))
-    assert gain.tolist() == [1.0, 2.0]  # half of the way to 0
+def test_several_scales_multiply_and_see_what_they_are_promised():
+    batch, current = naive.random_batch()
+
+    @dataclasses.dataclass(frozen=True)
+    class seen(Scale):
+        factor: float = number()
+
+        def __call__(self, log_probs, log_ratio, advantages, spans, window, signal):
+            assert not log_probs.requires_grad and not log_ratio.requires_grad
+            torch.testing.assert_close(log_ratio, log_probs - batch.old_log_probs)
+            assert advantages.shape == (12, 1) and spans.size == 84 and window.surrogate == "clip" and signal is None
+            return torch.where(log_probs < -0.5, self.factor, 1.0)
+
+    objective = tc.mix("dapo", filters=(), scales=(seen(0.5), seen(3.0)))
+
+    def formula(batch, log_probs):
+        advantages, old, losses = naive.group_advantages(batch), batch.old_log_probs, []
+        for a, tokens in zip(advantages, naive.rows_of(batch), strict=True):
+            of_token = [a * (1.5 if log_probs[t].item() < -0.5 else 1.0) for t in tokens]
+            q = [(log_probs[t] - old[t]).exp() for t in tokens]
+            losses.append([naive.clipped(x, y, 0.8, 1.28) for x, y in zip(of_token, q, strict=True)])
+        return naive.token_mean(batch, losses)
+
+    naive.check(objective, batch, current, formula)
 
 
-def test_reads_the_score_that_widened_the_window():
-    """Asked for once where both have it; another score is asked for on its own."""
-    batch, _ = naive.random_batch(entropies=torch.rand(12, 7))
-    gain = outside_center(H, strength=0.8)
-    shared, own = widened(H)(batch), widened(tc.token_score.scaled(H))(batch)
-    assert gain.signal(batch, shared) is None
-    assert torch.equal(gain.signal(batch, own), batch.entropies)
-    log_ratio = torch.linspace(-0.4, 0.4, batch.num_tokens)
-    torch.testing.assert_close(gain(log_ratio, shared, None), gain(log_ratio, shared, batch.entropies))
-    assert shared.at(torch.tensor([3])).h == batch.entropies[3]
+def test_a_scale_per_row():
+    batch, current = naive.random_batch()
+
+    @dataclasses.dataclass(frozen=True)
+    class by_row(Scale):
+        def __call__(self, log_probs, log_ratio, advantages, spans, window, signal):
+            return tc.segment.mean(log_ratio, spans).exp()[:, None]
+
+    objective = tc.Objective(scales=(by_row(),), clip=tc.clip.unclipped(), aggregation=tc.aggregation.token_sum())
+
+    def formula(batch, log_probs):
+        total = 0.0
+        for a, tokens in zip(naive.group_advantages(batch), naive.rows_of(batch), strict=True):
+            d = [log_probs[t] - batch.old_log_probs[t] for t in tokens]
+            factor = math.exp(sum(x.item() for x in d) / max(len(d), 1))
+            total = total - sum(a * factor * x.exp() for x in d)
+        return total
+
+    naive.check(objective, batch, current, formula)
 
 
-@pytest.mark.parametrize("ratio", [tc.ratio.token(), tc.ratio.sequence(), tc.ratio.cumulative(), tc.ratio.one()])
-def test_sees_the_ratio_of_the_loss(ratio):
-    rows = tc.ops.Rows(torch.tensor([0, 3]), torch.tensor([3, 5]), torch.tensor([True, False, True, True, True]))
-    log_probs, old = torch.tensor([0.3, 9.0, -0.1, 0.2, 40.0]), torch.zeros(5)
-    seen = ratio(rows, log_probs, old).per_token(rows, log_probs)[rows.mask].tolist()
-    expected = {
-        "token": [0.3, -0.1, 0.2, 20.0],
-        "sequence": [0.1, 0.1, 10.0, 10.0],
-        "cumulative": [0.3, 0.2, 0.2, 10.0],
-        "one": [0.0, 0.0, 0.0, 0.0],
-    }
-    assert seen == pytest.approx(expected[type(ratio).__name__])
+def test_scales_see_rows_of_a_micro_batch_as_in_the_whole():
+    batch, current = naive.random_batch()
+    engine = batch.old_log_probs + 0.2 * torch.randn(84, generator=ragged.generator(2), dtype=torch.float64)
+    objective = tc.Objective(scales=(tc.scale.within("ratio", "mean", 0.95, 1.1, to="rollout_log_probs"),))
+    prepared = objective.prepare(batch.with_inputs(rollout_log_probs=engine))
+    whole = objective.loss(prepared, current).loss
+    pieces = [[4, 0, 2], [11, 1], [3, 5, 6, 7, 8, 9, 10]]
+    parts = [objective.loss(prepared.select(rows), current[rows]).loss for rows in pieces]
+    torch.testing.assert_close(sum(parts), whole)
+    assert whole != tc.Objective().loss(tc.Objective().prepare(batch), current).loss

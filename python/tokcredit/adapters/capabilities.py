@@ -45,6 +45,11 @@ class given_advantages(Credit):
         return frozenset({self.name})
 
     def __call__(self, batch: Rollouts) -> Tensor:
+        """Return the named input.
+
+        Args:
+            batch: The rollouts.
+        """
         return batch.input(self.name)
 
 
@@ -64,6 +69,12 @@ class given_weights(TokenWeight):
         return frozenset({self.name})
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        """Return the named input.
+
+        Args:
+            batch: The rollouts.
+            advantages: Not used.
+        """
         return batch.input(self.name)
 
 
@@ -192,15 +203,6 @@ def require_defaults(settings: Any, kind: type, decided: Mapping[str, str], host
             )
 
 
-def reads_width(aggregation: Aggregation) -> bool:
-    """Return whether a denominator depends on the widest row of the batch, which differs between ranks and parts.
-
-    Args:
-        aggregation: The aggregation.
-    """
-    return getattr(aggregation, "length", 1) is None
-
-
 def with_length(aggregation: Aggregation, length: int) -> Aggregation:
     """Return an aggregation with ``length`` in place of the width of the batch, if it depends on that.
 
@@ -208,4 +210,4 @@ def with_length(aggregation: Aggregation, length: int) -> Aggregation:
         aggregation: The aggregation.
         length: Tokens of the longest response that the host allows.
     """
-    return dataclasses.replace(aggregation, length=length) if reads_width(aggregation) else aggregation  # type: ignore[type-var]
+    return dataclasses.replace(aggregation, length=length) if aggregation.reads_width else aggregation  # type: ignore[type-var]

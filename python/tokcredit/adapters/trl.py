@@ -316,7 +316,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         for term, (mask, weights) in zip(prepared.objective.terms, prepared.terms, strict=True):
             spans = prepared.spans if mask is None else prepared.spans.with_mask(mask)
             lengths = segment.sum(torch.ones_like(entropies, dtype=torch.double), spans)
-            share = (weights.expand(len(lengths), 1)[:, 0] * lengths).sum() * term.coefficient
+            share = (weights.expand(len(lengths), 1)[:, 0] * lengths).sum()
             sums[term.metric] = (metrics.pop(term.metric), share)
         sums |= {name: (value * tokens, tokens) for name, value in metrics.items()}
         local = torch.stack([torch.stack([x.double() for x in pair]) for pair in sums.values()])

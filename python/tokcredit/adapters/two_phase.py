@@ -22,7 +22,6 @@ from tokcredit.adapters.capabilities import (
     arguments,
     given_advantages,
     given_weights,
-    reads_width,
     require,
     require_constant,
 )
@@ -72,8 +71,7 @@ def loss_part(objective: Objective, host: str, kl_setting: str) -> Objective:
         aggregation=objective.aggregation,
     )
     for stage in (part.clip, *part.scales):
-        # Where a batch is read at all, the policy loss has no more of it than log-probs and advantages.
-        if stage.compares_groups or any(getattr(x, "reads_rollouts", False) for x in stage.stages()):
+        if stage.compares_groups or any(x.reads_rollouts for x in stage.stages()):
             raise ValueError(
                 f"objective: expected a {stage.kind} stage that reads neither token ids nor groups, because the policy "
                 f"loss of {host} gets none, got {stage!r}"
@@ -103,7 +101,7 @@ def denominator(objective: Objective, host: str) -> str:
         ValueError: The aggregation is no mean, or its length depends on the batch, of which the host shows a part.
     """
     stage = objective.aggregation
-    if reads_width(stage):
+    if stage.reads_width:
         raise ValueError(
             f"objective: expected a length in the aggregation stage, because {host} shows the loss a part of the "
             f"batch, got {stage!r}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokcredit import ops
+from tokcredit.arguments import float_tensor, per_token, tensor
 from tokcredit.blocks import scan, segment
 from tokcredit.spans import Spans, require_spans
 
@@ -81,6 +82,7 @@ def targets(spans: Spans, gamma: float, values: Tensor | None = None, trace: flo
     if trace == 1:
         exact = torch.expm1(remaining(spans) * math.log(gamma))
         return exact.to(torch.float32 if values is None or values.dtype != torch.float64 else torch.float64)
+    require_spans("spans", spans)
     if values is None:
         raise ValueError(f"values: expected float [{spans.size}] because trace is {trace}, got None")
     return torch.where(_inside(spans), values, 0) + advantages(values, spans, gamma, trace)
@@ -109,6 +111,10 @@ def advantages(
         ValueError: gamma is out of range.
     """
     check_gamma(gamma)
+    require_spans("spans", spans)
+    per_token("values", values, spans.size, spans.device)
+    if truncated is not None:
+        tensor("truncated", truncated, (torch.bool,), (spans.num_rows,), spans.device)
     cost, after = torch.full((), gamma - 1, dtype=values.dtype, device=values.device), None
     if truncated is not None:
         last = ops.scan(values, spans, decay=0.0)[1]
@@ -129,7 +135,7 @@ def squared(z: Tensor, target: Tensor, spans: Spans, floor: float | None = None)
     Returns:
         0-d.
     """
-    inside = _inside(spans)
+    inside = _regression(z, target, spans)
     error = -torch.where(inside, z, 0).sigmoid() - torch.where(inside, target, 0)
     if floor is not None:
         error = error / target.abs().clamp(min=floor)
@@ -147,8 +153,16 @@ def cross_entropy(z: Tensor, target: Tensor, spans: Spans) -> Tensor:
     Returns:
         0-d, with its gradient to ``z``.
     """
-    z, share = torch.where(_inside(spans), z, 0), -target.to(z.dtype)
+    z, share = torch.where(_regression(z, target, spans), z, 0), -target.to(z.dtype)
     return _token_mean(functional.binary_cross_entropy_with_logits(z, share, reduction="none"), spans)
+
+
+def _regression(z: Tensor, target: Tensor, spans: Spans) -> Tensor:
+    """Check the arguments of a loss and return the mask of the tokens inside rows."""
+    require_spans("spans", spans)
+    per_token("z", z, spans.size, spans.device)
+    per_token("target", target, spans.size, spans.device)
+    return _inside(spans)
 
 
 def _inside(spans: Spans) -> Tensor:
@@ -167,6 +181,7 @@ def tokens(z: Tensor, gamma: float) -> Tensor:
         gamma: That of the head.
     """
     check_gamma(gamma)
+    float_tensor("z", z)
     return functional.softplus(z) / -math.log(gamma)
 
 
@@ -180,6 +195,7 @@ def tokens_of_value(value: Tensor, gamma: float) -> Tensor:
         gamma: That of the head.
     """
     check_gamma(gamma)
+    float_tensor("value", value)
     edge = 1e-12 if value.dtype == torch.float64 else 1e-6
     value = value if value.dtype == torch.float64 else value.float()
     return value.clamp(-1 + edge, 0).log1p() / math.log(gamma)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import INTEGERS, describe
+from tokcredit.arguments import INTEGERS, describe, float_tensor, instance
 from tokcredit.rollouts import Rollouts
 
 
@@ -118,6 +118,10 @@ def normalizers(logits: Tensor, batch: Rollouts) -> Tensor:
     Returns:
         float ``[N]``.
     """
+    instance("batch", batch, Rollouts)
+    float_tensor("logits", logits)
+    if logits.dim() != 2 or logits.shape[0] != batch.num_tokens:
+        raise ValueError(f"logits: expected float [{batch.num_tokens}, V], got {describe(logits)}")
     chosen = torch.where(batch.response_mask, batch.tokens.long(), -1)
     own = logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0]
     return torch.where(batch.response_mask, own - from_logits(logits, chosen), 0)
@@ -135,6 +139,7 @@ def group_vocabulary(batch: Rollouts) -> tuple[Tensor, Tensor]:
         int64 ``[groups, K]``, ascending token ids of each group, then -1; and int64 ``[N]``, the column of each token,
         -1 where the policy did not choose it.
     """
+    instance("batch", batch, Rollouts)
     chosen = batch.tokens.masked_fill(~batch.response_mask, 0)
     base = int(chosen.max()) + 1 if batch.num_tokens else 1
     # One cell for every group and id, and cell 0 for tokens that the policy did not choose.
@@ -163,6 +168,9 @@ def group_probs(logits: Tensor, batch: Rollouts) -> Tensor:
     Returns:
         float ``[N, K]``, 0 where the policy did not choose the token.
     """
+    instance("batch", batch, Rollouts)
+    if float_tensor("logits", logits).dim() == 0 or logits.numel() != batch.num_tokens * logits.shape[-1]:
+        raise ValueError(f"logits: expected float [{batch.num_tokens}, V], got {describe(logits)}")
     logits = logits.reshape(batch.num_tokens, logits.shape[-1])
     ids, _ = group_vocabulary(batch)
     group = ops.spread(batch.group_index, batch.spans)

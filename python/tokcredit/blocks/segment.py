@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import FLOATS, describe, tensor
+from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, per_token, tensor
 from tokcredit.groups import Groups
-from tokcredit.spans import Spans
+from tokcredit.spans import Spans, require_spans
 
 
 class Ids(NamedTuple):
@@ -58,6 +58,8 @@ def _reduce(name: str, x: Tensor, by: By, ddof: float = 0.0) -> Tensor:
     size = _length(by)
     if not isinstance(x, Tensor) or tuple(x.shape) != (size,):
         raise ValueError(f"x: expected [{size}], got {describe(x)}")
+    if x.dtype.is_complex or x.layout != torch.strided:
+        raise TypeError(f"x: expected float [{size}], got {describe(x)}, layout {x.layout}")
     if x.dtype not in FLOATS:
         x = x.double() if x.dtype == torch.int64 else x.float()
     kind = ops.REDUCTIONS.index(name)
@@ -121,6 +123,26 @@ def sum(x: Tensor, by: By) -> Tensor:
     return _Sum.apply(x, by) if _differentiable(x) else _reduce("sum", x, by)
 
 
+def weighted_sum(x: Tensor, spans: Spans, weights: Tensor | None = None) -> Tensor:
+    """Return the weighted sum of each row, ``sum over t of weights[t] * x[t]``, with its gradient to ``x``.
+
+    Unlike the gradient of ``(weights * x).sum()``, NaN in ``x`` at an unmasked token gives a NaN gradient there, and
+    NaN at a masked token gives 0.
+
+    Args:
+        x: float ``[N]``.
+        spans: The rows.
+        weights: float ``[N]`` per token, ``[R, 1]`` per row or 0-d, or None for 1.
+
+    Returns:
+        float ``[R]``.
+    """
+    require_spans("spans", spans)
+    per_token("x", x, spans.size, spans.device)
+    rows, _ = ops.policy_loss(x, spans, "k1", reference=torch.zeros_like(x, requires_grad=False), weights=weights)
+    return rows
+
+
 def count(by: By) -> Tensor:
     """Return the number of unmasked elements of each segment, int64.
 
@@ -131,6 +153,7 @@ def count(by: By) -> Tensor:
         return ops.count(by)
     if isinstance(by, Groups):
         return ops.count(by.spans)
+    _length(by)
     ones = torch.ones(by.ids.shape, dtype=torch.float64, device=by.ids.device)
     return _reduce("count", ones, by).long()
 
@@ -187,7 +210,7 @@ def moments(x: Tensor, by: By, ddof: float = 1.0) -> Moments:
         by: What belongs together; see the module.
         ddof: Subtracted from the number of elements in the variance.
     """
-    return Moments(*_reduce("moments", x, by, ddof).unbind(1))
+    return Moments(*_reduce("moments", float_tensor("x", x), by, ddof).unbind(1))
 
 
 def minimum(x: Tensor, by: By) -> Tensor:
@@ -237,7 +260,8 @@ def keys(*ids: Tensor) -> Ids:
     if not ids:
         raise ValueError("ids: expected at least one tensor of ids, got none")
     for x in ids:
-        tensor("ids", x, (torch.int32, torch.int64), tuple(ids[0].shape), ids[0].device)
+        instance("ids", x, Tensor)
+        tensor("ids", x, INTEGERS, (ids[0].numel(),), ids[0].device)
     combined = torch.stack([x.long() for x in ids])
     inside = (combined >= 0).all(0)
     names, index = torch.unique(combined[:, inside], dim=1, return_inverse=True)
@@ -292,6 +316,7 @@ def pieces(marks: Tensor, spans: Spans, after: bool = False) -> Pieces:
         spans: The rows.
         after: A marked token ends its piece instead of beginning one.
     """
+    require_spans("spans", spans)
     tensor("marks", marks, (torch.bool,), (spans.size,), spans.device)
     at = marks.nonzero()[:, 0]
     total = ops.count(spans.with_mask(marks)) + 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import FLOATS, INTEGERS, describe, per_token, tensor
+from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, per_token, tensor
 from tokcredit.blocks import segment
 from tokcredit.blocks.segment import Ids
 from tokcredit.groups import Groups
@@ -25,6 +25,7 @@ def everything(spans: Spans) -> Ids:
     Args:
         spans: The rows.
     """
+    require_spans("spans", spans)
     return Ids(torch.zeros_like(spans.begin), 1)
 
 
@@ -34,6 +35,7 @@ def _scopes(spans: Spans, by: Ids | Groups | None) -> Ids:
         return Ids(torch.arange(spans.num_rows, device=spans.device), spans.num_rows)
     if isinstance(by, Groups):
         return Ids(by.index, by.count)
+    instance("by", by, Ids)
     tensor("by.ids", by.ids, (torch.int64,), (spans.num_rows,), spans.device)
     if by.mask is not None:
         raise ValueError("by: expected scopes without a mask, got one; give a row that takes no part the id -1")
@@ -156,10 +158,11 @@ def maximum_variance(x: Tensor, k: int | Tensor, by: Ids | Groups | None = None)
     References:
         arXiv 2504.13818 (the algorithm), arXiv 2509.22115 (over groups).
     """
-    tensor("x", x, FLOATS, (x.numel(),))
+    tensor("x", float_tensor("x", x), FLOATS, (x.numel(),))
     if by is None:
         by = Ids(torch.zeros(x.shape, dtype=torch.int64, device=x.device), 1)
     if isinstance(by, Groups):
         by = Ids(by.index, by.count)
+    instance("by", by, Ids)
     tensor("by.ids", by.ids, (torch.int64,), tuple(x.shape), x.device)
     return torch.ops.tokcredit.maximum_variance(x, by.ids, _per_scope("k", k, by))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import tensor
+from tokcredit.arguments import instance, tensor
 from tokcredit.rollouts import Rollouts
 
 _EXPANDED = (torch.float32, torch.float64, torch.int64, torch.bool)
@@ -98,6 +98,8 @@ class PrefixTree:
         given = {name: x for name, x in (("body", body), ("head", head), ("row", row)) if x is not None}
         if not given:
             raise ValueError("body, head, row: expected at least one of them, got none")
+        for name, x in given.items():
+            instance(name, x, Tensor)
         dtype = next(iter(given.values())).dtype
         for name, x in given.items():
             tensor(name, x, _EXPANDED, tuple((self.leaf if name == "row" else self.parent).shape), self.leaf.device)
@@ -116,4 +118,5 @@ def build(batch: Rollouts) -> PrefixTree:
     Args:
         batch: The rollouts, with whole groups.
     """
+    instance("batch", batch, Rollouts)
     return PrefixTree(batch, *ops.tree_build(batch.tokens, batch.all_spans, batch.group_index, batch.num_groups))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import FLOATS, tensor
+from tokcredit.arguments import FLOATS, instance, tensor
 from tokcredit.blocks import segment
 from tokcredit.blocks.tree import PrefixTree
 
@@ -121,8 +121,9 @@ def fold_means(parent: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
     Raises:
         ValueError: A node number is out of range, or a parent does not come before its child.
     """
-    tensor("parent", parent, (torch.int64,), (parent.numel(),))
-    tensor("leaf", leaf, (torch.int64,), (leaf.numel(),), parent.device)
+    for name, ids in (("parent", parent), ("leaf", leaf)):
+        instance(name, ids, Tensor)
+        tensor(name, ids, (torch.int64,), (ids.numel(),), parent.device)
     tensor("x", x, (torch.float32, torch.float64), tuple(leaf.shape), parent.device)
     nodes = torch.arange(parent.numel(), device=parent.device)
     if bool(((parent < -1) | (parent >= nodes)).any()):

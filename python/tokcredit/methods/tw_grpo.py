@@ -24,7 +24,7 @@ def tw_grpo(
     The weights do not change the denominator.
 
     Args:
-        alpha: Largest weight, at least 1.
+        alpha: Largest weight.
         clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
         clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
         epsilon: Added to the standard deviation.

@@ -35,7 +35,6 @@ def set_num_threads(count: int) -> None:
     _threads = count
 
 
-
 def accumulated(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of a dtype are summed and results are given.
 

@@ -73,7 +73,7 @@ class Range:
                 if limit is not None
             ]
             text += " " + " and ".join(limits) if limits else ""
-        return text + (", a schedule" if self.scheduled else "") + (" or None" if self.optional else "")
+        return text + (" (or a schedule)" if self.scheduled else "") + (" or None" if self.optional else "")
 
     def checked(self, value: Any) -> Any:
         """Return the value in the declared type.
@@ -85,7 +85,7 @@ class Range:
             TypeError: It has another type.
             ValueError: It is out of range.
         """
-        if value is None and self.optional or isinstance(value, Adjustable) and self.scheduled:
+        if (value is None and self.optional) or (isinstance(value, Adjustable) and self.scheduled):
             return value
         if self.kind == "number":
             if self.stage is not None and isinstance(value, self.stage):
@@ -95,7 +95,9 @@ class Range:
             return self._number(value, int)
         if self.kind == "stage":
             return self._stage(value)
-        if self.kind == "bool" and not isinstance(value, bool) or self.kind != "bool" and not isinstance(value, str):
+        if (self.kind == "bool" and not isinstance(value, bool)) or (
+            self.kind != "bool" and not isinstance(value, str)
+        ):
             raise TypeError
         if self.kind == "option" and value not in self.options:
             raise ValueError
@@ -203,7 +205,7 @@ def input_name(default: Any = MISSING) -> Any:
     return _declared(Range("input name"), default)
 
 
-def part(kind: type, default: Callable[[], Any] | None | Any = MISSING, *, optional: bool = False) -> Any:
+def part(kind: type, default: Callable[[], Any] | Any | None = MISSING, *, optional: bool = False) -> Any:
     """Declare a setting that is another stage.
 
     Args:
@@ -233,11 +235,14 @@ class Stage:
         kind: Word for the kind of stage, for example ``clip``; empty for a part that is no stage of an objective.
         reads: Names of the inputs that the stage itself reads; see :mod:`tokcredit.inputs`.
         whole_batch: Whether the stage compares rows of different groups.
+        reads_rollouts: Whether a clip stage or a scale reads token ids, groups or rewards, which some hosts do not hand
+            to their policy loss.
     """
 
     kind: ClassVar[str] = ""
     reads: ClassVar[frozenset[str]] = frozenset()
     whole_batch: ClassVar[bool] = False
+    reads_rollouts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         name = f"{self.kind}.{type(self).__name__}" if self.kind else type(self).__name__

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tokcredit.blocks import scan
 from tokcredit.rollouts import Rollouts
 from tokcredit.selection import Selection
 from tokcredit.spans import Spans
-from tokcredit.stages.base import Stage, number, option, flag
+from tokcredit.stages.base import Stage, flag, number, option
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class Window:
         surrogate: ``"clip"``, ``"soft"`` or ``"gated"``; see ``csrc/ops/policy_loss.hpp``.
         low: Lower bound.
         high: Upper bound.
-        cap: Log of the largest ratio that a token with a negative advantage is charged for, or None.
+        cap: Log of the dual-clip constant, the largest ratio in the loss of a token with a negative advantage, or None.
         power: How bounds grow along the row.
         gate: Further settings of a gated surrogate, by name.
         score: Token scores that the bounds come from, ``[N]``, or None.
@@ -62,7 +63,7 @@ class Window:
         """
         if not self.power:
             return self
-        width = scan.positions(spans).clamp_(min=1).pow_(self.power)
+        width = scan.positions(spans, torch.float64).clamp_(min=1).pow_(self.power)
         cap = None if self.cap is None else self.cap * width
         return replace(self, low=self.low * width, high=self.high * width, cap=cap, power=0.0)
 
@@ -116,9 +117,9 @@ class ppo(Clip):
         PPO: Schulman et al., arXiv 1707.06347. Dual clip: Ye et al., arXiv 1912.09729.
     """
 
-    low: float = number(0.2, at_least=0)
-    high: float = number(0.2, at_least=0)
-    cap: float | None = number(None, at_least=1, optional=True)
+    low: float = number(0.2, at_least=0, scheduled=True)
+    high: float = number(0.2, at_least=0, scheduled=True)
+    cap: float | None = number(None, at_least=1, optional=True, scheduled=True)
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Window:
         cap = None if self.cap is None else math.log(self.cap)
@@ -138,10 +139,10 @@ class growing(Clip):
         cap: Where ``A < 0`` the loss is at most ``-A * exp(cap * position ** power)``; at least 0, or None for no cap.
     """
 
-    low: float = number(at_least=0)
-    high: float = number(at_least=0)
-    power: float = number(0.5, at_least=0)
-    cap: float | None = number(None, at_least=0, optional=True)
+    low: float = number(at_least=0, scheduled=True)
+    high: float = number(at_least=0, scheduled=True)
+    power: float = number(0.5, at_least=0, scheduled=True)
+    cap: float | None = number(None, at_least=0, optional=True, scheduled=True)
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Window:
         return Window("clip", -self.low, self.high, self.cap, self.power)
@@ -171,11 +172,11 @@ class gated(Clip):
     """
 
     on: str = option("ratio", "difference", "probability", "binary_kl")
-    low: float = number(-math.inf, at_most=0)
-    high: float = number(math.inf, at_least=0)
-    outside_low: float = number(0.0, at_least=0)
-    outside_high: float = number(0.0, at_least=0)
-    cap: float | None = number(None, optional=True)
+    low: float = number(-math.inf, at_most=0, scheduled=True)
+    high: float = number(math.inf, at_least=0, scheduled=True)
+    outside_low: float = number(0.0, at_least=0, scheduled=True)
+    outside_high: float = number(0.0, at_least=0, scheduled=True)
+    cap: float | None = number(None, optional=True, scheduled=True)
     both_sides: bool = flag(False)
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Window:
@@ -192,8 +193,8 @@ class soft(Clip):
         tau_negative: Temperature where ``A <= 0``, above 0.
     """
 
-    tau_positive: float = number(1.0, above=0)
-    tau_negative: float = number(1.05, above=0)
+    tau_positive: float = number(1.0, above=0, scheduled=True)
+    tau_negative: float = number(1.05, above=0, scheduled=True)
     has_bounds: ClassVar[bool] = False
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Window:

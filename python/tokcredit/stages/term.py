@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tokcredit import ops
@@ -24,7 +23,8 @@ class Term(Stage):
 
     Attributes:
         kind: ``"term"``.
-        metric: Name of its metric.
+        metric: Name of its metric, the mean over its tokens without the coefficient.
+        metric_sign: Sign of the metric relative to the term.
         variables: Per-token variables it needs beside ``log_probs``, given to ``loss`` by name, with gradient.
         coefficient: Factor of the term.
         aggregation: How its tokens are averaged, or None for the aggregation of the objective.
@@ -33,6 +33,7 @@ class Term(Stage):
 
     kind: ClassVar[str] = "term"
     metric: ClassVar[str] = ""
+    metric_sign: ClassVar[float] = 1.0
     variables: ClassVar[frozenset[str]] = frozenset()
     coefficient: float
     aggregation: Aggregation | None = None
@@ -61,13 +62,14 @@ class kl(Term):
         k3            exp(-u) + u - 1
         abs           |u|
 
-    k2 has the expected gradient of the KL, k3 is never negative and has low variance.
+    The gradient of k2 is an unbiased estimate of the gradient of the KL. k3 is never negative and has low variance.
 
     Args:
         coefficient: Factor of the term, at least 0; may be a schedule or a controller.
         estimator: ``k3``, ``k1``, ``k2`` or ``abs``.
         to: Input with the log-probs of the reference policy.
-        limit: Largest value of a token; beyond it the token has no gradient. verl uses 10.
+        limit: Largest estimate of a token, nats. A token with a larger estimate counts as this much and has no
+            gradient. verl uses 10.
         aggregation: How tokens are averaged, or None for the aggregation of the objective.
     """
 
@@ -110,10 +112,11 @@ class entropy(Term):
     coefficient: float = number(0.001, at_least=0, scheduled=True)
     aggregation: Aggregation | None = part(Aggregation, None, optional=True)
     metric: ClassVar[str] = "entropy_bonus"
+    metric_sign: ClassVar[float] = -1.0
     variables: ClassVar[frozenset[str]] = frozenset({"entropies"})
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
-        return -_weighted_sum(variables["entropies"], spans, weights)
+        return -segment.weighted_sum(variables["entropies"], spans, weights).sum()
 
 
 @dataclass(frozen=True)
@@ -132,14 +135,7 @@ class nll(Term):
     metric: ClassVar[str] = "nll"
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
-        return -_weighted_sum(variables["log_probs"], spans, weights)
-
-
-def _weighted_sum(x: Tensor, spans: Spans, weights: Tensor) -> Tensor:
-    """Return ``sum over rows of weight * (sum of the row's unmasked numbers)``, with gradient to x."""
-    rows = segment.sum(x, spans)
-    factor = weights if weights.dim() == 0 else weights[:, 0]
-    return torch.where(factor != 0, rows * factor.to(rows.dtype), 0).sum()
+        return -segment.weighted_sum(variables["log_probs"], spans, weights).sum()
 
 
 __all__ = ["Term", "entropy", "kl", "nll"]

@@ -40,7 +40,7 @@ function legend(method) {
   return [
     el("p", { class: "scale" }, shown(-bound, 2), el("i", { class: "advantages" }), shown(bound, 2),
       el("span", {}, "advantage of the token")),
-    mark("branch", "branch", "responses branch here"), mark("clipped", "dotted", "outside the clip's bounds"),
+    mark("branch", "branch", "token at which responses branch"), mark("clipped", "dotted", "outside the clip's bounds"),
     mark("outside", "grey", "does not train"),
   ];
 }

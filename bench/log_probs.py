@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import tokcredit as tc
 import torch
 from harness import Table, main
-from tokcredit.blocks import log_probs
 
 
 def with_torch(logits, tokens):
@@ -36,7 +36,7 @@ def run(table: Table, quick: bool) -> None:
 
     rows, vocabulary = (128, 49_152) if quick else (4_096, 49_152)
     providers = {
-        "tokcredit": log_probs.log_probs_and_entropies,
+        "tokcredit": tc.log_probs.with_entropies,
         "torch eager": with_torch,
         "torch.compile": torch.compile(with_torch),
         "TRL": selective_log_softmax_and_entropy,
