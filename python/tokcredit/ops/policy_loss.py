@@ -78,7 +78,7 @@ def _scale_rows(x: Tensor, factor: Tensor, begin: Tensor, end: Tensor, threads: 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, log_probs: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         values, stats, slopes = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
         ctx.save_for_backward(log_probs)
         ctx.mark_non_differentiable(stats)
@@ -86,7 +86,7 @@ class _PolicyLoss(torch.autograd.Function):
         return values, stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         (log_probs,) = ctx.saved_tensors
         slopes, ctx.slopes = ctx.slopes, None
         # The first pass wrote them, so they are scaled where they lie and given away: no second buffer.
@@ -96,7 +96,7 @@ class _PolicyLoss(torch.autograd.Function):
             slopes = slopes.clone()
         begin, end = ctx.arguments[3:5]
         torch.ops.tokcredit.scale_rows_(slopes, grad, begin, end, num_threads())
-        return slopes.to(log_probs.dtype), *([None] * len(ctx.arguments))
+        return slopes.to(log_probs.dtype), None
 
 
 def _index(names: tuple[str, ...], argument: str, name: str) -> int:
@@ -204,6 +204,6 @@ def policy_loss(
         num_threads(),
     )
     if differentiate:
-        return _PolicyLoss.apply(log_probs, *arguments)
+        return _PolicyLoss.apply(log_probs, arguments)  # as one argument: autograd looks at each
     values, stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
     return values, stats
