@@ -125,6 +125,9 @@ Array Call::read(const char *name, const py::handle &tensor) {
       fail(name, "a contiguous tensor", "strides of another layout");
     stride *= t.shape[i];
   }
+#ifdef TOKCREDIT_EMULATED
+  emulated_.know(out.data, out.size() * bytes_of(out.type));
+#endif
   if (device_type_ == 0) {
     device_type_ = t.device_type;
     device_id_ = t.device_id;

@@ -6,6 +6,9 @@
 #include "ops/device.hpp"
 #include <pybind11/pybind11.h>
 #include <vector>
+#ifdef TOKCREDIT_EMULATED // tests/emulation: every call runs the CUDA kernels, on the host
+#include "emulation/queue.hpp"
+#endif
 
 namespace tokcredit::bind {
 
@@ -48,6 +51,9 @@ private:
   const char *op_;
   int32_t device_type_ = 0;
   int32_t device_id_ = 0;
+#ifdef TOKCREDIT_EMULATED
+  mutable emulation::Queue emulated_;
+#endif
 };
 
 // A queue whose scratch is allocated by torch, on the stream that is current there.
@@ -63,7 +69,11 @@ private:
   std::vector<dlpack::ManagedTensor *> scratch_;
 };
 
-template <class Cpu, class Cuda> void Call::run(Cpu &&cpu, [[maybe_unused]] Cuda &&device) const {
+template <class Cpu, class Cuda>
+void Call::run([[maybe_unused]] Cpu &&cpu, [[maybe_unused]] Cuda &&device) const {
+#ifdef TOKCREDIT_EMULATED
+  device(emulated_);
+#else
   if (!on_cuda()) {
     py::gil_scoped_release unlocked;
     cpu();
@@ -76,6 +86,7 @@ template <class Cpu, class Cuda> void Call::run(Cpu &&cpu, [[maybe_unused]] Cuda
   device(queue);
 #else
   no_cuda();
+#endif
 #endif
 }
 
