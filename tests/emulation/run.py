@@ -1,4 +1,4 @@
-"""``make test-emulated``: the suite's "cuda" parameters on the emulator, then the instrumented fuzz; one closing line."""
+"""``make test-emulated``: the "cuda" parameters of the suite on the emulator, then the instrumented fuzz."""
 
 import argparse
 import os
