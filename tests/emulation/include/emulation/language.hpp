@@ -12,6 +12,7 @@
 #define __global__
 #define __launch_bounds__(...)
 #define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
 // The thread-local segment of the library then holds the shared memory of one block, and nothing else.
 #define __shared__ static thread_local
 
@@ -78,6 +79,11 @@ inline unsigned __reduce_min_sync(unsigned, unsigned x, EMULATION_SITE) {
 inline int __reduce_add_sync(unsigned, int x, EMULATION_SITE) {
   return ::emulation::reduce_add(x, EMULATION_HERE("__reduce_add_sync"));
 }
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+template <class T> void __stwb(T *address, T value) { *address = value; }
 
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
