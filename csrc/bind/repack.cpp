@@ -16,7 +16,8 @@ void repack(const py::object &x, const py::object &from, const py::object &to, c
                  call.read("length", length, Type::i64, rows).as<int64_t>(),
                  rows,
                  call.read("y", y, source.type, target.size()).data,
-                 target.size()};
+                 target.size(),
+                 source.size()};
   call.run([&] { cpu::repack(p, threads); }, [&](auto &queue) { cuda::repack(p, queue); });
 }
 

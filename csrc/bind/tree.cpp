@@ -62,7 +62,8 @@ void expand(const py::object &begin, const py::object &end, const py::object &ma
                  call.optional("depth", depth, Type::i64, V).as<int64_t>(),
                  call.optional("body", body, out.type, V).data,
                  call.optional("head", head, out.type, V).data,
-                 out.data};
+                 out.data,
+                 V};
   call.run([&] { cpu::expand(e, threads); }, [&](auto &queue) { cuda::expand(e, queue); });
 }
 

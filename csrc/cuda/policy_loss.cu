@@ -197,33 +197,45 @@ __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Cha
   using A = accumulate_t<T>;
   A *gradient = static_cast<A *>(p.gradient);
   const int64_t from = place * tile_size, to = min(from + tile_size, p.rows.size);
-  each_piece<false>(
-      p.rows, from, to,
-      [&](int64_t r, int64_t first, int64_t last, bool starts, bool ends) {
-        Running in;
-        if constexpr (running) {
-          if (!starts && !ends) {
-            const Running own = total<T>(p, first, last);
-            chain->publish(place, Chain<Running>::total, own);
-            in = chain->arriving(place);
-            chain->publish(place, Chain<Running>::carry, in.then(own));
-          } else if (!starts) {
-            in = chain->arriving(place);
+  bool published = false;
+  // The row that begins here and goes on comes first: the next tile waits for its sums, and they wait for
+  // nothing.
+  for (int turn = running ? 0 : 1; turn < 2; ++turn)
+    each_piece<false>(
+        p.rows, from, to,
+        [&](int64_t r, int64_t first, int64_t last, bool starts, bool ends) {
+          Running in;
+          if constexpr (running) {
+            if ((starts && !ends) != (turn == 0))
+              return;
+            if (!starts && !ends) {
+              const Running own = total<T>(p, first, last);
+              chain->publish(place, Chain<Running>::total, own);
+              in = chain->arriving(place);
+              chain->publish(place, Chain<Running>::carry, in.then(own));
+            } else if (!starts) {
+              in = chain->arriving(place);
+            }
           }
-        }
-        const Stats stats = evaluate<kind, T, running>(p, r, first, last, in);
-        if constexpr (running)
-          if (starts && !ends)
-            chain->publish(place, Chain<Running>::carry, in);
-        if (lane_id() == 0) {
-          Stats *out = reinterpret_cast<Stats *>(p.stats) + r;
-          *(starts && ends ? out : parts + part_of(place, !starts)) = stats;
-        }
-      },
-      [&](int64_t first, int64_t last) {
-        if (gradient)
-          fill_zero(gradient, first, last);
-      });
+          const Stats stats = evaluate<kind, T, running>(p, r, first, last, in);
+          if constexpr (running) {
+            if (starts && !ends)
+              chain->publish(place, Chain<Running>::carry, in);
+            published |= !ends;
+          }
+          if (lane_id() == 0) {
+            Stats *out = reinterpret_cast<Stats *>(p.stats) + r;
+            *(starts && ends ? out : parts + part_of(place, !starts)) = stats;
+          }
+        },
+        [&](int64_t first, int64_t last) {
+          if (gradient && turn == 1)
+            fill_zero(gradient, first, last);
+        });
+  // Spans that overlap or are in no order may make the next tile wait for a row that did not come by here.
+  if constexpr (running)
+    if (!published)
+      chain->publish(place, Chain<Running>::carry, Running{});
 }
 
 // Enough registers for all that a token needs, but for two to eight words of some kinds, and few enough for
@@ -241,7 +253,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once<T>)
 template <Surrogate kind, class T>
 __global__ void __launch_bounds__(block_threads, blocks_at_once<T> == 3 ? 2 : 1)
     policy_loss_chained(PolicyLoss p, int64_t tiles, Stats *parts, Chain<Running> chain) {
-  const int64_t place = chain.place();
+  const int64_t place = chain.turn() * warps_per_block + threadIdx.x / 32;
   if (place < tiles)
     tile<kind, T, true>(p, place, parts, &chain);
 }
@@ -251,7 +263,7 @@ __global__ void __launch_bounds__(block_threads) merge_parts(Rows rows, const St
   const int64_t r = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (r >= rows.count)
     return;
-  const int64_t begin = rows.begin[r], end = rows.end[r];
+  const auto [begin, end] = span_of(rows, r);
   if (begin < end && in_one_tile(begin, end))
     return;
   Stats own{};

@@ -48,7 +48,7 @@ namespace {
 constexpr size_t stack_bytes = 64 << 10, most_stacks = 96 << 10;
 constexpr uint64_t canary = 0x5ca1ab1e0ddba11;
 // Loads of atomics in a row, by all threads, after which nobody is expected to write what they wait for.
-constexpr uint64_t patience = 4000000;
+constexpr uint64_t patience = 400000;
 
 enum class Pick { first, random, last };
 
@@ -396,7 +396,7 @@ uint64_t atomic(Atomic what, void *address, size_t bytes, uint64_t operand, Orde
   yield(32); // a spinner soon gives way to other blocks
   check_access(address, bytes, what != Atomic::load, true, __builtin_return_address(0));
   order_atomic(what, address, order);
-  if (what == Atomic::load && ++loads_in_a_row > patience)
+  if (what == Atomic::load && ++loads_in_a_row > (lockstep ? 1000 : 1) * patience)
     abandon("livelock: threads wait for what nobody writes");
   if (what != Atomic::load)
     loads_in_a_row = 0;
@@ -406,6 +406,8 @@ uint64_t atomic(Atomic what, void *address, size_t bytes, uint64_t operand, Orde
     memcpy(address, &operand, bytes);
   else if (what == Atomic::add)
     memcpy(address, &(operand += before), bytes);
+  else if (what == Atomic::bit_or)
+    memcpy(address, &(operand |= before), bytes);
   return before;
 }
 
