@@ -6,10 +6,8 @@ that the call ends.
 """
 
 import argparse
-import ctypes
 import math
 import random
-import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,8 +16,8 @@ import torch
 from tokcredit import _C
 from tokcredit.ops import LOSS_STATS, REDUCTIONS, SURROGATES
 
-from .build import build
-from .operations import SIGNATURES, load, names, run_both
+from .emulator import Emulator
+from .operations import SIGNATURES, names, run_both
 
 JUNK_EVERY = 10
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -397,34 +395,13 @@ def junk(d, op, case):
         case[name] = x.where(torch.rand(x.shape, generator=d.torch) < d.choice([0.0, 0.5, 0.9]), wrong)
 
 
-def symbolised(library, line):
-    offset, what = line.split(" ", 1)
-    found = subprocess.run(["addr2line", "-i", "-e", library, offset], capture_output=True, text=True)
-    return f"{what}: {' < '.join(str(Path(p).name) for p in found.stdout.split() if '/' in p)}"
-
-
-class Emulator:
-    """A flavour of the emulated module, and what it found."""
-
-    def __init__(self, flavour, module=None):
-        path = module or build(flavour)
-        self.library = str(path.with_name(f"libkernels_{flavour}.so"))
-        self.module = load(flavour, path)
-        self.control = ctypes.CDLL(self.library)
-        self.control.emulation_reports.restype = ctypes.c_char_p
-        self.control.emulation_accesses.restype = ctypes.c_uint64
-
-    def reports(self):
-        return [symbolised(self.library, line) for line in self.control.emulation_reports().decode().splitlines()]
-
-
 def run_case(emulator, number, ops, with_junk=True):
     """Runs case ``number``; returns its operation and what was found."""
     d = Draw(number)
     op = d.choice(ops)
     case = GENERATORS[op](d)
     case.setdefault("threads", 1)
-    emulator.control.emulation_seed(ctypes.c_uint64(number * 7919 + 1))
+    emulator.seed(number * 7919 + 1)
     wild = with_junk and number % JUNK_EVERY == JUNK_EVERY - 1
     if wild:
         junk(d, op, case)
@@ -470,8 +447,7 @@ def main():
         findings += bool(found)
         for line in found:
             print(f"case {number}: {line}", flush=True)
-    accesses = emulator.control.emulation_accesses()
-    print(f"fuzz: {done.total()} cases, {accesses / 1e6:.0f} M accesses checked, {findings} with findings")
+    print(f"fuzz: {done.total()} cases, {emulator.accesses() / 1e6:.0f} M accesses checked, {findings} with findings")
     raise SystemExit(findings > 0)
 
 

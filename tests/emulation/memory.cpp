@@ -238,9 +238,9 @@ void host_writes(const void *memory, size_t bytes) {
 void order_atomic(Atomic what, const void *address, Order order) {
   Fiber &self = *running;
   unsigned &chain = chains[address];
-  if (what != Atomic::store && chain)
+  if (what == Atomic::load)
     self.chain = std::max(self.chain, chain);
-  if (what != Atomic::load)
+  else if (what == Atomic::store)
     chain = self.chain + 1;
   if (!instrumented)
     return;

@@ -3,11 +3,7 @@
 A signature that changes in ``csrc/bind`` changes in ``SIGNATURES``, and in its generator in ``fuzz.py``.
 """
 
-import importlib.util
-
 import torch
-
-from .build import build
 
 # Arguments in order; results are marked.
 SIGNATURES = {
@@ -34,14 +30,6 @@ def names(op):
 
 def results(op):
     return [name[1:] for name in SIGNATURES[op].split() if name[0] == "="]
-
-
-def load(flavour, path=None):
-    """The module whose kernels run on the host; it takes CPU tensors."""
-    spec = importlib.util.spec_from_file_location("_C", path or build(flavour))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def copied(arguments):

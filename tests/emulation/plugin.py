@@ -8,10 +8,12 @@ import functools
 import pytest
 from tokcredit import _C
 
-from .operations import SIGNATURES, load, run_both
+from .emulator import Emulator
+from .operations import SIGNATURES, run_both
 
 TOO_LARGE = {"test_above_the_size_torch_refuses"}  # the emulator runs about a million tokens a second
 calls = 0
+emulator = Emulator("plain")
 
 
 def twin(op, emulated, host):
@@ -25,10 +27,9 @@ def twin(op, emulated, host):
     return call
 
 
-def pytest_configure(config):
-    module = load("plain")
+def pytest_configure():
     for op in SIGNATURES:
-        setattr(_C, op, twin(op, getattr(module, op), getattr(_C, op)))
+        setattr(_C, op, twin(op, getattr(emulator.module, op), getattr(_C, op)))
 
 
 def pytest_collection_modifyitems(items):

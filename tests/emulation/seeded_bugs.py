@@ -1,4 +1,4 @@
-"""Puts known bugs into copies of the kernels and checks that the fuzz sees them: ``python -m tests.emulation.seeded_bugs``.
+"""Known bugs in copies of the kernels, which the fuzz must see: ``python -m tests.emulation.seeded_bugs``.
 
 Result:
 """
@@ -27,42 +27,79 @@ class Bug:
 
 
 BUGS = [
-    Bug("a ticket is read before it is drawn", "chain.cuh", "    __syncthreads();\n", "", "scan"),
-    Bug("tiles wait for blocks that may not run", "chain.cuh", "atomicAdd(ticket, 1ull)", "blockIdx.x", "scan"),
+    Bug("a turn is read before it is drawn", "chain.cuh", "    __syncthreads();\n", "", "scan"),
+    Bug("blocks wait for blocks that may not run", "chain.cuh", "atomicAdd(ticket, 1ull)", "blockIdx.x", "scan"),
     Bug("a state is published without release", "chain.cuh", "memory_order_release", "memory_order_relaxed", "scan"),
-    Bug("a state is read without acquire", "chain.cuh", "memory_order_acquire", "memory_order_relaxed", "scan"),
+    Bug("a state is read without acquire", "chain.cuh", "memory_order_acquire,", "memory_order_relaxed,", "scan"),
+    Bug("the look-back skips places", "chain.cuh", "(1u << max(nearest, 0)) - 1", "0", "scan policy_loss"),
+    Bug("flags are not cleared", "chain.cuh", "    clear(op, queue, ticket, bytes);\n", "", "scan policy_loss"),
     Bug(
-        "the look-back takes tiles that have published nothing",
-        "chain.cuh",
-        "(1u << max(nearest, 0)) - 1",
-        "0",
-        "scan policy_loss",
+        "a place in the middle of a row publishes nothing",
+        "scan.cu",
+        "        chain.publish(turn, Chain<Affine>::carry, {1, in.then(all.affine).shift});\n",
+        "        (void)in;\n",
+        "scan",
     ),
     Bug(
-        "flags of tiles are not cleared", "chain.cuh", "    clear(op, queue, ticket, bytes);\n", "", "scan policy_loss"
+        "totals of warps are read too soon",
+        "scan.cu",
+        "beginning != 0};\n  __syncthreads();\n",
+        "beginning != 0};\n",
+        "scan",
+    ),
+    Bug(
+        "the state that arrived is read too soon",
+        "scan.cu",
+        "in.shift;\n  }\n  __syncthreads();\n",
+        "in.shift;\n  }\n",
+        "scan",
+    ),
+    Bug(
+        "results are stored before all are there",
+        "scan.cu",
+        "  __syncwarp();\n  staged.store",
+        "  staged.store",
+        "scan",
+    ),
+    Bug("a state crosses the border of a row", "scan.cu", "if (step <= reach)", "if (step <= lane_id())", "scan"),
+    Bug(
+        "a collective is called by some lanes only",
+        "scan.cu",
+        "    const Affine before = from_lane(upto, max(lane_id() - step, 0));\n    if (step <= reach)\n      upto = before.then(upto);",
+        "    if (step <= reach)\n      upto = from_lane(upto, max(lane_id() - step, 0)).then(upto);",
+        "scan",
+    ),
+    Bug(
+        "borders are set before they are cleared",
+        "lane.cuh",
+        "= borders.last[lane_id()] = 0;\n  __syncwarp();\n",
+        "= borders.last[lane_id()] = 0;\n",
+        "scan",
+    ),
+    Bug("borders are read before they are set", "lane.cuh", "  __syncwarp();\n  return low;", "  return low;", "scan"),
+    Bug("sixteen tokens are loaded past the end", "lane.cuh", "t + own_tokens <= size", "t < size", "scan"),
+    Bug(
+        "sixteen tokens are loaded from an odd address",
+        "lane.cuh",
+        "reinterpret_cast<uintptr_t>(p) % 16 == 0",
+        "true",
+        "scan",
     ),
     Bug(
         "a part lies in the slot of another row",
         "segment.cu",
-        "parts[part_of(place, !starts)]",
-        "parts[part_of(place, starts)]",
+        "part_of(place, !starts)",
+        "part_of(place, starts)",
         "segment_rows",
     ),
     Bug(
-        "a load passes the end of an array",
+        "four tokens are loaded past the end",
         "tile.cuh",
         "if (aligned && t + quad <= size)",
         "if (aligned && t < size)",
-        "scan segment_rows",
+        "policy_loss",
     ),
-    Bug(
-        "a vector is loaded from an odd address",
-        "../math/tile.hpp",
-        "return reinterpret_cast<uintptr_t>(p) % (",
-        "return reinterpret_cast<uintptr_t>(p) % 1 <= (",
-        "scan segment_rows",
-    ),
-    Bug("histograms are read while they are counted", "select.cu", "            __syncwarp();\n", "", "select"),
+    Bug("the border of a histogram is crossed", "select.cu", "            __syncwarp();\n", "", "select"),
     Bug(
         "histograms are cleared while they are read",
         "select.cu",
@@ -74,6 +111,13 @@ BUGS = [
         "histograms start with what was there",
         "select.cu",
         "  clear(op, queue, counts, most * bins * int64_t(sizeof *counts));\n",
+        "",
+        "select",
+    ),
+    Bug(
+        "a goal changes while it is read",
+        "select.cu",
+        "  __syncwarp(); // all lanes have read the goal that one of them will change\n",
         "",
         "select",
     ),
@@ -121,11 +165,18 @@ BUGS = [
         "expand",
     ),
     Bug(
-        "one logit of a row is lost",
-        "logits.cu",
-        "int64_t i = head + runs * width + threadIdx.x",
-        "int64_t i = head + runs * width + threadIdx.x + 1",
+        "a logit of a row is lost",
+        "vector.cuh",
+        "i = head + runs * Vector<T>::width + threadIdx.x",
+        "i = head + runs * Vector<T>::width + threadIdx.x + 1",
         "logits logits_gradient",
+    ),
+    Bug(
+        "a slope reads what another thread writes",
+        "logits.cu",
+        "    if (unsigned(chosen - j) < unsigned(width)) {",
+        "    if (chosen >= 0) {",
+        "logits_gradient",
     ),
     Bug(
         "a row of a group is left out",
