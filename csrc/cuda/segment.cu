@@ -47,15 +47,19 @@ __device__ Moments<kind> reduce(const SegmentRows &s, int64_t first, int64_t las
     if (kind != Reduction::count && (live.item[0] | live.item[1] | live.item[2] | live.item[3]))
       values = load_quad(x, t, s.rows.size, quads_aligned(x));
     if constexpr (kind == Reduction::var) {
-      // Four at a time: one division, not four.
+      // Four at a time: one division, not four. About the first of them, so that equal numbers have no
+      // spread.
       Moments<kind> four;
+      double origin = 0;
       for (int k = 0; k < quad; ++k)
         if (live.item[k]) {
+          const double x = double(load(values.item[k]));
+          origin = four.count > 0 ? origin : x;
           four.count += 1;
-          four.mean += double(load(values.item[k]));
+          four.mean += x - origin;
         }
       if (four.count > 0)
-        four.mean /= four.count;
+        four.mean = origin + four.mean / four.count;
       for (int k = 0; k < quad; ++k)
         if (live.item[k]) {
           const double d = double(load(values.item[k])) - four.mean;
@@ -99,7 +103,7 @@ __global__ void __launch_bounds__(block_threads) merge_parts(SegmentRows s, cons
   const int64_t r = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (r >= s.rows.count)
     return;
-  const int64_t begin = s.rows.begin[r], end = s.rows.end[r];
+  const auto [begin, end] = span_of(s.rows, r);
   if (begin < end && in_one_tile(begin, end))
     return;
   Moments<kind> own;

@@ -45,7 +45,7 @@ template <Reduction kind> struct Moments {
     if constexpr (kind == Reduction::var) {
       const double delta = o.mean - mean;
       square += o.square + delta * delta * count * o.count / total;
-      mean += delta * o.count / total;
+      mean += delta * (o.count / total); // exact where this part is empty
     }
     if constexpr (kind == Reduction::minimum)
       minimum = o.minimum < minimum || o.minimum != o.minimum ? o.minimum : minimum;
