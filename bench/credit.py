@@ -1,4 +1,4 @@
-"""Advantages of groups, beside verl's estimators."""
+"""Measure advantages of groups beside verl's estimators."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def run(table: Table, quick: bool) -> None:
 
     def ours(rewards):
         batch = tc.Rollouts.from_padded(tokens, mask, index, rewards.sum(1))
-        return ops.spread(normalized(batch)[:, 0], batch.spans, batch.tokens).view(rows, length)
+        return ops.spread(normalized(batch)[:, 0], batch.spans).view(rows, length)
 
     known = tc.Rollouts.from_padded(tokens, mask, index, torch.zeros(rows))
 
     def of_batch(rewards):
         object.__setattr__(known, "rewards", rewards.sum(1))
-        return ops.spread(normalized(known)[:, 0], known.spans, known.tokens).view(rows, length)
+        return ops.spread(normalized(known)[:, 0], known.spans).view(rows, length)
 
     def rewards():
         x = torch.zeros(rows, length)

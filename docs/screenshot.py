@@ -1,7 +1,7 @@
 """Make docs/report.png: one prompt of a report, with the numbers of a branch token, in headless Chromium.
 
-Run ``python docs/screenshot.py [RUN_FOLDER] [PROMPT]``. Without a run it shows the seeded example of the tests. It needs
-the extras ``report`` and ``test``, and Debian's packages chromium and chromium-driver.
+Run ``python docs/screenshot.py [RUN_FOLDER] [PROMPT]``. Without a run it shows the seeded example of the tests. It
+needs the extras ``report`` and ``test``, and Debian's packages chromium and chromium-driver.
 """
 
 import sys

@@ -103,19 +103,20 @@ def methods() -> str:
         parts, objective = sections(name), tc.methods.load(name)
         reads = ", ".join(f"`{x}`" for x in sorted(objective.required_inputs)) or "-"
         kind = type(objective)
-        base = "" if name == PLAIN[kind] else f", from `{PLAIN[kind]}`"
         rows.append(
             (
                 f"[`{name}`](#{name})",
                 markdown(parts["Summary"]),
-                f"`{kind.__name__}`{base}",
+                f"`{kind.__name__}`, `{PLAIN[kind]}`",
                 changes(name),
                 reads,
                 markdown(parts["Cost"]),
                 markdown(parts["References"]),
             )
         )
-    return table(("method", "what", "objective", "other stages", "required inputs", "cost", "references"), rows)
+    return table(
+        ("method", "what", "objective, compared with", "other stages", "required inputs", "cost", "references"), rows
+    )
 
 
 def differences() -> str:

@@ -90,7 +90,9 @@ class Sorts(TorchDispatchMode):
 
 
 def test_a_batch_sorts_its_groups_once():
-    batch = tc.Rollouts(torch.arange(4), torch.arange(5), torch.tensor([1, 0, 1, 0]), torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    batch = tc.Rollouts(
+        torch.arange(4), torch.arange(5), torch.tensor([1, 0, 1, 0]), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    )
     with Sorts() as first:
         batch.groups  # noqa: B018
     assert 1 <= first.count <= 2

@@ -15,13 +15,13 @@ def packed(**named):
 
 
 def test_unknown_names_suggest_the_nearest():
-    with pytest.raises(ValueError, match="expected a registered name, got 'entropy'; did you mean entropies?"):
+    with pytest.raises(ValueError, match=r"expected a registered name, got 'entropy'; did you mean entropies\?"):
         inputs.get("entropy")
     with pytest.raises(ValueError, match=r"got 'xyzzy'; register it with tokcredit\.inputs\.register"):
         inputs.get("xyzzy")
     with pytest.raises(ValueError, match="got 'teacher_logprobs'"):
         packed(teacher_logprobs=torch.zeros(3))
-    with pytest.raises(ValueError, match="did you mean state_values?"):
+    with pytest.raises(ValueError, match=r"did you mean state_values\?"):
         packed().has_input("state_value") or packed().input("state_value")
 
 

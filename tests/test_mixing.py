@@ -66,7 +66,11 @@ def test_other_objectives_mix_too():
         ({"clip": "pop"}, ValueError, "clip: expected a stage or a method, one of .*ppo.*, got 'pop'"),
         ({"clip": "sft"}, ValueError, "clip: expected a method with such a stage, got sft, which has none"),
         ({"clip": "ppo(lo=1)"}, ValueError, r"clip: expected ppo\(low.*got \(\), \{'lo': 1\}"),
-        ({"clip": "growing(-0.1, 0.1)"}, ValueError, r"growing: low: expected a number at least 0 \(or a schedule\), got -0\.1"),
+        (
+            {"clip": "growing(-0.1, 0.1)"},
+            ValueError,
+            r"growing: low: expected a number at least 0 \(or a schedule\), got -0\.1",
+        ),
         ({"clip": tc.ratio.token()}, TypeError, "Objective: clip: expected a clip stage, got token"),
         ({"filters": ("ppo()",)}, ValueError, "filters: expected a stage or a method, one of .*, got 'ppo'"),
         ({"terms": ("kl(0.1)", "kl(0.2)")}, ValueError, "terms: expected at most one of each kind"),
@@ -79,7 +83,7 @@ def test_errors_name_both_sides(stages, error, message):
 
 
 def test_the_base_is_a_method_or_an_objective():
-    with pytest.raises(ValueError, match="base: expected one of .*grpo.*, got 'gpro'"):
+    with pytest.raises(ValueError, match=r"base: expected one of .*grpo.*, got 'gpro'"):
         tc.mix("gpro")
     with pytest.raises(TypeError, match="base: expected a method or an objective, got int"):
         tc.mix(3)

@@ -200,7 +200,7 @@ def test_missing_inputs_and_denominators_are_errors():
         tc.methods.grpo().loss(tc.methods.grpo().prepare(batch), current[:, 1:])
     summed = tc.methods.dr_grpo()
     with pytest.raises(
-        ValueError, match="aggregation: expected a length in sequence_sum.* because dp_size is 2, got None"
+        ValueError, match=r"aggregation: expected a length in sequence_sum.* because dp_size is 2, got None"
     ):
         summed.prepare(batch, batch_num_tokens=9, global_batch_size=9, dp_size=2)
 

@@ -9,7 +9,17 @@ import tokcredit as tc
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_dim", "sort", "argsort", "item")
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "_unique2",
+    "unique_dim",
+    "sort",
+    "argsort",
+    "item",
+)
 PIECES = [[4, 0, 2], [11, 1], [3, 5, 6, 7, 8, 9, 10]]
 METHODS = [name for name in tc.methods.names() if name not in ("dpo", "sft", "tip")]
 
@@ -136,10 +146,17 @@ def test_supervised_and_pairs_wait_for_nothing():
 
 @pytest.mark.parametrize(
     "rows",
-    [[2, 0], (2, 0), np.array([2, 0]), np.array([2, 0], dtype=np.int32), torch.tensor([2, 0]), torch.tensor([2, 0]).int()],
+    [
+        [2, 0],
+        (2, 0),
+        np.array([2, 0]),
+        np.array([2, 0], dtype=np.int32),
+        torch.tensor([2, 0]),
+        torch.tensor([2, 0]).int(),
+    ],
 )
 def test_rows_may_be_given_in_any_form(rows):
-    objective, prepared, current = prepared_of("tempo")
+    _objective, prepared, _current = prepared_of("tempo")
     part = prepared.select(rows)
     assert part.batch.rewards.tolist() == prepared.batch.rewards[[2, 0]].tolist()
     assert torch.equal(part.advantages, prepared.advantages[[2, 0]])
@@ -177,23 +194,36 @@ def test_what_is_no_row_is_refused(rows, error, message):
 
 
 def test_a_part_of_a_part():
-    objective, prepared, current = prepared_of("ctpo", padded=False)
+    _objective, prepared, _current = prepared_of("ctpo", padded=False)
     twice = prepared.select([5, 3, 0, 7]).select([2, 0])
     once = prepared.select([0, 5])
     assert torch.equal(twice.advantages, once.advantages) and torch.equal(twice.row_weights, once.row_weights)
-    assert torch.equal(twice.batch.tokens, once.batch.tokens) and twice.batch.group_ids.tolist() == once.batch.group_ids.tolist()
+    assert (
+        torch.equal(twice.batch.tokens, once.batch.tokens)
+        and twice.batch.group_ids.tolist() == once.batch.group_ids.tolist()
+    )
     with pytest.raises(ValueError, match="rows: expected numbers from 0 to 3, got 4"):
         prepared.select([5, 3, 0, 7]).select([4])
 
 
 def test_a_selection_of_a_packed_batch_by_hand():
     batch = tc.Rollouts(
-        torch.arange(6), torch.tensor([0, 2, 3, 6]), torch.tensor([4, 9, 4]), torch.tensor([1.0, 2.0, 3.0]),
+        torch.arange(6),
+        torch.tensor([0, 2, 3, 6]),
+        torch.tensor([4, 9, 4]),
+        torch.tensor([1.0, 2.0, 3.0]),
         torch.tensor([True, False, True, True, True, False]),
     )
     chosen = batch.selection([2, 0])
-    assert chosen.of_tokens(batch.tokens).tolist() == [3, 4, 5, 0, 1] and chosen.of_rows(batch.rewards).tolist() == [3, 1]
-    assert chosen.spans.begin.tolist() == [0, 3] and chosen.spans.end.tolist() == [3, 5] and chosen.sizes.tolist() == [3, 2]
+    assert chosen.of_tokens(batch.tokens).tolist() == [3, 4, 5, 0, 1] and chosen.of_rows(batch.rewards).tolist() == [
+        3,
+        1,
+    ]
+    assert (
+        chosen.spans.begin.tolist() == [0, 3]
+        and chosen.spans.end.tolist() == [3, 5]
+        and chosen.sizes.tolist() == [3, 2]
+    )
     part = batch.select([2, 0])
     assert part.lengths.tolist() == [2, 1] and part.num_groups == 1 and part.width == 3
     assert part.response_mask.tolist() == [True, True, False, True, False]

@@ -97,7 +97,9 @@ def test_float64_goes_through(name):
         assert moved / 1e-9 == pytest.approx((grad * direction).sum().item(), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["grpo", "hapo", "divergence_weighted", "thr", "nthr", "tw_grpo", "canon", "spae", "d3s", "tip", "otb"])
+@pytest.mark.parametrize(
+    "name", ["grpo", "hapo", "divergence_weighted", "thr", "nthr", "tw_grpo", "canon", "spae", "d3s", "tip", "otb"]
+)
 def test_inputs_may_be_attached_to_a_graph(name):
     """They count as numbers: results are the same, and no gradient reaches them."""
     objective, batch, current = batch_for(name, torch.float64)

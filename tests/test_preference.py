@@ -138,7 +138,9 @@ def test_groups_that_are_no_pairs_are_refused():
     objective = tc.Preference(reference="none")
     with pytest.raises(ValueError, match="group_ids: expected pairs, groups of two rows, got a group of 3"):
         objective.prepare(three)
-    with pytest.raises(ValueError, match="rewards: expected a higher reward for the chosen row of each pair, got equal"):
+    with pytest.raises(
+        ValueError, match="rewards: expected a higher reward for the chosen row of each pair, got equal"
+    ):
         objective.prepare(equal_pair())
     with pytest.raises(ValueError, match="ref_log_probs: expected in the batch because the objective reads it"):
         tc.methods.dpo().prepare(three.select([0, 1]))
@@ -160,9 +162,13 @@ def test_several_ranks():
     batch = pairs()
     objective, current = tc.methods.dpo(), log_probs_for(batch)
     given = {"global_num_groups": 3, "dp_size": 2}
-    parts = [objective.loss(objective.prepare(batch.select(r), **given), current[r]).loss for r in ([0, 1], [2, 3, 4, 5])]
+    parts = [
+        objective.loss(objective.prepare(batch.select(r), **given), current[r]).loss for r in ([0, 1], [2, 3, 4, 5])
+    ]
     torch.testing.assert_close(sum(parts) / 2, objective.loss(objective.prepare(batch), current).loss)
-    with pytest.raises(ValueError, match="global_num_groups: expected the number of pairs over all ranks because dp_size is 2"):
+    with pytest.raises(
+        ValueError, match="global_num_groups: expected the number of pairs over all ranks because dp_size is 2"
+    ):
         objective.prepare(batch, dp_size=2)
     prepared = objective.prepare(batch)
     mini = prepared.minibatch([0, 1])

@@ -6,14 +6,31 @@ import pytest
 import tokcredit as tc
 
 NAMES = {
-    "data": ["Spans", "Spans.from_cu_seqlens", "Spans.from_padded", "Rollouts", "Rollouts.from_padded", "Rollouts.from_pairs"],
+    "data": [
+        "Spans",
+        "Spans.from_cu_seqlens",
+        "Spans.from_padded",
+        "Rollouts",
+        "Rollouts.from_padded",
+        "Rollouts.from_pairs",
+    ],
     "inputs": ["inputs.register", "inputs.get", "inputs.names", "inputs.COLLECTORS"],
     "objectives": [
         *("Objective", "Preference", "Supervised", "Prepared", "Prepared.select", "Loss", "mix"),
-        *(f"{o}.{m}" for o in ("Objective", "Preference", "Supervised") for m in ("prepare", "loss", "required_inputs")),
+        *(
+            f"{o}.{m}"
+            for o in ("Objective", "Preference", "Supervised")
+            for m in ("prepare", "loss", "required_inputs")
+        ),
     ],
     "blocks": [
-        *("tree.build", "tree.PrefixTree.expand", "values.monte_carlo", "values.mean_of_children", "values.leave_one_out"),
+        *(
+            "tree.build",
+            "tree.PrefixTree.expand",
+            "values.monte_carlo",
+            "values.mean_of_children",
+            "values.leave_one_out",
+        ),
         *("scan.cumulative", "scan.returns", "scan.generalized_advantages", "scan.positions", "scan.following"),
         *(f"segment.{name}" for name in ("sum", "mean", "var", "minimum", "maximum", "count", "logsumexp", "keys")),
         *(f"select.{name}" for name in ("top_k", "quantile", "kth", "maximum_variance")),
@@ -22,7 +39,10 @@ NAMES = {
     ],
     "stages": [
         *(f"filters.{name}" for name in ("mixed_groups", "nonzero_advantage", "improbable", "top_share", "within")),
-        *(f"credit.{name}" for name in ("group_normalized", "leave_one_out", "constant", "sum", "whitened", "value_changes")),
+        *(
+            f"credit.{name}"
+            for name in ("group_normalized", "leave_one_out", "constant", "sum", "whitened", "value_changes")
+        ),
         *(f"token_weights.{name}" for name in ("importance_truncated", "importance_masked", "within", "raised")),
         *(f"ratio.{name}" for name in ("token", "sequence", "cumulative", "one")),
         *(f"clip.{name}" for name in ("ppo", "growing", "gated", "soft", "unclipped")),
@@ -38,7 +58,9 @@ NAMES = {
         *("decoding.temperature.AdaptiveTemperature", "decoding.length.LengthTilt", "decoding.length.LengthLimit"),
         *("rewards.matching.rewards", "num_threads", "set_num_threads", "build_info"),
     ],
-    "methods": [f"methods.{name}" for name in ("grpo", "tempo", "ctpo", "ba", "dpo", "sft", "tip", "gspo", "dapo", "rloo")],
+    "methods": [
+        f"methods.{name}" for name in ("grpo", "tempo", "ctpo", "ba", "dpo", "sft", "tip", "gspo", "dapo", "rloo")
+    ],
 }
 
 
@@ -67,7 +89,18 @@ def test_everything_that_is_exported_exists():
 
 
 def test_every_stage_module_exports_what_it_defines():
-    for name in ("filters", "credit", "token_weights", "ratio", "clip", "scale", "aggregation", "term", "token_score", "link"):
+    for name in (
+        "filters",
+        "credit",
+        "token_weights",
+        "ratio",
+        "clip",
+        "scale",
+        "aggregation",
+        "term",
+        "token_score",
+        "link",
+    ):
         module = getattr(tc, name)
         defined = {
             key

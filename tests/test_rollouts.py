@@ -216,3 +216,15 @@ def test_layouts():
     assert padded.flat(torch.arange(6).view(2, 3)).tolist() == list(range(6))
     with pytest.raises(ValueError, match=r"x: expected \[2, 3\], got \[6\]"):
         padded.flat(torch.arange(6))
+
+
+def test_inputs_of_a_padded_batch_in_either_layout():
+    padded = Rollouts.from_padded(torch.arange(6).view(2, 3), torch.ones(2, 3), GROUPS[:2], REWARDS[:2])
+    x = torch.arange(6.0)
+    for given_as in (x, x.view(2, 3)):
+        batch = padded.with_inputs(old_log_probs=given_as, state_values=given_as, entropies=given_as)
+        for name in ("old_log_probs", "state_values", "entropies"):
+            assert torch.equal(batch.input(name), x)
+            assert batch.select([1]).input(name).tolist() == [3, 4, 5]
+    with pytest.raises(ValueError, match=r"old_log_probs: expected .* \[6\], got float32 \[3, 2\]"):
+        padded.with_inputs(old_log_probs=x.view(3, 2))

@@ -28,7 +28,7 @@ def test_progress_is_asked_for_and_checked():
     objective = tc.mix("grpo", terms=(tc.term.kl(schedule.linear(0.0, 0.4)),))
     assert objective.is_scheduled
     assert objective.prepare(batch, progress=0.25).objective.terms[0].coefficient == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="progress: expected a number from 0 to 1 because of linear.*, got None"):
+    with pytest.raises(ValueError, match=r"progress: expected a number from 0 to 1 because of linear.*, got None"):
         objective.prepare(batch)
     for wrong in (-0.1, 1.1, math.nan):
         with pytest.raises(ValueError, match=f"progress: expected a number from 0 to 1, got {wrong}"):

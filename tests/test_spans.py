@@ -37,7 +37,12 @@ DISJOINT = r"begin, end: expected ascending, disjoint spans inside \[0, 4\], got
         (ints(0), ints(4).bool(), TypeError, r"end: expected int32 or int64 \[1\], got bool \[1\]"),
         ([0], [4], ValueError, r"begin: expected int64 \[R\], got list"),
         (ints(0), [4], TypeError, r"end: expected torch\.Tensor, int32 or int64 \[1\], got list"),
-        (ints(0), torch.zeros(1, dtype=torch.int64, device="meta"), ValueError, "end: expected a tensor on cpu, got one on meta"),
+        (
+            ints(0),
+            torch.zeros(1, dtype=torch.int64, device="meta"),
+            ValueError,
+            "end: expected a tensor on cpu, got one on meta",
+        ),
         (ints(0).to_sparse(), ints(4), TypeError, "begin: expected a dense tensor"),
     ],
 )

@@ -14,6 +14,7 @@ if importlib.util.find_spec("areal") is None:
 sys.path.insert(0, str(Path(__file__).parent))
 
 import absent
+import recipes
 import rows as rr
 
 absent.pretend("areal.infra.rpc", "areal.engine", "areal.experimental")
@@ -113,6 +114,16 @@ def test_training_equals_the_objective(objective, parts):
     assert value == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
     assert logged["ppo_actor/update/tokcredit/ratio_mean"] > 0
+
+
+def test_recipe():
+    """As ``docs/hosts.md`` prints it."""
+    engine = Engine(1)
+    assert recipes.run("AReaL")["with_credit"](engine, config()) is engine
+    advantages, value, *_ = stepped(engine.actor, engine)
+    expected, loss, _ = rr.expected(TEMPO_CTPO, ROWS)
+    torch.testing.assert_close(advantages, expected)
+    assert value == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_training_equals_areal():

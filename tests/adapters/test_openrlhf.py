@@ -1,7 +1,5 @@
 """OpenRLHF's own experience maker and actor trainer, built as it builds them, with an objective installed."""
 
-import dataclasses
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ pytest.importorskip("openrlhf", reason="OpenRLHF is not installed; make test-oth
 sys.path.insert(0, str(Path(__file__).parent))
 
 import absent
+import recipes
 import rows as rr
 
 absent.pretend("datasets", "deepspeed", "flash_attn", "pandas", "vllm")
@@ -28,7 +27,6 @@ from openrlhf.trainer.ray import ppo_actor
 from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 from tokcredit.adapters import openrlhf as adapter
 
-HOSTS = Path(__file__).parents[2] / "docs/hosts.md"
 # OpenRLHF takes the rows of a prompt to follow each other.
 ROWS = sorted(rr.batch(), key=lambda row: row["group"])
 TEMPO_CTPO = replace(tc.methods.ctpo(), credit=tc.methods.tempo().credit)
@@ -263,12 +261,7 @@ def test_install_refuses(objective, message):
 
 def test_recipe():
     """As ``docs/hosts.md`` prints it."""
-    (code,) = re.findall(
-        r"```python\n(# my\.py\nfrom tokcredit\.adapters import openrlhf.*?)```", HOSTS.read_text(), re.DOTALL
-    )
-    names = {"tc": tc, "dataclasses": dataclasses}
-    exec(compile(code, str(HOSTS), "exec"), names)
-    names["setup"]()
+    recipes.run("OpenRLHF")["setup"]()
     out = with_advantages(arguments())
     torch.testing.assert_close(packed([x.advantages for x in out]), rr.expected(TEMPO_CTPO, ROWS)[0])
     assert isinstance(actor_loss(arguments()), adapter.PolicyLoss)

@@ -1,9 +1,7 @@
 """SkyRL's own trainer computes, scales and sums what estimators and policy losses of ours return."""
 
-import dataclasses
 import importlib.util
 import inspect
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ if importlib.util.find_spec("skyrl") is None:
 sys.path.insert(0, str(Path(__file__).parent))
 
 import absent
+import recipes
 import rows as rr
 
 absent.pretend("datasets", "deepspeed", "flash_attn", "pandas", "vllm", "skyrl.tinker")
@@ -30,7 +29,6 @@ from skyrl.train.entrypoints.main_base import BasePPOExp
 from skyrl.train.trainer import RayPPOTrainer
 from tokcredit.adapters import skyrl as adapter
 
-HOSTS = Path(__file__).parents[2] / "docs/hosts.md"
 ROWS = rr.batch()
 ROWWISE = {"loss_reduction": "sequence_mean"}
 SUMMED = tc.aggregation.sequence_sum(12)
@@ -213,9 +211,7 @@ def test_inputs_that_the_batch_lacks():
 
 def test_recipe():
     """As ``docs/hosts.md`` prints it: SkyRL's entry point makes our trainer, which has checked the configuration."""
-    (code,) = re.findall(r"```python\n(from skyrl\.train.*?)```", HOSTS.read_text(), re.DOTALL)
-    names = {"tc": tc, "dataclasses": dataclasses}
-    exec(compile(code, str(HOSTS), "exec"), names)
+    names = recipes.run("SkyRL")
     whole = configuration("tokcredit_mix", "tokcredit_mix", **ROWWISE)
     parts = dict.fromkeys(inspect.signature(BasePPOExp.get_trainer).parameters)
     del parts["self"]

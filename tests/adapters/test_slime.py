@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import recipes
 import rows as rr
 from tokcredit.adapters import slime
 
@@ -50,7 +51,7 @@ def test_advantages_are_those_of_the_method():
     """In the order of the rank's rows, with the shapes of its log-probs, which slime weighs them against."""
     order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(1)).tolist()
     data = rollout_data(order)
-    assert slime.advantages(tc.methods.tempo())(arguments(), data) is None
+    assert recipes.run("slime")["credit"](arguments(), data) is None
     whole = tc.methods.tempo().prepare(rr.rollouts(ROWS)).advantages.split([len(row["response"]) for row in ROWS])
     for found, returned, row in zip(data["advantages"], data["returns"], order, strict=True):
         torch.testing.assert_close(found, whole[row])

@@ -15,6 +15,7 @@ pytest.importorskip("trl", reason="TRL is not installed; make test-trl")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import recipes
 import scripted
 import tiny
 import trl
@@ -387,6 +388,18 @@ def test_a_step_follows_the_advantages(method, tmp_path):
     after = log_probs(batch)
     assert batch["advantages"].abs().sum() > 1
     assert (batch["advantages"] * batch["completion_mask"] * (after - before)).sum() > 0
+
+
+def test_recipe(tmp_path):
+    """As ``docs/hosts.md`` prints it."""
+    tiny.model().save_pretrained(tmp_path / "start")
+    tiny.tokenizer().save_pretrained(tmp_path / "start")
+    args = scripted.arguments(tmp_path, max_steps=1)
+    data = Dataset.from_dict({"prompt": scripted.PROMPTS * 8})
+    trainer = recipes.run("TRL")["make_trainer"](str(tmp_path / "start"), scripted.reward, args, data)
+    assert trainer.credit_objective == tc.mix("ctpo", credit="tempo", aggregation="tempo")
+    trainer.train()
+    assert trainer.state.log_history[0]["tokcredit/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_example(tmp_path):

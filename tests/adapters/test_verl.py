@@ -15,6 +15,7 @@ pytest.importorskip("verl", reason="verl is not installed; make test-verl")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ray
+import recipes
 import transfer_queue as tq
 import verl_batch as vb
 from hydra import compose, initialize_config_module
@@ -23,7 +24,6 @@ from tokcredit.adapters import verl as adapter
 from tokcredit.adapters import verl_trainer
 from tokcredit.adapters.capabilities import policy_methods
 from tokcredit.methods.hapo import widened
-from tokcredit.stages.base import number
 
 SEQUENCES = "seq-mean-token-mean"
 ROWS = vb.batch()
@@ -67,6 +67,19 @@ def test_estimators_equal_verl(ours, settings, theirs, std):
     expected = vb.advantages(ROWS, theirs, ALGORITHM, std)
     assert (expected > 0).any() and (expected < 0).any()
     torch.testing.assert_close(estimated(ours, **settings), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_a_chosen_token():
+    """verl counts them in their group, as ``count_empty`` does."""
+    counting = tc.credit.group_normalized(count_empty=True)
+    adapter.register("counting_empty", lambda: tc.Objective(counting))
+    empty = next(i for i, row in enumerate(ROWS) if row["uid"] == "p1")
+    rows = list(ROWS)
+    rows[empty] = {**rows[empty], "response_mask": torch.zeros_like(rows[empty]["response_mask"])}
+    expected = vb.advantages(rows, "grpo", ALGORITHM)
+    torch.testing.assert_close(estimated("counting_empty", rows), expected, rtol=1e-5, atol=1e-6)
+    group = torch.tensor([row["uid"] == "p1" for row in rows])
+    assert ((estimated("grpo", rows) - expected).abs()[group].amax(1) > 0.01).sum() == 2
 
 
 def test_optimal_token_baseline_equals_verl():
@@ -158,18 +171,15 @@ class from_hidden_states(tc.credit.Credit):
     reads: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
 
-@dataclass(frozen=True)
-class moving(tc.clip.ppo):
-    low: float = number(0.2, scheduled=True)
-
-
 MIXED = tc.credit.sum(tc.credit.group_normalized(), tc.credit.leave_one_out(), tc.schedule.linear(0.0, 1.0))
 adapter.register("filtered", lambda: tc.mix("grpo", filters="improbable(0.5)"))
 adapter.register("uncarried", lambda: tc.Objective(credit=from_hidden_states()))
 adapter.register("penalized", lambda: tc.Objective(terms=(tc.term.kl(estimator="k3"),)))
 adapter.register("negative", lambda: tc.Objective(token_weights=(minus_one(),)))
 adapter.register("widened", lambda: tc.Objective(clip=widened(tc.token_score.given("entropies"))))
-adapter.register("scheduled", lambda: tc.Objective(credit=MIXED, clip=moving(tc.schedule.linear(0.1, 0.2))))
+adapter.register(
+    "scheduled", lambda: tc.Objective(credit=MIXED, clip=tc.clip.growing(tc.schedule.linear(0.1, 0.2), 0.2))
+)
 
 
 @pytest.mark.parametrize(
@@ -220,11 +230,24 @@ def test_estimators_need_token_ids():
             {"loss_agg_mode": "seq-mean-token-sum-norm"},
             "loss_scale_factor: expected the number of tokens of the longest",
         ),
+        (
+            "tokcredit_dr_grpo",
+            {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 11.5},
+            r"loss_scale_factor: expected the number of tokens .* got 11\.5",
+        ),
     ],
 )
 def test_losses_refuse(mode, settings, message):
     with pytest.raises(ValueError, match=message):
         vb.loss(ROWS, torch.zeros(len(ROWS), 8), vb.actor(mode, **settings))
+
+
+def test_recipe():
+    """As ``docs/hosts.md`` prints it: the loss has the wider bound, the estimator is that of the method."""
+    recipes.run("verl")
+    part = adapter.policy_loss("tokcredit_wide", "token-mean", vb.actor("tokcredit_wide"))
+    assert part.clip == tc.methods.ctpo(clip_high=0.1).clip != tc.methods.ctpo().clip
+    torch.testing.assert_close(estimated("wide"), estimated("ctpo"))
 
 
 def test_names_are_registered_once():

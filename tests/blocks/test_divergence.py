@@ -101,3 +101,12 @@ def test_disagreement_does_not_depend_on_blocks_or_on_what_masked_positions_hold
     assert whole.min() == 0 and whole.max() > 0.99
     alone = batch.select(torch.arange(4))
     torch.testing.assert_close(divergence.disagreement(logits[:4], alone, padded), whole[:20], rtol=1e-4, atol=1e-6)
+
+
+def test_nucleus():
+    log_p = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5], [0.4, 0.4, 0.2]]).log()
+    for top_p, kept in ((0.45, [[1, 0, 0], [0, 0, 1], [0.5, 0.5, 0]]), (1.0, log_p.exp().tolist())):
+        torch.testing.assert_close(divergence.nucleus(log_p, top_p).exp(), torch.tensor(kept), rtol=1e-5, atol=1e-6)
+    for wrong in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match="top_p: expected"):
+            divergence.nucleus(log_p, wrong)

@@ -90,7 +90,7 @@ def test_wrong_settings_are_errors():
         length.targets(SPANS, 0.9, trace=0.5)
     with pytest.raises(ValueError, match="length, resolved"):
         length.gamma_for(0)
-    with pytest.raises(TypeError, match="spans: expected tokcredit.Spans, got Tensor"):
+    with pytest.raises(TypeError, match=r"spans: expected tokcredit\.Spans, got Tensor"):
         length.remaining(SPANS.begin)
 
 
@@ -99,3 +99,23 @@ def test_empty():
     spans = Spans(none, none, 0)
     assert length.targets(spans, 0.9).shape == (0,)
     assert length.squared(torch.zeros(0), torch.zeros(0), spans) == 0
+
+
+@pytest.mark.parametrize("trace", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("cut", [False, True])
+def test_advantages_are_those_of_a_cost_per_token(trace, cut):
+    """A backward loop over the unmasked tokens; a cut row continues as predicted before its last token."""
+    gamma, values = 0.9, -torch.rand(7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    truncated = torch.tensor([False, False, True]) if cut else None
+    got = length.advantages(values, SPANS, gamma, trace, truncated)
+    for tokens, is_cut in (([0, 2, 3], False), ([4, 5, 6], cut)):
+        v = values[tokens].tolist()
+        after = min((1 + v[-1]) / gamma - 1, 0.0) if is_cut else 0.0
+        advantage = 0.0
+        for k in reversed(range(3)):
+            following = v[k + 1] if k < 2 else after
+            advantage = gamma - 1 + gamma * following - v[k] + gamma * trace * advantage
+            assert got[tokens[k]].item() == pytest.approx(advantage)
+    assert got[1] == 0
+    if cut:
+        assert got[6].item() == pytest.approx(0.0, abs=1e-12)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference.logits import logits as reference
 from reference.logits import logits_gradient as reference_gradient
-from tokcredit import ops
+from tokcredit import Rollouts, ops
 from tokcredit.blocks import log_probs as module
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -366,3 +366,33 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(module.from_logits(logits, tokens).square().sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+def group_batch():
+    """Two groups; tokens 4 and 1 occur in the first, 2 and 9 in the second; one token is masked."""
+    return Rollouts(
+        torch.tensor([4, 1, 4, 2, 9, 7]),
+        torch.tensor([0, 2, 3, 6]),
+        torch.tensor([0, 0, 1]),
+        torch.zeros(3),
+        torch.tensor([True, True, True, True, True, False]),
+    )
+
+
+def test_vocabulary_of_groups():
+    ids, column = module.group_vocabulary(group_batch())
+    assert ids.tolist() == [[1, 4], [2, 9]] and column.tolist() == [1, 0, 1, 0, 1, -1]
+    smaller = group_batch().with_mask(torch.tensor([True, False, True, True, True, False]))
+    assert module.group_vocabulary(smaller)[0].tolist() == [[4, -1], [2, 9]]
+
+
+def test_probabilities_of_the_tokens_of_a_group():
+    batch = group_batch()
+    logits, _ = sample(6, 10)
+    exact = torch.softmax(logits, -1)
+    ours = module.group_probs(logits, batch)
+    for t, names in enumerate([[1, 4]] * 3 + [[2, 9]] * 2):
+        torch.testing.assert_close(ours[t], exact[t, names])
+    assert ours[5].tolist() == [0, 0]
+    torch.testing.assert_close(module.normalizers(logits, batch)[:5], logits[:5].logsumexp(-1))
+    assert module.normalizers(logits, batch)[5] == 0

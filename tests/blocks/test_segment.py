@@ -22,7 +22,11 @@ def members(by, size):
 
 
 def reduced(name, x, by):
-    return segment.count(by).to(torch.promote_types(x.dtype, torch.float32)) if name == "count" else getattr(segment, name)(x, by)
+    return (
+        segment.count(by).to(torch.promote_types(x.dtype, torch.float32))
+        if name == "count"
+        else getattr(segment, name)(x, by)
+    )
 
 
 @st.composite
@@ -162,3 +166,53 @@ def test_pieces(spans, seed, after):
     taken = cut.take(torch.arange(1, spans.size + 1)).tolist()
     assert [expected[t - 1] for t in taken if t] == [k for k in range(piece) if k not in alone]
     assert all(marks[t - 1] for t in taken if t)
+
+
+@given(st.lists(st.tuples(st.integers(-1, 3), st.sampled_from([-1, 0, 5, 10**12])), max_size=12))
+def test_keys_are_the_segments_of_equal_tuples(pairs):
+    """Dense numbers in ascending order of the pairs; a negative id belongs to no segment."""
+    columns = [torch.tensor([pair[i] for pair in pairs], dtype=torch.int64) for i in (0, 1)]
+    found = segment.keys(*columns)
+    names = sorted({pair for pair in pairs if min(pair) >= 0})
+    assert found.segments == len(names) and found.mask is None
+    assert found.ids.tolist() == [names.index(pair) if min(pair) >= 0 else -1 for pair in pairs]
+    assert segment.count(found).tolist() == [pairs.count(name) for name in names]
+
+
+def test_keys_of_wrong_ids_are_errors():
+    with pytest.raises(ValueError, match="ids: expected at least one tensor of ids, got none"):
+        segment.keys()
+    with pytest.raises(ValueError, match=r"ids: expected .* \[2\], got int64 \[3\]"):
+        segment.keys(torch.tensor([0, 1]), torch.tensor([0, 1, 2]))
+    with pytest.raises(TypeError, match="ids: expected int32 or int64"):
+        segment.keys(torch.tensor([0.0]))
+
+
+@pytest.mark.parametrize("per", ["token", "row", "batch", None])
+def test_weighted_sum_and_its_gradient(per):
+    spans = ragged.packed(3, 2, 1, mask=torch.tensor([True, False, True, True, True, True]))
+    weights = {
+        "token": torch.arange(6).double() - 2,
+        "row": torch.tensor([[2.0], [-0.5], [0.0]], dtype=torch.float64),
+        "batch": torch.tensor(0.25, dtype=torch.float64),
+        None: None,
+    }[per]
+    each = {"token": [-2, 0, 0, 1, 2, 3], "row": [2, 0, 2, -0.5, -0.5, 0], "batch": [0.25, 0] + [0.25] * 4}
+    each = each.get(per, [1, 0, 1, 1, 1, 1])
+    x = ragged.values(6)
+    x[1] = math.nan
+    x.requires_grad_()
+    rows = segment.weighted_sum(x, spans, weights)
+    (rows * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    value = [0 if t == 1 else each[t] * x[t].item() for t in range(6)]
+    assert rows.tolist() == pytest.approx([sum(value[:3]), sum(value[3:5]), value[5]])
+    assert x.grad.tolist() == pytest.approx([a * b for a, b in zip(each, [1, 1, 1, 2, 2, 3], strict=True)])
+
+
+def test_nan_reaches_the_gradient_of_a_weighted_sum():
+    x = torch.tensor([1.0, math.nan, 2.0, math.nan], requires_grad=True)
+    spans = ragged.packed(3, 1, mask=torch.tensor([True, True, True, False]))
+    rows = segment.weighted_sum(x, spans, torch.full((4,), 0.5))
+    rows.sum().backward()
+    assert rows[0].isnan() and rows[1] == 0 and x.grad[1].isnan() and x.grad[3] == 0
+    assert x.grad[[0, 2]].tolist() == [0.5, 0.5]

@@ -19,7 +19,9 @@ FEW = [0.0, -0.0, 1.0, -1.0, 0.5, math.inf, -math.inf, math.nan]
 def problems(draw):
     """Values with many ties, in scopes of one row each, of several interleaved rows, or of all."""
     spans = draw(ragged.spans())
-    x = torch.tensor(draw(st.lists(st.sampled_from(FEW), min_size=spans.size, max_size=spans.size)), dtype=torch.float64)
+    x = torch.tensor(
+        draw(st.lists(st.sampled_from(FEW), min_size=spans.size, max_size=spans.size)), dtype=torch.float64
+    )
     count = spans.num_rows
     by = draw(st.sampled_from(["row", "ids", "all"]))
     if by == "row":
@@ -178,7 +180,9 @@ def test_many_tokens(dtype, distinct):
     spans = ragged.packed(*[50_000] * 3, mask=mask)
     tokens = mask.nonzero()[:, 0]
     order = tokens[x[tokens].argsort(descending=True, stable=True)]
-    chosen = torch.ops.tokcredit.select(x, *spans.arrays, torch.zeros(3, dtype=torch.int64), torch.tensor([k]), False, 1)
+    chosen = torch.ops.tokcredit.select(
+        x, *spans.arrays, torch.zeros(3, dtype=torch.int64), torch.tensor([k]), False, 1
+    )
     assert torch.equal(chosen.nonzero()[:, 0], order[:k].sort().values)
     many = torch.ops.tokcredit.select(x, *spans.arrays, torch.zeros(3, dtype=torch.int64), torch.tensor([k]), False, 5)
     assert torch.equal(chosen, many)

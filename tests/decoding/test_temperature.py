@@ -2,9 +2,9 @@ import math
 
 import pytest
 import tokcredit as tc
-from tokcredit.methods.hapo import entropy_deviation
 import torch
 from tokcredit.decoding.temperature import AdaptiveTemperature
+from tokcredit.methods.hapo import entropy_deviation
 
 STATISTICS = (math.log(0.5), 1.5, -2.0, 0.8)
 

@@ -4,7 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.methods.canon import by_mean_reward, conditional, order
+from tokcredit.methods.canon import by_mean_reward, conditional, length, mean_entropy, order
 
 
 def halves_of(rows, metric):
@@ -23,10 +23,10 @@ def mean(rewards, rows):
     return sum(rewards[r] for r in rows) / len(rows) if rows else 0.0
 
 
-def advantages(batch, by_length, mu, alpha=1.0, offset=0.0):
+def advantages(batch, by_length, mu, alpha=1.0, offset=0.0, groups=naive.counted_rows):
     """The four weighted equations, one for each half of each variant."""
     r, out = batch.rewards.tolist(), [0.0] * batch.num_rows
-    for rows in naive.counted_rows(batch):
+    for rows in groups(batch):
         low, high = halves_of(rows, metrics(batch, by_length))
         below, above = mean(r, low), mean(r, high)
         for i in rows:
@@ -56,6 +56,18 @@ def test_formula(by_length, mu, alpha, offset):
         return loss(batch, log_probs, advantages(batch, by_length, mu, alpha, offset))
 
     naive.check(tc.methods.canon(by_length, between=mu, alpha=alpha, offset=offset), batch, current, formula)
+
+
+@pytest.mark.parametrize("count_empty", [False, True])
+def test_rows_without_a_chosen_token(count_empty):
+    batch = naive.with_inputs(naive.random_batch()[0], {"entropies"})
+    credit = conditional(between=0.3, count_empty=count_empty)
+    groups = naive.group_rows if count_empty else naive.counted_rows
+    counted = batch.lengths > 0
+    expected = torch.tensor(advantages(batch, False, 0.3, groups=groups), dtype=torch.float64)
+    torch.testing.assert_close(credit(batch)[counted, 0], expected[counted])
+    other = conditional(between=0.3, count_empty=not count_empty)
+    assert not torch.allclose(other(batch)[counted, 0], expected[counted])
 
 
 def test_dual_clip_of_the_release():
@@ -133,3 +145,14 @@ def test_ties_go_by_order_and_a_group_of_one_keeps_its_reward():
 def test_control_splits_by_order():
     batch = one_group([1.0, 0.0, 1.0, 1.0], [0.9, 0.8, 0.2, 0.1])
     assert conditional(order())(batch)[:, 0].tolist() == [0.0, -1.0, 0.5, 0.5]
+
+
+def test_defaults():
+    assert tc.methods.canon() == tc.Objective(
+        credit=conditional(
+            mean_entropy(), by_mean_reward(failed=1.0, solved=0.0), high=1.0, low=1.0, offset=0.0, count_empty=False
+        ),
+        clip=tc.clip.ppo(low=0.2, high=0.28, cap=None),
+        aggregation=tc.aggregation.sequence_sum(None),
+    )
+    assert tc.methods.canon(by_length=True).credit.metric == length()

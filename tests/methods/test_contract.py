@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import math
 import pickle
+import random
 import re
 from pathlib import Path
 
@@ -77,7 +78,28 @@ def test_is_documented_and_tested(name):
     assert importlib.import_module(f"tokcredit.methods.{name}").__doc__.count("\n") == 0
     test = (ROOT / f"tests/methods/test_{name}.py").read_text()
     assert "def test_by_hand" in test
+    assert "def test_defaults" in test, "every value that the method chooses, so that none moves unseen"
     assert "naive" in test or "reference" in test
+
+
+@each
+def test_code_in_documentation_runs(name):
+    """Whatever a docstring says can be called is called; a mixture must differ from the method itself."""
+    text = inspect.getdoc(getattr(tc.methods, name))
+    for code in re.findall(r"``((?:tokcredit|tc)\.[^`]*)``", text):
+        if code.startswith("tokcredit.train."):  # needs more packages
+            assert (ROOT / "python" / (code.replace(".", "/") + ".py")).exists()
+            continue
+        value = eval(" ".join(code.split()), {"tokcredit": tc, "tc": tc})
+        assert value is not None
+        if isinstance(value, Stage):
+            batch, current = carried(value)
+            further = {x: torch.ones_like(current) for x in value.variables[1:]}
+            assert value.loss(prepare(value, batch), current, **further).loss.isfinite()
+            assert value != tc.methods.load(name)
+    for reference in re.findall(r":func:`~?([\w.]+)`", text):
+        functions = {"tokcredit": tc, **{x: getattr(tc.methods, x) for x in METHODS}}
+        assert callable(eval(reference, functions))
 
 
 def test_tables_are_those_of_the_methods():
@@ -133,6 +155,24 @@ def test_ints_are_taken_for_floats(name):
             assert torch.equal(loss(objective, batch, current).loss, of_float)
             if not objective.is_scheduled:
                 assert repr(objective) == repr(expected)
+
+
+@each
+def test_types_of_settings_are_checked(name):
+    """Also where a setting decides which stages there are, or is computed with before a stage sees it."""
+    function = getattr(tc.methods, name)
+    for setting, parameter in inspect.signature(function).parameters.items():
+        annotation = str(parameter.annotation)
+        wrong = [("1", TypeError), (object(), TypeError)]
+        if annotation == "bool":
+            wrong += [(1, TypeError), (None, TypeError), (math.nan, TypeError)]
+        elif annotation.startswith("float"):
+            wrong += [(True, TypeError), (math.nan, ValueError)]
+        elif annotation.startswith("int"):
+            wrong += [(1.5, TypeError), (True, TypeError), (0, ValueError)]
+        for value, error in wrong:
+            with pytest.raises(error, match=r"\w+: \w+: expected "):
+                function(**{setting: value})
 
 
 @each
@@ -239,6 +279,21 @@ def test_nan_at_a_training_token_reaches_loss_and_gradient(name):
             reached = own if isinstance(objective.ratio, tc.ratio.sequence) else own & (torch.arange(len(own)) == t)
             torch.testing.assert_close(grad[~reached], clean[~reached])
             assert grad[reached & (clean != 0)].isnan().all()
+        if isinstance(objective, tc.Objective):
+            assert out.metrics["nonfinite_log_probs"] == 1
+
+
+@each
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinity_at_a_training_token(name, value):
+    """The loss is as its formula says; where that is NaN, so is the gradient of the token."""
+    objective = tc.methods.load(name)
+    batch, current = carried(objective)
+    for t in prepare(objective, batch).mask.nonzero()[:, 0].tolist():
+        dirty = current.clone()
+        dirty.view(-1)[t] = value
+        out, grad = gradient(objective, batch, dirty)
+        assert bool(out.loss.isnan()) <= bool(grad.view(-1)[t].isnan())
         if isinstance(objective, tc.Objective):
             assert out.metrics["nonfinite_log_probs"] == 1
 
@@ -431,6 +486,34 @@ def test_mixing_by_name_gives_exactly_that_stage(name, base):
             assert tc.mix(base, **{kind: repr(stage)}) == mixed
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_any_mixture_keeps_the_contract(seed):
+    """Stages of different methods together: finite, the sum of its micro-batches, and open about NaN."""
+    rng = random.Random(seed)
+    stages = ("credit", "filters", "token_weights", "ratio", "clip", "scales", "aggregation")
+    chosen = {kind: rng.choice(POLICY_GRADIENT) for kind in stages if rng.random() < 0.6}
+    try:
+        objective = of_fixed_length(tc.mix(rng.choice(POLICY_GRADIENT), **chosen))
+    except ValueError as error:
+        assert re.match("clip: expected a stage with bounds because of outside_center", str(error))
+        return
+    batch, current = carried(objective, seed)
+    prepared = prepare(objective, batch)
+    out, grad = gradient(objective, batch, current)
+    assert out.loss.isfinite() and grad.isfinite().all()
+    assert not grad[~prepared.has_gradient].any() and not grad[~prepared.mask.view(batch.shape)].any()
+    parts = current.clone().requires_grad_()
+    added = sum(objective.loss(prepared.select(r), parts[r]).loss for r in partition(objective, batch, seed))
+    added.backward()
+    torch.testing.assert_close(added, out.loss)
+    torch.testing.assert_close(parts.grad, grad)
+    for t in prepared.mask.nonzero()[:, 0].tolist()[seed % 3 :: 9]:
+        dirty = current.clone()
+        dirty.view(-1)[t] = math.nan
+        out, grad = gradient(objective, batch, dirty)
+        assert bool(out.loss.isnan()) == bool(grad.view(-1)[t].isnan())
+
+
 def stage_classes(kind=Stage):
     """Every stage class of the library; those that other tests made are left out."""
     for cls in kind.__subclasses__():
@@ -569,6 +652,12 @@ def test_settings_inside_the_range_are_taken(cls, field):
 def test_combinations_and_settings_that_mean_nothing(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
+
+
+def test_defaults_of_stages_that_no_method_has():
+    truncated, masked = tc.token_weights.importance_truncated(), tc.token_weights.importance_masked()
+    assert (truncated.high, truncated.whole_rows) == (2.0, False)
+    assert (masked.low, masked.high, masked.whole_rows) == (0.0, 3.0, True)
 
 
 def test_unknown_names_and_settings_are_errors():

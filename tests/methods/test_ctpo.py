@@ -78,3 +78,11 @@ def test_ratio_is_bounded():
     out.loss.backward()
     assert out.loss.item() == pytest.approx((math.exp(10) - 1) / 2 * 0.70711, rel=1e-4)
     assert log_probs.grad[1] == 0
+
+
+def test_defaults():
+    assert tc.methods.ctpo() == tc.Objective(
+        ratio=tc.ratio.cumulative(bound=20.0, high=10.0, to="old_log_probs"),
+        clip=tc.clip.growing(low=0.025, high=0.05, power=0.5, cap=0.05),
+        aggregation=tc.aggregation.token_mean(),
+    )

@@ -50,3 +50,11 @@ def test_the_first_step_is_that_of_dapo():
         objective.loss(objective.prepare(batch), log_probs).loss.backward()
         grads.append(log_probs.grad)
     assert torch.equal(*grads)
+
+
+def test_defaults():
+    assert tc.methods.divergence_weighted() == tc.Objective(
+        clip=tc.clip.ppo(low=0.2, high=0.28, cap=None),
+        aggregation=tc.aggregation.token_mean(),
+        scales=(divergence(strength=1.0, slope=10.0),),
+    )

@@ -168,3 +168,12 @@ def test_pairs_from_padded_tensors():
     slope = 0.048250714
     expected = [0, -slope, -slope, -slope, 0, slope, slope, 0]
     assert log_probs.grad.view(-1).tolist() == pytest.approx(expected, abs=1e-7)
+
+
+def test_defaults():
+    assert tc.methods.dpo() == tc.Preference(
+        token_weights=(),
+        reference="ref_log_probs",
+        normalization="sum",
+        link=logistic(beta=0.1, margin=0.0, label_smoothing=0.0),
+    )

@@ -20,3 +20,9 @@ def test_by_hand():
     assert not counted.all()
     mean = batch.rewards[counted].mean()
     assert advantages[counted].tolist() == pytest.approx((batch.rewards[counted] - mean).tolist())
+
+
+def test_defaults():
+    assert tc.methods.dr_grpo() == tc.Objective(
+        credit=tc.credit.group_normalized(scale=False, epsilon=1e-6), aggregation=tc.aggregation.sequence_sum(None)
+    )

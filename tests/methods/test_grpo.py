@@ -27,7 +27,7 @@ def test_by_hand():
     assert log_probs.grad.tolist() == pytest.approx([-0.35355, 0.17678, 0.17678], abs=1e-5)
 
 
-def test_group_of_one_is_paid_its_reward_and_equal_rewards_nothing():
+def test_group_of_one_has_its_reward_as_advantage_and_equal_rewards_have_none():
     batch = tc.Rollouts(
         torch.arange(3), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 1]), torch.tensor([2.0, 3.0, 3.0])
     )
@@ -68,3 +68,17 @@ def test_rows_without_a_chosen_token_count_for_parity():
     assert plain.tolist() == pytest.approx([0.5, -0.5, 0])
     parity = tc.mix("grpo", credit="group_normalized(scale=False, count_empty=True)").prepare(batch).advantages
     assert parity.tolist() == pytest.approx([-1.0, -2.0, 0])
+
+
+def test_defaults():
+    assert tc.methods.grpo() == tc.Objective(
+        credit=tc.credit.group_normalized(scale=True, epsilon=1e-6, count_empty=False),
+        filters=(),
+        token_weights=(),
+        ratio=tc.ratio.token(bound=20.0, to="old_log_probs"),
+        clip=tc.clip.ppo(low=0.2, high=0.2, cap=None),
+        scales=(),
+        aggregation=tc.aggregation.sequence_mean(),
+        terms=(),
+    )
+    assert tc.methods.grpo() == tc.Objective()

@@ -28,3 +28,9 @@ def test_by_hand():
     assert prepared.has_gradient.tolist() == [False, True, True]
     objective.loss(prepared, log_probs).loss.backward()
     assert log_probs.grad.tolist() == pytest.approx([0, 0.19245, 0.096225, 0.096225], abs=1e-5)
+
+
+def test_defaults():
+    assert tc.methods.grpo_n() == tc.Objective(
+        credit=tc.credit.negative_part(tc.credit.group_normalized(scale=True, epsilon=1e-6, count_empty=False))
+    )

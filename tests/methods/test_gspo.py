@@ -52,3 +52,10 @@ def test_token_ratios_are_not_bounded_before_the_mean():
     advantage = 0.5 / (0.5**0.5 + 1e-6)
     assert out.loss.item() == pytest.approx(advantage * (math.exp(-20) - math.exp(10)) / 2, rel=1e-6)
     assert log_probs.grad.tolist() == pytest.approx([advantage * math.exp(-20) / 4] * 2 + [0, 0], rel=1e-6)
+
+
+def test_defaults():
+    assert tc.methods.gspo() == tc.Objective(
+        ratio=tc.ratio.sequence(bound=math.inf, high=10.0, to="old_log_probs"),
+        clip=tc.clip.ppo(low=3e-4, high=4e-4, cap=None),
+    )

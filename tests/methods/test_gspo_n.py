@@ -1,3 +1,5 @@
+import math
+
 import naive
 import pytest
 import tokcredit as tc
@@ -31,3 +33,11 @@ def test_by_hand():
     assert prepared.has_gradient.tolist() == [False, True, True]
     objective.loss(prepared, log_probs).loss.backward()
     assert log_probs.grad.tolist() == pytest.approx([0, 0.19245, 0.096225, 0.096225], abs=1e-5)
+
+
+def test_defaults():
+    assert tc.methods.gspo_n() == tc.Objective(
+        credit=tc.credit.negative_part(tc.credit.group_normalized(scale=True, epsilon=1e-6, count_empty=False)),
+        ratio=tc.ratio.sequence(bound=math.inf, high=10.0, to="old_log_probs"),
+        clip=tc.clip.ppo(low=3e-4, high=4e-4, cap=None),
+    )

@@ -4,7 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.methods.hapo import entropy_deviation, token_group_average
+from tokcredit.methods.hapo import entropy_deviation, outside_center, token_group_average, widened
 
 ENTROPIES = [0.01, 0.05, 0.1, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2]
 
@@ -53,8 +53,8 @@ def test_formula(seed, literal_sign):
                 high = 0.28 * (1 + h[t]) if h[t] > 0 else 0.28
                 rho = (log_probs[t] - batch.old_log_probs[t]).exp()
                 neutral = 1 - low / 2 < rho.item() < 1 + high / 2
-                paid = a * (1 + h[t]) if (h[t] > 0) != neutral else a
-                losses[-1].append(naive.clipped(paid, rho, 1 - low, 1 + high, 10.0))
+                credit = a * (1 + h[t]) if (h[t] > 0) != neutral else a
+                losses[-1].append(naive.clipped(credit, rho, 1 - low, 1 + high, 10.0))
         return naive.token_mean(batch, losses)
 
     naive.check(tc.methods.hapo(literal_sign=literal_sign), batch, current, formula)
@@ -80,16 +80,16 @@ def test_by_hand():
     pivot, spread, low, high = score.statistics(batch)
     assert (pivot, spread) == pytest.approx((0.0, 1.968), abs=1e-3)
     assert (low, high) == pytest.approx((math.log(0.01) / spread, math.log(2) / spread))
-    paid = token_group_average()(flat([1.0, 0.0], [10, 30]))
-    assert paid[:, 0].tolist() == pytest.approx([1.732, -0.577], abs=1e-3)
+    credit = token_group_average()(flat([1.0, 0.0], [10, 30]))
+    assert credit[:, 0].tolist() == pytest.approx([1.732, -0.577], abs=1e-3)
 
 
 def test_rare_outcomes_fall_back_to_the_mean_over_rows():
-    # One correct token in 27: |A| is the root of 26 there, so the whole group is paid by rows.
-    paid = token_group_average()
-    assert paid(flat([1.0, 0.0], [1, 26]))[:, 0].tolist() == pytest.approx([0.70711, -0.70711], abs=1e-4)
-    assert paid(flat([1.0, 0.0], [1, 24]))[:, 0].tolist() == pytest.approx([24**0.5, -(24**-0.5)], abs=1e-4)
-    assert paid(flat([0.7, 0.7, 0.7], [3, 5, 9])).tolist() == [[0.0], [0.0], [0.0]]
+    # One correct token in 27: |A| is the root of 26 there, so the whole group has advantages over rows.
+    credit = token_group_average()
+    assert credit(flat([1.0, 0.0], [1, 26]))[:, 0].tolist() == pytest.approx([0.70711, -0.70711], abs=1e-4)
+    assert credit(flat([1.0, 0.0], [1, 24]))[:, 0].tolist() == pytest.approx([24**0.5, -(24**-0.5)], abs=1e-4)
+    assert credit(flat([0.7, 0.7, 0.7], [3, 5, 9])).tolist() == [[0.0], [0.0], [0.0]]
 
 
 def test_on_policy_only_certain_tokens_change():
@@ -121,12 +121,25 @@ def test_the_limit_at_padded_positions(limit_padding):
 
 def test_the_limit_at_padded_positions_by_hand():
     # Rewards 10 of two tokens and 9 of three: mean 9.4 and std 0.49 over tokens, so 0 is 19 stds away.
-    def paid(lengths, **settings):
+    def credit(lengths, **settings):
         return token_group_average(**settings)(flat([10.0, 9.0], lengths))[:, 0].tolist()
 
     over_tokens = [0.6 / 0.24**0.5, -0.4 / 0.24**0.5]
-    assert paid([2, 3]) == pytest.approx(over_tokens, rel=1e-5)
-    assert paid([2, 3], limit_padding=True) == pytest.approx([0.70711, -0.70711], abs=1e-5)
-    assert paid([3, 3], limit_padding=True) == pytest.approx([1, -1], abs=1e-5), "no padding"
-    assert paid([2, 3], limit=1.0) == pytest.approx([0.70711, -0.70711], abs=1e-5)
-    assert paid([1, 99], limit=math.inf) == pytest.approx([99**0.5, -(99**-0.5)], rel=1e-4)
+    assert credit([2, 3]) == pytest.approx(over_tokens, rel=1e-5)
+    assert credit([2, 3], limit_padding=True) == pytest.approx([0.70711, -0.70711], abs=1e-5)
+    assert credit([3, 3], limit_padding=True) == pytest.approx([1, -1], abs=1e-5), "no padding"
+    assert credit([2, 3], limit=1.0) == pytest.approx([0.70711, -0.70711], abs=1e-5)
+    assert credit([1, 99], limit=math.inf) == pytest.approx([99**0.5, -(99**-0.5)], rel=1e-4)
+
+
+def test_defaults():
+    assert tc.decoding.temperature.AdaptiveTemperature().strength == 0.05
+    score = entropy_deviation(pivot=0.8, literal_sign=False)
+    assert tc.methods.hapo() == tc.Objective(
+        credit=token_group_average(
+            limit=5.0, epsilon=1e-6, otherwise=tc.credit.group_normalized(epsilon=1e-6), limit_padding=False
+        ),
+        clip=widened(score, low=0.2, high=0.28, widen=1.0, cap=10.0),
+        scales=(outside_center(score, strength=1.0),),
+        aggregation=tc.aggregation.token_mean(),
+    )

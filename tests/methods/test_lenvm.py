@@ -4,6 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.lenvm import length_advantage
 
 
 @pytest.mark.parametrize("trace", [1.0, 0.5])
@@ -65,3 +66,11 @@ def test_a_cut_row_is_no_short_row():
     batch.extras["truncated"][0] = False
     # Ended there, the first was no surprise and the second ended the row a token early.
     assert objective.prepare(batch).advantages.tolist() == pytest.approx([0.0, 0.25])
+
+
+def test_defaults():
+    assert tc.methods.lenvm() == tc.Objective(
+        credit=length_advantage(
+            tc.credit.group_normalized(scale=True, epsilon=1e-6, count_empty=False), scale=0.1, gamma=0.997, trace=1.0
+        )
+    )

@@ -4,6 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.match_tir import turns
 
 
 def turns_of(batch):
@@ -49,9 +50,9 @@ def test_formula(halve, center_alone, seed):
     batch = naive.with_inputs(batch, {"turn_rewards"}, seed)
 
     def formula(batch, log_probs):
-        paid = advantages(batch, halve, center_alone)
+        credit = advantages(batch, halve, center_alone)
         ratio = lambda t: (log_probs[t] - batch.old_log_probs[t]).exp()  # noqa: E731
-        losses = [[naive.clipped(paid[t], ratio(t), 0.8, 1.2) for t in row] for row in naive.rows_of(batch)]
+        losses = [[naive.clipped(credit[t], ratio(t), 0.8, 1.2) for t in row] for row in naive.rows_of(batch)]
         return naive.sequence_mean(batch, losses)
 
     naive.check(tc.methods.match_tir(halve=halve, center_alone=center_alone), batch, current, formula)
@@ -74,11 +75,11 @@ def two_rollouts(a, b):
 
 def test_by_hand():
     batch = two_rollouts([0.5, 1.0], [0.0, 0.5, 0.0])
-    paid = tc.methods.match_tir(halve=True).prepare(batch).advantages
+    credit = tc.methods.match_tir(halve=True).prepare(batch).advantages
     expected = [0.70711, 0.70711, -0.70711, -0.70711, -0.35355]
-    assert paid.tolist() == pytest.approx([x for a in expected for x in (a, a, 0)], abs=1e-5)
+    assert credit.tolist() == pytest.approx([x for a in expected for x in (a, a, 0)], abs=1e-5)
     whole = tc.methods.match_tir().prepare(batch).advantages
-    torch.testing.assert_close(whole, 2 * paid)
+    torch.testing.assert_close(whole, 2 * credit)
 
 
 def test_the_turn_of_one_row_alone_keeps_its_return_or_none():
@@ -93,9 +94,9 @@ def test_dual_clip_of_the_release():
     current = current + torch.arange(11) * 0.2  # ratios up to 8 at late tokens
 
     def formula(batch, log_probs):
-        paid = advantages(batch, False, False)
+        credit = advantages(batch, False, False)
         ratio = lambda t: (log_probs[t] - batch.old_log_probs[t]).exp()  # noqa: E731
-        losses = [[naive.clipped(paid[t], ratio(t), 0.8, 1.2, 3.0) for t in row] for row in naive.rows_of(batch)]
+        losses = [[naive.clipped(credit[t], ratio(t), 0.8, 1.2, 3.0) for t in row] for row in naive.rows_of(batch)]
         return naive.sequence_mean(batch, losses)
 
     out = naive.check(tc.methods.match_tir(cap=3.0), batch, current, formula)
@@ -114,3 +115,9 @@ def test_terms_of_the_paper():
     u = {t: (current.reshape(-1)[t] - ref[t]).item() for row in rows for t in row}
     k3 = sum(sum(math.exp(-u[t]) + u[t] - 1 for t in row) / len(row) for row in rows) / len(rows)
     assert added.item() == pytest.approx(0.001 * k3 - 0.001 * 2.0, rel=1e-9)
+
+
+def test_defaults():
+    assert tc.methods.match_tir() == tc.Objective(
+        credit=turns(discount=0.9, epsilon=1e-6, halve=False, center_alone=False)
+    )

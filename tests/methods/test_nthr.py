@@ -2,12 +2,13 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.nthr import negative_hidden_reward
 
 
 def advantages(batch, beta):
-    tokens, paid, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
+    tokens, credit, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
     s = naive.influence(batch, tokens, [1.0] * batch.num_rows)
-    out = {t: paid[i] for i, ts in enumerate(tokens) for t in ts}
+    out = {t: credit[i] for i, ts in enumerate(tokens) for t in ts}
     for rows in naive.counted_rows(batch):
         correct = [i for i in rows if r[i] > 0.5]
         if not 0 < len(correct) < len(rows):
@@ -16,7 +17,7 @@ def advantages(batch, beta):
         for j in rows:
             for q in tokens[j]:
                 if j not in correct and s[q] > tau:
-                    out[q] = paid[j] * 2 * abs(0.5 - len(correct) / len(rows))
+                    out[q] = credit[j] * 2 * abs(0.5 - len(correct) / len(rows))
     return out
 
 
@@ -27,9 +28,9 @@ def test_formula(seed, beta):
     batch = naive.with_inputs(batch, {"hidden_states", "token_probs"}, seed)
 
     def formula(batch, log_probs):
-        paid = advantages(batch, beta)
-        ratios = {t: (log_probs[t] - batch.old_log_probs[t]).exp() for t in paid}
-        losses = [[naive.clipped(paid[t], ratios[t], 0.8, 1.2) for t in ts] for ts in naive.rows_of(batch)]
+        credit = advantages(batch, beta)
+        ratios = {t: (log_probs[t] - batch.old_log_probs[t]).exp() for t in credit}
+        losses = [[naive.clipped(credit[t], ratios[t], 0.8, 1.2) for t in ts] for ts in naive.rows_of(batch)]
         return naive.sequence_mean(batch, losses)
 
     objective = tc.methods.nthr(beta)
@@ -80,3 +81,11 @@ def test_columns_are_the_tokens_of_the_group():
     torch.testing.assert_close(probs[0, 1], logits[0, 1].softmax(-1)[[3, 5, 7]])
     torch.testing.assert_close(probs[2, 0, :2], logits[2, 0].softmax(-1)[[7, 9]])
     assert probs[2, 0, 2] == 0 and not probs[0, 2].any()
+
+
+def test_defaults():
+    assert tc.methods.nthr() == tc.Objective(
+        credit=negative_hidden_reward(
+            tc.credit.group_normalized(scale=True, epsilon=1e-6, count_empty=False), beta=1.0, threshold=0.5
+        )
+    )

@@ -98,3 +98,9 @@ def test_ties_by_hand():
     ):
         batch = tc.Rollouts(torch.arange(4), torch.arange(5), torch.zeros(4, dtype=torch.long), torch.tensor(rewards))
         assert tc.methods.pods(count).prepare(batch).mask.nonzero()[:, 0].tolist() == expected
+
+
+def test_defaults():
+    assert tc.methods.pods() == tc.Objective(
+        credit=tc.credit.group_normalized(epsilon=1e-4), filters=(most_varied(count=16),)
+    )

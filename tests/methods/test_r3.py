@@ -5,7 +5,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.methods.r3 import dominance, length_reward
+from tokcredit.methods.r3 import dominance, length_reward, pooled
 
 
 def shaped_rewards(batch, share, best, limit):
@@ -37,7 +37,7 @@ def shaped_rewards(batch, share, best, limit):
     return out
 
 
-def paid(batch, alpha, share, best, limit, epsilon):
+def credit(batch, alpha, share, best, limit, epsilon):
     r, replayed, out = shaped_rewards(batch, share, best, limit), batch.extras["replayed"].tolist(), {}
     for group in naive.counted_rows(batch):
         mean = sum(r[i] for i in group) / len(group)
@@ -68,7 +68,7 @@ def test_formula(alpha, share, best, seed):
     batch, current = mixed_batch(seed)
 
     def formula(batch, log_probs):
-        advantages = paid(batch, alpha, share, best, 12, 1e-6)
+        advantages = credit(batch, alpha, share, best, 12, 1e-6)
         losses = naive.ppo(batch, log_probs, dict.fromkeys(range(24), 0.0) | advantages, 0.8, 1.2)
         return naive.sequence_mean(batch, losses)
 
@@ -108,7 +108,7 @@ def test_by_hand():
     # Rewards 0.5, 1/6, 1/6, 1/6 of mean 1/4, deviations 1/4 and -1/12, sum of squares 1/12: std 1/6.
     assert tc.methods.r3().credit(shaped(FOUR))[:, 0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4)
     # A replayed right row of 5 tokens (1.5 with a limit of 10), mean 0.5: deviations 0, -1/3 thrice, 1; their squares
-    # add up to 4/3, std sqrt(1/3). Alpha 2 halves what is paid.
+    # add up to 4/3, std sqrt(1/3). Alpha 2 halves the advantages.
     five = shaped([*FOUR, [9.0] * 5], [0.0] * 4 + [1.0], [True] * 5, [False] * 4 + [True])
     got = tc.methods.r3(alpha=2.0, max_length=10).credit(five)[:, 0]
     assert got.tolist() == pytest.approx([0, *[-0.288675] * 3, 0.866025], abs=1e-5)
@@ -156,3 +156,13 @@ def test_marks_are_bool():
         tc.methods.r3().credit(dataclasses.replace(batch, extras=batch.extras | {"replayed": torch.zeros(4)}))
     with pytest.raises(ValueError, match=r"replayed: expected bool \[4\], got bool \[3\]"):
         tc.methods.r3().prepare(dataclasses.replace(batch, extras=batch.extras | {"replayed": torch.ones(3) > 0}))
+
+
+def test_defaults():
+    assert tc.methods.r3() == tc.Objective(
+        credit=pooled(
+            (length_reward(limit=32768, threshold=0.5), dominance(share=0.2, best=0.5, threshold=0.5)),
+            scale=1.0,
+            epsilon=1e-6,
+        )
+    )

@@ -25,3 +25,9 @@ def test_by_hand():
         torch.tensor([1.0, 0.0, 0.5, 9.0]),
     )
     assert tc.methods.rloo().prepare(batch).advantages.tolist() == pytest.approx([0.75, -0.75, 0.0, 0.0])
+
+
+def test_defaults():
+    assert tc.methods.rloo() == tc.Objective(
+        credit=tc.credit.leave_one_out(count_empty=False), aggregation=tc.aggregation.token_mean()
+    )

@@ -2,6 +2,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.supervised import nll
 
 WEIGHTED = (tc.token_weights.raised(tc.token_score.given("entropies"), 0.5),)
 
@@ -81,3 +82,9 @@ def test_rewards_and_groups_are_not_read():
         tc.mix("sft", filters="mixed_groups")
     with pytest.raises(ValueError, match="aggregation: expected one that reads no advantages, got balanced"):
         tc.mix("sft", aggregation="ba")
+
+
+def test_defaults():
+    assert tc.methods.sft() == tc.Supervised(
+        nll(), filters=(), token_weights=(), aggregation=tc.aggregation.token_mean()
+    )

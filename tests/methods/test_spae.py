@@ -8,7 +8,7 @@ import torch
 from tokcredit.methods.spae import step_potential
 
 
-def paid_by(batch, alpha=0.5, xi=0.5, saturated=0.9):
+def credit_of(batch, alpha=0.5, xi=0.5, saturated=0.9):
     """Steps of each row as lists of tokens; then the formulas, step by step. Groups of equal rewards are absent."""
     acc, conf = (batch.extras[n].tolist() for n in ("answer_probs", "answer_confidences"))
     rows, r = naive.rows_of(batch), batch.rewards.tolist()
@@ -48,10 +48,10 @@ def test_formula(saturated, seed):
     batch.rewards[batch.group_index == 1] = 1.0
 
     def formula(batch, log_probs):
-        paid = paid_by(batch, saturated=saturated)
+        credit = credit_of(batch, saturated=saturated)
         return sum(
-            naive.clipped(a, (log_probs[t] - batch.old_log_probs[t]).exp(), 0.8, 1.28) for t, a in paid.items()
-        ) / len(paid)
+            naive.clipped(a, (log_probs[t] - batch.old_log_probs[t]).exp(), 0.8, 1.28) for t, a in credit.items()
+        ) / len(credit)
 
     naive.check(tc.methods.spae(saturated=saturated), batch, current, formula)
 
@@ -71,20 +71,20 @@ def row(acc, conf):
 
 def test_by_hand():
     # All solved at once: the potential is 1 after every step, nothing jumps, and the outcome 0.5 fades.
-    paid = step_potential()(row([1.0] * 4, [1.0] * 4))
+    credit = step_potential()(row([1.0] * 4, [1.0] * 4))
     faded = [1, 1, 0.68394, 0.68394, 0.567668, 0.567668, 0.524894, 0.524894, 0.524894]
-    assert paid[:9].tolist() == pytest.approx([0.5 * f for f in faded], abs=1e-5)
-    assert paid[9].item() == pytest.approx(-0.5)
+    assert credit[:9].tolist() == pytest.approx([0.5 * f for f in faded], abs=1e-5)
+    assert credit[9].item() == pytest.approx(-0.5)
     # Potentials 0.125 and 0.7825: the second step jumps by all there is, e - 1 more than the others; nothing saturates.
-    paid = step_potential()(row([0.5, 0.9], [0.5, 0.95]))
+    credit = step_potential()(row([0.5, 0.9], [0.5, 0.95]))
     mean = (3 + 3 * math.e) / 6
-    assert paid.tolist() == pytest.approx(
+    assert credit.tolist() == pytest.approx(
         [*[0.5 + 0.5 * (1 - mean)] * 2, *[0.5 + 0.5 * (math.e - mean)] * 3, -0.5 + 0.5 * (1 - mean)], abs=1e-5
     )
     # The threshold lies between: the saturation of the last step fades nothing after it.
     low, high = (step_potential(saturated=s)(row([0.5, 0.9], [0.5, 0.95])) for s in (0.78, 0.12))
-    torch.testing.assert_close(low, paid)
-    torch.testing.assert_close(high[2:5], paid[2:5] - 0.5 * 0.5 * (1 - math.exp(-1)))
+    torch.testing.assert_close(low, credit)
+    torch.testing.assert_close(high[2:5], credit[2:5] - 0.5 * 0.5 * (1 - math.exp(-1)))
 
 
 def test_groups_of_equal_rewards_are_left_out():
@@ -93,5 +93,16 @@ def test_groups_of_equal_rewards_are_left_out():
     prepared = tc.methods.spae().prepare(batch)
     equal = (batch.group_index == 1).repeat_interleave(7)
     assert not prepared.mask[equal].any() and not prepared.credit[equal].any()
-    paid = prepared.credit[prepared.mask]
-    assert paid.mean().abs() < 1e-9 and paid.std().item() == pytest.approx(1.0)
+    credit = prepared.credit[prepared.mask]
+    assert credit.mean().abs() < 1e-9 and credit.std().item() == pytest.approx(1.0)
+
+
+def test_defaults():
+    assert tc.methods.spae() == tc.Objective(
+        credit=tc.credit.whitened(
+            step_potential(alpha=0.5, bonus=0.5, saturated=0.9), below=None, nonzero=False, epsilon=1e-8
+        ),
+        filters=(tc.filters.mixed_groups(),),
+        clip=tc.clip.ppo(low=0.2, high=0.28, cap=None),
+        aggregation=tc.aggregation.token_mean(),
+    )

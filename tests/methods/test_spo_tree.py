@@ -79,8 +79,8 @@ def test_by_hand(order):
 
 def test_whitening_leaves_dropped_edges_out():
     prepared = tc.methods.spo_tree(whiten=True).prepare(tree(list(range(9))))
-    paid = torch.tensor(CHANGES[:7])
-    white = (paid - paid.mean()) / paid.std()
+    credit = torch.tensor(CHANGES[:7])
+    white = (credit - credit.mean()) / credit.std()
     assert prepared.advantages.tolist() == pytest.approx([*white.tolist(), 0, 0], abs=1e-5)
     assert prepared.mask.sum() == 7
 
@@ -145,3 +145,12 @@ def test_tiny_rewards_have_their_advantages():
     rewards = [3e-12, 1e-12, 2e-12]
     got = tc.methods.spo_tree().credit(star(rewards, torch.float64))[:, 0]
     assert got.tolist() == pytest.approx([1e-12, -1e-12, 0], abs=1e-24)
+
+
+def test_defaults():
+    assert tc.methods.spo_tree() == tc.Objective(
+        credit=edges(scale=False, epsilon=1e-8, tolerance=1e-12),
+        filters=(tc.filters.nonzero_advantage(), tc.filters.improbable(0.9)),
+        ratio=tc.ratio.token(bound=10.0, to="old_log_probs"),
+        aggregation=tc.aggregation.token_mean(),
+    )

@@ -4,6 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.supervised import reverse_kl
 
 SCORE = tc.token_score
 
@@ -128,3 +129,21 @@ def test_exact_ties_go_to_the_first_token():
 def test_terms_on_log_probs_are_refused():
     with pytest.raises(TypeError, match="terms: expected one of token_loss, filters, token_weights, aggregation"):
         tc.mix("tip", terms="kl(0.1)")
+
+
+def test_defaults():
+    assert tc.methods.tip() == tc.Supervised(
+        reverse_kl(),
+        filters=(
+            tc.filters.top_share(
+                0.5,
+                SCORE.either(
+                    SCORE.scaled(SCORE.given("entropies"), quantile=0.98),
+                    SCORE.scaled(SCORE.given("reverse_kl"), quantile=None),
+                ),
+                per_row=True,
+                round_up=False,
+            ),
+        ),
+        aggregation=tc.aggregation.token_mean(),
+    )

@@ -17,10 +17,10 @@ def test_formula(seed, whiten):
         for r, tokens in enumerate(naive.rows_of(batch)):
             cuts = [k for k, t in enumerate(tokens) if not math.isnan(values[t])]
             ends = [*(values[tokens[k]] for k in cuts[1:]), batch.rewards[r].item()]
-            paid = [0.0] * len(tokens)
+            credit = [0.0] * len(tokens)
             for begin, end, after in zip(cuts, [*cuts[1:], len(tokens)], ends, strict=False):
-                paid[begin:end] = [after - values[tokens[begin]]] * (end - begin)
-            advantages |= dict(zip(tokens, paid, strict=True))
+                credit[begin:end] = [after - values[tokens[begin]]] * (end - begin)
+            advantages |= dict(zip(tokens, credit, strict=True))
         if whiten:
             mean = sum(advantages.values()) / len(advantages)
             var = sum((a - mean) ** 2 for a in advantages.values()) / (len(advantages) - 1)
@@ -76,3 +76,9 @@ def test_by_hand():
     )
     prepared = tc.methods.vineppo().prepare(batch)
     assert prepared.advantages.tolist() == [-0.25, -0.25, 0.0, 0.75]
+
+
+def test_defaults():
+    assert tc.methods.vineppo() == tc.Objective(
+        credit=tc.credit.value_changes("step_values"), aggregation=tc.aggregation.token_mean()
+    )

@@ -125,7 +125,9 @@ def test_no_rows_and_no_tokens():
             for x in ops.baseline(log_probs, squares, rewards, no_rows, none, 0, with_returns=True):
                 assert x.tolist() == [0.0] * size
     empty = torch.zeros(0)
-    for x in ops.baseline(empty, empty, torch.ones(2, 1), ragged.packed(0, 0), torch.tensor([0, 0]), 1, with_returns=True):
+    for x in ops.baseline(
+        empty, empty, torch.ones(2, 1), ragged.packed(0, 0), torch.tensor([0, 0]), 1, with_returns=True
+    ):
         assert x.shape == (0,)
 
 
@@ -180,7 +182,8 @@ def test_opcheck(dtype, with_returns):
     for per_row in (False, True):
         arguments = *inputs(5, dtype=dtype), rewards_of(rows, per_row, dtype)
         torch.library.opcheck(
-            torch.ops.tokcredit.baseline.default, (*arguments, *rows.arrays, torch.tensor([0, 0]), 1, 1e-8, with_returns, 1)
+            torch.ops.tokcredit.baseline.default,
+            (*arguments, *rows.arrays, torch.tensor([0, 0]), 1, 1e-8, with_returns, 1),
         )
 
 

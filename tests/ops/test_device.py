@@ -6,25 +6,31 @@ import tokcredit as tc
 import torch
 from tokcredit import ops
 from tokcredit.blocks import log_probs, scan, segment, select, tree
+from tokcredit.rollouts import FIELDS
 
 pytestmark = pytest.mark.gpu
+
+# Pairs need batches of pairs, which tests/test_preference.py has on the CPU.
+POLICY = [name for name in tc.methods.names() if name != "dpo"]
 
 
 def spans_on(device, *edges):
     return tc.Spans.from_cu_seqlens(torch.tensor(edges, device=device))
 
 
-def batch_on(device, seed=0):
+def batch_on(device, seed=0, names=()):
+    """A batch with these inputs, made on the CPU and moved, so that it is the same on every device."""
     with torch.device("cpu"):
         batch, current = naive.random_batch(seed, groups=6, size=8, length=700)
-    moved = tc.Rollouts.from_padded(
-        batch.shaped(batch.tokens).to(device),
-        batch.shaped(batch.response_mask).to(device),
-        batch.group_ids.to(device),
-        batch.rewards.to(device),
-        old_log_probs=batch.shaped(batch.old_log_probs).to(device),
-    )
-    return moved, current.to(device)
+        batch = naive.with_inputs(batch, names)
+    tensors = {
+        name: x.to(device)
+        for name in ("tokens", "group_ids", "rewards", "response_mask", *FIELDS)
+        if (x := getattr(batch, name)) is not None
+    }
+    extras = {name: x.to(device) for name, x in batch.extras.items()}
+    spans = tc.Spans.from_padded((batch.end - batch.begin).to(device), 700)
+    return tc.Rollouts(**tensors, cu_seqlens=spans, extras=extras, shape=batch.shape), current.to(device)
 
 
 def test_the_current_stream_is_used(cuda):
@@ -81,15 +87,13 @@ def test_tensors_on_the_wrong_device_are_refused(cuda):
         segment.sum(x, tc.Spans.trusted(spans.begin, spans.end, 4, torch.ones(4, dtype=torch.bool)))
 
 
-@pytest.mark.parametrize("name", tc.methods.names())
+@pytest.mark.parametrize("name", POLICY)
 def test_methods_agree_with_the_cpu(cuda, name):
     results = []
     for device in ("cpu", cuda):
-        batch, current = batch_on(device)
         objective = tc.methods.load(name)
-        if missing := objective.required_inputs - {"old_log_probs"}:
-            pytest.skip(f"needs {', '.join(sorted(missing))}")
-        prepared = objective.prepare(batch)
+        batch, current = batch_on(device, names=objective.required_inputs)
+        prepared = objective.prepare(batch, progress=0.5)
         log_probs = current.clone().requires_grad_()
         out = objective.loss(prepared, log_probs)
         out.loss.backward()
@@ -106,13 +110,11 @@ def test_trees_are_those_of_the_cpu(cuda):
             assert torch.equal(getattr(ours, name).cpu(), getattr(expected, name)), name
 
 
-@pytest.mark.parametrize("name", tc.methods.names())
+@pytest.mark.parametrize("name", POLICY)
 def test_loss_is_captured_in_a_graph_and_waits_for_nothing(cuda, name):
-    batch, current = batch_on(cuda)
     objective = tc.methods.load(name)
-    if missing := objective.required_inputs - {"old_log_probs"}:
-        pytest.skip(f"needs {', '.join(sorted(missing))}")
-    prepared = objective.prepare(batch)
+    batch, current = batch_on(cuda, names=objective.required_inputs)
+    prepared = objective.prepare(batch, progress=0.5)
     log_probs = current.clone().requires_grad_()
 
     def step():

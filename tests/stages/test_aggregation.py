@@ -33,15 +33,18 @@ def test_sequence_sum_without_a_length_takes_the_longest_row_of_a_packed_batch()
 
 
 def test_numbers_of_all_ranks():
-    batch, current = naive.random_batch()
+    batch, _current = naive.random_batch()
     given = {"batch_num_tokens": 500, "global_batch_size": 40, "global_num_groups": 9, "dp_size": 2}
     lengths = batch.lengths.clamp(min=1).tolist()
     assert weights(tc.aggregation.token_mean(), batch, **given).tolist() == pytest.approx([2 / 500] * 12)
     assert weights(tc.aggregation.token_sum(), batch, **given).tolist() == [2.0] * 12
-    assert weights(tc.aggregation.sequence_mean(), batch, **given).tolist() == pytest.approx([2 / (40 * n) for n in lengths])
+    assert weights(tc.aggregation.sequence_mean(), batch, **given).tolist() == pytest.approx(
+        [2 / (40 * n) for n in lengths]
+    )
     assert weights(tc.aggregation.sequence_sum(8), batch, **given).tolist() == pytest.approx([2 / (40 * 8)] * 12)
     one, two = (
-        tc.Objective(aggregation=balanced()).prepare(batch, **(given | {"global_num_groups": n})).row_weights for n in (9, 18)
+        tc.Objective(aggregation=balanced()).prepare(batch, **(given | {"global_num_groups": n})).row_weights
+        for n in (9, 18)
     )
     torch.testing.assert_close(one, two * 2)
 
@@ -49,7 +52,12 @@ def test_numbers_of_all_ranks():
 def test_the_average_of_two_ranks_is_the_whole():
     """Each rank has half of the rows; the host averages their gradients."""
     batch, current = naive.random_batch()
-    for aggregation in (tc.aggregation.token_mean(), tc.aggregation.sequence_mean(), tc.aggregation.sequence_sum(9), balanced()):
+    for aggregation in (
+        tc.aggregation.token_mean(),
+        tc.aggregation.sequence_mean(),
+        tc.aggregation.sequence_sum(9),
+        balanced(),
+    ):
         objective = tc.Objective(aggregation=aggregation)
         halves = [batch.group_index == 0, batch.group_index > 0]
         given = {
@@ -75,7 +83,11 @@ def test_the_average_of_two_ranks_is_the_whole():
         ({"global_num_groups": 2.0}, TypeError, r"global_num_groups: expected a whole number, got 2\.0"),
         ({"dp_size": 0}, ValueError, "dp_size: expected at least 1, got 0"),
         ({"dp_size": None}, TypeError, "dp_size: expected a whole number, got None"),
-        ({"dp_size": 2}, ValueError, "batch_num_tokens: expected the number over all ranks because dp_size is 2, got None"),
+        (
+            {"dp_size": 2},
+            ValueError,
+            "batch_num_tokens: expected the number over all ranks because dp_size is 2, got None",
+        ),
     ],
 )
 def test_denominators_are_checked(denominators, error, message):

@@ -26,7 +26,9 @@ def check(clip, of_token, batch=None, current=None, **changes):
     return naive.check(objective_with(clip, **changes), batch, current, formula)
 
 
-@pytest.mark.parametrize(("low", "high", "cap"), [(0.2, 0.28, None), (0.1, 0.05, 1.2), (0.0, 0.3, 3.0), (1.5, 0.2, None)])
+@pytest.mark.parametrize(
+    ("low", "high", "cap"), [(0.2, 0.28, None), (0.1, 0.05, 1.2), (0.0, 0.3, 3.0), (1.5, 0.2, None)]
+)
 def test_ppo(low, high, cap):
     check(
         tc.clip.ppo(low, high, cap),
@@ -83,11 +85,11 @@ def test_gated(on, low, high, outside_low, outside_high, both_sides):
     seen = set()
 
     def of_token(a, x, old, _):
-        l, o = x.item(), old.item()
-        c = coordinate(on, l, o)
+        new, o = x.item(), old.item()
+        c = coordinate(on, new, o)
         below = c < low and (a < 0 or both_sides)
         above = c > high and (a > 0 or both_sides)
-        weight = math.exp(min(l - o, 0.3))
+        weight = math.exp(min(new - o, 0.3))
         if on == "ratio" and below:
             weight = math.exp(low)
         if on == "ratio" and above:
@@ -113,3 +115,13 @@ def test_a_window_of_some_rows():
 def test_which_stages_have_bounds():
     stages = (tc.clip.ppo(), tc.clip.growing(0.1, 0.1), tc.clip.gated(), tc.clip.soft(), tc.clip.unclipped())
     assert [x.has_bounds for x in stages] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("clip", [tc.clip.ppo, tc.clip.growing])
+def test_bounds_may_follow_a_schedule(clip):
+    batch, current = naive.random_batch()
+    scheduled = objective_with(clip(tc.schedule.linear(0.05, 0.25), tc.schedule.linear(0.4, 0.0)))
+    plain = objective_with(clip(0.1, 0.3))
+    ours = scheduled.loss(scheduled.prepare(batch, progress=0.25), current).loss
+    torch.testing.assert_close(ours, plain.loss(plain.prepare(batch), current).loss)
+    assert ours != scheduled.loss(scheduled.prepare(batch, progress=1.0), current).loss

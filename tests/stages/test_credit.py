@@ -65,7 +65,11 @@ def test_rewards_of_any_size_have_the_advantages_of_rewards_of_size_one(method, 
 def test_equal_rewards_have_advantages_of_exactly_zero():
     for value in (0.1, 1 / 3, 1e30, 1e-30):
         batch = batch_of([value] * 7, [0] * 7)
-        for credit in (tc.credit.group_normalized(), tc.credit.leave_one_out(), tc.credit.group_normalized(scale=False)):
+        for credit in (
+            tc.credit.group_normalized(),
+            tc.credit.leave_one_out(),
+            tc.credit.group_normalized(scale=False),
+        ):
             assert not credit(batch).any()
         assert not tc.methods.tempo().prepare(batch).advantages.any()
 

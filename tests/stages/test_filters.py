@@ -109,7 +109,9 @@ def test_top_share_times_the_advantage():
 
 @pytest.mark.parametrize("share", [0.0, 1.1, -1.0, math.nan])
 def test_wrong_shares_are_errors(share):
-    with pytest.raises(ValueError, match=r"top_share: share: expected a number above 0 and at most 1 \(or a schedule\), got"):
+    with pytest.raises(
+        ValueError, match=r"top_share: share: expected a number above 0 and at most 1 \(or a schedule\), got"
+    ):
         tc.filters.top_share(share, ENTROPIES)
 
 

@@ -40,7 +40,10 @@ def test_gradient_reaches_only_the_tokens_own_log_prob(name):
     """The stop-gradient form: d loss / d log p[t] is -A q[t], whatever q is made of."""
     batch, current = naive.random_batch()
     objective = tc.Objective(
-        tc.credit.constant(), ratio=getattr(tc.ratio, name)(), clip=tc.clip.unclipped(), aggregation=tc.aggregation.token_sum()
+        tc.credit.constant(),
+        ratio=getattr(tc.ratio, name)(),
+        clip=tc.clip.unclipped(),
+        aggregation=tc.aggregation.token_sum(),
     )
 
     def formula(batch, log_probs):

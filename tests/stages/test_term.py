@@ -92,7 +92,9 @@ def test_further_variables_are_asked_for_by_name():
     batch, current = naive.random_batch()
     objective = only(tc.term.entropy(0.25))
     prepared = objective.prepare(batch)
-    with pytest.raises(TypeError, match="entropies: expected by name because the objective differentiates it, got none"):
+    with pytest.raises(
+        TypeError, match="entropies: expected by name because the objective differentiates it, got none"
+    ):
         objective.loss(prepared, current)
     with pytest.raises(ValueError, match=r"entropies: expected \[12, 7\], got \[84\]"):
         objective.loss(prepared, current, entropies=current.reshape(-1))

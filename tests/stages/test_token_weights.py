@@ -40,7 +40,7 @@ def test_importance_against_the_formula(whole_rows, masked):
 
 
 def test_weights_leave_the_denominator():
-    batch, current = engine_batch()
+    batch, _current = engine_batch()
     objective = tc.mix("dapo", token_weights=tc.token_weights.importance_masked(0.5, 1.5, False), filters=())
     plain = tc.mix("dapo", filters=())
     prepared = objective.prepare(batch)

@@ -105,7 +105,9 @@ def test_a_scale_changes_the_gradient_and_no_denominator():
     current = batch.shaped(current)
     low, high = 0.9, 1.2
     objective = tc.Objective(
-        clip=tc.clip.unclipped(), scales=(tc.scale.within("ratio", "token", low, high),), aggregation=tc.aggregation.token_mean()
+        clip=tc.clip.unclipped(),
+        scales=(tc.scale.within("ratio", "token", low, high),),
+        aggregation=tc.aggregation.token_mean(),
     )
 
     def formula(batch, log_probs):

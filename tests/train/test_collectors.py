@@ -4,12 +4,13 @@ import pytest
 import tokcredit as tc
 import torch
 from tokcredit.decoding.temperature import AdaptiveTemperature
-from tokcredit.train import ObjectiveSettings, SamplingSettings, evidence, run, tiny
+from tokcredit.train import ObjectiveSettings, SamplingSettings, collectors, run, tiny
+from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
-from tokcredit.train.trainer import Trainer
 from tokcredit.train.record import read_metrics
 from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.scoring import left_padded
+from tokcredit.train.trainer import Trainer
 
 WORDS = tiny.tokenizer()
 TEMPERATURE = 0.8
@@ -52,7 +53,7 @@ def test_each_token_alone(models, batch, size):
     policy, reference, teacher = models
     names = frozenset({"old_log_probs", "entropies", "squared_probs", "ref_log_probs"})
     names |= {"reverse_kl", "forward_kl", "hidden_states"}
-    found = evidence.collect(names, batch, size, policy, reference, teacher, TEMPERATURE)
+    found = collectors.collect(names, batch, size, policy, reference, teacher, TEMPERATURE)
     expected = {name: [] for name in names}
     for row in ROWS:
         logits, hidden = alone(policy, row)
@@ -71,9 +72,9 @@ def test_each_token_alone(models, batch, size):
         )
 
 
-def test_group_evidence(models, batch):
-    names = frozenset({"token_probs", "disagreement"})
-    found = evidence.collect(names, batch, 1, models[0], temperature=TEMPERATURE)
+def test_inputs_of_whole_groups(models, batch):
+    names = frozenset({"token_probs", "disagreement", "padded_disagreement"})
+    found = collectors.collect(names, batch, 1, models[0], temperature=TEMPERATURE)
     probs = [alone(models[0], row)[0].softmax(-1) for row in ROWS]
     words = [sorted({t for g, tokens in ROWS if g == group for t in tokens}) for group in (0, 1)]
     at = 0
@@ -84,44 +85,77 @@ def test_group_evidence(models, batch):
             assert not row[len(words[group]) :].any()
         at += len(tokens)
     logits = torch.cat([alone(models[0], row)[0] for row in ROWS])
-    torch.testing.assert_close(
-        found.extras["disagreement"].double(), tc.divergence.disagreement(logits, batch).double(), atol=1e-4, rtol=1e-3
-    )
+    for name, padded in (("disagreement", False), ("padded_disagreement", True)):
+        expected = tc.divergence.disagreement(logits, batch, padded=padded).double()
+        torch.testing.assert_close(found.extras[name].double(), expected, atol=1e-4, rtol=1e-3)
 
 
-def test_distillation_reaches_the_teacher(models, batch):
-    student, _, teacher = models
-    value, log_probs, _ = evidence.variable("reverse_kl", batch, student, teacher, TEMPERATURE)
-    student.zero_grad()
+def test_old_log_probs_of_replayed_rows_are_those_they_were_sampled_with(models, batch):
+    stored = -torch.arange(1.0, 12.0)
+    replayed = torch.tensor([False, True, False, False, True])
+    plain = collectors.collect({"old_log_probs"}, batch, 2, models[0], temperature=TEMPERATURE).old_log_probs
+    batch = batch.with_inputs(replayed=replayed, rollout_log_probs=stored)
+    found = collectors.collect({"old_log_probs"}, batch, 2, models[0], temperature=TEMPERATURE).old_log_probs
+    of_token = replayed.repeat_interleave(batch.lengths)
+    assert torch.equal(found[of_token], stored[of_token].to(found.dtype))
+    torch.testing.assert_close(found[~of_token], plain[~of_token])
+
+
+def test_every_registered_input_of_a_forward_pass_is_computed():
+    assert all(map(collectors.computes, collectors.collected()))
+    assert not collectors.computes("rollout_log_probs") and not collectors.computes("_scores")
+    for name in tc.methods.names():
+        assert all(map(collectors.computes, tc.methods.load(name).variables))
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "entropies", "log_probs"])
+def test_the_gradient_of_a_variable_reaches_the_policy(models, batch, name):
+    policy, _, teacher = models
+    value = collectors.ForwardPass({name}, batch, policy, None, teacher, TEMPERATURE).read(name)
+    policy.zero_grad()
     value.sum().backward()
-    grads = [p.grad.clone() for p in student.parameters()]
-    student.zero_grad()
+    grads = [p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
     total = 0.0
     for row in ROWS:
-        p, q = alone(student, row)[0].log_softmax(-1), alone(teacher, row)[0].log_softmax(-1).detach()
-        total = total + (p.exp() * (p - q)).sum()
+        p, q = alone(policy, row)[0].log_softmax(-1), alone(teacher, row)[0].log_softmax(-1).detach()
+        total = (
+            total
+            + {
+                "reverse_kl": lambda p=p, q=q: (p.exp() * (p - q)).sum(),
+                "forward_kl": lambda p=p, q=q: (q.exp() * (q - p)).sum(),
+                "entropies": lambda p=p: -(p.exp() * p).sum(),
+                "log_probs": lambda p=p, row=row: p.gather(1, torch.tensor(row[1])[:, None]).sum(),
+            }[name]()
+        )
     total.backward()
     torch.testing.assert_close(value.sum(), total, rtol=1e-5, atol=1e-6)
-    for ours, p in zip(grads, student.parameters(), strict=True):
+    for ours, p in zip(grads, policy.parameters(), strict=True):
         torch.testing.assert_close(ours, p.grad, rtol=1e-4, atol=1e-6)
-    assert not torch.equal(value, log_probs)
-    with pytest.raises(ValueError, match="variable: expected log_probs or reverse_kl, got 'js'"):
-        evidence.variable("js", batch, student, teacher, TEMPERATURE)
+    assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_distillation_needs_a_teacher_with_the_same_tokens(settings):
     with pytest.raises(ValueError, match="teacher: expected a model because of tip, got None"):
         Trainer(resolved(settings("tip")))
+    with pytest.raises(ValueError, match="teacher: expected the tokens of tiny"):
+        Trainer(resolved(settings("tip", teacher="tiny_tools(steps=0)")))
 
 
-def test_a_student_comes_nearer_to_its_teacher(settings):
-    s = settings("tip", steps=12, eval_every=100, save_every=100, teacher="tiny(steps=0, seed=1)")
-    run(s)
-    losses = [line["loss"] for line in read_metrics(s.output)[1:]]
-    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+@pytest.mark.parametrize("token_loss", [None, "forward_kl()"])
+def test_an_update_brings_the_student_nearer_to_its_teacher(settings, batch, token_loss):
+    """A step along the gradient lowers the loss of its own rollouts, if it is small."""
+    objective = ObjectiveSettings("tip", set=("share=1.0",), token_loss=token_loss)
+    s = settings(objective=objective, teacher="tiny(steps=0, seed=1)")
+    trainer = Trainer(resolved(dataclasses.replace(s, optimizer=dataclasses.replace(s.optimizer, lr=1e-4))))
+    losses = []
+    for number in (1, 2, 3):
+        update = trainer.learner.update(trainer.learner.with_inputs(batch), number, Clock())
+        losses.append(update.metrics["loss"])
+    assert losses[0] > losses[1] > losses[2] > 0
 
 
-def test_adaptive_draws_come_with_their_log_probs(models):
+def test_adaptive_sampling_returns_its_own_log_probs(models):
     adaptive = AdaptiveTemperature(0.9, 0.5, (1.0, 0.5, -2.0, 2.0))
     sampler = TransformersSampler(models[0], WORDS, adaptive=adaptive)
     torch.manual_seed(0)
@@ -137,15 +171,15 @@ def test_adaptive_draws_come_with_their_log_probs(models):
         torch.testing.assert_close(made.log_probs[b:e].double(), expected.double(), atol=1e-4, rtol=1e-4)
 
 
-def test_draws_at_another_temperature_are_plain(models):
-    """Short answers and greedy replies are asked for at temperatures of their own."""
+def test_sampling_at_another_temperature_is_plain(models):
+    """Short answers and greedy replies have temperatures of their own."""
     adaptive = TransformersSampler(models[0], WORDS, adaptive=AdaptiveTemperature(0.9, 0.5, (1.0, 0.5, -2.0, 2.0)))
     for temperature in (0.6, 0.0):
-        drawn = []
+        sampled = []
         for sampler in (adaptive, TransformersSampler(models[0], WORDS)):
             torch.manual_seed(0)
-            drawn.append(sampler.sample(PROMPTS, 3, 5, temperature).tokens)
-        assert torch.equal(*drawn)
+            sampled.append(sampler.sample(PROMPTS, 3, 5, temperature).tokens)
+        assert torch.equal(*sampled)
 
 
 def test_adaptive_temperature_survives_a_resume(settings, tmp_path):
@@ -155,13 +189,16 @@ def test_adaptive_temperature_survives_a_resume(settings, tmp_path):
     run(whole)
     run(parts)
     run(dataclasses.replace(parts, steps=4, resume=True))
-    # Scheduled settings aside (there are none here), stopping at step 2 and going on changes nothing.
+    # The method has no schedule, so stopping at step 2 and continuing changes nothing.
     lines = [read_metrics(s.output) for s in (whole, parts)]
-    for name in ("reward", "tokens", "loss", "grad_norm"):
+    for name in ("reward_mean", "tokens", "loss", "grad_norm"):
         assert [line.get(name) for line in lines[0]] == [line.get(name) for line in lines[1]]
 
 
-def test_an_unknown_need_is_named(settings):
-    objective = ObjectiveSettings("grpo", weights=("top_share(0.5, score=given('surprise'))",))
-    with pytest.raises(ValueError, match=r"method: expected one whose evidence .*which needs surprise"):
+@pytest.mark.parametrize("collector", ["user", "policy"])
+def test_an_input_that_is_not_collected_is_named(settings, monkeypatch, collector):
+    monkeypatch.setattr(tc.inputs, "_REGISTRY", dict(tc.inputs._REGISTRY))
+    tc.inputs.register("surprise", per="token", dtype="float", meaning="for a test", collector=collector)
+    objective = ObjectiveSettings("grpo", filters=("top_share(0.5, score=given('surprise'))",))
+    with pytest.raises(ValueError, match=r"method: expected an objective whose inputs .* which requires surprise"):
         Trainer(resolved(settings(objective=objective)))

@@ -1,20 +1,26 @@
 import math
+import zlib
 
 import pytest
 import tokcredit as tc
 import torch
 from tokcredit.train import ProbeSettings, tiny
 from tokcredit.train.experiment import resolved
-from tokcredit.train.trainer import Trainer
 from tokcredit.train.probes import _Rows
 from tokcredit.train.tasks import Problem
+from tokcredit.train.trainer import Trainer
 
 WORDS = tiny.tokenizer()
 ROWS = ["a;b;", "xy", "a;c;;d", ""]
 
 
+def worth(reply):
+    """A reward that differs between different replies, whatever the model says."""
+    return zlib.crc32(reply.encode()) / 2**32
+
+
 def problem(answer):
-    return Problem("test", "2+3=", answer, lambda reply: float(len(reply)))
+    return Problem("test", "2+3=", answer, worth)
 
 
 @pytest.fixture
@@ -81,15 +87,20 @@ def test_values_are_means_over_continuations_from_the_state(trainer, batch, monk
         limit = trainer.settings.sampling.max_tokens
         texts = [WORDS.decode((before + row.tolist())[:limit], skip_special_tokens=True) for row in rows]
         assert len(rows) == 3
-        assert value[t].item() == pytest.approx(sum(map(len, texts)) / 3)
+        assert value[t].item() == pytest.approx(sum(map(worth, texts)) / 3)
     assert value[0] == value[4] == value[6]
 
 
 def test_improbable_states_are_valued(trainer, batch):
-    batch = trainer.learner.with_evidence(batch, frozenset({"old_log_probs"}))
+    # Of the improbable tokens of a row every second one: in "a;b;" the first and third, in "a;c;;d" three of five.
+    probable = [[], [1], [1]]
+    old = torch.cat([torch.full((len(text),), -1.0) for text in ROWS])
+    for begin, places in zip(batch.begin.tolist(), probable, strict=False):
+        old[[begin + i for i in places]] = -0.01
+    batch = batch.with_inputs(old_log_probs=old)
     value = trainer.prober.probe(frozenset({"state_values"}), batch, [problem("5")] * 4, 1)["state_values"]
+    assert (~value.isnan()).nonzero()[:, 0].tolist() == [0, 2, 4, 6, 9, 11]
     assert torch.equal(~value.isnan(), tc.credit.improbable_cuts(batch, interval=2))
-    assert (~value.isnan()).sum() == 2 + 1 + 3
 
 
 def test_answers(trainer, batch, monkeypatch):

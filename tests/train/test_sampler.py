@@ -28,20 +28,21 @@ def naive(model, prompt, tokens, temperature):
     return everything.gather(1, torch.tensor(tokens)[:, None])[:, 0], -(everything.exp() * everything).sum(-1)
 
 
-@pytest.mark.parametrize("batch", [4, 256])
-def test_draws_come_with_their_log_probs(model, batch):
+@pytest.mark.parametrize("batch", [50, 256])
+def test_tokens_come_with_their_log_probs(model, batch):
     stop = [WORDS.eos_token_id, *range(3, 13)]
     model.generation_config.eos_token_id = stop
     sampler = TransformersSampler(model, WORDS, batch=batch)
     torch.manual_seed(0)
-    made = sampler.sample(PROMPTS, 4, 12, temperature=0.7)
+    # So many rows that some end and some do not, whatever the model and the processor.
+    made = sampler.sample(PROMPTS, 40, 12, temperature=0.7)
     rows = made.tokens.split(made.cu_seqlens.diff().tolist())
-    assert len(rows) == 12 and len({tuple(r.tolist()) for r in rows}) > 6
+    assert len(rows) == 120 and len({tuple(r.tolist()) for r in rows}) > 60
     exact = copy.deepcopy(model)
     for i, (row, log_probs, finished) in enumerate(
         zip(rows, made.log_probs.split(made.cu_seqlens.diff().tolist()), made.finished, strict=True)
     ):
-        expected, _ = naive(exact, PROMPTS[i // 4], row.tolist(), 0.7)
+        expected, _ = naive(exact, PROMPTS[i // 40], row.tolist(), 0.7)
         torch.testing.assert_close(log_probs.double(), expected, atol=1e-4, rtol=1e-4)
         ends = torch.isin(row, torch.tensor(stop))
         assert not ends[:-1].any() and ends[-1] == finished and (finished or len(row) == 12)
@@ -63,8 +64,9 @@ def test_rows_stop_at_texts(model, padding_is_end):
 
     free, free_log_probs, ended = rows()
     text = [words.convert_ids_to_tokens(row.tolist()) for row in free]
+    long = [row for row in text if len(row) > 8]
     # Two texts of two tokens, one of three, and one that the prompts begin, which is not counted.
-    stop = ("".join(text[0][2:4]), "".join(text[5][6:8]), "".join(text[7][0:3]), "=" + text[2][0])
+    stop = ("".join(long[0][2:4]), "".join(long[1][6:8]), "".join(long[2][0:3]), "=" + long[3][0])
     cut = 0
     for row, log_probs, finished, whole, whole_log_probs, end in zip(
         *rows(stop), free, free_log_probs, ended, strict=True
@@ -83,7 +85,9 @@ def test_greedy_takes_the_most_probable(model):
     assert not made.log_probs.any()
     for prompt, row in zip(PROMPTS, made.tokens.split(made.cu_seqlens.diff().tolist()), strict=True):
         for i, token in enumerate(row.tolist()):
-            assert model(torch.tensor([[*prompt, *row[:i].tolist()]])).logits[0, -1].argmax() == token
+            logits = model(torch.tensor([[*prompt, *row[:i].tolist()]])).logits[0, -1]
+            # Not argmax: the cache rounds otherwise, and two tokens may be equally probable up to that.
+            assert logits[token] > logits.max() - 1e-4
 
 
 def test_the_models_own_generation_settings_stay_out(model):
@@ -142,9 +146,11 @@ def test_derivations():
     assert WORDS.decode(WORDS(text).input_ids) == text
 
 
-def test_warming_teaches(tmp_path):
+def test_warm_up_fits_the_texts():
+    """Small steps along the gradient of a fixed text lower its loss."""
     network = tiny.model(WORDS)
-    text = torch.tensor([WORDS("47+85=" + tiny.derivation(47, 85)).input_ids])
-    before = network(text, labels=text).loss.item()
-    tiny.warm(network, WORDS, steps=25, noise=0.0)
-    assert network(text, labels=text).loss.item() < 0.7 * before
+    text = "47+85=" + tiny.derivation(47, 85)
+    ids = torch.tensor([WORDS(text + "<end>").input_ids])
+    before = network(ids, labels=ids).loss.item()
+    tiny.warm(network, WORDS, steps=3, noise=0.0, text=lambda generator, noise: text, batch=4)
+    assert network(ids, labels=ids).loss.item() < before and not network.training

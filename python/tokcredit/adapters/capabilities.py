@@ -45,6 +45,11 @@ class given_advantages(Credit):
         return frozenset({self.name})
 
     def __call__(self, batch: Rollouts) -> Tensor:
+        """Return the named input.
+
+        Args:
+            batch: The rollouts.
+        """
         return batch.input(self.name)
 
 
@@ -64,6 +69,12 @@ class given_weights(TokenWeight):
         return frozenset({self.name})
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        """Return the named input.
+
+        Args:
+            batch: The rollouts.
+            advantages: Not used.
+        """
         return batch.input(self.name)
 
 

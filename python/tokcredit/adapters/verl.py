@@ -139,7 +139,7 @@ def policy_loss(key: str, loss_agg_mode: str, actor: Any) -> Objective:
         raise ValueError(f"loss_agg_mode: expected {mode!r}, for {stage!r}, got {loss_agg_mode!r}")
     if isinstance(stage, aggregation.sequence_sum):
         given = actor.loss_scale_factor
-        if given is None or (not stage.reads_width and given != stage.length):
+        if given is None or given != int(given) or stage.length not in (None, given):
             expected = stage.length or "the number of tokens of the longest possible response"
             raise ValueError(f"loss_scale_factor: expected {expected}, for {stage!r}, got {given}")
         part = replace(part, aggregation=with_length(stage, int(given)))

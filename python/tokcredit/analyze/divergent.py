@@ -93,6 +93,12 @@ class Labeller:
 
     @torch.no_grad()
     def __call__(self, number: int, problem: Problem) -> pa.Table:
+        """Return the table of a problem, which has one row.
+
+        Args:
+            number: Number of the problem.
+            problem: The problem.
+        """
         tokenizer, top = self._pair.tokenizer, self._settings.top
         prompt = prompt_tokens(tokenizer, problem.question)
         made = self._replies.sample([prompt], 1, self._settings.study.max_tokens, 0.0)

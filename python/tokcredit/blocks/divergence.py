@@ -1,6 +1,6 @@
-"""How far next-token distributions are from each other, from logits.
+"""Divergences between next-token distributions, computed from logits.
 
-Rows are worked on in blocks, so that no second tensor of the size of the logits is made.
+Positions are processed in blocks, so that no second tensor of the size of the logits is made.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from tokcredit import ops
 from tokcredit.arguments import float_tensor, instance
 from tokcredit.blocks import log_probs, scan, segment
-from tokcredit.rollouts import Rollouts
 from tokcredit.blocks.segment import Ids
+from tokcredit.rollouts import Rollouts
 
 _BLOCK = 1 << 22  # elements of the temporaries of a block
 
@@ -33,7 +33,7 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _summed(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``sum p (log p - log q)`` where p > 0."""
+    """Return ``sum(p * (log p - log q))`` over the vocabulary, where ``p > 0``."""
     return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
 
 
@@ -80,18 +80,26 @@ class _KL(torch.autograd.Function):
 
 
 def kl(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """``KL(p || q) = sum_v p log(p / q)`` of each position, nats, with its gradient to both logits.
+    """Return the KL divergence of each position in nats, with its gradient to both logits.
 
-    With p the student and q the teacher this is the reverse KL of distillation. inf where q excludes a token that p
-    does not. A position whose incoming gradient is 0 gets a gradient of 0, whatever its logits hold.
+    With ``p = softmax(p_logits / temperature)`` and ``q`` likewise::
+
+        KL(p || q) = sum over v of p[v] * log(p[v] / q[v])
+
+    With p the student and q the teacher this is the reverse KL of distillation. It is inf where q excludes a token that
+    p does not exclude. A position whose incoming gradient is 0 gets a gradient of 0, whatever its logits hold.
 
     Args:
-        p_logits: float ``(..., V)``, bf16 and fp16 computed in float32; a logit of -inf has probability 0.
-        q_logits: the same shape.
-        temperature: divides both.
+        p_logits: float ``(..., V)``; bf16 and fp16 are computed in float32. A logit of -inf has probability 0.
+        q_logits: float ``(..., V)``.
+        temperature: Positive; divides both.
 
     Returns:
         ``(...)``, float32, or float64 if one of the two is.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: The shapes differ, or the temperature is not positive.
     """
     _check(p_logits, q_logits, temperature)
     width = p_logits.shape[-1]
@@ -100,14 +108,20 @@ def kl(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def nucleus(log_p: Tensor, top_p: float) -> Tensor:
-    """Log-probs of the smallest set of likeliest tokens that holds ``top_p``, renormalised; -inf elsewhere.
+    """Return the log-probs of the smallest set of most likely tokens whose probabilities add up to ``top_p``.
+
+    They are normalized over this set. Other tokens have -inf. Of equally likely tokens the earlier ones are kept.
 
     Args:
-        log_p: float ``(..., V)``, normalised; of equally likely tokens the earlier ones are kept.
-        top_p: more than 0 and at most 1.
+        log_p: float ``(..., V)``, normalized log-probs.
+        top_p: Above 0 and at most 1.
 
     Returns:
-        ``(..., V)``.
+        float ``(..., V)``.
+
+    Raises:
+        TypeError: The dtype is wrong.
+        ValueError: ``top_p`` is out of range, or there is no vocabulary axis.
     """
     if float_tensor("log_p", log_p).dim() == 0:
         raise ValueError("log_p: expected float (..., V), got a single number")
@@ -121,15 +135,23 @@ def nucleus(log_p: Tensor, top_p: float) -> Tensor:
 
 @torch.no_grad()
 def js(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """Jensen-Shannon divergence ``KL(p || m) / 2 + KL(q || m) / 2`` with ``m = (p + q) / 2``, in ``[0, ln 2]``.
+    """Return the Jensen-Shannon divergence of each position in nats, from 0 to ln 2, without gradient.
 
-    Finite whatever the supports, so it also compares distributions truncated to their ``top_p``. No gradient.
+    With ``m = (p + q) / 2`` it is ``KL(p || m) / 2 + KL(q || m) / 2``. It is finite also where one distribution
+    excludes tokens of the other, so it compares distributions that are truncated to their ``top_p``.
 
     Args:
         p_logits: float ``(..., V)``.
-        q_logits: the same shape.
-        temperature: divides both.
-        top_p: the share of probability each keeps before being renormalised.
+        q_logits: float ``(..., V)``.
+        temperature: Positive; divides both.
+        top_p: Probability that each distribution keeps before it is normalized again, above 0 and at most 1.
+
+    Returns:
+        ``(...)``, float32, or float64 if one of the two is.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: The shapes differ, or a setting is out of range.
 
     References:
         arXiv 2603.22446.
@@ -151,24 +173,30 @@ def js(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0, top_p: floa
 
 @torch.no_grad()
 def disagreement(logits: Tensor, batch: Rollouts, padded: bool = False) -> Tensor:
-    """How much the rows of a group disagree at each position about the next token, scaled to ``[0, 1]`` in the group.
+    """Return how much the rows of a group disagree about the next token at each position, scaled to ``[0, 1]``.
 
-    Rows are aligned by position. With ``lp`` the log-probs of the n rows that chose a token there::
+    Rows are aligned by position. With ``lp`` the log-probs of the rows that chose a token at a position::
 
-        m = mean_rows lp;   d = clamp(m - lp, -11, 11);   D = mean_rows sum_v (exp(d) - d - 1)
+        m = mean over rows of lp
+        d = clamp(m - lp, -11, 11)
+        D = mean over rows of sum over v of (exp(d) - d - 1)
+        result = (D - min(D)) / (max(D) - min(D) + 1e-8)
 
-    and the result is ``(D - min) / (max - min + 1e-8)`` over the positions of the group with at least two such rows, 0
-    at the others. ``padded`` takes all rows of the group everywhere, with the uniform distribution where a row has
-    ended or is masked, and min and max over all positions up to the longest row (T of a padded batch).
-
-    Two streams over the vocabulary: normalisers, then means and divergences together, a block of tokens at a time.
+    ``min`` and ``max`` are over the positions of the group at which at least two rows chose a token. Other positions
+    have 0.
 
     Args:
-        logits: float ``[N, V]`` or ``(B, T, V)``, each position's logits for the token that stands there.
-        batch: the rollouts; groups must be complete.
+        logits: float ``[N, V]`` or ``(B, T, V)``, each position's logits for the token at that position.
+        batch: The rollouts, with whole groups.
+        padded: Whether all rows of the group take part at every position, with the uniform distribution where a row
+            has ended or is masked, and with ``min`` and ``max`` over all positions up to the longest row (T of a padded
+            batch).
 
     Returns:
-        ``[N]``.
+        float ``[N]``, 0 where masked.
+
+    Raises:
+        ValueError: The shape of the logits is wrong.
 
     References:
         arXiv 2505.24718.

@@ -1,4 +1,4 @@
-"""Sampling temperature per token: hotter where the policy is less certain than usual, cooler where more."""
+"""Sampling temperature of each token: higher where the policy is less certain than usual, lower where it is more."""
 
 from __future__ import annotations
 
@@ -9,19 +9,28 @@ from tokcredit.blocks import log_probs
 
 
 class AdaptiveTemperature:
-    """A logits processor: divides by ``temperature (1 + strength h)``, h in ``[-1, 1]`` from the entropy of the logits.
+    """A logits processor that divides logits by a temperature that depends on their entropy.
 
-    With H the entropy at the base temperature, Q, s, low and high the statistics of the last batch:
-    ``h = (log(max(H, 1e-6)) - Q) / (s + 1e-6)``, divided by high where positive and by -low elsewhere, then bounded.
-    Put it into ``transformers.LogitsProcessorList`` as it is, with the temperature of ``generate`` left at 1, and
-    before anything that truncates.
+    With ``H`` the entropy at the base temperature, and ``Q``, ``s``, ``low`` and ``high`` the statistics of the last
+    batch::
+
+        h = (log(max(H, 1e-6)) - Q) / (s + 1e-6)
+        h = clamp(h / high if h > 0 else h / -low, -1, 1)
+        logits / (temperature * (1 + strength * h))
+
+    It goes into ``transformers.LogitsProcessorList`` before any processor that truncates; leave the temperature of
+    ``generate`` at 1.
 
     Args:
-        temperature: the base, and what every token gets while there are no statistics.
-        strength: share by which the temperature may rise or fall.
-        statistics: of :meth:`tokcredit.token_score.entropy_deviation.statistics` at that temperature; set the attribute after
-            every step.
-        literal_sign: h is not negative either below the quantile, as in the released code.
+        temperature: Base temperature, above 0, and that of every token while there are no statistics.
+        strength: Largest relative change of the temperature, at least 0 and below 1.
+        statistics: From ``tokcredit.methods.hapo.entropy_deviation.statistics`` at the base temperature, or None. Set
+            the attribute after every step.
+        literal_sign: Whether ``h`` is divided by ``low`` in place of ``-low``, as in the released code, so that no
+            temperature is below the base.
+
+    Raises:
+        ValueError: A setting is out of range.
 
     References:
         arXiv 2509.16591.
@@ -44,10 +53,10 @@ class AdaptiveTemperature:
         self.literal_sign = literal_sign
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The logits divided by each row's temperature.
+        """Return the logits divided by the temperature of each row, ``(B, V)``.
 
         Args:
-            input_ids: int64 ``(B, T)``, what was generated so far; the interface asks for it, the value is not used.
+            input_ids: int64 ``(B, T)``, the text so far; part of the interface and not read.
             scores: float ``(B, V)``, logits at temperature 1.
         """
         if self.statistics is None:

@@ -60,7 +60,7 @@ class order(Metric):
 
 @dataclass(frozen=True)
 class by_mean_reward(Stage):
-    """Weight that depends linearly on the mean reward of the batch.
+    """Weight that depends linearly on the mean reward of the batch, for rewards from 0 to 1.
 
     Args:
         failed: Weight where the mean reward is 0.
@@ -139,7 +139,7 @@ def canon(
 ) -> Objective:
     """CANON: the group is split by entropy, and a reward is compared with the mean of the other or of its own half.
 
-    ::
+    The rows of each half are averaged::
 
         A = between * (r - mean of the other half) + (1 - between) * (r - mean of the own half)
 
@@ -149,9 +149,9 @@ def canon(
     Args:
         by_length: Whether the group is split by the number of tokens instead of the mean entropy.
         between: Weight of the comparison with the other half, the paper's mu. 1 is CANON-Inter, 0 is CANON-Intra, and
-            None is CANON-Dynamic, one minus the mean reward of the batch. The cosine schedules of the release are
-            ``tokcredit.schedule.cosine_restarts(0, 1, 0.4, steps=150, warmup=30, period=40)`` for first inter and later
-            intra, and ``(1, 0.4, 1, ...)`` for the reverse.
+            None is CANON-Dynamic, one minus the mean reward of the batch, for rewards from 0 to 1. The cosine schedules
+            of the release are ``tokcredit.schedule.cosine_restarts(0, 1, 0.4, steps=150, warmup=30, period=40)`` for
+            first inter and later intra, and ``(1, 0.4, 1, ...)`` for the reverse.
         alpha: Factor of the rewards of long responses, or of low-entropy responses, in the comparison with the other
             half. Below 1 with ``by_length=True, between=1`` it is CANON-Eff.
         offset: Added in the high half and subtracted in the low half, in the comparison with the other half.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from tokcredit.objective import Objective
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.clip import log_bound
@@ -29,6 +27,10 @@ def cispo(clip_low: float = 10.0, clip_high: float = 0.2) -> Objective:
           ``clip_high=4.0``.
     """
     weight = clip.gated(
-        low=log_bound(1 - clip_low), high=math.log1p(clip_high), outside_low=1.0, outside_high=1.0, both_sides=True
+        low=log_bound(1 - clip_low),
+        high=log_bound(1 + clip_high),
+        outside_low=1.0,
+        outside_high=1.0,
+        both_sides=True,
     )
     return Objective(clip=weight, aggregation=aggregation.token_mean())

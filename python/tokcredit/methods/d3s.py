@@ -78,6 +78,9 @@ def d3s(
           and their number is rounded up.
         - The paper leaves the denominator open. Here it is the number of tokens that train.
     """
+    entropies = token_score.given("entropies")
+    for share in (rows_start, rows_end, tokens_start, tokens_end):
+        varied_rows(share)  # a share out of range raises here and not while training
     return Objective(
         credit.group_normalized(epsilon=epsilon),
         filters=(
@@ -85,7 +88,7 @@ def d3s(
             filters.nonzero_advantage(),
             filters.top_share(
                 linear(tokens_start, tokens_end),  # type: ignore[arg-type]
-                token_score.given("entropies"),
+                entropies,
                 times_advantage=True,
             ),
         ),

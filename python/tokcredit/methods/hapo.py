@@ -45,9 +45,9 @@ class entropy_deviation(TokenScore):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         x, pivot, _, low, high = self._measured(batch)
-        x = x - pivot
-        h = x.clamp(min=0) / high + x.clamp(max=0) / (low if self.literal_sign else -low)
-        return h.masked_fill(~batch.response_mask, 0)
+        x.sub_(pivot)
+        h = x.clamp(min=0).div_(high).add_(x.clamp(max=0).div_(low if self.literal_sign else -low))
+        return h.masked_fill_(~batch.response_mask, 0)
 
     def statistics(self, batch: Rollouts) -> tuple[float, float, float, float]:
         """Return ``Q``, ``s`` and the smallest and largest ``h``, from which other tokens get the same score.
@@ -62,9 +62,9 @@ class entropy_deviation(TokenScore):
     def _measured(self, batch: Rollouts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return x, Q, s, and the smallest and largest ``x - Q``, both away from 0."""
         spans, entropies = batch.spans, batch.input("entropies")
-        x = (entropies if entropies.dtype == torch.float64 else entropies.float()).clamp(min=1e-8).log()
+        x = (entropies if entropies.dtype == torch.float64 else entropies.float()).clamp(min=1e-8).log_()
         pivot = select.quantile_nearest(x, self.pivot, spans, select.everything(spans))[0]
-        square = segment.sum((x - pivot).square(), spans).sum() / batch.lengths.sum().clamp(min=1)
+        square = segment.sum((x - pivot).square_(), spans).sum() / batch.lengths.sum().clamp(min=1)
         spread = square.clamp(min=1e-8).sqrt()
         none = x.new_zeros(1)
         low = torch.cat([none, segment.minimum(x, spans) - pivot]).amin()
@@ -120,7 +120,7 @@ class token_group_average(Credit):
 class widened(Clip):
     """HAPO's asymmetric adaptive clipping: PPO's clip with one clip range of each token widened by a score ``h``.
 
-    ::
+    The ratio of a token is clipped to these bounds::
 
         ratio in [1 - low * (1 - widen * h), 1 + high]    if h <= 0
         ratio in [1 - low, 1 + high * (1 + widen * h)]    if h > 0
@@ -234,12 +234,12 @@ def hapo(
     Differences from the paper:
         - ``h`` of low entropies is negative, as the later equations need it; equation 6 has the other sign.
         - ``limit`` is a rule of the released code.
-        - ``h`` is that of the old policy over the whole batch.
         - The dual clip of 10 is that of the released scripts.
         - The adaptive temperature belongs to the sampler and is used only if asked for.
     Differences from the released code:
         - The sign of ``h`` at low entropies, see ``literal_sign``.
-        - The release takes ``h`` from the current policy over the micro-batch.
+        - ``h`` is that of the old policy over the whole batch. The release takes it from the current policy over the
+          micro-batch.
         - The upper clip range is 0.28 as in the paper; the scripts have 0.2.
         - ``limit`` does not apply to padded positions, see ``limit_padding``.
         - Rows without a token that the policy chose do not count where a group has the advantages of GRPO.

@@ -66,7 +66,7 @@ def pods(count: int = 16, clip_low: float = 0.2, clip_high: float = 0.2, epsilon
     Cost: Forward and backward passes over ``count`` responses per group, however many were generated.
     References: arXiv 2504.13818.
     Differences from the paper:
-        - None known. The paper leaves ``epsilon`` and ties open; both are those of the released code.
+        - None known. ``count``, ``epsilon`` and the choice among sets of equal variance are those of the released code.
     Differences from the released code:
         - Equal rewards are ordered by their place in the batch; the release's sort leaves their order open.
         - The release compares variances in float32, so that rounding can decide between sets of equal variance.

@@ -182,7 +182,7 @@ def r3(
         prompts another group.
     References: arXiv 2601.19620.
     Differences from the paper:
-        - There is no KL term, and the paper gives no weight for it.
+        - There is no KL term.
         - The paper writes the ratio of the whole sequence inside a sum over tokens. Here it is the token's ratio.
         - The paper's numbers were not found; ``alpha``, ``share``, ``best`` and ``epsilon`` are suggestions.
         - ``alpha`` acts only in groups with replayed responses; the paper leaves this open.

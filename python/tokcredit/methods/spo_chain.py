@@ -29,8 +29,8 @@ def spo_chain(below: float = 0.9, clip_low: float = 0.2, clip_high: float = 0.2,
     Cost: No groups, but several continuations (nine in the release) from every cut of every response.
     References: arXiv 2505.23564.
     Differences from the paper:
-        - There is no KL term. The release adds 1e-4 times the mean over rows of the sum over tokens of k3:
-          ``tokcredit.mix("spo_chain", terms="kl(1e-4, aggregation=sequence_sum(1))")``.
+        - There is no KL term. The release adds 1e-4 times the mean over rows of the sum of k3 over tokens that train:
+          ``tokcredit.mix("spo_chain", terms="kl(1e-4, limit=10000, aggregation=sequence_sum(1))")``.
         - A continuation that is cut at the length limit has the reward of its text.
     Differences from the released code:
         - Advantages are not whitened unless ``whiten`` is set. Advantages that are all equal are never whitened.

@@ -125,8 +125,8 @@ def spo_tree(
         estimate of the values.
     References: arXiv 2505.23564.
     Differences from the paper:
-        - There is no KL term. The release adds 1e-4 times the mean over rows of the sum over tokens of k3:
-          ``tokcredit.mix("spo_tree", terms="kl(1e-4, aggregation=sequence_sum(1))")``.
+        - There is no KL term. The release adds 1e-4 times the mean over rows of the sum of k3 over tokens that train:
+          ``tokcredit.mix("spo_tree", terms="kl(1e-4, limit=10000, aggregation=sequence_sum(1))")``.
     Differences from the released code:
         - Advantages are not whitened unless ``whiten`` is set. Advantages that are all equal are never whitened.
         - A change within the rounding error of the values is 0. The release drops exact zeros only and so keeps edges

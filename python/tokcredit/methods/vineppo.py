@@ -27,10 +27,9 @@ def vineppo(clip_low: float = 0.2, clip_high: float = 0.2, whiten: bool = False)
     Cost: No groups, but nine continuations from the beginning of every step of every response.
     References: Kazemnejad et al., arXiv 2410.01679.
     Differences from the paper:
-        - There is no KL term. The paper's weight is 1e-4, and the release adds the mean over rows of the *sum* over
-          tokens of k3, at most 10 per token: ``tokcredit.mix("vineppo", terms="kl(1e-4, limit=10,
-          aggregation=sequence_sum(1))")``. With the mean over tokens the weight would have to be larger by the mean
-          length of the rows.
+        - There is no KL term. The release adds 1e-4 times the mean over rows of the *sum* over tokens of k3, at most 10
+          per token: ``tokcredit.mix("vineppo", terms="kl(1e-4, limit=10, aggregation=sequence_sum(1))")``. With the
+          mean over tokens the weight would have to be larger by the mean length of the rows.
         - A continuation that is cut at the length limit has the reward of its text.
     Differences from the released code:
         - Advantages are not whitened unless ``whiten`` is set.

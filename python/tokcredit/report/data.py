@@ -189,7 +189,7 @@ def _method(prepared: Any, log_probs: Tensor | None) -> Table:
     batch, trains = prepared.batch, prepared.mask
     unknown = torch.full(batch.tokens.shape, torch.nan)
     advantages, tokens = batch.flat(prepared.advantages), trains.sum().clamp(min=1)
-    weight = torch.where(trains, per_token(_row_weights(prepared), batch.spans), 0) * tokens
+    weight = torch.where(trains, per_token(prepared.row_weights.expand(batch.num_rows, 1), batch.spans), 0) * tokens
     table = {"advantage": advantages, "ratio": unknown, "low": unknown, "high": unknown, "weight": weight}
     table |= {"trains": trains, "clipped": torch.zeros_like(trains, dtype=torch.uint8), "gradient": unknown}
     if log_probs is not None:
@@ -203,13 +203,6 @@ def _method(prepared: Any, log_probs: Tensor | None) -> Table:
         "largest": _numpy(segment.maximum(advantages.abs(), spans).clamp(min=0)),
         "has_gradient": _numpy(prepared.has_gradient),
     }
-
-
-def _row_weights(prepared: Any) -> Tensor:
-    """Return the weight of each row's tokens, ``[R, 1]``; of pairs, that of the pair's loss."""
-    weights = prepared.row_weights if hasattr(prepared, "row_weights") else torch.tensor(prepared.pair_weight)
-    expanded: Tensor = weights.expand(prepared.batch.num_rows, 1)
-    return expanded
 
 
 def _gradient(prepared: Any, log_probs: Tensor, tokens: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ class recorded(Credit):
     reads: ClassVar[frozenset[str]] = frozenset({RECORDED})
 
     def __call__(self, batch: Rollouts) -> Tensor:
+        """Return the advantages, float ``[N]``.
+
+        Args:
+            batch: The rollouts, with ``recorded_advantages``.
+        """
         return batch.input(RECORDED)
 
 
@@ -33,6 +38,12 @@ class recorded_weight(TokenWeight):
     reads: ClassVar[frozenset[str]] = frozenset({RECORDED})
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        """Return the weights, float ``[N]``.
+
+        Args:
+            batch: The rollouts, with ``recorded_advantages``.
+            advantages: Not read.
+        """
         return batch.input(RECORDED).abs()
 
 

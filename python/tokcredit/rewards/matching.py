@@ -1,4 +1,4 @@
-"""Rewards from a comparison with what was expected: tool calls, answers, options."""
+"""Rewards from a comparison with what was expected: tool calls, answers, options of a multiple-choice question."""
 
 from __future__ import annotations
 
@@ -17,17 +17,31 @@ Similarities = NDArray[np.float64]
 
 
 class Call(NamedTuple):
-    """A tool call. ``arguments`` that could not be parsed into a mapping are None and match nothing."""
+    """A tool call.
+
+    Attributes:
+        name: Name of the tool.
+        arguments: Arguments by name, or None if they could not be parsed; such a call matches nothing.
+    """
 
     name: str
     arguments: Mapping[str, Any] | None
 
 
 def similarity(call: Call, reference: Call, ignore_case: bool = False) -> float:
-    """How much of a reference call a call gets right, in ``[0, 1]``; 0 if it calls another tool.
+    """Return how similar a call is to a reference call, from 0 to 1; 0 if it calls another tool.
 
-    With the argument names N and N' of the call and the reference, ``(1 + |N & N'| / |N | N'| + k) / (2 + |N'|)`` where
-    k counts the reference's arguments that the call gives the same value; two calls without arguments share all names.
+    With ``N`` and ``M`` the sets of argument names of the call and of the reference, and ``k`` the number of arguments
+    of the reference to which the call gives the same value::
+
+        (1 + |N & M| / |N | M| + k) / (2 + |M|)
+
+    The fraction is 1 for two calls without arguments.
+
+    Args:
+        call: The call.
+        reference: The call that was expected.
+        ignore_case: Whether names of tools are compared without case.
 
     References:
         arXiv 2601.10712.
@@ -42,7 +56,13 @@ def similarity(call: Call, reference: Call, ignore_case: bool = False) -> float:
 
 
 def similarities(calls: Sequence[Call], references: Sequence[Call], ignore_case: bool = False) -> Similarities:
-    """:func:`similarity` of every pair, ``[calls, references]``."""
+    """Return the :func:`similarity` of every pair, float64 ``[calls, references]``.
+
+    Args:
+        calls: The calls.
+        references: The calls that were expected.
+        ignore_case: Whether names of tools are compared without case.
+    """
     pairs = [[similarity(call, reference, ignore_case) for reference in references] for call in calls]
     return np.array(pairs, dtype=np.float64).reshape(len(calls), len(references))
 
@@ -56,9 +76,16 @@ def _matched(s: Similarities, pairs: Sequence[tuple[int, int]], penalty: float) 
 
 
 def optimal(s: Similarities, penalty: float = 0.0) -> Similarities:
-    """Reward of each call under the one-to-one matching of largest total similarity; ``-penalty`` where unmatched.
+    """Return the reward of each call under the one-to-one matching of largest total similarity, float64 ``[calls]``.
 
-    A pair of similarity 0 is no match. Needs scipy.
+    The reward of a matched call is its similarity. A pair of similarity 0 does not count as a match. Needs scipy.
+
+    Args:
+        s: float64 ``[calls, references]``, similarities.
+        penalty: A call without a match has the reward ``-penalty``.
+
+    Raises:
+        ImportError: scipy is not installed.
     """
     try:
         from scipy.optimize import linear_sum_assignment
@@ -69,7 +96,14 @@ def optimal(s: Similarities, penalty: float = 0.0) -> Similarities:
 
 
 def greedy(s: Similarities, penalty: float = 0.0) -> Similarities:
-    """As :func:`optimal` with pairs taken from the most similar down, among equals the first; not always the best."""
+    """Return the reward of each call under a greedy one-to-one matching, float64 ``[calls]``.
+
+    Pairs are taken in descending order of similarity, equal ones in their order. The total is not always the largest.
+
+    Args:
+        s: float64 ``[calls, references]``, similarities.
+        penalty: A call without a match has the reward ``-penalty``.
+    """
     pairs: list[tuple[int, int]] = []
     order = np.argsort(-s, axis=None, kind="stable")
     free = (np.ones(s.shape[0], dtype=bool), np.ones(s.shape[1], dtype=bool))
@@ -81,11 +115,19 @@ def greedy(s: Similarities, penalty: float = 0.0) -> Similarities:
 
 
 def sinkhorn(s: Similarities, regularization: float = 0.1, iterations: int = 1000) -> Similarities:
-    """Reward of each call under a soft matching: its share of the plan times the similarities.
+    """Return the reward of each call i under a soft matching, ``sum over j of plan[i, j] * s[i, j]``.
 
-    The plan maximises similarity plus ``regularization`` times its entropy, with rows summing to ``1 / calls`` and
-    columns to ``1 / references``; so rewards are about ``calls`` times smaller than those of :func:`optimal`. 0 without
-    references.
+    The plan maximizes the total similarity plus ``regularization`` times its entropy, with row sums ``1 / calls`` and
+    column sums ``1 / references``. Rewards are therefore about ``calls`` times smaller than those of :func:`optimal`.
+    Without references they are 0.
+
+    Args:
+        s: float64 ``[calls, references]``, similarities.
+        regularization: Weight of the entropy, above 0.
+        iterations: Largest number of iterations.
+
+    Returns:
+        float64 ``[calls]``.
     """
     m, n = s.shape
     if m == 0 or n == 0:
@@ -106,13 +148,13 @@ def rewards(
     rule: Callable[[Similarities], Similarities] = optimal,
     ignore_case: bool = False,
 ) -> list[float]:
-    """Reward of each turn of a row: the mean over its calls, 0 for a turn without.
+    """Return the reward of each turn of a row: the mean over its calls, and 0 for a turn without calls.
 
     Args:
-        turns: the calls of each turn, or a number for a turn that is rewarded otherwise (its answer: :func:`f1`).
-        references: the calls that were expected from the whole row.
+        turns: The calls of each turn, or the reward of a turn that makes none, for example :func:`f1` of its answer.
+        references: The calls that were expected from the whole row.
         rule: :func:`optimal`, :func:`greedy`, :func:`sinkhorn`, or a ``functools.partial`` of one.
-        ignore_case: of the tools' names.
+        ignore_case: Whether names of tools are compared without case.
     """
     calls = [call for turn in turns if not isinstance(turn, float | int) for call in turn]
     each = iter(rule(similarities(calls, references, ignore_case)).tolist())
@@ -127,16 +169,16 @@ def rewards(
 
 
 def turn_rewards(batch: Rollouts, rewards: Sequence[Sequence[float]]) -> Tensor:
-    """Each turn's reward at its last token, 0 elsewhere; float32 ``[N]``.
+    """Return the reward of each turn at its last token, and 0 at other tokens, float32 ``[N]``.
 
-    A turn is a maximal run of tokens the policy chose.
+    A turn is a maximal run of tokens that the policy chose. The result is the input ``turn_rewards``.
 
     Args:
-        batch: the rollouts.
-        rewards: of each row, one number per turn.
+        batch: The rollouts.
+        rewards: For each row one number per turn.
 
     Raises:
-        ValueError: a row has another number of turns.
+        ValueError: A row has another number of turns.
     """
     mask = batch.response_mask.cpu()
     out = torch.zeros(batch.num_tokens)
@@ -153,14 +195,25 @@ def turn_rewards(batch: Rollouts, rewards: Sequence[Sequence[float]]) -> Tensor:
 
 
 def f1(answer: str, reference: str) -> float:
-    """F1 of the words of two texts, as sets, in lower case and without punctuation; 0 if either has none."""
+    """Return the F1 score of the sets of words of two texts, from 0 to 1; 0 if one has no words.
+
+    Words are compared in lower case and without punctuation.
+
+    Args:
+        answer: First text.
+        reference: Second text.
+    """
     own, expected = (set(re.sub(r"[^\w\s]|_", " ", text.lower()).split()) for text in (answer, reference))
     shared = len(own & expected)
     return 2 * shared / (len(own) + len(expected)) if shared else 0.0
 
 
 def options(chosen: Set[str], true: Set[str]) -> float:
-    """Reward of a multiple-choice answer: the share of the true options it has if it has no wrong one, else 0.
+    """Return the reward of a multiple-choice answer: the share of true options that it has, 0 with any wrong option.
+
+    Args:
+        chosen: Options that were chosen.
+        true: Options that are right.
 
     References:
         arXiv 2505.24718.

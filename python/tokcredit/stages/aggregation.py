@@ -1,4 +1,4 @@
-"""Aggregation stages: how token losses become one number, as a weight of each row's tokens.
+"""Aggregation stages: the weight of each row's tokens in the loss.
 
 ``loss = sum over rows of weight[row] * (sum of the row's token losses)``. The weights come from the whole batch, so the
 loss does not depend on how the batch is cut into micro-batches or ranks.
@@ -12,7 +12,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from tokcredit.blocks import segment
 from tokcredit.groups import Groups
 from tokcredit.stages.base import Stage, whole_number
 
@@ -75,7 +74,7 @@ class Aggregation(Stage):
 
 @dataclass(frozen=True)
 class token_mean(Aggregation):
-    """Mean over all training tokens of the batch."""
+    """Mean over all training tokens of the batch: verl's ``token-mean``, TRL's ``dapo``."""
 
     counts: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
@@ -86,7 +85,7 @@ class token_mean(Aggregation):
 
 @dataclass(frozen=True)
 class token_sum(Aggregation):
-    """Sum over all training tokens."""
+    """Sum over all training tokens: verl's ``token-sum``."""
 
     def __call__(self, counts: Counts) -> Tensor:
         return torch.full((), float(counts.dp_size), dtype=torch.float64, device=counts.lengths.device)
@@ -94,7 +93,10 @@ class token_sum(Aggregation):
 
 @dataclass(frozen=True)
 class sequence_mean(Aggregation):
-    """Mean over rows of the mean over the row's tokens. Rows without a training token do not count."""
+    """Mean over rows of the mean over the row's tokens: verl's ``seq-mean-token-mean``, TRL's ``grpo``.
+
+    Rows without a training token do not count.
+    """
 
     counts: ClassVar[frozenset[str]] = frozenset({"rows"})
 
@@ -107,6 +109,8 @@ class sequence_mean(Aggregation):
 @dataclass(frozen=True)
 class sequence_sum(Aggregation):
     """Mean over rows of the sum over the row's tokens, divided by ``length``.
+
+    This is verl's ``seq-mean-token-sum-norm`` and TRL's ``dr_grpo``. Rows without a training token do not count.
 
     Args:
         length: A constant, usually the generation limit; at least 1. None takes the longest row of the batch, or T of a

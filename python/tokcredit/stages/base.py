@@ -85,7 +85,7 @@ class Range:
             TypeError: It has another type.
             ValueError: It is out of range.
         """
-        if value is None and self.optional or isinstance(value, Adjustable) and self.scheduled:
+        if (value is None and self.optional) or (isinstance(value, Adjustable) and self.scheduled):
             return value
         if self.kind == "number":
             if self.stage is not None and isinstance(value, self.stage):
@@ -95,7 +95,9 @@ class Range:
             return self._number(value, int)
         if self.kind == "stage":
             return self._stage(value)
-        if self.kind == "bool" and not isinstance(value, bool) or self.kind != "bool" and not isinstance(value, str):
+        if (self.kind == "bool" and not isinstance(value, bool)) or (
+            self.kind != "bool" and not isinstance(value, str)
+        ):
             raise TypeError
         if self.kind == "option" and value not in self.options:
             raise ValueError
@@ -203,7 +205,7 @@ def input_name(default: Any = MISSING) -> Any:
     return _declared(Range("input name"), default)
 
 
-def part(kind: type, default: Callable[[], Any] | None | Any = MISSING, *, optional: bool = False) -> Any:
+def part(kind: type, default: Callable[[], Any] | Any | None = MISSING, *, optional: bool = False) -> Any:
     """Declare a setting that is another stage.
 
     Args:

@@ -14,7 +14,7 @@ from tokcredit.blocks import scan
 from tokcredit.rollouts import Rollouts
 from tokcredit.selection import Selection
 from tokcredit.spans import Spans
-from tokcredit.stages.base import Stage, number, option, flag
+from tokcredit.stages.base import Stage, flag, number, option
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Window:
         surrogate: ``"clip"``, ``"soft"`` or ``"gated"``; see ``csrc/ops/policy_loss.hpp``.
         low: Lower bound.
         high: Upper bound.
-        cap: Log of the largest ratio that a token with a negative advantage is charged for, or None.
+        cap: Log of the dual-clip constant, the largest ratio in the loss of a token with a negative advantage, or None.
         power: How bounds grow along the row.
         gate: Further settings of a gated surrogate, by name.
         score: Token scores that the bounds come from, ``[N]``, or None.

@@ -1,4 +1,4 @@
-"""Filters: which rows and tokens train at all. What a filter rejects leaves every denominator.
+"""Filters select the rows and tokens that train. Rejected ones are not counted in any denominator.
 
 A filter *before credit* chooses rows from the rewards; the statistics of the credit stage do not see the others. The
 other filters see the advantages and choose rows or tokens.
@@ -26,7 +26,8 @@ class Filter(Stage):
 
     Attributes:
         kind: ``"filter"``.
-        before_credit: Whether it chooses rows before the credit stage runs.
+        before_credit: Whether it selects rows before the credit stage runs, so that group statistics do not see the
+            others.
     """
 
     kind: ClassVar[str] = "filter"

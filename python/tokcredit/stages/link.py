@@ -34,7 +34,9 @@ class Link(Stage):
 class logistic(Link):
     """``-log sigmoid(beta * (chosen - rejected) - margin)``, with optional label smoothing.
 
-    With label smoothing e: ``-(1 - e) log sigmoid(z) - e log sigmoid(-z)``, ``z = beta * (chosen - rejected) - margin``.
+    With ``z = beta * (chosen - rejected) - margin`` and label smoothing e::
+
+        loss = -(1 - e) * log sigmoid(z) - e * log sigmoid(-z)
 
     Args:
         beta: Strength of the preference, above 0.

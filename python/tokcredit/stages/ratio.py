@@ -1,6 +1,7 @@
 """Ratio stages: the importance ratio of each token between the current policy and the one that made the data.
 
-Whatever a ratio is made of, its gradient reaches only the log-prob of the current token.
+The gradient of a ratio reaches only the log-prob of its own token, also where the ratio contains log-probs of other
+tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from tokcredit import ops
@@ -23,7 +23,7 @@ class LogRatio(NamedTuple):
 
     Attributes:
         log_ratio: ``[N]`` or ``[R, 1]``, or None to take ``log_probs - reference``.
-        reference: ``[N]``, or None for a log-ratio of 0 where ``log_ratio`` is None too.
+        reference: ``[N]``, or None. If ``log_ratio`` is None as well, the log-ratio is 0.
         clamp: Bounds that the result is clamped to.
         cumulative: Whether differences are summed along the row.
         bound: Each difference is clamped to ``[-bound, bound]`` before it is summed.
@@ -57,8 +57,8 @@ class Ratio(Stage):
     Attributes:
         kind: ``"ratio"``.
         couples_tokens: Whether the ratio of a token depends on other tokens of its row.
-        to: Input with the log-probs that the ratio divides by. ``old_log_probs`` may be missing from the batch: the
-            ratio is then exactly 1, with the gradient it has there.
+        to: Input with the log-probs that the ratio divides by. If the batch has no ``old_log_probs``, the ratio is 1
+            and its gradient is that of the on-policy loss.
     """
 
     kind: ClassVar[str] = "ratio"

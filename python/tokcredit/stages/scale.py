@@ -92,6 +92,12 @@ class within(Scale):
         return frozenset({self.to})
 
     def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
+        """Return the reference log-probs, float ``[N]``.
+
+        Args:
+            batch: The rollouts.
+            window: Window of the clip stage.
+        """
         return batch.input(self.to)
 
     def __call__(

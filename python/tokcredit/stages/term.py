@@ -62,13 +62,14 @@ class kl(Term):
         k3            exp(-u) + u - 1
         abs           |u|
 
-    k2 has the expected gradient of the KL, k3 is never negative and has low variance.
+    The gradient of k2 is an unbiased estimate of the gradient of the KL. k3 is never negative and has low variance.
 
     Args:
         coefficient: Factor of the term, at least 0; may be a schedule or a controller.
         estimator: ``k3``, ``k1``, ``k2`` or ``abs``.
         to: Input with the log-probs of the reference policy.
-        limit: Largest value of a token; beyond it the token has no gradient. verl uses 10.
+        limit: Largest estimate of a token, nats. A token with a larger estimate counts as this much and has no
+            gradient. verl uses 10.
         aggregation: How tokens are averaged, or None for the aggregation of the objective.
     """
 

@@ -53,7 +53,7 @@ class given(TokenScore):
 
 @dataclass(frozen=True)
 class scaled(TokenScore):
-    """Another score, moved and scaled to ``[0, 1]`` in each row; 0 in a row of equal scores.
+    """Another score, min-max scaled to ``[0, 1]`` in each row; 0 in a row of equal scores.
 
     Args:
         of: The other score.

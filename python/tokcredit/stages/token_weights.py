@@ -1,4 +1,4 @@
-"""Token weights: factors of the token losses, decided once per batch. They leave every denominator alone."""
+"""Token weights: factors of the token losses, decided once per batch. They do not change denominators."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokcredit import inputs
-from tokcredit.protocol import TrainingObjective
+from tokcredit.protocol import PreparedBatch, TrainingObjective
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State
 from tokcredit.train import collectors
@@ -23,7 +23,7 @@ from tokcredit.train.clock import Clock
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import OptimizerSettings, Settings
 
-_MEANS = ("_mean", "_fraction", "accuracy")
+_MEANS = ("_mean", "_fraction")
 """Endings of metrics that are means over tokens. Others add up over the micro-batches of an optimizer step."""
 _COUNTS = frozenset({"tokens", "pairs", "nonfinite_log_probs"})
 """Metrics that also add up over the optimizer steps of a step."""
@@ -38,7 +38,7 @@ class Update(NamedTuple):
         metrics: Numbers by name, over all processes. A mean over tokens is left out if no row had a gradient.
     """
 
-    prepared: Any
+    prepared: PreparedBatch
     log_probs: Tensor
     metrics: dict[str, float]
 
@@ -124,14 +124,17 @@ class Learner:
         if "entropy_mean" in metrics:
             self.state.observe(self._objective, metrics)
 
-    def _prepare(self, batch: Rollouts, progress: float) -> Any:
+    def _prepare(self, batch: Rollouts, progress: float) -> PreparedBatch:
+        prepared: Any
         if self._ranks.count == 1 or not self._objective.compares_groups:
-            return self._objective.prepare(batch, progress=progress, state=self.state)
-        everything, mine = self._ranks.gather(batch, self._objective.required_inputs)
-        prepared = self._objective.prepare(everything, progress=progress, state=self.state).select(mine)
-        return dataclasses.replace(prepared, batch=batch)
+            prepared = self._objective.prepare(batch, progress=progress, state=self.state)
+        else:
+            everything, mine = self._ranks.gather(batch, self._objective.required_inputs)
+            prepared = self._objective.prepare(everything, progress=progress, state=self.state).select(mine)
+            prepared = dataclasses.replace(prepared, batch=batch)
+        return prepared
 
-    def _optimize(self, prepared: Any, number: int, clock: Clock) -> tuple[dict[str, float], Tensor]:
+    def _optimize(self, prepared: PreparedBatch, number: int, clock: Clock) -> tuple[dict[str, float], Tensor]:
         o, batch = self._settings.optimizer, prepared.batch
         log_probs = torch.full((batch.num_tokens,), torch.nan, device=batch.device)
         totals, steps, norms = _Totals(self._metrics_of_nothing(prepared)), 0, 0.0
@@ -154,7 +157,7 @@ class Learner:
                 steps += 1
         return totals.metrics(self._ranks, steps) | {"grad_norm": norms / max(steps, 1)}, log_probs
 
-    def _metrics_of_nothing(self, prepared: Any) -> dict[str, float]:
+    def _metrics_of_nothing(self, prepared: PreparedBatch) -> dict[str, float]:
         """Return the metrics of a micro-batch without rows: all processes then have the same names."""
         nothing = prepared.select([])
         zeros = torch.zeros(0, device=prepared.batch.device)
@@ -162,7 +165,7 @@ class Learner:
         found = self._objective.loss(nothing, zeros, **further).metrics
         return {**{name: 0.0 for name in found}, "entropy_mean": 0.0}
 
-    def _backward(self, part: Any, clock: Clock) -> tuple[Tensor, dict[str, float]]:
+    def _backward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, dict[str, float]]:
         """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
         first, *others = self._objective.variables
         with self._accelerator.autocast():
@@ -178,7 +181,7 @@ class Learner:
         values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
         return log_probs, dict(zip(metrics, values, strict=True))
 
-    def _over_ranks(self, part: Any) -> Any:
+    def _over_ranks(self, part: PreparedBatch) -> PreparedBatch:
         """Return these rows as an optimizer step of their own, with denominators over all processes."""
         if self._ranks.count == 1:
             return part.with_denominators()
@@ -216,7 +219,7 @@ class _Totals:
         return out
 
 
-def _micro_batches(part: Any, size: int) -> list[NDArray[np.int64]]:
+def _micro_batches(part: PreparedBatch, size: int) -> list[NDArray[np.int64]]:
     """Return the rows with a gradient, some at a time, those of a group side by side because they share a prompt."""
     rows = part.has_gradient.nonzero()[:, 0].cpu().numpy()
     rows = rows[part.batch.group_index.cpu().numpy()[rows].argsort(kind="stable")]

@@ -118,8 +118,9 @@ class Replay(SingleTurn):
 
     A group whose new rows are all right is joined by stored wrong rows of its prompt; one whose new rows are all wrong,
     by stored right ones. Stored rows are True in ``replayed``, and have the log-probs they were sampled with as
-    ``rollout_log_probs``. A prompt whose mean reward so far is low is asked once more, in a group of its own: the question, a
-    stored wrong reply and a request to reflect. Those rows are not stored, because their prompt does not recur.
+    ``rollout_log_probs``. A prompt whose mean reward so far is low is asked once more, in a group of its own: the
+    question, a stored wrong reply and a request to reflect. Those rows are not stored, because their prompt does not
+    recur.
 
     Every process stores the replies of all processes, so a prompt may be asked by another process in the next epoch,
     and one state serves all.

@@ -48,7 +48,7 @@ class Step(NamedTuple):
 def _with_length(objective: Any, longest: int) -> Any:
     """Return the objective with the generation limit where its aggregation would use the longest row of each batch."""
     aggregation: Any = getattr(objective, "aggregation", None)
-    if getattr(aggregation, "length", longest) is None:
+    if aggregation is not None and aggregation.reads_width:
         return mix(objective, aggregation=dataclasses.replace(aggregation, length=longest))
     return objective
 

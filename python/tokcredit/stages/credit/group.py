@@ -178,7 +178,7 @@ class thresholded(Credit):
 
 @dataclass(frozen=True)
 class negative_part(Credit):
-    """``min(A, 0)`` of another credit: rows are only discouraged.
+    """``min(A, 0)`` of another credit: no row has a positive advantage.
 
     Args:
         of: The other credit.
@@ -219,9 +219,9 @@ class whitened(Credit):
 
     Args:
         of: The other credit.
-        below: Take mean and variance over the tokens to which the old policy gave a probability of less than this, or
-            over all if there is none; None for all.
-        nonzero: Leave out tokens with an advantage of 0, and keep them at 0.
+        below: Mean and variance are over the tokens to which the old policy gave a probability of less than this. If
+            there is no such token, or ``below`` is None, they are over all tokens.
+        nonzero: Whether mean and variance are over tokens with a nonzero advantage; other tokens keep 0.
         epsilon: Added to the variance, at least 0.
     """
 
