@@ -11,6 +11,7 @@ collect_ignore = [] if find_spec("tyro") else ["test_cli.py", "train", "analyze"
 
 sys.path.insert(0, str(Path(__file__).parent))
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=1700)
 hypothesis.settings.load_profile("tests")
 
 

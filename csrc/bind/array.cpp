@@ -70,13 +70,10 @@ void *current_stream(int32_t device_type, int32_t device_id) {
 
 } // namespace
 
-const char *name_of(Type type) {
-  static const char *names[] = {"float32", "float64", "bfloat16", "float16", "int32", "int64", "bool"};
-  return names[int(type)];
-}
+std::string name_of(Type type) { return split(Type_words)[size_t(type)]; }
 
 std::string text(const Array &array) {
-  std::string out = name_of(array.type) + std::string(" [");
+  std::string out = name_of(array.type) + " [";
   for (int32_t i = 0; i < array.dimensions; ++i)
     out += (i ? ", " : "") + std::to_string(array.shape[i]);
   return out + "]";
@@ -133,7 +130,7 @@ Array Call::read(const char *name, const py::handle &tensor) {
 Array Call::read(const char *name, const py::handle &tensor, Type type, int64_t size) {
   const Array out = read(name, tensor);
   if (out.type != type || out.size != size)
-    fail(name, std::string(name_of(type)) + " [" + std::to_string(size) + "]", text(out));
+    fail(name, name_of(type) + " [" + std::to_string(size) + "]", text(out));
   return out;
 }
 

@@ -29,7 +29,7 @@ struct Array {
   template <class T> T *as() const { return static_cast<T *>(data); }
 };
 
-const char *name_of(Type type);
+std::string name_of(Type type);
 std::string text(const Array &array); // dtype and shape
 
 // The words of an enumeration made by TOKCREDIT_ENUM.

@@ -15,7 +15,7 @@ void baseline(const py::object &log_probs, const py::object &squares, const py::
   const bool per_row = given.dimensions == 2;
   const int64_t expected = per_row ? rows.count : rows.size;
   if (given.type != lp.type || given.size != expected)
-    call.fail("rewards", std::string(name_of(lp.type)) + " [" + std::to_string(expected) + "]", text(given));
+    call.fail("rewards", name_of(lp.type) + " [" + std::to_string(expected) + "]", text(given));
   const int64_t *of = call.groups(group, groups, rows.count);
   const Baseline b{rows,
                    lp.type,

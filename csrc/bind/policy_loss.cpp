@@ -33,7 +33,7 @@ Operand operand(Call &call, const char *name, const py::handle &x, double number
   const Per per = a.dimensions == 0 ? Per::batch : a.dimensions == 2 ? Per::row : Per::token;
   const int64_t expected = per == Per::batch ? 1 : per == Per::row ? rows.count : rows.size;
   if (a.type != type || a.size != expected)
-    call.fail(name, std::string(name_of(type)) + " [" + std::to_string(expected) + "]", text(a));
+    call.fail(name, name_of(type) + " [" + std::to_string(expected) + "]", text(a));
   return {a.data, per, number};
 }
 

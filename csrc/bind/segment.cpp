@@ -4,6 +4,10 @@
 namespace tokcredit::bind {
 namespace {
 
+Type result_type(Reduction kind, Type type) {
+  return kind == Reduction::moments ? Type::f64 : accumulated(type);
+}
+
 void segment_rows(const py::object &x, const py::object &begin, const py::object &end, const py::object &mask,
                   int reduction, double ddof, const py::object &y, int threads) {
   Call call("segment");
@@ -13,8 +17,9 @@ void segment_rows(const py::object &x, const py::object &begin, const py::object
   const Array values = counts ? call.read("x", x) : call.read_float("x", x);
   const Rows rows = call.rows(begin, end, mask, values.size);
   const Type type = counts && values.type != Type::f64 ? Type::f32 : values.type;
-  const SegmentRows s{rows, type, values.data,
-                      kind, ddof, call.read("y", y, accumulated(type), rows.count).data};
+  const SegmentRows s{
+      rows, type, values.data,
+      kind, ddof, call.read("y", y, result_type(kind, type), rows.count * width_of(kind)).data};
   call.run([&] { cpu::segment_rows(s, threads); }, [&](auto &queue) { cuda::segment_rows(s, queue); });
 }
 
@@ -23,14 +28,16 @@ void segment_ids(const py::object &x, const py::object &ids, const py::object &m
   Call call("segment");
   const auto kind = call.one_of<Reduction>("reduction", reduction, Reduction_words);
   const Array values = call.read_float("x", x), out = call.read("y", y);
-  if (out.type != accumulated(values.type))
-    call.fail("y", name_of(accumulated(values.type)), name_of(out.type));
+  if (out.type != result_type(kind, values.type))
+    call.fail("y", name_of(result_type(kind, values.type)), name_of(out.type));
+  if (out.size % width_of(kind) != 0)
+    call.fail("y", "[segments, " + std::to_string(width_of(kind)) + "]", text(out));
   const SegmentIds s{values.type,
                      values.data,
                      call.read_as<int64_t>("ids", ids, Type::i64, values.size),
                      call.optional("mask", mask, Type::b8, values.size).as<bool>(),
                      values.size,
-                     out.size,
+                     out.size / width_of(kind),
                      kind,
                      ddof,
                      out.data};
@@ -41,6 +48,7 @@ void segment_ids(const py::object &x, const py::object &ids, const py::object &m
 
 void bind_segment(py::module_ &m) {
   m.attr("REDUCTIONS") = words(Reduction_words);
+  m.attr("MOMENTS") = words(Moment_words);
   m.def("segment_rows", &segment_rows);
   m.def("segment_ids", &segment_ids);
 }

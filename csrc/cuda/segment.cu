@@ -10,17 +10,18 @@ namespace {
 
 // Only what `kind` needs travels between lanes.
 template <Reduction kind> __device__ Moments<kind> moments_from(const Moments<kind> &m, int lane) {
-  Moments<kind> out;
+  using M = Moments<kind>;
+  M out;
   out.count = from_lane(m.count, lane);
-  if constexpr (kind == Reduction::sum || kind == Reduction::mean)
+  if constexpr (M::sums)
     out.sum = from_lane(m.sum, lane);
-  if constexpr (kind == Reduction::var) {
+  if constexpr (M::spreads) {
     out.mean = from_lane(m.mean, lane);
     out.square = from_lane(m.square, lane);
   }
-  if constexpr (kind == Reduction::minimum)
+  if constexpr (M::has_minimum)
     out.minimum = from_lane(m.minimum, lane);
-  if constexpr (kind == Reduction::maximum || kind == Reduction::logsumexp)
+  if constexpr (M::has_maximum || kind == Reduction::logsumexp)
     out.maximum = from_lane(m.maximum, lane);
   if constexpr (kind == Reduction::logsumexp)
     out.scaled = from_lane(m.scaled, lane);
@@ -46,20 +47,22 @@ __device__ Moments<kind> reduce(const SegmentRows &s, int64_t first, int64_t las
     Quad<T> values{};
     if (kind != Reduction::count && (live.item[0] | live.item[1] | live.item[2] | live.item[3]))
       values = load_quad(x, t, s.rows.size, quads_aligned(x));
-    if constexpr (kind == Reduction::var) {
-      // Four at a time: one division, not four. About the first of them, so that equal numbers have no
-      // spread.
+    if constexpr (Moments<kind>::spreads) {
+      // Four at a time: one division, not four. About the first of them, so that equal ones have their mean.
       Moments<kind> four;
-      double origin = 0;
+      double first = 0, sum = 0;
+      for (int k = quad - 1; k >= 0; --k)
+        first = live.item[k] ? double(load(values.item[k])) : first;
       for (int k = 0; k < quad; ++k)
         if (live.item[k]) {
           const double x = double(load(values.item[k]));
-          origin = four.count > 0 ? origin : x;
           four.count += 1;
-          four.mean += x - origin;
+          sum += x - first;
+          four.minimum = four.least(four.minimum, x);
+          four.maximum = four.greatest(four.maximum, x);
         }
       if (four.count > 0)
-        four.mean = origin + four.mean / four.count;
+        four.mean = first + sum / four.count;
       for (int k = 0; k < quad; ++k)
         if (live.item[k]) {
           const double d = double(load(values.item[k])) - four.mean;
@@ -91,7 +94,7 @@ __global__ void __launch_bounds__(block_threads)
         if (lane_id() != 0)
           return;
         if (starts && ends)
-          static_cast<A *>(s.y)[r] = A(m.result(s.ddof));
+          m.template write<A>(s.y, r, s.ddof);
         else
           parts[part_of(place, !starts)] = m;
       },
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(block_threads) merge_parts(SegmentRows s, cons
   }
   own = merge_moments(own);
   if (lane_id() == 0)
-    static_cast<A *>(s.y)[r] = A(own.result(s.ddof));
+    own.template write<A>(s.y, r, s.ddof);
 }
 
 template <class T, Reduction kind> void reduce_rows(const SegmentRows &s, Queue &queue) {

@@ -10,6 +10,8 @@
 namespace tokcredit {
 
 enum class Type : int32_t { f32, f64, bf16, f16, i32, i64, b8 };
+constexpr const char *Type_words =
+    "float32, float64, bfloat16, float16, int32, int64, bool"; // as torch has them
 
 constexpr int64_t bytes_of(Type type) {
   return type == Type::f64 || type == Type::i64    ? 8

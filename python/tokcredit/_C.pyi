@@ -9,10 +9,12 @@ COORDINATES: tuple[str, ...]
 GATED_VALUES: tuple[str, ...]
 LARGE: int
 LOSS_STATS: tuple[str, ...]
+MOMENTS: tuple[str, ...]
 OPERANDS: dict[str, float]
 REDUCTIONS: tuple[str, ...]
 SOURCES: tuple[str, ...]
 SURROGATES: tuple[str, ...]
+TYPES: tuple[str, ...]
 
 def baseline(log_probs: Tensor | None, squares: Tensor | None, rewards: Tensor | None, begin: Tensor | None, end: Tensor | None, mask: Tensor | None, group: Tensor | None, groups: int, epsilon: float, advantages: Tensor | None, returns: Tensor | None, threads: int, /) -> None: ...
 def build_info() -> dict[str, Any]: ...

@@ -22,11 +22,10 @@ def members(by, size):
 
 
 def reduced(name, x, by):
-    return (
-        segment.count(by).to(torch.promote_types(x.dtype, torch.float32))
-        if name == "count"
-        else getattr(segment, name)(x, by)
-    )
+    if name == "count":
+        return segment.count(by).to(torch.promote_types(x.dtype, torch.float32))
+    y = getattr(segment, name)(x, by)
+    return torch.stack(y, 1) if name == "moments" else y
 
 
 @st.composite
@@ -51,7 +50,7 @@ def test_matches_definition(grouping, name, seed):
         inside[group] = True
         expected.append(reference.reduce(name, x[group].tolist()))
     ours = reduced(name, x.masked_fill(~inside, math.nan), by)
-    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64).view_as(ours))
 
 
 @given(groupings(), st.sampled_from(["sum", "mean", "logsumexp"]))
@@ -77,7 +76,7 @@ def test_long_rows_in_blocks(name, dtype, monkeypatch):
     for threads in (1, 5):
         monkeypatch.setattr(ops.call, "_threads", threads)
         results.append(reduced(name, x, spans))
-    assert torch.equal(*results) and results[0].dtype == torch.float32
+    assert torch.equal(*results) and results[0].dtype == (torch.float64 if name == "moments" else torch.float32)
     exact = [reference.reduce(name, part.tolist()) for part in (x[:10].double(), x[10:].double())]
     torch.testing.assert_close(results[0].double(), torch.tensor(exact, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
@@ -103,6 +102,26 @@ def test_spread_and_extremes_of_short_and_long_rows(size):
     x[size - 1 - size % 3] = math.nan
     for reduce in (segment.var, segment.minimum, segment.maximum):
         assert mask[size - 1 - size % 3] and reduce(x, spans).isnan().item()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 200, 70_000])
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e300, -7.7e-9])
+def test_moments_of_equal_numbers_are_exact(size, value):
+    x = torch.full((size,), value, dtype=torch.float64)
+    for by in (Spans.single(size), segment.Ids(torch.zeros(size, dtype=torch.int64), 1)):
+        moments = segment.moments(x, by)
+        assert [m.item() for m in moments] == [size, value, 0, value, value]
+    assert moments._fields == ops.MOMENTS
+
+
+def test_moments_of_groups_in_one_operation():
+    x = torch.tensor([1.0, 2.0, 4.0, math.nan, 3.0])
+    mask = torch.tensor([True, True, True, False, True])
+    by = segment.Ids(torch.tensor([1, 0, 1, 0, 1]), 3, mask)
+    size, mean, var, low, high = segment.moments(x, by)
+    assert (size.tolist(), mean.tolist()) == ([1, 3, 0], [2, pytest.approx(8 / 3), 0])
+    assert var.tolist() == [0, pytest.approx(7 / 3), 0]
+    assert (low.tolist(), high.tolist()) == ([2, 1, math.inf], [2, 4, -math.inf])
 
 
 def test_infinities_in_logsumexp():

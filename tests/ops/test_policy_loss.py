@@ -6,9 +6,8 @@ import reference.policy_loss as reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokcredit import ops
+from tokcredit import Spans, ops
 from tokcredit.blocks import scan
-from tokcredit import Spans
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from tokcredit import ops
-from tokcredit import Spans
+from tokcredit import Spans, ops
 
 pytestmark = pytest.mark.usefixtures("device")
 

@@ -203,17 +203,14 @@ class Moments(NamedTuple):
 
 
 def moments(x: Tensor, by: By, ddof: float = 1.0) -> Moments:
-    """Return count, mean, variance, minimum and maximum of each segment, computed in float64.
+    """Return count, mean, variance, minimum and maximum of each segment, computed in one pass in float64.
 
     Args:
         x: float ``[N]``, ``[R]`` or ``[M]``.
         by: What belongs together; see the module.
         ddof: Subtracted from the number of elements in the variance.
     """
-    x = float_tensor("x", x).double()
-    low = _reduce("minimum", x, by)
-    mean, var, high = _reduce("mean", x, by), _reduce("var", x, by, ddof), _reduce("maximum", x, by)
-    return Moments(count(by).double(), torch.where(low == high, low, mean), var, low, high)
+    return Moments(*_reduce("moments", float_tensor("x", x), by, ddof).unbind(1))
 
 
 def minimum(x: Tensor, by: By) -> Tensor:

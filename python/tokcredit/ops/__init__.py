@@ -11,13 +11,14 @@ from tokcredit.ops.logits import logits
 from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss
 from tokcredit.ops.repack import repack
 from tokcredit.ops.scan import scan
-from tokcredit.ops.segment import REDUCTIONS, count
+from tokcredit.ops.segment import MOMENTS, REDUCTIONS, count
 from tokcredit.ops.tree import expand, spread, tree_build, tree_fold
 
 __all__ = [
     "COORDINATES",
     "GATED_VALUES",
     "LOSS_STATS",
+    "MOMENTS",
     "REDUCTIONS",
     "SURROGATES",
     "baseline",

@@ -58,7 +58,9 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         # The adjoint of a decayed recurrence is the same recurrence walked the other way.
         def adjoint(g: Tensor, carry: Tensor | None, exclusive: bool) -> tuple[Tensor, Tensor]:
-            return torch.ops.tokcredit.scan(g, *ctx.spans.arrays, ctx.decay, carry, not ctx.reverse, exclusive, num_threads())
+            return torch.ops.tokcredit.scan(
+                g, *ctx.spans.arrays, ctx.decay, carry, not ctx.reverse, exclusive, num_threads()
+            )
 
         gx = gcarry = None
         if grad is not None:

@@ -11,6 +11,8 @@ from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain
 from tokcredit.spans import Spans
 
 REDUCTIONS: tuple[str, ...] = _C.REDUCTIONS
+MOMENTS: tuple[str, ...] = _C.MOMENTS
+_MOMENTS = REDUCTIONS.index("moments")
 
 define(
     "tokcredit::segment_rows",
@@ -22,11 +24,17 @@ define(
 )
 
 
+def _outputs(x: Tensor, segments: int, reduction: int) -> Tensor:
+    if reduction == _MOMENTS:
+        return x.new_empty((segments, len(MOMENTS)), dtype=torch.float64)
+    return x.new_empty((segments,), dtype=accumulated(x.dtype))
+
+
 @register_fake("tokcredit::segment_rows")
 def _segment_rows_output(
     x: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, reduction: int, ddof: float, threads: int
 ) -> Tensor:
-    return x.new_empty(begin.shape, dtype=accumulated(x.dtype))
+    return _outputs(x, begin.shape[0], reduction)
 
 
 @impl("tokcredit::segment_rows", DEVICES)
@@ -43,7 +51,7 @@ def _segment_rows(
 def _segment_ids_output(
     x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float
 ) -> Tensor:
-    return x.new_empty((segments,), dtype=accumulated(x.dtype))
+    return _outputs(x, segments, reduction)
 
 
 @impl("tokcredit::segment_ids", DEVICES)
