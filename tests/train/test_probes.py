@@ -14,9 +14,9 @@ WORDS = tiny.tokenizer()
 ROWS = ["a;b;", "xy", "a;c;;d", ""]
 
 
-def worth(reply):
-    """A reward that differs between different replies, whatever the model says."""
-    return zlib.crc32(reply.encode()) / 2**32
+def worth(response):
+    """A reward that differs between different responses, whatever the model says."""
+    return zlib.crc32(response.encode()) / 2**32
 
 
 def problem(answer):

@@ -29,7 +29,7 @@ def naive(model, prompt, tokens, temperature):
 
 
 def sampled(model, ends, **settings):
-    """Rows, their log-probs and whether they ended, of four replies to each prompt, from one seed."""
+    """Rows, their log-probs and whether they ended, of four responses to each prompt, from one seed."""
     model.generation_config.eos_token_id = ends
     torch.manual_seed(0)
     made = TransformersSampler(model, WORDS, **settings).sample(PROMPTS, 4, 12, temperature=0.7)
