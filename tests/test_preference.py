@@ -72,7 +72,7 @@ def test_formula(reference, normalization, weighted):
 
     def formula(batch, log_probs):
         weights = 1 + 2 * batch.entropies if weighted else None
-        return naive_loss(batch, log_probs, 0.7, weights, reference != None, normalization == "mean")
+        return naive_loss(batch, log_probs, 0.7, weights, reference is not None, normalization == "mean")
 
     naive.check(objective, batch, log_probs_for(batch), formula)
     assert objective.required_inputs == ({"entropies"} if weighted else set()) | ({reference} - {None})
