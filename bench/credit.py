@@ -1,4 +1,4 @@
-"""Advantages of groups, beside verl's estimators."""
+"""Measure advantages of groups beside verl's estimators."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every operation on the GPU beside torch eager, torch.compile, torch's own operation and a Triton kernel.
+"""Measure every operation on the GPU beside torch eager, torch.compile, torch's own operation and a Triton kernel.
 
-Run: ``python bench/gpu.py [--json FILE] [--tokens N]``. Results are compared before anything is timed. A rate counts
-the bytes that must be read and written at least, so the share of the copy rate is what is left of the best possible.
+Run: ``python bench/gpu.py [--json FILE] [--tokens N]``. Results are compared before anything is timed. For rates and
+their share of the copy rate see ``harness.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def random(*shape, scale=1.0):
 
 
 def streams(table, rows, length):
-    """Operations that read and write each token once."""
+    """Measure operations that read and write each token once."""
     n, shape = rows * length, f"{rows} x {length}"
     spans = equal_rows(rows, length)
     mask = torch.rand(n, device="cuda") > 0.05
@@ -117,7 +117,7 @@ def streams(table, rows, length):
 
 
 def losses(table, rows, length):
-    """Forward and backward; what must move: log_probs, old_log_probs, mask, the gradient."""
+    """Measure losses forward and backward. They must read log_probs, old_log_probs and mask and write the gradient."""
     n, shape = rows * length, f"{rows} x {length}"
     old = -torch.rand(rows, length, device="cuda")
     mask = torch.rand(rows, length, device="cuda") > 0.05
@@ -153,7 +153,7 @@ def losses(table, rows, length):
         return run
 
     def mostly_equal(a, b):
-        # A token whose ratio meets its bound to the last bit may fall on either side.
+        # Rounding decides on which side of its bound a ratio falls that equals it.
         assert ((a - b).abs() > 1e-3 * a.abs().max()).float().mean() < 1e-4
 
     for name, eager in (("dapo", clipped), ("ctpo", cumulative)):
@@ -223,7 +223,7 @@ def with_triton(logits, tokens):
 
 
 def with_torch(logits, tokens):
-    """What trainers write: a float32 log_softmax, a gather, and the entropy from it."""
+    """Return log-probs and entropies as trainers write them: a float32 log_softmax and a gather."""
     everything = torch.log_softmax(logits.float(), -1)
     log_probs = everything.gather(-1, tokens[:, None])[:, 0]
     return log_probs, -(everything.exp() * everything).sum(-1)

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tokcredit import ops
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Inputs = tuple[object, ...]
@@ -160,6 +161,7 @@ class Cpu:
 
     def release(self) -> None:
         gc.collect()
+        ops.empty_cache()
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies from logits, with gradient, beside TRL, verl, torch eager and torch.compile."""
+"""Measure log-probs and entropies of logits, with gradient, beside TRL, verl, torch eager and torch.compile."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from harness import Table, main
 
 
 def with_torch(logits, tokens):
-    """A log_softmax in float32 at least, a gather, and the entropy from it."""
+    """Return log-probs and entropies by a log_softmax in float32 or float64 and a gather."""
     everything = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), -1)
     log_probs = everything.gather(-1, tokens[:, None])[:, 0]
     return log_probs, -(everything.exp() * everything).sum(-1)
 
 
 def check(provider, logits, tokens, a, h):
-    """Compares a few rows, and their gradient, with float64."""
+    """Compare the results and the gradient of a few rows with float64."""
     exact = logits.detach().double().requires_grad_()
     expected = with_torch(exact, tokens)
     (slope,) = torch.autograd.grad(expected, exact, (a.double(), h.double()))

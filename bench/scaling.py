@@ -1,4 +1,4 @@
-"""Time against tokens, group size and row length, drawn into ``bench/scaling.png``."""
+"""Measure how time grows with tokens, group size and row length, and draw it into ``bench/scaling.png``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokcredit.blocks import scan, segment, select
 
 
 def seconds(f, budget=0.3):
-    """The median of a few calls."""
+    """Return the median time of a few calls."""
     f()
     times = []
     while sum(times) < budget and len(times) < 9:
@@ -24,7 +24,7 @@ def seconds(f, budget=0.3):
 
 
 def batch_of(rows, length, group):
-    """Rows that share their first half with the others of their group."""
+    """Return a batch whose rows share their first half with the others of their group."""
     tokens = torch.randint(0, 50_000, (rows, length), dtype=torch.int32)
     first = torch.arange(rows) // group * group
     tokens[:, : length // 2] = tokens[first, : length // 2]
@@ -35,7 +35,7 @@ def batch_of(rows, length, group):
 
 
 def operations(batch):
-    """What is timed, by name; each is linear in the tokens."""
+    """Return what is timed, by name. Each takes time in proportion to the tokens."""
     x, spans = torch.rand(batch.num_tokens), batch.spans
     tempo, dapo = tc.methods.tempo().credit, tc.methods.load("dapo")
     prepared = dapo.prepare(batch)

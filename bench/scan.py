@@ -1,4 +1,4 @@
-"""Advantages and returns along rows, beside verl's loops and torchrl's convolution."""
+"""Measure advantages and returns along rows beside verl's loops and torchrl's convolution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantiles and top-k of all tokens of a batch, beside torch.quantile, torch.kthvalue and torch.topk."""
+"""Measure quantiles and top-k of all tokens of a batch beside torch.quantile, torch.kthvalue and torch.topk."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run(table: Table, quick: bool) -> None:
                 "torch.topk": topk,
                 "torch.kthvalue": kthvalue,
             },
-            # Where values are equal, torch marks more of them, or others.
+            # Of equal values torch marks others, or more of them.
             lambda a, b: torch.testing.assert_close(a.sum().float(), b.sum().float(), rtol=1e-5, atol=2),
             {"torch.topk": 5},
         )

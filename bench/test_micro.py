@@ -1,11 +1,11 @@
-"""``pytest bench/``: small inputs, each provider compared with ours and then timed by pytest-benchmark."""
+"""Microbenchmarks on small inputs: ``pytest bench/`` compares each provider with ours and then times it."""
 
 from __future__ import annotations
 
 import pytest
 import tokcredit as tc
 import torch
-from loss import eager_losses, mostly_equal, step, workload
+from loss import eager_losses, mostly_equal, ours, step, workload
 from tokcredit.blocks import scan, segment, select
 
 ROWS, LENGTH = 64, 2_048
@@ -23,8 +23,8 @@ def losses(name):
     prepared = objective.prepare(batch)
     eager = eager_losses(old, mask)[name == "ctpo"]
     x = old + 0.02 * torch.randn(ROWS, LENGTH)
-    ours, theirs = step(lambda y: objective.loss(prepared, y).loss), step(lambda y: eager(y, prepared.credit))
-    return x, {"tokcredit": ours, "torch": theirs}, mostly_equal
+    providers = {"tokcredit": step(ours(objective, prepared)), "torch": step(lambda y: eager(y, prepared.credit))}
+    return x, providers, mostly_equal
 
 
 def logits():

@@ -1,6 +1,6 @@
 """A training loop of one's own: torch and tokcredit, nothing else.
 
-The reward is the share of a reply's tokens that repeat the digit of the prompt::
+The reward is the share of a response's tokens that repeat the digit of the prompt::
 
     python examples/grpo.py --method tempo
     python examples/grpo.py --method tempo --ratio ctpo --clip ctpo
@@ -31,18 +31,18 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts):
-        """Return replies ``(B, LENGTH)`` to prompts ``(B, 1)``."""
-        ids, state, replies = prompts, None, []
+        """Return responses ``(B, LENGTH)`` to prompts ``(B, 1)``."""
+        ids, state, responses = prompts, None, []
         for _ in range(LENGTH):
             logits, state = self(ids, state)
             ids = torch.distributions.Categorical(logits=logits[:, -1]).sample()[:, None]
-            replies.append(ids)
-        return torch.cat(replies, 1)
+            responses.append(ids)
+        return torch.cat(responses, 1)
 
-    def log_probs(self, prompts, replies):
-        """Return the log-probs of the replies' tokens, ``(B, LENGTH)``."""
-        logits, _ = self(torch.cat([prompts, replies[:, :-1]], 1))
-        return tc.log_probs.from_logits(logits, replies)
+    def log_probs(self, prompts, responses):
+        """Return the log-probs of the responses' tokens, ``(B, LENGTH)``."""
+        logits, _ = self(torch.cat([prompts, responses[:, :-1]], 1))
+        return tc.log_probs.from_logits(logits, responses)
 
 
 def main(method, steps, **stages):
@@ -53,16 +53,16 @@ def main(method, steps, **stages):
     groups = torch.arange(GROUPS).repeat_interleave(SIZE)
     for step in range(steps):
         prompts = torch.randint(DIGITS, (GROUPS, 1))[groups]
-        replies = policy.sample(prompts)
-        mask = (replies == END).cumsum(1) - (replies == END).int() == 0  # up to the first end token
-        rewards = ((replies == prompts) & mask).float().mean(1)
+        responses = policy.sample(prompts)
+        mask = (responses == END).cumsum(1) - (responses == END).int() == 0  # up to the first end token
+        rewards = ((responses == prompts) & mask).float().mean(1)
         with torch.no_grad():
-            old = policy.log_probs(prompts, replies)
-        batch = tc.Rollouts.from_padded(replies, mask, groups, rewards, old_log_probs=old)
+            old = policy.log_probs(prompts, responses)
+        batch = tc.Rollouts.from_padded(responses, mask, groups, rewards, old_log_probs=old)
         prepared = objective.prepare(batch, progress=step / steps)
         for _ in range(2):
             for rows in torch.randperm(len(groups)).split(32):
-                out = objective.loss(prepared.select(rows), policy.log_probs(prompts[rows], replies[rows]))
+                out = objective.loss(prepared.select(rows), policy.log_probs(prompts[rows], responses[rows]))
                 out.loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -11,15 +11,17 @@ collect_ignore = [] if find_spec("tyro") else ["test_cli.py", "train", "analyze"
 
 sys.path.insert(0, str(Path(__file__).parent))
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=1700)
 hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Where a module's tensors are made: tests of operations run once on each device."""
-    if request.param == "cuda":
+    emulated = request.config.pluginmanager.has_plugin("tests.emulation.plugin")  # CUDA kernels take CPU tensors
+    if request.param == "cuda" and not emulated:
         require_cuda()
-    torch.set_default_device(request.param)
+    torch.set_default_device("cpu" if emulated else request.param)
     yield request.param
     torch.set_default_device(None)
 

@@ -62,7 +62,7 @@ def test_malformed_pairs_are_refused():
         tc.Rollouts.from_pairs(tokens, tokens, MASK, MASK, entropy=(torch.ones(3, 4), torch.ones(3, 4)))
 
 
-@pytest.mark.parametrize("reference", ["ref_log_probs", "none"])
+@pytest.mark.parametrize("reference", ["ref_log_probs", None])
 @pytest.mark.parametrize("normalization", ["sum", "mean"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_formula(reference, normalization, weighted):
@@ -72,10 +72,10 @@ def test_formula(reference, normalization, weighted):
 
     def formula(batch, log_probs):
         weights = 1 + 2 * batch.entropies if weighted else None
-        return naive_loss(batch, log_probs, 0.7, weights, reference != "none", normalization == "mean")
+        return naive_loss(batch, log_probs, 0.7, weights, reference is not None, normalization == "mean")
 
     naive.check(objective, batch, log_probs_for(batch), formula)
-    assert objective.required_inputs == ({"entropies"} if weighted else set()) | ({reference} - {"none"})
+    assert objective.required_inputs == ({"entropies"} if weighted else set()) | ({reference} - {None})
 
 
 def test_the_row_with_the_higher_reward_is_chosen():
@@ -135,7 +135,7 @@ def test_half_a_pair_is_refused():
 
 def test_groups_that_are_no_pairs_are_refused():
     three = tc.Rollouts(torch.arange(3), torch.arange(4), torch.zeros(3).long(), torch.tensor([1.0, 0.0, 0.5]))
-    objective = tc.Preference(reference="none")
+    objective = tc.Preference(reference=None)
     with pytest.raises(ValueError, match="group_ids: expected pairs, groups of two rows, got a group of 3"):
         objective.prepare(three)
     with pytest.raises(

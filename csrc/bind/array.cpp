@@ -113,6 +113,9 @@ Array Call::read(const char *name, const py::handle &tensor) {
   // A subclass may override where its data are; a FakeTensor has none.
   if (!t.data && out.size > 0)
     fail(name, "a tensor with data", Py_TYPE(tensor.ptr())->tp_name + std::string(" without data"));
+#ifdef TOKCREDIT_EMULATED
+  emulated_.know(out.data, out.size * bytes_of(out.type));
+#endif
   if (device_type_ == 0) {
     device_type_ = t.device_type;
     device_id_ = t.device_id;

@@ -10,6 +10,9 @@
 #include <pybind11/pybind11.h>
 #include <string>
 #include <vector>
+#ifdef TOKCREDIT_EMULATED // tests/emulation: every call runs the CUDA kernels, on the host
+#include "emulation/queue.hpp"
+#endif
 
 namespace tokcredit::bind {
 
@@ -68,7 +71,11 @@ public:
   }
 
   [[noreturn]] void fail(const char *name, const std::string &expected, const std::string &got) const;
+#ifdef TOKCREDIT_EMULATED
+  bool on_cuda() const { return true; }
+#else
   bool on_cuda() const { return device_type_ == dlpack::device_cuda; }
+#endif
 
   // Runs `cpu()` or `device(queue)` without the GIL. `device` is a generic lambda: a build without CUDA never
   // instantiates it, and says in one sentence that it was built so.
@@ -80,6 +87,9 @@ private:
   const char *op_;
   int32_t device_type_ = 0;
   int32_t device_id_ = 0;
+#ifdef TOKCREDIT_EMULATED
+  mutable emulation::Queue emulated_;
+#endif
 };
 
 // A queue whose scratch is allocated by torch, on the stream that is current there.
@@ -95,7 +105,11 @@ private:
   std::vector<dlpack::ManagedTensor *> scratch_;
 };
 
-template <class Cpu, class Cuda> void Call::run(Cpu &&cpu, [[maybe_unused]] Cuda &&device) const {
+template <class Cpu, class Cuda>
+void Call::run([[maybe_unused]] Cpu &&cpu, [[maybe_unused]] Cuda &&device) const {
+#ifdef TOKCREDIT_EMULATED
+  device(emulated_);
+#else
   if (!on_cuda()) {
     py::gil_scoped_release unlocked;
     cpu();
@@ -108,6 +122,7 @@ template <class Cpu, class Cuda> void Call::run(Cpu &&cpu, [[maybe_unused]] Cuda
   device(queue);
 #else
   no_cuda();
+#endif
 #endif
 }
 

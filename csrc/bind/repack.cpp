@@ -35,7 +35,8 @@ void repack(const py::object &x, const py::object &from, const py::object &to, c
                  call.read_as<int64_t>("length", length, Type::i64, starts.size),
                  starts.size,
                  target.data,
-                 target.size};
+                 target.size,
+                 source.size};
   check_rows(call, p, source.size);
   call.run([&] { cpu::repack(p, threads); }, [&](auto &queue) { cuda::repack(p, queue); });
 }

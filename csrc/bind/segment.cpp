@@ -16,7 +16,7 @@ void segment_rows(const py::object &x, const py::object &begin, const py::object
   const bool counts = kind == Reduction::count;
   const Array values = counts ? call.read("x", x) : call.read_float("x", x);
   const Rows rows = call.rows(begin, end, mask, values.size);
-  const Type type = counts && values.type != Type::f64 ? Type::f32 : values.type;
+  const Type type = counts ? Type::f64 : values.type;
   const SegmentRows s{
       rows, type, values.data,
       kind, ddof, call.read("y", y, result_type(kind, type), rows.count * width_of(kind)).data};

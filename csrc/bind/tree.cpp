@@ -97,6 +97,7 @@ void expand(const py::object &begin, const py::object &end, const py::object &ma
     if (up.type != Type::i64)
       call.fail("parent", "int64", name_of(up.type));
     const int64_t V = up.size;
+    e.nodes = V;
     e.leaf = call.read_as<int64_t>("leaf", leaf, Type::i64, rows.count);
     e.parent = up.as<int64_t>();
     e.depth = call.read_as<int64_t>("depth", depth, Type::i64, V);

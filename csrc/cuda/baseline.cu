@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(block_threads) find_energies(Baseline b, accum
 __global__ void make_keys(Baseline b, uint32_t *keys, uint32_t *rows) {
   const int64_t r = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (r < b.rows.count) {
-    keys[r] = uint32_t(b.group[r]);
+    keys[r] = uint32_t(min(max(b.group[r], int64_t(0)), b.groups - 1));
     rows[r] = uint32_t(r);
   }
 }
@@ -46,10 +46,8 @@ __global__ void __launch_bounds__(block_threads)
   if (g >= b.groups)
     return;
   int64_t longest = 0;
-  for (int64_t m = members.starts[g] + lane_id(); m < members.starts[g + 1]; m += 32) {
-    const int64_t r = members.rows[m];
-    longest = max(longest, b.rows.end[r] - b.rows.begin[r]);
-  }
+  for (int64_t m = members.starts[g] + lane_id(); m < members.starts[g + 1]; m += 32)
+    longest = max(longest, span_of(b.rows, members.rows[m]).length());
 #pragma unroll
   for (int step = 16; step > 0; step /= 2)
     longest = max(longest, from_lane(longest, lane_id() ^ step));
@@ -71,12 +69,13 @@ __global__ void __launch_bounds__(block_threads)
   // body(k, t, live, G) for this lane's tokens, row after row.
   const auto each = [&](auto &&body) {
     for (int64_t m = members.starts[g]; m < members.starts[g + 1]; ++m) {
-      const int64_t r = members.rows[m], first = b.rows.begin[r] + from, last = b.rows.end[r];
+      const int64_t r = members.rows[m];
+      const Span row = span_of(b.rows, r);
       const A all = b.per_row ? A(load(static_cast<const T *>(b.rewards)[r])) : A(0);
 #pragma unroll
       for (int k = 0; k < own; ++k) {
-        const int64_t t = first + 32 * k;
-        if (t >= last)
+        const int64_t t = row.begin + from + 32 * k;
+        if (t >= row.end)
           continue;
         const bool live = !b.rows.mask || b.rows.mask[t];
         body(k, t, live, !live ? A(0) : b.per_row ? all : advantages[t]);
@@ -142,6 +141,8 @@ const int64_t *stretches_of(const Baseline &b, const Members &members, Queue &qu
 } // namespace
 
 void baseline(const Baseline &b, Queue &queue) {
+  if (b.groups < 1)
+    throw std::invalid_argument("baseline: groups: expected at least 1, got " + std::to_string(b.groups));
   with_float(b.type, [&](auto t) {
     using T = typename decltype(t)::type;
     using A = accumulate_t<T>;

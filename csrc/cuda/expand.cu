@@ -73,9 +73,11 @@ __global__ void __launch_bounds__(block_threads) expand_rows(Expand e, int64_t s
   const int64_t work = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / team, r = work / slices;
   if (r >= e.rows.count)
     return;
-  const int64_t begin = e.rows.begin[r], end = e.rows.end[r], slice = work % slices;
+  const auto [begin, end] = span_of(e.rows, r);
+  const int64_t slice = work % slices;
   // A row and the padding after it, up to the next row; the padding before the first row is its own.
-  const int64_t from = r == 0 ? 0 : begin, to = r + 1 < e.rows.count ? e.rows.begin[r + 1] : e.rows.size;
+  const int64_t from = r == 0 ? 0 : begin;
+  const int64_t to = r + 1 < e.rows.count ? span_of(e.rows, r + 1).begin : e.rows.size;
   const int64_t share = ceil_div(ceil_div(to - from, slices), 16) * 16;
   const Run<T, team> run{e.rows, y, min(to, from + slice * share), min(to, from + (slice + 1) * share)};
   const bool masked = e.rows.mask != nullptr;
@@ -84,8 +86,10 @@ __global__ void __launch_bounds__(block_threads) expand_rows(Expand e, int64_t s
   if (!e.leaf)
     run.fill(begin, end, masked, base, T{}, false);
   else
-    for (int64_t v = e.leaf[r]; v >= 0 && last > max(begin, run.low); v = e.parent[v]) {
-      const int64_t first = begin + e.depth[v];
+    for (int64_t v = e.leaf[r]; v >= 0 && v < e.nodes && last > max(begin, run.low); v = e.parent[v]) {
+      const int64_t first = begin + max(e.depth[v], int64_t(0));
+      if (first >= last) // no tree: a node begins before its children
+        break;
       if (first < run.high)
         run.fill(first, last, masked, body ? plus(base, body[v]) : base, head ? head[v] : T{},
                  head != nullptr);

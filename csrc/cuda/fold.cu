@@ -16,7 +16,7 @@ __global__ void make_items(TreeFold f, uint32_t *keys, uint32_t *items) {
   if (i >= R + V)
     return;
   const int64_t to = i < R ? f.leaf[i] : f.parent[R + V - 1 - i];
-  keys[i] = uint32_t(to < 0 ? V : to);
+  keys[i] = uint32_t(to < 0 || to >= V ? V : to);
   items[i] = uint32_t(i);
 }
 
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(block_threads)
     sums[v] = sum;
     y[v] = T(sum);
     v = f.parent[v];
-    if (v < 0)
+    if (v < 0 || v >= V)
       return;
     unsigned children = 0;
     for (int64_t k = starts[v + 1]; k-- > starts[v] && items[k] >= R;)

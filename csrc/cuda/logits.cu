@@ -1,7 +1,7 @@
 // A block per row of logits, 16 bytes per load. Forward reads a row once: every thread keeps the maximum of
 // what it has seen and the sums relative to it (online softmax), and the block merges them. Backward reads
 // once and writes once.
-#include "cuda/launch.cuh"
+#include "cuda/vector.cuh"
 #include "math/dispatch.hpp"
 #include "ops/logits.hpp"
 #include <cub/block/block_reduce.cuh>
@@ -9,48 +9,71 @@
 namespace tokcredit::cuda {
 namespace {
 
-// 2^x by the hardware, within 2 ulp; double by the library.
-__device__ float power_of_two(float x) { return exp2f(x); }
+// 2^x by the hardware, within 2 ulp, and 0 below 2^-126; double by the library.
+__device__ float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
 __device__ double power_of_two(double x) { return exp2(x); }
 
-// 2 to less is 0. A finite floor keeps 0 * x at 0 where a logit is -inf; NaN passes.
-__device__ float floored(float x) { return x < -150.0f ? -150.0f : x; }
-__device__ double floored(double x) { return x < -1080.0 ? -1080.0 : x; }
+// The larger number; of a number and NaN the number.
+__device__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ double larger(double a, double b) { return fmax(a, b); }
+
+// 2 to less is 0. A finite floor keeps 2^d * d at 0 where a logit is -inf.
+__device__ float floored(float x) { return larger(x, -150.0f); }
+__device__ double floored(double x) { return larger(x, -1080.0); }
 
 __device__ float lowest(float) { return -3.402823466e38f; }
 __device__ double lowest(double) { return -1.7976931348623157e308; }
 
 constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
 
-// Sums of 2^d and of d * 2^d, d = (x - most) * scale being at most 0.
+// Sums of 2^d and of d * 2^d, d = (x - most) * scale being at most 0. The first leaves out one logit that is
+// the largest: where p is close to 1, the sum of the others keeps digits that 1 + others would lose.
 template <class A> struct Sums {
   A most;
-  double powers = 0, weighted = 0;
+  double others = -1, weighted = 0; // -1: no logit yet
 
   __device__ void raise(A to, A scale) {
-    const double d = double(floored((most - to) * scale));
-    const double factor = double(power_of_two(A(d)));
-    weighted = factor * (weighted + d * powers);
-    powers *= factor;
+    const double d = double(floored((most - to) * scale)), factor = double(power_of_two(A(d)));
+    weighted = factor * (weighted + d * (1 + others));
+    others = factor * (1 + others);
     most = to;
   }
 
-  // Up to `width` logits at once: one change of the maximum, sums in A, then in double.
+  // Several logits at once: one change of the maximum, sums in A, then in double.
   template <int width> __device__ void add(const A (&x)[width], A scale) {
-    A top = most;
+    A top = x[0];
 #pragma unroll
-    for (int k = 0; k < width; ++k)
-      top = top < x[k] ? x[k] : top;
-    if (top > most)
+    for (int k = 1; k < width; ++k)
+      top = larger(top, x[k]);
+    if (top > most) {
       raise(top, scale);
+      sum<true>(x, scale);
+    } else {
+      sum<false>(x, scale);
+    }
+  }
+
+private:
+  template <bool raised, int width> __device__ void sum(const A (&x)[width], A scale) {
     A p = 0, w = 0;
+    bool left_out = !raised;
 #pragma unroll
     for (int k = 0; k < width; ++k) {
-      const A d = floored((x[k] - most) * scale), e = power_of_two(d);
-      p += e;
-      w += e * d;
+      const A d = (x[k] - most) * scale, e = power_of_two(d);
+      w += e * floored(d);
+      const bool leave = !left_out && d == 0; // never for inf - inf
+      left_out |= leave;
+      p += leave ? A(0) : e;
     }
-    powers += double(p);
+    others += double(p);
     weighted += double(w);
   }
 };
@@ -62,33 +85,22 @@ template <class A> struct Merge {
       a.raise(b.most, scale);
     else
       b.raise(a.most, scale);
-    a.powers += b.powers;
+    a.others += b.others;
     a.weighted += b.weighted;
     return a;
   }
 };
 
-// Calls some(i) for single elements and many(i) for each run of `width` whose address is a multiple of 16.
-template <int width, class T, class Some, class Many>
-__device__ void each_vector(const T *x, int64_t n, bool whole, Some &&some, Many &&many) {
-  const int64_t misplaced = int64_t(reinterpret_cast<uintptr_t>(x) % 16 / sizeof(T));
-  const int64_t head = whole ? min(n, (width - misplaced) % width) : n, runs = (n - head) / width;
-  for (int64_t i = threadIdx.x; i < head; i += blockDim.x)
-    some(i);
-  for (int64_t v = threadIdx.x; v < runs; v += blockDim.x)
-    many(head + v * width);
-  for (int64_t i = head + runs * width + threadIdx.x; i < n; i += blockDim.x)
-    some(i);
-}
-
-template <class T> struct alignas(16) Vector {
-  static constexpr int width = 16 / sizeof(T);
-  T item[width];
-};
-
 __device__ int64_t token_of(const Logits &in, int64_t i) {
   return in.token_type == Type::i64 ? static_cast<const int64_t *>(in.tokens)[i]
                                     : int64_t(static_cast<const int32_t *>(in.tokens)[i]);
+}
+
+template <class T, class A, int width>
+__device__ void numbers(const Vector<T> &v, A (&x)[width], int from = 0) {
+#pragma unroll
+  for (int k = 0; k < Vector<T>::width; ++k)
+    x[from + k] = load(v.item[k]);
 }
 
 template <class T, int threads> __global__ void __launch_bounds__(threads) forward(LogitsForward f) {
@@ -97,98 +109,142 @@ template <class T, int threads> __global__ void __launch_bounds__(threads) forwa
   __shared__ typename Reduce::TempStorage scratch;
   constexpr int width = Vector<T>::width;
   const A scale = A(log2_e / f.in.temperature);
-  for (int64_t i = blockIdx.x; i < f.in.rows; i += gridDim.x) {
-    const T *x = static_cast<const T *>(f.in.logits) + i * f.in.vocabulary;
-    const int64_t token = token_of(f.in, i);
-    const bool valid = token >= 0 && token < f.in.vocabulary;
-    Sums<A> own{lowest(A())};
-    if (valid)
-      each_vector<width>(
-          x, f.in.vocabulary, true,
-          [&](int64_t j) {
-            const A one[1] = {load(x[j])};
-            own.add(one, scale);
-          },
-          [&](int64_t j) {
-            const Vector<T> v = *reinterpret_cast<const Vector<T> *>(x + j);
-            A many[width];
-#pragma unroll
-            for (int k = 0; k < width; ++k)
-              many[k] = load(v.item[k]);
-            own.add(many, scale);
-          });
-    const Sums<A> all = Reduce(scratch).Reduce(own, Merge<A>{scale});
-    __syncthreads(); // the next row uses the same scratch
-    if (threadIdx.x != 0)
-      continue;
-    // To raise an error for an id outside the vocabulary would mean to wait for the device: its row is NaN.
-    double log_prob = token == -1 ? 0 : double(NAN), entropy = log_prob, logsumexp = log_prob;
-    if (valid && all.powers != 0) { // 0: every logit is -inf
-      const double inverse = 1 / f.in.temperature, log_sum = log(all.powers);
-      log_prob = (double(load(x[token])) - double(all.most)) * inverse - log_sum;
-      entropy = log_sum - all.weighted / all.powers * ln_2;
-      logsumexp = double(all.most) * inverse + log_sum;
-    }
-    static_cast<A *>(f.log_probs)[i] = A(log_prob);
-    static_cast<A *>(f.entropies)[i] = A(entropy);
-    f.logsumexp[i] = logsumexp;
+  const int64_t i = blockIdx.x;
+  const T *x = static_cast<const T *>(f.in.logits) + i * f.in.vocabulary;
+  const int64_t token = token_of(f.in, i);
+  const bool valid = token >= 0 && token < f.in.vocabulary;
+  Sums<A> own{lowest(A())};
+  if (valid) {
+    const Vectors<T> vectors(x, f.in.vocabulary);
+    vectors.each_single([&](int j) {
+      const A one[1] = {load(x[j])};
+      own.add(one, scale);
+    });
+    vectors.each_vector(
+        [&](int j, int k) {
+          const Vector<T> first = load_vector(x + j), second = load_vector(x + k);
+          A both[2 * width];
+          numbers(first, both);
+          numbers(second, both, width);
+          own.add(both, scale);
+        },
+        [&](int j) {
+          A one[width];
+          numbers(load_vector(x + j), one);
+          own.add(one, scale);
+        });
   }
+  const Sums<A> all = Reduce(scratch).Reduce(own, Merge<A>{scale});
+  if (threadIdx.x != 0)
+    return;
+  // To raise an error for an id outside the vocabulary would mean to wait for the device: its row is NaN.
+  double log_prob = token == -1 ? 0 : double(NAN), entropy = log_prob, logsumexp = log_prob;
+  if (valid && all.others != -1) { // -1: every logit is -inf
+    const double inverse = 1 / f.in.temperature, log_sum = log1p(all.others);
+    log_prob = (double(load(x[token])) - double(all.most)) * inverse - log_sum;
+    entropy = log_sum - all.weighted / (1 + all.others) * ln_2;
+    logsumexp = double(all.most) * inverse + log_sum;
+  }
+  static_cast<A *>(f.log_probs)[i] = A(log_prob);
+  static_cast<A *>(f.entropies)[i] = A(entropy);
+  f.logsumexp[i] = logsumexp;
+}
+
+// The gradient of a row with respect to one logit. Coefficients are divided by the temperature.
+template <class A> struct Slope {
+  // log2 p = (x - center) * scale - rest; center and rest are logsumexp in two parts, so that p keeps its
+  // digits when the logits are large.
+  A center, scale, rest;
+  A constant, times_log_p; // -p * (constant + times_log_p * log2 p)
+
+  __device__ A operator()(A logit) const {
+    const A d = (logit - center) * scale - rest;
+    return -power_of_two(d) * (constant + times_log_p * floored(d));
+  }
+};
+
+// The same for the row's token, in double: 1 - p keeps its digits when p is close to 1. One thread of a block
+// calls it.
+__noinline__ __device__ double slope_of_token(double log_p, double entropy, double from_log_prob,
+                                              double from_entropy) {
+  const double p = exp(log_p);
+  return -from_log_prob * expm1(log_p) - from_entropy * (p > 0 ? p * (log_p + entropy) : p);
 }
 
 template <class T, int threads> __global__ void __launch_bounds__(threads) backward(LogitsBackward b) {
   using A = accumulate_t<T>;
   constexpr int width = Vector<T>::width;
-  const int64_t vocabulary = b.in.vocabulary;
+  const int64_t i = blockIdx.x, vocabulary = b.in.vocabulary;
   const double inverse = 1 / b.in.temperature;
-  const A scale = A(log2_e * inverse);
   const A *grad_log_probs = static_cast<const A *>(b.grad_log_probs);
   const A *grad_entropies = static_cast<const A *>(b.grad_entropies);
-  for (int64_t i = blockIdx.x; i < b.in.rows; i += gridDim.x) {
-    const T *x = static_cast<const T *>(b.in.logits) + i * vocabulary;
-    T *grad = static_cast<T *>(b.grad) + i * vocabulary;
-    const int64_t token = token_of(b.in, i);
-    const double from_log_prob = grad_log_probs ? double(grad_log_probs[i]) * inverse : 0;
-    const double from_entropy = grad_entropies ? double(grad_entropies[i]) * inverse : 0;
-    // Pairs of vectors that start at the same place inside 16 bytes.
-    const bool whole = (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(grad)) % 16 == 0;
-    if (token == -1 || (from_log_prob == 0 && from_entropy == 0)) {
-      each_vector<width>(
-          grad, vocabulary, true, [&](int64_t j) { grad[j] = T{}; },
-          [&](int64_t j) { *reinterpret_cast<Vector<T> *>(grad + j) = Vector<T>{}; });
-      continue;
-    }
-    // log2 p = (x - center) * scale - rest; center and rest are logsumexp in two parts, so that p keeps its
-    // digits when the logits are large.
-    const double entropy = static_cast<const A *>(b.entropies)[i];
-    const A center = A(b.logsumexp[i] * b.in.temperature);
-    const A rest = A((b.logsumexp[i] - double(center) * inverse) * log2_e);
-    const A ln2 = A(ln_2), h = A(entropy), a = A(from_log_prob), e = A(from_entropy);
-    const auto slope = [&](A logit) {
-      const A d = floored((logit - center) * scale - rest);
-      return -power_of_two(d) * (a + e * (d * ln2 + h));
-    };
-    // The chosen token in double: 1 - p keeps its digits when p is close to 1.
-    double chosen = double(NAN);
-    if (token >= 0 && token < vocabulary) {
-      const double log_p = double(load(x[token])) * inverse - b.logsumexp[i], p = exp(log_p);
-      chosen = -from_log_prob * expm1(log_p) - from_entropy * (p > 0 ? p * (log_p + entropy) : p);
-    }
-    const auto put = [&](T *to, int64_t j, A logit) { store(to, j == token ? A(chosen) : slope(logit)); };
-    each_vector<width>(
-        x, vocabulary, whole, [&](int64_t j) { put(grad + j, j, load(x[j])); },
-        [&](int64_t j) {
-          const Vector<T> v = *reinterpret_cast<const Vector<T> *>(x + j);
-          Vector<T> out;
-#pragma unroll
-          for (int k = 0; k < width; ++k)
-            put(out.item + k, j + k, load(v.item[k]));
-          *reinterpret_cast<Vector<T> *>(grad + j) = out;
-        });
+  const T *x = static_cast<const T *>(b.in.logits) + i * vocabulary;
+  T *grad = static_cast<T *>(b.grad) + i * vocabulary;
+  const int64_t token = token_of(b.in, i);
+  const double from_log_prob = grad_log_probs ? double(grad_log_probs[i]) * inverse : 0;
+  const double from_entropy = grad_entropies ? double(grad_entropies[i]) * inverse : 0;
+  if (token == -1 || (from_log_prob == 0 && from_entropy == 0)) {
+    const auto clear = [&](int j) { store_vector(grad + j, Vector<T>{}); };
+    const Vectors<T> vectors(grad, vocabulary);
+    vectors.each_single([&](int j) { grad[j] = T{}; });
+    vectors.each_vector(
+        [&](int j, int k) {
+          clear(j);
+          clear(k);
+        },
+        clear);
+    return;
   }
+  const double entropy = static_cast<const A *>(b.entropies)[i], logsumexp = b.logsumexp[i];
+  const A center = A(logsumexp * b.in.temperature);
+  const double rest = (logsumexp - double(center) * inverse) * log2_e;
+  const bool valid = token >= 0 && token < vocabulary;
+  const double none = valid ? 0 : double(NAN);
+  const Slope<A> slope{center, A(log2_e * inverse), A(rest), A(from_log_prob + from_entropy * entropy + none),
+                       A(from_entropy * ln_2)};
+  const auto of_token = [&](A logit) {
+    return A(slope_of_token(double(logit) * inverse - logsumexp, entropy, from_log_prob, from_entropy));
+  };
+  const int chosen = valid ? int(token) : -1;
+  const auto put = [&](int j, const Vector<T> &v) {
+    A out[width];
+    numbers(v, out);
+#pragma unroll
+    for (int k = 0; k < width; ++k)
+      out[k] = slope(out[k]);
+    if (unsigned(chosen - j) < unsigned(width)) { // no other thread reads or writes this logit
+      const A instead = of_token(load(x[chosen]));
+#pragma unroll
+      for (int k = 0; k < width; ++k)
+        out[k] = j + k == chosen ? instead : out[k];
+    }
+    Vector<T> stored;
+#pragma unroll
+    for (int k = 0; k < width; ++k)
+      store(stored.item + k, out[k]);
+    store_vector(grad + j, stored);
+  };
+  // Pairs of vectors that start at the same place inside 16 bytes.
+  const bool whole = (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(grad)) % 16 == 0;
+  const Vectors<T> vectors(x, vocabulary, whole);
+  vectors.each_single([&](int j) {
+    const A logit = load(x[j]);
+    store(grad + j, j == chosen ? of_token(logit) : slope(logit));
+  });
+  vectors.each_vector(
+      [&](int j, int k) {
+        const Vector<T> first = load_vector(x + j), second = load_vector(x + k);
+        put(j, first);
+        put(k, second);
+      },
+      [&](int j) { put(j, load_vector(x + j)); });
 }
 
 // Calls body with the threads of a block, so that each has a few vectors of a row.
 template <class T, class Body> void with_threads(const Logits &in, Body &&body) {
+  if (in.vocabulary >= int64_t(1) << 31)
+    throw std::invalid_argument("logits: vocabulary: expected fewer than 2^31, got " +
+                                std::to_string(in.vocabulary));
   const int64_t vectors = in.vocabulary * int64_t(sizeof(T)) / 16;
   if (vectors > 2048)
     body(std::integral_constant<int, 512>{});

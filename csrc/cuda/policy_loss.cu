@@ -238,35 +238,47 @@ __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Cha
   using A = accumulate_t<T>;
   A *slopes = static_cast<A *>(p.slopes);
   const int64_t from = place * tile_size, to = min(from + tile_size, p.rows.size);
-  each_piece<false>(
-      p.rows, from, to,
-      [&](int64_t r, int64_t first, int64_t last, bool starts, bool ends) {
-        Running in;
-        if constexpr (running) {
-          if (!starts && !ends) {
-            const Running own = total<T>(p, first, last);
-            chain->publish(place, Chain<Running>::total, own);
-            in = chain->arriving(place);
-            chain->publish(place, Chain<Running>::carry, in.then(own));
-          } else if (!starts) {
-            in = chain->arriving(place);
+  bool published = false;
+  // The row that begins here and goes on comes first: the next tile waits for its sums, and they wait for
+  // nothing.
+  for (int turn = running ? 0 : 1; turn < 2; ++turn)
+    each_piece<false>(
+        p.rows, from, to,
+        [&](int64_t r, int64_t first, int64_t last, bool starts, bool ends) {
+          Running in;
+          if constexpr (running) {
+            if ((starts && !ends) != (turn == 0))
+              return;
+            if (!starts && !ends) {
+              const Running own = total<T>(p, first, last);
+              chain->publish(place, Chain<Running>::total, own);
+              in = chain->arriving(place);
+              chain->publish(place, Chain<Running>::carry, in.then(own));
+            } else if (!starts) {
+              in = chain->arriving(place);
+            }
           }
-        }
-        const Stats stats = evaluate<kind, T, running>(p, r, first, last, in);
-        if constexpr (running)
-          if (starts && !ends)
-            chain->publish(place, Chain<Running>::carry, in);
-        if (lane_id() != 0)
-          return;
-        if (starts && ends)
-          write_row<A>(p, r, stats);
-        else
-          parts[part_of(place, !starts)] = stats;
-      },
-      [&](int64_t first, int64_t last) {
-        if (slopes)
-          fill_zero(slopes, first, last);
-      });
+          const Stats stats = evaluate<kind, T, running>(p, r, first, last, in);
+          if constexpr (running) {
+            if (starts && !ends)
+              chain->publish(place, Chain<Running>::carry, in);
+            published |= !ends;
+          }
+          if (lane_id() != 0)
+            return;
+          if (starts && ends)
+            write_row<A>(p, r, stats);
+          else
+            parts[part_of(place, !starts)] = stats;
+        },
+        [&](int64_t first, int64_t last) {
+          if (slopes && turn == 1)
+            fill_zero(slopes, first, last);
+        });
+  // Spans that overlap or are in no order may make the next tile wait for a row that did not come by here.
+  if constexpr (running)
+    if (!published)
+      chain->publish(place, Chain<Running>::carry, Running{});
 }
 
 // Blocks per multiprocessor: few enough that what a token needs fits the registers but for some words, and
@@ -288,7 +300,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once<kind, T, false>)
 template <Surrogate kind, class T>
 __global__ void __launch_bounds__(block_threads, blocks_at_once<kind, T, true>)
     policy_loss_chained(PolicyLoss p, int64_t tiles, Stats *parts, Chain<Running> chain) {
-  const int64_t place = chain.place();
+  const int64_t place = chain.turn() * warps_per_block + threadIdx.x / 32;
   if (place < tiles)
     tile<kind, T, true>(p, place, parts, &chain);
 }
@@ -299,7 +311,7 @@ __global__ void __launch_bounds__(block_threads) merge_parts(PolicyLoss p, const
   const int64_t r = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (r >= p.rows.count)
     return;
-  const int64_t begin = p.rows.begin[r], end = p.rows.end[r];
+  const auto [begin, end] = span_of(p.rows, r);
   if (begin < end && in_one_tile(begin, end))
     return;
   Stats own{};

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(block_threads) repack_tiles(Repack p, Rows tar
         const int64_t moved = p.from[r] - p.to[r];
 #pragma unroll 4
         for (int64_t t = first + lane_id(); t < last; t += 32)
-          y[t] = x[t + moved];
+          y[t] = t + moved >= 0 && t + moved < p.source ? x[t + moved] : T{};
       },
       [&](int64_t first, int64_t last) { fill_zero(y, first, last); });
 }

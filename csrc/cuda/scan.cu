@@ -1,6 +1,7 @@
-// One pass: each warp walks the pieces of rows in its tile; a row that came in from another tile waits for
-// its state there. The second walk over such a piece reads what the first one left in cache.
+// One pass. A warp holds a tile in registers, sixteen tokens per lane; lanes, warps and blocks hand on what
+// their tokens do to a state. A row that came in from another block waits for its state there.
 #include "cuda/chain.cuh"
+#include "cuda/lane.cuh"
 #include "math/dispatch.hpp"
 #include "ops/scan.hpp"
 
@@ -9,94 +10,180 @@ namespace {
 
 // state -> scale * state + shift. A state itself is kept as a shift, with scale 1.
 struct Affine {
-  double scale = 1, shift = 0;
+  double scale, shift;
 
   __device__ Affine then(const Affine &next) const {
     return {scale * next.scale, next.scale * shift + next.shift};
   }
 };
 
-// Walks tokens [first, last) of one row from `in`, and returns what comes out. `write` stores the states.
-template <class T, bool reverse, bool write>
-__device__ Affine walk(const Scan &s, int64_t first, int64_t last, Affine in) {
-  using A = accumulate_t<T>;
-  const T *x = static_cast<const T *>(s.x);
-  A *y = static_cast<A *>(s.y);
-  const bool read_aligned = quads_aligned(x), write_aligned = quads_aligned(y);
-  each_step<reverse>(first, last, [&](int64_t t) {
-    const Quad<bool> live = live_quad(s.rows, t, first, last);
-    const bool any = live.item[0] | live.item[1] | live.item[2] | live.item[3];
-    const Quad<T> values = any ? load_quad(x, t, s.rows.size, read_aligned) : Quad<T>{};
-    Affine own;
+constexpr Affine identity{1, 0};
+
+// What a warp's tile does to the row that goes on after it. Where a row begins in it, the state before does
+// not matter.
+struct Total {
+  Affine affine;
+  bool begins;
+
+  __device__ Total then(const Total &next) const {
+    return next.begins ? next : Total{affine.then(next.affine), begins};
+  }
+};
+
+// The tokens of a lane in walking order, from the k-th of sixteen to the next.
+template <bool reverse> __device__ constexpr int walked(int k) { return reverse ? own_tokens - 1 - k : k; }
+
+// Runs over the lane's tokens from `state`, and calls put(k, state before, state after) for each. With
+// `plain` all of them are live and no row begins; else `begins` and `live` are bits, and initial(k) is the
+// state of the row that begins at token k.
+template <bool reverse, bool plain, class T, class Initial, class Put>
+__device__ double walk(const Own<T> &x, double decay, double state, unsigned live, unsigned begins,
+                       Initial &&initial, Put &&put) {
 #pragma unroll
-    for (int i = 0; i < quad; ++i) {
-      const int k = reverse ? quad - 1 - i : i;
-      if (live.item[k])
-        own = own.then({s.decay, double(load(values.item[k]))});
-    }
-    Affine upto = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const Affine before = from_lane(upto, lane_id() >= step ? lane_id() - step : lane_id());
-      if (lane_id() >= step)
-        upto = before.then(upto);
-    }
-    if constexpr (write) {
-      Affine before = from_lane(upto, lane_id() ? lane_id() - 1 : 0);
-      double state = lane_id() ? in.then(before).shift : in.shift;
-      Quad<A> out{};
-#pragma unroll
-      for (int i = 0; i < quad; ++i) {
-        const int k = reverse ? quad - 1 - i : i;
-        if (!live.item[k])
-          continue;
-        const double old = state;
-        state = s.decay * state + double(load(values.item[k]));
-        out.item[k] = A(s.exclusive ? old : state);
-      }
-      store_quad(y, t, first, last, write_aligned, out);
-    }
-    in = in.then(from_lane(upto, 31));
-  });
-  return in;
+  for (int i = 0; i < own_tokens; ++i) {
+    const int k = walked<reverse>(i);
+    if (!plain && begins >> k & 1)
+      state = initial(k);
+    const double before = state;
+    if (plain || live >> k & 1)
+      state = decay * state + double(load(x.item[k]));
+    put(k, before, state);
+  }
+  return state;
 }
 
+// The affine maps of all lanes up to and including each. A lane looks back over `reach` lanes: not beyond one
+// in which a row begins.
+__device__ inline Affine scan_lanes(Affine upto, int reach) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Affine before = from_lane(upto, max(lane_id() - step, 0));
+    if (step <= reach)
+      upto = before.then(upto);
+  }
+  return upto;
+}
+
+// Blocks per multiprocessor for which registers are left.
+template <class T> constexpr int resident = sizeof(T) == 8 ? 2 : 3;
+
 template <class T, bool reverse>
-__global__ void __launch_bounds__(block_threads, 3) scan_tiles(Scan s, int64_t tiles, Chain<Affine> chain) {
+__global__ void __launch_bounds__(block_threads, resident<T>)
+    scan_tiles(Scan s, int64_t tiles, Chain<Affine> chain) {
   using A = accumulate_t<T>;
+  __shared__ Staged<A> staging[warps_per_block];
+  __shared__ Borders all_borders[warps_per_block];
+  __shared__ Total totals[warps_per_block];
+  __shared__ double arrived;
   const A *carry_in = static_cast<const A *>(s.carry_in);
-  A *carry_out = static_cast<A *>(s.carry_out), *y = static_cast<A *>(s.y);
-  const auto initial = [&](int64_t r) { return Affine{1, carry_in ? double(carry_in[r]) : 0.0}; };
+  A *carry_out = static_cast<A *>(s.carry_out);
+  const auto initial = [&](int64_t r) { return carry_in ? double(carry_in[r]) : 0.0; };
   // Rows without tokens are in no tile.
   for (int64_t r = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; r < s.rows.count;
        r += int64_t(gridDim.x) * blockDim.x)
     if (s.rows.begin[r] == s.rows.end[r])
-      carry_out[r] = A(initial(r).shift);
+      carry_out[r] = A(initial(r));
 
-  const int64_t place = chain.place();
-  if (place >= tiles)
-    return;
+  const int64_t turn = chain.turn();
+  const int warp = int(threadIdx.x / 32);
+  const int64_t place = turn * warps_per_block + warp; // of the tile, in walking order
   const int64_t from = (reverse ? tiles - 1 - place : place) * tile_size;
   const int64_t to = min(from + tile_size, s.rows.size);
-  each_piece<reverse>(
-      s.rows, from, to,
-      [&](int64_t r, int64_t first, int64_t last, bool starts, bool ends) {
-        Affine in = starts ? initial(r) : Affine{};
-        if (!starts && !ends) {
-          const Affine total = walk<T, reverse, false>(s, first, last, in);
-          chain.publish(place, Chain<Affine>::total, total);
-          in = chain.arriving(place);
-          chain.publish(place, Chain<Affine>::carry, in.then(total));
-        } else if (!starts) {
-          in = chain.arriving(place);
-        }
-        const Affine out = walk<T, reverse, true>(s, first, last, in);
-        if (starts && !ends)
-          chain.publish(place, Chain<Affine>::carry, out);
-        if (ends && lane_id() == 0)
-          carry_out[r] = A(out.shift);
-      },
-      [&](int64_t first, int64_t last) { fill_zero(y, first, last); });
+  const int block = reverse ? 31 - lane_id() : lane_id(); // of sixteen tokens
+  const int64_t own_from = from + block * own_tokens;
+  Staged<A> &staged = staging[warp];
+  Borders &borders = all_borders[warp];
+  // The number of a row waits where the lane that needs it will later put a result.
+  const auto row_at = [&](int token) -> int & { return reinterpret_cast<int &>(staged.at(token)); };
+
+  Own<T> x{};
+  unsigned inside = 0, live = 0, begins = 0, ends = 0;
+  int64_t first_row = 0;
+  if (place < tiles) {
+    x = load_own(static_cast<const T *>(s.x), own_from, s.rows.size);
+    const unsigned unmasked = s.rows.mask ? load_bits(s.rows.mask, own_from, s.rows.size) : own_all;
+    first_row = find_borders(s.rows, from, to, borders, row_at);
+    inside = Borders::own(borders.inside, block);
+    live = inside & unmasked;
+    begins = Borders::own(reverse ? borders.last : borders.first, block);
+    ends = Borders::own(reverse ? borders.first : borders.last, block);
+  }
+  const bool plain = __all_sync(all_lanes, live == own_all && (begins | ends) == 0);
+  const auto begun = [&](int k) { return initial(first_row + row_at(block * own_tokens + k)); };
+  const auto nothing = [](int, double, double) {};
+
+  // What the lane's tokens do.
+  Affine own = identity;
+  if (plain) {
+    own.shift = walk<reverse, true>(x, s.decay, 0, live, begins, begun, nothing);
+    own.scale = s.decay;
+#pragma unroll
+    for (int power = 1; power < own_tokens; power *= 2)
+      own.scale *= own.scale;
+  } else {
+    own.shift = walk<reverse, false>(x, s.decay, 0, live, begins, begun, nothing);
+    for (int k = __popc(live); k > 0; --k)
+      own.scale *= s.decay;
+  }
+  const unsigned beginning = __ballot_sync(all_lanes, begins != 0);
+  const unsigned not_after =
+      beginning & ((2u << lane_id()) - 1);        // lanes up to this one in which a row begins
+  const int nearest = 31 - __clz(int(not_after)); // -1 for none
+  const Affine upto = scan_lanes(own, lane_id() - max(nearest, 0));
+  const Affine before = from_lane(upto, max(lane_id() - 1, 0));
+  if (lane_id() == 31)
+    totals[warp] = {upto, beginning != 0};
+  __syncthreads();
+
+  // What the block's tiles before this one do, and all of them.
+  Total upto_warp{identity, false}, all{identity, false};
+#pragma unroll
+  for (int w = 0; w < warps_per_block; ++w) {
+    upto_warp = w == warp ? all : upto_warp;
+    all = all.then(totals[w]);
+  }
+  if (warp == 0) {
+    const int64_t start =
+        __ballot_sync(all_lanes, inside >> walked<reverse>(0) & 1 && !(begins >> walked<reverse>(0) & 1)) & 1;
+    const bool comes_in = start && turn > 0;
+    Affine in = identity;
+    if (all.begins || !comes_in) {
+      // The row that goes on began here: the next block waits for it, and it waits for nothing.
+      chain.publish(turn, Chain<Affine>::carry, {1, all.affine.shift});
+    } else {
+      chain.publish(turn, Chain<Affine>::total, all.affine);
+    }
+    if (comes_in) {
+      in = chain.arriving(turn);
+      if (!all.begins)
+        chain.publish(turn, Chain<Affine>::carry, {1, in.then(all.affine).shift});
+    }
+    if (lane_id() == 0)
+      arrived = in.shift;
+  }
+  __syncthreads();
+  if (place >= tiles)
+    return;
+
+  const Affine in{1, arrived};
+  const double at_warp = upto_warp.begins ? upto_warp.affine.shift : in.then(upto_warp.affine).shift;
+  const bool begun_before = lane_id() > 0 && (beginning & ((1u << lane_id()) - 1)) != 0;
+  double state = lane_id() == 0 ? at_warp
+                 : begun_before ? before.shift
+                                : before.scale * at_warp + before.shift;
+  A *out = staged.own(block);
+  if (plain) {
+    walk<reverse, true>(x, s.decay, state, live, begins, begun,
+                        [&](int k, double old, double now) { out[k] = A(s.exclusive ? old : now); });
+  } else {
+    walk<reverse, false>(x, s.decay, state, live, begins, begun, [&](int k, double old, double now) {
+      if (ends >> k & 1)
+        carry_out[first_row + row_at(block * own_tokens + k)] = A(now);
+      out[k] = live >> k & 1 ? A(s.exclusive ? old : now) : A(0);
+    });
+  }
+  __syncwarp();
+  staged.store(static_cast<A *>(s.y), from, to);
 }
 
 } // namespace
@@ -104,10 +191,10 @@ __global__ void __launch_bounds__(block_threads, 3) scan_tiles(Scan s, int64_t t
 void scan(const Scan &s, Queue &queue) {
   with_float(s.type, [&](auto t) {
     using T = typename decltype(t)::type;
-    const int64_t tiles = tiles_of(s.rows.size);
-    const Chain<Affine> chain("scan", queue, tiles);
-    launch("scan", queue, s.reverse ? scan_tiles<T, true> : scan_tiles<T, false>,
-           ceil_div(tiles > 0 ? tiles : 1, warps_per_block), block_threads, s, tiles, chain);
+    const int64_t tiles = tiles_of(s.rows.size), blocks = ceil_div(tiles > 0 ? tiles : 1, warps_per_block);
+    const Chain<Affine> chain("scan", queue, blocks);
+    launch("scan", queue, s.reverse ? scan_tiles<T, true> : scan_tiles<T, false>, blocks, block_threads, s,
+           tiles, chain);
   });
 }
 

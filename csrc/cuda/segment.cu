@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(block_threads) merge_parts(SegmentRows s, cons
   const int64_t r = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (r >= s.rows.count)
     return;
-  const int64_t begin = s.rows.begin[r], end = s.rows.end[r];
+  const auto [begin, end] = span_of(s.rows, r);
   if (begin < end && in_one_tile(begin, end))
     return;
   Moments<kind> own;

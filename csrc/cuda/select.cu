@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(block_threads)
   Goal<Key> goal = goals[g];
   if (goal.status != (pass.index ? by_index : by_key))
     return;
+  __syncwarp(); // all lanes have read the goal that one of them will change
   // Keys from the largest digit down, indices from the smallest up; eight digits per lane.
   constexpr int own = bins / 32;
   long long count[own], sum = 0;

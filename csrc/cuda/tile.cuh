@@ -12,6 +12,17 @@ constexpr int block_threads = 32 * warps_per_block;
 
 __device__ inline int lane_id() { return int(threadIdx.x % 32); }
 
+// Where a row lies; inside the buffer, whatever the arrays say. To look at them before a launch would mean to
+// wait for the device, so kernels see to it that they touch nothing outside of a tensor.
+struct Span {
+  int64_t begin, end;
+  __device__ int64_t length() const { return end - begin; }
+};
+__device__ inline Span span_of(const Rows &rows, int64_t r) {
+  const int64_t begin = min(max(rows.begin[r], int64_t(0)), rows.size);
+  return {begin, min(max(rows.end[r], begin), rows.size)};
+}
+
 // The number of entries of a nondecreasing array that are at most `bound`; the whole warp looks, 32 entries
 // at once.
 __device__ inline int64_t count_at_most(const int64_t *sorted, int64_t size, int64_t bound) {
@@ -34,10 +45,10 @@ __device__ void each_piece(const Rows &rows, int64_t from, int64_t to, Piece &&p
   if constexpr (!reverse) {
     int64_t done = from;
     for (int64_t r = count_at_most(rows.end, rows.count, from); r < rows.count && rows.begin[r] < to; ++r) {
-      const int64_t begin = rows.begin[r], end = rows.end[r];
-      if (begin == end)
-        continue;
+      const auto [begin, end] = span_of(rows, r);
       const int64_t first = max(begin, from), last = min(end, to);
+      if (first >= last)
+        continue;
       gap(done, first);
       piece(r, first, last, begin >= from, end <= to);
       done = last;
@@ -46,10 +57,10 @@ __device__ void each_piece(const Rows &rows, int64_t from, int64_t to, Piece &&p
   } else {
     int64_t done = to;
     for (int64_t r = count_at_most(rows.begin, rows.count, to - 1) - 1; r >= 0 && rows.end[r] > from; --r) {
-      const int64_t begin = rows.begin[r], end = rows.end[r];
-      if (begin == end)
-        continue;
+      const auto [begin, end] = span_of(rows, r);
       const int64_t first = max(begin, from), last = min(end, to);
+      if (first >= last)
+        continue;
       gap(last, done);
       piece(r, first, last, end <= to, begin >= from);
       done = first;

@@ -47,7 +47,7 @@ struct Paths {
 __global__ void make_keys(TreeBuild b, uint32_t *groups, uint32_t *rows) {
   const int64_t r = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (r < b.rows.count) {
-    groups[r] = uint32_t(b.group[r]);
+    groups[r] = uint32_t(min(max(b.group[r], int64_t(0)), b.groups - 1));
     rows[r] = uint32_t(r);
   }
 }
@@ -56,12 +56,9 @@ template <class Token> struct Text {
   const TreeBuild &b;
   const Places &places;
 
-  __device__ int64_t length(int64_t place) const {
-    const int64_t r = places.row[place];
-    return b.rows.end[r] - b.rows.begin[r];
-  }
+  __device__ int64_t length(int64_t place) const { return span_of(b.rows, places.row[place]).length(); }
   __device__ const Token *at(int64_t place) const {
-    return static_cast<const Token *>(b.tokens) + b.rows.begin[places.row[place]];
+    return static_cast<const Token *>(b.tokens) + span_of(b.rows, places.row[place]).begin;
   }
   // How far two rows agree that are known to agree before `from`; by a warp.
   __device__ int64_t shared(int64_t one, int64_t other, int64_t from) const {
@@ -259,6 +256,9 @@ template <class Token> void build(const TreeBuild &b, Queue &queue) {
 
 void tree_build(const TreeBuild &b, Queue &queue) {
   check_fits(op, "rows", b.rows.count);
+  if (b.groups < 1 || b.groups > b.rows.count)
+    throw std::invalid_argument(std::string(op) + ": groups: expected 1 to the number of rows, got " +
+                                std::to_string(b.groups));
   b.type == Type::i32 ? build<int32_t>(b, queue) : build<int64_t>(b, queue);
 }
 

@@ -1,4 +1,5 @@
 // Storage types and the type each is computed in: half precision in float, float and double in themselves.
+// A device converts with one instruction; the host's code is what the instruction does.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -55,6 +56,11 @@ TOKCREDIT_FN float load(bf16 x) {
   return out;
 }
 TOKCREDIT_FN float load(f16 x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
   // Shift the magnitude under float's exponent and rescale by 2^112: subnormals come out right as well.
   uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   float out;
@@ -67,17 +73,25 @@ TOKCREDIT_FN float load(f16 x) {
   wide |= uint32_t(x.bits & 0x8000) << 16;
   memcpy(&out, &wide, 4);
   return out;
+#endif
 }
 
 TOKCREDIT_FN void store(float *p, float x) { *p = x; }
 TOKCREDIT_FN void store(double *p, double x) { *p = x; }
 TOKCREDIT_FN void store(bf16 *p, float x) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(p->bits) : "f"(x));
+#else
   uint32_t wide;
   memcpy(&wide, &x, 4);
   const bool nan = (wide & 0x7fffffffu) > 0x7f800000u;
   p->bits = nan ? 0x7fc0 : uint16_t((wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
+#endif
 }
 TOKCREDIT_FN void store(f16 *p, float x) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(p->bits) : "f"(x));
+#else
   uint32_t wide;
   memcpy(&wide, &x, 4);
   const uint32_t sign = (wide >> 16) & 0x8000u;
@@ -98,6 +112,7 @@ TOKCREDIT_FN void store(f16 *p, float x) {
     out = (wide - 0x38000000u + 0x0fffu + ((wide >> 13) & 1u)) >> 13;
   }
   p->bits = uint16_t(sign | out);
+#endif
 }
 
 } // namespace tokcredit

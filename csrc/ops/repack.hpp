@@ -19,7 +19,8 @@ struct Repack {
   const int64_t *length; // [R]
   int64_t rows;
   void *y;
-  int64_t size; // of y
+  int64_t size;   // of y
+  int64_t source; // size of x
 };
 
 namespace cpu {

@@ -62,6 +62,7 @@ struct Expand {
   const void *body;      // [capacity] or null
   const void *head;      // [capacity] or null
   void *y;               // [N]
+  int64_t nodes;         // capacity
 };
 
 namespace cpu {

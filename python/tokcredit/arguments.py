@@ -14,7 +14,11 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def describe(x: Any) -> str:
-    """Return the dtype and shape of a tensor, or the type of anything else."""
+    """Return the dtype and shape of a tensor, or the type of anything else.
+
+    Args:
+        x: Anything.
+    """
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 

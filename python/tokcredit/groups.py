@@ -18,7 +18,7 @@ class Groups:
         index: int64 ``[R]``, the group of each row, from 0 to ``count - 1``, numbered by ascending group id.
         count: Number of groups.
         order: int64 ``[R]``, the rows group by group, or None where they lie so already.
-        spans: The groups as spans of rows in that order. Rows where its mask is False are not counted.
+        spans: The groups as spans of rows in that order. Rows whose mask is False do not count in statistics.
     """
 
     index: Tensor

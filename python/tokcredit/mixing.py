@@ -18,7 +18,8 @@ def mix(base: str | Stage, **stages: Any) -> Any:
 
     Each replacement is the name of a method, which gives its stage of that kind; or a stage; or the text of one of
     these with settings. Kinds of which an objective has several (``filters``, ``token_weights``, ``scales``,
-    ``terms``) also take a tuple or list. A text that names both a stage and a method means the stage.
+    ``terms``) also take a tuple or list. If a name is that of a stage and of a method, the stage is
+    meant.
 
     Args:
         base: Name of a method, text such as ``"grpo(clip_high=0.28)"``, or an objective.

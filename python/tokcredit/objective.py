@@ -1,4 +1,4 @@
-"""The policy-gradient objective, from batch to loss: a choice at each stage, prepared once and evaluated per part."""
+"""The policy-gradient objective, from batch to loss: one stage of each kind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokcredit import ops
@@ -42,7 +41,7 @@ class Objective(ObjectiveStage):
 
     Args:
         credit: The advantage of each token.
-        filters: Which rows and tokens train; the others leave every denominator.
+        filters: Which rows and tokens train. Others are not counted in any denominator.
         token_weights: Factors of the token losses.
         ratio: The importance ratio of each token.
         clip: How far the ratio may move.
@@ -101,9 +100,10 @@ class Objective(ObjectiveStage):
             batch: The rollouts, with whole groups. An objective that ``compares_groups`` must see the rows of all
                 ranks; each rank then takes its own with :meth:`Prepared.select`.
             batch_num_tokens: Training tokens over all ranks. This and the next two are counted when there is one rank.
-            global_batch_size: Rows with a training token over all ranks.
+            global_batch_size: Rows with a training token over all ranks; rows without one do not count.
             global_num_groups: Groups with such a row over all ranks.
-            dp_size: Ranks whose gradients the host averages; the loss is scaled so that the average is the whole.
+            dp_size: Number of ranks whose gradients the host averages. The loss is multiplied by it, so that the
+                average is the gradient of the whole batch.
             progress: From 0 at the first step of training to 1 at the last, for an objective with schedules.
             state: State of the controllers, for an objective with controllers.
 
@@ -126,9 +126,9 @@ class Objective(ObjectiveStage):
         signs = None
         if objective.aggregation.reads_signs:
             signs = advantages.sign() if advantages.dim() == 2 else credits.outcome(kept)[:, None].sign()
-        for choice in objective.filters:
-            if not choice.before_credit:
-                rows_or_tokens = choice(kept, advantages)
+        for stage in objective.filters:
+            if not stage.before_credit:
+                rows_or_tokens = stage(kept, advantages)
                 kept = kept.with_mask(kept.response_mask & per_token(rows_or_tokens, kept.spans))
         multiplier = None
         for weight in objective.token_weights:
@@ -150,9 +150,9 @@ class Objective(ObjectiveStage):
     def _credit(self, batch: Rollouts) -> tuple[Rollouts, Tensor]:
         """Return the batch in the mask of the filters that come before credit, and advantages in its layout."""
         taken = None
-        for choice in self.filters:
-            if choice.before_credit:
-                rows = choice(batch, None)[:, 0]
+        for stage in self.filters:
+            if stage.before_credit:
+                rows = stage(batch, None)[:, 0]
                 taken = rows if taken is None else taken & rows
         if taken is None:
             return batch, self.credit(batch)
@@ -289,7 +289,9 @@ class Prepared:
         return dataclasses.replace(self, **weights)
 
     def minibatch(self, rows: Any, **denominators: int) -> Prepared:
-        """Return these rows as an optimizer step of their own: the same advantages, denominators over these rows only.
+        """Return these rows as a batch of their own, for one optimizer step.
+
+        Advantages stay; denominators count these rows only.
 
         Args:
             rows: Integers ``[M]`` or bool ``[R]``; see :meth:`select`.
@@ -298,7 +300,7 @@ class Prepared:
         return self.select(rows).with_denominators(**denominators)
 
     def select(self, rows: Any) -> Prepared:
-        """Return these rows as a micro-batch. The losses of a partition of the rows add up to the whole.
+        """Return these rows as a micro-batch. Losses of micro-batches of all rows add up to the loss of the batch.
 
         Nothing is checked again or sorted, and nothing waits for the device unless ``rows`` itself lies on CUDA.
 

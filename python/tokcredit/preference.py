@@ -20,10 +20,8 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
 from tokcredit.stages import link as links
 from tokcredit.stages import token_weights as weight_stages
-from tokcredit.stages.base import option, part, parts
+from tokcredit.stages.base import input_name, option, part, parts
 from tokcredit.stages.credit.group import per_token, product
-
-_REFERENCES = ("ref_log_probs", "none")
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,13 @@ class Preference(ObjectiveStage):
 
     Args:
         token_weights: Factors of the tokens in the score.
-        reference: ``ref_log_probs``, or ``none`` for a score of ``log_probs`` alone.
+        reference: Input with the log-probs of the reference policy, or None for a score of ``log_probs`` alone.
         normalization: ``sum`` over the row's tokens, or ``mean``.
         link: Loss of a pair.
     """
 
     token_weights: tuple[weight_stages.TokenWeight, ...] = parts(weight_stages.TokenWeight)
-    reference: str = option(*_REFERENCES)
+    reference: str | None = input_name("ref_log_probs", optional=True)
     normalization: str = option("sum", "mean")
     link: links.Link = part(links.Link, links.logistic)
 
@@ -56,7 +54,7 @@ class Preference(ObjectiveStage):
     @cached_property
     def required_inputs(self) -> frozenset[str]:
         """Those of the stages, and the reference."""
-        own = frozenset() if self.reference == "none" else frozenset({self.reference})
+        own = frozenset[str]() if self.reference is None else frozenset({self.reference})
         return super().required_inputs | own
 
     def prepare(
@@ -77,7 +75,8 @@ class Preference(ObjectiveStage):
             batch_num_tokens: Not read; part of the common interface.
             global_batch_size: Not read; part of the common interface.
             global_num_groups: Pairs over all ranks; counted when there is one rank.
-            dp_size: Ranks whose gradients the host averages; the loss is scaled so that the average is the whole.
+            dp_size: Number of ranks whose gradients the host averages. The loss is multiplied by it, so that the
+                average is the gradient of the whole batch.
             progress: From 0 at the first step of training to 1 at the last, for an objective with schedules.
             state: State of the controllers, for an objective with controllers.
 
@@ -221,7 +220,7 @@ class PreparedPairs:
             log_probs: float ``[N]``.
         """
         spans = self.batch.spans
-        if self.objective.reference == "none":
+        if self.objective.reference is None:
             scores = segment.weighted_sum(log_probs, spans, self.multiplier)
         else:
             scores, _ = ops.policy_loss(
@@ -264,7 +263,7 @@ class PreparedPairs:
         return self.select(rows).with_denominators(**denominators)
 
     def select(self, rows: Any) -> PreparedPairs:
-        """Return some pairs as a micro-batch. The losses of a partition of the pairs add up to the whole.
+        """Return some pairs as a micro-batch. Losses of micro-batches of all pairs add up to the loss of the batch.
 
         Args:
             rows: Integers ``[M]`` or bool ``[R]``, both rows of each pair: a tensor, an array or a sequence; best on

@@ -22,7 +22,9 @@ from tokcredit.stages.base import Stage
 
 
 class Metrics(Mapping[str, Tensor]):
-    """Metrics by name, 0-d tensors, computed when they are first read. Nothing waits for the device.
+    """Metrics by name, 0-d tensors, computed when they are first read.
+
+    Only reading a metric as a Python number waits for the device.
 
     Args:
         compute: Returns all metrics.
@@ -61,13 +63,14 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class Denominators:
-    """What a host with several ranks knows of the whole batch; None is counted from the batch at hand.
+    """Counts over all ranks, which the loss is divided by. A count that is None is taken from this batch.
 
     Args:
         batch_num_tokens: Training tokens over all ranks.
         global_batch_size: Rows with a training token over all ranks.
         global_num_groups: Groups with such a row over all ranks.
-        dp_size: Ranks whose gradients the host averages; the loss is scaled so that the average is the whole.
+        dp_size: Number of ranks whose gradients the host averages. The loss is multiplied by it, so that the average is
+            the gradient of the whole batch.
 
     Raises:
         TypeError: One is not a whole number.
@@ -86,7 +89,7 @@ class Denominators:
         object.__setattr__(self, "dp_size", whole_number("dp_size", self.dp_size, at_least=1))
 
     def require(self, aggregation: Aggregation) -> None:
-        """Check that several ranks give what an aggregation divides by.
+        """Check that the counts which an aggregation divides by are given if there are several ranks.
 
         Args:
             aggregation: The aggregation.
@@ -242,7 +245,7 @@ class TrainingObjective(Protocol, Generic[P]):
     ) -> P:
         """Return the batch with everything that does not depend on the current policy."""
 
-    def loss(self, prepared: P, per_token: Tensor, **variables: Tensor) -> Loss:
+    def loss(self, prepared: P, per_token: Tensor, /, **variables: Tensor) -> Loss:
         """Return the loss of a prepared batch, or of a part of it."""
 
 

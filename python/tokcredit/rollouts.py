@@ -23,8 +23,9 @@ from tokcredit.spans import Spans
 class Rollouts:
     """Rows of tokens, packed one after another, with the group and the reward of each row.
 
-    Row r is ``tokens[cu_seqlens[r] : cu_seqlens[r + 1]]``. :meth:`from_padded` makes the same batch from ``(B, T)``
-    tensors without copying them. Making a batch checks everything once, which on CUDA waits for the device.
+    A row is one response: the tokens that followed a prompt. Row r is ``tokens[cu_seqlens[r] : cu_seqlens[r + 1]]``.
+    :meth:`from_padded` makes the same batch from ``(B, T)`` tensors without copying them. Making a batch checks
+    everything once, which on CUDA waits for the device.
 
     Rewards may have any finite size: group statistics are computed in float64. A row without a True token in
     ``response_mask`` trains nothing and is left out of group statistics.
@@ -37,13 +38,15 @@ class Rollouts:
         rewards: float ``[R]``, finite.
         response_mask: bool ``[N]``, True where the policy chose the token, or None for all True. A token that the
             policy did not choose (a tool's reply) is part of the state and has no advantage and no loss.
-        old_log_probs: float ``[N]``, under the policy that the update starts from, or None for the current policy.
+        old_log_probs: float ``[N]``, under the policy that the update starts from. None if the batch is used for one
+            optimizer step: the ratio is then exactly 1.
         rollout_log_probs: float ``[N]``, under the engine that sampled.
         ref_log_probs: float ``[N]``, under the reference policy.
         entropies: float ``[N]``, of the next-token distributions, in nats.
         extras: Any other registered inputs by name; see :mod:`tokcredit.inputs`.
         trajectory_ids: Integers ``[R]``, the episode that each row belongs to, all different, or None for the same.
             Several rows of one trajectory are not supported yet.
+        shape: ``(B, T)`` of a padded batch, whose rows begin at multiples of T; set by :meth:`from_padded`.
 
     Raises:
         TypeError: An argument is not a tensor or has the wrong dtype.
@@ -454,7 +457,7 @@ class Rollouts:
         return made
 
     def keeping(self, rows: Tensor) -> Rollouts:
-        """Return the batch of some rows in the buffers of the whole batch: tokens of other rows become padding.
+        """Return a batch of some rows that shares the buffers of this batch. Tokens of the other rows are padding.
 
         Per-token results keep the layout of the whole batch. On CUDA this waits for the device.
 

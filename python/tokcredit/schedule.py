@@ -5,9 +5,9 @@ numbers before any stage runs: schedules by ``progress``, from 0 at the first st
 the :class:`State` that the caller keeps, passes to ``prepare`` and saves in its checkpoints::
 
     state = tokcredit.schedule.State()
-    prepared = objective.prepare(batch, progress=step / steps, state=state)
+    prepared = objective.prepare(batch, progress=step / (steps - 1), state=state)
     ...
-    state.observe(objective, {"kl": 0.03})      # once per step, with metrics of the whole step
+    state.observe(objective, {"kl": 0.03})      # once per step: the mean KL over its tokens, without coefficient
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
-class Adjustable:
-    """Base of everything that may stand in place of a number."""
+class Adjustable(float if TYPE_CHECKING else object):  # type: ignore[misc]
+    """Base of schedules and controllers, which may be given in place of a number."""
 
 
 class Schedule(Adjustable):
@@ -104,7 +104,7 @@ class Controller(Adjustable):
     """A rule that moves a number after each step, depending on a metric of that step.
 
     Attributes:
-        metric: Name of the metric it reads, one of those of :class:`tokcredit.term.Loss` or a host's own.
+        metric: Name of the metric it reads: one of ``objective.loss``, or one of the host.
     """
 
     metric: str
@@ -136,8 +136,8 @@ class target_entropy(Controller):
     """Coefficient of an entropy bonus that is used while entropy is below a target, and moved towards it.
 
     After a step with mean entropy H the coefficient grows by ``delta`` if ``H <= target`` and falls by ``delta``
-    otherwise, held in ``[low, high]``. A step uses it only if the step before had ``H <= target``; the first step does
-    not.
+    otherwise, held in ``[low, high]``. The bonus of a step is on only if the entropy of the previous step was at most
+    the target. It is off at the first step.
 
     Args:
         target: Wanted mean entropy, nats.
@@ -237,7 +237,7 @@ class State:
         """Return the number of a controller.
 
         Args:
-            controller: A controller among an objective's settings; equal ones share their state.
+            controller: A controller among an objective's settings. Two settings with equal controllers share one state.
         """
         return controller.value(self._of.get(repr(controller), controller.initial()))
 

@@ -15,8 +15,8 @@ from tokcredit.arguments import INTEGERS, describe, instance, tensor, whole_numb
 class Spans:
     """Rows as spans of flat buffers of ``size`` tokens; row r is ``[begin[r], end[r])``.
 
-    Spans ascend and do not overlap. Tokens between them are padding. Where ``mask`` is False, a token takes part in
-    nothing: its values are not read into any result.
+    Spans ascend and do not overlap. Tokens between them are padding. Tokens whose mask
+    is False are ignored: their values do not affect any result.
 
     Making spans from tensors checks them once, which on CUDA waits for the device. :meth:`from_cu_seqlens` and
     :meth:`from_padded` make them from the two usual layouts.
@@ -129,7 +129,7 @@ class Spans:
 
     @classmethod
     def single(cls, size: int, device: torch.device | str | None = None, mask: Tensor | None = None) -> Spans:
-        """Return one span over a whole buffer.
+        """Return one row that covers a whole buffer.
 
         Args:
             size: Number of tokens N.

@@ -1,4 +1,4 @@
-"""The supervised objective, from batch to loss: rows with a target, a text or a teacher's distribution."""
+"""The supervised objective, from batch to loss: imitation of given texts or of a teacher."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TokenLoss(Stage):
 
 @dataclass(frozen=True)
 class nll(TokenLoss):
-    """Negative log-likelihood of the row's own tokens; ``loss`` is given ``log_probs``."""
+    """Negative log-likelihood of the row's own tokens. Pass their log-probs to ``loss``."""
 
     variable: ClassVar[str] = "log_probs"
     sign: ClassVar[float] = -1.0
@@ -45,14 +45,20 @@ class nll(TokenLoss):
 
 @dataclass(frozen=True)
 class reverse_kl(TokenLoss):
-    """``KL(student || teacher)`` of the next-token distributions; ``loss`` is given it (``tokcredit.divergence.kl``)."""
+    """``KL(student || teacher)`` of the next-token distributions.
+
+    Compute it with ``tokcredit.divergence.kl`` and pass it to ``loss`` in place of log-probs.
+    """
 
     variable: ClassVar[str] = "reverse_kl"
 
 
 @dataclass(frozen=True)
 class forward_kl(TokenLoss):
-    """``KL(teacher || student)`` of the next-token distributions; ``loss`` is given it (``tokcredit.divergence.kl``)."""
+    """``KL(teacher || student)`` of the next-token distributions.
+
+    Compute it with ``tokcredit.divergence.kl`` and pass it to ``loss`` in place of log-probs.
+    """
 
     variable: ClassVar[str] = "forward_kl"
 
@@ -65,7 +71,7 @@ class Supervised(ObjectiveStage):
 
     Args:
         token_loss: Loss of each token.
-        filters: Which rows and tokens train; the others leave every denominator.
+        filters: Which rows and tokens train. Others are not counted in any denominator.
         token_weights: Factors of the token losses.
         aggregation: How token losses become one number.
     """
@@ -77,9 +83,9 @@ class Supervised(ObjectiveStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for choice in self.filters:
-            if choice.before_credit:
-                raise ValueError(f"filters: expected filters that read no rewards, got {choice!r}")
+        for stage in self.filters:
+            if stage.before_credit:
+                raise ValueError(f"filters: expected filters that read no rewards, got {stage!r}")
         if self.aggregation.reads_signs:
             raise ValueError(f"aggregation: expected one that reads no advantages, got {self.aggregation!r}")
 
@@ -106,7 +112,8 @@ class Supervised(ObjectiveStage):
             batch_num_tokens: Training tokens over all ranks. This and the next two are counted when there is one rank.
             global_batch_size: Rows with a training token over all ranks.
             global_num_groups: Groups with such a row over all ranks.
-            dp_size: Ranks whose gradients the host averages; the loss is scaled so that the average is the whole.
+            dp_size: Number of ranks whose gradients the host averages. The loss is multiplied by it, so that the
+                average is the gradient of the whole batch.
             progress: From 0 at the first step of training to 1 at the last, for an objective with schedules.
             state: State of the controllers, for an objective with controllers.
 
@@ -120,8 +127,8 @@ class Supervised(ObjectiveStage):
             batch.input(name)
         batch = batch.detached()
         kept, advantages = batch, torch.ones_like(batch.rewards)[:, None]
-        for choice in objective.filters:
-            chosen = per_token(choice(kept, advantages), kept.spans)
+        for stage in objective.filters:
+            chosen = per_token(stage(kept, advantages), kept.spans)
             kept = kept.with_mask(kept.response_mask & chosen)
         multiplier = None
         for weight in objective.token_weights:
@@ -234,7 +241,7 @@ class PreparedSupervised:
         return self.select(rows).with_denominators(**denominators)
 
     def select(self, rows: Any) -> PreparedSupervised:
-        """Return these rows as a micro-batch. The losses of a partition of the rows add up to the whole.
+        """Return these rows as a micro-batch. Losses of micro-batches of all rows add up to the loss of the batch.
 
         Args:
             rows: Integers ``[M]`` or bool ``[R]``: a tensor, an array or a sequence; best on the host.

@@ -35,6 +35,8 @@ SUMMED = tc.aggregation.sequence_sum(12)
 adapter.register("tempo_ctpo", replace(tc.methods.ctpo(), credit=tc.methods.tempo().credit))
 adapter.register("as_dual_clip", tc.Objective(clip=tc.clip.ppo(0.2, 0.2, 3.0), aggregation=tc.aggregation.token_mean()))
 adapter.register("as_gspo", tc.methods.gspo(0.2, 0.2))
+adapter.register("as_cispo", tc.methods.cispo(0.0, 5.0))
+adapter.register("unclipped", tc.mix("dapo", clip="unclipped()"))
 adapter.register("summed", replace(tc.methods.dr_grpo(), aggregation=SUMMED))
 adapter.register("weighted", tc.Objective(token_weights=(tc.token_weights.importance_truncated(1.1),)))
 
@@ -106,7 +108,7 @@ def trained(config, rows=ROWS, parts=((0, 6), (6, 16)), key=None):
         )
         loss.backward()
         total += loss.item()
-    assert 0 <= metrics["clip_ratio"] <= 1
+    assert 0 <= metrics.get("clip_ratio", 0.0) <= 1
     return total, current.grad[batch["response_mask"].bool()]
 
 
@@ -135,7 +137,13 @@ def test_training_equals_the_objective(name):
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "settings"),
-    [("as_dual_clip", "dual_clip", {}), ("as_gspo", "gspo", ROWWISE), ("sapo", "sapo", ROWWISE)],
+    [
+        ("as_dual_clip", "dual_clip", {}),
+        ("as_gspo", "gspo", ROWWISE),
+        ("sapo", "sapo", ROWWISE),
+        ("as_cispo", "cispo", {}),
+        ("unclipped", "importance_sampling", {}),
+    ],
 )
 def test_losses_equal_skyrl(ours, theirs, settings):
     expected = trained(configuration("grpo", theirs, **settings))

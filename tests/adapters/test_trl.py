@@ -36,6 +36,14 @@ PARITY = {
         dict(loss_type="cispo", epsilon_high=1.1),
     ),
     "sapo": (replace(tc.methods.sapo(), credit=AS_TRL), dict(loss_type="sapo")),
+    "luspo": (
+        replace(tc.methods.gspo(), credit=AS_TRL, aggregation=tc.aggregation.sequence_sum(1)),
+        dict(loss_type="luspo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
+    ),
+    "delta": (
+        tc.Objective(AS_TRL, clip=tc.clip.ppo(0.2, 0.2, 1.5), aggregation=tc.aggregation.token_mean()),
+        dict(loss_type="dapo", delta=1.5),
+    ),
 }
 SHARED = ("loss", "grad_norm", "reward", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean")
 
@@ -64,9 +72,32 @@ def test_equals_stock_trl(name, tmp_path):
     ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path), objective=objective)
     theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **settings))
     # TRL counts a sequence-level clip once per row, and bounds no ratio of cispo and sapo under these names.
-    clips = [] if name in ("gspo", "cispo", "sapo") else ["clip_ratio/low_mean", "clip_ratio/high_mean"]
+    counted = name in ("grpo", "dapo", "dr_grpo", "delta")
+    clips = ["clip_ratio/low_mean", "clip_ratio/high_mean"] if counted else []
     assert name == "sapo" or ours[0].state.log_history[2]["clip_ratio/region_mean"] > 0, "nothing was clipped"
     equal(ours, theirs, ("loss", "grad_norm", "reward", "entropy", *clips))
+
+
+def test_off_policy_mask(tmp_path, monkeypatch):
+    """Rows with a negative advantage that have become much less probable than under the engine have no gradient."""
+    scripted.with_scripted_engine(monkeypatch)
+    reported = scripted.rollout
+
+    def complete(prompts, trainer):
+        out = reported(prompts, trainer)
+        return {**out, "logprobs": [[-2.0 if x is None else x for x in row] for row in out["logprobs"]]}
+
+    monkeypatch.setattr(scripted, "rollout", complete)
+    mask = tc.scale.within("difference", over="mean", low=-0.1, signs="negative", to="rollout_log_probs")
+    objective, settings = PARITY["dapo"]
+    engine = dict(use_vllm=True, vllm_importance_sampling_correction=False)
+    args = scripted.arguments(tmp_path, **engine)
+    ours = scripted.train(CreditGRPOTrainer, args, objective=replace(objective, scales=(mask,)))
+    args = scripted.arguments(tmp_path, **engine, **settings, off_policy_mask_threshold=0.1)
+    # TRL counts clips of the rows that it masks too.
+    equal(ours, scripted.train(trl.GRPOTrainer, args), ("loss", "grad_norm", "reward", "entropy"))
+    unmasked = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **engine), objective=objective)
+    assert not torch.allclose(unmasked[1][0], ours[1][0], rtol=0.1), "nothing was masked"
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo"])

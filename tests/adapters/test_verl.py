@@ -1,5 +1,6 @@
 """Against verl's own estimators and losses, on its own batches, in this process and in Ray actors."""
 
+import math
 import os
 import subprocess
 import sys
@@ -36,7 +37,23 @@ adapter.register("as_vanilla_rows", lambda: tc.methods.grpo(cap=3.0))
 adapter.register("as_vanilla_sum", lambda: replace(tc.methods.dr_grpo(), clip=tc.clip.ppo(0.2, 0.2, 3.0)))
 adapter.register("as_gspo", lambda: tc.methods.gspo(0.2, 0.2))
 adapter.register("as_cispo", lambda: tc.methods.cispo(0.2, 0.2))
+adapter.register(
+    "as_dppo_tv",
+    lambda: tc.mix("dapo", clip=tc.clip.gated(on="probability", low=-0.05, high=0.08, cap=math.log(3.0))),
+)
+adapter.register(
+    "as_dppo_kl",
+    lambda: tc.mix("dapo", clip=tc.clip.gated(on="binary_kl", low=-0.05, high=0.08, cap=math.log(3.0))),
+)
+adapter.register("as_gpg", lambda: tc.mix("dapo", ratio="one()", clip="gated()"))
+# verl's settings of the losses that have other bounds than its defaults.
+BOUNDS = {"clip_ratio_low": 0.05, "clip_ratio_high": 0.08}
+THEIRS = {"as_dppo_tv": BOUNDS, "as_dppo_kl": BOUNDS}
+UNBOUNDED = ("sapo", "as_gpg")
 LOSSES = {
+    "as_dppo_tv": ("dppo_tv", "token-mean"),
+    "as_dppo_kl": ("dppo_kl", "token-mean"),
+    "as_gpg": ("gpg", "token-mean"),
     "as_vanilla": ("vanilla", "token-mean"),
     "as_vanilla_rows": ("vanilla", SEQUENCES),
     "as_vanilla_sum": ("vanilla", "seq-mean-token-sum-norm"),
@@ -129,12 +146,13 @@ def test_losses_equal_verl(name, dp_size):
     weights = 0.5 + torch.rand(advantages.shape, generator=torch.Generator().manual_seed(2))
     ours = vb.actor(f"tokcredit_{name}", mode, **scale)
     for correction in (None, weights):
-        expected = vb.loss(ROWS, advantages, vb.actor(theirs, mode, **scale), dp_size=dp_size, weights=correction)
+        host = vb.actor(theirs, mode, **scale, **THEIRS.get(name, {}))
+        expected = vb.loss(ROWS, advantages, host, dp_size=dp_size, weights=correction)
         value, gradient, metrics = vb.loss(ROWS, advantages, ours, dp_size=dp_size, weights=correction)
         assert gradient.abs().sum() > 0.1
         assert value == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
         torch.testing.assert_close(gradient, expected[1], rtol=1e-4, atol=1e-7)
-        assert name == "sapo" or metrics["actor/pg_clipfrac"] > 0, "nothing was clipped"
+        assert name in UNBOUNDED or metrics["actor/pg_clipfrac"] > 0, "nothing was clipped"
         if name in ("as_vanilla", "as_cispo"):
             assert metrics["actor/pg_clipfrac"] == pytest.approx(expected[2]["actor/pg_clipfrac"], rel=1e-5)
         parts = [list(range(i, min(i + 5, len(ROWS)))) for i in range(0, len(ROWS), 5)]

@@ -249,10 +249,10 @@ def test_conversations(talking):
         made.append((collector.collect(1), collector.attempt(talking.problems.held_out[:20])))
     (ours, rewards), (theirs, expected) = made
     same(ours.batch, theirs.batch)
-    assert ours.replies == theirs.replies and torch.equal(ours.finished, theirs.finished) and rewards == expected
-    assert all(reply.startswith("<tool>add(1,5)</tool><result>6</result><tool>add(1,5)") for reply in ours.replies)
+    assert ours.responses == theirs.responses and torch.equal(ours.finished, theirs.finished) and rewards == expected
+    assert all(text.startswith("<tool>add(1,5)</tool><result>6</result><tool>add(1,5)") for text in ours.responses)
     collection = talking.rollout_collector.collect(2)
-    assert (~collection.batch.response_mask).any() and len(set(collection.replies)) > 1
+    assert (~collection.batch.response_mask).any() and len(set(collection.responses)) > 1
     drawn_by_the_model(talking, collection.batch)
 
 
@@ -260,7 +260,7 @@ def test_trees(adding):
     """Edges go on from token ids that the engine made before."""
     ours, theirs = (Trees(context).collect(1) for context in contexts(adding, temperature=0.0, widths=(2, 2)))
     same(ours.batch, theirs.batch)
-    assert ours.replies == theirs.replies and (~ours.batch.response_mask).any()
+    assert ours.responses == theirs.responses and (~ours.batch.response_mask).any()
     drawn_by_the_model(adding, Trees(next(contexts(adding, widths=(2, 2)))).collect(1).batch)
 
 

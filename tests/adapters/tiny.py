@@ -35,6 +35,6 @@ def model(seed=0, tied=False):
     return LlamaForCausalLM(config)
 
 
-def variety(prompt, reply, answer):
-    """A reward that differs between most replies: how many characters occur, in sixteenths."""
-    return len(set(reply)) / 16
+def variety(prompt, response, answer):
+    """A reward that differs between most responses: how many characters occur, in sixteenths."""
+    return len(set(response)) / 16

@@ -178,6 +178,15 @@ def test_gradient_near_certainty_keeps_its_digits():
     assert logits.grad[0, 0].item() == pytest.approx(1 / (1 + math.exp(20)), rel=1e-6)
 
 
+def test_log_prob_and_entropy_near_certainty_keep_their_digits():
+    """Summed in float32 with the 1 among them, the other terms would lose all."""
+    logits = torch.tensor([[0.0, -20.0, -21.0]])
+    log_probs, entropies = module.with_entropies(logits, torch.tensor([0]))
+    expected, entropy = reference(logits, torch.tensor([0]))
+    torch.testing.assert_close(log_probs.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(entropies.double(), entropy, rtol=1e-5, atol=0)
+
+
 def test_no_rows():
     logits = torch.zeros(0, 7, requires_grad=True)
     log_probs, entropies = module.with_entropies(logits, torch.zeros(0, dtype=torch.int64))

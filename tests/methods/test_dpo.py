@@ -95,7 +95,7 @@ def test_by_hand():
         # The other settings of the objective: DPO of means, and SimPO.
         (tc.Preference(normalization="mean"), None, 0.6766193964, [-0.016388915] * 3, [0.024583372] * 2),
         (
-            tc.Preference(reference="none", normalization="mean", link=logistic(2.5, margin=2.5 * 0.55)),
+            tc.Preference(reference=None, normalization="mean", link=logistic(2.5, margin=2.5 * 0.55)),
             None,
             0.5943960779,
             [-0.373420194] * 3,

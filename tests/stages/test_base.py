@@ -164,9 +164,9 @@ def test_schedules_become_numbers():
         (lambda: tc.methods.match_tir(discount=7), ValueError, "discount: expected a number .*at most 1, got 7"),
         (lambda: tc.Supervised(tc.credit.constant()), TypeError, "Supervised: token_loss: expected a token_loss stage"),
         (
-            lambda: tc.Preference(reference="old_log_probs"),
+            lambda: tc.Preference(reference="ref_logprobs"),
             ValueError,
-            "reference: expected one of 'ref_log_probs', 'none'",
+            "Preference: reference: .*did you mean ref_log_probs",
         ),
     ],
 )

@@ -172,7 +172,7 @@ def test_adaptive_sampling_returns_its_own_log_probs(models):
 
 
 def test_sampling_at_another_temperature_is_plain(models):
-    """Short answers and greedy replies have temperatures of their own."""
+    """Short answers and greedy responses have temperatures of their own."""
     adaptive = TransformersSampler(models[0], WORDS, adaptive=AdaptiveTemperature(0.9, 0.5, (1.0, 0.5, -2.0, 2.0)))
     for temperature in (0.6, 0.0):
         sampled = []

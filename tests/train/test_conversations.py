@@ -100,7 +100,7 @@ def test_exact_rows(talking):
         tokens = [(t, own) for text, own in expected[i] for t in words(text).input_ids]
         assert batch.tokens[begin:end].tolist() == [t for t, _ in tokens]
         assert batch.response_mask[begin:end].tolist() == [own for _, own in tokens]
-        assert collection.replies[i] == "".join(text for text, _ in expected[i]).replace("<end>", "")
+        assert collection.responses[i] == "".join(text for text, _ in expected[i]).replace("<end>", "")
     assert ((batch.rollout_log_probs == 0) == ~batch.response_mask).all()
     assert collection.finished.tolist() == [True, True, False, False] * 2, "the turn limit and the length cut"
     assert batch.group_ids.tolist() == [0] * 4 + [1] * 4
@@ -112,7 +112,7 @@ def test_exact_rows(talking):
 
 
 def solve(text, results, row):
-    """Replies of a perfect model."""
+    """Responses of a perfect model."""
     question = text.partition("=")[0]
     found = re.findall(r"<result>(.*?)</result>", text)
     inner, sign, last = re.fullmatch(r"\((.*)\)(.)(\d+)", question).groups()
@@ -169,7 +169,7 @@ def naive_turn_rewards(turns, references, answer):
 
 
 def mixed(text, results, row):
-    """Replies of four kinds: all right, a wrong call, wrong tools, and a wrong answer after right calls by name."""
+    """Responses of four kinds: all right, a wrong call, wrong tools, and a wrong answer after right calls by name."""
     right = solve(text, results, row)
     # Later turns have a prompt each, so the kind is read from the first call.
     kind = row if results == 0 else 2 if "div(8,4)" in text else 3 if "(a=" in text else 0
@@ -201,14 +201,14 @@ def test_turn_rewards_are_those_of_the_recorded_text(conversations):
     trainer, collection = conversations
     batch, kinds = collection.batch, []
     rewards = batch.extras["turn_rewards"]
-    for row, (problem, reply) in enumerate(zip(collection.problems, collection.replies, strict=True)):
+    for row, (problem, response) in enumerate(zip(collection.problems, collection.responses, strict=True)):
         parts = [(own, trainer.tokenizer.decode(t, skip_special_tokens=True)) for own, t in runs(batch, row)]
-        assert "".join(text for _, text in parts) == reply and collection.outcomes[row] == problem.reward(reply)
+        assert "".join(text for _, text in parts) == response and collection.outcomes[row] == problem.reward(response)
         turns = [text for own, text in parts if own]
         assert len(turns) == 3
         for (_, call), (_, result) in itertools.pairwise(parts):
             if call.endswith("</tool>"):
-                assert result == tools.reply(tools.calls(call))
+                assert result == tools.results(tools.calls(call))
         expected = naive_turn_rewards(turns, problem.calls, problem.answer)
         found = rewards[batch.begin[row] : batch.end[row]]
         ends = torch.tensor([len(t) for _, t in runs(batch, row)]).cumsum(0)[::2] - 1

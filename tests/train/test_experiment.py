@@ -101,7 +101,7 @@ def test_an_update_lowers_the_loss_of_its_rollouts(settings, uniform, method):
 
 
 def test_rewarded_replies_become_likelier(settings, monkeypatch):
-    """The loop from sampling to the update, many times: the rewarded replies gain on the others in every step."""
+    """The loop from sampling to the update, many times: the rewarded responses gain on the others in every step."""
 
     class Scripted(UniformSampler):
         def sample(self, prompts, count, max_tokens, temperature, stop=()):
@@ -150,8 +150,8 @@ def test_every_method_trains(settings, uniform, method):
     assert lines[0]["lr"] == 1e-3 and lines[1]["lr"] == 5e-4
 
 
-def even(prompt, reply, answer):
-    return float(sum(map(ord, reply)) % 2)
+def even(prompt, response, answer):
+    return float(sum(map(ord, response)) % 2)
 
 
 MIXTURES = [
@@ -213,7 +213,7 @@ def test_groups_with_equal_rewards_cost_no_pass(settings, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
-def always(prompt, reply, answer):
+def always(prompt, response, answer):
     return 1.0
 
 
@@ -322,7 +322,7 @@ def test_compare(settings, capsys):
     folder = compare(("grpo", "ctpo"), s, seeds=2)
     runs = {f"{m}-seed{seed}" for m in ("grpo", "ctpo") for seed in (0, 1)}
     assert {p.name for p in folder.iterdir()} == runs | {"compare.md", "compare.png"}
-    # Runs with the same seed have the same prompts and the same first replies.
+    # Runs with the same seed have the same prompts and the same first responses.
     first = [read_metrics(folder / f"{m}-seed1")[1] for m in ("grpo", "ctpo")]
     assert first[0]["reward_mean"] == first[1]["reward_mean"] and first[0]["tokens"] == first[1]["tokens"]
     assert "| `ctpo` |" in (folder / "compare.md").read_text()

@@ -14,9 +14,9 @@ WORDS = tiny.tokenizer()
 ROWS = ["a;b;", "xy", "a;c;;d", ""]
 
 
-def worth(reply):
-    """A reward that differs between different replies, whatever the model says."""
-    return zlib.crc32(reply.encode()) / 2**32
+def worth(response):
+    """A reward that differs between different responses, whatever the model says."""
+    return zlib.crc32(response.encode()) / 2**32
 
 
 def problem(answer):
@@ -62,13 +62,13 @@ def test_steps_end_with_the_thought(trainer):
 
 
 def test_values_are_means_over_continuations_from_the_state(trainer, batch, monkeypatch):
-    asked = []
+    states_sampled = []
     sample = trainer.context.sampler.sample
 
     def recorded(prompts, count, max_tokens, temperature, stop):
         made = sample(prompts, count, max_tokens, temperature, stop)
         rows = made.tokens.split(made.cu_seqlens.diff().tolist())
-        asked.append({tuple(p): rows[i * count : (i + 1) * count] for i, p in enumerate(prompts)})
+        states_sampled.append({tuple(p): rows[i * count : (i + 1) * count] for i, p in enumerate(prompts)})
         return made
 
     monkeypatch.setattr(trainer.context.sampler, "sample", recorded)
@@ -77,9 +77,9 @@ def test_values_are_means_over_continuations_from_the_state(trainer, batch, monk
     # Steps begin at the first token of a row and behind every end but the last.
     begins = [0, 2, 4, 6, 8, 10, 11]
     assert (~value.isnan()).nonzero()[:, 0].tolist() == begins
-    (states,) = asked
+    (states,) = states_sampled
     prompt = WORDS("2+3=").input_ids
-    # The bare prompt is asked about once for three rows, "a;" once for two.
+    # The bare prompt is sampled once for three rows, "a;" once for two.
     assert len(states) == 4
     for t in begins:
         before = _Rows(trainer.context, batch).before(t)
@@ -104,20 +104,20 @@ def test_improbable_states_are_valued(trainer, batch):
 
 
 def test_answers(trainer, batch, monkeypatch):
-    drawn = []
+    answers = []
     sample = trainer.context.sampler.sample
 
     def recorded(prompts, count, max_tokens, temperature, stop):
         assert (count, max_tokens, temperature) == (4, 3, 0.6)
-        drawn.append((prompts, sample(prompts, count, max_tokens, temperature, stop)))
-        return drawn[-1][1]
+        answers.append((prompts, sample(prompts, count, max_tokens, temperature, stop)))
+        return answers[-1][1]
 
     monkeypatch.setattr(trainer.context.sampler, "sample", recorded)
     required_inputs = frozenset({"answer_probs", "answer_confidences"})
     found = trainer.prober.probe(required_inputs, batch, [problem("51")] * 4, 1)
     ends = [1, 3, 7, 9, 10]
     model, truth = trainer.model.double(), WORDS("51").input_ids
-    ((states, made),) = drawn
+    ((states, made),) = answers
     rows = made.tokens.split(made.cu_seqlens.diff().tolist())
     with torch.no_grad():
         for k, t in enumerate(ends):

@@ -12,7 +12,7 @@ from test_experiment import numbers
 from tokcredit.methods.r3 import dominance
 from tokcredit.train import ObjectiveSettings, ReplaySettings, SamplingSettings, Settings, run, tasks, tiny
 from tokcredit.train.experiment import resolved
-from tokcredit.train.replay import Buffer, Replay, Reply, _key
+from tokcredit.train.replay import Buffer, Replay, StoredResponse, _key
 from tokcredit.train.rollout_collection import SamplingContext
 from tokcredit.train.sampler import Completions
 from tokcredit.train.trainer import Trainer
@@ -22,17 +22,17 @@ ALONE = SimpleNamespace(index=0, count=1, exchange=list)
 
 
 class Scripted:
-    """Gives fixed replies; one of four tokens is cut. The log-probs tell steps and positions."""
+    """Gives fixed responses; one of four tokens is cut. The log-probs tell steps and positions."""
 
     def __init__(self):
-        self.replies, self.step, self.prompts = {}, 0, []
+        self.responses, self.step, self.prompts = {}, 0, []
 
     def sync(self):
         self.step += 1
 
     def sample(self, prompts, count, max_tokens, temperature, stop):
         self.prompts = [WORDS.decode(p) for p in prompts]
-        rows = [WORDS(r).input_ids for text in self.prompts for r in self.replies.get(text, ["no"] * count)]
+        rows = [WORDS(r).input_ids for text in self.prompts for r in self.responses.get(text, ["no"] * count)]
         lengths = torch.tensor([len(r) for r in rows])
         return Completions(
             torch.tensor([t for r in rows for t in r]),
@@ -43,7 +43,7 @@ class Scripted:
 
 
 def collector(ranks=ALONE, prompts=2, seed=0, **changes):
-    problems = [tasks.Problem("t", q, "y", lambda reply: float("y" in reply)) for q in ("a?", "b?")]
+    problems = [tasks.Problem("t", q, "y", lambda response: float("y" in response)) for q in ("a?", "b?")]
     settings = Settings(
         sampling=SamplingSettings(prompts=prompts, group=3, max_tokens=4), replay=ReplaySettings(**changes), seed=seed
     )
@@ -51,18 +51,18 @@ def collector(ranks=ALONE, prompts=2, seed=0, **changes):
 
 
 def collect(c, number, a, b):
-    c._context.sampler.replies = {"a?": a, "b?": b}
+    c._context.sampler.responses = {"a?": a, "b?": b}
     return c.collect(number)
 
 
 def rows(collection):
-    """Question, reply, replayed, truncated, reward, log-probs of each row."""
+    """Question, response, replayed, truncated, reward, log-probs of each row."""
     batch = collection.batch
     return [
-        (p.question, reply, *marks, log_probs.tolist())
-        for p, reply, *marks, log_probs in zip(
+        (p.question, response, *marks, log_probs.tolist())
+        for p, response, *marks, log_probs in zip(
             collection.problems,
-            collection.replies,
+            collection.responses,
             batch.extras["replayed"].tolist(),
             batch.extras["truncated"].tolist(),
             batch.rewards.tolist(),
@@ -84,16 +84,16 @@ def test_opposite_outcomes_join():
     assert ("a?", "yes1", True, True, 1.0, pytest.approx([-1.0, -1.1, -1.2, -1.3])) in stored
     wrong = [row for row in stored if row[0] == "b?"]
     assert len(wrong) == 2 and len(stored) == 3 and len({row[1] for row in wrong}) == 2
-    for _, reply, _, truncated, reward, log_probs in wrong:
-        assert reply in ("n3", "n4", "nn5!") and reward == 0 and truncated == (reply == "nn5!")
-        assert log_probs == pytest.approx([-1 - i / 10 for i in range(len(reply))])
+    for _, response, _, truncated, reward, log_probs in wrong:
+        assert response in ("n3", "n4", "nn5!") and reward == 0 and truncated == (response == "nn5!")
+        assert log_probs == pytest.approx([-1 - i / 10 for i in range(len(response))])
     # A stored row is a row of its group: same number, same prompt, and every token is the policy's.
     of_question = {}
     for p, group, prompt in zip(second.problems, batch.group_ids.tolist(), batch.extras["prompt_tokens"], strict=True):
         assert of_question.setdefault(p.question, group) == group
         assert WORDS.decode(prompt[prompt >= 0]) == p.question
     assert len(set(of_question.values())) == 3 and bool(batch.response_mask.all())
-    assert [WORDS.decode(t) for t in batch.tokens.split(batch.lengths.tolist())] == second.replies
+    assert [WORDS.decode(t) for t in batch.tokens.split(batch.lengths.tolist())] == second.responses
     assert sorted(second.outcomes.tolist()) == [0, 0, 0, 1, 1, 1] and second.finished.all(), "plain, fresh rows only"
     third = collect(c, 3, ["y", "n", "n"], ["y", "y", "n"])
     assert not third.batch.extras["replayed"].any(), "mixed groups stay as they are"
@@ -106,14 +106,14 @@ def test_numbers_of_settings():
     collect(c, 1, ["n1", "n2", "n3"], ["y1", "n4", "n5"])
     got = rows(collect(c, 2, ["y1", "y2", "y3"], ["n6", "n7", "n8"]))
     assert sorted(row[1] for row in got[6:]) == ["n1", "n2", "n3", "y1"] and len(c._context.sampler.prompts) == 2
-    with pytest.raises(ValueError, match="replayed: expected 0 to the 1 replies remembered, got 2"):
+    with pytest.raises(ValueError, match="replayed: expected 0 to the 1 responses remembered, got 2"):
         collector(remembered=1)
 
 
 def test_buffer_forgets_the_oldest_of_a_kind():
     buffer, draw = Buffer(2), np.random.default_rng(0)
     for i, reward in enumerate([1.0, 0.0, 0.0, 0.0, 0.5, 0.0]):
-        buffer.add("p", Reply(torch.tensor([i]), torch.zeros(1), reward, False))
+        buffer.add("p", StoredResponse(torch.tensor([i]), torch.zeros(1), reward, False))
     assert sorted(int(r.tokens) for r in buffer.draw("p", False, 9, draw)) == [4, 5]
     assert [int(r.tokens) for r in buffer.draw("p", True, 9, draw)] == [0]
     assert buffer.mean_reward("p") == 0.25, "of all six"
@@ -154,28 +154,28 @@ def test_processes_share_what_they_store():
         collector(),
         [(["y1", "n1", "n2"], ["n3", "n4", "n5"]), (["n6"] * 3, ["y2"] * 3), (["y"] * 3, ["n"] * 3)],
     )
-    for number, replies in enumerate(script, start=1):
+    for number, responses in enumerate(script, start=1):
         got = [None, None]
 
-        def work(i, number=number, replies=replies, got=got):
-            got[i] = collect(two[i], number, *replies)
+        def work(i, number=number, responses=responses, got=got):
+            got[i] = collect(two[i], number, *responses)
 
         threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
         [t.start() for t in threads]
         [t.join() for t in threads]
-        whole = collect(one, number, *replies)
+        whole = collect(one, number, *responses)
         assert sorted(rows(got[0]) + rows(got[1])) == sorted(rows(whole))
         groups = [set(x.batch.group_ids.tolist()) for x in got]
         assert not groups[0] & groups[1] and groups[0] | groups[1] == set(whole.batch.group_ids.tolist())
         assert two[0].state_dict()["totals"] == two[1].state_dict()["totals"] == one.state_dict()["totals"]
 
 
-def never(prompt, reply, answer):
+def never(prompt, response, answer):
     return 0.0
 
 
-def has_digit(prompt, reply, answer):
-    return float(any(c.isdigit() for c in reply[:4]))
+def has_digit(prompt, response, answer):
+    return float(any(c.isdigit() for c in response[:4]))
 
 
 def test_the_gradient_is_the_formulas(settings, uniform, gradients):
@@ -189,7 +189,7 @@ def test_the_gradient_is_the_formulas(settings, uniform, gradients):
             tokens = torch.randint(3, 90, (length,), generator=generator)
             # About those of a random model over 100 tokens, so that some ratios are clipped and some are not.
             log_probs = -4.6 + 0.3 * torch.randn(length, generator=generator)
-            trainer.rollout_collector._buffer.add(_key(problem), Reply(tokens, log_probs, reward, length == 6))
+            trainer.rollout_collector._buffer.add(_key(problem), StoredResponse(tokens, log_probs, reward, length == 6))
     parameters = list(trainer.model.parameters())
     before = [p.detach().clone() for p in parameters]
     batch = trainer.step(1).collection.batch

@@ -1,4 +1,4 @@
-"""A sampler that does not depend on what a model says, and rewards for its replies."""
+"""A sampler that does not depend on what a model says, and rewards for its responses."""
 
 import zlib
 
@@ -8,14 +8,14 @@ from tokcredit.train.sampler import Completions
 from tokcredit.train.scoring import left_padded, score
 
 
-def digest(prompt, reply, answer):
-    """A reward that differs between different replies, whatever the model says."""
-    return zlib.crc32(reply.encode()) / 2**32
+def digest(prompt, response, answer):
+    """A reward that differs between different responses, whatever the model says."""
+    return zlib.crc32(response.encode()) / 2**32
 
 
-def digits(prompt, reply, answer):
-    """The share of digits in the reply."""
-    return sum(c.isdigit() for c in reply) / max(len(reply), 1)
+def digits(prompt, response, answer):
+    """The share of digits in the response."""
+    return sum(c.isdigit() for c in response) / max(len(response), 1)
 
 
 class UniformSampler:

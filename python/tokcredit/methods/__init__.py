@@ -1,5 +1,7 @@
 """Published methods, one file each: a function that returns the objective of the method.
 
+``tokcredit.methods.tempo()``, ``tokcredit.methods.load("tempo")`` and ``tokcredit.mix("tempo")`` give the same.
+
 The folder is the registry: ``methods/NAME.py`` holds ``def NAME(...)`` and the stages that only this method has. Types
 of arguments are checked here, by their annotations, and ranges by the stages.
 """

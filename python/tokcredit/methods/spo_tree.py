@@ -55,16 +55,13 @@ class edges(Credit):
         A(child) = V(child) - V(parent)
         A(child) = (V(child) - V(parent)) / (std(V of the children of the parent) + epsilon)        # with scale
 
-    The standard deviation is that of the population. Values are computed in float64, and a change that is smaller than
-    the error of that computation is exactly 0, so where all children have equal values their advantage is 0. Rewards
-    are taken as they are stored: the mean of the float32 numbers .1, .3, 0, 0 is .1000000034, not .1, so all four edges
-    have an advantage. ``tolerance=1e-6`` sets such changes to 0 as well.
+    The standard deviation is that of the population. A change within the rounding of the rewards is exactly 0: at most
+    8 times the machine epsilon of their dtype times the largest absolute value of the siblings. So children of equal
+    values have no advantage, and of the float32 rewards .1, .3, 0, 0 the first has none, because .1 is their mean.
 
     Args:
         scale: Whether to divide by the standard deviation.
         epsilon: Added to the standard deviation, at least 0.
-        tolerance: A change is 0 if it is at most this times the largest absolute value of the parent's children; at
-            least 0.
 
     References:
         arXiv 2505.23564.
@@ -72,7 +69,6 @@ class edges(Credit):
 
     scale: bool = flag(False)
     epsilon: float = number(1e-8, at_least=0)
-    tolerance: float = number(1e-12, at_least=0)
     reads: ClassVar[frozenset[str]] = frozenset({"node_ids", "parent_ids"})
 
     def __call__(self, batch: Rollouts) -> Tensor:
@@ -86,7 +82,8 @@ class edges(Credit):
         own = value[number]
         change = own - value[above]
         size = segment.maximum(own.abs(), siblings)[above]
-        change = torch.where(change.abs() <= self.tolerance * size, 0, change)
+        rounding = 8 * torch.finfo(batch.rewards.dtype).eps * size
+        change = torch.where(change.abs() <= rounding, 0, change)
         if self.scale:
             change = change / (segment.var(own, siblings, ddof=0).sqrt()[above] + self.epsilon)
         return change.to(batch.rewards.dtype)[:, None]
@@ -98,7 +95,6 @@ def spo_tree(
     clip_high: float = 0.2,
     scale: bool = False,
     whiten: bool = False,
-    tolerance: float = 1e-12,
 ) -> Objective:
     """SPO-tree: PPO without a critic on the edges of a sampled tree; the advantage is the change of value over an edge.
 
@@ -118,8 +114,6 @@ def spo_tree(
             release's option ``grpo``, the default here its ``rloo``.
         whiten: Whether advantages are shifted and scaled to mean 0 and variance 1 over the tokens that train, as in the
             released code.
-        tolerance: A change of value is 0 if it is at most this times the largest absolute value of the parent's
-            children.
 
     Cost: One sampled tree per prompt (6 x 6 x 6 in the release), whose edges are both the training data and the
         estimate of the values.
@@ -135,7 +129,7 @@ def spo_tree(
         - The optional best-of-k term (``use_pav``) is not offered.
         - The release skips a micro-batch whose mean ratio exceeds 10.
     """
-    change: Credit = edges(scale, tolerance=tolerance)
+    change: Credit = edges(scale)
     return Objective(
         whitened(change, below, nonzero=True) if whiten else change,
         filters=(filters.nonzero_advantage(), filters.improbable(below)),

@@ -12,7 +12,7 @@ from tokcredit.spans import Spans
 
 REDUCTIONS: tuple[str, ...] = _C.REDUCTIONS
 MOMENTS: tuple[str, ...] = _C.MOMENTS
-_MOMENTS = REDUCTIONS.index("moments")
+_MOMENTS, _COUNT = REDUCTIONS.index("moments"), REDUCTIONS.index("count")
 
 define(
     "tokcredit::segment_rows",
@@ -34,6 +34,8 @@ def _outputs(x: Tensor, segments: int, reduction: int) -> Tensor:
 def _segment_rows_output(
     x: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, reduction: int, ddof: float, threads: int
 ) -> Tensor:
+    if reduction == _COUNT:
+        return x.new_empty(begin.shape, dtype=torch.float64)
     return _outputs(x, begin.shape[0], reduction)
 
 
@@ -70,5 +72,5 @@ def count(spans: Spans) -> Tensor:
     """
     if spans.mask is None:
         return spans.lengths
-    counts = torch.ops.tokcredit.segment_rows(spans.mask, *spans.arrays, REDUCTIONS.index("count"), 0.0, num_threads())
+    counts = torch.ops.tokcredit.segment_rows(spans.mask, *spans.arrays, _COUNT, 0.0, num_threads())
     return counts.long()

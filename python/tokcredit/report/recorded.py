@@ -82,7 +82,7 @@ def as_recorded(name: str, objective: Any, run: Run) -> tuple[Any, list[str]]:
             neutral = clip.unclipped() if kind == "clip" else getattr(defaults, kind)
             changes |= {kind: neutral} if lacks & value.required_inputs else {}
         elif value in lacks:
-            changes[kind] = "none"
+            changes[kind] = None
     left_out = sorted(changes.keys() - {"credit"})
     if "credit" in settings:
         changes["credit"] = recorded()

@@ -108,7 +108,7 @@ class sequence_mean(Aggregation):
 
 @dataclass(frozen=True)
 class sequence_sum(Aggregation):
-    """Mean over rows of the sum over the row's tokens, divided by ``length``.
+    """Mean over rows of the sum over the row's tokens, divided by ``length``; verl's ``seq-mean-token-sum-norm``.
 
     This is verl's ``seq-mean-token-sum-norm`` and TRL's ``dr_grpo``. Rows without a training token do not count.
 

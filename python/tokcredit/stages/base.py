@@ -196,13 +196,14 @@ def option(default: str, *others: str, optional: bool = False) -> Any:
     return _declared(Range("option", options=(default, *others), optional=optional), default)
 
 
-def input_name(default: Any = MISSING) -> Any:
+def input_name(default: Any = MISSING, *, optional: bool = False) -> Any:
     """Declare a setting that names a registered input.
 
     Args:
         default: Default value; none if left out.
+        optional: Whether None is allowed.
     """
-    return _declared(Range("input name"), default)
+    return _declared(Range("input name", optional=optional), default)
 
 
 def part(kind: type, default: Callable[[], Any] | Any | None = MISSING, *, optional: bool = False) -> Any:
@@ -233,7 +234,7 @@ class Stage:
 
     Attributes:
         kind: Word for the kind of stage, for example ``clip``; empty for a part that is no stage of an objective.
-        reads: Names of the inputs that the stage itself reads; see :mod:`tokcredit.inputs`.
+        reads: Names of the inputs that the stage itself reads. ``required_inputs`` adds those of inner stages.
         whole_batch: Whether the stage compares rows of different groups.
         reads_rollouts: Whether a clip stage or a scale reads token ids, groups or rewards, which some hosts do not hand
             to their policy loss.

@@ -167,8 +167,8 @@ class gated(Clip):
         outside_low: Gate below the lower bound, at least 0.
         outside_high: Gate above the upper bound, at least 0.
         cap: Largest log-ratio of the weight, or None for no cap.
-        both_sides: Whether bounds hold for advantages of either sign. Otherwise the lower bound holds for negative and
-            the upper for positive advantages.
+        both_sides: Whether bounds hold for advantages of either sign. Otherwise, as in PPO, the lower bound holds
+            for negative and the upper for positive advantages.
     """
 
     on: str = option("ratio", "difference", "probability", "binary_kl")

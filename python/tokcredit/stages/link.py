@@ -1,4 +1,4 @@
-"""Links: the loss of a preference pair from the scores of its two rows."""
+"""Links: the loss of a preference pair from the scores of its two rows; TRL's ``loss_type``."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class Conversations(RolloutCollector):
         for turn in range(self._turns):
             if turn:
                 for c in going:
-                    answer = tools.reply(tools.calls(c.turns[-1]))
+                    answer = tools.results(tools.calls(c.turns[-1]))
                     result = context.tokenizer(answer, add_special_tokens=False).input_ids
                     c.append(result, [0.0] * len(result), by_model=False)
                 prompts, count = [c.prompt + c.tokens for c in going], 1

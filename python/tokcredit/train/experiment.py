@@ -184,7 +184,7 @@ def _columns(number: int, step: Step) -> dict[str, Any]:
         "group": batch.group_ids.tolist(),
         "task": [p.task for p in collection.problems],
         "prompt": [p.question for p in collection.problems],
-        "completion": collection.replies,
+        "completion": collection.responses,
         "reward": batch.rewards.tolist(),
         "prompt_tokens": [row[row >= 0].tolist() for row in prompts.cpu()],
         "tokens": per_row(batch.tokens),

@@ -29,7 +29,7 @@ class Recipe(NamedTuple):
         tasks: Tasks.
         steps: Number of steps.
         prompts: Prompts per step.
-        max_tokens: Largest number of tokens of a reply.
+        max_tokens: Largest number of tokens of a response.
         lr: Learning rate.
         precision: Mixed precision of training.
     """

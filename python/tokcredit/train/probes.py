@@ -72,11 +72,11 @@ class Prober:
         for i, places in enumerate(states.values()):
             t = places[0]
             before = rows.before(t)
-            # A continuation is cut where the whole reply would have reached the length limit.
-            replies = [
+            # A continuation is cut where the whole response would have reached the length limit.
+            responses = [
                 before + part.tolist()[: s.max_tokens - len(before)] for part in parts[i * count : (i + 1) * count]
             ]
-            texts = context.tokenizer.batch_decode(replies, skip_special_tokens=True)
+            texts = context.tokenizer.batch_decode(responses, skip_special_tokens=True)
             reward = problems[rows.row_of(t)].reward
             out[places] = sum(map(reward, texts)) / count
         return out

@@ -20,20 +20,20 @@ from tokcredit.train.settings import Settings
 class RolloutCollection(NamedTuple):
     """The rollouts of a step in this process, whole groups.
 
-    ``outcomes``, ``outcome_groups`` and ``finished`` describe whole replies to the problems of the step, from which the
-    metrics of a step are computed. They differ from the rows where rows are parts of replies, or were sampled earlier.
+    ``outcomes``, ``outcome_groups`` and ``finished`` describe whole responses to the problems of the step; the metrics
+    of a step are computed from them. They differ from the rows if rows are parts of responses, or were sampled earlier.
 
     Attributes:
         problems: Problem of each row.
-        replies: Text of each row.
+        responses: Text of each row.
         batch: The rows, packed, with the input ``prompt_tokens``.
-        outcomes: float ``[M]``, rewards of whole replies.
-        outcome_groups: Integers ``[M]``, group of each of these replies.
-        finished: bool ``[M]``, whether the model ended each of these replies by itself.
+        outcomes: float ``[M]``, rewards of whole responses.
+        outcome_groups: Integers ``[M]``, group of each of these responses.
+        finished: bool ``[M]``, whether the model ended each of these responses by itself.
     """
 
     problems: list[tasks.Problem]
-    replies: list[str]
+    responses: list[str]
     batch: Rollouts
     outcomes: Tensor
     outcome_groups: Tensor
@@ -41,7 +41,7 @@ class RolloutCollection(NamedTuple):
 
 
 def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
-    """Return the token ids of a question, in the chat template if there is one, up to where the reply begins.
+    """Return the token ids of a question, in the chat template if there is one, up to where the response begins.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -105,7 +105,7 @@ class SamplingContext:
         return torch.manual_seed(int(mixed[0]) >> 1)
 
     def prompt(self, question: str) -> list[int]:
-        """Return the token ids of a question, up to where the reply begins.
+        """Return the token ids of a question, up to where the response begins.
 
         Args:
             question: Text of the question.
@@ -149,7 +149,7 @@ class SamplingContext:
         """Return the mean reward on held-out problems, over all processes.
 
         Args:
-            attempt: Returns the reward of one reply to each of some problems.
+            attempt: Returns the reward of one response to each of some problems.
         """
         chosen = self.problems.measured(self.settings.eval_problems)[self.ranks.index :: self.ranks.count]
         self.sampler.sync()
@@ -177,15 +177,15 @@ class RolloutCollector:
         raise NotImplementedError
 
     def attempt(self, problems: Sequence[tasks.Problem]) -> list[float]:
-        """Return the reward of one greedy reply to each problem.
+        """Return the reward of one greedy response to each problem.
 
         Args:
             problems: The problems.
         """
         prompts = [self._context.prompt(p.question) for p in problems]
         made = self._context.complete(prompts, 1, 0.0)
-        replies = self._context.texts(made.tokens, made.cu_seqlens)
-        return [p.reward(reply) for p, reply in zip(problems, replies, strict=True)]
+        responses = self._context.texts(made.tokens, made.cu_seqlens)
+        return [p.reward(response) for p, response in zip(problems, responses, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after a step, for a checkpoint."""
@@ -201,7 +201,7 @@ class RolloutCollector:
 
 
 class SingleTurn(RolloutCollector):
-    """Collects several independent replies to every prompt."""
+    """Collects several independent responses to every prompt."""
 
     def collect(self, number: int) -> RolloutCollection:
         """Return the rewarded rollouts of a step.
@@ -209,10 +209,10 @@ class SingleTurn(RolloutCollector):
         Args:
             number: Number of the step, from 1.
         """
-        return self.replies(number, *self._context.chosen(number))
+        return self.responses(number, *self._context.chosen(number))
 
-    def replies(self, number: int, groups: Sequence[int], chosen: Sequence[tasks.Problem]) -> RolloutCollection:
-        """Return rewarded replies to some problems.
+    def responses(self, number: int, groups: Sequence[int], chosen: Sequence[tasks.Problem]) -> RolloutCollection:
+        """Return rewarded responses to some problems.
 
         Args:
             number: Number of the step, from 1.
@@ -225,10 +225,10 @@ class SingleTurn(RolloutCollector):
         with torch.random.fork_rng():
             context.seeded(number)
             made = context.complete(prompts, count, context.settings.sampling.temperature)
-        replies = context.texts(made.tokens, made.cu_seqlens)
+        responses = context.texts(made.tokens, made.cu_seqlens)
         problems = [p for p in chosen for _ in range(count)]
         device = made.tokens.device
-        rewards = torch.tensor([p.reward(r) for p, r in zip(problems, replies, strict=True)], device=device)
+        rewards = torch.tensor([p.reward(r) for p, r in zip(problems, responses, strict=True)], device=device)
         batch = Rollouts(
             made.tokens,
             made.cu_seqlens,
@@ -240,4 +240,4 @@ class SingleTurn(RolloutCollector):
                 "truncated": ~made.finished,
             },
         )
-        return RolloutCollection(problems, replies, batch, rewards, batch.group_ids, made.finished)
+        return RolloutCollection(problems, responses, batch, rewards, batch.group_ids, made.finished)

@@ -62,7 +62,7 @@ class Sampler(Protocol):
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a reply.
+    """Return the tokens that end a response.
 
     Args:
         model: Causal language model.
@@ -82,7 +82,7 @@ class TransformersSampler:
         dtype: Dtype of the copy, or None to sample with the model itself.
         batch: Largest number of rows generated at once.
         adaptive: Temperature per token, which replaces the plain one when sampling at the same base temperature.
-        stops: Tokens that end a reply beside those of the model.
+        stops: Tokens that end a response beside those of the model.
     """
 
     def __init__(

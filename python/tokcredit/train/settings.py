@@ -68,7 +68,7 @@ class SamplingSettings:
     group: int = 8
     """Number of rollouts per prompt."""
     max_tokens: int = 0
-    """Largest number of tokens of a reply; 0 takes the number that suits the model."""
+    """Largest number of tokens of a response; 0 takes the number that suits the model."""
     temperature: float = 1.0
     """Temperature of sampling, and of the distribution that is trained."""
     adaptive: float = 0.0
@@ -76,7 +76,7 @@ class SamplingSettings:
     widths: tuple[int, ...] = (6, 6, 6)
     """Children of a node at each depth, for methods that sample trees; these do not read the group size."""
     segment: int = 0
-    """Largest number of tokens of a tree's edge, except at the last depth; 0 divides the reply evenly."""
+    """Largest number of tokens of a tree's edge, except at the last depth; 0 divides the response evenly."""
     sampling_batch: int = 256
     """Largest number of rollouts that are generated at once."""
 
@@ -108,14 +108,14 @@ class ReplaySettings:
     """What is stored and used again, by methods that replay."""
 
     remembered: int = 4
-    """Number of right and of wrong replies that are stored per prompt."""
+    """Number of right and of wrong responses that are stored per prompt."""
     replayed: int = 2
-    """Largest number of stored replies that join a group whose replies are all right (wrong ones join) or all wrong
+    """Largest number of stored responses that join a group whose responses are all right (wrong ones join) or all wrong
     (right ones join)."""
     hard: float = 0.25
-    """A prompt whose mean reward so far is below this is also asked together with a wrong reply; 0 turns it off."""
+    """A prompt whose mean reward so far is below this is also asked together with a wrong response; 0 turns it off."""
     reflection: str = "The reply above is wrong. Find the mistake, then solve the problem again."
-    """Text that follows the wrong reply."""
+    """Text that follows the wrong response."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Settings:
     teacher: str | None = None
     """Teacher of a distilling method, with the same tokens; given like model."""
     reward: str | None = None
-    """Reward function in place of the task's own: "package.module:function" of (prompt, reply, answer) -> float."""
+    """Reward function in place of the task's own: "package.module:function" of (prompt, response, answer) -> float."""
     held_out: float = 0.2
     """Share of the problems that is kept from training and measured."""
     steps: int = 0

@@ -30,7 +30,7 @@ class Problem(NamedTuple):
         task: Name of the task.
         question: Text of the question.
         answer: Text of the answer.
-        reward: Function from a reply to its reward.
+        reward: Function from a response to its reward.
         calls: Expected tool calls, or None for a task without tools.
     """
 
@@ -83,28 +83,28 @@ def _order(size: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(size), size)
 
 
-def tagged(reply: str) -> str | None:
-    """Return the content of the last ``<answer>`` of a reply, or None without one.
+def tagged(response: str) -> str | None:
+    """Return the content of the last ``<answer>`` of a response, or None without one.
 
     Args:
-        reply: Text of the reply.
+        response: Text of the response.
     """
-    tags = _TAG.findall(reply)
+    tags = _TAG.findall(response)
     return str(tags[-1]).strip() if tags else None
 
 
-def final_answer(reply: str, numeric: bool) -> str | None:
-    """Return the final answer of a reply: its last ``<answer>``, else its last number, or the whole reply.
+def final_answer(response: str, numeric: bool) -> str | None:
+    """Return the final answer of a response: its last ``<answer>``, else its last number, or the whole response.
 
     Args:
-        reply: Text of the reply.
+        response: Text of the response.
         numeric: Whether the answer is a number. Without ``<answer>`` the result is then the last number, or None.
     """
-    if (answer := tagged(reply)) is not None:
+    if (answer := tagged(response)) is not None:
         return answer
     if not numeric:
-        return reply.strip()
-    numbers = _NUMBER.findall(reply)
+        return response.strip()
+    numbers = _NUMBER.findall(response)
     return numbers[-1].replace(",", "") if numbers else None
 
 
@@ -127,8 +127,8 @@ def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
     except (TypeError, AssertionError) as error:
         raise ValueError(f"tasks: {call.name}: {error}") from None
 
-    def reward(entry: dict[str, Any], reply: str) -> float:
-        answer = final_answer(reply, _is_number(str(entry["answer"])))
+    def reward(entry: dict[str, Any], response: str) -> float:
+        answer = final_answer(response, _is_number(str(entry["answer"])))
         return float(data.score_answer(answer, entry) >= _CORRECT)
 
     return [
@@ -155,9 +155,9 @@ def _jsonl(path: str) -> list[Problem]:
     from math_verify import parse as parse_math
     from math_verify import verify
 
-    def reward(gold: Any, reply: str) -> float:
-        tag = tagged(reply)
-        answer = parse_math(reply if tag is None else tag, parsing_timeout=None)
+    def reward(gold: Any, response: str) -> float:
+        tag = tagged(response)
+        answer = parse_math(response if tag is None else tag, parsing_timeout=None)
         return float(verify(gold, answer, timeout_seconds=None))
 
     return [
@@ -174,9 +174,9 @@ def _jsonl(path: str) -> list[Problem]:
 def _choices(path: str) -> list[Problem]:
     """Return the problems of a JSONL file with capital letters as answers; see :func:`matching.options`."""
 
-    def reward(true: frozenset[str], reply: str) -> float:
-        tags = _TAG.findall(reply)
-        last = _LAST_OPTIONS.search(tags[-1] if tags else reply)
+    def reward(true: frozenset[str], response: str) -> float:
+        tags = _TAG.findall(response)
+        last = _LAST_OPTIONS.search(tags[-1] if tags else response)
         return matching.options(set(_OPTION.findall(last.group())) if last else set(), true)
 
     return [
@@ -186,11 +186,11 @@ def _choices(path: str) -> list[Problem]:
 
 
 def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]:
-    """Return problems such as ``47+85=``; the last number of a reply is compared with the sum."""
+    """Return problems such as ``47+85=``; the last number of a response is compared with the sum."""
     generator = random.Random(seed)
 
-    def reward(answer: str, reply: str) -> float:
-        return float(final_answer(reply, numeric=True) == answer)
+    def reward(answer: str, response: str) -> float:
+        return float(final_answer(response, numeric=True) == answer)
 
     problems = []
     for _ in range(size):
@@ -204,8 +204,8 @@ def _calculator(operations: int = 2, digits: int = 1, size: int = 2000, seed: in
     """Return problems such as ``(7+5)*3=`` for a model that calls a calculator; ``<answer>`` is compared."""
     generator = random.Random(seed)
 
-    def reward(answer: str, reply: str) -> float:
-        return float(tagged(reply) == answer)
+    def reward(answer: str, response: str) -> float:
+        return float(tagged(response) == answer)
 
     problems = []
     for _ in range(size):
@@ -228,7 +228,7 @@ def _problems(text: str, seed: int) -> list[Problem]:
 
 
 def imported_reward(path: str) -> Callable[[str, str, str], float]:
-    """Return a reward function of (prompt, reply, answer).
+    """Return a reward function of (prompt, response, answer).
 
     Args:
         path: ``package.module:function``.
@@ -272,8 +272,8 @@ def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed:
     return Problems(train, measured)
 
 
-def _swapped(function: Callable[[str, str, str], float], question: str, answer: str, reply: str) -> float:
-    return float(function(question, reply, answer))
+def _swapped(function: Callable[[str, str, str], float], question: str, answer: str, response: str) -> float:
+    return float(function(question, response, answer))
 
 
 def _share(question: str) -> float:

@@ -1,4 +1,4 @@
-"""A calculator that a model calls in its replies, and the syntax of its calls.
+"""A calculator that a model calls in its responses, and the syntax of its calls.
 
 ``<tool>add(12,34)</tool>`` is answered with ``<result>46</result>``. Text that is no valid call gets an error as its
 result. Nothing that a model writes is run as a program.
@@ -98,7 +98,7 @@ def written(call: Call) -> str:
     return f"<tool>{call.name}({','.join(map(str, (call.arguments or {}).values()))}){STOP}"
 
 
-def reply(answered: Sequence[Call]) -> str:
+def results(answered: Sequence[Call]) -> str:
     """Return the text of the results that follow a turn.
 
     Args:
@@ -147,7 +147,7 @@ def conversation(generator: random.Random, noise: float) -> str:
         if generator.random() < noise:
             name, other = generator.choice(list(_SIGNS)), Fraction(generator.randrange(1, 10))
         call = Call(name, {"a": value, "b": other})
-        text += written(call) + reply([call])
+        text += written(call) + results([call])
         value = Fraction(result(call))
     return f"{text}<answer>{value}</answer>"
 

@@ -55,9 +55,8 @@ def _with_length(objective: Any, longest: int) -> Any:
 
 def _corrected(objective: Any) -> Any:
     """Return the objective with a token weight for an engine whose probabilities differ, unless it already has one."""
-    engine = inputs.names("sampler")
-    corrects = (x.required_inputs & engine for x in objective.stages() if x.kind in ("token_weight", "ratio"))
-    if any("rollout_log_probs" in names for names in corrects):
+    corrections = (x for x in objective.stages() if x.kind in ("token_weight", "ratio"))
+    if any("rollout_log_probs" in x.required_inputs for x in corrections):
         return objective
     return mix(objective, token_weights=(*objective.token_weights, importance_truncated()))
 
@@ -106,9 +105,9 @@ class Trainer:
         distils = inputs.names("teacher") & (required_inputs | set(self.objective.variables))
         teacher = self._teacher() if distils else None
         s, half = settings.sampling, settings.optimizer.precision == "bf16"
-        scores = (x for x in self.objective.stages() if isinstance(x, entropy_deviation))
-        self.score = next(scores, entropy_deviation())
-        literal = self.score.literal_sign
+        deviations = (x for x in self.objective.stages() if isinstance(x, entropy_deviation))
+        self.deviation = next(deviations, entropy_deviation())
+        literal = self.deviation.literal_sign
         self.adaptive = AdaptiveTemperature(s.temperature, s.adaptive, None, literal) if s.adaptive else None
         sampler: Sampler
         if s.sampler == "vllm":
@@ -170,7 +169,7 @@ class Trainer:
             update = self.learner.update(batch, number, clock)
         if self.adaptive:
             everything, _ = self.ranks.gather(batch, frozenset({"entropies"}))
-            self.adaptive.statistics = self.score.statistics(everything)
+            self.adaptive.statistics = self.deviation.statistics(everything)
         metrics = update.metrics | self.ranks.mean(self._measured(collection, update))
         metrics |= self.ranks.sum({"tokens": batch.lengths.sum()})
         self.learner.observe(metrics)

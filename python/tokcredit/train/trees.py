@@ -30,7 +30,7 @@ class Trees(RolloutCollector):
     A child that the model ended is a leaf, and so is every child of the last level. The reward of a leaf is that of the
     whole text from the prompt on; other edges have reward 0. A row holds the tokens of the path above its edge, with a
     False ``response_mask``, and its own tokens; ``node_ids`` and ``parent_ids`` connect the edges. The tokens of a
-    reply are shared out evenly over the levels unless the setting ``segment`` is given.
+    response are shared out evenly over the levels unless the setting ``segment`` is given.
 
     Args:
         context: Problems and sampler.

@@ -237,7 +237,8 @@ class whitened(Credit):
         return super().required_inputs if self.below is None else super().required_inputs | {"old_log_probs"}
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        advantages, mask = per_token(self.of(batch), batch.spans), batch.response_mask
+        given = per_token(self.of(batch), batch.spans)
+        advantages, mask = given.double(), batch.response_mask
         if self.nonzero:
             mask = mask & (advantages != 0)
         within = mask
@@ -247,7 +248,7 @@ class whitened(Credit):
         whole = Spans.single(batch.num_tokens, batch.device, within)
         mean, var = segment.mean(advantages, whole), segment.var(advantages, whole)
         scale = torch.where(var == 0, 1, (var + self.epsilon).rsqrt())
-        return torch.where(mask, (advantages - torch.where(var == 0, 0, mean)).mul_(scale), 0)
+        return torch.where(mask, (advantages - torch.where(var == 0, 0, mean)).mul_(scale), 0).to(given.dtype)
 
 
 __all__ = [

@@ -1,0 +1,124 @@
+// A tile in registers: sixteen neighbouring tokens per lane, all on their way from memory together, and which
+// of them begin and end rows, as bits.
+#pragma once
+#include "cuda/tile.cuh"
+
+namespace tokcredit::cuda {
+
+constexpr int own_tokens = 16;
+constexpr unsigned own_all = (1u << own_tokens) - 1;
+static_assert(tile_size == 32 * own_tokens, "a tile is what a warp holds");
+
+template <class T> struct Own {
+  T item[own_tokens];
+};
+
+// A lane's tokens [t, t + 16) of a buffer of `size`; what lies beyond it is `T{}`.
+template <class T> __device__ Own<T> load_own(const T *p, int64_t t, int64_t size) {
+  constexpr int width = 16 / sizeof(T);
+  struct alignas(16) Load {
+    T item[width];
+  };
+  Own<T> out{};
+  if (reinterpret_cast<uintptr_t>(p) % 16 == 0 && t + own_tokens <= size) {
+#pragma unroll
+    for (int v = 0; v < own_tokens / width; ++v) {
+      const Load load = reinterpret_cast<const Load *>(p + t)[v];
+#pragma unroll
+      for (int k = 0; k < width; ++k)
+        out.item[v * width + k] = load.item[k];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < own_tokens; ++k)
+      if (t + k < size)
+        out.item[k] = p[t + k];
+  }
+  return out;
+}
+
+// Which of the sixteen are true, the first in the lowest bit.
+__device__ inline unsigned load_bits(const bool *p, int64_t t, int64_t size) {
+  const Own<unsigned char> bytes = load_own(reinterpret_cast<const unsigned char *>(p), t, size);
+  unsigned bits = 0;
+#pragma unroll
+  for (int w = 0; w < own_tokens / 4; ++w) {
+    unsigned four;
+    memcpy(&four, bytes.item + 4 * w, 4);
+    bits |= (four & 0x01010101u) * 0x10204080u >> 28 << 4 * w; // the lowest bit of each byte
+  }
+  return bits;
+}
+
+// Borders of rows inside a tile, kept in shared memory by a warp: a bit per token.
+struct Borders {
+  unsigned inside[tile_size / 32]; // of a row
+  unsigned first[tile_size / 32];  // of its row
+  unsigned last[tile_size / 32];
+
+  // A lane's sixteen.
+  static __device__ unsigned own(const unsigned *bits, int block) {
+    return bits[block / 2] >> block % 2 * own_tokens & own_all;
+  }
+};
+
+// Fills `borders` for the tile [from, to). `row_at(token)` is where the number of the row that begins or ends
+// there is put, less that of the first row, which is returned.
+template <class RowAt>
+__device__ int64_t find_borders(const Rows &rows, int64_t from, int64_t to, Borders &borders,
+                                RowAt &&row_at) {
+  if (lane_id() < tile_size / 32)
+    borders.inside[lane_id()] = borders.first[lane_id()] = borders.last[lane_id()] = 0;
+  __syncwarp();
+  const int64_t low = count_at_most(rows.end, rows.count, from);
+  for (int64_t base = low;; base += 32) {
+    const int64_t r = base + lane_id();
+    const bool here = r < rows.count && rows.begin[r] < to;
+    const int64_t begin = here ? rows.begin[r] : to, end = here ? rows.end[r] : to;
+    const int first = int(max(begin, from) - from), last = int(min(end, to) - from) - 1;
+    if (here && first <= last) {
+      const auto set = [](unsigned *bits, int token) { atomicOr(bits + token / 32, 1u << token % 32); };
+      if (begin >= from) {
+        set(borders.first, first);
+        row_at(first) = int(r - low);
+      }
+      if (end <= to) {
+        set(borders.last, last);
+        row_at(last) = int(r - low);
+      }
+      for (int w = first / 32; w <= last / 32; ++w) {
+        const unsigned from_first = w == first / 32 ? ~0u << first % 32 : ~0u;
+        const unsigned to_last = w == last / 32 ? ~0u >> (31 - last % 32) : ~0u;
+        atomicOr(borders.inside + w, from_first & to_last);
+      }
+    }
+    if (__ballot_sync(all_lanes, here) >> 31 == 0)
+      break;
+  }
+  __syncwarp();
+  return low;
+}
+
+// What the lanes of a warp write into shared memory, sixteen neighbours each, to be stored side by side. The
+// gaps keep sixteen lanes that access 16 bytes each on different banks.
+template <class A> struct Staged {
+  static constexpr int stride = own_tokens + 16 / int(sizeof(A));
+  alignas(16) A item[32 * stride];
+
+  __device__ A *own(int block) { return item + block * stride; }
+  __device__ A &at(int token) { return item[token / own_tokens * stride + token % own_tokens]; }
+
+  // Stores those of the tile at `from` that lie before `to`; the warp must have met after it wrote them.
+  __device__ void store(A *y, int64_t from, int64_t to) const {
+    const bool aligned = quads_aligned(y);
+#pragma unroll
+    for (int step = 0; step < int(tile_size / step_size); ++step) {
+      const int token = step * int(step_size) + quad * lane_id();
+      Quad<A> four;
+      memcpy(&four, item + token / own_tokens * stride + token % own_tokens, sizeof four);
+      store_quad(y, from + token, from, to, aligned, four);
+    }
+  }
+};
+
+} // namespace tokcredit::cuda

@@ -1,0 +1,484 @@
+"""Random calls of every native operation on the emulator, compared with the CPU's: ``python -m tests.emulation.fuzz``.
+
+A case is a function of its number alone, so a failure is repeated by ``--first N --cases 1``. Every tenth case is junk:
+spans and indices out of all bounds, for which nothing is asked but that no memory outside of the arrays is touched and
+that the call ends.
+"""
+
+import argparse
+import math
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tokcredit import _C
+from tokcredit.ops import REDUCTIONS
+
+from .emulator import Emulator
+from .operations import SIGNATURES, names, run_both
+
+JUNK_EVERY = 10
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SPECIAL = [math.inf, -math.inf, math.nan, 0.0, -0.0]
+
+
+def accumulated(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Draw:
+    """What cases are made of. Arrays lie at odd places of larger ones, so that no alignment is given."""
+
+    def __init__(self, number):
+        self.random = random.Random(number)
+        self.torch = torch.Generator().manual_seed(number)
+        self.choice, self.integer = self.random.choice, self.random.randint
+
+    def chance(self, p):
+        return self.random.random() < p
+
+    def placed(self, x):
+        offset = 0 if self.chance(0.4) else self.integer(0, 9)
+        place = x.new_empty(x.numel() + offset)[offset:].view(x.shape)
+        return place.copy_(x)
+
+    def empty(self, dtype, *shape):
+        return self.placed(torch.zeros(shape, dtype=dtype))
+
+    def index(self, values):
+        return self.placed(torch.tensor(values, dtype=torch.int64))
+
+    def normal(self, dtype, *shape, scale=1.0):
+        return self.placed((torch.randn(shape, generator=self.torch, dtype=torch.float64) * scale).to(dtype))
+
+    def values(self, dtype, *shape):
+        """Normal; or full of ties; or with infinities and NaN."""
+        x = self.normal(torch.float64, *shape)
+        kind = self.choice(["normal", "normal", "ties", "special"])
+        if kind == "ties":
+            x = x.mul(2).round().div(2)
+        elif kind == "special":
+            at = torch.rand(x.shape, generator=self.torch) < 0.1
+            x[at] = torch.tensor([self.choice(SPECIAL) for _ in range(int(at.sum()))], dtype=x.dtype)
+        return self.placed(x.to(dtype))
+
+    def bools(self, size, kind=None):
+        kind = kind or self.choice(["dense", "sparse", "none", "runs"])
+        if kind == "runs":
+            edges = torch.rand(size, generator=self.torch) < 0.02
+            return self.placed(edges.cumsum(0) % 2 == 1)
+        return self.placed(torch.rand(size, generator=self.torch) < {"dense": 0.9, "sparse": 0.05, "none": 0}[kind])
+
+    def lengths(self, most=20_000):
+        kind = self.choice(["few", "few", "many", "tile", "padded", "long"])
+        if kind == "few":
+            return [self.integer(0, 40) for _ in range(self.integer(1, 8))]
+        if kind == "many":
+            return [self.integer(0, 9) for _ in range(self.integer(1, 300))]
+        if kind == "tile":  # about the size of a tile
+            return [self.choice([511, 512, 513, 1024, 2048, 700, 3]) for _ in range(self.integer(1, 6))]
+        if kind == "padded":
+            return [self.integer(0, 300) for _ in range(self.integer(1, 12))]
+        return [self.integer(0, 50), self.integer(1, most), self.integer(0, 3000)]
+
+    def rows(self, **limits):
+        """``begin``, ``end``, ``mask`` and the size of the buffer."""
+        lengths, gaps = self.lengths(**limits), self.choice([0, 0, 3, 700])
+        begin, end, at = [], [], self.integer(0, gaps)
+        for length in lengths:
+            begin.append(at)
+            end.append(at + length)
+            at += length + (self.integer(0, gaps) if self.chance(0.5) else 0)
+        size = max(at, 1)
+        mask = None if self.chance(0.4) else self.bools(size)
+        return {"begin": self.index(begin), "end": self.index(end), "mask": mask}, len(lengths), size
+
+
+def scan(d):
+    rows, count, size = d.rows()
+    dtype = d.choice(FLOATS)
+    out = accumulated(dtype)
+    return {
+        **rows,
+        "x": d.normal(dtype, size),
+        "decay": d.choice([1.0, 0.9, 0.0, -0.5]),
+        "carry_in": d.choice([None, d.normal(out, count)]),
+        "reverse": d.chance(0.5),
+        "exclusive": d.chance(0.5),
+        "y": d.empty(out, size),
+        "carry_out": d.empty(out, count),
+    }
+
+
+def sequences(d):
+    """Rows of a few groups, interleaved, that share prefixes, repeat and end inside each other."""
+    count, longest = d.choice([(5, 6), (30, 40), (600, 5), (4, 3000)])
+    count = d.integer(1, count)
+    groups = d.integer(1, max(1, count // d.choice([1, 4, 600])))
+    big = d.choice([0, 2**33])
+    texts = []
+    for _ in range(count):
+        length = d.integer(0, longest)
+        text = [big + d.integer(0, 1) for _ in range(length)]
+        if texts and d.chance(0.7):
+            model = d.choice(texts)
+            text = model[: d.integer(0, len(model))] + text[: d.integer(0, length)]
+        texts.append(text)
+    group = list(range(groups)) + [d.integer(0, groups - 1) for _ in range(count - groups)]
+    d.random.shuffle(group)
+    return texts, group, groups, big
+
+
+NODES = ["parent", "group_of", "depth", "length", "count", "degree"]
+
+
+def tree(d):
+    """A batch as ``tree_build`` wants it, with its results empty."""
+    texts, group, groups, big = sequences(d)
+    count, gap, at, begin = len(texts), d.choice([0, 5]), 0, []
+    flat = []
+    for text in texts:
+        begin.append(at)
+        flat += text + [big] * gap
+        at += len(text) + gap
+    nodes = {name: d.empty(torch.int64, 2 * count) for name in NODES}
+    return {
+        "tokens": d.placed(
+            torch.tensor(flat or [0], dtype=torch.int64 if big else d.choice([torch.int32, torch.int64]))
+        ),
+        "begin": d.index(begin),
+        "end": d.index([b + len(text) for b, text in zip(begin, texts, strict=True)]),
+        "group": d.index(group),
+        "groups": groups,
+        "leaf": d.empty(torch.int64, count),
+        **nodes,
+        "size": torch.zeros((), dtype=torch.int64),
+    }
+
+
+def built(d):
+    batch = tree(d)
+    _C.tree_build(*(batch.get(name, 1) for name in names("tree_build")))
+    return batch
+
+
+def tree_fold(d):
+    batch, dtype = built(d), d.choice(FLOATS[:2])
+    count = batch["leaf"].numel()
+    return {
+        "leaf": batch["leaf"],
+        "parent": batch["parent"],
+        "scale": d.choice([None, d.normal(dtype, 2 * count)]),
+        "x": d.normal(dtype, count),
+        "y": d.empty(dtype, 2 * count),
+    }
+
+
+def expand(d):
+    dtype = d.choice([torch.float32, torch.float64, torch.int64, torch.bool])
+
+    def numbers(size):
+        x = d.normal(torch.float64, size, scale=3)
+        return d.placed(x > 0 if dtype == torch.bool else x.to(dtype))
+
+    if d.chance(0.5):
+        rows, count, size = d.rows()
+        return {**rows, "row": numbers(count), "y": d.empty(dtype, size)}
+    batch = built(d)
+    count, size = batch["leaf"].numel(), batch["tokens"].numel()
+    return {
+        **{name: batch[name] for name in ("begin", "end", "leaf", "parent", "depth")},
+        "mask": d.choice([None, d.bools(size)]),
+        "row": d.choice([None, numbers(count)]),
+        "body": d.choice([None, numbers(2 * count)]),
+        "head": d.choice([None, numbers(2 * count)]),
+        "y": d.empty(dtype, size),
+    }
+
+
+def segment_rows(d):
+    rows, count, size = d.rows()
+    dtype = d.choice(FLOATS)
+    return {
+        **rows,
+        "x": d.values(dtype, size),
+        "reduction": d.integer(0, len(REDUCTIONS) - 1),
+        "ddof": d.choice([0.0, 1.0]),
+        "y": d.empty(accumulated(dtype), count),
+    }
+
+
+def segment_ids(d):
+    size, segments, dtype = d.choice([1, 40, 5000]), d.choice([1, 5, 300]), d.choice(FLOATS)
+    return {
+        "x": d.values(dtype, size),
+        "ids": d.index([d.integer(-1, segments) for _ in range(size)]),
+        "mask": d.choice([None, d.bools(size)]),
+        "reduction": d.integer(0, len(REDUCTIONS) - 1),
+        "ddof": d.choice([0.0, 1.0]),
+        "y": d.empty(accumulated(dtype), segments),
+    }
+
+
+def select(d):
+    rows, count, size = d.rows(most=3000)
+    dtype, ranks, scopes = d.choice(FLOATS), d.chance(0.5), d.choice([1, 2, 7])
+    return {
+        **rows,
+        "x": d.values(dtype, size),
+        "scope": d.index([d.integer(-1, scopes) if d.chance(0.1) else d.integer(0, scopes - 1) for _ in range(count)]),
+        "wanted": d.index([d.integer(-1, size // d.choice([1, 4, 50]) + 1) for _ in range(scopes)]),
+        "ranks": ranks,
+        "y": d.empty(accumulated(dtype), scopes) if ranks else d.empty(torch.bool, size),
+    }
+
+
+def maximum_variance(d):
+    size, scopes = d.integer(1, 60), d.integer(1, 5)
+    return {
+        "x": d.normal(torch.float64, size),
+        "scope": d.index([d.integer(-1, scopes) for _ in range(size)]),
+        "wanted": d.index([d.integer(-1, 12) for _ in range(scopes)]),
+        "chosen": d.empty(torch.bool, size),
+    }
+
+
+def policy_loss(d):
+    rows, count, size = d.rows()
+    dtype = d.choice(FLOATS)
+    out, surrogate = accumulated(dtype), d.choice(_C.SURROGATES)
+    source = d.choice(_C.SOURCES)
+    on = d.choice(_C.COORDINATES) if surrogate == "gated" else "ratio"
+
+    def grid(dtype, *shape, scale=16, low=-40, high=40):
+        """Multiples of 1/16, of which sums are exact: a token is on the same side of a bound on both sides."""
+        return d.placed((torch.randint(low, high, shape, generator=d.torch) / scale).to(dtype))
+
+    made = {
+        "log_ratio": lambda shape: grid(out, *shape),
+        "advantages": lambda shape: d.normal(out, *shape),
+        "weights": lambda shape: d.normal(out, *shape).abs(),
+        "low": lambda shape: grid(out, *shape, low=-16, high=-1) - 1 / 64,
+        "high": lambda shape: grid(out, *shape, low=1, high=16) + 1 / 64,
+        "cap": lambda shape: grid(out, *shape, low=16, high=40) + 1 / 64,
+        "outside_low": lambda shape: grid(out, *shape, low=0, high=16),
+        "outside_high": lambda shape: grid(out, *shape, low=0, high=16),
+        "given": lambda shape: grid(out, *shape),
+    }
+    always = {"low", "high"} | ({"log_ratio"} if source == "given" else set())
+    operands, numbers = [], []
+    for name, absent in _C.OPERANDS.items():
+        shape = d.choice([(), (count, 1), (size,)])
+        wanted = (name != "log_ratio" or source == "given") and (name in always or d.chance(0.7))
+        operands.append(made[name](shape) if wanted and shape else None)
+        numbers.append(made[name](()).item() if wanted and not shape else absent)
+    probability = on in ("probability", "binary_kl", "given")
+    log_probs = grid(dtype, size, high=0) if probability else grid(dtype, size)
+    needs_reference = source == "cumulative" or probability
+    reference = grid(dtype, size, high=0) if needs_reference or d.chance(0.7) else None
+    return {
+        **rows,
+        "log_probs": log_probs,
+        "reference": reference,
+        "operands": operands,
+        "numbers": numbers,
+        "trains": d.choice([None, d.bools(size)]),
+        "surrogate": _C.SURROGATES.index(surrogate),
+        "source": _C.SOURCES.index(source),
+        "on": _C.COORDINATES.index(on),
+        "value": d.integer(0, len(_C.GATED_VALUES) - 1),
+        "both_sides": d.chance(0.5),
+        "bound": d.choice([0.515625, 3.0]) if source == "cumulative" else math.inf,
+        "power": d.choice([0.0, 0.0, 0.5, 0.73]),
+        "limit": d.choice([math.inf, 0.3]),
+        "clamp_low": -2.515625,
+        "clamp_high": 2.515625,
+        "values": d.empty(out, count),
+        "stats": d.empty(torch.float64, count, len(_C.LOSS_STATS)),
+        "slopes": d.choice([None, d.empty(out, size)]),
+    }
+
+
+def scale_rows(d):
+    rows, count, size = d.rows()
+    dtype = d.choice(FLOATS[:2])
+    factor = d.normal(dtype, count)
+    factor[torch.rand(count, generator=d.torch) < 0.5] = 1.0
+    return {"begin": rows["begin"], "end": rows["end"], "x": d.normal(dtype, size), "factor": factor}
+
+
+def logits(d):
+    rows, vocabulary, dtype = d.integer(1, 12), d.choice([1, 2, 7, 33, 500, 5003]), d.choice(FLOATS)
+    x = d.normal(dtype, rows, vocabulary, scale=d.choice([0.1, 2, 30]))
+    if d.chance(0.3):
+        x[:, d.integer(0, vocabulary - 1)] = -math.inf
+    out = accumulated(dtype)
+    tokens = [d.choice([-1, d.integer(0, vocabulary - 1), d.integer(0, vocabulary - 1)]) for _ in range(rows)]
+    return {
+        "logits": x,
+        "tokens": d.index(tokens).to(d.choice([torch.int32, torch.int64])),
+        "temperature": d.choice([1.0, 0.7, 2.0]),
+        "log_probs": d.empty(out, rows),
+        "entropies": d.empty(out, rows),
+        "logsumexp": d.empty(torch.float64, rows),
+    }
+
+
+def logits_gradient(d):
+    f = logits(d)
+    _C.logits(*(f.get(name, 1) for name in names("logits")))
+    out = f["entropies"].dtype
+    rows = f["tokens"].numel()
+    return {
+        **{name: f[name] for name in ("logits", "tokens", "temperature", "logsumexp", "entropies")},
+        "grad_log_probs": d.choice([None, d.normal(out, rows)]),
+        "grad_entropies": d.choice([None, d.normal(out, rows)]),
+        "grad": d.choice([f["logits"], d.empty(f["logits"].dtype, *f["logits"].shape)]),
+    }
+
+
+def repack(d):
+    rows, _, size = d.rows()
+    length = rows["end"] - rows["begin"]
+    shift = d.integer(0, 9)
+    dtype = d.choice([*FLOATS, torch.int32, torch.int64, torch.bool])
+    x = d.normal(torch.float64, size, scale=9)
+    source = rows["begin"]
+    target = (length.cumsum(0) - length) + shift
+    if d.chance(0.5):
+        x, source, target = d.normal(torch.float64, int(length.sum()) + 10, scale=9), target, source
+    total = int((target + length).max()) + d.integer(0, 700)
+    return {
+        "x": d.placed(x > 0 if dtype == torch.bool else x.to(dtype)),
+        "source": d.placed(source),
+        "target": d.placed(target),
+        "length": d.placed(length),
+        "y": d.empty(dtype, max(total, 1)),
+    }
+
+
+def baseline(d):
+    rows, count, size = d.rows(most=3000)
+    dtype, groups, per_row = d.choice(FLOATS), d.integer(1, 4), d.chance(0.5)
+    out = accumulated(dtype)
+    return {
+        **rows,
+        "log_probs": d.placed(-d.normal(dtype, size).abs()),
+        "squares": d.placed(d.normal(dtype, size).abs().clamp(max=1)),
+        "rewards": d.normal(dtype, count, 1) if per_row else d.normal(dtype, size),
+        "group": d.index([d.integer(0, groups - 1) for _ in range(count)]),
+        "groups": groups,
+        "epsilon": 1e-8,
+        "advantages": d.empty(out, size),
+        "returns": d.choice([None, d.empty(out, size)]),
+    }
+
+
+GENERATORS = {
+    "scan": scan,
+    "tree_build": tree,
+    "tree_fold": tree_fold,
+    "expand": expand,
+    "segment_rows": segment_rows,
+    "segment_ids": segment_ids,
+    "select": select,
+    "maximum_variance": maximum_variance,
+    "policy_loss": policy_loss,
+    "scale_rows": scale_rows,
+    "logits": logits,
+    "logits_gradient": logits_gradient,
+    "repack": repack,
+    "baseline": baseline,
+}
+assert GENERATORS.keys() == SIGNATURES.keys()
+
+# Arguments that say where something is, and so may be junk.
+PLACES = {
+    "begin",
+    "end",
+    "group",
+    "leaf",
+    "parent",
+    "depth",
+    "ids",
+    "scope",
+    "wanted",
+    "tokens",
+    "source",
+    "target",
+    "length",
+}
+
+
+def junk(d, op, case):
+    """Replaces some of the numbers that say where something is."""
+    for name in PLACES & set(names(op)):
+        x = case.get(name)
+        if not isinstance(x, torch.Tensor) or d.chance(0.3):
+            continue
+        bound = int(d.choice([x.numel(), 50, 5000, 2**31 - 1]))
+        wrong = torch.randint(-bound, bound + 1, x.shape, generator=d.torch).to(x.dtype)
+        case[name] = x.where(torch.rand(x.shape, generator=d.torch) < d.choice([0.0, 0.5, 0.9]), wrong)
+
+
+def run_case(emulator, number, ops, with_junk=True):
+    """Runs case ``number``; returns its operation and what was found."""
+    d = Draw(number)
+    op = d.choice(ops)
+    case = GENERATORS[op](d)
+    case.setdefault("threads", 1)
+    emulator.seed(number * 7919 + 1)
+    wild = with_junk and number % JUNK_EVERY == JUNK_EVERY - 1
+    if wild:
+        junk(d, op, case)
+    arguments = [case.get(name) for name in names(op)]
+    try:
+        if wild:
+            getattr(emulator.module, op)(*arguments)
+            found = []
+        else:
+            found = run_both(op, getattr(emulator.module, op), getattr(_C, op), arguments)
+    except ValueError:
+        found = []  # refused
+    except RuntimeError as error:
+        found = [str(error)]
+    reports = emulator.reports()
+    if wild:  # what is computed from junk is junk
+        reports = [line for line in reports if "outside" in line]
+    return op, [f"{'junk: ' if wild else ''}{line}" for line in [*found, *reports]]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--flavour", default="instrumented", choices=["plain", "instrumented"])
+    parser.add_argument("--module", type=Path, help="a module built elsewhere")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--cases", type=int, default=10**9)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--ops", nargs="+", default=sorted(GENERATORS), choices=sorted(GENERATORS))
+    parser.add_argument("--verbose", action="store_true", help="the number of each case before it runs")
+    parser.add_argument("--no-junk", action="store_true")
+    parser.add_argument("--most", type=int, default=10, help="stop after so many findings")
+    a = parser.parse_args()
+    emulator = Emulator(a.flavour, a.module)
+    emulator.reports()
+    start, done, findings = time.monotonic(), Counter(), 0
+    for number in range(a.first, a.first + a.cases):
+        if time.monotonic() - start > a.seconds or findings >= a.most:
+            break
+        if a.verbose:
+            print(number, flush=True)
+        op, found = run_case(emulator, number, a.ops, not a.no_junk)
+        done[op] += 1
+        findings += bool(found)
+        for line in found:
+            print(f"case {number}: {line}", flush=True)
+    print(f"fuzz: {done.total()} cases, {emulator.accesses() / 1e6:.0f} M accesses checked, {findings} with findings")
+    raise SystemExit(findings > 0)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,64 @@
+"""Rows that go from tile to tile wait for each other; how long such a chain of waits is, counted on the emulator."""
+
+import pytest
+import torch
+from tokcredit import ops
+from tokcredit.ops import Rows
+
+pytestmark = pytest.mark.gpu
+
+# Lengths of the rows, and the stride from row to row (None: packed).
+CASES = {
+    "packed": ([2000 + 12_000 * (7 * i % 11) // 10 for i in range(24)], None),
+    "padded": ([1000] * 120, 1024),
+}
+# Within a row a few, by when its neighbours happen to arrive. Where each row waits for the one before: hundreds.
+MOST = 6
+REACH = 32  # places that a look-back sees; 4,096 tokens each in scan, 512 in policy_loss
+
+
+@pytest.fixture(scope="module")
+def emulator(request):
+    plugin = request.config.pluginmanager.get_plugin("tests.emulation.plugin")
+    if plugin is None:
+        pytest.skip("counted on the emulator: make test-emulated")
+    return plugin.emulator
+
+
+def rows_of(lengths, stride):
+    lengths = torch.tensor(lengths)
+    begin = torch.arange(len(lengths)) * stride if stride else lengths.cumsum(0) - lengths
+    return Rows(begin, begin + lengths), int((begin + lengths)[-1])
+
+
+def waits_of_scan(emulator, rows, size, reverse=False):
+    x, y, last = torch.ones(size), torch.empty(size), torch.empty(len(rows.begin))
+
+    def run():
+        emulator.module.scan(x, rows.begin, rows.end, None, 1.0, None, reverse, False, y, last, 1)
+
+    waits = emulator.longest_chain(run)
+    assert torch.equal(last, (rows.end - rows.begin).float())
+    return waits
+
+
+def waits_of_policy_loss(emulator, rows, size):
+    x = torch.ones(size)
+    return emulator.longest_chain(lambda: ops.policy_loss(x, rows, "k1", reference=x, cumulative=True))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_scan_does_not_wait_for_rows_that_end(emulator, case, reverse):
+    assert waits_of_scan(emulator, *rows_of(*CASES[case]), reverse) <= MOST
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_policy_loss_does_not_wait_for_rows_that_end(emulator, case):
+    assert waits_of_policy_loss(emulator, *rows_of(*CASES[case])) <= MOST
+
+
+# Long rows are scaled down from 10^6 tokens: with all blocks resident the emulator takes a second for 20,000.
+def test_a_long_row_is_a_chain_of_look_backs(emulator):
+    assert waits_of_scan(emulator, *rows_of([400_000], None)) <= 400_000 // (REACH * 4096) + 2
+    assert waits_of_policy_loss(emulator, *rows_of([100_000], None)) <= 100_000 // (REACH * 512) + 2
