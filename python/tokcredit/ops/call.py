@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ def result(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = Non
     dtype = dtype or like.dtype
     ours = type(like) is Tensor and like.is_cpu and dtype in _TYPES
     if ours and math.prod(shape) * dtype.itemsize >= _C.LARGE:
-        return cast(Tensor, _C.empty(shape, _TYPES[dtype]))
+        return _C.empty(shape, _TYPES[dtype])
     return like.new_empty(shape, dtype=dtype)
 
 

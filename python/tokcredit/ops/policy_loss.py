@@ -44,7 +44,8 @@ def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Te
 @impl("tokcredit::policy_loss", DEVICES)
 def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     values, stats, slopes = _policy_loss_outputs(log_probs, *arguments)
-    reference, operands, numbers, begin, end, mask, trains, *settings, differentiate, threads = arguments
+    reference, operands, numbers, begin, end, mask, trains = arguments[:7]
+    surrogate, source, on, value, both_sides, bound, power, limit, low, high, differentiate, threads = arguments[7:]
     if begin.numel() == 0:
         return values, stats, slopes.zero_()
     _C.policy_loss(
@@ -56,7 +57,16 @@ def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Te
         end,
         plain(mask),
         plain(trains),
-        *settings,
+        surrogate,
+        source,
+        on,
+        value,
+        both_sides,
+        bound,
+        power,
+        limit,
+        low,
+        high,
         values,
         stats,
         slopes if differentiate else None,

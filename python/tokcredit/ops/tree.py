@@ -31,7 +31,9 @@ def _tree_build(
 ) -> tuple[Tensor, ...]:
     outputs = _tree_outputs(tokens, begin)
     if begin.numel():
-        _C.tree_build(tokens.contiguous(), begin, end, group.contiguous(), groups, *outputs, threads)
+        leaf, parent, group_of, depth, length, count, degree, size = outputs
+        nodes = (parent, group_of, depth, length, count, degree)
+        _C.tree_build(tokens.contiguous(), begin, end, group.contiguous(), groups, leaf, *nodes, size, threads)
     return outputs
 
 
