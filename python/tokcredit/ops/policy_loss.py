@@ -78,12 +78,12 @@ def _scale_rows(x: Tensor, factor: Tensor, begin: Tensor, end: Tensor, threads: 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, log_probs: Tensor, arguments: tuple[Any, ...], total: bool) -> tuple[Tensor, Tensor]:
         values, stats, slopes = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
         ctx.save_for_backward(log_probs)
         ctx.mark_non_differentiable(stats)
         ctx.slopes, ctx.arguments = slopes, arguments
-        return values, stats
+        return values.sum() if total else values, stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,8 +95,8 @@ class _PolicyLoss(torch.autograd.Function):
         elif torch.compiler.is_compiling():
             slopes = slopes.clone()
         begin, end = ctx.arguments[3:5]
-        torch.ops.tokcredit.scale_rows_(slopes, grad, begin, end, num_threads())
-        return slopes.to(log_probs.dtype), *([None] * len(ctx.arguments))
+        torch.ops.tokcredit.scale_rows_(slopes, grad.expand(begin.shape), begin, end, num_threads())
+        return slopes.to(log_probs.dtype), None, None
 
 
 def _index(names: tuple[str, ...], argument: str, name: str) -> int:
@@ -129,6 +129,7 @@ def policy_loss(
     power: float = 0.0,
     limit: float = inf,
     clamp: tuple[float, float] = (-inf, inf),
+    total: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted surrogate summed over each row, and statistics of each row.
 
@@ -159,9 +160,10 @@ def policy_loss(
         power: Bounds grow with the token's position to this power.
         limit: Where a KL estimate exceeds it, the estimate is held there and has no slope.
         clamp: Smallest and largest log-ratio.
+        total: Whether to return the sum over rows, which saves a node of the graph.
 
     Returns:
-        Values ``[R]`` with a gradient to ``log_probs``, and statistics float64 ``[R, len(LOSS_STATS)]`` without one.
+        Values ``[R]``, or their sum 0-d, with a gradient to ``log_probs``, and statistics float64 ``[R, len(LOSS_STATS)]`` without one.
 
     Raises:
         ValueError: An unknown name, tensors of other shapes or dtypes, or ``cumulative`` with a ``log_ratio``.
@@ -204,6 +206,6 @@ def policy_loss(
         num_threads(),
     )
     if differentiate:
-        return _PolicyLoss.apply(log_probs, *arguments)
+        return _PolicyLoss.apply(log_probs, arguments, total)
     values, stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
-    return values, stats
+    return values.sum() if total else values, stats
