@@ -36,7 +36,7 @@ def binding_flags():
 def compile_one(root, source, flags):
     """The object of a source; ``root`` may be a changed copy of the tree."""
     command = [*COMMON, *flags]
-    read = subprocess.run([*command, "-E", source], cwd=root, capture_output=True)
+    read = subprocess.run([*command, "-E", "-fno-working-directory", source], cwd=root, capture_output=True)
     if read.returncode:
         raise SystemExit(read.stderr.decode())
     key = hashlib.sha256(read.stdout + repr(command).encode()).hexdigest()[:24]
