@@ -65,8 +65,8 @@ BUGS = [
     Bug(
         "a collective is called by some lanes only",
         "scan.cu",
-        "    const Affine before = from_lane(upto, max(lane_id() - step, 0));\n    if (step <= reach)\n      upto = before.then(upto);",
-        "    if (step <= reach)\n      upto = from_lane(upto, max(lane_id() - step, 0)).then(upto);",
+        "    const Affine before = from_lane(upto, max(lane_id() - step, 0));\n    if (step <= reach)\n",
+        "    if (step > reach)\n      continue;\n    const Affine before = from_lane(upto, lane_id() - step);\n",
         "scan",
     ),
     Bug(
@@ -99,7 +99,7 @@ BUGS = [
         "if (aligned && t < size)",
         "policy_loss",
     ),
-    Bug("the border of a histogram is crossed", "select.cu", "            __syncwarp();\n", "", "select"),
+    Bug("counts of a histogram are lost", "select.cu", "            __syncwarp();\n", "", "select"),
     Bug(
         "histograms are cleared while they are read",
         "select.cu",
