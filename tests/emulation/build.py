@@ -60,7 +60,7 @@ def build(flavour, root=ROOT, folder=None):
     bind = sorted(str(p.relative_to(root)) for p in (root / "csrc/bind").glob("*.cpp"))
     emulator_flags = ["-O2", *(f for f in extra if f.startswith("-D"))]
     jobs = [(s, KERNEL + extra) for s in kernels]
-    jobs += [(str(HERE / s), emulator_flags) for s in ("schedule.cpp", "memory.cpp")]
+    jobs += [(str(HERE / s), emulator_flags) for s in ("schedule.cpp", "collectives.cpp", "memory.cpp")]
     jobs += [(s, binding_flags()) for s in bind] + [("csrc/cpu/memory.cpp", ["-O1"])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compile_one(root, *job), jobs))

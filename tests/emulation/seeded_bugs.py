@@ -181,8 +181,8 @@ BUGS = [
     Bug(
         "a row of a group is left out",
         "baseline.cu",
-        "int64_t m = members.starts[g]; m <",
-        "int64_t m = members.starts[g] + 1; m <",
+        "int64_t m = members.starts[g]; m < end",
+        "int64_t m = members.starts[g] + 1; m < end",
         "baseline",
     ),
 ]
