@@ -27,6 +27,9 @@ IPC = 2.5
 # Of the device with this architecture: SMs, GHz, bytes per second that a copy reads and writes.
 DEVICES = {"80": ("A100", 108, 1.41, 1.7e12), "90": ("H200", 132, 1.85, 4.3e12), "100": ("B200", 148, 1.85, 7.0e12)}
 
+# Bytes that kernels of a file may spill: two words of a token, for half as many warps again.
+SPILLS = {"policy_loss": 16}
+
 
 @dataclass
 class Stream:
@@ -263,7 +266,7 @@ def main():
             for file, stream, row in rows(architecture, folder):
                 kernel, registers, shared, spills, warps, *measured = row
                 label = f"{file}: {kernel}"
-                if spills:
+                if spills > SPILLS.get(file, 0):
                     wrong.append(f"sm_{architecture} {label}: {spills} bytes of registers are spilled")
                 if stream and stream.stores and not measured[2]:
                     wrong.append(f"sm_{architecture} {label}: no store of 16 bytes on the way of most tokens")
