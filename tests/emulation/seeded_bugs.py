@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .build import ROOT, build
+from .build import ROOT, build, build_kernels
 
 
 @dataclass
@@ -200,10 +200,11 @@ def mutated(bug, folder):
     return folder
 
 
-def seen(bug, seconds):
+def seen(bug, binding, seconds):
     """What the fuzz said first, or None."""
     with tempfile.TemporaryDirectory() as folder:
-        module = build("instrumented", mutated(bug, Path(folder)), Path(folder) / "out")
+        library = build_kernels("instrumented", mutated(bug, Path(folder)), Path(folder) / "out")
+        module = shutil.copy(binding, library.parent)
         command = [sys.executable, "-m", "tests.emulation.fuzz", "--no-junk", "--most", "1", "--module", str(module)]
         command += ["--seconds", str(seconds), "--ops", *bug.ops.split()]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -215,10 +216,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=20, help="of fuzz for each bug")
     parser.add_argument("--only", default="", help="bugs whose name contains this")
     a = parser.parse_args()
-    missed, start = [], time.monotonic()
+    missed, start, binding = [], time.monotonic(), build("instrumented")
     chosen = [bug for bug in BUGS if a.only in bug.name]
     for bug in chosen:
-        found = seen(bug, a.seconds)
+        found = seen(bug, binding, a.seconds)
         print(f"{'seen  ' if found else 'MISSED'} {bug.name}: {found}", flush=True)
         missed += [] if found else [bug.name]
     print(f"{len(chosen) - len(missed)} of {len(chosen)} bugs seen in {time.monotonic() - start:.0f} s")
