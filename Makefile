@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 10000
 # Kernels for the GPU of this machine, if it has one; a wheel for others is built with plain pip.
 BUILD := $(if $(wildcard /dev/nvidia0),-C cmake.define.TOKCREDIT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native,-C cmake.define.TOKCREDIT_CUDA=OFF)
 
-.PHONY: train test test-emulated lint bench bench-quick clean
+.PHONY: train test test-emulated sanitize fuzz lint bench bench-quick clean
 
 .venv/tools: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,28 @@ test: .venv/installed
 # The CUDA kernels on the host: no GPU and no nvcc, but g++ on x86-64 Linux. ARGS="--seconds 600" fuzzes for longer.
 test-emulated: .venv/installed
 	$(BIN)/python -m tests.emulation.run $(ARGS)
+
+# Tests of the native operations on a module that stops at memory errors and undefined behaviour. Python itself is not
+# built so: the sanitizer comes first in the process, and what the interpreter leaks is not counted.
+SANITIZED = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
+  UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/site OMP_NUM_THREADS=1 python -m pytest -s
+
+build/sanitize/site: export PATH := $(abspath $(BIN)):$(PATH)
+build/sanitize/site: .venv/tools $(SOURCES)
+	$(BIN)/pip install -q -c constraints.txt cmake ninja pybind11
+	cmake --preset sanitize -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
+	cmake --build --preset sanitize
+	rm -rf $@ && mkdir $@ && cp -r python/tokcredit $@
+	cmake --install build/sanitize --prefix $@ >/dev/null
+
+sanitize: export PATH := $(abspath $(BIN)):$(PATH)
+sanitize: build/sanitize/site
+	$(SANITIZED) tests/ops tests/blocks tests/fuzz --ignore tests/ops/test_level.py $(ARGS)
+
+# 100,000 malformed calls of public functions, batches and objectives, under the same sanitizers.
+fuzz: export PATH := $(abspath $(BIN)):$(PATH)
+fuzz: build/sanitize/site
+	$(SANITIZED) tests/fuzz --hypothesis-profile fuzz --timeout 7200 $(ARGS)
 
 lint: .venv/tools
 	$(BIN)/ruff check python tests bench docs examples

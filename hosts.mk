@@ -1,6 +1,7 @@
-# `make test-hosts`: the adapters inside the real trainers, each with an environment of its own because their pins
-# conflict. requirements/HOST.txt is the whole environment; torch comes first, so that nothing else can pick another. They
-# run on the CPU. OpenRLHF, SkyRL and AReaL share one: their hooks import little of what they pin.
+# `make test-hosts` runs the tests of the adapters inside the real trainers, on the CPU. Each trainer has an environment of
+# its own, because their pins conflict; OpenRLHF, SkyRL and AReaL share one, because their hooks import little of what they
+# pin. requirements/HOST.txt lists every package of an environment. torch is installed first, so that no package chooses
+# another version of it.
 HOSTS := trl verl vllm others
 TESTS_vllm := vllm vllm_train
 TESTS_others := openrlhf skyrl areal

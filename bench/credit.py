@@ -1,4 +1,4 @@
-"""Advantages of groups, beside verl's estimators."""
+"""Measure advantages of groups beside verl's estimators."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def run(table: Table, quick: bool) -> None:
 
     def ours(rewards):
         batch = tc.Rollouts.from_padded(tokens, mask, index, rewards.sum(1))
-        return ops.spread(normalized(batch)[:, 0], batch.rows, batch.tokens).view(rows, length)
+        return ops.spread(normalized(batch)[:, 0], batch.spans).view(rows, length)
 
     known = tc.Rollouts.from_padded(tokens, mask, index, torch.zeros(rows))
 
     def of_batch(rewards):
         object.__setattr__(known, "rewards", rewards.sum(1))
-        return ops.spread(normalized(known)[:, 0], known.rows, known.tokens).view(rows, length)
+        return ops.spread(normalized(known)[:, 0], known.spans).view(rows, length)
 
     def rewards():
         x = torch.zeros(rows, length)
@@ -57,7 +57,7 @@ def run(table: Table, quick: bool) -> None:
 
     def least_variance(rewards):
         flat = (x.view(-1) for x in (old, squares, rewards))
-        advantages, returns = ops.baseline(*flat, known.rows, known.group_index, known.num_groups, with_returns=True)
+        advantages, returns = ops.baseline(*flat, known.spans, known.group_index, known.num_groups, with_returns=True)
         return advantages.view(rows, length), returns.view(rows, length)
 
     table.measure(

@@ -1,23 +1,28 @@
-"""Everything a method does to a batch, ``prepare`` and ``loss`` with its gradient, beside GRPO in eager torch."""
+"""Measure whole methods, ``prepare`` and ``loss`` with its gradient, beside GRPO in eager torch."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import tokcredit as tc
 import torch
-from harness import Table, main
+from harness import Dispatched, Table, main
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
+LARGE, SMALL = (128, 4_096), (32, 512)
+GROUP = 8
+FAST = ("grpo", "dapo", "rloo", "ctpo", "gspo", "tempo")  # have a higher target at the small size
+# Inputs that GRPO's forward pass over the batch does not give.
+FURTHER_PASSES = ("reference", "teacher", "policy_groups", "continuations", "probes", "length_head")
 
-def grpo(old, mask, rewards, groups):
-    """Group-normalized rewards and the clipped loss, mean over tokens of each row, then over rows."""
+
+def grpo(old, mask, rewards):
+    """Return GRPO's ``prepare`` and ``loss`` in eager torch: the clipped loss, mean over tokens, then over rows."""
 
     def prepare():
-        own = rewards.view(groups, -1)
+        own = rewards.view(-1, GROUP)
         return ((own - own.mean(1, keepdim=True)) / (own.std(1, keepdim=True) + 1e-6)).view(-1, 1)
 
     def loss(log_probs, advantages):
@@ -28,19 +33,65 @@ def grpo(old, mask, rewards, groups):
     return prepare, loss
 
 
+def objectives():
+    """Return the methods whose loss is given log-probs and which do not need pairs, by name."""
+    found = {name: tc.methods.load(name) for name in tc.methods.names()}
+    return {
+        name: objective
+        for name, objective in found.items()
+        if objective.variables[0] == "log_probs" and not isinstance(objective, tc.Preference)
+    }
+
+
+def further_passes(objective):
+    """Return whether an objective reads inputs that take forward passes beyond those of GRPO."""
+    return any(tc.inputs.get(name).collector in FURTHER_PASSES for name in objective.required_inputs)
+
+
+def arguments(rows, length):
+    """Return the tensors of a batch: rows of a group share the first quarter of their tokens."""
+    old = -torch.rand(rows, length)
+    # A tool's reply of fifty tokens in every thousand.
+    mask = (torch.arange(length) + 100 * torch.arange(rows)[:, None]) % 1_000 >= 50
+    tokens = torch.randint(0, 5, (rows, length))  # the synthetic `token_probs` have five tokens
+    first = tokens.view(-1, GROUP, length)[:, :1, : length // 4]
+    tokens[:, : length // 4] = first.repeat(1, GROUP, 1).view(rows, -1)
+    return tokens, mask, torch.arange(rows) // GROUP, torch.rand(rows), old
+
+
+def dispatched(objective, batch, current):
+    """Return the number of torch operations that each step of a method dispatches."""
+    counts = {}
+
+    def count(step, f):
+        with Dispatched() as seen:
+            result = f()
+        counts[step] = seen.counts.total()
+        return result
+
+    prepared = count("prepare", lambda: objective.prepare(batch, progress=0.5))
+    loss = count("loss", lambda: objective.loss(prepared, current).loss)
+    count("backward", loss.backward)
+    count("select", lambda: prepared.select(range(0, batch.num_rows // 2)))
+    return counts
+
+
 def run(table: Table, quick: bool) -> None:
+    for rows, length in (SMALL,) if quick else (LARGE, SMALL):
+        measure(table, rows, length)
+
+
+def measure(table: Table, rows: int, length: int) -> None:
     import naive
 
-    rows, length, size = (32, 512, 8) if quick else (128, 4_096, 8)
-    n = rows * length
-    old = -torch.rand(rows, length)
-    # A reply of a tool, fifty tokens long, in every thousand.
-    mask = (torch.arange(length) + 100 * torch.arange(rows)[:, None]) % 1_000 >= 50
-    tokens = torch.randint(0, 5, (rows, length))  # what the synthetic evidence has a vocabulary for
-    tokens[:, : length // 4] = tokens.view(-1, size, length)[:, :1, : length // 4].repeat(1, size, 1).view(rows, -1)
-    rewards = torch.rand(rows)
-    batch = tc.Rollouts.from_padded(tokens, mask, torch.arange(rows) // size, rewards, old_log_probs=old)
-    prepare, loss = grpo(old, mask, rewards, rows // size)
+    shape, n = f"{rows} x {length}", rows * length
+    tokens, mask, groups, rewards, old = arguments(rows, length)
+
+    def make():
+        batch = tc.Rollouts.from_padded(tokens, mask, groups, rewards, old_log_probs=old)
+        return batch, batch.nonempty_groups
+
+    prepare, loss = grpo(old, mask, rewards)
     current = (old + 0.02 * torch.randn(rows, length)).requires_grad_()
 
     def eager():
@@ -48,41 +99,56 @@ def run(table: Table, quick: bool) -> None:
         loss(current, prepare()).backward()
         return current.grad
 
-    def ours(objective, evidence):
+    def ours(objective, batch):
         def step():
             current.grad = None
-            prepared = objective.prepare(evidence, progress=0.5)
+            prepared = objective.prepare(batch, progress=0.5)
             objective.loss(prepared, current).loss.backward()
             return current.grad
 
         return step
 
+    batch, _ = make()
+    with Dispatched() as seen:
+        make()
     torch.testing.assert_close(ours(tc.methods.grpo(), batch)(), eager(), rtol=1e-3, atol=1e-9)
-    objectives = {name: tc.methods.load(name) for name in tc.methods.names()}
-    objectives = {name: o for name, o in objectives.items() if o.variable == "log_probs"}
-    evidence = narrow(naive.with_evidence(batch, frozenset().union(*(o.needs for o in objectives.values()))))
-    for name, objective in objectives.items():
+    table.measure(
+        "Rollouts and its groups",
+        shape,
+        lambda: (),
+        n,  # the mask read
+        {"tokcredit": make, "GRPO, torch eager": eager},
+        dispatched={"make": seen.counts.total()},
+    )
+    methods = objectives()
+    full = single(naive.with_inputs(batch, frozenset().union(*(o.required_inputs for o in methods.values()))))
+    for name, objective in methods.items():
+        batch = tc.Rollouts.from_padded(tokens, mask, groups, rewards, old_log_probs=old)
+        batch = batch.with_inputs(**{name: full.input(name) for name in objective.required_inputs})
+        assert batch.nonempty_groups.count == rows // GROUP  # sorts the groups, before anything is timed
+        small = (rows, length) == SMALL
+        target = None if small and further_passes(objective) else 1.5 if small and name in FAST else 1
         table.measure(
             f"prepare + loss, {name}",
-            f"{rows} x {length}",
+            shape,
             lambda: (),
             13 * n,
-            {"tokcredit": ours(objective, evidence), "GRPO, torch eager": eager},
-            targets={"GRPO, torch eager": 1},
+            {"tokcredit": ours(objective, batch), "GRPO, torch eager": eager},
+            targets={} if target is None else {"GRPO, torch eager": target},
+            dispatched=dispatched(objective, batch, current),
         )
 
 
-def narrow(batch):
-    """The evidence as a trainer has it: in float32, and of states only at the steps, one in forty tokens."""
-    between = torch.arange(batch.num_tokens) % 40 != 1
-    of_states = ("state_values", "step_values", "answer_probs", "answer_confidences")
+def single(batch):
+    """Return a batch with its inputs as a trainer has them: float32, and values of states only at one token in 40."""
+    elsewhere = torch.arange(batch.num_tokens) % 40 != 1
 
-    def single(name, x):
-        x = x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
-        return x.masked_fill(between, torch.nan) if name in of_states else x
+    def one(name):
+        x = batch.input(name)
+        x = x.float() if x.dtype == torch.float64 else x
+        return x.masked_fill(elsewhere, torch.nan) if tc.inputs.get(name).nan_means_absent else x
 
-    fields = {name: single(name, getattr(batch, name)) for name in tc.evidence.FIELDS}
-    return replace(batch, **fields, extras={name: single(name, x) for name, x in batch.extras.items()})
+    return batch.with_inputs(**{name: one(name) for name in tc.inputs.names() if batch.has_input(name)})
 
 
 if __name__ == "__main__":

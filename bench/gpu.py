@@ -1,7 +1,7 @@
-"""Every operation on the GPU beside torch eager, torch.compile, torch's own operation and a Triton kernel.
+"""Measure every operation on the GPU beside torch eager, torch.compile, torch's own operation and a Triton kernel.
 
-Run: ``python bench/gpu.py [--json FILE] [--tokens N]``. Results are compared before anything is timed. A rate counts
-the bytes that must be read and written at least, so the share of the copy rate is what is left of the best possible.
+Run: ``python bench/gpu.py [--json FILE] [--tokens N]``. Results are compared before anything is timed. For rates and
+their share of the copy rate see ``harness.py``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import warnings
 import tokcredit as tc
 import torch
 from harness import Table
-from tokcredit import ops, policy, scan, segment, select, tree, values
-from tokcredit.ops import Rows
+from tokcredit import ops
+from tokcredit.blocks import scan, segment, select, tree, values
 
 try:
     import triton
@@ -30,8 +30,7 @@ def close(a, b, rtol=1e-4, atol=1e-4):
 
 
 def equal_rows(rows, length):
-    begin = torch.arange(rows, device="cuda") * length
-    return Rows(begin, begin + length)
+    return tc.Spans.from_cu_seqlens(torch.arange(rows + 1, device="cuda") * length)
 
 
 def random(*shape, scale=1.0):
@@ -39,7 +38,7 @@ def random(*shape, scale=1.0):
 
 
 def streams(table, rows, length):
-    """Operations that read and write each token once."""
+    """Measure operations that read and write each token once."""
     n, shape = rows * length, f"{rows} x {length}"
     spans = equal_rows(rows, length)
     mask = torch.rand(n, device="cuda") > 0.05
@@ -47,12 +46,12 @@ def streams(table, rows, length):
     table.measure(
         "expand (one per row)",
         shape,
-        lambda: (random(rows), torch.empty(n, device="cuda")),
+        lambda: (random(rows),),
         4 * n,
         {
-            "tokcredit": lambda x, like: ops.spread(x, spans, like),
-            "torch expand": lambda x, like: x[:, None].expand(rows, length).contiguous(),
-            "torch repeat_interleave": lambda x, like: torch.repeat_interleave(x, length, output_size=n),
+            "tokcredit": lambda x: ops.spread(x, spans),
+            "torch expand": lambda x: x[:, None].expand(rows, length).contiguous(),
+            "torch repeat_interleave": lambda x: torch.repeat_interleave(x, length, output_size=n),
         },
         close,
     )
@@ -72,7 +71,7 @@ def streams(table, rows, length):
         shape,
         lambda: (random(n),),
         9 * n,
-        {"tokcredit": lambda x: scan.returns(x, spans._replace(mask=mask), 0.99)},
+        {"tokcredit": lambda x: scan.returns(x, spans.with_mask(mask), 0.99)},
     )
     offsets = torch.arange(rows + 1, device="cuda") * length
     for name in ("sum", "maximum", "var"):
@@ -118,7 +117,7 @@ def streams(table, rows, length):
 
 
 def losses(table, rows, length):
-    """Forward and backward; what must move: log_probs, old_log_probs, mask, the gradient."""
+    """Measure losses forward and backward. They must read log_probs, old_log_probs and mask and write the gradient."""
     n, shape = rows * length, f"{rows} x {length}"
     old = -torch.rand(rows, length, device="cuda")
     mask = torch.rand(rows, length, device="cuda") > 0.05
@@ -154,15 +153,14 @@ def losses(table, rows, length):
         return run
 
     def mostly_equal(a, b):
-        # A token whose ratio meets its bound to the last bit may fall on either side.
+        # Rounding decides on which side of its bound a ratio falls that equals it.
         assert ((a - b).abs() > 1e-3 * a.abs().max()).float().mean() < 1e-4
 
     for name, eager in (("dapo", clipped), ("ctpo", cumulative)):
         objective = tc.methods.load(name)
         prepared = objective.prepare(batch)
         compiled = torch.compile(eager)
-        with torch.no_grad():
-            credits = prepared.credits
+        advantages = prepared.credit
         table.measure(
             f"loss + gradient ({name})",
             shape,
@@ -170,24 +168,22 @@ def losses(table, rows, length):
             13 * n,
             {
                 "tokcredit": step(lambda x, o=objective, p=prepared: o.loss(p, x).loss),
-                "torch eager": step(lambda x, f=eager, a=credits: f(x, a)),
-                "torch.compile": step(lambda x, f=compiled, a=credits: f(x, a)),
+                "torch eager": step(lambda x, f=eager, a=advantages: f(x, a)),
+                "torch.compile": step(lambda x, f=compiled, a=advantages: f(x, a)),
             },
             mostly_equal,
         )
-    spans = batch.rows
+    spans, advantages = batch.spans, torch.ones(rows, 1, device="cuda")
     for label, options in (("", {}), (", cumulative", {"cumulative": True, "power": 0.5})):
-        weights = torch.ones((), device="cuda")
-        arguments = [None, torch.ones(rows, 1, device="cuda"), weights, -weights, weights, None, *spans]
-        flags = [0, options.get("cumulative", False), 20.0, options.get("power", 0.0), -20.0, 10.0, True, 1]
+        settings = {"low": -1.0, "high": 1.0, "bound": 20.0, "clamp": (-20.0, 10.0), **options}
         table.measure(
             f"policy_loss kernel{label}",
             shape,
             lambda: (old + random(rows, length, scale=0.02),),
             13 * n,
             {
-                "tokcredit": lambda x, a=arguments, f=flags: torch.ops.tokcredit.policy_loss(
-                    x.view(-1), old.view(-1), *a, *f
+                "tokcredit": lambda x, s=settings: ops.policy_loss(
+                    x.view(-1).requires_grad_(), spans, "clip", reference=old.view(-1), advantages=advantages, **s
                 )
             },
         )
@@ -227,7 +223,7 @@ def with_triton(logits, tokens):
 
 
 def with_torch(logits, tokens):
-    """What trainers write: a float32 log_softmax, a gather, and the entropy from it."""
+    """Return log-probs and entropies as trainers write them: a float32 log_softmax and a gather."""
     everything = torch.log_softmax(logits.float(), -1)
     log_probs = everything.gather(-1, tokens[:, None])[:, 0]
     return log_probs, -(everything.exp() * everything).sum(-1)
@@ -240,7 +236,7 @@ def logits(table, rows, vocabulary, dtype):
     size = rows * vocabulary * dtype.itemsize
     compiled = torch.compile(with_torch)
     providers = {
-        "tokcredit": lambda x: policy.log_probs_and_entropies(x, tokens),
+        "tokcredit": lambda x: tc.log_probs.with_entropies(x, tokens),
         "torch eager": lambda x: with_torch(x, tokens),
         "torch.compile": lambda x: compiled(x, tokens),
     }
@@ -282,7 +278,7 @@ def logits(table, rows, vocabulary, dtype):
 
 
 def trees(table, rows, length, group=16):
-    """Rollouts that share their first half, and part one after another from there."""
+    """Measure prefix trees of rollouts that share about their first half and branch one after another from there."""
     n, shape = rows * length, f"{rows} x {length}"
     tokens = torch.randint(0, 50_000, (rows, length), device="cuda", dtype=torch.int64)
     shared = (length // 2 * torch.rand(rows, device="cuda")).long() + length // 4

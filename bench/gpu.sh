@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, torch for CUDA, nvcc, CMake, scikit-build-core, pybind11, pytest and hypothesis, and no
-# network: builds the wheel, runs the suite on the device, the sanitizer on the operations, and measures.
+# Builds the wheel, runs the suite on the device and the sanitizer on the operations, and measures. It needs a GPU, torch
+# for CUDA, nvcc, CMake, scikit-build-core, pybind11, pytest and hypothesis, but no network.
 # Usage: bench/gpu.sh [RESULTS.json]
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -30,8 +30,7 @@ if command -v compute-sanitizer >/dev/null || [ -x /usr/local/cuda/bin/compute-s
       compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 --launch-timeout 60 \
       "$python" -m pytest -q -o addopts= -o filterwarnings= -p no:cacheprovider -W ignore \
       -k "cuda and (worked or by_hand or duplicates or vocabulary_sizes or cumulative_ratio or long_rows)" \
-      tests/test_scan.py tests/test_segment.py tests/test_select.py tests/test_policy.py tests/test_policy_loss.py \
-      tests/test_tree.py
+      tests/blocks tests/ops
     status=$?
     [ $status -eq 0 ] || { echo "compute-sanitizer $tool: exit status $status"; failed=1; }
   done

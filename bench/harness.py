@@ -1,7 +1,7 @@
-"""Named providers of one operation, compared and then timed side by side, on a GPU or a CPU.
+"""Compare and time several implementations ("providers") of one operation side by side, on a GPU or a CPU.
 
-A rate counts the bytes that must be read and written at least, so the share of the copy rate is what is left of the
-best possible.
+A rate divides the bytes that an operation must read and write at least by the time. Its share of the measured rate of a
+copy says how close the operation is to the limit of the memory.
 """
 
 from __future__ import annotations
@@ -17,46 +17,67 @@ import re
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tokcredit as tc
 import torch
+from tokcredit import ops
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Inputs = tuple[object, ...]
 
 
 @dataclass
 class Result:
-    """One provider of one operation; ``share`` is its rate over the measured rate of a copy on the device."""
+    """The measurement of one provider of one operation."""
 
     operation: str
     shape: str
     provider: str
     milliseconds: float
     gigabytes_per_second: float
-    share: float
-    relative: float  # its time over ours
-    megabytes: float | None = None  # peak memory beyond what there was before the call
-    target: float | None = None  # the least `relative` we want
+    share: float  # of the measured rate of a copy on the device
+    relative: float  # its time divided by ours
+    megabytes: float | None = None  # peak memory that the call adds
+    target: float | None = None  # the smallest `relative` that we want
+    dispatched: dict[str, int] | None = None  # torch operations, by the function that dispatches them
+
+
+class Dispatched(TorchDispatchMode):
+    """Count the torch operations that are dispatched in the context, views included, by name.
+
+    One of our native operations counts as one; what it does inside is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Gpu:
-    """Medians of CUDA events over inputs that rotate beyond the cache."""
+    """Medians of CUDA events. Inputs rotate, so that no call finds its inputs in the cache."""
 
     def __init__(self) -> None:
         self.name = torch.cuda.get_device_name()
 
     def copies(self, make: Callable[[], Inputs], beyond: int = 4) -> list[Inputs]:
-        """Enough copies of the inputs that going round them finds none in the second-level cache."""
+        """Return so many copies of the inputs that they exceed the second-level cache several times."""
         first = make()
         size = sum(x.nbytes for x in first)
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         return [first, *(make() for _ in range(min(8, beyond * cache // max(size, 1))))]
 
     def milliseconds(self, bodies: dict[str, Callable[[int], object]], repeats: int = 30) -> dict[str, float]:
-        """``body(i)``: i counts calls, so that a body can choose another copy of its inputs each time."""
+        """Return the median time of each body.
+
+        ``body(i)`` is given the number of the call, by which it chooses a copy of its inputs.
+        """
         medians = {}
         for name, body in bodies.items():
             try:
@@ -89,7 +110,7 @@ class Gpu:
 
 
 class Cpu:
-    """Medians of wall time; providers take turns, so that another program on the machine slows all of them."""
+    """Medians of wall time. Providers take turns, so that another program on the machine slows all of them alike."""
 
     seconds = 1.0  # for each provider of an operation
 
@@ -108,20 +129,21 @@ class Cpu:
             return time.perf_counter() - start
 
         first = {name: once(body) for name, body in bodies.items()}
-        # Three calls at least, or two where one takes more than a second.
-        calls = {name: max(3 if s < 1 else 2, min(30, int(self.seconds / max(s, 1e-6)))) for name, s in first.items()}
+        # At least three turns, or two where a call takes more than a second.
+        turns = {name: max(3 if s < 1 else 2, min(30, int(self.seconds / max(s, 1e-6)))) for name, s in first.items()}
         times: dict[str, list[float]] = {name: [] for name in bodies}
-        for turn in range(max(calls.values())):
+        for turn in range(max(turns.values())):
             for name, body in bodies.items():
-                if turn < calls[name]:
+                if turn < turns[name]:
                     if first[name] < 1:
                         self.settle(body)
-                    times[name].append(once(body))
+                    # A turn of a short call is several calls, 5 ms together.
+                    times[name].extend(once(body) for _ in range(max(1, min(20, int(0.005 / first[name])))))
         return {name: 1e3 * statistics.median(x) for name, x in times.items()}
 
     @staticmethod
     def settle(body: Callable[[int], object], seconds: float = 0.02) -> None:
-        """Gives back the memory that the provider before has used, and lets its threads fall asleep."""
+        """Call a provider for a while, so that the memory and the threads of the one before do not disturb it."""
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
             body(0)
@@ -139,12 +161,12 @@ class Cpu:
 
     def release(self) -> None:
         gc.collect()
-        tc.empty_cache()
+        ops.empty_cache()
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class Table:
-    """Results as they come; prints a line for each."""
+    """Collect results, and print a line for each."""
 
     def __init__(self, device: str = "cuda", patient: bool = True) -> None:
         self.patient = patient  # whether to wait for providers that are too slow to be called more than once
@@ -166,12 +188,20 @@ class Table:
         check: Callable[[object, object], None] | None = None,
         targets: dict[str, float] | None = None,
         once: dict[str, Callable[..., object]] | None = None,
+        dispatched: dict[str, int] | None = None,
     ) -> None:
-        """Times providers on the same inputs; ``moved`` is what must be read and written at least.
+        """Time providers on the same inputs.
 
-        The first provider is ours. ``check(ours, theirs)`` compares results before anything is timed. ``once`` are
-        providers too slow to be called more than once; their only call is timed and not compared. ``targets`` says by
-        how much ours should be faster than each.
+        Args:
+            operation: Name for the tables.
+            shape: Size of the inputs, for the tables.
+            make: Returns the inputs of one call.
+            moved: Bytes that the operation must read and write at least.
+            providers: Implementations by name; the first is ours.
+            check: ``check(ours, theirs)`` compares results before anything is timed.
+            targets: How many times faster ours should be, by provider.
+            once: Providers that are too slow to be called twice. Their only call is timed and not compared.
+            dispatched: Torch operations that ours dispatches.
         """
         inputs = self.device.copies(make)
         expected = next(iter(providers.values()))(*inputs[0]) if check else None
@@ -196,7 +226,8 @@ class Table:
             rate = moved / ms * 1e3
             target = (targets or {}).get(name)
             share = rate / self.rate
-            result = Result(operation, shape, name, ms, rate / 1e9, share, ms / ours, memory.get(name), target)
+            counts = dispatched if name == next(iter(providers)) else None
+            result = Result(operation, shape, name, ms, rate / 1e9, share, ms / ours, memory.get(name), target, counts)
             self.results.append(result)
             print(self.line(result), flush=True)
         inputs.clear()
@@ -207,6 +238,8 @@ class Table:
     def line(r: Result) -> str:
         memory = "" if r.megabytes is None else f"{r.megabytes:>8.0f} MiB"
         target = "" if r.target is None else f"  wanted {r.target:g}{'' if r.relative >= r.target else '  MISSED'}"
+        if r.dispatched:
+            target += "  dispatched: " + ", ".join(f"{name} {count}" for name, count in r.dispatched.items())
         return (
             f"{r.operation:<30}{r.shape:<24}{r.provider:<26}{r.milliseconds:>10.3f} ms"
             f"{r.gigabytes_per_second:>7.1f} GB/s{r.share:>6.0%} of copy{memory}{r.relative:>9.2f} x ours{target}"
@@ -222,11 +255,13 @@ class Table:
         }
 
 
-def main(stage: Callable[[Table, bool], None]) -> None:
-    """Command line of a CPU script: ``[--quick] [--impatient] [--json FILE]``."""
+def main(run: Callable[[Table, bool], None]) -> None:
+    """Run a CPU script with its command line: ``[--quick] [--impatient] [--json FILE]``."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="smaller inputs")
-    parser.add_argument("--impatient", action="store_true", help="without what is too slow to be called twice")
+    parser.add_argument(
+        "--impatient", action="store_true", help="without providers that are too slow to be called twice"
+    )
     parser.add_argument("--json")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -234,13 +269,13 @@ def main(stage: Callable[[Table, bool], None]) -> None:
     if options.quick:
         Cpu.seconds = 0.2
     table = Table("cpu", patient=not options.impatient)
-    stage(table, options.quick)
+    run(table, options.quick)
     if options.json:
         Path(options.json).write_text(json.dumps(table.summary(), indent=1) + "\n")
 
 
 def close(rtol: float = 1e-4, atol: float = 1e-5) -> Callable[[object, object], None]:
-    """A comparison of tensors, or of tuples of them, at these tolerances."""
+    """Return a comparison of tensors, or of tuples of tensors, with these tolerances."""
 
     def check(a: object, b: object) -> None:
         for x, y in zip(a if isinstance(a, tuple) else (a,), b if isinstance(b, tuple) else (b,), strict=True):

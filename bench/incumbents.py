@@ -1,4 +1,4 @@
-"""The functions that trainers call today, taken from the installed packages and called as they are."""
+"""The functions that trainers call today, imported from the installed packages and called as they are."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def unwhitened(f: Callable[..., object]) -> Callable[..., object]:
-    """A verl estimator without its last step, which is another operation: mean 0 and variance 1 over the batch."""
+    """Return a verl estimator without its last step, the whitening of the batch, which is another operation."""
 
     def run(*args: object, **kwargs: object) -> object:
         whiten = verl.verl_F.masked_whiten
@@ -52,7 +52,7 @@ def unwhitened(f: Callable[..., object]) -> Callable[..., object]:
 
 
 def verl_loss(low: float, high: float) -> Callable[..., Tensor]:
-    """verl's clipped loss, mean over tokens, with its metrics."""
+    """Return verl's clipped loss, a mean over tokens, with its metrics."""
     config = ActorConfig(
         strategy="fsdp",
         rollout_n=1,
@@ -69,7 +69,7 @@ def verl_loss(low: float, high: float) -> Callable[..., Tensor]:
 
 
 def trl_loss(low: float, high: float) -> Callable[..., Tensor]:
-    """The loss of TRL's trainer (``loss_type="bnpo"``: mean over tokens) with its metrics, given the log-probs."""
+    """Return the loss of TRL's trainer (``loss_type="bnpo"``, a mean over tokens) with its metrics."""
     alone = SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1)
     trainer = SimpleNamespace(
         _metrics={"train": defaultdict(list)},

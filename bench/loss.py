@@ -1,4 +1,4 @@
-"""The loss of a batch, forward and backward, beside verl, TRL, eager torch and torch.compile."""
+"""Measure the policy loss of a batch, forward and backward, beside verl, TRL, eager torch and torch.compile."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from harness import Table, main
 
 
 def mostly_equal(a, b):
-    # A token whose ratio meets its bound to the last bit may fall on either side.
+    # Rounding decides on which side of its bound a ratio falls that equals it.
     assert ((a - b).abs() > 1e-3 * a.abs().max()).float().mean() < 1e-4
 
 
 def step(f):
-    """Forward and backward; the result is the gradient."""
+    """Return a function that runs ``f`` and its backward pass and returns the gradient."""
 
     def run(x):
         x = x.detach().requires_grad_()
@@ -23,8 +23,19 @@ def step(f):
     return run
 
 
+def ours(objective, prepared):
+    """Return our loss of given log-probs. Like those of verl and TRL it computes its metrics."""
+
+    def loss(log_probs):
+        result = objective.loss(prepared, log_probs)
+        dict(result.metrics)
+        return result.loss
+
+    return loss
+
+
 def eager_losses(old, mask):
-    """The clipped and the cumulative loss as trainers write them, with a mean over tokens."""
+    """Return the clipped and the cumulative loss as trainers write them, with a mean over tokens."""
     position = mask.cumsum(1).clamp(min=1).float()
 
     def clipped(log_probs, advantages):
@@ -63,16 +74,16 @@ def run(table: Table, quick: bool) -> None:
     for name, eager in (("dapo", clipped), ("ctpo", cumulative)):
         objective = tc.methods.load(name)
         prepared = objective.prepare(batch)
-        credits, compiled = prepared.credits, torch.compile(eager)
+        advantages, compiled = prepared.credit, torch.compile(eager)
         providers = {
-            "tokcredit": lambda x, o=objective, p=prepared: o.loss(p, x).loss,
-            "torch eager": lambda x, f=eager, a=credits: f(x, a),
-            "torch.compile": lambda x, f=compiled, a=credits: f(x, a),
+            "tokcredit": ours(objective, prepared),
+            "torch eager": lambda x, f=eager, a=advantages: f(x, a),
+            "torch.compile": lambda x, f=compiled, a=advantages: f(x, a),
         }
         targets = {"torch eager": 15, "torch.compile": 3}
         if name == "dapo":
-            providers["verl"] = lambda x, a=credits: verl(x, old, a.expand(rows, length), real)
-            providers["TRL"] = lambda x, a=credits: trl(x, old, a, real, tokens)
+            providers["verl"] = lambda x, a=advantages: verl(x, old, a.expand(rows, length), real)
+            providers["TRL"] = lambda x, a=advantages: trl(x, old, a, real, tokens)
             targets = {"verl": 15, "TRL": 15, "torch.compile": 1.5}
         table.measure(
             "policy loss" if name == "dapo" else "cumulative ratio loss",

@@ -1,6 +1,6 @@
-"""Runs every CPU script, with glibc's malloc as it is and tuned, and writes the tables of ``bench/README.md``.
+"""Run every CPU script, with glibc's malloc as it is and tuned, and write the tables of ``bench/README.md``.
 
-python bench/report.py [--quick | --tables] [--run RUN_FOLDER ...]
+python bench/report.py [SCRIPT ...] [--quick | --tables] [--run RUN_FOLDER ...]
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-STAGES = ("tree", "scan", "credit", "loss", "selection", "policy", "rollouts", "end_to_end", "scaling")
-ONCE = ("end_to_end", "scaling")  # with one setting of malloc
-# Memory that was freed stays with the process, so that a result as large as one before it lands on pages in use.
+SCRIPTS = ("tree", "scan", "credit", "loss", "selection", "log_probs", "rollouts", "end_to_end", "scaling")
+ONCE = ("end_to_end", "scaling")  # not repeated with tuned malloc
+METHOD = "prepare + loss, "  # begins the names of the methods in the results of end_to_end
+# With these settings memory that was freed stays with the process, so that a new result of the same size needs no new
+# pages.
 TUNED = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -25,12 +27,12 @@ TUNED = {
 }
 
 
-def measure(stage: str, quick: bool, tuned: bool, folder: Path) -> dict:
-    path = folder / f"{stage}-{'tuned' if tuned else 'default'}.json"
-    command = [sys.executable, str(HERE / f"{stage}.py"), "--json", str(path)]
+def measure(script: str, quick: bool, tuned: bool, folder: Path) -> dict:
+    path = folder / f"{script}-{'tuned' if tuned else 'default'}.json"
+    command = [sys.executable, str(HERE / f"{script}.py"), "--json", str(path)]
     command += ["--quick"] * quick + ["--impatient"] * tuned
     environment = {**os.environ, **(TUNED if tuned else {})}
-    print(f"== {stage}, {'tuned' if tuned else 'default'} malloc", flush=True)
+    print(f"== {script}, {'tuned' if tuned else 'default'} malloc", flush=True)
     subprocess.run(command, check=True, env=environment)
     return json.loads(path.read_text())
 
@@ -69,18 +71,40 @@ def operations_table(default: list[dict], tuned: list[dict]) -> list[str]:
 
 
 def methods_table(results: list[dict]) -> list[str]:
-    ours = [r for r in results if r["provider"] == "tokcredit"]
-    theirs = [r for r in results if r["provider"] != "tokcredit"]
-    lines = ["| method | ms | GRPO in eager torch, time over ours |", "| --- | --- | --- |"]
-    for a, b in sorted(zip(ours, theirs, strict=True), key=lambda pair: -pair[1]["relative"]):
-        name = a["operation"].removeprefix("prepare + loss, ")
-        mark = "" if b["relative"] >= 1 else " **slower**"
-        lines.append(f"| {name} | {number(a['milliseconds'])} | {number(b['relative'])}{mark} |")
+    """Return a row for each method, with four columns for each size; the slowest methods come last."""
+    shapes = list(dict.fromkeys(r["shape"] for r in results))
+    ours = {(r["operation"], r["shape"]): r for r in results if r["provider"] == "tokcredit"}
+    theirs = {(r["operation"], r["shape"]): r for r in results if r["provider"] != "tokcredit"}
+    steps = ("prepare", "loss", "backward", "select")
+    columns = ["method"]
+    for shape in shapes:
+        columns += [f"{shape}: ms", "eager GRPO over ours", "wanted", "met"]
+    columns += [f"operations in {step}" for step in steps]
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
+    names = list(dict.fromkeys(r["operation"] for r in results))
+    methods = [name for name in names if name.startswith(METHOD)]
+    for name in sorted(methods, key=lambda name: -theirs[name, shapes[-1]]["relative"]):
+        cells = [name.removeprefix(METHOD)]
+        for shape in shapes:
+            target = theirs[name, shape]["target"]
+            cells += [
+                number(ours[name, shape]["milliseconds"]),
+                number(theirs[name, shape]["relative"]),
+                "" if target is None else f"{target:g}",
+                verdict(theirs[name, shape]),
+            ]
+        dispatched = ours[name, shapes[-1]]["dispatched"]
+        cells += [str(dispatched[step]) for step in steps]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name in names:
+        for shape in shapes if name not in methods else ():
+            r = ours[name, shape]
+            lines += ["", f"{name}, {shape}: {number(r['milliseconds'])} ms, {r['dispatched']['make']} operations."]
     return lines
 
 
 def step_lines(default: dict[str, dict], runs: list[str]) -> list[str]:
-    """Share of a training step: of a modelled step of a 7B model, and of runs on this machine."""
+    """Return what share of a training step credit and loss take, by a model of a 7B step and in given runs."""
     tree = next(r for r in default["tree"]["results"] if r["provider"] == "tokcredit")
     rows, length = map(int, tree["shape"].split(" x "))
     losses = {r["operation"]: r for r in default["loss"]["results"] if r["provider"] == "tokcredit"}
@@ -111,35 +135,39 @@ def step_lines(default: dict[str, dict], runs: list[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"some of {', '.join(SCRIPTS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="small inputs; nothing is written into the repository")
     parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables anew")
     parser.add_argument("--run", nargs="+", default=[], help="run folders, for the share of their steps")
     options = parser.parse_args()
+    if unknown := set(options.scripts) - set(SCRIPTS):
+        parser.error(f"SCRIPT: expected some of {', '.join(SCRIPTS)}, got {', '.join(sorted(unknown))}")
+    scripts = options.scripts or SCRIPTS
     folder = HERE / "results"
     if options.quick:
         with tempfile.TemporaryDirectory() as temporary:
-            for stage in STAGES:
-                measure(stage, True, False, Path(temporary))
+            for script in scripts:
+                measure(script, True, False, Path(temporary))
         return
     if not options.tables:
         folder.mkdir(exist_ok=True)
-        for stage in STAGES:
-            measure(stage, False, False, folder)
-            if stage not in ONCE:
-                measure(stage, False, True, folder)
+        for script in scripts:
+            measure(script, False, False, folder)
+            if script not in ONCE:
+                measure(script, False, True, folder)
     write(folder, options.run)
 
 
 def write(folder: Path, runs: list[str]) -> None:
-    stages = [s for s in STAGES if s not in ONCE]
+    scripts = [s for s in SCRIPTS if s not in ONCE]
 
     def measured(kind: str) -> dict[str, dict]:
-        paths = {s: folder / f"{s}-{kind}.json" for s in STAGES}
+        paths = {s: folder / f"{s}-{kind}.json" for s in SCRIPTS}
         return {s: json.loads(path.read_text()) for s, path in paths.items() if path.exists()}
 
     default, tuned = measured("default"), measured("tuned")
     first = default["tree"]
-    rows = [r for s in stages for r in default[s]["results"]]
+    rows = [r for s in scripts for r in default[s]["results"]]
     wanted = [r for r in rows if r["target"] is not None]
     met = sum(r["relative"] >= r["target"] for r in wanted)
     lost = [r for r in rows if not r["provider"].startswith(("tokcredit", "memset", "tree")) and r["relative"] < 1]
@@ -149,7 +177,7 @@ def write(folder: Path, runs: list[str]) -> None:
         f"Copy rate {first['copy_gigabytes_per_second']:.1f} GB/s.",
         f"Tuned malloc is `{settings}`. {met} of {len(wanted)} targets met with default malloc.",
         "",
-        *operations_table(rows, [r for stage in tuned.values() for r in stage["results"]]),
+        *operations_table(rows, [r for script in tuned.values() for r in script["results"]]),
         "",
         "Where we lose, with default malloc: "
         + (
@@ -158,7 +186,7 @@ def write(folder: Path, runs: list[str]) -> None:
         )
         + ".",
         "",
-        "### Whole methods, 128 x 4,096",
+        "### Whole methods",
         "",
         *methods_table(default["end_to_end"]["results"]),
         "",

@@ -1,4 +1,4 @@
-"""Rows from the padded to the packed layout and back, beside verl's functions and boolean indexing."""
+"""Measure moving rows between the padded and the packed layout beside verl's functions and boolean indexing."""
 
 from __future__ import annotations
 

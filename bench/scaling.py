@@ -1,4 +1,4 @@
-"""Time against tokens, group size and row length, drawn into ``bench/scaling.png``."""
+"""Measure how time grows with tokens, group size and row length, and draw it into ``bench/scaling.png``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import tokcredit as tc
 import torch
 from harness import Table, main
-from tokcredit import scan, segment, select
+from tokcredit.blocks import scan, segment, select
 
 
 def seconds(f, budget=0.3):
-    """The median of a few calls."""
+    """Return the median time of a few calls."""
     f()
     times = []
     while sum(times) < budget and len(times) < 9:
@@ -24,7 +24,7 @@ def seconds(f, budget=0.3):
 
 
 def batch_of(rows, length, group):
-    """Rows that share their first half with the others of their group."""
+    """Return a batch whose rows share their first half with the others of their group."""
     tokens = torch.randint(0, 50_000, (rows, length), dtype=torch.int32)
     first = torch.arange(rows) // group * group
     tokens[:, : length // 2] = tokens[first, : length // 2]
@@ -35,9 +35,9 @@ def batch_of(rows, length, group):
 
 
 def operations(batch):
-    """What is timed, by name; each is linear in the tokens."""
-    x, rows = torch.rand(batch.num_tokens), batch.rows
-    tempo, dapo = tc.credit.tempo_like(), tc.methods.load("dapo")
+    """Return what is timed, by name. Each takes time in proportion to the tokens."""
+    x, spans = torch.rand(batch.num_tokens), batch.spans
+    tempo, dapo = tc.methods.tempo().credit, tc.methods.load("dapo")
     prepared = dapo.prepare(batch)
     leaf = x.sub(1).requires_grad_()
 
@@ -47,9 +47,9 @@ def operations(batch):
 
     return {
         "tree + credit": lambda: tempo(batch),
-        "scan": lambda: scan.returns(x, rows, 0.99),
-        "row sums": lambda: segment.sum(x, rows),
-        "quantile": lambda: select.quantile(x, 0.8, rows, select.everything(rows)),
+        "scan": lambda: scan.returns(x, spans, 0.99),
+        "row sums": lambda: segment.sum(x, spans),
+        "quantile": lambda: select.quantile(x, 0.8, spans, select.everything(spans)),
         "policy loss": loss,
     }
 

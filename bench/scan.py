@@ -1,11 +1,11 @@
-"""Advantages and returns along rows, beside verl's loops and torchrl's convolution."""
+"""Measure advantages and returns along rows beside verl's loops and torchrl's convolution."""
 
 from __future__ import annotations
 
 import torch
 from harness import Table, close, main
-from tokcredit import scan
-from tokcredit.ops import Rows
+from tokcredit import Spans
+from tokcredit.blocks import scan
 
 
 def run(table: Table, quick: bool) -> None:
@@ -15,8 +15,8 @@ def run(table: Table, quick: bool) -> None:
     n, shape = rows * length, f"{rows} x {length}"
     mask = torch.rand(rows, length) > 0.05
     real = mask.float()
-    begin = torch.arange(rows) * length
-    spans = Rows(begin, begin + length, mask.reshape(-1))
+    dense = Spans.from_cu_seqlens(torch.arange(rows + 1) * length)
+    spans = dense.with_mask(mask.reshape(-1))
     gamma, trace = 0.99, 0.95
 
     def advantages(rewards, values):
@@ -41,7 +41,6 @@ def run(table: Table, quick: bool) -> None:
         {"verl": 20},
     )
 
-    dense = Rows(begin, begin + length)
     done = torch.zeros(rows, length, 1, dtype=torch.bool)
     done[:, -1] = True
 

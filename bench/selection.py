@@ -1,19 +1,18 @@
-"""Quantiles and top-k of all tokens of a batch, beside torch.quantile, torch.kthvalue and torch.topk."""
+"""Measure quantiles and top-k of all tokens of a batch beside torch.quantile, torch.kthvalue and torch.topk."""
 
 from __future__ import annotations
 
 import torch
 from harness import Table, close, main
-from tokcredit import select
-from tokcredit.ops import Rows
+from tokcredit import Spans
+from tokcredit.blocks import select
 
 
 def run(table: Table, quick: bool) -> None:
     for n in (1 << 20, 1 << 22) if quick else (1 << 24, 1 << 26):
-        begin = torch.arange(0, n, 16_384)
-        rows = Rows(begin, begin + 16_384)
-        everything = select.everything(rows)
-        providers = {"tokcredit": lambda x, r=rows, e=everything: select.quantile(x, 0.8, r, e)}
+        spans = Spans.from_cu_seqlens(torch.arange(0, n + 1, 16_384))
+        everything = select.everything(spans)
+        providers = {"tokcredit": lambda x, s=spans, e=everything: select.quantile(x, 0.8, s, e)}
         if n <= 1 << 24:
             providers["torch.quantile"] = lambda x: x.quantile(0.8)[None]
         else:
@@ -39,11 +38,11 @@ def run(table: Table, quick: bool) -> None:
             lambda n=n: (torch.rand(n, dtype=torch.float64).float(),),
             5 * n,
             {
-                "tokcredit": lambda x, k=k, r=rows, e=everything: select.top_k(x, k, r, e),
+                "tokcredit": lambda x, k=k, s=spans, e=everything: select.top_k(x, k, s, e),
                 "torch.topk": topk,
                 "torch.kthvalue": kthvalue,
             },
-            # Where values are equal, torch marks more of them, or others.
+            # Of equal values torch marks others, or more of them.
             lambda a, b: torch.testing.assert_close(a.sum().float(), b.sum().float(), rtol=1e-5, atol=2),
             {"torch.topk": 5},
         )

@@ -1,18 +1,16 @@
-"""``pytest bench/``: small inputs, each provider compared with ours and then timed by pytest-benchmark."""
+"""Microbenchmarks on small inputs: ``pytest bench/`` compares each provider with ours and then times it."""
 
 from __future__ import annotations
 
 import pytest
 import tokcredit as tc
 import torch
-from loss import eager_losses, mostly_equal, step, workload
-from tokcredit import policy, scan, segment, select
-from tokcredit.ops import Rows
+from loss import eager_losses, mostly_equal, ours, step, workload
+from tokcredit.blocks import scan, segment, select
 
 ROWS, LENGTH = 64, 2_048
 N = ROWS * LENGTH
-BEGIN = torch.arange(ROWS) * LENGTH
-SPANS = Rows(BEGIN, BEGIN + LENGTH)
+SPANS = tc.Spans.from_cu_seqlens(torch.arange(ROWS + 1) * LENGTH)
 
 
 def equal(a, b):
@@ -25,8 +23,8 @@ def losses(name):
     prepared = objective.prepare(batch)
     eager = eager_losses(old, mask)[name == "ctpo"]
     x = old + 0.02 * torch.randn(ROWS, LENGTH)
-    ours, theirs = step(lambda y: objective.loss(prepared, y).loss), step(lambda y: eager(y, prepared.credits))
-    return x, {"tokcredit": ours, "torch": theirs}, mostly_equal
+    providers = {"tokcredit": step(ours(objective, prepared)), "torch": step(lambda y: eager(y, prepared.credit))}
+    return x, providers, mostly_equal
 
 
 def logits():
@@ -37,7 +35,7 @@ def logits():
         return everything.gather(-1, tokens[:, None])[:, 0] - (everything.exp() * everything).sum(-1)
 
     providers = {
-        "tokcredit": step(lambda x: sum(y.sum() for y in policy.log_probs_and_entropies(x, tokens))),
+        "tokcredit": step(lambda x: sum(y.sum() for y in tc.log_probs.with_entropies(x, tokens))),
         "torch": step(lambda x: theirs(x).sum()),
     }
     return torch.randn(256, 4_096), providers, equal

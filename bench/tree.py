@@ -1,4 +1,4 @@
-"""Prefix trees and tree credit beside TRL's TreeRow, a dictionary trie and the time of writing the result once."""
+"""Measure prefix trees and tree credit beside TRL's TreeRow, a dictionary trie and writing the result once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harness import Table, main
 
 
 def workload(rows, length, group, seed=0):
-    """Groups of random rows; each shares a prefix of random length with the first row of its group."""
+    """Return groups of random rows; each row shares a prefix of random length with the first of its group."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 50_000, (rows, length), generator=generator)
     shared = torch.randint(0, max(length // 3, 1), (rows,), generator=generator).tolist()
@@ -22,7 +22,7 @@ def workload(rows, length, group, seed=0):
 
 
 def trie(batch, group):
-    """The same credit from one dictionary entry per distinct prefix: children, sum of rewards, count."""
+    """Return the same advantages, from a dictionary entry for each prefix: children, sum of rewards, count."""
     tokens, rewards = batch.shaped(batch.tokens).tolist(), batch.rewards.tolist()
     out = []
     for start in range(0, len(tokens), group):
@@ -49,7 +49,7 @@ def trie(batch, group):
 
 
 def tree_rows(batch, group):
-    """TRL's trie of each group; the trees alone, without credit."""
+    """Return TRL's trie of each group. It holds the tree alone, without advantages."""
     from incumbents import TreeRow
 
     tokens = batch.shaped(batch.tokens)
@@ -62,9 +62,9 @@ def tree_rows(batch, group):
 
 
 def check(group):
-    """Ours against both tries: equal credit, and at least as much shared (TreeRow forks one token early)."""
+    """Check that our advantages equal the trie's, and that we share as much as TreeRow, which forks a token early."""
     batch = workload(4 * group, 500, group, seed=1)
-    credit = batch.shaped(tc.credit.tempo_like()(batch))
+    credit = batch.shaped(tc.methods.tempo().credit(batch))
     torch.testing.assert_close(credit, torch.tensor(trie(batch, group)), rtol=1e-5, atol=1e-5)
     built = tc.tree.build(batch)
     theirs = sum(len(row.tokens) for row in tree_rows(batch, group))
@@ -76,13 +76,13 @@ def run(table: Table, quick: bool) -> None:
     rows, length, group = (128, 1_024, 16) if quick else (1_024, 9_200, 16)
     check(group)
     batch = workload(rows, length, group)
-    credit, n = tc.credit.tempo_like(), batch.num_tokens
+    credit, n = tc.methods.tempo().credit, batch.num_tokens
     buffer = torch.empty(n)
     table.measure(
         "prefix tree + TEMPO credit",
         f"{rows} x {length}",
         lambda: (),
-        # The shared prefixes read twice, once for each of the rows compared; the result written.
+        # Two rows are read where they share a prefix, and the result is written.
         4 * n + 2 * 8 * int(batch.num_tokens - tc.tree.build(batch).length.sum()),
         {
             "tokcredit": lambda: credit(batch),

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/methods.md and README.md from the methods themselves: ``python docs/tables.py``."""
+"""Writes the tables of docs/methods.md and README.md from the methods and the inputs: ``python docs/tables.py``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import dataclasses
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import tokcredit as tc
 
 ROOT = Path(__file__).parents[1]
+PLAIN = {tc.Objective: "grpo", tc.Preference: "dpo", tc.Supervised: "sft"}
+HEADINGS = "Args|Cost|References|Differences from the paper|Differences from the released code"
 
 
 def compact(x: object) -> str:
-    """A choice as one would write it, without the settings that have their default."""
+    """Return a stage as one would write it, without the settings that have their default.
+
+    Args:
+        x: A stage, a tuple of stages or the value of a setting.
+    """
     if isinstance(x, tuple):
         return ", ".join(map(compact, x)) or "none"
     if not dataclasses.is_dataclass(x):
@@ -21,62 +28,132 @@ def compact(x: object) -> str:
     settings = []
     for f in dataclasses.fields(x):
         value = getattr(x, f.name)
-        default = f.default_factory() if f.default is dataclasses.MISSING and callable(f.default_factory) else f.default
+        default = f.default_factory() if callable(f.default_factory) else f.default
         if value != default:
             settings.append(f"{f.name}={compact(value)}")
     return type(x).__name__ + (f"({', '.join(settings)})" if settings else "")
 
 
-def described(name: str) -> dict[str, str]:
-    """The parts of a method's docstring, by their first word; the first line under ``Summary``."""
+def sections(name: str) -> dict[str, str]:
+    """Return the parts of a method's docstring by their headings, the first line under ``Summary``.
+
+    Args:
+        name: Name of the method.
+    """
     text = inspect.getdoc(getattr(tc.methods, name)) or ""
-    parts = {"Summary": text.split("\n\n")[0]}
-    for head, body in re.findall(
-        r"^(Cost|Source|Departs)(?: from the [\w ]+)?: (.*?)(?=^\S+[\w ]*: |\Z)", text, re.M | re.S
-    ):
-        parts[head] = body
-    return {head: " ".join(body.replace("``", "`").split()) for head, body in parts.items()}
+    parts = re.split(rf"^({HEADINGS}):", text, flags=re.M)
+    return {"Summary": parts[0].split("\n\n")[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+def markdown(text: str) -> str:
+    """Return a piece of a docstring as one line of Markdown.
+
+    Args:
+        text: The piece.
+    """
+    text = re.sub(r":\w+:`~?([\w.]+)`", r"`\1`", " ".join(text.split())).replace("``", "`")
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def facts(body: str) -> list[str]:
+    """Return the items of a list in a docstring, each as one line of Markdown.
+
+    Args:
+        body: The list.
+    """
+    return [markdown(item) for item in re.split(r"^ +- ", body, flags=re.M)[1:]]
+
+
+def table_cell(text: str) -> str:
+    """Return a piece of a docstring as a cell of a Markdown table.
+
+    Args:
+        text: The piece.
+    """
+    return markdown(text).replace("|", "\\|")
 
 
 def changes(name: str) -> str:
-    """The stages at which a method differs from ``grpo``, and what it chooses there."""
-    plain, objective = tc.methods.grpo(), tc.methods.load(name)
+    """Return the stages at which a method differs from the plain method of its kind.
+
+    Args:
+        name: Name of the method.
+    """
+    objective: Any = tc.methods.load(name)
+    plain = tc.methods.load(PLAIN[type(objective)])
     differing = [f.name for f in dataclasses.fields(objective) if getattr(objective, f.name) != getattr(plain, f.name)]
-    return "; ".join(f"{stage} `{compact(getattr(objective, stage))}`" for stage in differing) or "-"
-
-
-def link(source: str) -> str:
-    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\1)", source.rstrip("."))
+    return "; ".join(f"{stage}: `{compact(getattr(objective, stage))}`" for stage in differing) or "-"
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Return a Markdown table.
+
+    Args:
+        header: Names of the columns.
+        rows: Cells of each row.
+    """
     lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def methods() -> str:
+    """Return the table of all methods."""
     rows = []
     for name in tc.methods.names():
-        parts, needs = described(name), sorted(tc.methods.load(name).needs)
-        what = ", ".join(f"`{need}`" for need in needs) or "-"
+        parts, objective = sections(name), tc.methods.load(name)
+        reads = ", ".join(f"`{x}`" for x in sorted(objective.required_inputs)) or "-"
+        kind = type(objective)
         rows.append(
-            (f"`{name}`", parts["Summary"], changes(name), what, parts["Cost"], link(parts["Source"]), parts["Departs"])
+            (
+                f"[`{name}`](#{name})",
+                markdown(parts["Summary"]),
+                f"`{kind.__name__}`, `{PLAIN[kind]}`",
+                changes(name),
+                reads,
+                markdown(parts["Cost"]),
+                markdown(parts["References"]),
+            )
         )
-    return table(("method", "what", "differs from `grpo` in", "needs", "cost", "source", "departs"), rows)
+    return table(
+        ("method", "what", "objective, compared with", "other stages", "required inputs", "cost", "references"), rows
+    )
 
 
-def evidence() -> str:
-    rows = [(f"`{n}`", f"{e.kind} `{e.shape}`", e.meaning, e.source) for n, e in tc.evidence.KNOWN.items()]
-    return table(("name", "what", "meaning", "computed by"), rows)
+def differences() -> str:
+    """Return, for each method, how it differs from its paper and from released code."""
+    text = []
+    for name in tc.methods.names():
+        text.append(f"### {name}")
+        for heading, body in sections(name).items():
+            if heading.startswith("Differences"):
+                text.append(f"{heading}:\n\n" + "\n".join(f"- {fact}" for fact in facts(body)))
+    return "\n\n".join(text)
+
+
+def inputs() -> str:
+    """Return the table of all registered inputs."""
+    entries = [tc.inputs.get(name) for name in sorted(tc.inputs.names(), key=lambda x: (tc.inputs.get(x).per, x))]
+    rows = [
+        (f"`{x.name}`", f"{x.dtype} `{x.shape}`", markdown(x.meaning), tc.inputs.COLLECTORS[x.collector])
+        for x in entries
+    ]
+    return table(("input", "dtype and shape", "meaning", "obtained from"), rows)
 
 
 def short() -> str:
-    return table(("method", "what"), [(f"`{name}`", described(name)["Summary"]) for name in tc.methods.names()])
+    """Return the table of the names and first lines of all methods."""
+    return table(
+        ("method", "what"), [(f"`{name}`", markdown(sections(name)["Summary"])) for name in tc.methods.names()]
+    )
 
 
 def filled(text: str) -> str:
-    """The document with each table between its marks replaced by what it is now."""
-    for make in (methods, evidence, short):
+    """Return a document with what is between its marks replaced by what it is now.
+
+    Args:
+        text: The document.
+    """
+    for make in (methods, differences, inputs, short):
         mark = f"<!-- {make.__name__} -->"
         text = re.sub(f"{mark}.*?{mark}", lambda _, m=mark, f=make: f"{m}\n{f()}\n{m}", text, flags=re.S)
     return text

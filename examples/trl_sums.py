@@ -1,6 +1,9 @@
-"""TRL's GRPOTrainer with any method, on small sums.
+"""TRL's ``GRPOTrainer`` with any method, on sums of two digits.
 
-pip install tokcredit trl && python examples/trl_sums.py --method tempo
+Install and run::
+
+    pip install tokcredit trl
+    python examples/trl_sums.py --method tempo
 """
 
 import argparse
@@ -12,10 +15,12 @@ from trl import GRPOConfig
 
 
 def exact(completions, answer, **columns):
+    """Return 1 for each completion that begins with the right sum, else 0."""
     return [float(text.strip().startswith(right)) for text, right in zip(completions, answer, strict=True)]
 
 
 def main(model, method, steps, output, cpu):
+    """Train a model with a published method."""
     random.seed(0)
     pairs = [(random.randint(1, 9), random.randint(1, 9)) for _ in range(256)]
     data = Dataset.from_dict({"prompt": [f"{a}+{b}=" for a, b in pairs], "answer": [str(a + b) for a, b in pairs]})

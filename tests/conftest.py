@@ -7,12 +7,11 @@ import pytest
 import torch
 
 # On a bare machine with torch alone the operations and methods are tested, and what needs further packages is not.
-collect_ignore = (
-    [] if find_spec("tyro") else ["test_cli.py", "test_inspect.py", "test_inspect_page.py", "train", "analyze"]
-)
+collect_ignore = [] if find_spec("tyro") else ["test_cli.py", "train", "analyze"]
 
 sys.path.insert(0, str(Path(__file__).parent))
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=1700)
 hypothesis.settings.load_profile("tests")
 
 
@@ -34,10 +33,32 @@ def cuda():
     return torch.device("cuda")
 
 
-def require_cuda():
+def missing_cuda():
+    """Why no test can run on a CUDA device, or None."""
     from tokcredit import _C
 
     if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if not _C.build_info()["cuda"]:
-        pytest.skip("built without CUDA")
+        return "no CUDA device"
+    return None if _C.build_info()["cuda"] else "built without CUDA"
+
+
+def require_cuda():
+    if reason := missing_cuda():
+        pytest.skip(reason)
+
+
+DESELECTED = pytest.StashKey[str]()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out tests of CUDA where there is none, and say so once instead of in a line for each."""
+    on_cuda = [item for item in items if item.get_closest_marker("gpu")]
+    if on_cuda and (reason := missing_cuda()):
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=on_cuda)
+        config.stash[DESELECTED] = f"{reason}: {len(on_cuda)} tests of CUDA left out"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if line := config.stash.get(DESELECTED, None):
+        terminalreporter.write_line(line)

@@ -1,7 +1,8 @@
 """Seeded rollouts that look like a model's: derivations of a sum of products that branch, err and vary in length.
 
-A row is a walk over steps. Each step has several phrasings, the first the likeliest, so rows share prefixes and part
-where one is phrased otherwise or goes wrong; rewards are 1 for the right answer, and 0.1 for the form alone.
+A row is a walk over steps. Each step has several phrasings, of which the first is the likeliest, so that rows share
+prefixes and branch where one is phrased otherwise or goes wrong. The reward is 1 for the right answer, and 0.1 for an
+answer in the right form.
 """
 
 import json
@@ -32,7 +33,7 @@ ENDINGS = (
 
 
 def _derivation(rng, problem, length):
-    """Text of one rollout, in pieces, and its reward."""
+    """Return the text of one rollout and its reward."""
     a, b, c, d = problem
 
     def say(choices, weights=None, **words):
@@ -58,7 +59,7 @@ def _derivation(rng, problem, length):
 
 
 def tokenizer(texts, size=900):
-    """A byte-level BPE tokenizer trained on the texts."""
+    """Return a byte-level BPE tokenizer trained on the texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -76,7 +77,7 @@ def tokenizer(texts, size=900):
 
 
 def rows(groups=4, rollouts=8, length=90, seed=0):
-    """Prompt, group, text and reward of each rollout."""
+    """Return prompt, group, text and reward of each rollout."""
     rng = random.Random(seed)
     out = []
     for group in range(groups):
@@ -89,7 +90,7 @@ def rows(groups=4, rollouts=8, length=90, seed=0):
 
 
 def write(folder, step=10, method="tempo", extra=(), **size):
-    """A run folder as the trainer leaves it: one parquet of rollouts and the tokenizer. Returns the parquet's path."""
+    """Write a run folder as the trainer does, with one file of rollouts and the tokenizer; return the file's path."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import tokcredit as tc
@@ -99,7 +100,7 @@ def write(folder, step=10, method="tempo", extra=(), **size):
     rng = random.Random(1)
     end = words.eos_token_id
     ids = [[*words.encode(row["text"], add_special_tokens=False), end] for row in data]
-    # A token's log-prob depends on the token and what stands before it, as a model's would; most are near certain.
+    # A token's log-prob depends on the token and the one before it; most are close to 0.
     sure = {}
 
     def log_prob(before, token):
@@ -120,7 +121,7 @@ def write(folder, step=10, method="tempo", extra=(), **size):
         torch.tensor([r["reward"] for r in data]),
     )
     objective = tc.methods.load(method)
-    paid = objective.prepare(batch).advantages
+    advantages = objective.prepare(batch).advantages
     cut = lambda x: [x[a:b].tolist() for a, b in zip(batch.begin, batch.end, strict=True)]  # noqa: E731
     ints, floats, flags = pa.list_(pa.int32()), pa.list_(pa.float32()), pa.list_(pa.bool_())
     table = pa.table(
@@ -138,7 +139,7 @@ def write(folder, step=10, method="tempo", extra=(), **size):
             "old_log_probs": pa.array(old, floats),
             "log_probs": pa.array(new, floats),
             "entropies": pa.array([[-x * math.exp(x) for x in row] for row in old], floats),
-            "advantages": pa.array(cut(paid), floats),
+            "advantages": pa.array(cut(advantages), floats),
         }
     )
     settings = {

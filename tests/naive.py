@@ -5,6 +5,7 @@ import math
 
 import tokcredit as tc
 import torch
+from tokcredit.rollouts import FIELDS
 
 
 def random_batch(seed=0, groups=3, size=4, length=7, padded=True, **extra):
@@ -23,8 +24,16 @@ def random_batch(seed=0, groups=3, size=4, length=7, padded=True, **extra):
     return batch, current
 
 
+def random_pairs(seed=0, pairs=6, length=7, **extra):
+    """The rows of :func:`random_batch` as preference pairs with different rewards."""
+    batch, current = random_batch(seed, groups=pairs, size=2, length=length, **extra)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    rewards = torch.randperm(batch.num_rows, generator=g).double()
+    return dataclasses.replace(batch, rewards=rewards), current
+
+
 def synthetic(name, batch, g):
-    """Evidence of this name for a batch, random, with nothing but NaN where the mask is False."""
+    """An input of this name for a batch, random, with nothing but NaN where the mask is False."""
     n = batch.num_tokens
     x = torch.rand(n, generator=g, dtype=torch.float64)
     sparse = torch.where(torch.arange(n) % 5 % 3 == 1, x, float("nan"))
@@ -46,7 +55,7 @@ def synthetic(name, batch, g):
         "disagreement": x,
         "padded_disagreement": x**2,
         "hidden_states": torch.randn(n, 4, generator=g, dtype=torch.float64),
-        "token_probs": tc.policy.group_probs(torch.randn(n, 5, generator=g, dtype=torch.float64), batch),
+        "token_probs": tc.log_probs.group_probs(torch.randn(n, 5, generator=g, dtype=torch.float64), batch),
         "state_values": sparse,
         "step_values": sparse,
         "node_ids": rows,
@@ -55,21 +64,22 @@ def synthetic(name, batch, g):
         "answer_probs": sparse,
         "answer_confidences": (sparse * 3) % 1,
         "turn_rewards": x,
+        "prompt_tokens": rows[:, None],
         "replayed": rows % 4 == 3,
         "truncated": rows % 3 != 1,
         "length_values": -x,
     }[name]
-    if tc.evidence.KNOWN[name].per == "token" and made.is_floating_point():
+    if tc.inputs.get(name).per == "token" and made.is_floating_point():
         made[~batch.response_mask] = float("nan")
     return made
 
 
-def with_evidence(batch, names, seed=5):
-    """The batch with synthetic evidence of these names, where it has none."""
+def with_inputs(batch, names, seed=5):
+    """The batch with synthetic inputs of these names, where it has none."""
     g = torch.Generator(torch.get_default_device()).manual_seed(seed)
     fields, extras = {}, dict(batch.extras)
     for name in sorted(names):
-        if name not in tc.evidence.FIELDS:
+        if name not in FIELDS:
             extras.setdefault(name, synthetic(name, batch, g))
         elif getattr(batch, name) is None:
             fields[name] = synthetic(name, batch, g)
@@ -88,9 +98,15 @@ def group_rows(batch):
     return [[r for r in range(len(index)) if index[r] == g] for g in range(batch.num_groups)]
 
 
+def counted_rows(batch):
+    """The rows of each group that statistics count: those with a token that the policy chose."""
+    tokens = rows_of(batch)
+    return [[r for r in rows if tokens[r]] for rows in group_rows(batch)]
+
+
 def group_advantages(batch, scale=True, epsilon=1e-6):
     rewards, out = batch.rewards.tolist(), [0.0] * batch.num_rows
-    for rows in group_rows(batch):
+    for rows in counted_rows(batch):
         own = [rewards[r] for r in rows]
         mean = sum(own) / len(own) if len(own) > 1 else 0.0
         std = math.sqrt(sum((x - mean) ** 2 for x in own) / (len(own) - 1)) if len(own) > 1 else 1.0
@@ -115,8 +131,8 @@ def check(objective, batch, current, naive, progress=None):
     theirs = current.clone().requires_grad_()
     expected = naive(batch, theirs.reshape(-1))
     expected.backward()
-    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
     assert theirs.grad.abs().sum() > 0, "a comparison of zeros proves nothing"
     return out
 
@@ -142,7 +158,7 @@ def ppo(batch, log_probs, advantages, low, high, cap=None):
 
 def influence(batch, tokens, weights):
     """Both sums as they are written, over whole distributions restricted to the group's tokens."""
-    column = tc.policy.group_vocabulary(batch)[1]
+    column = tc.log_probs.group_vocabulary(batch)[1]
     hidden, probs = batch.extras["hidden_states"], batch.extras["token_probs"]
     errors = -probs.clone()
     for t in range(batch.num_tokens):

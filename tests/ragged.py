@@ -2,13 +2,12 @@
 
 import torch
 from hypothesis import strategies as st
-from tokcredit import Rollouts
-from tokcredit.ops import Rows
+from tokcredit import Rollouts, Spans
 
 
 @st.composite
-def rows(draw, max_rows=6, max_length=9):
-    """Rows and the size of their buffer; empty rows, padding between rows, all-masked rows included."""
+def spans(draw, max_rows=6, max_length=9):
+    """Spans of a buffer; empty rows, padding between rows, all-masked rows included."""
     lengths = draw(st.lists(st.integers(0, max_length), min_size=1, max_size=max_rows))
     gaps = draw(
         st.one_of(
@@ -24,7 +23,12 @@ def rows(draw, max_rows=6, max_length=9):
     mask = None
     if draw(st.booleans()):
         mask = torch.tensor(draw(st.lists(st.booleans(), min_size=at, max_size=at)), dtype=torch.bool)
-    return Rows(torch.tensor(begin), torch.tensor(end), mask), at
+    return Spans(torch.tensor(begin, dtype=torch.int64), torch.tensor(end, dtype=torch.int64), at, mask)
+
+
+def packed(*lengths, mask=None):
+    """Spans of rows of these lengths, one after another."""
+    return Spans.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0), mask)
 
 
 def generator(seed=0):

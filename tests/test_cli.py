@@ -46,3 +46,28 @@ def test_commands_start_quickly():
     code = "import sys, tokcredit.cli; print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"transformers", "accelerate", "reasoning_gym", "matplotlib"} & set(out)
+
+
+def test_stages_are_options_by_method_name_or_expression(monkeypatch):
+    given = []
+    monkeypatch.setattr("tokcredit.train.run", given.append)
+    options = "--method dapo --set clip_high=0.3 --credit tempo --ratio ctpo --clip ppo(0.1,high=0.3) --aggregation ba"
+    options += " --filters --token-weights importance_truncated(high=2.0) --terms kl(0.01) entropy --scales"
+    main(["train", *options.split(), "divergence_weighted"])
+    assert given[0].objective.build() == tc.mix(
+        "dapo(clip_high=0.3)",
+        credit="tempo",
+        ratio="ctpo",
+        clip=tc.clip.ppo(0.1, 0.3),
+        aggregation="ba",
+        filters=(),
+        token_weights=tc.token_weights.importance_truncated(2.0),
+        terms=(tc.term.kl(0.01), tc.term.entropy()),
+        scales="divergence_weighted",
+    )
+
+
+def test_mistakes_in_stages_are_one_line(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(SystemExit, match=r"tokcredit: credit: expected a stage or a method, one of .*, got 'temp'"):
+        main(["train", "--model", "tiny(steps=0)", "--credit", "temp", "--output", str(tmp_path / "run")])

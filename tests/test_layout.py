@@ -1,13 +1,16 @@
 """Who may include and import whom."""
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tokcredit
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "python/tokcredit"
 ALLOWED = {
     "ops": ("ops/",),
     "math": ("math/", "ops/"),
@@ -15,16 +18,17 @@ ALLOWED = {
     "cuda": ("ops/", "math/", "cuda/"),
     "bind": ("ops/", "bind/", "emulation/"),  # the last under tests/, in builds for it
 }
-FLOW = [
-    *("ops", "rollouts", "sampling", "tree", "values", "credit", "score", "weights", "ratio", "clip", "gain"),
-    *("aggregation", "loss", "prepared", "objective"),
-]
-OUTSIDE = {"methods", "adapters", "train", "inspect", "analyze"}  # no stage imports these
-# Open to every stage; each is built on ops, rollouts and the ones before it.
-BLOCKS = [
-    *("arguments", "schedule", "choice", "evidence", "scan", "segment", "select", "policy"),
-    *("temperature", "divergence", "matching", "length"),
-]
+# Each layer imports its own modules and those of earlier layers.
+LAYERS = {
+    "data": ("arguments", "spans", "groups", "selection", "inputs", "schedule", "ops", "rollouts"),
+    "blocks": ("blocks",),
+    "stages": ("stages",),
+    "objectives": ("protocol", "objective", "preference", "supervised"),
+    "methods": ("methods", "expression", "mixing"),
+    "public": ("decoding", "rewards"),
+    "applications": ("train", "report", "analyze", "adapters", "cli"),
+}
+LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
@@ -38,41 +42,67 @@ def test_native_includes(folder):
 
 
 def files(module):
-    """A module is one file, or a folder of them."""
-    path = ROOT / "python/tokcredit" / module
-    return sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+    """Files of a module, which is one file or a folder of them."""
+    path = PACKAGE / module
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
 
 
-def imports(module):
-    text = "\n".join(path.read_text() for path in files(module))
-    names = re.findall(r"^from tokcredit\.(\w+)", text, re.M)
-    for one, several in re.findall(r"^from tokcredit import (?:([\w ,]+)|\(([\w\s,]+)\))", text, re.M):
-        names += re.findall(r"\w+", one or several)
-    return set(names)
+def imports(path):
+    """Modules of the package that a file imports anywhere, by the first name after ``tokcredit``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tokcredit":
+            assert node.level == 0
+            names = node.module.split(".")
+            found |= {names[1]} if len(names) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("tokcredit.")}
+    return found - {"_C"}
 
 
-@pytest.mark.parametrize("stage", [*FLOW, *BLOCKS])
-def test_stages_import_earlier_ones(stage):
-    earlier = (
-        FLOW[: FLOW.index(stage)] + BLOCKS if stage in FLOW else ["ops", "rollouts", *BLOCKS[: BLOCKS.index(stage)]]
-    )
-    assert imports(stage) - {"_C", stage} <= set(earlier)
+@pytest.mark.parametrize("module", LAYER_OF)
+def test_modules_import_earlier_layers(module):
+    layers = list(LAYERS)
+    below = layers[: layers.index(LAYER_OF[module]) + 1]
+    allowed = {name for layer in below for name in LAYERS[layer]}
+    # Applications read the public names of the package; nothing else may, or it would import what comes after it.
+    public = set(tokcredit.__all__) | {"__version__"} if LAYER_OF[module] == "applications" else set()
+    for path in files(module):
+        assert imports(path) <= allowed | public, path.relative_to(PACKAGE)
 
 
-def test_inspect_knows_neither_trainer_nor_hosts():
-    assert not imports("inspect") & {"train", "adapters", "cli"}
+def test_data_modules_do_not_import_each_other_in_circles():
+    for module in LAYER_OF:
+        order = list(LAYER_OF)
+        if LAYER_OF[module] in ("data", "objectives", "methods"):
+            later = set(order[order.index(module) + 1 :]) - {"ops"}
+            assert not set().union(*map(imports, files(module))) & later, module
 
 
-def test_analyze_stands_on_the_trainer():
-    assert not imports("analyze") & {"adapters", "inspect", "cli"}
-    assert "analyze" not in imports("train") | imports("inspect")
+def test_the_report_knows_neither_trainer_nor_hosts():
+    assert not set().union(*map(imports, files("report"))) & {"train", "adapters", "cli"}
+
+
+def test_analysis_uses_the_trainer_and_not_the_other_way_round():
+    assert not set().union(*map(imports, files("analyze"))) & {"adapters", "report", "cli"}
+    for module in ("train", "report", "adapters"):
+        assert "analyze" not in set().union(*map(imports, files(module)))
 
 
 def test_every_module_has_its_place():
-    modules = {p.stem for p in (ROOT / "python/tokcredit").iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert modules - {"__init__", "__main__", "__pycache__", "cli", *OUTSIDE} == {*FLOW, *BLOCKS}
-    for path in ROOT.glob("python/tokcredit/**/*.py"):
-        assert path.stem not in {"utils", "helpers", "common", "misc"}
+    modules = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p.is_dir() and any(p.glob("*.py")))}
+    assert modules - {"__init__", "__main__"} == set(LAYER_OF)
+
+
+def test_names_of_modules():
+    """A file named like a standard module shadows it for whoever runs Python inside its folder.
+
+    ``select`` is the public name ``tokcredit.select``; its folders hold no script.
+    """
+    for path in PACKAGE.rglob("*.py"):
+        for name in (path.stem, *path.relative_to(PACKAGE).parts[:-1]):
+            assert name not in {"utils", "helpers", "common", "misc"}, path
+            assert name not in sys.stdlib_module_names - {"select"}, path
 
 
 def test_import_is_light():
@@ -88,6 +118,6 @@ def test_import_is_light():
         "jinja2",
         "pyarrow",
         "rich",
-        "tokcredit.inspect",
+        "tokcredit.report",
         "tokcredit.cli",
     } & set(out)

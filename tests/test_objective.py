@@ -6,6 +6,9 @@ import pytest
 import ragged
 import tokcredit as tc
 import torch
+from tokcredit.methods.ba import balanced
+from tokcredit.methods.divergence_weighted import divergence
+from tokcredit.methods.tempo import tempo_credit
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -13,10 +16,10 @@ pytestmark = pytest.mark.usefixtures("device")
 def mixture(**changes):
     return dataclasses.replace(
         tc.Objective(
-            credit=tc.credit.tempo_like(),
+            credit=tempo_credit(),
             ratio=tc.ratio.cumulative(),
             clip=tc.clip.growing(0.025, 0.05, 0.5),
-            aggregation=tc.aggregation.balanced(),
+            aggregation=balanced(),
         ),
         **changes,
     )
@@ -51,14 +54,14 @@ def test_any_mixture_is_the_product_of_its_stages():
         naive.check(mixture(), *naive.random_batch(seed), formula)
 
 
-def test_a_penalty_and_the_metrics_cover_what_trains():
-    """Whatever the ratio counts: half of the tokens train, so the penalty and the metrics are those of that half."""
+def test_terms_and_metrics_cover_the_tokens_that_train():
+    """Half of the tokens train, so the KL term and the metrics are those of that half, whatever the ratio sums over."""
     g = torch.Generator().manual_seed(5)
     entropies = torch.rand(12, 7, generator=g)
     batch, current = naive.random_batch(entropies=entropies, ref_log_probs=-torch.rand(12, 7, generator=g).double())
-    half = tc.weights.top_share(0.5, tc.score.given("entropies"), per_row=True)
-    plain = dataclasses.replace(tc.methods.dapo(), weights=(half,), kl=tc.loss.k3(0.1))
-    scanned = dataclasses.replace(tc.methods.ctpo(), weights=(half,), kl=tc.loss.k3(0.1))
+    half = tc.filters.top_share(0.5, tc.token_score.given("entropies"), per_row=True)
+    plain = tc.mix("dapo", filters=half, terms="kl(0.1)")
+    scanned = tc.mix("ctpo", filters=half, terms="kl(0.1)")
     outs = [o.loss(o.prepare(batch), current) for o in (plain, scanned)]
     torch.testing.assert_close(outs[0].metrics["kl"], outs[1].metrics["kl"])
     trained = plain.prepare(batch).mask.sum()
@@ -68,15 +71,15 @@ def test_a_penalty_and_the_metrics_cover_what_trains():
     assert not log_probs.grad[~batch.shaped(scanned.prepare(batch).mask)].any()
 
 
-@pytest.mark.parametrize("gain", [False, True])
-def test_sums_and_positions_count_tokens_that_do_not_train(gain):
-    """The prefix ratio in a growing window, where only half of the tokens of each row train."""
+@pytest.mark.parametrize("scaled", [False, True])
+def test_sums_and_positions_count_tokens_that_do_not_train(scaled):
+    """The cumulative ratio with growing bounds, where only half of the tokens of each row train."""
     batch, current = naive.random_batch(entropies=torch.rand(12, 7, generator=ragged.generator(5)))
     objective = mixture(
         credit=tc.credit.group_normalized(),
-        weights=(tc.weights.top_share(0.5, tc.score.given("entropies"), per_row=True),),
+        filters=(tc.filters.top_share(0.5, tc.token_score.given("entropies"), per_row=True),),
         aggregation=tc.aggregation.token_mean(),
-        gain=tc.gain.divergence(strength=1.0, slope=2.0) if gain else None,
+        scales=(divergence(strength=1.0, slope=2.0),) if scaled else (),
     )
 
     def formula(batch, log_probs):
@@ -92,7 +95,7 @@ def test_sums_and_positions_count_tokens_that_do_not_train(gain):
                 q = (total + log_probs[t] - log_probs[t].detach()).exp()
                 s = math.sqrt(position)
                 moved = math.exp(total) - 1 - total
-                a = advantages[r] * (0.5 + 1 / (1 + math.exp(-2 * moved)) if gain else 1)
+                a = advantages[r] * (0.5 + 1 / (1 + math.exp(-2 * moved)) if scaled else 1)
                 losses.append(naive.clipped(a, q, math.exp(-0.025 * s), math.exp(0.05 * s)))
         return sum(losses) / len(losses)
 
@@ -106,9 +109,9 @@ def test_rollout_importance_weights(whole_rows, masked):
     engine[0, 0] = float("nan")
     batch, current = naive.random_batch(rollout_log_probs=engine)
     if masked:
-        stage = tc.weights.importance_masked(0.5, 1.5, whole_rows)
+        stage = tc.token_weights.importance_masked(0.5, 1.5, whole_rows)
     else:
-        stage = tc.weights.importance_truncated(1.3, whole_rows)
+        stage = tc.token_weights.importance_truncated(1.3, whole_rows)
 
     def formula(batch, log_probs):
         losses = naive.ppo(batch, log_probs, naive.group_advantages(batch), 0.8, 1.2)
@@ -124,49 +127,50 @@ def test_rollout_importance_weights(whole_rows, masked):
             weighed.append([w * x for w, x in zip(ratios, row, strict=True)])
         return naive.sequence_mean(batch, weighed)
 
-    naive.check(dataclasses.replace(tc.methods.grpo(), weights=(stage,)), batch, current, formula)
+    naive.check(dataclasses.replace(tc.methods.grpo(), token_weights=(stage,)), batch, current, formula)
 
 
 def test_row_and_token_weights_multiply():
     engine = -torch.rand(12, 7, dtype=torch.float64, generator=ragged.generator(3))
     batch, _ = naive.random_batch(rollout_log_probs=engine)
-    row, token = tc.weights.importance_truncated(1.3, True), tc.weights.importance_truncated(1.3, False)
-    both = dataclasses.replace(tc.methods.grpo(), weights=(row, token)).prepare(batch).multiplier
+    row, token = tc.token_weights.importance_truncated(1.3, True), tc.token_weights.importance_truncated(1.3, False)
+    both = dataclasses.replace(tc.methods.grpo(), token_weights=(row, token)).prepare(batch).multiplier
     expected = row(batch, None) * batch.shaped(token(batch, None))
     mask = batch.shaped(batch.response_mask)
     torch.testing.assert_close(batch.shaped(both)[mask], expected[mask])
 
 
-def test_selection_leaves_the_denominators():
+def test_filtered_rows_leave_the_denominators():
     batch, current = naive.random_batch()
     batch = dataclasses.replace(batch, rewards=torch.where(batch.group_index == 0, 1.0, batch.rewards))
     plain = tc.methods.dapo()
-    chosen = dataclasses.replace(plain, weights=(tc.weights.with_credit(),))
+    chosen = dataclasses.replace(plain, filters=(tc.filters.nonzero_advantage(),))
     a, b = plain.prepare(batch), chosen.prepare(batch)
-    paid = a.has_credit
-    ratio = batch.lengths.sum() / batch.lengths[paid].sum()
+    ratio = batch.lengths.sum() / batch.lengths[a.has_gradient].sum()
+    assert ratio > 1
     torch.testing.assert_close(chosen.loss(b, current).loss, plain.loss(a, current).loss * ratio, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("penalty", [tc.loss.k1, tc.loss.k2, tc.loss.k3])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
 @pytest.mark.parametrize("method", ["grpo", "ba"])
-def test_penalty(penalty, method):
+def test_kl_term(estimator, method):
     batch, current = naive.random_batch()
     ref = current + 0.3 * torch.randn(current.shape, dtype=torch.float64, generator=ragged.generator(1))
     batch = dataclasses.replace(batch, ref_log_probs=ref.reshape(-1))
     plain = tc.methods.load(method)
-    objective = dataclasses.replace(plain, kl=penalty(0.1))
+    objective = dataclasses.replace(plain, terms=(tc.term.kl(0.1, estimator),))
 
     def formula(batch, log_probs):
         u = log_probs - batch.ref_log_probs
-        each = {"k1": u, "k2": u**2 / 2, "k3": (-u).exp() + u - 1}[penalty.surrogate]
+        each = {"k1": u, "k2": u**2 / 2, "k3": (-u).exp() + u - 1, "abs": u.abs()}[estimator]
         losses = [[0.1 * each[t] for t in tokens] for tokens in naive.rows_of(batch)]
         kl = (naive.sequence_mean if method == "grpo" else naive.token_mean)(batch, losses)
         return kl + plain.loss(plain.prepare(batch), log_probs.view(current.shape)).loss
 
     out = naive.check(objective, batch, current, formula)
-    assert out.metrics["kl"].abs() > 0
-    assert objective.needs == {"ref_log_probs"}
+    value = formula(batch, current.reshape(-1)) - plain.loss(plain.prepare(batch), current).loss
+    torch.testing.assert_close(0.1 * out.metrics["kl"], value, rtol=1e-6, atol=1e-9)
+    assert objective.required_inputs == {"ref_log_probs"}
 
 
 def test_minibatch_counts_its_own_rows():
@@ -176,37 +180,72 @@ def test_minibatch_counts_its_own_rows():
         objective = tc.methods.load(name)
         part = objective.prepare(batch).minibatch(rows)
         alone = objective.prepare(batch.select(rows))
-        alone = dataclasses.replace(alone, credits=part.credits, signs=part.signs).aggregated()
+        alone = dataclasses.replace(alone, credit=part.credit, signs=part.signs).with_denominators()
         torch.testing.assert_close(objective.loss(part, current[rows]).loss, objective.loss(alone, current[rows]).loss)
         assert not torch.equal(part.row_weights, objective.prepare(batch).select(rows).row_weights)
 
 
-def test_missing_evidence_and_denominators_are_errors():
+def test_missing_inputs_and_denominators_are_errors():
     batch, current = naive.random_batch()
-    objective = dataclasses.replace(tc.methods.grpo(), kl=tc.loss.k3())
+    objective = dataclasses.replace(tc.methods.grpo(), terms=(tc.term.kl(),))
     with pytest.raises(ValueError, match="ref_log_probs: expected in the batch"):
         objective.prepare(batch)
-    with pytest.raises(ValueError, match="batch_num_tokens: expected the number of all ranks because dp_size is 2"):
+    with pytest.raises(
+        ValueError, match="global_batch_size: expected the number over all ranks because dp_size is 2, got None"
+    ):
         tc.methods.grpo().prepare(batch, dp_size=2)
     with pytest.raises(ValueError, match="global_num_groups: expected"):
         tc.methods.ba().prepare(batch, batch_num_tokens=9, global_batch_size=3, dp_size=2)
     with pytest.raises(ValueError, match=r"log_probs: expected \[12, 7\], got \[12, 6\]"):
         tc.methods.grpo().loss(tc.methods.grpo().prepare(batch), current[:, 1:])
-    with pytest.raises(ValueError, match="cap: expected at least 1"):
-        tc.clip.ppo(cap=0.5)
     summed = tc.methods.dr_grpo()
-    with pytest.raises(ValueError, match="length: expected the number of all ranks because dp_size is 2, got None"):
+    with pytest.raises(
+        ValueError, match=r"aggregation: expected a length in sequence_sum.* because dp_size is 2, got None"
+    ):
         summed.prepare(batch, batch_num_tokens=9, global_batch_size=9, dp_size=2)
 
 
-def test_metrics_are_tensors_that_nothing_waits_for():
+METRICS = {
+    *("loss", "policy_loss", "ratio_mean", "kl_k3_mean", "nonfinite_log_probs", "tokens"),
+    *("clip_low_fraction", "clip_high_fraction", "clip_cap_fraction"),
+}
+
+
+def test_metrics_against_their_formulas():
+    batch, current = naive.random_batch()
+    objective = tc.mix("grpo", clip="ppo(0.1, 0.15, cap=1.3)", terms="kl(0.5, to='old_log_probs')")
+    out = objective.loss(objective.prepare(batch), current.requires_grad_())
+    assert set(out.metrics) == METRICS | {"kl"}
+    assert all(m.dim() == 0 and not m.requires_grad for m in out.metrics.values())
+    tokens = [t for row in naive.rows_of(batch) for t in row]
+    advantages = dict(enumerate(naive.group_advantages(batch)))
+    difference = (current.detach().reshape(-1) - batch.old_log_probs)[tokens]
+    of_token = torch.tensor([advantages[t // 7] for t in tokens])
+    q = difference.exp()
+    low, high = (of_token < 0) & (q < 0.9), (of_token > 0) & (q > 1.15)
+    expected = {
+        "ratio_mean": q.mean(),
+        "kl_k3_mean": (q - 1 - difference).mean(),
+        "clip_low_fraction": low.double().mean(),
+        "clip_high_fraction": high.double().mean(),
+        "clip_cap_fraction": ((of_token < 0) & (q > 1.3)).double().mean(),
+        "tokens": torch.tensor(len(tokens)).double(),
+        "nonfinite_log_probs": torch.tensor(0.0).double(),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(out.metrics[name].double(), value.double(), rtol=1e-9, atol=1e-12, msg=name)
+        assert name == "nonfinite_log_probs" or value > 0, f"{name}: 0 proves nothing"
+    torch.testing.assert_close(out.metrics["loss"], out.metrics["policy_loss"] + 0.5 * out.metrics["kl"])
+    torch.testing.assert_close(out.metrics["loss"], out.loss.detach())
+
+
+def test_metrics_are_computed_when_they_are_read():
     batch, current = naive.random_batch()
     objective = tc.methods.ctpo()
     out = objective.loss(objective.prepare(batch), current)
-    assert set(out.metrics) >= {"loss", "ratio", "approx_kl", "clip_low", "clip_high", "clip_cap", "tokens"}
-    assert all(m.dim() == 0 and not m.requires_grad for m in out.metrics.values())
-    flat = [t for row in naive.rows_of(batch) for t in row]
-    assert out.metrics["tokens"] == len(flat)
+    assert out.metrics._values is None
+    assert len(out.metrics) == len(METRICS) and out.metrics._values is not None
+    assert out.metrics["tokens"] is out.metrics["tokens"]
 
 
 def test_loss_compiles_without_graph_breaks():
@@ -232,7 +271,7 @@ def test_empty_batch(name):
         torch.zeros(0),
     )
     objective = tc.methods.load(name)
-    batch = naive.with_evidence(batch, objective.needs)
+    batch = naive.with_inputs(batch, objective.required_inputs)
     log_probs = torch.zeros(0, requires_grad=True)
     out = objective.loss(objective.prepare(batch, progress=0.5), log_probs)
     out.loss.backward()

@@ -40,11 +40,6 @@ const dlpack::ExchangeApi *exchange(const py::handle &tensor) {
   return table;
 }
 
-const char *name_of(Type type) {
-  static const char *names[] = {"float32", "float64", "bfloat16", "float16", "int32", "int64", "bool"};
-  return names[int(type)];
-}
-
 bool type_of(const dlpack::Tensor &t, Type &out) {
   if (t.lanes != 1)
     return false;
@@ -73,20 +68,15 @@ void *current_stream(int32_t device_type, int32_t device_id) {
   return out;
 }
 
-std::string text(const std::vector<int64_t> &shape) {
-  std::string out = "[";
-  for (size_t i = 0; i < shape.size(); ++i)
-    out += (i ? ", " : "") + std::to_string(shape[i]);
-  return out + "]";
-}
-
 } // namespace
 
-int64_t Array::size() const {
-  int64_t n = 1;
-  for (int64_t extent : shape)
-    n *= extent;
-  return n;
+std::string name_of(Type type) { return split(Type_words)[size_t(type)]; }
+
+std::string text(const Array &array) {
+  std::string out = name_of(array.type) + " [";
+  for (int32_t i = 0; i < array.dimensions; ++i)
+    out += (i ? ", " : "") + std::to_string(array.shape[i]);
+  return out + "]";
 }
 
 py::object tensor_over(dlpack::ManagedTensor &managed) {
@@ -102,31 +92,29 @@ void Call::fail(const char *name, const std::string &expected, const std::string
 
 Array Call::read(const char *name, const py::handle &tensor) {
   const dlpack::ExchangeApi *api = exchange(tensor);
-  const std::string python_type = Py_TYPE(tensor.ptr())->tp_name;
-  // A subclass may override the data (FakeTensor has none), so only what carries the table itself is
-  // borrowed.
-  if (!api || !py::hasattr(py::type::of(tensor), "__dlpack_c_exchange_api__"))
-    throw py::type_error(std::string(op_) + ": " + name + ": expected torch.Tensor, got " + python_type);
+  if (!api)
+    throw py::type_error(std::string(op_) + ": " + name + ": expected torch.Tensor, got " +
+                         Py_TYPE(tensor.ptr())->tp_name);
   dlpack::Tensor t{};
   if (api->borrow(tensor.ptr(), &t) != 0)
     throw py::error_already_set();
   Array out;
-  out.data = static_cast<char *>(t.data) + t.byte_offset;
-  out.device_type = t.device_type;
-  out.device_id = t.device_id;
-  out.shape.assign(t.shape, t.shape + t.ndim);
   if (!type_of(t, out.type))
     fail(name, "a float, int32, int64 or bool dtype", "another dtype");
-  if (!t.data && out.size() > 0)
-    fail(name, "a tensor with data", python_type + " without data");
-  int64_t stride = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    if (t.strides && t.shape[i] > 1 && out.size() > 0 && t.strides[i] != stride)
-      fail(name, "a contiguous tensor", "strides of another layout");
-    stride *= t.shape[i];
-  }
+  out.data = static_cast<char *>(t.data) + t.byte_offset;
+  out.shape = t.shape;
+  out.dimensions = t.ndim;
+  out.size = 1;
+  bool contiguous = true;
+  for (int32_t i = t.ndim; i-- > 0; out.size *= t.shape[i])
+    contiguous &= !t.strides || t.shape[i] <= 1 || t.strides[i] == out.size;
+  if (!contiguous && out.size > 0)
+    fail(name, "a contiguous tensor", "strides of another layout");
+  // A subclass may override where its data are; a FakeTensor has none.
+  if (!t.data && out.size > 0)
+    fail(name, "a tensor with data", Py_TYPE(tensor.ptr())->tp_name + std::string(" without data"));
 #ifdef TOKCREDIT_EMULATED
-  emulated_.know(out.data, out.size() * bytes_of(out.type));
+  emulated_.know(out.data, out.size * bytes_of(out.type));
 #endif
   if (device_type_ == 0) {
     device_type_ = t.device_type;
@@ -140,10 +128,16 @@ Array Call::read(const char *name, const py::handle &tensor) {
 }
 
 Array Call::read(const char *name, const py::handle &tensor, Type type, int64_t size) {
-  Array out = read(name, tensor);
-  if (out.type != type || out.size() != size)
-    fail(name, std::string(name_of(type)) + " [" + std::to_string(size) + "]",
-         std::string(name_of(out.type)) + " " + text(out.shape));
+  const Array out = read(name, tensor);
+  if (out.type != type || out.size != size)
+    fail(name, name_of(type) + " [" + std::to_string(size) + "]", text(out));
+  return out;
+}
+
+Array Call::read_float(const char *name, const py::handle &tensor) {
+  const Array out = read(name, tensor);
+  if (!is_float(out.type))
+    fail(name, "a float dtype", name_of(out.type));
   return out;
 }
 
@@ -153,18 +147,53 @@ Array Call::optional(const char *name, const py::handle &tensor, Type type, int6
 
 Rows Call::rows(const py::handle &begin, const py::handle &end, const py::handle &mask, int64_t size) {
   const Array first = read("begin", begin);
-  const int64_t count = first.size();
-  return {read("begin", begin, Type::i64, count).as<int64_t>(),
-          read("end", end, Type::i64, count).as<int64_t>(), optional("mask", mask, Type::b8, size).as<bool>(),
-          count, size};
+  if (first.type != Type::i64)
+    fail("begin", "int64", name_of(first.type));
+  const Rows out{first.as<int64_t>(), read_as<int64_t>("end", end, Type::i64, first.size),
+                 optional("mask", mask, Type::b8, size).as<bool>(), first.size, size};
+  check_spans("begin, end", out.begin, out.end, out.count, size);
+  return out;
 }
 
-bool Call::on_cuda() const {
-#ifdef TOKCREDIT_EMULATED
-  return true;
-#else
-  return device_type_ == dlpack::device_cuda;
-#endif
+const int64_t *Call::groups(const py::handle &group, int64_t count, int64_t rows) {
+  constexpr int64_t most = int64_t(1) << 20; // memory grows with them
+  if (count < 0 || count > most)
+    fail("groups", "0 to " + std::to_string(most), std::to_string(count));
+  const auto *out = read_as<int64_t>("group", group, Type::i64, rows);
+  check_range("group", out, rows, 0, count);
+  return out;
+}
+
+void Call::check_spans(const char *names, const int64_t *begin, const int64_t *end, int64_t count,
+                       int64_t size) const {
+  if (on_cuda())
+    return;
+  int64_t last = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    if (begin[r] < last || end[r] < begin[r] || end[r] > size)
+      fail(names, "ascending, disjoint spans inside [0, " + std::to_string(size) + "]",
+           "[" + std::to_string(begin[r]) + ", " + std::to_string(end[r]) + ") at " + std::to_string(r));
+    last = end[r];
+  }
+}
+
+void Call::check_range(const char *name, const int64_t *x, int64_t count, int64_t low, int64_t high) const {
+  if (on_cuda())
+    return;
+  for (int64_t i = 0; i < count; ++i)
+    if (x[i] < low || x[i] >= high)
+      fail(name, "numbers in [" + std::to_string(low) + ", " + std::to_string(high) + ")",
+           std::to_string(x[i]) + " at " + std::to_string(i));
+}
+
+std::vector<std::string> split(const char *words) {
+  std::vector<std::string> out(1);
+  for (const char *c = words; *c; ++c)
+    if (*c == ',')
+      out.emplace_back();
+    else if (*c != ' ')
+      out.back() += *c;
+  return out;
 }
 
 void Call::no_cuda() const {

@@ -9,21 +9,25 @@ void baseline(const py::object &log_probs, const py::object &squares, const py::
               int64_t groups, double epsilon, const py::object &advantages, const py::object &returns,
               int threads) {
   Call call("baseline");
-  const Array lp = call.read("log_probs", log_probs);
-  const Rows rows = call.rows(begin, end, mask, lp.size());
+  const Array lp = call.read_float("log_probs", log_probs), given = call.read("rewards", rewards);
+  const Rows rows = call.rows(begin, end, mask, lp.size);
   const Type out = accumulated(lp.type);
-  const bool per_row = call.read("rewards", rewards).shape.size() == 2;
+  const bool per_row = given.dimensions == 2;
+  const int64_t expected = per_row ? rows.count : rows.size;
+  if (given.type != lp.type || given.size != expected)
+    call.fail("rewards", name_of(lp.type) + " [" + std::to_string(expected) + "]", text(given));
+  const int64_t *of = call.groups(group, groups, rows.count);
   const Baseline b{rows,
                    lp.type,
-                   call.read("group", group, Type::i64, rows.count).as<int64_t>(),
+                   of,
                    groups,
                    lp.data,
                    call.read("squares", squares, lp.type, rows.size).data,
-                   call.read("rewards", rewards, lp.type, per_row ? rows.count : rows.size).data,
+                   given.data,
                    per_row,
                    epsilon,
                    call.read("advantages", advantages, out, rows.size).data,
-                   returns.is_none() ? nullptr : call.read("returns", returns, out, rows.size).data};
+                   call.optional("returns", returns, out, rows.size).data};
   call.run([&] { cpu::baseline(b, threads); }, [&](auto &queue) { cuda::baseline(b, queue); });
 }
 

@@ -1,27 +1,16 @@
 #include "ops/logits.hpp"
 #include "bind/module.hpp"
-#include <string>
 
 namespace tokcredit::bind {
 namespace {
 
-std::string text(const Array &a) {
-  std::string out = "[";
-  for (size_t i = 0; i < a.shape.size(); ++i)
-    out += (i ? ", " : "") + std::to_string(a.shape[i]);
-  return out + "]";
-}
-
 Logits inputs(Call &call, const py::object &logits, const py::object &tokens, double temperature) {
-  const Array values = call.read("logits", logits);
-  if (values.shape.size() != 2 || values.type == Type::i32 || values.type == Type::i64 ||
-      values.type == Type::b8)
-    throw py::value_error("logits: logits: expected a float matrix, got shape " + text(values));
+  const Array values = call.read_float("logits", logits);
+  if (values.dimensions != 2)
+    call.fail("logits", "a matrix", text(values));
   const Array ids = call.read("tokens", tokens);
-  if ((ids.type != Type::i64 && ids.type != Type::i32) || ids.shape.size() != 1 ||
-      ids.size() != values.shape[0])
-    throw py::value_error("logits: tokens: expected int64 or int32 [" + std::to_string(values.shape[0]) +
-                          "], got shape " + text(ids) + " or another dtype");
+  if ((ids.type != Type::i64 && ids.type != Type::i32) || ids.dimensions != 1 || ids.size != values.shape[0])
+    call.fail("tokens", "int64 or int32 [" + std::to_string(values.shape[0]) + "]", text(ids));
   return {values.shape[0], values.shape[1], values.type, ids.type, values.data, ids.data, temperature};
 }
 

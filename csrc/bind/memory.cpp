@@ -1,5 +1,6 @@
 #include "ops/memory.hpp"
 #include "bind/module.hpp"
+#include <algorithm>
 #include <memory>
 
 namespace tokcredit::bind {
@@ -13,16 +14,20 @@ struct Result {
 };
 
 py::object empty(const py::tuple &shape, int type) {
-  const Type element = Type(type);
+  const Call call("empty");
+  const auto element = call.one_of<Type>("dtype", type, Type_words);
   auto result = std::make_unique<Result>();
   result->shape.resize(shape.size());
   result->strides.resize(shape.size());
+  constexpr int64_t most = int64_t(1) << 56; // bytes of it fit 64 bits
   int64_t size = 1;
   for (size_t i = shape.size(); i-- > 0; size *= result->shape[i]) {
     result->shape[i] = shape[i].cast<int64_t>();
     result->strides[i] = size;
+    if (result->shape[i] < 0 || result->shape[i] > most / std::max<int64_t>(size, 1))
+      call.fail("shape", "extents of a tensor", std::to_string(result->shape[i]));
   }
-  result->memory = cpu::take(size * bytes_of(element));
+  result->memory = cpu::take(std::max<int64_t>(size * bytes_of(element), 1));
   const uint8_t code = element == Type::b8                            ? dlpack::code_bool
                        : element == Type::bf16                        ? dlpack::code_bfloat
                        : element == Type::i32 || element == Type::i64 ? dlpack::code_int
@@ -51,6 +56,7 @@ py::object empty(const py::tuple &shape, int type) {
 } // namespace
 
 void bind_memory(py::module_ &m) {
+  m.attr("TYPES") = words(Type_words);
   m.def("empty", &empty);
   m.def("empty_cache", &cpu::empty_cache);
   m.attr("LARGE") = cpu::page_bytes;

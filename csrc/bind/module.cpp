@@ -1,5 +1,5 @@
 #include "bind/module.hpp"
-#include <string>
+#include <pybind11/stl.h>
 
 namespace tokcredit::bind {
 namespace {
@@ -18,6 +18,9 @@ py::dict build_info() {
 }
 
 } // namespace
+
+py::tuple words(const char *words) { return py::tuple(py::cast(split(words))); }
+
 } // namespace tokcredit::bind
 
 PYBIND11_MODULE(_C, m) {

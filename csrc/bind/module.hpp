@@ -14,6 +14,9 @@ void bind_repack(py::module_ &);
 void bind_baseline(py::module_ &);
 void bind_memory(py::module_ &);
 
+// A tuple of the words of an enumeration made by TOKCREDIT_ENUM, in its order.
+py::tuple words(const char *words);
+
 // float64 computes in itself, every other float type in float32.
 inline Type accumulated(Type type) { return type == Type::f64 ? Type::f64 : Type::f32; }
 

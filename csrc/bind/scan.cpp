@@ -8,8 +8,8 @@ void scan(const py::object &x, const py::object &begin, const py::object &end, c
           double decay, const py::object &carry_in, bool reverse, bool exclusive, const py::object &y,
           const py::object &carry_out, int threads) {
   Call call("scan");
-  const Array values = call.read("x", x);
-  const Rows rows = call.rows(begin, end, mask, values.size());
+  const Array values = call.read_float("x", x);
+  const Rows rows = call.rows(begin, end, mask, values.size);
   const Type out = accumulated(values.type);
   const Scan s{rows,
                values.type,

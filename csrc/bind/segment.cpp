@@ -4,40 +4,51 @@
 namespace tokcredit::bind {
 namespace {
 
+Type result_type(Reduction kind, Type type) {
+  return kind == Reduction::moments ? Type::f64 : accumulated(type);
+}
+
 void segment_rows(const py::object &x, const py::object &begin, const py::object &end, const py::object &mask,
                   int reduction, double ddof, const py::object &y, int threads) {
   Call call("segment");
-  const Array values = call.read("x", x);
-  const Rows rows = call.rows(begin, end, mask, values.size());
+  const auto kind = call.one_of<Reduction>("reduction", reduction, Reduction_words);
   // A count reads no values, so they may be of any type.
-  const bool counts = Reduction(reduction) == Reduction::count && values.type != Type::f64;
-  const Type type = counts ? Type::f32 : values.type;
-  const SegmentRows s{rows,      type, values.data,
-                      reduction, ddof, call.read("y", y, accumulated(type), rows.count).data};
+  const bool counts = kind == Reduction::count;
+  const Array values = counts ? call.read("x", x) : call.read_float("x", x);
+  const Rows rows = call.rows(begin, end, mask, values.size);
+  const Type type = counts ? Type::f64 : values.type;
+  const SegmentRows s{
+      rows, type, values.data,
+      kind, ddof, call.read("y", y, result_type(kind, type), rows.count * width_of(kind)).data};
   call.run([&] { cpu::segment_rows(s, threads); }, [&](auto &queue) { cuda::segment_rows(s, queue); });
 }
 
 void segment_ids(const py::object &x, const py::object &ids, const py::object &mask, int reduction,
                  double ddof, const py::object &y) {
   Call call("segment");
-  const Array values = call.read("x", x);
-  const int64_t n = values.size();
-  const Array out = call.read("y", y);
+  const auto kind = call.one_of<Reduction>("reduction", reduction, Reduction_words);
+  const Array values = call.read_float("x", x), out = call.read("y", y);
+  if (out.type != result_type(kind, values.type))
+    call.fail("y", name_of(result_type(kind, values.type)), name_of(out.type));
+  if (out.size % width_of(kind) != 0)
+    call.fail("y", "[segments, " + std::to_string(width_of(kind)) + "]", text(out));
   const SegmentIds s{values.type,
                      values.data,
-                     call.read("ids", ids, Type::i64, n).as<int64_t>(),
-                     call.optional("mask", mask, Type::b8, n).as<bool>(),
-                     n,
-                     out.size(),
-                     reduction,
+                     call.read_as<int64_t>("ids", ids, Type::i64, values.size),
+                     call.optional("mask", mask, Type::b8, values.size).as<bool>(),
+                     values.size,
+                     out.size / width_of(kind),
+                     kind,
                      ddof,
-                     call.read("y", y, accumulated(values.type), out.size()).data};
+                     out.data};
   call.run([&] { cpu::segment_ids(s); }, [&](auto &queue) { cuda::segment_ids(s, queue); });
 }
 
 } // namespace
 
 void bind_segment(py::module_ &m) {
+  m.attr("REDUCTIONS") = words(Reduction_words);
+  m.attr("MOMENTS") = words(Moment_words);
   m.def("segment_rows", &segment_rows);
   m.def("segment_ids", &segment_ids);
 }

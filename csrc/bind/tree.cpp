@@ -11,13 +11,14 @@ void tree_build(const py::object &tokens, const py::object &begin, const py::obj
   Call call("tree_build");
   const Array text = call.read("tokens", tokens);
   if (text.type != Type::i32 && text.type != Type::i64)
-    throw py::value_error("tree_build: tokens: expected int32 or int64, got another dtype");
-  const Rows rows = call.rows(begin, end, py::none(), text.size());
+    call.fail("tokens", "int32 or int64", name_of(text.type));
+  const Rows rows = call.rows(begin, end, py::none(), text.size);
   const int64_t R = rows.count, V = 2 * R;
+  const int64_t *of = call.groups(group, groups, R);
   const TreeBuild b{rows,
                     text.type,
                     text.data,
-                    call.read("group", group, Type::i64, R).as<int64_t>(),
+                    of,
                     groups,
                     call.read("leaf", leaf, Type::i64, R).as<int64_t>(),
                     call.read("parent", parent, Type::i64, V).as<int64_t>(),
@@ -30,21 +31,52 @@ void tree_build(const py::object &tokens, const py::object &begin, const py::obj
   call.run([&] { cpu::tree_build(b, threads); }, [&](auto &queue) { cuda::tree_build(b, queue); });
 }
 
+// A parent comes before its children, so that every walk to a root ends.
+void check_parents(const Call &call, const int64_t *parent, int64_t nodes) {
+  if (call.on_cuda())
+    return;
+  for (int64_t v = 0; v < nodes; ++v)
+    if (parent[v] < -1 || parent[v] >= v)
+      call.fail("parent", "a node before its child, or -1",
+                std::to_string(parent[v]) + " at " + std::to_string(v));
+}
+
 void tree_fold(const py::object &leaf, const py::object &parent, const py::object &scale, const py::object &x,
                const py::object &y) {
   Call call("tree_fold");
-  const Array values = call.read("x", x);
-  const Array up = call.read("parent", parent);
-  const int64_t V = up.size(), R = values.size();
+  const Array values = call.read("x", x), up = call.read("parent", parent);
+  if (values.type != Type::f32 && values.type != Type::f64)
+    call.fail("x", "float32 or float64", name_of(values.type));
+  if (up.type != Type::i64)
+    call.fail("parent", "int64", name_of(up.type));
+  const int64_t V = up.size, R = values.size;
   const TreeFold f{values.type,
-                   call.read("leaf", leaf, Type::i64, R).as<int64_t>(),
-                   call.read("parent", parent, Type::i64, V).as<int64_t>(),
+                   call.read_as<int64_t>("leaf", leaf, Type::i64, R),
+                   up.as<int64_t>(),
                    call.optional("scale", scale, values.type, V).data,
                    values.data,
-                   call.read("y", y, accumulated(values.type), V).data,
+                   call.read("y", y, values.type, V).data,
                    R,
                    V};
+  call.check_range("leaf", f.leaf, R, 0, V);
+  check_parents(call, f.parent, V);
   call.run([&] { cpu::tree_fold(f); }, [&](auto &queue) { cuda::tree_fold(f, queue); });
+}
+
+// Along every walk from a row's leaf to its root, nodes begin inside the row and ever earlier.
+void check_depths(const Call &call, const Expand &e, int64_t nodes) {
+  if (call.on_cuda())
+    return;
+  const auto refuse = [&](int64_t v) {
+    call.fail("depth", "depths that grow from a node to its child and end inside the row",
+              std::to_string(e.depth[v]) + " at " + std::to_string(v));
+  };
+  for (int64_t v = 0; v < nodes; ++v)
+    if (e.depth[v] < (e.parent[v] < 0 ? 0 : e.depth[e.parent[v]]))
+      refuse(v);
+  for (int64_t r = 0; r < e.rows.count; ++r)
+    if (e.depth[e.leaf[r]] > e.rows.end[r] - e.rows.begin[r])
+      refuse(e.leaf[r]);
 }
 
 void expand(const py::object &begin, const py::object &end, const py::object &mask, const py::object &row,
@@ -52,18 +84,29 @@ void expand(const py::object &begin, const py::object &end, const py::object &ma
             const py::object &head, const py::object &y, int threads) {
   Call call("expand");
   const Array out = call.read("y", y);
-  const Rows rows = call.rows(begin, end, mask, out.size());
-  const int64_t R = rows.count, V = parent.is_none() ? 0 : call.read("parent", parent).size();
-  const Expand e{rows,
-                 out.type,
-                 call.optional("row", row, out.type, R).data,
-                 call.optional("leaf", leaf, Type::i64, R).as<int64_t>(),
-                 call.optional("parent", parent, Type::i64, V).as<int64_t>(),
-                 call.optional("depth", depth, Type::i64, V).as<int64_t>(),
-                 call.optional("body", body, out.type, V).data,
-                 call.optional("head", head, out.type, V).data,
-                 out.data,
-                 V};
+  if (out.type != Type::f32 && out.type != Type::f64 && out.type != Type::i64 && out.type != Type::b8)
+    call.fail("y", "float32, float64, int64 or bool", name_of(out.type));
+  const Rows rows = call.rows(begin, end, mask, out.size);
+  Expand e{};
+  e.rows = rows;
+  e.type = out.type;
+  e.row = call.optional("row", row, out.type, rows.count).data;
+  e.y = out.data;
+  if (!leaf.is_none()) {
+    const Array up = call.read("parent", parent);
+    if (up.type != Type::i64)
+      call.fail("parent", "int64", name_of(up.type));
+    const int64_t V = up.size;
+    e.nodes = V;
+    e.leaf = call.read_as<int64_t>("leaf", leaf, Type::i64, rows.count);
+    e.parent = up.as<int64_t>();
+    e.depth = call.read_as<int64_t>("depth", depth, Type::i64, V);
+    e.body = call.optional("body", body, out.type, V).data;
+    e.head = call.optional("head", head, out.type, V).data;
+    call.check_range("leaf", e.leaf, rows.count, 0, V);
+    check_parents(call, e.parent, V);
+    check_depths(call, e, V);
+  }
   call.run([&] { cpu::expand(e, threads); }, [&](auto &queue) { cuda::expand(e, queue); });
 }
 

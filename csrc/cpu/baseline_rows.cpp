@@ -77,7 +77,7 @@ template <class T, class A> struct Group {
       advantages[first + i] = g;
     }
     if (returns)
-      __builtin_memcpy(returns + first, advantages + first, n * sizeof(A));
+      __builtin_memmove(returns + first, advantages + first, n * sizeof(A));
   }
 
   void walk(const int64_t *members, int64_t count, Course *courses) {

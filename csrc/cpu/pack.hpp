@@ -153,16 +153,26 @@ template <class A> struct Pack {
     return {map([](V x) { return (typename Register<float>::type)x; }, a.at)};
   }
 
+  // Number by number.
+  template <class F> TOKCREDIT_FN Pack each(F f) const {
+    A all[lanes];
+    copy(at, all);
+    for (A &x : all)
+      x = f(x);
+    return Pack(all);
+  }
+
   TOKCREDIT_FN friend Pack exponential(const Pack &x) {
     if constexpr (std::is_same_v<A, float>)
       return exponential_from(x);
-    else {
-      A all[lanes];
-      copy(x.at, all);
-      for (A &each : all)
-        each = std::exp(each);
-      return Pack(all);
-    }
+    else
+      return x.each([](A v) { return tokcredit::exponential(v); });
+  }
+  TOKCREDIT_FN friend Pack exponential_less_one(const Pack &x) {
+    return x.each([](A v) { return tokcredit::exponential_less_one(v); });
+  }
+  TOKCREDIT_FN friend Pack logarithm(const Pack &x) {
+    return x.each([](A v) { return tokcredit::logarithm(v); });
   }
 };
 

@@ -1,16 +1,19 @@
 // A chunker over threads. Chunks are fixed by `grain`, never by the number of threads, so a result that is
 // combined per chunk has the same bits on any machine.
 #pragma once
-#include "cpu/team.hpp"
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
 
 namespace tokcredit::cpu {
 
-// Calls body(first, last) for consecutive chunks of [0, count). Below `grain` items it runs on the caller.
+// Calls body(first, last) for consecutive chunks of [0, count), in threads that are started for this call.
+// Below `grain` items it runs on the caller.
 template <class Body> void parallel(int64_t count, int64_t grain, int threads, Body &&body) {
   const int64_t chunks = (count + grain - 1) / grain;
   if (chunks <= 1 || threads <= 1) {
@@ -31,8 +34,18 @@ template <class Body> void parallel(int64_t count, int64_t grain, int threads, B
       next = chunks;
     }
   };
-  const auto helpers = int(std::min<int64_t>(threads, chunks) - 1);
-  run_together(helpers, [](void *data) { (*static_cast<decltype(work) *>(data))(); }, &work);
+  const auto wanted = size_t(std::min<int64_t>(threads, chunks) - 1);
+  std::vector<std::thread> helpers;
+  helpers.reserve(wanted);
+  try {
+    while (helpers.size() < wanted)
+      helpers.emplace_back(work);
+  } catch (const std::system_error &) {
+    // The process may not have more threads: the ones there are do all the work.
+  }
+  work();
+  for (auto &helper : helpers)
+    helper.join();
   if (failure)
     std::rethrow_exception(failure);
 }

@@ -10,4 +10,10 @@ void policy_loss(const PolicyLoss &p, int threads) {
            [&](int64_t first, int64_t last) { rows(p, first, last); });
 }
 
+void scale_rows(const ScaleRows &s, int threads) {
+  const auto rows = TOKCREDIT_CHOOSE(scale_rows);
+  parallel(s.rows.count, row_grain(s.rows.count, s.rows.size, light), threads,
+           [&](int64_t first, int64_t last) { rows(s, first, last); });
+}
+
 } // namespace tokcredit::cpu

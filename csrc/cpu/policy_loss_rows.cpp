@@ -11,58 +11,94 @@ namespace {
 // Tokens per block: its arrays stay in the first-level cache.
 constexpr int64_t block = 256;
 
-// One operand seen from one row: a number per token (step 1) or one for all of them (step 0).
+// One operand seen from one row: a number per token, or `value` for all of them.
 template <class A> struct Lane {
-  const A *data;
-  int64_t step;
-  A fallback;
+  const A *data; // null: `value`
+  A value;
 
-  Lane(const Operand &o, int64_t row, A absent)
-      : data(static_cast<const A *>(o.data)), step(o.per == Per::token), fallback(absent) {
-    if (data && o.per == Per::row)
-      data += row;
+  Lane(const Operand &o, int64_t row) : data(nullptr), value(A(o.value)) {
+    const A *given = static_cast<const A *>(o.data);
+    if (given && o.per == Per::token)
+      data = given;
+    else if (given)
+      value = given[o.per == Per::row ? row : 0];
   }
 
-  bool per_token() const { return data && step; }
-
-  // Once per row: the number that all of its tokens share, if they do.
+  // Once per row.
   void begin(A *out) const {
-    if (!per_token())
+    if (!data)
       for (int64_t i = 0; i < block; ++i)
-        out[i] = data ? *data : fallback;
+        out[i] = value;
   }
 
-  // Once per block: its own numbers, with a harmless one where masked.
-  void read(int64_t first, int64_t n, const A *live, A harmless, A *out) const {
-    if (per_token())
+  // Once per block: its own numbers, 0 where masked.
+  void read(int64_t first, int64_t n, const A *live, A *out) const {
+    if (data)
       for (int64_t i = 0; i < n; ++i)
-        out[i] = live[i] != A(0) ? data[first + i] : harmless;
+        out[i] = live[i] != A(0) ? data[first + i] : A(0);
   }
 };
 
 // Up to `block` tokens of a row. `live` is 0 where masked and after the last, and whatever the arguments hold
-// where masked has been replaced by a harmless number.
+// where masked has been replaced by 0.
 template <class A> struct Block {
   uint8_t unmasked[block];
-  A live[block], raw[block], log_prob[block], advantage[block], weight[block], low[block], high[block],
-      cap[block], width[block];
+  A live[block], log_prob[block], reference[block], log_ratio[block], advantage[block], weight[block],
+      low[block], high[block], cap[block], outside_low[block], outside_high[block], given[block],
+      width[block];
 };
 
-// log_prob, 0 where masked.
-template <class T, class A> void read(Block<A> &b, const T *log_probs, int64_t n) {
+// The operands of one row, each with its place in a block.
+template <class A> struct Lanes {
+  struct Place {
+    Lane<A> lane;
+    A *out;
+  };
+  Place all[9];
+  int count;
+
+  Lanes(const PolicyLoss &p, int64_t r, Block<A> &b)
+      : all{{{p.advantages, r}, b.advantage},
+            {{p.weights, r}, b.weight},
+            {{p.low, r}, b.low},
+            {{p.high, r}, b.high},
+            {{p.cap, r}, b.cap},
+            {{p.log_ratio, r}, b.log_ratio},
+            {{p.outside_low, r}, b.outside_low},
+            {{p.outside_high, r}, b.outside_high},
+            {{p.given, r}, b.given}},
+        count(p.surrogate == Surrogate::gated ? 9
+              : p.source == Source::given     ? 6
+                                              : 5) {
+    for (int i = 0; i < count; ++i)
+      all[i].lane.begin(all[i].out);
+  }
+
+  // Whether the bounds are the same for all tokens.
+  bool share_bounds() const { return !all[2].lane.data && !all[3].lane.data && !all[4].lane.data; }
+
+  void read(int64_t first, int64_t n, const A *live) const {
+    for (int i = 0; i < count; ++i)
+      all[i].lane.read(first, n, live, all[i].out);
+  }
+};
+
+// Numbers as they are computed in, 0 where masked.
+template <class T, class A> void read(const T *x, int64_t n, const A *live, A *out) {
   for (int64_t i = 0; i < n; ++i) {
-    const A x = load(log_probs[i]);
-    b.log_prob[i] = b.live[i] != A(0) ? x : A(0);
+    const A value = load(x[i]);
+    out[i] = live[i] != A(0) ? value : A(0);
   }
 }
 
-// As raw the difference to the reference within `bound`, 0 where masked.
-template <class T, class A>
-void read_difference(Block<A> &b, const T *log_probs, const T *reference, int64_t n, A bound) {
-  for (int64_t i = 0; i < n; ++i) {
-    const A x = bounded(A(load(log_probs[i]) - load(reference[i])), -bound, bound);
-    b.raw[i] = b.live[i] != A(0) ? x : A(0);
+// As log-ratio the sum of the differences up to each token, after `before`; returns the last.
+template <class A> double accumulate_differences(Block<A> &b, int64_t n, A bound, double before) {
+  const int64_t whole = (n + at_once - 1) / at_once * at_once;
+  for (int64_t i = 0; i < whole; ++i) {
+    const A difference = bounded(A(b.log_prob[i] - b.reference[i]), -bound, bound);
+    b.log_ratio[i] = i < n ? difference : A(0);
   }
+  return run_forward(b.log_ratio, whole, before);
 }
 
 // Positions counted from `before`, raised to `power`; a masked token has the width of the one before it.
@@ -89,7 +125,7 @@ template <class A> int64_t widen(Block<A> &b, int64_t n, int64_t before, A power
 // Sums over the tokens of a row.
 template <class A> struct Totals {
   double value[lanes] = {}, ratio[lanes] = {}, divergence[lanes] = {};
-  Count<A> tokens, below, above, capped;
+  Count<A> tokens, below, above, capped, nonfinite;
 
   void write(double *stats) const {
     double sums[3] = {};
@@ -98,46 +134,62 @@ template <class A> struct Totals {
       sums[1] += ratio[k];
       sums[2] += divergence[k];
     }
-    const double all[loss_stats] = {sums[0],        tokens.total(), below.total(), above.total(),
-                                    capped.total(), sums[1],        sums[2]};
+    const double all[] = {sums[0],        tokens.total(), below.total(), above.total(),
+                          capped.total(), sums[1],        sums[2],       nonfinite.total()};
+    static_assert(sizeof all == loss_stats * sizeof(double), "one number for each");
     __builtin_memcpy(stats, all, sizeof all);
   }
 };
 
-// The surrogate of a block. Where all tokens share the bounds, their exponentials are known beforehand, and
-// have the same bits.
+// The surrogate of a block. Where all tokens share the bounds of `clip`, their exponentials are known
+// beforehand, and have the same bits.
 template <Surrogate kind, bool shared, class A>
-void evaluate(const Block<A> &b, int64_t n, A clamp_low, A clamp_high, A *gradient, Totals<A> &totals) {
+void evaluate(const PolicyLoss &call, const Block<A> &b, int64_t n, A *slopes, Totals<A> &totals) {
   using P = Pack<A>;
-  const P low(b.low), high(b.high), cap(b.cap);
+  const PolicyLoss p = call; // a copy, which the stores below cannot change
   const P exp_low = exponential(b.low[0]), exp_high = exponential(b.high[0]), exp_cap = exponential(b.cap[0]);
   P value{}, ratio{}, divergence{};
-  Count<A> tokens, below, above, capped;
+  Count<A> tokens, below, above, capped, nonfinite;
   for (int64_t i = 0; i < n; i += lanes) {
     const mask_t<P> live = P(b.live + i) != P{};
-    const P raw(b.raw + i), x = bounded(raw, P(clamp_low), P(clamp_high)), weight(b.weight + i);
-    Token<P> t{x, P(b.log_prob + i), P(b.advantage + i), low, high, cap, x == raw};
-    Paid<P> paid;
+    const P log_prob(b.log_prob + i), reference(b.reference + i), log_ratio(b.log_ratio + i);
+    const P difference = p.reference ? log_prob - reference : log_ratio;
+    Token<P> t{p.source == Source::difference ? difference : log_ratio,
+               difference,
+               log_prob,
+               reference,
+               P(b.advantage + i),
+               P(b.low + i),
+               P(b.high + i),
+               P(b.cap + i),
+               P(b.outside_low + i),
+               P(b.outside_high + i),
+               P(b.given + i)};
+    Outcome<P> out;
     if constexpr (shared) {
-      const P q = exponential(x);
-      const Stop<P> stop(t);
-      paid = clipped(t, stop, q, stop.pick(q, exp_low, exp_high, exp_cap));
+      const Clamped<P> c(t.log_ratio, p);
+      const P q = exponential(c.x);
+      const Stop<P> stop(t, c.x);
+      out = clipped(t, c, stop, q, stop.pick(q, exp_low, exp_high, exp_cap));
     } else {
       const P width(b.width + i);
-      t.low = P(b.low + i) * width;
-      t.high = P(b.high + i) * width;
-      t.cap = P(b.cap + i) * width;
-      paid = surrogate<kind>(t);
+      t.low = t.low * width;
+      t.high = t.high * width;
+      t.cap = t.cap * width;
+      out = surrogate<kind>(t, p);
     }
-    value = value + choose(live, weight * paid.value, P{});
-    ratio = ratio + choose(live, paid.ratio, P{});
-    divergence = divergence + choose(live, paid.ratio - 1 - x, P{});
+    spread_nan(out, p.reference ? difference : log_prob);
+    const P weight(b.weight + i);
+    value = value + choose(live, weight * out.value, P{});
+    ratio = ratio + choose(live, out.ratio, P{});
+    divergence = divergence + choose(live, out.ratio - 1 - out.log_ratio, P{});
     tokens.add(live);
-    below.add(live & paid.below);
-    above.add(live & paid.above);
-    capped.add(live & paid.capped);
-    if (gradient)
-      choose(live, weight * paid.gradient, P{}).store(gradient + i, n - i);
+    below.add(live & out.below);
+    above.add(live & out.above);
+    capped.add(live & out.capped);
+    nonfinite.add(live & (log_prob - log_prob != P{}));
+    if (slopes)
+      choose(live, weight * out.slope, P{}).store(slopes + i, n - i);
   }
   value.add_to(totals.value);
   ratio.add_to(totals.ratio);
@@ -146,42 +198,14 @@ void evaluate(const Block<A> &b, int64_t n, A clamp_low, A clamp_high, A *gradie
   totals.below.add(below);
   totals.above.add(above);
   totals.capped.add(capped);
+  totals.nonfinite.add(nonfinite);
 }
 
-template <class A>
-void evaluate(Surrogate kind, bool shared, const Block<A> &b, int64_t n, A low, A high, A *gradient,
-              Totals<A> &totals) {
-  switch (kind) {
-  case Surrogate::clip:
-    return shared ? evaluate<Surrogate::clip, true>(b, n, low, high, gradient, totals)
-                  : evaluate<Surrogate::clip, false>(b, n, low, high, gradient, totals);
-  case Surrogate::weighted:
-    return evaluate<Surrogate::weighted, false>(b, n, low, high, gradient, totals);
-  case Surrogate::soft:
-    return evaluate<Surrogate::soft, false>(b, n, low, high, gradient, totals);
-  case Surrogate::k1:
-    return evaluate<Surrogate::k1, false>(b, n, low, high, gradient, totals);
-  case Surrogate::k2:
-    return evaluate<Surrogate::k2, false>(b, n, low, high, gradient, totals);
-  case Surrogate::k3:
-    return evaluate<Surrogate::k3, false>(b, n, low, high, gradient, totals);
-  }
-}
-
-template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b) {
-  const A infinity = A(INFINITY);
-  const T *log_probs = static_cast<const T *>(p.log_probs);
-  const T *reference = p.log_ratio.data ? nullptr : static_cast<const T *>(p.reference);
-  A *gradient = static_cast<A *>(p.gradient);
-  const Lane<A> log_ratio(p.log_ratio, r, 0), advantages(p.advantages, r, 1), weights(p.weights, r, 1),
-      low(p.low, r, -infinity), high(p.high, r, infinity), cap(p.cap, r, infinity);
-  const bool shared = p.power == 0 && !low.per_token() && !high.per_token() && !cap.per_token();
-  const A bound = p.cumulative ? A(p.bound) : infinity;
-  advantages.begin(b.advantage);
-  weights.begin(b.weight);
-  low.begin(b.low);
-  high.begin(b.high);
-  cap.begin(b.cap);
+template <Surrogate kind, class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b) {
+  const T *log_probs = static_cast<const T *>(p.log_probs), *reference = static_cast<const T *>(p.reference);
+  A *slopes = static_cast<A *>(p.slopes);
+  const Lanes<A> operands(p, r, b);
+  const bool shared = kind == Surrogate::clip && p.power == 0 && operands.share_bounds();
   for (int64_t i = 0; i < block; ++i)
     b.width[i] = A(1);
   Totals<A> totals;
@@ -192,35 +216,41 @@ template <class T, class A> void row(const PolicyLoss &p, int64_t r, Block<A> &b
     read_mask(p.rows, first, n, b.unmasked);
     for (int64_t i = 0; i < block; ++i)
       b.live[i] = A(int32_t(b.unmasked[i]));
-    // The other surrogates are of the ratio alone.
-    if (Surrogate(p.surrogate) == Surrogate::weighted)
-      read(b, log_probs + first, n);
+    read(log_probs + first, n, b.live, b.log_prob);
     if (reference)
-      read_difference(b, log_probs + first, reference + first, n, bound);
-    else
-      log_ratio.begin(b.raw);
-    if (p.cumulative) {
-      for (int64_t i = n; i % at_once; ++i)
-        b.raw[i] = A(0);
-      sum = run_forward(b.raw, (n + at_once - 1) / at_once * at_once, sum);
-    }
-    log_ratio.read(first, n, b.live, A(0), b.raw);
-    advantages.read(first, n, b.live, A(0), b.advantage);
-    weights.read(first, n, b.live, A(0), b.weight);
-    low.read(first, n, b.live, A(0), b.low);
-    high.read(first, n, b.live, A(0), b.high);
-    cap.read(first, n, b.live, A(0), b.cap);
+      read(reference + first, n, b.live, b.reference);
+    operands.read(first, n, b.live);
+    if (p.source == Source::cumulative)
+      sum = accumulate_differences(b, n, A(p.bound), sum);
     if (p.power != 0)
       position = widen(b, n, position, A(p.power));
     if (p.trains)
       for (int64_t i = 0; i < n; ++i)
         b.live[i] = p.trains[first + i] ? b.live[i] : A(0);
-    evaluate(Surrogate(p.surrogate), shared, b, n, A(p.clamp_low), A(p.clamp_high),
-             gradient ? gradient + first : nullptr, totals);
+    A *out = slopes ? slopes + first : nullptr;
+    shared ? evaluate<kind, kind == Surrogate::clip>(p, b, n, out, totals)
+           : evaluate<kind, false>(p, b, n, out, totals);
   }
-  totals.write(p.stats + r * loss_stats);
-  if (gradient)
-    clear_padding(p.rows, r, gradient);
+  double *stats = p.stats + r * loss_stats;
+  totals.write(stats);
+  static_cast<A *>(p.values)[r] = A(stats[int(LossStat::loss)]);
+  if (slopes)
+    clear_padding(p.rows, r, slopes);
+}
+
+// One row of slopes times `factor`, 0 staying 0.
+template <class A> void scale(A *x, int64_t n, A factor) {
+  for (int64_t i = 0; i < n; ++i) {
+    const A scaled = x[i] * factor;
+    x[i] = x[i] == A(0) ? x[i] : scaled;
+  }
+}
+
+template <class A> void scale_all(const ScaleRows &s, int64_t first, int64_t last) {
+  const A *factor = static_cast<const A *>(s.factor);
+  for (int64_t r = first; r < last; ++r)
+    if (factor[r] != A(1))
+      scale(static_cast<A *>(s.x) + s.rows.begin[r], s.rows.end[r] - s.rows.begin[r], factor[r]);
 }
 
 } // namespace
@@ -230,10 +260,16 @@ namespace TOKCREDIT_LEVEL {
 void policy_loss_rows(const PolicyLoss &p, int64_t first, int64_t last) {
   with_float(p.type, [&](auto t) {
     using T = typename decltype(t)::type;
-    Block<accumulate_t<T>> b{};
-    for (int64_t r = first; r < last; ++r)
-      row<T>(p, r, b);
+    with_surrogate(p.surrogate, [&](auto kind) {
+      Block<accumulate_t<T>> b{};
+      for (int64_t r = first; r < last; ++r)
+        row<decltype(kind)::value, T>(p, r, b);
+    });
   });
+}
+
+void scale_rows(const ScaleRows &s, int64_t first, int64_t last) {
+  s.type == Type::f64 ? scale_all<double>(s, first, last) : scale_all<float>(s, first, last);
 }
 
 } // namespace TOKCREDIT_LEVEL

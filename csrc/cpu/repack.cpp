@@ -13,7 +13,7 @@ void repack(const Repack &p, int threads) {
       if (r == 0)
         std::memset(y, 0, p.to[0] * bytes);
       const int64_t end = p.to[r] + p.length[r], next = r + 1 < p.rows ? p.to[r + 1] : p.size;
-      std::memcpy(y + p.to[r] * bytes, x + p.from[r] * bytes, p.length[r] * bytes);
+      std::memmove(y + p.to[r] * bytes, x + p.from[r] * bytes, p.length[r] * bytes);
       std::memset(y + end * bytes, 0, (next - end) * bytes);
     }
   });

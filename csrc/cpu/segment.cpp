@@ -26,28 +26,28 @@ template <class T, Reduction kind> Moments<kind> span(const SegmentRows &s, int6
         m.add(double(load(x[t])));
     return m;
   }
-  constexpr bool counts = kind == Reduction::count || kind == Reduction::mean || kind == Reduction::var;
+  using M = Moments<kind>;
+  constexpr bool counts = kind == Reduction::count || kind == Reduction::mean || M::spreads;
   m.count = double(counts && mask ? TOKCREDIT_CHOOSE(count_true)(mask, n) : n);
-  if constexpr (kind == Reduction::sum || kind == Reduction::mean)
+  if constexpr (M::sums)
     m.sum = TOKCREDIT_CHOOSE(sum_true)(s.type, x, mask, n);
-  if constexpr (kind == Reduction::var)
+  if constexpr (M::spreads)
     TOKCREDIT_CHOOSE(squares_true)(s.type, x, mask, n, m.mean, m.square);
-  if constexpr (kind == Reduction::minimum)
+  if constexpr (M::has_minimum)
     m.minimum = TOKCREDIT_CHOOSE(extreme_true)(s.type, x, mask, n, true);
-  if constexpr (kind == Reduction::maximum)
+  if constexpr (M::has_maximum)
     m.maximum = TOKCREDIT_CHOOSE(extreme_true)(s.type, x, mask, n, false);
   return m;
 }
 
 template <class T, Reduction kind> void reduce_rows(const SegmentRows &s, int threads) {
   using A = accumulate_t<T>;
-  A *y = static_cast<A *>(s.y);
   constexpr int64_t chunk = kind == Reduction::logsumexp ? tokens_per_chunk : light;
   const int64_t grain = row_grain(s.rows.count, s.rows.size, chunk);
   parallel(s.rows.count, grain, threads, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r)
       if (s.rows.end[r] - s.rows.begin[r] <= block)
-        y[r] = A(span<T, kind>(s, s.rows.begin[r], s.rows.end[r]).result(s.ddof));
+        span<T, kind>(s, s.rows.begin[r], s.rows.end[r]).template write<A>(s.y, r, s.ddof);
   });
   for (int64_t r = 0; r < s.rows.count; ++r) {
     const int64_t begin = s.rows.begin[r], length = s.rows.end[r] - begin;
@@ -61,7 +61,7 @@ template <class T, Reduction kind> void reduce_rows(const SegmentRows &s, int th
     Moments<kind> all;
     for (const auto &part : parts)
       all.merge(part);
-    y[r] = A(all.result(s.ddof));
+    all.template write<A>(s.y, r, s.ddof);
   }
 }
 
@@ -73,12 +73,12 @@ template <class T, Reduction kind> void reduce_ids(const SegmentIds &s) {
     if ((!s.mask || s.mask[i]) && s.ids[i] >= 0 && s.ids[i] < s.segments)
       all[s.ids[i]].add(value<kind>(x, i));
   for (int64_t k = 0; k < s.segments; ++k)
-    static_cast<A *>(s.y)[k] = A(all[k].result(s.ddof));
+    all[k].template write<A>(s.y, k, s.ddof);
 }
 
 // The body with element type and reduction as template arguments; a count may be of any type, as it reads
 // none.
-template <class Body> void dispatch(Type type, int32_t reduction, Body &&body) {
+template <class Body> void dispatch(Type type, Reduction reduction, Body &&body) {
   with_reduction(reduction, [&](auto moments) { with_float(type, [&](auto t) { body(t, moments); }); });
 }
 

@@ -179,14 +179,13 @@ template <class T> struct Scope {
 // One scope after another with parallel reads inside when they are few, in parallel when they are many.
 template <class T, class Body> void each_scope(const Select &s, int threads, Body &&body) {
   const Scopes scopes(s.scope, s.rows.count, s.scopes);
-  const bool many = s.scopes >= 4 * threads;
-  parallel(s.scopes, many ? std::max<int64_t>(1, row_grain(s.scopes, s.rows.size)) : s.scopes, threads,
-           [&](int64_t first, int64_t last) {
-             for (int64_t g = first; g < last; ++g)
-               body(g,
-                    Scope<T>{s, scopes.row.data() + scopes.start[g], scopes.start[g + 1] - scopes.start[g]},
-                    many ? 1 : threads);
-           });
+  const bool many = s.scopes / 4 >= threads;
+  const int64_t grain = many ? row_grain(s.scopes, s.rows.size) : std::max<int64_t>(1, s.scopes);
+  parallel(s.scopes, grain, threads, [&](int64_t first, int64_t last) {
+    for (int64_t g = first; g < last; ++g)
+      body(g, Scope<T>{s, scopes.row.data() + scopes.start[g], scopes.start[g + 1] - scopes.start[g]},
+           many ? 1 : threads);
+  });
 }
 
 } // namespace
@@ -231,8 +230,9 @@ void kth(const Select &s, void *values, int threads) {
     each_scope<T>(s, threads, [&](int64_t g, const Scope<T> &scope, int inner) {
       typename Scope<T>::Key found;
       int64_t above;
-      const int64_t rank = scope.size() - 1 - s.wanted[g];
-      const bool exists = rank >= 0 && s.wanted[g] >= 0 && scope.find(rank, inner, found, above);
+      // Found by its rank from the largest; below 0 there is none.
+      const int64_t rank = s.wanted[g] < 0 ? -1 : scope.size() - 1 - s.wanted[g];
+      const bool exists = rank >= 0 && scope.find(rank, inner, found, above);
       static_cast<A *>(values)[g] = exists ? number_of(found) : std::numeric_limits<A>::quiet_NaN();
     });
   });

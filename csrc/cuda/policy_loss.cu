@@ -39,26 +39,29 @@ struct Sums {
   }
 };
 
-// Four counts in one register: a lane sees at most 16 tokens of a piece.
+// Five counts in one register: a lane sees at most 16 tokens of a piece.
 struct Counts {
+  static constexpr int bits = 6;
   unsigned packed = 0;
 
-  __device__ void add(bool below, bool above, bool capped) {
-    packed += 1u + (unsigned(below) << 8) + (unsigned(above) << 16) + (unsigned(capped) << 24);
+  __device__ void add(bool below, bool above, bool capped, bool nonfinite) {
+    packed += 1u + (unsigned(below) << bits) + (unsigned(above) << 2 * bits) +
+              (unsigned(capped) << 3 * bits) + (unsigned(nonfinite) << 4 * bits);
   }
   // Over all lanes.
   __device__ double total(int which) const {
-    return double(__reduce_add_sync(all_lanes, int(packed >> (8 * which) & 255u)));
+    constexpr unsigned one = (1u << bits) - 1;
+    return double(__reduce_add_sync(all_lanes, int(packed >> (bits * which) & one)));
   }
 };
-static_assert(tile_size / 32 < 256, "a count fits its byte");
+static_assert(tile_size / 32 < 1 << Counts::bits, "a count fits its bits");
 
 // One operand seen from one row: a number per token, or one for all of them.
 template <class A> struct Lane {
   const A *data; // null: `value` for every token
   A value;
 
-  __device__ Lane(const Operand &o, int64_t row, A absent) : data(nullptr), value(absent) {
+  __device__ Lane(const Operand &o, int64_t row) : data(nullptr), value(A(o.value)) {
     const A *given = static_cast<const A *>(o.data);
     if (given && o.per == Per::token)
       data = given;
@@ -73,20 +76,28 @@ template <class A> struct Lane {
   }
 };
 
-// The differences of four tokens, each within the bound, and 0 where masked.
+// Four tokens of two policies.
+template <class T> struct Pairs {
+  Quad<T> log_probs, references;
+
+  __device__ Pairs(const PolicyLoss &p, int64_t t, bool any) : log_probs{}, references{} {
+    const T *one = static_cast<const T *>(p.log_probs), *other = static_cast<const T *>(p.reference);
+    if (any)
+      log_probs = load_quad(one, t, p.rows.size, quads_aligned(one));
+    if (any && other)
+      references = load_quad(other, t, p.rows.size, quads_aligned(other));
+  }
+};
+
+// The differences of four tokens within the bound, and 0 where masked.
 template <class T, class A>
-__device__ Quad<A> differences(const PolicyLoss &p, int64_t t, const Quad<bool> &live,
-                               const Quad<T> &log_probs) {
-  const T *reference = static_cast<const T *>(p.reference);
-  const Quad<T> others = load_quad(reference, t, p.rows.size, quads_aligned(reference));
+__device__ Quad<A> differences(const PolicyLoss &p, const Quad<bool> &live, const Pairs<T> &pairs) {
   Quad<A> out{};
 #pragma unroll
   for (int k = 0; k < quad; ++k)
-    if (live.item[k]) {
-      out.item[k] = load(log_probs.item[k]) - load(others.item[k]);
-      if (p.cumulative)
-        out.item[k] = bounded(out.item[k], A(-p.bound), A(p.bound));
-    }
+    if (live.item[k])
+      out.item[k] =
+          bounded(A(load(pairs.log_probs.item[k]) - load(pairs.references.item[k])), A(-p.bound), A(p.bound));
   return out;
 }
 
@@ -111,14 +122,12 @@ __device__ Running scan_lanes(Running upto) {
 // What the piece adds to the row's sums.
 template <class T> __device__ Running total(const PolicyLoss &p, int64_t first, int64_t last) {
   using A = accumulate_t<T>;
-  const T *log_probs = static_cast<const T *>(p.log_probs);
   Running all;
   each_step<false>(first, last, [&](int64_t t) {
     const Quad<bool> live = live_quad(p.rows, t, first, last);
     Quad<A> difference{};
-    if (p.cumulative)
-      difference =
-          differences<T, A>(p, t, live, load_quad(log_probs, t, p.rows.size, quads_aligned(log_probs)));
+    if (p.source == Source::cumulative)
+      difference = differences<T, A>(p, live, Pairs<T>(p, t, true));
     all = all.then(from_lane(scan_lanes(sums(live, difference)), 31));
   });
   return all;
@@ -128,25 +137,24 @@ template <class T> __device__ Running total(const PolicyLoss &p, int64_t first, 
 template <Surrogate kind, class T, bool running>
 __device__ Stats evaluate(const PolicyLoss &p, int64_t r, int64_t first, int64_t last, Running &in) {
   using A = accumulate_t<T>;
-  const A infinity = A(INFINITY);
-  const T *log_probs = static_cast<const T *>(p.log_probs);
-  A *gradient = static_cast<A *>(p.gradient);
-  const Lane<A> log_ratio(p.log_ratio, r, 0), advantages(p.advantages, r, 1), weights(p.weights, r, 1),
-      low(p.low, r, -infinity), high(p.high, r, infinity), cap(p.cap, r, infinity);
-  const bool subtract = p.reference && !p.log_ratio.data;
+  A *slopes = static_cast<A *>(p.slopes);
+  const Lane<A> advantages(p.advantages, r), weights(p.weights, r), low(p.low, r), high(p.high, r),
+      cap(p.cap, r), outside_low(p.outside_low, r), outside_high(p.outside_high, r), other(p.given, r);
+  const bool cumulative = running && p.source == Source::cumulative;
+  const Lane<A> log_ratio(p.log_ratio, r);
   const int64_t size = p.rows.size;
   Sums sum;
   Counts counts;
   each_step<false>(first, last, [&](int64_t t) {
     const Quad<bool> live = live_quad(p.rows, t, first, last);
     const bool any = live.item[0] | live.item[1] | live.item[2] | live.item[3];
-    const Quad<T> log_prob = any ? load_quad(log_probs, t, size, quads_aligned(log_probs)) : Quad<T>{};
-    Quad<A> raw{};
-    if (any)
-      raw = subtract ? differences<T, A>(p, t, live, log_prob) : log_ratio.read(t, size);
+    const Pairs<T> pairs(p, t, any);
+    Quad<A> step{}; // what each token adds to a cumulative log-ratio
     Running at;
     if constexpr (running) {
-      const Running own = sums(live, subtract ? raw : Quad<A>{}), upto = scan_lanes(own);
+      if (cumulative)
+        step = differences<T, A>(p, live, pairs);
+      const Running upto = scan_lanes(sums(live, step));
       const Running before = from_lane(upto, lane_id() ? lane_id() - 1 : 0);
       at = lane_id() ? in.then(before) : in;
       in = in.then(from_lane(upto, 31));
@@ -155,6 +163,23 @@ __device__ Stats evaluate(const PolicyLoss &p, int64_t r, int64_t first, int64_t
     if (any) {
       const Quad<A> advantage = advantages.read(t, size), weight = weights.read(t, size),
                     lows = low.read(t, size), highs = high.read(t, size), caps = cap.read(t, size);
+      // Formed at once, so that fewer numbers are held in registers until a token's turn.
+      Quad<A> raw{}, difference{};
+      if (p.source == Source::given)
+        raw = log_ratio.read(t, size);
+#pragma unroll
+      for (int k = 0; k < quad; ++k) {
+        difference.item[k] =
+            p.reference ? load(pairs.log_probs.item[k]) - load(pairs.references.item[k]) : raw.item[k];
+        if (p.source == Source::difference)
+          raw.item[k] = difference.item[k];
+      }
+      Quad<A> shares_low{}, shares_high{}, divergences{};
+      if constexpr (kind == Surrogate::gated) {
+        shares_low = outside_low.read(t, size);
+        shares_high = outside_high.read(t, size);
+        divergences = other.read(t, size);
+      }
       Quad<bool> trains{};
       if (p.trains)
         trains = load_quad(p.trains, t, size, quads_aligned(p.trains));
@@ -165,37 +190,53 @@ __device__ Stats evaluate(const PolicyLoss &p, int64_t r, int64_t first, int64_t
           continue;
         A width = 1;
         if constexpr (running) {
-          at = at.then({double(raw.item[k]), 1});
+          at = at.then({double(step.item[k]), 1});
           width = growth(A(at.position), A(p.power));
-          if (p.cumulative)
+          if (cumulative)
             raw.item[k] = A(at.log_ratio);
         }
         if (p.trains && !trains.item[k])
           continue;
-        const A x = bounded(raw.item[k], A(p.clamp_low), A(p.clamp_high));
-        const Paid<A> paid =
-            surrogate<kind, A>({x, A(load(log_prob.item[k])), advantage.item[k], lows.item[k] * width,
-                                highs.item[k] * width, caps.item[k] * width, x == raw.item[k]});
-        slope.item[k] = weight.item[k] * paid.gradient;
-        loss += weight.item[k] * paid.value;
-        ratio += paid.ratio;
-        divergence += paid.ratio - A(1) - x;
-        counts.add(paid.below, paid.above, paid.capped);
+        const A log_prob = load(pairs.log_probs.item[k]);
+        const Token<A> token{raw.item[k],
+                             difference.item[k],
+                             log_prob,
+                             A(load(pairs.references.item[k])),
+                             advantage.item[k],
+                             lows.item[k] * width,
+                             highs.item[k] * width,
+                             caps.item[k] * width,
+                             shares_low.item[k],
+                             shares_high.item[k],
+                             divergences.item[k]};
+        Outcome<A> out = surrogate<kind>(token, p);
+        spread_nan(out, p.reference ? difference.item[k] : log_prob);
+        slope.item[k] = weight.item[k] * out.slope;
+        loss += weight.item[k] * out.value;
+        ratio += out.ratio;
+        divergence += out.ratio - A(1) - out.log_ratio;
+        counts.add(out.below, out.above, out.capped, log_prob - log_prob != A(0));
       }
       sum.merge({double(loss), double(ratio), double(divergence)});
     }
-    if (gradient)
-      store_quad(gradient, t, first, last, quads_aligned(gradient), slope);
+    if (slopes)
+      store_quad(slopes, t, first, last, quads_aligned(slopes), slope);
   });
   sum = merge_lanes(sum);
   return {{sum.loss, counts.total(0), counts.total(1), counts.total(2), counts.total(3), sum.ratio,
-           sum.divergence}};
+           sum.divergence, counts.total(4)}};
+}
+
+// By one lane.
+template <class A> __device__ void write_row(const PolicyLoss &p, int64_t r, const Stats &stats) {
+  reinterpret_cast<Stats *>(p.stats)[r] = stats;
+  static_cast<A *>(p.values)[r] = A(stats.sum[int(LossStat::loss)]);
 }
 
 template <Surrogate kind, class T, bool running>
 __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Chain<Running> *chain) {
   using A = accumulate_t<T>;
-  A *gradient = static_cast<A *>(p.gradient);
+  A *slopes = static_cast<A *>(p.slopes);
   const int64_t from = place * tile_size, to = min(from + tile_size, p.rows.size);
   bool published = false;
   // The row that begins here and goes on comes first: the next tile waits for its sums, and they wait for
@@ -223,14 +264,16 @@ __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Cha
               chain->publish(place, Chain<Running>::carry, in);
             published |= !ends;
           }
-          if (lane_id() == 0) {
-            Stats *out = reinterpret_cast<Stats *>(p.stats) + r;
-            *(starts && ends ? out : parts + part_of(place, !starts)) = stats;
-          }
+          if (lane_id() != 0)
+            return;
+          if (starts && ends)
+            write_row<A>(p, r, stats);
+          else
+            parts[part_of(place, !starts)] = stats;
         },
         [&](int64_t first, int64_t last) {
-          if (gradient && turn == 1)
-            fill_zero(gradient, first, last);
+          if (slopes && turn == 1)
+            fill_zero(slopes, first, last);
         });
   // Spans that overlap or are in no order may make the next tile wait for a row that did not come by here.
   if constexpr (running)
@@ -238,12 +281,16 @@ __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Cha
       chain->publish(place, Chain<Running>::carry, Running{});
 }
 
-// Enough registers for all that a token needs, but for two to eight words of some kinds, and few enough for
-// 24 warps per multiprocessor (double: 8).
-template <class T> constexpr int blocks_at_once = sizeof(T) == 8 ? 1 : 3;
+// Blocks per multiprocessor: few enough that what a token needs fits the registers but for some words, and
+// enough to keep the memory busy. A gate has the most operands; chained tiles also carry sums.
+template <Surrogate kind, class T, bool running>
+constexpr int blocks_at_once = sizeof(T) == 8                        ? 1
+                               : kind == Surrogate::gated && running ? 1
+                               : kind == Surrogate::gated || running ? 2
+                                                                     : 3;
 
 template <Surrogate kind, class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once<T>)
+__global__ void __launch_bounds__(block_threads, blocks_at_once<kind, T, false>)
     policy_loss_tiles(PolicyLoss p, int64_t tiles, Stats *parts) {
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (place < tiles)
@@ -251,7 +298,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once<T>)
 }
 
 template <Surrogate kind, class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once<T> == 3 ? 2 : 1)
+__global__ void __launch_bounds__(block_threads, blocks_at_once<kind, T, true>)
     policy_loss_chained(PolicyLoss p, int64_t tiles, Stats *parts, Chain<Running> chain) {
   const int64_t place = chain.turn() * warps_per_block + threadIdx.x / 32;
   if (place < tiles)
@@ -259,11 +306,12 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once<T> == 3 ? 2 : 1)
 }
 
 // The sums of rows that are not inside one tile, a warp per row.
-__global__ void __launch_bounds__(block_threads) merge_parts(Rows rows, const Stats *parts, double *stats) {
+template <class A>
+__global__ void __launch_bounds__(block_threads) merge_parts(PolicyLoss p, const Stats *parts) {
   const int64_t r = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
-  if (r >= rows.count)
+  if (r >= p.rows.count)
     return;
-  const auto [begin, end] = span_of(rows, r);
+  const auto [begin, end] = span_of(p.rows, r);
   if (begin < end && in_one_tile(begin, end))
     return;
   Stats own{};
@@ -274,42 +322,62 @@ __global__ void __launch_bounds__(block_threads) merge_parts(Rows rows, const St
   }
   own = merge_lanes(own);
   if (lane_id() == 0)
-    reinterpret_cast<Stats *>(stats)[r] = own;
+    write_row<A>(p, r, own);
 }
 
 template <Surrogate kind, class T> void run(const PolicyLoss &p, Queue &queue) {
   const int64_t tiles = tiles_of(p.rows.size), blocks = ceil_div(tiles, warps_per_block);
   Stats *parts = queue.allocate_array<Stats>(2 * tiles);
-  if (p.cumulative || p.power != 0) {
+  if (p.source == Source::cumulative || p.power != 0) {
     const Chain<Running> chain("policy_loss", queue, tiles);
     launch("policy_loss", queue, policy_loss_chained<kind, T>, blocks, block_threads, p, tiles, parts, chain);
   } else {
     launch("policy_loss", queue, policy_loss_tiles<kind, T>, blocks, block_threads, p, tiles, parts);
   }
-  launch("policy_loss", queue, merge_parts, ceil_div(p.rows.count, warps_per_block), block_threads, p.rows,
-         parts, p.stats);
+  launch("policy_loss", queue, merge_parts<accumulate_t<T>>, ceil_div(p.rows.count, warps_per_block),
+         block_threads, p, parts);
+}
+
+template <class A> __global__ void __launch_bounds__(block_threads) scale_tiles(ScaleRows s, int64_t tiles) {
+  const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
+  if (place >= tiles)
+    return;
+  A *x = static_cast<A *>(s.x);
+  const int64_t from = place * tile_size, to = min(from + tile_size, s.rows.size);
+  each_piece<false>(
+      s.rows, from, to,
+      [&](int64_t r, int64_t first, int64_t last, bool, bool) {
+        const A factor = static_cast<const A *>(s.factor)[r];
+        if (factor == A(1))
+          return;
+        each_step<false>(first, last, [&](int64_t t) {
+          if (t + quad <= first || t >= last)
+            return;
+          Quad<A> values = load_quad(x, t, s.rows.size, quads_aligned(x));
+#pragma unroll
+          for (int k = 0; k < quad; ++k)
+            values.item[k] = values.item[k] == A(0) ? values.item[k] : values.item[k] * factor;
+          store_quad(x, t, first, last, quads_aligned(x), values);
+        });
+      },
+      [](int64_t, int64_t) {});
 }
 
 } // namespace
 
 void policy_loss(const PolicyLoss &p, Queue &queue) {
   with_float(p.type, [&](auto t) {
-    using T = typename decltype(t)::type;
-    switch (Surrogate(p.surrogate)) {
-    case Surrogate::clip:
-      return run<Surrogate::clip, T>(p, queue);
-    case Surrogate::weighted:
-      return run<Surrogate::weighted, T>(p, queue);
-    case Surrogate::soft:
-      return run<Surrogate::soft, T>(p, queue);
-    case Surrogate::k1:
-      return run<Surrogate::k1, T>(p, queue);
-    case Surrogate::k2:
-      return run<Surrogate::k2, T>(p, queue);
-    default:
-      return run<Surrogate::k3, T>(p, queue);
-    }
+    with_surrogate(p.surrogate,
+                   [&](auto kind) { run<decltype(kind)::value, typename decltype(t)::type>(p, queue); });
   });
+}
+
+void scale_rows(const ScaleRows &s, Queue &queue) {
+  const int64_t tiles = tiles_of(s.rows.size), blocks = ceil_div(tiles, warps_per_block);
+  const auto kernel = [&](auto a) {
+    launch("scale_rows", queue, scale_tiles<decltype(a)>, blocks, block_threads, s, tiles);
+  };
+  s.type == Type::f64 ? kernel(double{}) : kernel(float{});
 }
 
 } // namespace tokcredit::cuda

@@ -13,17 +13,18 @@ namespace {
 
 // Only what `kind` needs travels between lanes.
 template <Reduction kind> __device__ Moments<kind> moments_from(const Moments<kind> &m, int lane) {
-  Moments<kind> out;
+  using M = Moments<kind>;
+  M out;
   out.count = from_lane(m.count, lane);
-  if constexpr (kind == Reduction::sum || kind == Reduction::mean)
+  if constexpr (M::sums)
     out.sum = from_lane(m.sum, lane);
-  if constexpr (kind == Reduction::var) {
+  if constexpr (M::spreads) {
     out.mean = from_lane(m.mean, lane);
     out.square = from_lane(m.square, lane);
   }
-  if constexpr (kind == Reduction::minimum)
+  if constexpr (M::has_minimum)
     out.minimum = from_lane(m.minimum, lane);
-  if constexpr (kind == Reduction::maximum || kind == Reduction::logsumexp)
+  if constexpr (M::has_maximum || kind == Reduction::logsumexp)
     out.maximum = from_lane(m.maximum, lane);
   if constexpr (kind == Reduction::logsumexp)
     out.scaled = from_lane(m.scaled, lane);
@@ -45,7 +46,8 @@ template <Reduction kind> __device__ Moments<kind> merge_moments(Moments<kind> m
 template <Reduction kind, bool plain, class T>
 __device__ Moments<kind> moments_of(const Own<T> &x, unsigned live) {
   using A = accumulate_t<T>;
-  Moments<kind> own;
+  using M = Moments<kind>;
+  M own;
   own.count = plain ? own_tokens : __popc(live);
   const auto each = [&](auto &&body) {
 #pragma unroll
@@ -53,10 +55,10 @@ __device__ Moments<kind> moments_of(const Own<T> &x, unsigned live) {
       if (plain || live >> k & 1)
         body(load(x.item[k]));
   };
-  if constexpr (kind == Reduction::sum || kind == Reduction::mean) {
+  if constexpr (M::sums)
     each([&](A v) { own.sum += double(v); });
-  } else if constexpr (kind == Reduction::var) {
-    // About one of them, so that equal numbers have no spread.
+  if constexpr (M::spreads) {
+    // About one of them, so that equal numbers have their mean and no spread.
     double origin = 0, sum = 0;
     each([&](A v) { origin = double(v); });
     each([&](A v) { sum += double(v) - origin; });
@@ -65,11 +67,13 @@ __device__ Moments<kind> moments_of(const Own<T> &x, unsigned live) {
       const double d = double(v) - own.mean;
       own.square += d * d;
     });
-  } else if constexpr (kind == Reduction::minimum) {
+  }
+  if constexpr (M::has_minimum) {
     A least = A(INFINITY);
     each([&](A v) { least = v < least || v != v ? v : least; });
     own.minimum = double(least);
-  } else if constexpr (kind == Reduction::maximum || kind == Reduction::logsumexp) {
+  }
+  if constexpr (M::has_maximum || kind == Reduction::logsumexp) {
     A most = -A(INFINITY);
     each([&](A v) { most = v > most || v != v ? v : most; });
     own.maximum = double(most);
@@ -103,7 +107,7 @@ __global__ void __launch_bounds__(block_threads, 2)
         if (lane_id() != 0)
           return;
         if (starts && ends)
-          static_cast<A *>(s.y)[r] = A(m.result(s.ddof));
+          m.template write<A>(s.y, r, s.ddof);
         else
           parts[part_of(place, !starts)] = m;
       },
@@ -127,7 +131,7 @@ __global__ void __launch_bounds__(block_threads) merge_parts(SegmentRows s, cons
   }
   own = merge_moments(own);
   if (lane_id() == 0)
-    static_cast<A *>(s.y)[r] = A(own.result(s.ddof));
+    own.template write<A>(s.y, r, s.ddof);
 }
 
 template <class T, Reduction kind> void reduce_rows(const SegmentRows &s, Queue &queue) {

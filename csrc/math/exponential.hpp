@@ -27,4 +27,10 @@ template <class A> TOKCREDIT_FN A exponential_from(A x) {
 TOKCREDIT_FN float exponential(float x) { return exponential_from(x); }
 TOKCREDIT_FN double exponential(double x) { return std::exp(x); }
 
+// exp(x) - 1 and log(x); packs call them number by number.
+TOKCREDIT_FN float exponential_less_one(float x) { return std::expm1(x); }
+TOKCREDIT_FN double exponential_less_one(double x) { return std::expm1(x); }
+TOKCREDIT_FN float logarithm(float x) { return std::log(x); }
+TOKCREDIT_FN double logarithm(double x) { return std::log(x); }
+
 } // namespace tokcredit

@@ -10,22 +10,30 @@ namespace tokcredit {
 // digits. Only the members that `kind` needs are kept up to date.
 template <Reduction kind> struct Moments {
   static constexpr Reduction reduction = kind;
+  static constexpr bool sums = kind == Reduction::sum || kind == Reduction::mean;
+  static constexpr bool spreads = kind == Reduction::var || kind == Reduction::moments;
+  static constexpr bool has_minimum = kind == Reduction::minimum || kind == Reduction::moments;
+  static constexpr bool has_maximum = kind == Reduction::maximum || kind == Reduction::moments;
+
   double count = 0, sum = 0, mean = 0, square = 0;
   double minimum = double(INFINITY), maximum = -double(INFINITY), scaled = 0;
 
+  TOKCREDIT_FN static double least(double a, double b) { return b < a || b != b ? b : a; }
+  TOKCREDIT_FN static double greatest(double a, double b) { return b > a || b != b ? b : a; }
+
   TOKCREDIT_FN void add(double x) {
     count += 1;
-    if constexpr (kind == Reduction::sum || kind == Reduction::mean)
+    if constexpr (sums)
       sum += x;
-    if constexpr (kind == Reduction::var) {
+    if constexpr (spreads) {
       const double delta = x - mean;
       mean += delta / count;
       square += delta * (x - mean);
     }
-    if constexpr (kind == Reduction::minimum)
-      minimum = x < minimum || x != x ? x : minimum;
-    if constexpr (kind == Reduction::maximum)
-      maximum = x > maximum || x != x ? x : maximum;
+    if constexpr (has_minimum)
+      minimum = least(minimum, x);
+    if constexpr (has_maximum)
+      maximum = greatest(maximum, x);
     if constexpr (kind == Reduction::logsumexp) {
       if (x > maximum || x != x) {
         scaled = scaled * std::exp(maximum - x) + 1;
@@ -39,16 +47,20 @@ template <Reduction kind> struct Moments {
   TOKCREDIT_FN void merge(const Moments &o) {
     if (o.count == 0)
       return;
+    if (count == 0) {
+      *this = o; // as it is: the mean below would be rounded
+      return;
+    }
     const double total = count + o.count;
-    if constexpr (kind == Reduction::sum || kind == Reduction::mean)
+    if constexpr (sums)
       sum += o.sum;
-    if constexpr (kind == Reduction::var) {
+    if constexpr (spreads) {
       const double delta = o.mean - mean;
       square += o.square + delta * delta * count * o.count / total;
-      mean += delta * (o.count / total); // exact where this part is empty
+      mean += delta * (o.count / total);
     }
-    if constexpr (kind == Reduction::minimum)
-      minimum = o.minimum < minimum || o.minimum != o.minimum ? o.minimum : minimum;
+    if constexpr (has_minimum)
+      minimum = least(minimum, o.minimum);
     if constexpr (kind == Reduction::logsumexp) {
       if (o.maximum > maximum)
         scaled = o.scaled + (maximum > -double(INFINITY) ? scaled * std::exp(maximum - o.maximum) : 0);
@@ -57,9 +69,13 @@ template <Reduction kind> struct Moments {
       else if (o.maximum != o.maximum)
         scaled = o.scaled;
     }
-    if constexpr (kind == Reduction::maximum || kind == Reduction::logsumexp)
-      maximum = o.maximum > maximum || o.maximum != o.maximum ? o.maximum : maximum;
+    if constexpr (has_maximum || kind == Reduction::logsumexp)
+      maximum = greatest(maximum, o.maximum);
     count = total;
+  }
+
+  TOKCREDIT_FN double variance(double ddof) const {
+    return count > ddof && count > 0 ? square / (count - ddof) : 0;
   }
 
   TOKCREDIT_FN double result(double ddof) const {
@@ -68,7 +84,7 @@ template <Reduction kind> struct Moments {
     else if constexpr (kind == Reduction::mean)
       return count > 0 ? sum / count : 0;
     else if constexpr (kind == Reduction::var)
-      return count > ddof && count > 0 ? square / (count - ddof) : 0;
+      return variance(ddof);
     else if constexpr (kind == Reduction::minimum)
       return minimum;
     else if constexpr (kind == Reduction::maximum)
@@ -78,11 +94,22 @@ template <Reduction kind> struct Moments {
     else
       return scaled > 0 || scaled != scaled ? maximum + std::log(scaled) : -double(INFINITY);
   }
+
+  // The result of a segment, where the contract wants it; A is the accumulation type.
+  template <class A> TOKCREDIT_FN void write(void *y, int64_t segment, double ddof) const {
+    if constexpr (kind == Reduction::moments) {
+      const double all[] = {count, mean, variance(ddof), minimum, maximum};
+      static_assert(sizeof all == width_of(kind) * sizeof(double), "one number for each");
+      memcpy(static_cast<double *>(y) + segment * width_of(kind), all, sizeof all);
+    } else {
+      static_cast<A *>(y)[segment] = A(result(ddof));
+    }
+  }
 };
 
 // The body with the reduction as a template argument.
-template <class Body> void with_reduction(int32_t reduction, Body &&body) {
-  switch (Reduction(reduction)) {
+template <class Body> void with_reduction(Reduction reduction, Body &&body) {
+  switch (reduction) {
 #define TOKCREDIT_REDUCTION(kind)                                                                            \
   case Reduction::kind:                                                                                      \
     return body(Moments<Reduction::kind>{});
@@ -93,6 +120,7 @@ template <class Body> void with_reduction(int32_t reduction, Body &&body) {
     TOKCREDIT_REDUCTION(maximum)
     TOKCREDIT_REDUCTION(count)
     TOKCREDIT_REDUCTION(logsumexp)
+    TOKCREDIT_REDUCTION(moments)
 #undef TOKCREDIT_REDUCTION
   }
 }

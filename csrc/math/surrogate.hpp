@@ -1,36 +1,26 @@
-// Per-token surrogates: value and derivative with respect to the token's log-prob.
+// Per-token surrogates: value and derivative with respect to the token's log-prob, as ops/policy_loss.hpp
+// defines them. Written for a number or for a pack of them: then all of it is done lane by lane, with selects
+// in place of branches. A comparison with NaN is false, so NaN takes the ordinary way through every select.
 #pragma once
 #include "math/exponential.hpp"
+#include "ops/policy_loss.hpp"
+#include <type_traits>
 
 namespace tokcredit {
 
-enum class Surrogate : int32_t {
-  clip,     // max(-A q, -A clip(q)), and for A < 0 at most -A * cap
-  weighted, // -clip(q) * A * log_prob, the weight held constant
-  soft,     // -(4 / tau) * sigmoid(tau * (q - 1)) * A, tau = high where A > 0, else low
-  k1,       // A * u             estimators of KL(current || other), u = log_prob - other
-  k2,       // A * u^2 / 2
-  k3        // A * (exp(-u) + u - 1)
-};
-
-// A is a floating type, or a pack of them: then all of this is done lane by lane.
 template <class A> struct Token {
-  A log_ratio; // already clamped; `moves` is false where the clamp cut its gradient
-  A log_prob;
+  A log_ratio;  // before the clamp
+  A difference; // likewise
+  A log_prob, reference;
   A advantage;
-  A low; // bounds on the log-ratio
-  A high;
-  A cap; // +inf for none
-  mask_t<A> moves;
+  A low, high, cap; // widened already
+  A outside_low, outside_high, given;
 };
 
-template <class A> struct Paid {
-  A value;
-  A gradient;
-  A ratio;
-  mask_t<A> below;  // the lower bound stopped this token
-  mask_t<A> above;  // the upper bound did
-  mask_t<A> capped; // the cap did
+template <class A> struct Outcome {
+  A value, slope;
+  A log_ratio, ratio; // x and q
+  mask_t<A> below, above, capped;
 };
 
 template <class A> TOKCREDIT_FN A bounded(A x, A low, A high) {
@@ -38,19 +28,33 @@ template <class A> TOKCREDIT_FN A bounded(A x, A low, A high) {
   return choose(x > high, high, x);
 }
 
+template <class A> TOKCREDIT_FN A sign(A x) {
+  const A positive = choose(x > A{}, A(1), x); // NaN stays
+  return choose(x < A{}, A(-1), positive);
+}
+
 // How much wider the window is at a position, counted from 1.
 template <class A> TOKCREDIT_FN A growth(A position, A power) {
   return power == A(0) ? A(1) : power == A(0.5) ? std::sqrt(position) : std::pow(position, power);
 }
 
-// Which bound stops the log-ratio of a token, if one does.
+// A log-ratio within the clamp of the call, and where the clamp holds it.
+template <class A> struct Clamped {
+  A x;
+  mask_t<A> held;
+
+  TOKCREDIT_FN Clamped(A raw, const PolicyLoss &p)
+      : x(bounded(raw, A(p.clamp_low), A(p.clamp_high))),
+        held((raw < A(p.clamp_low)) | (raw > A(p.clamp_high))) {}
+};
+
+// Which bound stops a token under `clip`, if one does.
 template <class A> struct Stop {
   mask_t<A> below, above, capped;
 
-  TOKCREDIT_FN explicit Stop(const Token<A> &t)
-      : below((t.log_ratio < t.low) & (t.advantage < A{})),
-        above((t.log_ratio > t.high) & (t.advantage > A{})),
-        capped((t.log_ratio > t.cap) & (t.advantage < A{})) {}
+  TOKCREDIT_FN Stop(const Token<A> &t, A x)
+      : below((x < t.low) & (t.advantage < A{})), above((x > t.high) & (t.advantage > A{})),
+        capped((x > t.cap) & (t.advantage < A{})) {}
 
   TOKCREDIT_FN mask_t<A> stops() const { return below | above | capped; }
 
@@ -61,35 +65,162 @@ template <class A> struct Stop {
   }
 };
 
-// The clipped surrogate, with the ratio q and what it became.
-template <class A> TOKCREDIT_FN Paid<A> clipped(const Token<A> &t, const Stop<A> &stop, A q, A stopped) {
-  const A slope = choose(t.moves, -t.advantage * q, A{});
-  return {-t.advantage * stopped, choose(stop.stops(), A{}, slope), q, stop.below, stop.above, stop.capped};
+// The clipped surrogate; `stopped` is what the ratio became.
+template <class A>
+TOKCREDIT_FN Outcome<A> clipped(const Token<A> &t, const Clamped<A> &c, const Stop<A> &stop, A q, A stopped) {
+  return {-t.advantage * stopped,
+          choose(stop.stops() | c.held, A{}, -t.advantage * q),
+          c.x,
+          q,
+          stop.below,
+          stop.above,
+          stop.capped};
 }
 
-// Selects instead of branches, so that a loop over tokens becomes vector code.
-template <Surrogate kind, class A> TOKCREDIT_FN Paid<A> surrogate(const Token<A> &t) {
-  const A q = exponential(t.log_ratio), x = t.log_ratio, a = t.advantage, zero{};
+template <class A> TOKCREDIT_FN Outcome<A> clip(const Token<A> &t, const PolicyLoss &p) {
+  const Clamped<A> c(t.log_ratio, p);
+  const A q = exponential(c.x);
+  const Stop<A> stop(t, c.x);
+  return clipped(t, c, stop, q, any(stop.stops()) ? exponential(stop.pick(c.x, t.low, t.high, t.cap)) : q);
+}
+
+template <class A> TOKCREDIT_FN Outcome<A> soft(const Token<A> &t, const PolicyLoss &p) {
+  const Clamped<A> c(t.log_ratio, p);
   const mask_t<A> no{};
-  if constexpr (kind == Surrogate::clip) {
-    const Stop<A> stop(t);
-    return clipped(t, stop, q, any(stop.stops()) ? exponential(stop.pick(x, t.low, t.high, t.cap)) : q);
-  } else if constexpr (kind == Surrogate::weighted) {
-    const A weight = exponential(bounded(x, t.low, t.high));
-    return {-weight * a * t.log_prob, -weight * a, q, x<t.low, x> t.high, no};
-  } else if constexpr (kind == Surrogate::soft) {
-    const A tau = choose(a > zero, t.high, t.low);
-    const A gate = 1 / (1 + exponential(-tau * (q - 1)));
-    const A slope = -4 * gate * (1 - gate) * q * a;
-    return {-(4 / tau) * gate * a, choose(t.moves, slope, zero), q, no, no, no};
-  } else if constexpr (kind == Surrogate::k1) {
-    return {a * x, choose(t.moves, a, zero), q, no, no, no};
-  } else if constexpr (kind == Surrogate::k2) {
-    return {a * x * x / 2, choose(t.moves, a * x, zero), q, no, no, no};
-  } else {
-    const A inverse = exponential(-x);
-    return {a * (inverse + x - 1), choose(t.moves, a * (1 - inverse), zero), q, no, no, no};
+  const A q = exponential(c.x), a = t.advantage, tau = choose(a > A{}, t.high, t.low);
+  const A s = 1 / (1 + exponential(-tau * (q - 1)));
+  return {-(4 / tau) * s * a, choose(c.held, A{}, -4 * s * (1 - s) * q * a), c.x, q, no, no, no};
+}
+
+// 1 - exp(x), not below 0, and away from it before a logarithm.
+template <class A> TOKCREDIT_FN A remainder(A x) {
+  const A rest = -exponential_less_one(x);
+  return choose(rest < A{}, A{}, rest);
+}
+
+// KL divergence from probability exp(o) to exp(l), of the two outcomes "this token" and "another".
+template <class A> TOKCREDIT_FN A binary_divergence(A o, A l) {
+  const A p = exponential(o), rest = remainder(o);
+  const A here = choose(p == A{}, A{}, p * (o - l));
+  return here + rest * logarithm((rest + A(1e-8)) / (remainder(l) + A(1e-8)));
+}
+
+// What the gate looks at.
+template <class A> TOKCREDIT_FN A coordinate(const Token<A> &t, A x, Coordinate on) {
+  switch (on) {
+  case Coordinate::ratio:
+    return x;
+  case Coordinate::difference:
+    return t.difference;
+  case Coordinate::probability:
+    return exponential(t.log_prob) - exponential(t.reference);
+  case Coordinate::binary_kl:
+    return sign(t.difference) * binary_divergence(t.reference, t.log_prob);
+  case Coordinate::given:
+    break;
   }
+  return sign(t.difference) * t.given;
+}
+
+template <class A> TOKCREDIT_FN Outcome<A> gated(const Token<A> &t, const PolicyLoss &p) {
+  const A x = Clamped<A>(t.log_ratio, p).x, a = t.advantage, c = coordinate(t, x, p.on);
+  mask_t<A> below = c<t.low, above = c> t.high;
+  if (!p.both_sides) {
+    below = below & (a < A{});
+    above = above & (a > A{});
+  }
+  A held = choose(x > t.cap, t.cap, x);
+  if (p.on == Coordinate::ratio) {
+    held = choose(below, t.low, held);
+    held = choose(above, t.high, held);
+  }
+  A share = choose(below, t.outside_low, A(1));
+  share = choose(above, t.outside_high, share);
+  A whole = -a * exponential(held);
+  whole = choose(c == c, whole, c); // a NaN would leave the gate open
+  // 0 by selection, so that an infinite weight or log-prob behind a closed gate stays out.
+  const mask_t<A> closed = share == A{};
+  const A slope = choose(closed & (whole == whole), A{}, whole * share);
+  const A value = p.gated_value == GatedValue::score   ? choose(slope == A{}, A{}, slope * t.log_prob)
+                  : p.gated_value == GatedValue::ratio ? slope
+                                                       : whole;
+  return {value, slope, x, exponential(x), below, above, x > t.cap};
+}
+
+// The estimators of a KL divergence.
+template <class A> TOKCREDIT_FN Outcome<A> kl(const Token<A> &t, const PolicyLoss &p) {
+  const Clamped<A> c(t.difference, p);
+  const A u = c.x, x = Clamped<A>(t.log_ratio, p).x, q = exponential(x);
+  const mask_t<A> no{};
+  A value{}, slope{};
+  switch (p.surrogate) {
+  case Surrogate::k1:
+    value = u;
+    slope = A(1);
+    break;
+  case Surrogate::k2:
+    value = u * u / 2;
+    slope = u;
+    break;
+  case Surrogate::abs:
+    slope = sign(u);
+    value = u * slope;
+    break;
+  default: {
+    const A inverse = exponential(-u);
+    value = inverse + u - 1;
+    slope = 1 - inverse;
+    if (p.surrogate == Surrogate::k3_corrected) {
+      const A correction = p.source == Source::difference ? A(1) : q;
+      value = correction * value;
+      slope = correction * u;
+    }
+  }
+  }
+  const A limit = A(p.limit);
+  const mask_t<A> over = (value > limit) | (value < -limit);
+  return {t.advantage * bounded(value, -limit, limit),
+          choose(over | c.held, A{}, t.advantage * slope),
+          x,
+          q,
+          no,
+          no,
+          no};
+}
+
+// The surrogates that one loop serves: `clip`, `soft`, `gated`, and k1 for all that estimate a divergence.
+template <Surrogate kind, class A> TOKCREDIT_FN Outcome<A> surrogate(const Token<A> &t, const PolicyLoss &p) {
+  Outcome<A> out;
+  if constexpr (kind == Surrogate::clip)
+    out = clip(t, p);
+  else if constexpr (kind == Surrogate::soft)
+    out = soft(t, p);
+  else if constexpr (kind == Surrogate::gated)
+    out = gated(t, p);
+  else
+    out = kl(t, p);
+  return out;
+}
+
+// Calls body(kind), a constant, with the loop that serves a surrogate.
+template <class Body> void with_surrogate(Surrogate surrogate, Body &&body) {
+  switch (surrogate) {
+  case Surrogate::clip:
+    return body(std::integral_constant<Surrogate, Surrogate::clip>{});
+  case Surrogate::soft:
+    return body(std::integral_constant<Surrogate, Surrogate::soft>{});
+  case Surrogate::gated:
+    return body(std::integral_constant<Surrogate, Surrogate::gated>{});
+  default:
+    return body(std::integral_constant<Surrogate, Surrogate::k1>{});
+  }
+}
+
+// NaN in the log-prob, the reference or the value reaches value and slope, also where a formula selects it
+// away. `probe` is NaN where the log-prob or the reference is.
+template <class A> TOKCREDIT_FN void spread_nan(Outcome<A> &out, A probe) {
+  out.value = choose(probe == probe, out.value, probe);
+  out.slope = choose(out.value == out.value, out.slope, out.value);
 }
 
 } // namespace tokcredit

@@ -5,22 +5,32 @@
 // not read.
 //
 //     x 1 2 3 4   rows [0,3) [3,4)   sum 6 4   mean 2 4   var(ddof 1) 1 0
+//     moments(ddof 1)   3 2 1 1 3 | 1 4 0 4 4
 //
-// Empty segments: sum, mean, var and count 0, minimum +inf, maximum -inf, logsumexp -inf. Time: one read.
+// `moments` writes five float64 numbers per segment, in the order of Moment. Equal values have exactly their
+// mean, and variance 0. Variance is the second moment divided by count - ddof, and 0 where that is not
+// positive. Empty segments: sum, mean, var and count 0, minimum +inf, maximum -inf, logsumexp -inf. Must
+// read: x once, mask once.
 #pragma once
 #include "ops/array.hpp"
 
 namespace tokcredit {
 
-enum class Reduction : int32_t { sum, mean, var, minimum, maximum, count, logsumexp };
+TOKCREDIT_ENUM(Reduction, sum, mean, var, minimum, maximum, count, logsumexp, moments)
+TOKCREDIT_ENUM(Moment, size, mean, var, minimum, maximum)
+
+// Numbers that a reduction writes for each segment.
+constexpr int64_t width_of(Reduction reduction) {
+  return reduction == Reduction::moments ? int64_t(Moment::maximum) + 1 : 1;
+}
 
 struct SegmentRows {
   Rows rows;
   Type type; // of x; for count any type, x is not read
   const void *x;
-  int32_t reduction;
+  Reduction reduction;
   double ddof;
-  void *y; // [R] of the accumulation type
+  void *y; // [R] of the accumulation type; for moments [R, 5] float64
 };
 
 // Element i belongs to segment ids[i]; ids outside [0, segments) belong to none.
@@ -31,9 +41,9 @@ struct SegmentIds {
   const bool *mask; // or null
   int64_t size;
   int64_t segments;
-  int32_t reduction;
+  Reduction reduction;
   double ddof;
-  void *y; // [segments]
+  void *y; // [segments], or [segments, 5], as above
 };
 
 namespace cpu {

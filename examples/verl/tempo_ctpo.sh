@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# TEMPO's credit with CTPO's ratio and clip in verl, on one machine with GPUs:
+# Train with the credit of TEMPO and the ratio and clip of CTPO in verl, on one machine with GPUs:
 #
 #   pip install tokcredit verl "TransferQueue>=0.1.10" vllm
 #   DATA=~/data/gsm8k MODEL=Qwen/Qwen2.5-0.5B-Instruct examples/verl/tempo_ctpo.sh
 #
-# The data are verl's parquet files, for example those of its gsm8k script. Further arguments are verl's own overrides;
-# `--cfg job` prints the configuration and runs nothing.
+# The data are verl's parquet files, for example those of its gsm8k script. Further arguments override verl's
+# configuration; `--cfg job` prints the configuration and runs nothing.
 set -euo pipefail
 data=${DATA:-$HOME/data/gsm8k}
 model=${MODEL:-Qwen/Qwen2.5-0.5B-Instruct}

@@ -1,8 +1,8 @@
-"""Token-level credit assignment for reinforcement learning on language models."""
+"""Token-level credit assignment for training language models."""
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 try:
     import torch as _torch
@@ -11,64 +11,63 @@ except ImportError as error:
 if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"tokcredit needs torch>=2.10, found {_torch.__version__}: pip install -U torch")
 
-from tokcredit import (
+from tokcredit import decoding, inputs, methods, rewards, schedule
+from tokcredit._C import build_info
+from tokcredit.blocks import divergence, length, log_probs, scan, segment, select, tree, values
+from tokcredit.mixing import mix
+from tokcredit.objective import Objective, Prepared
+from tokcredit.ops import num_threads, set_num_threads
+from tokcredit.preference import Preference
+from tokcredit.protocol import Loss
+from tokcredit.rollouts import Rollouts
+from tokcredit.spans import Spans
+from tokcredit.stages import (
     aggregation,
     clip,
     credit,
-    divergence,
-    evidence,
-    gain,
-    length,
-    loss,
-    matching,
-    methods,
-    policy,
+    filters,
+    link,
     ratio,
-    sampling,
-    scan,
-    schedule,
-    score,
-    segment,
-    select,
-    temperature,
-    tree,
-    values,
-    weights,
+    scale,
+    term,
+    token_score,
+    token_weights,
 )
-from tokcredit._C import build_info
-from tokcredit.objective import Objective
-from tokcredit.ops import empty_cache, num_threads, set_num_threads
-from tokcredit.prepared import Prepared
-from tokcredit.rollouts import Rollouts
+from tokcredit.supervised import Supervised
 
 __all__ = [
+    "Loss",
     "Objective",
+    "Preference",
     "Prepared",
     "Rollouts",
+    "Spans",
+    "Supervised",
     "aggregation",
     "build_info",
     "clip",
     "credit",
+    "decoding",
     "divergence",
-    "empty_cache",
-    "evidence",
-    "gain",
+    "filters",
+    "inputs",
     "length",
-    "loss",
-    "matching",
+    "link",
+    "log_probs",
     "methods",
+    "mix",
     "num_threads",
-    "policy",
     "ratio",
-    "sampling",
+    "rewards",
+    "scale",
     "scan",
     "schedule",
-    "score",
     "segment",
     "select",
     "set_num_threads",
-    "temperature",
+    "term",
+    "token_score",
+    "token_weights",
     "tree",
     "values",
-    "weights",
 ]

@@ -1,3 +1,5 @@
+"""Runs the ``tokcredit`` command as ``python -m tokcredit``."""
+
 from tokcredit.cli import main
 
 main()

@@ -34,7 +34,7 @@ def _found(package: str) -> str:
 
 
 def _plugins() -> dict[str, str]:
-    """What verl knows of tokcredit; verl itself hides why a plugin did not load."""
+    """Return the names that are registered in verl, or why the plugin did not load, which verl does not show."""
     if _found("verl") == "not installed":
         return {}
     try:
@@ -51,7 +51,7 @@ def _print(lines: dict[str, str]) -> None:
 
 
 def info() -> None:
-    """Version, build, torch, threads, methods and host trainers."""
+    """Print the version, the build, torch, the threads, the methods and the installed host trainers."""
     build = tc.build_info()
     cuda = f"yes, for {build['cuda_architectures']}" if build["cuda"] else "no (CPU only)"
     _print(
@@ -70,12 +70,12 @@ def info() -> None:
 
 
 def methods() -> None:
-    """Every published method, in a line each."""
+    """Print every published method with one line about it."""
     _print({name: (inspect.getdoc(getattr(tc.methods, name)) or "").splitlines()[0] for name in tc.methods.names()})
 
 
 def _train(settings: _Settings) -> None:
-    """Train a language model with a token-credit method on verifiable tasks."""
+    """Train a language model with a token-credit method on tasks with verifiable answers."""
     train.run(settings)
 
 
@@ -87,9 +87,9 @@ def _compare(
     """Train several methods on the same prompts and plot them together.
 
     Args:
-        settings: of every run.
-        methods: names of methods.
-        seeds: runs per method.
+        settings: Settings of every run.
+        methods: Names of methods.
+        seeds: Number of runs per method.
     """
     train.compare(methods, settings, seeds)
 
@@ -102,17 +102,17 @@ def _inspect(
     step: int | None = None,
     prompt: int = 1,
 ) -> None:
-    """Show which tokens were paid and why: one prompt here, or all of them in a page.
+    """Show the advantage of every token and where it comes from: one prompt in the terminal, or all in an HTML page.
 
     Args:
-        path: run folder, rollouts-*.parquet, TRL's completions_*.parquet, or .jsonl such as verl's.
-        method: may be repeated; the run's own and grpo by default.
+        path: Run folder, rollouts-*.parquet, TRL's completions_*.parquet, or .jsonl such as verl's.
+        method: Method whose advantages are shown; may be repeated. The default is the method of the run, and grpo.
         output: HTML file to write.
-        tokenizer: folder or name, for files that hold text and no token ids.
-        step: the last by default.
-        prompt: which one to print, from 1.
+        tokenizer: Folder or name of a tokenizer, for files with text and without token ids.
+        step: Step to show; the default is the last.
+        prompt: Number of the prompt to print, from 1.
     """
-    from tokcredit.inspect import run
+    from tokcredit.report import run
 
     written = run(path, method, output, tokenizer, step, prompt)
     if written is not None:
@@ -120,12 +120,16 @@ def _inspect(
 
 
 def _analyze(settings: _Analysis) -> None:
-    """Compare two models token by token, along what one of them writes."""
+    """Compare two models token by token on the replies of one of them."""
     analyze.run(settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one of the commands on ``arguments``, the command line by default."""
+    """Run one command.
+
+    Args:
+        arguments: Arguments, or None for those of the command line.
+    """
     commands: dict[str, Callable[..., Any]] = {
         "train": _train,
         "compare": _compare,

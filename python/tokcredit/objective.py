@@ -1,182 +1,405 @@
-"""A training objective: one choice at each stage, prepared once per batch and evaluated per micro-batch."""
+"""The policy-gradient objective, from batch to loss: one stage of each kind."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from tokcredit import aggregation, clip, credit, gain, loss, ops, ratio, sampling, weights
-from tokcredit.choice import Choice
-from tokcredit.prepared import Prepared, product
+from tokcredit import ops
+from tokcredit.blocks import segment
+from tokcredit.protocol import Denominators, Loss, Metrics, ObjectiveStage, check_variables
 from tokcredit.rollouts import Rollouts
-
-__all__ = ["Objective", "Prepared"]
+from tokcredit.schedule import State, resolver
+from tokcredit.spans import Spans
+from tokcredit.stages import aggregation as aggregations
+from tokcredit.stages import clip as clips
+from tokcredit.stages import credit as credits
+from tokcredit.stages import filters as filter_stages
+from tokcredit.stages import ratio as ratios
+from tokcredit.stages import scale as scales
+from tokcredit.stages import term as term_stages
+from tokcredit.stages import token_weights as weight_stages
+from tokcredit.stages.base import part, parts
+from tokcredit.stages.credit.group import per_token, product
 
 
 @dataclass(frozen=True)
-class Objective(Choice):
-    """One choice per stage; the defaults are those of :func:`tokcredit.methods.grpo`.
+class Objective(ObjectiveStage):
+    """A policy-gradient objective: one stage of each kind. The defaults are those of ``tokcredit.methods.grpo``.
 
-    ``variable`` names the per-token quantity that :meth:`loss` is given and differentiates: ``log_probs`` of the
-    sampled tokens, or, to be minimised as it is, another one such as ``reverse_kl``.
+    ``prepare`` decides everything that does not depend on the current policy; ``loss`` is evaluated per micro-batch::
+
+        prepared = objective.prepare(batch)
+        for rows in micro_batches:
+            part = prepared.select(rows)
+            objective.loss(part, log_probs_of(part.batch)).loss.backward()
+
+    Args:
+        credit: The advantage of each token.
+        filters: Which rows and tokens train. Others are not counted in any denominator.
+        token_weights: Factors of the token losses.
+        ratio: The importance ratio of each token.
+        clip: How far the ratio may move.
+        scales: Factors of the advantages that depend on the current policy.
+        aggregation: How token losses become one number.
+        terms: What is added to the policy loss, such as a KL term.
+
+    Raises:
+        TypeError: A stage is of the wrong kind.
+        ValueError: Two stages do not fit together; both are named.
     """
 
-    credit: credit.Credit = field(default_factory=credit.group_normalized)
-    weights: tuple[weights.Weight, ...] = ()
-    ratio: ratio.Ratio = field(default_factory=ratio.token)
-    clip: clip.Clip = field(default_factory=clip.ppo)
-    aggregation: aggregation.Aggregation = field(default_factory=aggregation.sequence_mean)
-    kl: loss.Penalty | None = None
-    gain: gain.Gain | None = None
-    sampling: sampling.Sampling | None = None
-    variable: str = "log_probs"
+    credit: credits.Credit = part(credits.Credit, credits.group_normalized)
+    filters: tuple[filter_stages.Filter, ...] = parts(filter_stages.Filter)
+    token_weights: tuple[weight_stages.TokenWeight, ...] = parts(weight_stages.TokenWeight)
+    ratio: ratios.Ratio = part(ratios.Ratio, ratios.token)
+    clip: clips.Clip = part(clips.Clip, clips.ppo)
+    scales: tuple[scales.Scale, ...] = parts(scales.Scale)
+    aggregation: aggregations.Aggregation = part(aggregations.Aggregation, aggregations.sequence_mean)
+    terms: tuple[term_stages.Term, ...] = parts(term_stages.Term)
 
     def __post_init__(self) -> None:
-        if self.kl is not None and self.variable != "log_probs":
-            raise ValueError(f"kl: expected None because the loss is given {self.variable}, not log_probs")
+        super().__post_init__()
+        for scale in self.scales:
+            if scale.needs_bounds and not self.clip.has_bounds:
+                raise ValueError(
+                    f"clip: expected a stage with bounds because of {scale!r}, got {self.clip!r}; "
+                    "use clip.ppo or clip.growing"
+                )
+        metrics = [term.metric for term in self.terms]
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"terms: expected at most one of each kind, got {self.terms!r}")
+
+    @cached_property
+    def variables(self) -> tuple[str, ...]:
+        """``log_probs``, then the further variables that terms differentiate."""
+        further = sorted(frozenset().union(*(term.variables for term in self.terms)))
+        return ("log_probs", *further)
 
     def prepare(
         self,
         batch: Rollouts,
+        *,
         batch_num_tokens: int | None = None,
         global_batch_size: int | None = None,
-        dp_size: int = 1,
         global_num_groups: int | None = None,
+        dp_size: int = 1,
         progress: float | None = None,
+        state: State | None = None,
     ) -> Prepared:
-        """Credit, selection and weights of a batch of whole groups.
+        """Return the batch with advantages, training mask, weights and bounds.
 
-        On CUDA this waits for the device: credit stages count their groups, and a packed batch its longest row.
+        On CUDA this waits for the device: groups are counted, and some stages count rows.
 
         Args:
-            batch: the rollouts; groups must be complete. An objective that ``spans_groups`` must see the rows of all
-                ranks: each rank then takes its own by :meth:`Prepared.select`.
-            batch_num_tokens: training tokens over all ranks. These and the next are counted when there is one rank.
-            global_batch_size: rows over all ranks.
-            dp_size: ranks whose gradients the host averages; the loss is scaled so that the average is the whole.
-            global_num_groups: groups over all ranks.
-            progress: 0 at the first step of training, 1 at the last, for objectives whose settings change.
+            batch: The rollouts, with whole groups. An objective that ``compares_groups`` must see the rows of all
+                ranks; each rank then takes its own with :meth:`Prepared.select`.
+            batch_num_tokens: Training tokens over all ranks. This and the next two are counted when there is one rank.
+            global_batch_size: Rows with a training token over all ranks; rows without one do not count.
+            global_num_groups: Groups with such a row over all ranks.
+            dp_size: Number of ranks whose gradients the host averages. The loss is multiplied by it, so that the
+                average is the gradient of the whole batch.
+            progress: From 0 at the first step of training to 1 at the last, for an objective with schedules.
+            state: State of the controllers, for an objective with controllers.
 
         Raises:
-            ValueError: evidence is missing, ``dp_size > 1`` without the counts over all ranks, no ``progress`` for an
-                objective that ``is_scheduled``, or only this rank's rows for one that ``spans_groups``.
+            TypeError: An argument or an input has the wrong type.
+            ValueError: An input is missing or wrong, a number is missing or too small, or only this rank's rows are
+                given to an objective that ``compares_groups``.
         """
-        if progress is not None:
-            self = self.at(progress)
-        elif self.is_scheduled:
-            raise ValueError("progress: expected a number from 0 to 1 because settings change with it, got None")
-        if self.spans_groups and global_batch_size is not None and global_batch_size > batch.num_rows:
+        denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
+        objective = self.resolved(resolver(progress, state))
+        if objective.compares_groups and global_batch_size is not None and global_batch_size > batch.num_rows:
             raise ValueError(
                 f"batch: expected the rows of all ranks because the objective compares rows of different groups, "
                 f"got {batch.num_rows} of {global_batch_size}"
             )
-        for name in sorted(self.needs):
-            batch.evidence(name)
-        mask, multiplier = batch.response_mask, None
-        if self.sampling is None:
-            advantages, signs = self.credit(batch), credit.outcome(batch).sign()
-        else:
-            sampled = self.sampling(batch)
-            part = batch.among(sampled)
-            mask, advantages = part.response_mask, self.credit(part)
-            chosen = sampled.nonzero()[:, 0]
-            if advantages.dim() == 2:
-                advantages = advantages.new_zeros(batch.num_rows, 1).index_put((chosen,), advantages)
-            signs = torch.zeros_like(batch.rewards).index_put((chosen,), credit.outcome(part).sign())
-        if advantages.dim() == 2:
-            signs = advantages[:, 0].sign()
-        kept = batch
-        for weight in self.weights:
-            if kept.response_mask is not mask:
-                kept = replace(kept, response_mask=mask)
+        for name in objective.required_inputs:
+            batch.input(name)
+        batch = batch.detached()
+        kept, advantages = objective._credit(batch)
+        signs = None
+        if objective.aggregation.reads_signs:
+            signs = advantages.sign() if advantages.dim() == 2 else credits.outcome(kept)[:, None].sign()
+        for stage in objective.filters:
+            if not stage.before_credit:
+                rows_or_tokens = stage(kept, advantages)
+                kept = kept.with_mask(kept.response_mask & per_token(rows_or_tokens, kept.spans))
+        multiplier = None
+        for weight in objective.token_weights:
             w = weight(kept, advantages)
-            if w.dtype == torch.bool:
-                mask = mask & w if w.dim() == 1 else ops.spread(w[:, 0], kept.rows, mask)
-            else:
-                multiplier = w if multiplier is None else product(multiplier, w, batch)
-        window = self.clip(batch)
-        prepared = Prepared(
-            self,
+            multiplier = w if multiplier is None else product(multiplier, w, kept.spans)
+        window = objective.clip(batch, advantages)
+        return Prepared(
+            objective,
             batch,
             advantages,
-            mask,
+            kept.spans,
             multiplier,
-            signs[:, None],
-            window=window,
-            signal=None if self.gain is None else self.gain.signal(batch, window),
+            signs,
+            window,
+            tuple(scale.signal(batch, window) for scale in objective.scales),
+            **objective._weights(batch, kept.spans, kept.lengths, signs, advantages, denominators),
         )
-        return prepared.aggregated(batch_num_tokens, global_batch_size, dp_size, global_num_groups)
 
-    def loss(self, prepared: Prepared, log_probs: Tensor) -> loss.Loss:
-        """Loss of a batch or of a part of it, with its gradient to ``log_probs`` (layout of the batch).
+    def _credit(self, batch: Rollouts) -> tuple[Rollouts, Tensor]:
+        """Return the batch in the mask of the filters that come before credit, and advantages in its layout."""
+        taken = None
+        for stage in self.filters:
+            if stage.before_credit:
+                rows = stage(batch, None)[:, 0]
+                taken = rows if taken is None else taken & rows
+        if taken is None:
+            return batch, self.credit(batch)
+        part = batch.keeping(taken)
+        advantages = self.credit(part)
+        if advantages.dim() == 2:
+            chosen = taken.nonzero()[:, 0]
+            advantages = advantages.new_zeros(batch.num_rows, 1).index_put((chosen,), advantages)
+        return batch.with_mask(part.response_mask), advantages
 
-        An objective of another ``variable`` is given that in place of ``log_probs``. With ``old_log_probs`` absent the
-        ratio is exactly 1 (on policy), with the gradient it has there. On CUDA nothing here waits for the device, so
-        that it can be captured in a graph together with its backward pass.
+    def _weights(
+        self,
+        batch: Rollouts,
+        spans: Spans,
+        lengths: Tensor,
+        signs: Tensor | None,
+        advantages: Tensor,
+        denominators: Denominators,
+    ) -> dict[str, Any]:
+        """Return the weights of rows and terms for these denominators."""
+        if not self.compares_groups:
+            denominators.require(self.aggregation)
+        weights = denominators.row_weights(self.aggregation, batch, lengths, signs)
+        terms = []
+        for term in self.terms:
+            aggregation = term.aggregation or self.aggregation.for_terms
+            if term.where is None:
+                own, own_spans, own_lengths = denominators, spans, lengths
+            else:
+                mask = spans.mask if spans.mask is not None else batch.response_mask
+                chosen = per_token(term.where(batch.with_mask(mask), advantages), spans)
+                own_spans = spans.with_mask(mask & chosen)
+                own_lengths, own = ops.count(own_spans), Denominators(dp_size=denominators.dp_size)
+            if not self.compares_groups:
+                own.require(aggregation)
+            same = aggregation is self.aggregation and own is denominators
+            term_weights = weights if same else own.row_weights(aggregation, batch, own_lengths, signs)
+            terms.append((None if term.where is None else own_spans.mask, term_weights))
+        return {"lengths": lengths, "row_weights": weights, "terms": tuple(terms)}
+
+    def loss(self, prepared: Prepared, log_probs: Tensor, **variables: Tensor) -> Loss:
+        """Return the loss of a prepared batch, or of a part of it, with its gradient to ``log_probs``.
+
+        Without ``old_log_probs`` in the batch the ratio is exactly 1 (on policy), with the gradient it has there. On
+        CUDA nothing here waits for the device, so that the loss can be captured in a graph with its backward pass.
+
+        Args:
+            prepared: From :meth:`prepare` or :meth:`Prepared.select`.
+            log_probs: float, in the layout of ``prepared.batch``: ``(B, T)`` or ``[N]``.
+            variables: Further variables by name, in the same layout; see :attr:`variables`.
+
+        Raises:
+            TypeError: A variable is missing, or not needed.
+            ValueError: A shape is wrong.
         """
-        return _evaluate(prepared, prepared.batch.flat(log_probs, "log_probs"))
+        check_variables(prepared.objective.variables, variables)
+        return _evaluate(prepared, log_probs, variables)
 
 
-def _evaluate(prepared: Prepared, log_probs: Tensor) -> loss.Loss:
-    objective, batch, rows = prepared.objective, prepared.batch, prepared.rows
-    current = log_probs.detach()
-    old = current if batch.old_log_probs is None else batch.old_log_probs
-    log_ratio, window = objective.ratio(batch.rows, current, old), prepared.window
-    advantages = prepared.credits
-    if objective.gain is not None:
-        window = window.spelled_out(batch.rows, batch.num_tokens)
-        factor = objective.gain(log_ratio.per_token(batch.rows, current), window, prepared.signal)
-        advantages = product(advantages, factor, batch)
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A batch with everything that does not depend on the current policy.
 
-    def number(x: float | Tensor | None) -> Tensor | None:
-        return torch.full((), x, device=current.device) if isinstance(x, float) else x
+    Attributes:
+        objective: The objective, its schedules and controllers replaced by numbers.
+        batch: The rollouts.
+        credit: Advantages as the credit stage returned them, float ``[R, 1]`` or ``[N]``.
+        spans: The rows, with the mask of the tokens that train.
+        multiplier: Product of the token weights, ``[R, 1]`` or ``[N]``, or None.
+        signs: Sign of each row's outcome advantage, ``[R, 1]``, for aggregations that read it.
+        window: Surrogate and bounds.
+        signals: For each scale what it needs beside the current policy, ``[N]`` or None.
+        lengths: int64 ``[R]``, training tokens of each row.
+        row_weights: float64 ``[R, 1]`` or 0-d, from the aggregation.
+        terms: For each term its token mask, or None for the tokens that train, and its row weights.
+    """
 
-    weight = prepared.row_weights
+    objective: Objective
+    batch: Rollouts
+    credit: Tensor
+    spans: Spans
+    multiplier: Tensor | None
+    signs: Tensor | None
+    window: clips.Window
+    signals: tuple[Tensor | None, ...]
+    lengths: Tensor
+    row_weights: Tensor
+    terms: tuple[tuple[Tensor | None, Tensor], ...]
+
+    @property
+    def mask(self) -> Tensor:
+        """The tokens that train; bool ``[N]``."""
+        assert self.spans.mask is not None
+        return self.spans.mask
+
+    @property
+    def advantages(self) -> Tensor:
+        """Advantage of each token, in the layout of the batch; 0 where the policy did not choose the token."""
+        return self.batch.shaped(per_token(self.credit, self.batch.spans))
+
+    @property
+    def has_gradient(self) -> Tensor:
+        """Rows that can have a gradient; bool ``[R]``. The others need neither a forward nor a backward pass."""
+        trains = self.lengths > 0
+        if any(term.coefficient for term in self.objective.terms):
+            return trains
+        size = self.credit if self.multiplier is None else product(self.credit, self.multiplier, self.batch.spans)
+        moves = size != 0
+        moves = moves[:, 0] if moves.dim() == 2 else segment.maximum(moves.float(), self.spans) > 0
+        return trains & moves & (self.row_weights != 0).expand(len(trains), 1)[:, 0]
+
+    def with_denominators(
+        self,
+        *,
+        batch_num_tokens: int | None = None,
+        global_batch_size: int | None = None,
+        global_num_groups: int | None = None,
+        dp_size: int = 1,
+    ) -> Prepared:
+        """Return the same with row weights for other denominators; those left out are counted from these rows.
+
+        Args:
+            batch_num_tokens: As in :meth:`Objective.prepare`.
+            global_batch_size: As in :meth:`Objective.prepare`.
+            global_num_groups: As in :meth:`Objective.prepare`.
+            dp_size: As in :meth:`Objective.prepare`.
+
+        Raises:
+            TypeError: A number is not a whole number.
+            ValueError: A number is missing or too small.
+        """
+        denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
+        weights = self.objective._weights(self.batch, self.spans, self.lengths, self.signs, self.credit, denominators)
+        return dataclasses.replace(self, **weights)
+
+    def minibatch(self, rows: Any, **denominators: int) -> Prepared:
+        """Return these rows as a batch of their own, for one optimizer step.
+
+        Advantages stay; denominators count these rows only.
+
+        Args:
+            rows: Integers ``[M]`` or bool ``[R]``; see :meth:`select`.
+            denominators: As in :meth:`with_denominators`.
+        """
+        return self.select(rows).with_denominators(**denominators)
+
+    def select(self, rows: Any) -> Prepared:
+        """Return these rows as a micro-batch. Losses of micro-batches of all rows add up to the loss of the batch.
+
+        Nothing is checked again or sorted, and nothing waits for the device unless ``rows`` itself lies on CUDA.
+
+        Args:
+            rows: Integers ``[M]`` or bool ``[R]``: a tensor, an array or a sequence; best on the host.
+
+        Raises:
+            TypeError: ``rows`` holds neither integers nor bool.
+            ValueError: A row number is out of range.
+        """
+        chosen = self.batch.selection(rows)
+        part = self.batch.part(chosen)
+        whole = self.mask is self.batch.response_mask
+
+        def pick(x: Tensor | None) -> Any:
+            if x is None or x.dim() == 0:
+                return x
+            return chosen.of_tokens(x) if x.dim() == 1 else chosen.of_rows(x)
+
+        return Prepared(
+            self.objective,
+            part,
+            pick(self.credit),
+            part.spans if whole else part.spans.with_mask(chosen.of_tokens(self.mask)),
+            pick(self.multiplier),
+            pick(self.signs),
+            self.window.part(chosen),
+            tuple(pick(signal) for signal in self.signals),
+            chosen.of_rows(self.lengths),
+            pick(self.row_weights),
+            tuple((pick(mask), pick(weights)) for mask, weights in self.terms),
+        )
+
+
+def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tensor]) -> Loss:
+    objective, batch = prepared.objective, prepared.batch
+    flat = batch.flat(log_probs, "log_probs")
+    current = flat.detach()
+    to = objective.ratio.to if hasattr(objective.ratio, "to") else "old_log_probs"
+    on_policy = to == "old_log_probs" and batch.old_log_probs is None
+    reference = current if on_policy else batch.input(to)
+    log_ratio, window = objective.ratio(batch.spans, current, reference, prepared.credit), prepared.window
+    advantages = prepared.credit
+    if objective.scales:
+        window = window.per_token(batch.spans)
+        ratios_of_tokens = log_ratio.per_token(batch.spans, current)
+        for scale, signal in zip(objective.scales, prepared.signals, strict=True):
+            factor = scale(current, ratios_of_tokens, prepared.credit, batch.spans, window, signal)
+            advantages = product(advantages, factor, batch.spans)
+    weights = prepared.row_weights
     if prepared.multiplier is not None:
-        weight = product(prepared.multiplier, weight, batch)
-    # Along a row, tokens that do not train are summed and counted all the same.
-    along = log_ratio.cumulative or window.power != 0
-    value, stats = ops.policy_loss(
-        log_probs,
-        batch.rows if along else rows,
+        weights = product(prepared.multiplier, weights, batch.spans)
+    # Along a row, tokens that do not train still count in sums and positions.
+    along = (log_ratio.cumulative or window.power != 0) and prepared.spans.mask is not batch.response_mask
+    rows, stats = ops.policy_loss(
+        flat,
+        batch.spans if along else prepared.spans,
         window.surrogate,
         reference=log_ratio.reference,
         log_ratio=log_ratio.log_ratio,
         advantages=advantages,
-        weights=weight,
-        trains=prepared.mask if along and (objective.weights or objective.sampling is not None) else None,
-        low=number(window.low),
-        high=number(window.high),
-        cap=number(window.cap),
+        weights=weights,
+        trains=prepared.mask if along else None,
+        low=window.low,
+        high=window.high,
+        cap=window.cap,
         cumulative=log_ratio.cumulative,
         bound=log_ratio.bound,
         power=window.power,
         clamp=log_ratio.clamp,
+        **window.gate,
     )
-    totals = stats.sum(0)
-    tokens = totals[ops.LOSS_STATS.index("tokens")]
-    rates = dict(zip(ops.LOSS_STATS, totals / tokens.clamp(min=1), strict=True))
-    metrics = {
-        "policy_loss": value.detach(),
-        "ratio": rates["ratio"],
-        "approx_kl": rates["divergence"],
-        "clip_low": rates["below"],
-        "clip_high": rates["above"],
-        "clip_cap": rates["capped"],
-        "tokens": tokens,
-    }
-    if objective.kl is not None:
-        penalty, _ = ops.policy_loss(
-            log_probs,
-            rows,
-            objective.kl.surrogate,
-            reference=batch.ref_log_probs,
-            weights=prepared.penalty_weights * objective.kl.beta,
-            clamp=(-20.0, 20.0),
-        )
-        value = value + penalty
-        metrics["kl"] = penalty.detach()
-    metrics["loss"] = value.detach()
-    return loss.Loss(value, metrics)
+    total = rows.sum()
+    policy_loss = total.detach()
+    values = {}
+    if objective.terms:
+        variables = {"log_probs": flat, **{name: batch.flat(x, name) for name, x in further.items()}}
+        for term, (mask, term_weights) in zip(objective.terms, prepared.terms, strict=True):
+            spans = prepared.spans if mask is None else prepared.spans.with_mask(mask)
+            value = term(variables, batch, spans, term_weights)
+            values[term.metric] = term.metric_sign * value.detach()
+            total = total + term.coefficient * value
+    loss = total.detach()
+
+    def metrics() -> dict[str, Tensor]:
+        totals = dict(zip(ops.LOSS_STATS, stats.sum(0), strict=True))
+        tokens = totals["tokens"]
+        count = tokens.clamp(min=1)
+        return {
+            "loss": loss,
+            "policy_loss": policy_loss,
+            **values,
+            "ratio_mean": totals["ratio"] / count,
+            "kl_k3_mean": totals["divergence"] / count,
+            "clip_low_fraction": totals["below"] / count,
+            "clip_high_fraction": totals["above"] / count,
+            "clip_cap_fraction": totals["capped"] / count,
+            "nonfinite_log_probs": totals["nonfinite"],
+            "tokens": tokens,
+        }
+
+    return Loss(total, Metrics(metrics))

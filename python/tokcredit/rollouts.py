@@ -1,48 +1,60 @@
-"""A batch of rollouts: rows of tokens in flat buffers, their groups and rewards."""
+"""The batch: rows of tokens in flat buffers, with the group, the reward and the inputs of each."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tokcredit import ops
-from tokcredit.arguments import FLOATS, INTEGERS, describe, row_indices, tensor
-from tokcredit.evidence import FIELDS, KNOWN, check
-from tokcredit.ops import Rows
+from tokcredit import inputs, ops
+from tokcredit.arguments import FLOATS, INTEGERS, describe, row_numbers, tensor
+from tokcredit.groups import Groups
+from tokcredit.selection import Selection
+from tokcredit.spans import Spans
 
 
 @dataclass(frozen=True, eq=False)
 class Rollouts:
-    """Rows of tokens, packed one after another, with the group and the reward of each.
+    """Rows of tokens, packed one after another, with the group and the reward of each row.
 
-    Row r is ``tokens[cu_seqlens[r] : cu_seqlens[r + 1]]``. :meth:`from_padded` makes the same from ``(B, T)`` tensors
-    without copying them.
+    A row is one response: the tokens that followed a prompt. Row r is ``tokens[cu_seqlens[r] : cu_seqlens[r + 1]]``.
+    :meth:`from_padded` makes the same batch from ``(B, T)`` tensors without copying them. Making a batch checks
+    everything once, which on CUDA waits for the device.
+
+    Rewards may have any finite size: group statistics are computed in float64. A row without a True token in
+    ``response_mask`` trains nothing and is left out of group statistics.
 
     Args:
         tokens: int32 or int64 ``[N]``, token ids.
-        cu_seqlens: int32 or int64 ``[R + 1]``, where rows begin and end; from 0 to N, never decreasing. Batches made by
-            :meth:`from_padded` and :meth:`among`, with gaps between rows, hold ``[2, R]``: begins, ends.
-        group_ids: integer ``[R]``, the prompt of each row; any values in any order, groups of any size.
+        cu_seqlens: int32 or int64 ``[R + 1]``, ascending offsets from 0 to N. :class:`~tokcredit.Spans` of N tokens for
+            rows with gaps between them.
+        group_ids: Integers ``[R]``, which rows share a prompt; any values in any order, groups of any size.
         rewards: float ``[R]``, finite.
-        response_mask: bool ``[N]``, True where the policy chose the token, or None for all. A False token inside a row
-            (a tool's reply) is part of the state but is paid nothing and trains nothing.
-        old_log_probs: float ``[N]``, of the policy that the update starts from; None means exactly on policy.
-        rollout_log_probs: float ``[N]``, of the engine that sampled.
-        ref_log_probs: float ``[N]``, of the reference policy.
+        response_mask: bool ``[N]``, True where the policy chose the token, or None for all True. A token that the
+            policy did not choose (a tool's reply) is part of the state and has no advantage and no loss.
+        old_log_probs: float ``[N]``, under the policy that the update starts from. None if the batch is used for one
+            optimizer step: the ratio is then exactly 1.
+        rollout_log_probs: float ``[N]``, under the engine that sampled.
+        ref_log_probs: float ``[N]``, under the reference policy.
         entropies: float ``[N]``, of the next-token distributions, in nats.
-        extras: further evidence by name, whatever a method asks for; see :mod:`tokcredit.evidence`.
+        extras: Any other registered inputs by name; see :mod:`tokcredit.inputs`.
+        trajectory_ids: Integers ``[R]``, the episode that each row belongs to, all different, or None for the same.
+            Several rows of one trajectory are not supported yet.
+        shape: ``(B, T)`` of a padded batch, whose rows begin at multiples of T; set by :meth:`from_padded`.
 
     Raises:
-        TypeError, ValueError: ``argument: expected ..., got ...``.
+        TypeError: An argument is not a tensor or has the wrong dtype.
+        ValueError: A shape, a device or a value is wrong, or an input is not registered.
     """
 
     tokens: Tensor
-    cu_seqlens: Tensor
+    cu_seqlens: Tensor | Spans
     group_ids: Tensor
     rewards: Tensor
     response_mask: Tensor = None  # type: ignore[assignment]
@@ -50,50 +62,48 @@ class Rollouts:
     rollout_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
     entropies: Tensor | None = None
-    extras: Mapping[str, Any] = field(default_factory=dict)
-    shape: tuple[int, int] | None = field(default=None, repr=False)
-    begin: Tensor = field(default=None, init=False, repr=False)  # type: ignore[assignment]
-    end: Tensor = field(default=None, init=False, repr=False)  # type: ignore[assignment]
-    group_index: Tensor = field(default=None, init=False, repr=False)  # type: ignore[assignment]
-    num_groups: int = field(default=0, init=False, repr=False)
-    lengths: Tensor = field(default=None, init=False, repr=False)  # type: ignore[assignment]
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    trajectory_ids: Tensor | None = field(default=None, kw_only=True)
+    shape: tuple[int, int] | None = field(default=None, repr=False, kw_only=True)
+    spans: Spans = field(init=False, repr=False)
+    lengths: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        def put(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
         if not isinstance(self.tokens, Tensor):
             raise TypeError(f"tokens: expected torch.Tensor, got {type(self.tokens).__name__}")
         device, n = self.tokens.device, self.tokens.numel()
         tensor("tokens", self.tokens, INTEGERS, (n,), device)
         edges = self.cu_seqlens
-        if isinstance(edges, Tensor) and edges.dim() == 2:
-            edges = tensor("cu_seqlens", edges, INTEGERS, (2, edges.shape[1]), device).long()
-            put("begin", edges[0])
-            put("end", edges[1])
-        else:
-            size = edges.numel() if isinstance(edges, Tensor) else 0
-            edges = tensor("cu_seqlens", edges, INTEGERS, (size,), device).long()
-            if size == 0 or edges[0] != 0 or edges[-1] != n or bool((edges.diff() < 0).any()):
-                raise ValueError(f"cu_seqlens: expected to rise from 0 to {n}, got {edges.tolist()[:8]}...")
-            put("begin", edges[:-1].contiguous())
-            put("end", edges[1:].contiguous())
-        rows = self.begin.numel()
-        groups = tensor("group_ids", self.group_ids, (*INTEGERS, torch.int16, torch.uint8), (rows,), device)
-        rewards = tensor("rewards", self.rewards, FLOATS, (rows,), device)
+        spans = edges if isinstance(edges, Spans) else Spans.from_cu_seqlens(edges)
+        if spans.size != n:
+            raise ValueError(f"cu_seqlens: expected offsets from 0 to {n}, the number of tokens, got {spans.size}")
+        if spans.device != device:
+            raise ValueError(f"cu_seqlens: expected a tensor on {device}, got one on {spans.device}")
+        rows = spans.num_rows
+        tensor("group_ids", self.group_ids, (*INTEGERS, torch.int16, torch.uint8), (rows,), device)
+        rewards = tensor("rewards", self.rewards, FLOATS, (rows,), device, "; convert with rewards.float()")
         if not bool(torch.isfinite(rewards).all()):
             raise ValueError(f"rewards: expected finite numbers, got {rewards[~torch.isfinite(rewards)].tolist()[:4]}")
-        put("rewards", rewards.double() if rewards.dtype == torch.float64 else rewards.float())
-        names, index = torch.unique(groups, return_inverse=True)
-        put("group_index", index.long())
-        put("num_groups", names.numel())
+        self._set("rewards", rewards if rewards.dtype == torch.float64 else rewards.float())
+        if self.trajectory_ids is not None:
+            ids = tensor("trajectory_ids", self.trajectory_ids, INTEGERS, (rows,), device)
+            if ids.unique().numel() != rows:
+                raise ValueError("trajectory_ids: expected a different id for each row, got one twice")
         if self.response_mask is None:
-            put("response_mask", torch.ones(n, dtype=torch.bool, device=device))
+            self._set("response_mask", torch.ones(n, dtype=torch.bool, device=device))
         tensor("response_mask", self.response_mask, (torch.bool,), (n,), device)
         for name in FIELDS:
-            if getattr(self, name) is not None:
-                tensor(name, getattr(self, name), FLOATS, (n,), device)
-        put("lengths", ops.count(self.rows, self.response_mask).long())
+            if (x := getattr(self, name)) is not None:
+                tensor(name, x, FLOATS, (n,), device)
+        for name, x in self.extras.items():
+            if name in FIELDS:
+                raise ValueError(f"extras: expected {name} as the argument of that name, got it in extras")
+            inputs.get(name).check(x, n, rows, self.shape, device)
+        self._set("spans", spans.with_mask(self.response_mask))
+        self._set("lengths", ops.count(self.spans))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @classmethod
     def from_padded(
@@ -104,25 +114,31 @@ class Rollouts:
         rewards: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        extras: Mapping[str, Any] | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+        trajectory_ids: Tensor | None = None,
         **per_token: Tensor | None,
     ) -> Rollouts:
-        """The same batch from right-padded ``(B, T)`` tensors, which are viewed, not copied.
+        """Return a batch from right-padded ``(B, T)`` tensors, which are viewed and not copied.
 
         Args:
-            tokens: integer ``(B, T)``.
-            response_mask: bool ``(B, T)``; integer and float masks of 0 and 1 are accepted.
-            group_ids: integer ``(B,)``.
+            tokens: Integers ``(B, T)``.
+            response_mask: bool ``(B, T)``; integers and floats count as True where they are not 0.
+            group_ids: Integers ``(B,)``.
             rewards: float ``(B,)``.
-            attention_mask: ``(B, T)``, True on real tokens, which come first. Without it a row ends after the last True
-                of ``response_mask``.
-            extras: as in the class.
-            per_token: ``old_log_probs`` and the other per-token fields, each ``(B, T)``.
+            attention_mask: ``(B, T)``, True on real tokens, which come first. Without it a row ends after the last
+                True of ``response_mask``.
+            extras: As in the class; per-token inputs are ``(B, T, ...)``.
+            trajectory_ids: As in the class.
+            per_token: ``old_log_probs`` and the other per-token arguments of the class, each ``(B, T)``.
+
+        Raises:
+            TypeError: An argument is unknown, or has the wrong dtype.
+            ValueError: A shape or value is wrong, or real tokens do not come first.
         """
         if not isinstance(tokens, Tensor) or tokens.dim() != 2:
             raise ValueError(f"tokens: expected integers (B, T), got {describe(tokens)}")
         if unknown := set(per_token) - set(FIELDS):
-            raise TypeError(f"{sorted(unknown)[0]}: expected one of {', '.join(FIELDS)}")
+            raise TypeError(f"{sorted(unknown)[0]}: expected one of {', '.join(FIELDS)}; put other inputs into extras")
         shape = (tokens.shape[0], tokens.shape[1])
 
         def as_mask(name: str, mask: Any) -> Tensor:
@@ -132,11 +148,9 @@ class Rollouts:
 
         mask = as_mask("response_mask", response_mask)
         real = mask if attention_mask is None else as_mask("attention_mask", attention_mask)
-        begin = torch.arange(shape[0], device=tokens.device) * shape[1]
-        flat = real.reshape(-1)
         length = _length(real)
         if attention_mask is not None:
-            if not torch.equal(ops.count(Rows(begin, begin + shape[1], flat), flat).long(), length):
+            if not torch.equal(real.sum(1), length):
                 raise ValueError("attention_mask: expected real tokens first (right padding), got a gap in a row")
             if bool((mask & ~real).any()):
                 raise ValueError("response_mask: expected False on padding, got True outside attention_mask")
@@ -145,154 +159,337 @@ class Rollouts:
                 raise ValueError(f"{name}: expected float {list(shape)}, got {describe(x)}")
         return cls(
             tokens.reshape(-1),
-            torch.stack([begin, begin + length]),
+            Spans.from_padded(length, shape[1]),
             group_ids,
             rewards,
             mask.reshape(-1),
             **{name: None if x is None else x.reshape(-1) for name, x in per_token.items()},
             extras=extras or {},
+            trajectory_ids=trajectory_ids,
             shape=shape,
+        )
+
+    @classmethod
+    def from_pairs(
+        cls,
+        chosen: Tensor,
+        rejected: Tensor,
+        chosen_mask: Tensor,
+        rejected_mask: Tensor,
+        **per_token: tuple[Tensor, Tensor],
+    ) -> Rollouts:
+        """Return preference pairs as groups of two rows: row 2i is chosen with reward 1, row 2i + 1 rejected with 0.
+
+        Args:
+            chosen: Integers ``(P, T)``, token ids of the chosen rows.
+            rejected: Integers ``(P, T)``, token ids of the rejected rows.
+            chosen_mask: bool ``(P, T)``, True on the tokens of the response.
+            rejected_mask: bool ``(P, T)``.
+            per_token: Any per-token input by name, for the chosen and for the rejected rows, ``(P, T, ...)`` each.
+
+        Raises:
+            TypeError: A tensor has the wrong dtype.
+            ValueError: A shape is wrong, or an input is not registered.
+        """
+
+        def joined(name: str, pair: tuple[Tensor, Tensor]) -> Tensor:
+            if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):
+                raise TypeError(f"{name}: expected tensors for chosen and rejected, got {type(pair).__name__}")
+            first, second = pair
+            if first.shape != second.shape or first.shape[:2] != chosen.shape[:2]:
+                raise ValueError(
+                    f"{name}: expected {list(chosen.shape)} for chosen and rejected, "
+                    f"got {describe(first)} and {describe(second)}"
+                )
+            return torch.stack([first, second], 1).flatten(0, 1)
+
+        joined("chosen, rejected", (chosen, rejected))
+        if chosen.dim() != 2:
+            raise ValueError(f"chosen: expected integers (P, T), got {describe(chosen)}")
+        pairs = chosen.shape[0]
+        groups = torch.arange(pairs, device=chosen.device).repeat_interleave(2)
+        rewards = torch.tensor([1.0, 0.0], device=chosen.device).repeat(pairs)
+        named = {name: joined(name, pair) for name, pair in per_token.items()}
+        return cls.from_padded(
+            joined("rejected", (chosen, rejected)),
+            joined("rejected_mask", (chosen_mask, rejected_mask)),
+            groups,
+            rewards,
+            extras={name: x for name, x in named.items() if name not in FIELDS},
+            **{name: x for name, x in named.items() if name in FIELDS},
         )
 
     @property
     def num_rows(self) -> int:
-        """R."""
-        return self.begin.numel()
+        """Number of rows R."""
+        return self.spans.num_rows
 
     @property
     def num_tokens(self) -> int:
-        """N, the length of the flat buffers, padding included."""
+        """Length N of the flat buffers, padding included."""
         return self.tokens.numel()
 
     @property
-    def rows(self) -> Rows:
-        """Spans and mask as the native operations take them."""
-        return Rows(self.begin, self.end, self.response_mask)
+    def device(self) -> torch.device:
+        """Device of the batch."""
+        return self.tokens.device
 
     @property
-    def everything(self) -> Rows:
-        """Spans without the mask: all real tokens."""
-        return Rows(self.begin, self.end)
+    def begin(self) -> Tensor:
+        """First token of each row; int64 ``[R]``."""
+        return self.spans.begin
 
-    def evidence(self, name: str) -> Any:
-        """What the batch carries under this name, its tokens in one axis: ``[N, ...]``, or ``[R, ...]`` per row.
+    @property
+    def end(self) -> Tensor:
+        """One past the last token of each row; int64 ``[R]``."""
+        return self.spans.end
+
+    @property
+    def all_spans(self) -> Spans:
+        """The rows without the response mask: all real tokens."""
+        return Spans.trusted(self.spans.begin, self.spans.end, self.spans.size)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The groups, sorted once. Reductions such as ``segment.mean(rewards, batch.groups)`` reuse the order."""
+        return Groups.of(self.group_ids)
+
+    @cached_property
+    def nonempty_groups(self) -> Groups:
+        """The groups, in which only rows with a token that the policy chose count."""
+        return self.groups.counting(self.lengths > 0)
+
+    @property
+    def group_index(self) -> Tensor:
+        """Group of each row, from 0 to ``num_groups - 1``; int64 ``[R]``."""
+        return self.groups.index
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return self.groups.count
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """Tokens of each row on the host, masked ones included. On CUDA the first use waits for the device."""
+        sizes: NDArray[np.int64] = self.all_spans.lengths.cpu().numpy()
+        return sizes
+
+    @property
+    def width(self) -> int:
+        """T of a padded batch, else the length of the longest row."""
+        return self.shape[1] if self.shape else int(self.sizes.max(initial=0))
+
+    def input(self, name: str) -> Tensor:
+        """Return a named input, with its tokens on one axis.
+
+        Args:
+            name: Name of a registered input, for example ``"entropies"``. See :mod:`tokcredit.inputs`.
+
+        Returns:
+            Tensor ``[N, ...]`` for a per-token input, ``[R, ...]`` for a per-row input.
 
         Raises:
-            TypeError, ValueError: it is missing, or not what :mod:`tokcredit.evidence` says.
+            ValueError: The batch does not carry the input, or its shape is wrong.
+            TypeError: Its dtype is wrong.
         """
+        entry = inputs.get(name)
         x = getattr(self, name) if name in FIELDS else self.extras.get(name)
         if x is None:
-            raise ValueError(f"{name}: expected in the batch because the objective needs it, got None")
-        return check(name, x, self.num_tokens, self.num_rows, self.shape)
+            raise ValueError(f"{name}: expected in the batch because the objective reads it, got None")
+        return entry.check(x, self.num_tokens, self.num_rows, self.shape, self.device)
 
-    def improbable(self, below: float) -> Tensor:
-        """True at tokens to which the old policy gave a probability of less than ``below``; bool ``[N]``."""
-        return self.evidence("old_log_probs") < (math.log(below) if below > 0 else -math.inf)
+    def has_input(self, name: str) -> bool:
+        """Return whether the batch carries an input.
+
+        Args:
+            name: Name of a registered input.
+        """
+        return (getattr(self, name) if name in FIELDS else self.extras.get(name)) is not None
+
+    def with_inputs(self, **named: Tensor | None) -> Rollouts:
+        """Return the batch with more inputs, or other ones under the same names.
+
+        Args:
+            named: Registered inputs by name, per-token ones as ``[N, ...]`` or in the layout of the batch; None removes
+                one.
+        """
+        own = {name: self._one_axis(x) for name, x in named.items() if name in FIELDS}
+        extras = {**self.extras, **{name: x for name, x in named.items() if name not in FIELDS}}
+        extras = {name: x for name, x in extras.items() if x is not None}
+        return replace(self, **own, extras=extras)  # type: ignore[arg-type]
+
+    def _one_axis(self, x: Tensor | None) -> Tensor | None:
+        """Return a tensor in the layout of the batch as ``[N]``, and anything else as it is."""
+        return x.reshape(-1) if isinstance(x, Tensor) and self.shape and tuple(x.shape) == self.shape else x
 
     def flat(self, x: Tensor, name: str = "x") -> Tensor:
-        """A per-token tensor in the layout of the inputs, ``(B, T)`` or ``[N]``, as ``[N]``."""
+        """Return a per-token tensor in the layout of the batch as ``[N]``.
+
+        Args:
+            x: ``(B, T)`` for a padded batch, ``[N]`` for a packed one.
+            name: Argument name for the error.
+
+        Raises:
+            ValueError: The shape is wrong.
+            TypeError: It is not a tensor.
+        """
         expected = self.shape or (self.num_tokens,)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected torch.Tensor {list(expected)}, got {type(x).__name__}")
         if tuple(x.shape) != expected:
             raise ValueError(f"{name}: expected {list(expected)}, got {list(x.shape)}")
         return x.reshape(-1)
 
     def shaped(self, x: Tensor) -> Tensor:
-        """A flat ``[N]`` tensor in the layout of the inputs."""
+        """Return a flat ``[N]`` tensor in the layout of the batch.
+
+        Args:
+            x: ``[N]``.
+        """
         return x if self.shape is None else x.view(self.shape)
 
     def to_padded(self, x: Tensor) -> Tensor:
-        """A per-token tensor as ``(B, T)``, 0 on padding; a packed batch is unpacked to its longest row."""
+        """Return a per-token tensor as ``(B, T)``, 0 on padding. A packed batch is as wide as its longest row.
+
+        Args:
+            x: In the layout of the batch, or ``[N]``.
+        """
         if self.shape is not None:
             return self.flat(x.reshape(-1).view(self.shape)).view(self.shape)
-        length = self.end - self.begin
-        width = int(length.max()) if self.num_rows else 0
-        target = torch.arange(self.num_rows, device=x.device) * width
-        return ops.repack(self.flat(x), self.begin, target, length, self.num_rows * width).view(self.num_rows, width)
+        target = torch.arange(self.num_rows, device=x.device) * self.width
+        length = self.all_spans.lengths
+        return ops.repack(self.flat(x), self.begin, target, length, self.num_rows * self.width).view(
+            self.num_rows, self.width
+        )
 
     def to_packed(self, x: Tensor) -> Tensor:
-        """A per-token tensor as ``[sum of (end - begin)]``, the rows one after another without padding."""
-        if self.cu_seqlens.dim() == 1:
+        """Return a per-token tensor with the rows one after another, without padding.
+
+        Args:
+            x: In the layout of the batch.
+        """
+        if isinstance(self.cu_seqlens, Tensor):
             return self.flat(x)
-        length = self.end - self.begin
+        length = self.all_spans.lengths
         edges = length.cumsum(0)
-        size = int(edges[-1]) if self.num_rows else 0
-        return ops.repack(self.flat(x), self.begin, edges - length, length, size)
+        return ops.repack(self.flat(x), self.begin, edges - length, length, int(self.sizes.sum()))
 
-    def token_positions(self, rows: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
-        """Where the tokens of these rows (int64 ``[M]``) are, and the spans and shape of the batch they make."""
-        length = (self.end - self.begin)[rows]
-        if self.shape is None:
-            edges = torch.cat([length.new_zeros(1), length.cumsum(0)])
-            take = torch.repeat_interleave(self.begin[rows] - edges[:-1], length)
-            return take + torch.arange(take.numel(), device=take.device), edges, None
-        width = self.shape[1]
-        columns = torch.arange(width, device=rows.device)
-        begin = torch.arange(rows.numel(), device=rows.device) * width
-        take = (self.begin[rows][:, None] + columns).reshape(-1)
-        return take, torch.stack([begin, begin + length]), (rows.numel(), width)
+    def selection(self, rows: Any) -> Selection:
+        """Return which rows and tokens make up a part of the batch.
 
-    def among(self, rows: Tensor) -> Rollouts:
-        """The batch of these rows in the buffers of the whole, which are not copied: other rows become padding.
+        Nothing is sorted and nothing waits for the device, unless ``rows`` itself lies on CUDA.
 
-        Per-token results have the layout of the whole.
+        Args:
+            rows: Integers ``[M]`` or bool ``[R]``: a tensor, an array or a sequence; best on the host.
+
+        Raises:
+            TypeError: ``rows`` holds neither integers nor bool.
+            ValueError: A row number is out of range.
+        """
+        padded = self.shape is not None and self.shape[0] == self.num_rows
+        return Selection.of(row_numbers(rows, self.num_rows), self.spans, self.sizes, self.shape if padded else None)
+
+    def select(self, rows: Any) -> Rollouts:
+        """Return the batch of these rows, in this order, with their inputs.
+
+        Args:
+            rows: Integers ``[M]`` or bool ``[R]``: a tensor, an array or a sequence; best on the host.
+
+        Raises:
+            TypeError: ``rows`` holds neither integers nor bool.
+            ValueError: A row number is out of range.
+        """
+        return self.part(self.selection(rows))
+
+    def part(self, chosen: Selection) -> Rollouts:
+        """Return the batch of a selection of rows.
+
+        Args:
+            chosen: From :meth:`selection`.
+        """
+        made = object.__new__(Rollouts)
+        mask = chosen.of_tokens(self.response_mask)
+        extras = {
+            name: chosen.of_tokens(self.input(name)) if inputs.get(name).per == "token" else chosen.of_rows(x)
+            for name, x in self.extras.items()
+        }
+        per_token = {name: None if (x := getattr(self, name)) is None else chosen.of_tokens(x) for name in FIELDS}
+        values = {
+            "tokens": chosen.of_tokens(self.tokens),
+            "cu_seqlens": chosen.spans,
+            "group_ids": chosen.of_rows(self.group_ids),
+            "rewards": chosen.of_rows(self.rewards),
+            "response_mask": mask,
+            **per_token,
+            "extras": extras,
+            "trajectory_ids": None if self.trajectory_ids is None else chosen.of_rows(self.trajectory_ids),
+            "shape": chosen.shape,
+            "spans": chosen.spans.with_mask(mask),
+            "lengths": chosen.of_rows(self.lengths),
+            "sizes": chosen.sizes,
+        }
+        for name, value in values.items():
+            made._set(name, value)
+        return made
+
+    def detached(self) -> Rollouts:
+        """Return the batch with inputs that carry no gradient."""
+        named = {name: x for name in FIELDS if (x := getattr(self, name)) is not None} | dict(self.extras)
+        attached = {name: x.detach() for name, x in named.items() if x.requires_grad}
+        batch = self.with_inputs(**attached) if attached else self
+        return replace(batch, rewards=self.rewards.detach()) if self.rewards.requires_grad else batch
+
+    def with_mask(self, response_mask: Tensor) -> Rollouts:
+        """Return the batch with another response mask. Nothing waits for the device.
+
+        Args:
+            response_mask: bool ``[N]``.
+
+        Raises:
+            TypeError: The mask is not bool.
+            ValueError: Its shape or device is wrong.
+        """
+        made, spans = object.__new__(Rollouts), self.spans.with_mask(response_mask)
+        made.__dict__.update(self.__dict__)
+        made.__dict__.pop("nonempty_groups", None)
+        made.__dict__.update(response_mask=response_mask, spans=spans, lengths=ops.count(spans))
+        return made
+
+    def keeping(self, rows: Tensor) -> Rollouts:
+        """Return a batch of some rows that shares the buffers of this batch. Tokens of the other rows are padding.
+
+        Per-token results keep the layout of the whole batch. On CUDA this waits for the device.
 
         Args:
             rows: bool ``[R]``.
         """
-        taken = tensor("rows", rows, (torch.bool,), (self.num_rows,), self.tokens.device).nonzero()[:, 0]
+        kept = tensor("rows", rows, (torch.bool,), (self.num_rows,), self.device).nonzero()[:, 0]
         return replace(
             self,
-            cu_seqlens=torch.stack([self.begin[taken], self.end[taken]]),
-            group_ids=self.group_ids[taken],
-            rewards=self.rewards[taken],
-            response_mask=ops.spread(rows, self.rows, self.tokens),
-            extras=self._extras(taken),
+            cu_seqlens=Spans.trusted(self.begin[kept], self.end[kept], self.num_tokens),
+            group_ids=self.group_ids[kept],
+            rewards=self.rewards[kept],
+            response_mask=ops.spread(rows, self.spans),
+            extras={name: x if inputs.get(name).per == "token" else x[kept] for name, x in self.extras.items()},
+            trajectory_ids=None if self.trajectory_ids is None else self.trajectory_ids[kept],
         )
 
-    def _extras(self, rows: Tensor, tokens: Tensor | None = None) -> dict[str, Any]:
-        """The extras of these rows, and of these tokens, or None where tokens stay."""
 
-        def pick(name: str, x: Any) -> Any:
-            size = x.shape[0] if isinstance(x, Tensor) and x.dim() else -1
-            if tokens is None and size >= 0 and tuple(x.shape[:2]) == self.shape:
-                return x
-            per = KNOWN[name].per if name in KNOWN else {self.num_rows: "row", self.num_tokens: "token"}.get(size)
-            index = {"row": rows, "token": tokens}.get(per) if per else None
-            return x if index is None else (self.evidence(name) if name in KNOWN else x).index_select(0, index)
-
-        return {name: pick(name, x) for name, x in self.extras.items()}
-
-    def select(self, rows: Tensor) -> Rollouts:
-        """The batch of these rows, in this order. Per-row and per-token extras follow.
-
-        Args:
-            rows: integer ``[M]`` or bool ``[R]``.
-        """
-        rows = row_indices(rows, self.num_rows, self.tokens.device)
-        take, spans, shape = self.token_positions(rows)
-        per_token = {name: x.index_select(0, take) for name in FIELDS if (x := getattr(self, name)) is not None}
-        return Rollouts(
-            self.tokens.index_select(0, take),
-            spans,
-            self.group_ids[rows],
-            self.rewards[rows],
-            self.response_mask.index_select(0, take),
-            **per_token,
-            extras=self._extras(rows, take),
-            shape=shape,
-        )
+FIELDS = tuple(f.name for f in fields(Rollouts) if f.name in inputs.names())
+"""Registered inputs that are arguments of :class:`Rollouts` of their own."""
 
 
 def _length(mask: Tensor) -> Tensor:
-    """One past the last True of each row of a bool matrix, int64 ``[B]``."""
+    """Return one past the last True of each row of a ``(B, T)`` mask, int64 ``[B]``; 0 in a row without any."""
     rows, width = mask.shape
-    if width == 0:
+    if rows == 0 or width == 0:
         return torch.zeros(rows, dtype=torch.long, device=mask.device)
-    # Eight at a time where they make a word: found in two steps, with an eighth of the temporaries.
+    # Eight at a time where they make a word: two steps, with temporaries an eighth as large.
     mask = mask.contiguous()
     size = 8 if width % 8 == 0 and mask.storage_offset() % 8 == 0 else 1
     present = mask.view(torch.int64 if size == 8 else torch.uint8) != 0
-    # Walking back from the end of the row, the first True is the last of it.
+    # Backward from the end of the row, the first True is the last one.
     skipped = present.flip(1).view(torch.uint8).argmax(1)
     word = present.shape[1] - 1 - skipped
     last = mask.view(rows, -1, size)[torch.arange(rows, device=mask.device), word]

@@ -1,4 +1,4 @@
-"""Ragged rows of four prompts in shuffled order, before any host has laid them out, and what they are worth."""
+"""Ragged rows of four prompts in shuffled order, before any host has laid them out, and their advantages and loss."""
 
 import tokcredit as tc
 import torch
@@ -7,7 +7,7 @@ PROMPTS, SIZE = 4, 4
 
 
 def batch(seed=0):
-    """Rows as dicts. Those of a prompt begin alike and part somewhere inside; tokens of a tool are masked."""
+    """Rows as dicts. Those of a prompt begin alike and branch somewhere inside; tokens of a tool are masked."""
     g = torch.Generator().manual_seed(seed)
     rows = []
     for prompt in range(PROMPTS):
@@ -49,8 +49,8 @@ def rollouts(rows):
     )
 
 
-def worth(objective, rows):
-    """What each token is paid, the loss of all rows, and its gradient to their log-probs, packed."""
+def expected(objective, rows):
+    """The advantages, the loss of all rows, and its gradient to their log-probs, packed."""
     data = rollouts(rows)
     prepared = objective.prepare(data)
     log_probs = torch.cat([row["log_probs"] for row in rows]).requires_grad_()

@@ -14,6 +14,7 @@ if importlib.util.find_spec("areal") is None:
 sys.path.insert(0, str(Path(__file__).parent))
 
 import absent
+import recipes
 import rows as rr
 
 absent.pretend("areal.infra.rpc", "areal.engine", "areal.experimental")
@@ -97,22 +98,32 @@ def stepped(actor, engine):
     """Advantages, loss and gradient, packed, through the actor's own calls."""
     data, engine.table = trajectories()
     data = actor.compute_advantages(data)
-    paid = packed([row["advantages"] for row in data])
+    advantages = packed([row["advantages"] for row in data])
     actor.ppo_update(data)
     gradient = packed(engine.table.grad.split([row["place"].numel() for row in data]))
-    return paid, engine.total, gradient, stats_tracker.export()
+    return advantages, engine.total, gradient, stats_tracker.export()
 
 
 @pytest.mark.parametrize("objective", [TEMPO_CTPO, tc.methods.grpo()], ids=["tempo_ctpo", "grpo"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_training_equals_the_objective(objective, parts):
     engine = Engine(parts)
-    paid, value, gradient, logged = stepped(CreditActor(config(), engine, objective=objective), engine)
-    advantages, loss, expected = rr.worth(objective, ROWS)
-    torch.testing.assert_close(paid, advantages)
+    advantages, value, gradient, logged = stepped(CreditActor(config(), engine, objective=objective), engine)
+    advantages, loss, expected = rr.expected(objective, ROWS)
+    torch.testing.assert_close(advantages, advantages)
     assert value == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
-    assert logged["ppo_actor/update/tokcredit/ratio"] > 0
+    assert logged["ppo_actor/update/tokcredit/ratio_mean"] > 0
+
+
+def test_recipe():
+    """As ``docs/hosts.md`` prints it."""
+    engine = Engine(1)
+    assert recipes.run("AReaL")["with_credit"](engine, config()) is engine
+    advantages, value, *_ = stepped(engine.actor, engine)
+    expected, loss, _ = rr.expected(TEMPO_CTPO, ROWS)
+    torch.testing.assert_close(advantages, expected)
+    assert value == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_training_equals_areal():
@@ -129,12 +140,12 @@ def test_training_equals_areal():
 
 
 def test_weights_correct_for_the_engine():
-    objective = replace(TEMPO_CTPO, weights=(tc.weights.importance_truncated(1.1),))
+    objective = replace(TEMPO_CTPO, token_weights=(tc.token_weights.importance_truncated(1.1),))
     engine = Engine(1)
-    paid, *_ = stepped(CreditActor(config(), engine, objective=objective), engine)
+    advantages, *_ = stepped(CreditActor(config(), engine, objective=objective), engine)
     data = rr.rollouts(ROWS)
     ratio = (data.old_log_probs - data.rollout_log_probs).exp().clamp(max=1.1)
-    torch.testing.assert_close(paid, rr.worth(TEMPO_CTPO, ROWS)[0] * ratio)
+    torch.testing.assert_close(advantages, rr.expected(TEMPO_CTPO, ROWS)[0] * ratio)
 
 
 @pytest.mark.parametrize(
@@ -153,8 +164,12 @@ def test_weights_correct_for_the_engine():
             TEMPO_CTPO,
             "rejection_sampling: expected AReaL's default None",
         ),
-        ({}, tc.methods.pods(), "no sampling stage"),
-        ({}, replace(TEMPO_CTPO, credit=tc.methods.match_tir().credit), "credit stage that reads no more"),
+        ({}, tc.methods.pods(), "expected no filters"),
+        (
+            {},
+            replace(TEMPO_CTPO, credit=tc.methods.match_tir().credit),
+            "credit stage that reads no more inputs",
+        ),
         ({}, tc.methods.ba(), "aggregation stage without group statistics"),
         ({}, tc.methods.dr_grpo(), "a length in the aggregation stage"),
         ({}, replace(TEMPO_CTPO, aggregation=tc.aggregation.token_sum()), "aggregation stage that is a mean"),

@@ -1,7 +1,5 @@
 """OpenRLHF's own experience maker and actor trainer, built as it builds them, with an objective installed."""
 
-import dataclasses
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ pytest.importorskip("openrlhf", reason="OpenRLHF is not installed; make test-oth
 sys.path.insert(0, str(Path(__file__).parent))
 
 import absent
+import recipes
 import rows as rr
 
 absent.pretend("datasets", "deepspeed", "flash_attn", "pandas", "vllm")
@@ -28,7 +27,6 @@ from openrlhf.trainer.ray import ppo_actor
 from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 from tokcredit.adapters import openrlhf as adapter
 
-HOSTS = Path(__file__).parents[2] / "docs/hosts.md"
 # OpenRLHF takes the rows of a prompt to follow each other.
 ROWS = sorted(rr.batch(), key=lambda row: row["group"])
 TEMPO_CTPO = replace(tc.methods.ctpo(), credit=tc.methods.tempo().credit)
@@ -134,14 +132,14 @@ def packed(xs):
     return torch.cat(out)
 
 
-def paid(args):
+def with_advantages(args):
     return maker(args).compute_advantages_and_returns(experiences(args))
 
 
 def trained(args, accumulated=2):
     """Loss and gradient of optimizer steps of several micro-batches, as OpenRLHF's actor and DeepSpeed make them."""
     loss_fn, total, gradients, first = actor_loss(args), 0.0, [], 0
-    steps = iter_grad_accum_global_norm(paid(args), SimpleNamespace(), accumulated, lambda e: e.action_mask)
+    steps = iter_grad_accum_global_norm(with_advantages(args), SimpleNamespace(), accumulated, lambda e: e.action_mask)
     for experience, info in steps:
         mine = ROWS[first : first + len(experience.index)]
         first += len(mine)
@@ -164,21 +162,23 @@ def trained(args, accumulated=2):
     return total, packed(gradients), (clipped.item(), drift.item())
 
 
-def test_advantages_are_what_the_method_pays():
+def test_advantages_are_those_of_the_method():
     adapter.install(TEMPO_CTPO)
-    out = paid(arguments())
-    torch.testing.assert_close(packed([x.advantages for x in out]), rr.worth(TEMPO_CTPO, ROWS)[0])
+    out = with_advantages(arguments())
+    torch.testing.assert_close(packed([x.advantages for x in out]), rr.expected(TEMPO_CTPO, ROWS)[0])
     assert all((x.advantages[x.action_mask == 0] == 0).all() for x in out)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("grpo", "group_norm"), ("rloo", "rloo"), ("dr_grpo", "dr_grpo")])
 def test_advantages_equal_openrlhf(ours, theirs):
-    """But on a tool's tokens, which OpenRLHF pays and does not train."""
-    expected = packed([x.advantages for x in paid(arguments(theirs))]) * torch.cat([row["mask"] for row in ROWS])
+    """Except at tokens of tools, to which OpenRLHF gives advantages that it does not train."""
+    expected = packed([x.advantages for x in with_advantages(arguments(theirs))]) * torch.cat(
+        [row["mask"] for row in ROWS]
+    )
     assert (expected > 0).any() and (expected < 0).any()
     objective = tc.Objective(credit=tc.methods.load(ours).credit)
     adapter.install(objective)
-    found = packed([x.advantages for x in paid(arguments())])
+    found = packed([x.advantages for x in with_advantages(arguments())])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -187,7 +187,7 @@ def test_training_equals_the_objective(objective):
     """Micro-batches of 5, 5, 5 and 1 rows add up to the whole."""
     adapter.install(objective)
     mode = "token-mean" if objective is TEMPO_CTPO else "seq-mean-token-mean"
-    _, loss, gradient = rr.worth(objective, ROWS)
+    _, loss, gradient = rr.expected(objective, ROWS)
     value, theirs, _ = trained(arguments(**{"actor.loss_agg_mode": mode}), accumulated=4)
     assert value == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(theirs, gradient, rtol=1e-5, atol=1e-8)
@@ -244,10 +244,13 @@ def test_experience_makers_refuse(settings, reference, message):
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (tc.methods.pods(), "no sampling stage"),
+        (tc.methods.pods(), "expected no filters"),
         (tc.methods.ba(), "aggregation stage without group statistics"),
         (tc.methods.dr_grpo(), "a length in the aggregation stage"),
-        (tc.Objective(kl=tc.loss.k3()), "no kl stage, for which OpenRLHF has algo.kl.use_loss"),
+        (
+            tc.Objective(terms=(tc.term.kl(estimator="k3"),)),
+            r"expected no terms, because OpenRLHF adds its own \(algo.kl.use_loss for KL\)",
+        ),
     ],
 )
 def test_install_refuses(objective, message):
@@ -258,22 +261,17 @@ def test_install_refuses(objective, message):
 
 def test_recipe():
     """As ``docs/hosts.md`` prints it."""
-    (code,) = re.findall(
-        r"```python\n(# my\.py\nfrom tokcredit\.adapters import openrlhf.*?)```", HOSTS.read_text(), re.DOTALL
-    )
-    names = {"tc": tc, "dataclasses": dataclasses}
-    exec(compile(code, str(HOSTS), "exec"), names)
-    names["setup"]()
-    out = paid(arguments())
-    torch.testing.assert_close(packed([x.advantages for x in out]), rr.worth(TEMPO_CTPO, ROWS)[0])
+    recipes.run("OpenRLHF")["setup"]()
+    out = with_advantages(arguments())
+    torch.testing.assert_close(packed([x.advantages for x in out]), rr.expected(TEMPO_CTPO, ROWS)[0])
     assert isinstance(actor_loss(arguments()), adapter.PolicyLoss)
 
 
-def test_evidence_that_the_batch_lacks():
-    weighted = replace(TEMPO_CTPO, weights=(tc.weights.importance_truncated(2.0),))
+def test_inputs_that_the_batch_lacks():
+    weighted = replace(TEMPO_CTPO, token_weights=(tc.token_weights.importance_truncated(2.0),))
     adapter.install(weighted)
     rows = experiences(arguments())
     for row in rows:
         row.rollout_log_probs = None
-    with pytest.raises(ValueError, match="needs rollout_log_probs"):
+    with pytest.raises(ValueError, match="requires rollout_log_probs"):
         maker(arguments()).compute_advantages_and_returns(rows)

@@ -1,38 +1,90 @@
-"""Recipes of ``docs/hosts.md`` for hosts that are not on PyPI, run as printed, called as the hosts' sources do."""
+"""``docs/hosts.md``: recipes for hosts that are not on PyPI, called as the hosts' sources do, and the table of stages.
 
-import dataclasses
+Recipes for hosts on PyPI run in the tests of their adapters, inside the host's own environment.
+"""
+
 import enum
+import math
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.stages.base import Stage
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import recipes
 import rows as rr
 
-HOSTS = Path(__file__).parents[2] / "docs/hosts.md"
 ROWS = rr.batch()
-TEMPO_CTPO = dataclasses.replace(tc.methods.ctpo(), credit=tc.methods.tempo().credit)
+TEMPO_CTPO = tc.mix("ctpo", credit="tempo")
+# The test that runs the Python block of each section.
+RUN_BY = {
+    "TRL": "test_trl",
+    "verl": "test_verl",
+    "vLLM": "test_vllm",
+    "SkyRL": "test_skyrl",
+    "OpenRLHF": "test_openrlhf",
+    "AReaL": "test_areal",
+    "slime": "test_slime",
+    "prime-rl": "test_recipes",
+    "NeMo-RL": "test_recipes",
+}
 
 
-def recipe(host, monkeypatch, **modules):
-    """The names that the recipe for a host defines, its host's modules holding no more than these."""
+def test_every_block_is_run():
+    """No section has a Python block that no test runs."""
+    assert [name for name in recipes.sections() if recipes.blocks(name)] == list(RUN_BY)
+    for section, module in RUN_BY.items():
+        assert f'recipes.run("{section}")' in (Path(__file__).parent / f"{module}.py").read_text(), section
+
+
+NUMBERS = {
+    **dict.fromkeys(("low", "high", "threshold", "share", "weight", "coefficient", "penalty", "strength"), 0.5),
+    **dict.fromkeys(("clip_ratio_low", "clip_ratio_high", "eps_clip_low", "eps_clip_high", "epsilon"), 0.2),
+    **dict.fromkeys(("clip_min", "tis_clip_low", "delta_low", "delta_high", "opsm_delta"), 0.1),
+    **dict.fromkeys(("clip_ratio_c", "rollout_is_threshold", "epsilon_high", "delta", "cap", "clip_max"), 3.0),
+    **dict.fromkeys(("tau_pos", "tau_neg", "sapo_temperature_pos", "sapo_temperature_neg", "tis_clip"), 1.05),
+    **dict.fromkeys(("dro_beta", "kl_loss_coef", "beta", "entropy_coeff", "entropy_coef", "entropy_loss_coef"), 0.1),
+    **dict.fromkeys(("loss_scale_factor", "max_completion_length", "max_seq_len"), 64),
+    "rs_veto_threshold": 1e-4,
+    "whole_rows": True,
+    "over": "mean",
+    "estimator": "k2",
+    "rule": tc.filters.nonzero_advantage(),
+}
+
+
+def stages_of_the_table():
+    _, _, table = recipes.HOSTS.read_text().partition("## Options of the hosts")
+    for line in table.splitlines():
+        cells = line.strip("| ").split(" | ")
+        if line.startswith("| ") and len(cells) == 2:
+            yield from re.findall(r"`([a-z_]+\.[a-z_]+\(.*?\))`", cells[1])
+
+
+@pytest.mark.parametrize("text", sorted(set(stages_of_the_table())))
+def test_stages_of_the_table_can_be_made(text):
+    kinds = {name: getattr(tc, name) for name in ("clip", "ratio", "term", "token_weights", "filters", "scale")}
+    others = {"aggregation": tc.aggregation, "schedule": tc.schedule, "token_score": tc.token_score}
+    names = {**kinds, **others, **NUMBERS, "log": math.log, "inf": math.inf}
+    names["target_entropy"] = tc.schedule.target_entropy
+    made = eval(text.replace("(...)", "(0.5)").replace("=...", "=0.5"), names)
+    assert isinstance(made, Stage)
+
+
+def with_modules(monkeypatch, **modules):
+    """Modules of a host that is not installed, with no more than these names."""
     for name, members in modules.items():
         parts = name.split("__")
         for i in range(1, len(parts) + 1):
             monkeypatch.setitem(sys.modules, ".".join(parts[:i]), ModuleType(".".join(parts[:i])))
         vars(sys.modules[".".join(parts)]).update(members)
-    (code,) = re.findall(rf"```python\n(# my\.py: {host}\n.*?)```", HOSTS.read_text(), re.DOTALL)
-    names: dict[str, Any] = {"tc": tc, "torch": torch, "dataclasses": dataclasses}
-    exec(compile(code, str(HOSTS), "exec"), names)
-    return names
 
 
 @dataclass
@@ -52,10 +104,11 @@ class LossOutputs:
 
 def test_prime_rl(monkeypatch):
     """One call per sequence, prompt included; the sum is divided by the tokens of all."""
-    loss = recipe("prime-rl", monkeypatch, prime_rl__trainer__rl__loss={"LossOutputs": LossOutputs})["loss"]
-    paid, expected, gradient = rr.worth(TEMPO_CTPO, ROWS)
+    with_modules(monkeypatch, prime_rl__trainer__rl__loss={"LossOutputs": LossOutputs})
+    loss = recipes.run("prime-rl")["loss"]
+    advantages, expected, gradient = rr.expected(TEMPO_CTPO, ROWS)
     found, total, tokens = [], 0.0, sum(int(row["mask"].sum()) for row in ROWS)
-    for row, advantages in zip(ROWS, paid.split([len(row["response"]) for row in ROWS]), strict=True):
+    for row, of_row in zip(ROWS, advantages.split([len(row["response"]) for row in ROWS]), strict=True):
         before = torch.zeros(len(row["prompt"]))
         current = torch.cat([before, row["log_probs"]]).requires_grad_()
         out = loss(
@@ -63,7 +116,7 @@ def test_prime_rl(monkeypatch):
                 trainer_logprobs=current,
                 inference_logprobs=torch.cat([before, row["old_log_probs"]]),
                 ref_logprobs=None,
-                advantages=torch.cat([before + 7, advantages]),
+                advantages=torch.cat([before + 7, of_row]),
                 loss_mask=torch.cat([before, row["mask"]]).bool(),
             )
         )
@@ -86,9 +139,10 @@ class LossInputType(enum.Enum):
 def test_nemo_rl(monkeypatch):
     """Micro-batches of right-padded rows, prompt included, one of which ``sample_mask`` leaves out."""
     members = {"LossType": LossType, "LossInputType": LossInputType}
-    loss_fn = recipe("NeMo-RL", monkeypatch, nemo_rl__algorithms__loss__interfaces=members)["CtpoLoss"]()
+    with_modules(monkeypatch, nemo_rl__algorithms__loss__interfaces=members)
+    loss_fn = recipes.run("NeMo-RL")["CtpoLoss"]()
     assert loss_fn.loss_type is LossType.TOKEN_LEVEL and loss_fn.input_type is LossInputType.LOGPROB
-    paid, expected, gradient = rr.worth(TEMPO_CTPO, ROWS)
+    advantages, expected, gradient = rr.expected(TEMPO_CTPO, ROWS)
     lengths = [len(row["response"]) for row in ROWS]
 
     def whole(xs, outside=0.0):
@@ -101,7 +155,7 @@ def test_nemo_rl(monkeypatch):
         "token_mask": whole([row["mask"].float() for row in ROWS])[extra],
         "sample_mask": torch.tensor([0.0] + [1.0] * len(ROWS)),
         "prev_logprobs": whole([row["old_log_probs"] for row in ROWS])[extra],
-        "advantages": whole(paid.split(lengths), 7.0)[extra],
+        "advantages": whole(advantages.split(lengths), 7.0)[extra],
     }
     current = whole([row["log_probs"] for row in ROWS])[extra].requires_grad_()
     tokens, total = torch.tensor(sum(int(row["mask"].sum()) for row in ROWS)), 0.0

@@ -1,9 +1,7 @@
 """SkyRL's own trainer computes, scales and sums what estimators and policy losses of ours return."""
 
-import dataclasses
 import importlib.util
 import inspect
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ if importlib.util.find_spec("skyrl") is None:
 sys.path.insert(0, str(Path(__file__).parent))
 
 import absent
+import recipes
 import rows as rr
 
 absent.pretend("datasets", "deepspeed", "flash_attn", "pandas", "vllm", "skyrl.tinker")
@@ -30,15 +29,16 @@ from skyrl.train.entrypoints.main_base import BasePPOExp
 from skyrl.train.trainer import RayPPOTrainer
 from tokcredit.adapters import skyrl as adapter
 
-HOSTS = Path(__file__).parents[2] / "docs/hosts.md"
 ROWS = rr.batch()
 ROWWISE = {"loss_reduction": "sequence_mean"}
 SUMMED = tc.aggregation.sequence_sum(12)
 adapter.register("tempo_ctpo", replace(tc.methods.ctpo(), credit=tc.methods.tempo().credit))
 adapter.register("as_dual_clip", tc.Objective(clip=tc.clip.ppo(0.2, 0.2, 3.0), aggregation=tc.aggregation.token_mean()))
 adapter.register("as_gspo", tc.methods.gspo(0.2, 0.2))
+adapter.register("as_cispo", tc.methods.cispo(0.0, 5.0))
+adapter.register("unclipped", tc.mix("dapo", clip="unclipped()"))
 adapter.register("summed", replace(tc.methods.dr_grpo(), aggregation=SUMMED))
-adapter.register("weighted", tc.Objective(weights=(tc.weights.importance_truncated(1.1),)))
+adapter.register("weighted", tc.Objective(token_weights=(tc.token_weights.importance_truncated(1.1),)))
 
 
 class CreditTrainer(adapter.Credit, RayPPOTrainer):
@@ -80,11 +80,11 @@ def trainer(config):
     """SkyRL's trainer with a configuration and nothing that needs a GPU."""
     one = CreditTrainer.__new__(CreditTrainer)
     one.cfg, one.all_metrics = config, {}
-    adapter.checked(config)
+    adapter.check(config)
     return one
 
 
-def paid(config, rows=ROWS):
+def advantages_of(config, rows=ROWS):
     """Advantages as the trainer stores them, packed."""
     out = trainer(config).compute_advantages_and_returns(training_batch(rows))
     return out["advantages"][out["response_mask"].bool()]
@@ -108,17 +108,17 @@ def trained(config, rows=ROWS, parts=((0, 6), (6, 16)), key=None):
         )
         loss.backward()
         total += loss.item()
-    assert 0 <= metrics["clip_ratio"] <= 1
+    assert 0 <= metrics.get("clip_ratio", 0.0) <= 1
     return total, current.grad[batch["response_mask"].bool()]
 
 
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_estimators_equal_skyrl(name):
-    """But on a tool's tokens, which SkyRL pays and does not train."""
+    """Except at tokens of tools, to which SkyRL gives advantages that it does not train."""
     config = configuration(f"tokcredit_{name}", "tokcredit_grpo", **ROWWISE)
-    expected = paid(configuration(name, "regular")) * torch.cat([row["mask"] for row in ROWS])
+    expected = advantages_of(configuration(name, "regular")) * torch.cat([row["mask"] for row in ROWS])
     assert (expected > 0).any() and (expected < 0).any()
-    torch.testing.assert_close(paid(config), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(advantages_of(config), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["tempo_ctpo", "grpo", "tempo", "summed"])
@@ -128,8 +128,8 @@ def test_training_equals_the_objective(name):
     if name == "summed":
         settings["max_seq_len"] = 12
     config = configuration(f"tokcredit_{name}", f"tokcredit_{name}", **settings)
-    advantages, loss, gradient = rr.worth(objective, ROWS)
-    torch.testing.assert_close(paid(config), advantages)
+    advantages, loss, gradient = rr.expected(objective, ROWS)
+    torch.testing.assert_close(advantages_of(config), advantages)
     value, theirs = trained(config)
     assert value == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(theirs, gradient, rtol=1e-5, atol=1e-8)
@@ -137,7 +137,13 @@ def test_training_equals_the_objective(name):
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "settings"),
-    [("as_dual_clip", "dual_clip", {}), ("as_gspo", "gspo", ROWWISE), ("sapo", "sapo", ROWWISE)],
+    [
+        ("as_dual_clip", "dual_clip", {}),
+        ("as_gspo", "gspo", ROWWISE),
+        ("sapo", "sapo", ROWWISE),
+        ("as_cispo", "cispo", {}),
+        ("unclipped", "importance_sampling", {}),
+    ],
 )
 def test_losses_equal_skyrl(ours, theirs, settings):
     expected = trained(configuration("grpo", theirs, **settings))
@@ -148,8 +154,8 @@ def test_losses_equal_skyrl(ours, theirs, settings):
 
 
 def test_multiplying_weights_are_part_of_the_advantage():
-    plain = paid(configuration("tokcredit_grpo", "tokcredit_grpo", **ROWWISE))
-    weighted = paid(configuration("tokcredit_weighted", "tokcredit_grpo", **ROWWISE))
+    plain = advantages_of(configuration("tokcredit_grpo", "tokcredit_grpo", **ROWWISE))
+    weighted = advantages_of(configuration("tokcredit_weighted", "tokcredit_grpo", **ROWWISE))
     data = rr.rollouts(ROWS)
     ratio = (data.old_log_probs - data.rollout_log_probs).exp().clamp(max=1.1)
     torch.testing.assert_close(weighted, plain * ratio, rtol=1e-5, atol=1e-6)
@@ -171,7 +177,7 @@ def test_what_a_worker_is_sent():
         ("tokcredit_tempo", "regular", {}, "policy_loss_type: expected one of tokcredit_.*got 'regular'"),
         ("tokcredit_tempo", "tokcredit_grpo", {}, "loss_reduction: expected 'sequence_mean'"),
         ("tokcredit_tempo", "tokcredit_ba", {}, "aggregation stage without group statistics"),
-        ("tokcredit_pods", "tokcredit_ctpo", {}, "no sampling stage"),
+        ("tokcredit_pods", "tokcredit_ctpo", {}, "expected no filters"),
         ("tokcredit_tempo", "tokcredit_ctpo", {"eps_clip_high": 0.28}, "eps_clip_high: expected SkyRL's default 0.2"),
         ("tokcredit_tempo", "tokcredit_dr_grpo", {}, "a length in the aggregation stage"),
         (
@@ -200,11 +206,11 @@ def test_estimators_need_token_ids():
         RayPPOTrainer.compute_advantages_and_returns(trainer(config), training_batch())
 
 
-def test_evidence_that_the_batch_lacks():
+def test_inputs_that_the_batch_lacks():
     batch = training_batch()
     del batch["rollout_logprobs"]
     config = configuration("tokcredit_weighted", "tokcredit_grpo", **ROWWISE)
-    with pytest.raises(ValueError, match="needs rollout_log_probs"):
+    with pytest.raises(ValueError, match="requires rollout_log_probs"):
         trainer(config).compute_advantages_and_returns(batch)
     del batch["loss_mask"]
     with pytest.raises(RuntimeError, match="loss_mask: expected in SkyRL's batch"):
@@ -213,9 +219,7 @@ def test_evidence_that_the_batch_lacks():
 
 def test_recipe():
     """As ``docs/hosts.md`` prints it: SkyRL's entry point makes our trainer, which has checked the configuration."""
-    (code,) = re.findall(r"```python\n(from skyrl\.train.*?)```", HOSTS.read_text(), re.DOTALL)
-    names = {"tc": tc, "dataclasses": dataclasses}
-    exec(compile(code, str(HOSTS), "exec"), names)
+    names = recipes.run("SkyRL")
     whole = configuration("tokcredit_mix", "tokcredit_mix", **ROWWISE)
     parts = dict.fromkeys(inspect.signature(BasePPOExp.get_trainer).parameters)
     del parts["self"]
@@ -224,5 +228,5 @@ def test_recipe():
 
 
 def test_names_are_registered_once():
-    with pytest.raises(ValueError, match="name: expected a new one, got 'tempo'"):
+    with pytest.raises(ValueError, match="name: expected a new name, got 'tempo'"):
         adapter.register("tempo", tc.methods.tempo())

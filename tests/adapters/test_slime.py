@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import recipes
 import rows as rr
 from tokcredit.adapters import slime
 
@@ -46,16 +47,16 @@ def rollout_data(partition):
     }
 
 
-def test_advantages_are_what_the_method_pays():
+def test_advantages_are_those_of_the_method():
     """In the order of the rank's rows, with the shapes of its log-probs, which slime weighs them against."""
     order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(1)).tolist()
     data = rollout_data(order)
-    assert slime.advantages(tc.methods.tempo())(arguments(), data) is None
+    assert recipes.run("slime")["credit"](arguments(), data) is None
     whole = tc.methods.tempo().prepare(rr.rollouts(ROWS)).advantages.split([len(row["response"]) for row in ROWS])
-    for paid, returned, row in zip(data["advantages"], data["returns"], order, strict=True):
-        torch.testing.assert_close(paid, whole[row])
-        assert returned is paid
-    assert any((x != x[0]).any() for x in whole), "no token is paid for a branch"
+    for found, returned, row in zip(data["advantages"], data["returns"], order, strict=True):
+        torch.testing.assert_close(found, whole[row])
+        assert returned is found
+    assert any((x != x[0]).any() for x in whole), "no advantage of a branch"
 
 
 def rank(number, port, queue):
@@ -119,8 +120,8 @@ def test_samples_of_several_rows():
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        (tc.methods.pods(), "no sampling stage"),
-        (tc.Objective(weights=(tc.weights.importance_truncated(2.0),)), "needs old_log_probs, rollout_log_probs"),
+        (tc.methods.pods(), "expected no filters"),
+        (tc.Objective(token_weights=(tc.token_weights.importance_truncated(2.0),)), "requires old_log_probs"),
     ],
 )
 def test_methods_that_slime_cannot_carry(objective, message):

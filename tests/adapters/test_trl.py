@@ -15,12 +15,12 @@ pytest.importorskip("trl", reason="TRL is not installed; make test-trl")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import recipes
 import scripted
 import tiny
 import trl
 from datasets import Dataset
 from tokcredit.adapters.trl import CreditGRPOTrainer
-from tokcredit.choice import Choice
 
 AS_TRL = tc.credit.group_normalized(epsilon=1e-4)
 PARITY = {
@@ -36,6 +36,14 @@ PARITY = {
         dict(loss_type="cispo", epsilon_high=1.1),
     ),
     "sapo": (replace(tc.methods.sapo(), credit=AS_TRL), dict(loss_type="sapo")),
+    "luspo": (
+        replace(tc.methods.gspo(), credit=AS_TRL, aggregation=tc.aggregation.sequence_sum(1)),
+        dict(loss_type="luspo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
+    ),
+    "delta": (
+        tc.Objective(AS_TRL, clip=tc.clip.ppo(0.2, 0.2, 1.5), aggregation=tc.aggregation.token_mean()),
+        dict(loss_type="dapo", delta=1.5),
+    ),
 }
 SHARED = ("loss", "grad_norm", "reward", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean")
 
@@ -64,9 +72,32 @@ def test_equals_stock_trl(name, tmp_path):
     ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path), objective=objective)
     theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **settings))
     # TRL counts a sequence-level clip once per row, and bounds no ratio of cispo and sapo under these names.
-    clips = [] if name in ("gspo", "cispo", "sapo") else ["clip_ratio/low_mean", "clip_ratio/high_mean"]
+    counted = name in ("grpo", "dapo", "dr_grpo", "delta")
+    clips = ["clip_ratio/low_mean", "clip_ratio/high_mean"] if counted else []
     assert name == "sapo" or ours[0].state.log_history[2]["clip_ratio/region_mean"] > 0, "nothing was clipped"
     equal(ours, theirs, ("loss", "grad_norm", "reward", "entropy", *clips))
+
+
+def test_off_policy_mask(tmp_path, monkeypatch):
+    """Rows with a negative advantage that have become much less probable than under the engine have no gradient."""
+    scripted.with_scripted_engine(monkeypatch)
+    reported = scripted.rollout
+
+    def complete(prompts, trainer):
+        out = reported(prompts, trainer)
+        return {**out, "logprobs": [[-2.0 if x is None else x for x in row] for row in out["logprobs"]]}
+
+    monkeypatch.setattr(scripted, "rollout", complete)
+    mask = tc.scale.within("difference", over="mean", low=-0.1, signs="negative", to="rollout_log_probs")
+    objective, settings = PARITY["dapo"]
+    engine = dict(use_vllm=True, vllm_importance_sampling_correction=False)
+    args = scripted.arguments(tmp_path, **engine)
+    ours = scripted.train(CreditGRPOTrainer, args, objective=replace(objective, scales=(mask,)))
+    args = scripted.arguments(tmp_path, **engine, **settings, off_policy_mask_threshold=0.1)
+    # TRL counts clips of the rows that it masks too.
+    equal(ours, scripted.train(trl.GRPOTrainer, args), ("loss", "grad_norm", "reward", "entropy"))
+    unmasked = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **engine), objective=objective)
+    assert not torch.allclose(unmasked[1][0], ours[1][0], rtol=0.1), "nothing was masked"
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo"])
@@ -107,11 +138,15 @@ def test_weighted_rewards(tmp_path):
     equal(ours, theirs)
 
 
+MASKED = dict(mask_truncated_completions=True, steps_per_generation=2, gradient_accumulation_steps=2)
+
+
 def test_truncated_completions_leave_the_mean_over_rows(tmp_path):
-    """The same where the mean is over tokens; where it is over rows, TRL counts the rows that it masked."""
-    masked = dict(mask_truncated_completions=True, steps_per_generation=2, gradient_accumulation_steps=2)
+    """TRL counts the rows that it masked: in group statistics, as ``count_empty`` does, and in the mean over rows."""
+    masked = MASKED
     for name in ("dapo", "grpo"):
         objective, settings = PARITY[name]
+        objective = replace(objective, credit=replace(AS_TRL, count_empty=True))
         ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **masked), objective=objective)
         theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **masked, **settings))
         if name == "dapo":
@@ -119,6 +154,20 @@ def test_truncated_completions_leave_the_mean_over_rows(tmp_path):
         else:
             kept = sum(row % 3 != 0 for row in range(8))
             torch.testing.assert_close(ours[1][0] * kept / 8, theirs[1][0], rtol=2e-4, atol=1e-6)
+
+
+def test_truncated_completions_leave_the_group_by_default(tmp_path):
+    """Means and deviations of the rewards are those of the rows that end."""
+    args = scripted.arguments(tmp_path, **MASKED, max_steps=1)
+    trainer, _ = scripted.train(CreditGRPOTrainer, args, method="grpo")
+    prepared = trainer._prepared["train"]
+    rewards = prepared.batch.rewards.view(-1, scripted.GENERATIONS)
+    ended = (prepared.lengths > 0).view(-1, scripted.GENERATIONS)
+    assert (~ended).any(1).all() and (ended.sum(1) > 1).all()
+    for row, kept, advantages in zip(rewards, ended, prepared.credit.view_as(rewards), strict=True):
+        expected = (row[kept] - row[kept].mean()) / (row[kept].std() + 1e-6)
+        torch.testing.assert_close(advantages[kept], expected, rtol=1e-4, atol=1e-5)
+    assert prepared.credit.abs().sum() > 0.1
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +226,7 @@ def test_evaluation_leaves_training_alone(tmp_path):
     same_gradients(watched[1], plain[1])
 
 
-def test_tokens_are_paid_by_the_method(tmp_path):
+def test_advantages_are_those_of_the_method(tmp_path):
     trainer, _ = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, max_steps=1), method="tempo")
     prepared = trainer._prepared["train"]
     batch = prepared.batch
@@ -192,26 +241,27 @@ def test_tokens_are_paid_by_the_method(tmp_path):
     )
     torch.testing.assert_close(prepared.advantages, expected.advantages)
     inside = prepared.advantages.masked_fill(~expected.mask.view(batch.shape), torch.nan)
-    assert any(row[~row.isnan()].unique().numel() > 1 for row in inside), "no row is paid differently along its tokens"
+    assert any(row[~row.isnan()].unique().numel() > 1 for row in inside), "no row has different advantages"
     micro = torch.cat([part["rollout"] for part in trainer._buffered_inputs])
-    paid = torch.cat([part["advantages"] for part in trainer._buffered_inputs])
+    advantages = torch.cat([part["advantages"] for part in trainer._buffered_inputs])
     assert sorted(micro.tolist()) == list(range(batch.num_rows)) != micro.tolist()
-    torch.testing.assert_close(paid, expected.advantages[micro])
+    torch.testing.assert_close(advantages, expected.advantages[micro])
 
 
 @dataclass(frozen=True)
-class undecided(Choice):
-    """Selects tokens of high entropy."""
+class undecided(tc.filters.Filter):
+    """The tokens of high entropy."""
 
     reads: ClassVar[frozenset[str]] = frozenset({"entropies", "old_log_probs"})
 
     def __call__(self, batch, advantages):
-        return batch.entropies > batch.entropies[batch.response_mask].median()
+        entropies = batch.input("entropies")
+        return entropies > entropies[batch.response_mask].median()
 
 
-def test_collects_evidence_that_trl_had_no_use_for(tmp_path):
+def test_collects_inputs_that_trl_had_no_use_for(tmp_path):
     settings = dict(max_steps=1, steps_per_generation=2, num_iterations=1)
-    objective = tc.Objective(weights=(undecided(),))
+    objective = tc.Objective(filters=(undecided(),))
     trainer, gradients = scripted.train(
         CreditGRPOTrainer, scripted.arguments(tmp_path, **settings), objective=objective
     )
@@ -233,11 +283,13 @@ def test_collects_evidence_that_trl_had_no_use_for(tmp_path):
 
 
 @dataclass(frozen=True)
-class from_hidden_states(Choice):
+class credit_from_hidden_states(tc.credit.Credit):
     reads: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
-    def __call__(self, batch, advantages=None):
-        return batch.rewards[:, None]
+
+@dataclass(frozen=True)
+class weight_from_hidden_states(tc.token_weights.TokenWeight):
+    reads: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
 
 @pytest.mark.parametrize(
@@ -247,16 +299,27 @@ class from_hidden_states(Choice):
         (dict(epsilon_high=0.28), dict(method="dapo"), "epsilon_high: expected .* clip stage"),
         (dict(importance_sampling_level="sequence"), dict(method="gspo"), "importance_sampling_level: .* ratio stage"),
         (dict(scale_rewards="none"), dict(method="dr_grpo"), "scale_rewards: .* credit stage"),
-        (dict(top_entropy_quantile=0.2), dict(method="grpo"), "top_entropy_quantile: .* weights stage"),
+        (dict(top_entropy_quantile=0.2), dict(method="grpo"), "top_entropy_quantile: .* choose tokens"),
         (dict(entropy_coef=0.1), dict(method="grpo"), "entropy_coef: .* entropy bonus"),
         (dict(beta=0.1), dict(method="grpo"), "use_bias_correction_kl: expected False"),
-        ({}, dict(objective=tc.Objective(kl=tc.loss.k2(0.1))), "beta: expected 0.1"),
-        ({}, dict(objective=tc.Objective(credit=from_hidden_states())), "credit stage .* needs hidden_states"),
-        ({}, dict(objective=tc.Objective(weights=(from_hidden_states(),))), "weights stage .* needs hidden_states"),
+        ({}, dict(objective=tc.Objective(terms=(tc.term.kl(0.1, estimator="k2"),))), "beta: expected 0.1"),
         (
             {},
-            dict(objective=tc.Objective(weights=(tc.weights.importance_truncated(),))),
-            "weights stage .* needs rollout_log_probs",
+            dict(objective=tc.Objective(terms=(tc.term.kl(tc.schedule.linear(0.1, 0.2)),))),
+            "beta: expected a number other than 0",
+        ),
+        ({}, dict(objective=tc.mix("grpo", terms="entropy(0.1)")), "terms that differentiate log-probs only"),
+        ({}, dict(objective=tc.mix("grpo", terms="entropy(target_entropy(0.1))")), "expected no controller"),
+        ({}, dict(objective=tc.Objective(credit_from_hidden_states())), "credit stage .* requires hidden_states"),
+        (
+            {},
+            dict(objective=tc.Objective(token_weights=(weight_from_hidden_states(),))),
+            "token_weight stage .* requires hidden_states",
+        ),
+        (
+            {},
+            dict(objective=tc.Objective(token_weights=(tc.token_weights.importance_truncated(),))),
+            "token_weight stage .* requires rollout_log_probs",
         ),
         ({}, dict(method="gppo"), "name: expected one of"),
     ],
@@ -268,7 +331,7 @@ def test_refuses_what_would_be_ignored(settings, keywords, message, tmp_path):
 
 def test_refuses_to_correct_for_the_engine_twice(tmp_path, monkeypatch):
     scripted.with_scripted_engine(monkeypatch)
-    objective = tc.Objective(weights=(tc.weights.importance_truncated(),))
+    objective = tc.Objective(token_weights=(tc.token_weights.importance_truncated(),))
     with pytest.raises(ValueError, match="vllm_importance_sampling_correction: expected False"):
         CreditGRPOTrainer(
             tiny.model(), scripted.reward, scripted.arguments(tmp_path, use_vllm=True), objective=objective
@@ -279,6 +342,23 @@ def test_refuses_to_correct_for_the_engine_twice(tmp_path, monkeypatch):
 def test_takes_one_objective(keywords, tmp_path):
     with pytest.raises(TypeError, match="method, objective: expected exactly one of them"):
         CreditGRPOTrainer(tiny.model(), scripted.reward, scripted.arguments(tmp_path), **keywords)
+
+
+@pytest.mark.parametrize("keywords", [dict(method="sft"), dict(objective=tc.methods.dpo())])
+def test_takes_policy_gradient_objectives(keywords, tmp_path):
+    with pytest.raises(TypeError, match=r"objective: expected a tokcredit\.Objective, got"):
+        CreditGRPOTrainer(tiny.model(), scripted.reward, scripted.arguments(tmp_path), **keywords)
+
+
+def test_settings_follow_the_progress_of_training(tmp_path):
+    plain, other = tc.credit.group_normalized(), tc.credit.leave_one_out()
+    args = scripted.arguments(tmp_path, steps_per_generation=2)
+    objective = tc.Objective(tc.credit.sum(plain, other, tc.schedule.linear(0.1, 0.5)))
+    trainer, _ = scripted.train(CreditGRPOTrainer, args, objective=objective)
+    prepared = trainer._prepared["train"]
+    # The second generation batch is sampled after two of four steps.
+    assert prepared.objective.credit.weight == pytest.approx(0.3)
+    torch.testing.assert_close(prepared.credit, plain(prepared.batch) + 0.3 * other(prepared.batch))
 
 
 def test_missing_key_is_loud(tmp_path, monkeypatch):
@@ -301,31 +381,56 @@ def test_missing_hook_is_loud(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["tempo", "ctpo"])
-def test_learns(method, tmp_path):
-    """Sampled completions, paid for each 3 in them: the reward rises."""
+def test_a_step_follows_the_advantages(method, tmp_path):
+    """Completions that the model samples: one small step raises the sum of advantage times log-prob."""
 
-    def threes(completions, **columns):
-        return [text.count("3") / 8 for text in completions]
+    def by_place(completions, **columns):
+        return [(i % 3) / 2 for i in range(len(completions))]
 
     args = scripted.arguments(
         tmp_path,
-        max_steps=30,
+        max_steps=1,
         per_device_train_batch_size=32,
         gradient_accumulation_steps=1,
         steps_per_generation=1,
         num_generations=8,
         max_completion_length=8,
-        optim="adamw_torch",
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         num_iterations=1,
     )
     data = Dataset.from_dict({"prompt": scripted.PROMPTS * 8})
     trainer = CreditGRPOTrainer(
-        tiny.model(), threes, args, method=method, train_dataset=data, processing_class=tiny.tokenizer()
+        tiny.model(), by_place, args, method=method, train_dataset=data, processing_class=tiny.tokenizer()
     )
+    kept, generate = [], trainer._generate_and_score_completions
+
+    @torch.no_grad()
+    def log_probs(batch):
+        return trainer._forward(trainer.model, batch)[0].double()
+
+    def generated(inputs):
+        batch = generate(inputs)
+        kept.append((batch, log_probs(batch)))
+        return batch
+
+    trainer._generate_and_score_completions = generated
     trainer.train()
-    rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
-    assert sum(rewards[-5:]) / 5 > 2 * sum(rewards[:5]) / 5 > 0
+    ((batch, before),) = kept
+    after = log_probs(batch)
+    assert batch["advantages"].abs().sum() > 1
+    assert (batch["advantages"] * batch["completion_mask"] * (after - before)).sum() > 0
+
+
+def test_recipe(tmp_path):
+    """As ``docs/hosts.md`` prints it."""
+    tiny.model().save_pretrained(tmp_path / "start")
+    tiny.tokenizer().save_pretrained(tmp_path / "start")
+    args = scripted.arguments(tmp_path, max_steps=1)
+    data = Dataset.from_dict({"prompt": scripted.PROMPTS * 8})
+    trainer = recipes.run("TRL")["make_trainer"](str(tmp_path / "start"), scripted.reward, args, data)
+    assert trainer.credit_objective == tc.mix("ctpo", credit="tempo", aggregation="tempo")
+    trainer.train()
+    assert trainer.state.log_history[0]["tokcredit/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_example(tmp_path):
@@ -334,4 +439,4 @@ def test_example(tmp_path):
     example = Path(__file__).parents[2] / "examples/trl_sums.py"
     arguments = ["--model", tmp_path, "--steps", "2", "--output", tmp_path / "out", "--cpu"]
     run = subprocess.run([sys.executable, example, *arguments], capture_output=True, text=True, check=True)
-    assert run.stdout.count("tokcredit/ratio") == 2
+    assert run.stdout.count("tokcredit/ratio_mean") == 2

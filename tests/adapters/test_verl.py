@@ -1,5 +1,6 @@
 """Against verl's own estimators and losses, on its own batches, in this process and in Ray actors."""
 
+import math
 import os
 import subprocess
 import sys
@@ -15,13 +16,15 @@ pytest.importorskip("verl", reason="verl is not installed; make test-verl")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ray
+import recipes
 import transfer_queue as tq
 import verl_batch as vb
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf, open_dict
 from tokcredit.adapters import verl as adapter
 from tokcredit.adapters import verl_trainer
-from tokcredit.choice import Choice
+from tokcredit.adapters.capabilities import policy_methods
+from tokcredit.methods.hapo import widened
 
 SEQUENCES = "seq-mean-token-mean"
 ROWS = vb.batch()
@@ -34,7 +37,23 @@ adapter.register("as_vanilla_rows", lambda: tc.methods.grpo(cap=3.0))
 adapter.register("as_vanilla_sum", lambda: replace(tc.methods.dr_grpo(), clip=tc.clip.ppo(0.2, 0.2, 3.0)))
 adapter.register("as_gspo", lambda: tc.methods.gspo(0.2, 0.2))
 adapter.register("as_cispo", lambda: tc.methods.cispo(0.2, 0.2))
+adapter.register(
+    "as_dppo_tv",
+    lambda: tc.mix("dapo", clip=tc.clip.gated(on="probability", low=-0.05, high=0.08, cap=math.log(3.0))),
+)
+adapter.register(
+    "as_dppo_kl",
+    lambda: tc.mix("dapo", clip=tc.clip.gated(on="binary_kl", low=-0.05, high=0.08, cap=math.log(3.0))),
+)
+adapter.register("as_gpg", lambda: tc.mix("dapo", ratio="one()", clip="gated()"))
+# verl's settings of the losses that have other bounds than its defaults.
+BOUNDS = {"clip_ratio_low": 0.05, "clip_ratio_high": 0.08}
+THEIRS = {"as_dppo_tv": BOUNDS, "as_dppo_kl": BOUNDS}
+UNBOUNDED = ("sapo", "as_gpg")
 LOSSES = {
+    "as_dppo_tv": ("dppo_tv", "token-mean"),
+    "as_dppo_kl": ("dppo_kl", "token-mean"),
+    "as_gpg": ("gpg", "token-mean"),
     "as_vanilla": ("vanilla", "token-mean"),
     "as_vanilla_rows": ("vanilla", SEQUENCES),
     "as_vanilla_sum": ("vanilla", "seq-mean-token-sum-norm"),
@@ -46,7 +65,7 @@ LOSSES = {
 
 def estimated(name, rows=ROWS, **settings):
     config = OmegaConf.merge(ALGORITHM, {"tokcredit": settings}) if settings else ALGORITHM
-    with adapter.rollouts(vb.evidence(rows)):
+    with adapter.rollouts(vb.fields(rows)):
         return vb.advantages(rows, f"tokcredit_{name}", config)
 
 
@@ -67,26 +86,39 @@ def test_estimators_equal_verl(ours, settings, theirs, std):
     torch.testing.assert_close(estimated(ours, **settings), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_rows_without_a_chosen_token():
+    """verl counts them in their group, as ``count_empty`` does."""
+    counting = tc.credit.group_normalized(count_empty=True)
+    adapter.register("counting_empty", lambda: tc.Objective(counting))
+    empty = next(i for i, row in enumerate(ROWS) if row["uid"] == "p1")
+    rows = list(ROWS)
+    rows[empty] = {**rows[empty], "response_mask": torch.zeros_like(rows[empty]["response_mask"])}
+    expected = vb.advantages(rows, "grpo", ALGORITHM)
+    torch.testing.assert_close(estimated("counting_empty", rows), expected, rtol=1e-5, atol=1e-6)
+    group = torch.tensor([row["uid"] == "p1" for row in rows])
+    assert ((estimated("grpo", rows) - expected).abs()[group].amax(1) > 0.01).sum() == 2
+
+
 def test_optimal_token_baseline_equals_verl():
     """On rows without tool tokens; verl ends a row at its count of chosen tokens."""
     rows = [row | {"response_mask": torch.ones_like(row["response_mask"])} for row in ROWS if row["uid"] != "pad9"]
     rows += [row for row in ROWS if row["uid"] == "pad9"]
     expected = vb.advantages(rows, "optimal_token_baseline", ALGORITHM)
     assert (expected > 0).any() and (expected < 0).any()
-    assert (expected.std(1) > 0.05).any(), "tokens of a row are paid alike"
+    assert (expected.std(1) > 0.05).any(), "tokens of a row have equal advantages"
     torch.testing.assert_close(estimated("otb", rows), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_credit_of_the_tree():
-    paid = estimated("tempo")
-    evidence, names = vb.evidence(ROWS), sorted({row["uid"] for row in ROWS})
+    advantages = estimated("tempo")
+    fields, names = vb.fields(ROWS), sorted({row["uid"] for row in ROWS})
     groups = torch.tensor([names.index(row["uid"]) for row in ROWS])
     rewards = torch.stack([row["rm_scores"].sum() for row in ROWS])
     mask = vb.padded(ROWS, "response_mask")
-    data = tc.Rollouts.from_padded(evidence["responses"], mask, groups, rewards, evidence["attention_mask"])
-    torch.testing.assert_close(paid, tc.methods.tempo().prepare(data).advantages)
-    assert (paid != vb.advantages(ROWS, "grpo", ALGORITHM))[mask.bool()].any(), "no token is paid for a branch"
-    assert (paid[~mask.bool()] == 0).all()
+    data = tc.Rollouts.from_padded(fields["responses"], mask, groups, rewards, fields["attention_mask"])
+    torch.testing.assert_close(advantages, tc.methods.tempo().prepare(data).advantages)
+    assert (advantages != vb.advantages(ROWS, "grpo", ALGORITHM))[mask.bool()].any(), "no advantage of a branch"
+    assert (advantages[~mask.bool()] == 0).all()
 
 
 def test_padding_rows_change_nothing():
@@ -96,10 +128,10 @@ def test_padding_rows_change_nothing():
 
 
 def test_multiplying_weights_are_part_of_the_advantage():
-    adapter.register("weighted", lambda: tc.Objective(weights=(tc.weights.importance_truncated(1.1),)))
+    adapter.register("weighted", lambda: tc.Objective(token_weights=(tc.token_weights.importance_truncated(1.1),)))
     plain, weighted = estimated("grpo"), estimated("weighted")
-    evidence = vb.evidence(ROWS)
-    ratio = (evidence["old_log_probs"] - evidence["rollout_log_probs"]).exp().clamp(max=1.1)
+    fields = vb.fields(ROWS)
+    ratio = (fields["old_log_probs"] - fields["rollout_log_probs"]).exp().clamp(max=1.1)
     torch.testing.assert_close(weighted, plain * ratio, rtol=1e-5, atol=1e-6)
     assert not torch.equal(weighted, plain)
 
@@ -110,32 +142,33 @@ def test_losses_equal_verl(name, dp_size):
     """Value and gradient, with and without rollout correction; micro-batches add up to the mini-batch."""
     theirs, mode = LOSSES[name]
     scale = {"loss_scale_factor": 12} if mode.endswith("norm") else {}
-    paid = estimated("tempo")
-    weights = 0.5 + torch.rand(paid.shape, generator=torch.Generator().manual_seed(2))
+    advantages = estimated("tempo")
+    weights = 0.5 + torch.rand(advantages.shape, generator=torch.Generator().manual_seed(2))
     ours = vb.actor(f"tokcredit_{name}", mode, **scale)
     for correction in (None, weights):
-        expected = vb.loss(ROWS, paid, vb.actor(theirs, mode, **scale), dp_size=dp_size, weights=correction)
-        value, gradient, metrics = vb.loss(ROWS, paid, ours, dp_size=dp_size, weights=correction)
+        host = vb.actor(theirs, mode, **scale, **THEIRS.get(name, {}))
+        expected = vb.loss(ROWS, advantages, host, dp_size=dp_size, weights=correction)
+        value, gradient, metrics = vb.loss(ROWS, advantages, ours, dp_size=dp_size, weights=correction)
         assert gradient.abs().sum() > 0.1
         assert value == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
         torch.testing.assert_close(gradient, expected[1], rtol=1e-4, atol=1e-7)
-        assert name == "sapo" or metrics["actor/pg_clipfrac"] > 0, "nothing was clipped"
+        assert name in UNBOUNDED or metrics["actor/pg_clipfrac"] > 0, "nothing was clipped"
         if name in ("as_vanilla", "as_cispo"):
             assert metrics["actor/pg_clipfrac"] == pytest.approx(expected[2]["actor/pg_clipfrac"], rel=1e-5)
         parts = [list(range(i, min(i + 5, len(ROWS)))) for i in range(0, len(ROWS), 5)]
-        cut = vb.loss(ROWS, paid, ours, parts, dp_size=dp_size, weights=correction)
+        cut = vb.loss(ROWS, advantages, ours, parts, dp_size=dp_size, weights=correction)
         assert cut[0] == pytest.approx(value, rel=1e-5, abs=1e-6)
         torch.testing.assert_close(cut[1], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_loss_without_counts():
-    paid = estimated("grpo")
-    expected = vb.loss(ROWS, paid, vb.actor("vanilla"), counted=False)
-    value, gradient, _ = vb.loss(ROWS, paid, vb.actor("tokcredit_as_vanilla"), counted=False)
+    advantages = estimated("grpo")
+    expected = vb.loss(ROWS, advantages, vb.actor("vanilla"), counted=False)
+    value, gradient, _ = vb.loss(ROWS, advantages, vb.actor("tokcredit_as_vanilla"), counted=False)
     assert value == pytest.approx(expected[0], rel=1e-5)
     torch.testing.assert_close(gradient, expected[1], rtol=1e-4, atol=1e-7)
-    with pytest.raises(ValueError, match="batch_num_tokens: expected the number of all ranks"):
-        vb.loss(ROWS, paid, vb.actor("tokcredit_as_vanilla"), counted=False, dp_size=2)
+    with pytest.raises(ValueError, match="batch_num_tokens: expected the number over all ranks"):
+        vb.loss(ROWS, advantages, vb.actor("tokcredit_as_vanilla"), counted=False, dp_size=2)
 
 
 def test_padding_alone():
@@ -146,44 +179,37 @@ def test_padding_alone():
 
 
 @dataclass(frozen=True)
-class upper_half(Choice):
-    reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
-
-    def __call__(self, batch, advantages):
-        return batch.entropies > 0.5
-
-
-@dataclass(frozen=True)
-class debited(Choice):
+class minus_one(tc.token_weights.TokenWeight):
     def __call__(self, batch, advantages):
         return -torch.ones(batch.num_rows, 1)
 
 
 @dataclass(frozen=True)
-class from_hidden_states(Choice):
+class from_hidden_states(tc.credit.Credit):
     reads: ClassVar[frozenset[str]] = frozenset({"hidden_states"})
 
-    def __call__(self, batch, advantages=None):
-        return batch.rewards[:, None]
 
-
-adapter.register("selecting", lambda: tc.Objective(weights=(upper_half(),)))
+MIXED = tc.credit.sum(tc.credit.group_normalized(), tc.credit.leave_one_out(), tc.schedule.linear(0.0, 1.0))
+adapter.register("filtered", lambda: tc.mix("grpo", filters="improbable(0.5)"))
 adapter.register("uncarried", lambda: tc.Objective(credit=from_hidden_states()))
-adapter.register("penalized", lambda: tc.Objective(kl=tc.loss.k3()))
-adapter.register("negative", lambda: tc.Objective(weights=(debited(),)))
-adapter.register("widened", lambda: tc.Objective(clip=tc.clip.widened(tc.score.given("entropies"))))
-adapter.register("scheduled", lambda: tc.Objective(clip=tc.clip.growing(tc.schedule.linear(0.1, 0.2), 0.2)))
+adapter.register("penalized", lambda: tc.Objective(terms=(tc.term.kl(estimator="k3"),)))
+adapter.register("negative", lambda: tc.Objective(token_weights=(minus_one(),)))
+adapter.register("widened", lambda: tc.Objective(clip=widened(tc.token_score.given("entropies"))))
+adapter.register(
+    "scheduled", lambda: tc.Objective(credit=MIXED, clip=tc.clip.growing(tc.schedule.linear(0.1, 0.2), 0.2))
+)
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("selecting", {}, "weights stages that multiply"),
-        ("negative", {}, "weights of at least 0"),
-        ("pods", {}, "no sampling stage"),
-        ("uncarried", {}, "credit stage .* needs hidden_states"),
-        ("otb", {"by_turn": True}, "credit stage .* needs turn_rewards"),
-        ("tempo", {"clip_high": 0.3}, "algorithm.tokcredit: expected the clip stage"),
+        ("filtered", {}, "expected no filters"),
+        ("negative", {}, "token weights of at least 0"),
+        ("pods", {}, "expected no filters"),
+        ("scheduled", {}, "expected constant settings, .* progress of training, got linear"),
+        ("uncarried", {}, "credit stage .* requires hidden_states"),
+        ("otb", {"by_turn": True}, "credit stage .* requires turn_rewards"),
+        ("tempo", {"clip_high": 0.3}, "algorithm.tokcredit: expected the clip of tokcredit_tempo"),
     ],
 )
 def test_estimators_refuse(name, settings, message):
@@ -201,11 +227,32 @@ def test_estimators_need_token_ids():
     [
         ("tokcredit_grpo", {}, "loss_agg_mode: expected 'seq-mean-token-mean'"),
         ("tokcredit_ba", {}, "aggregation stage without group statistics"),
-        ("tokcredit_widened", {"loss_agg_mode": SEQUENCES}, "clip stage that reads neither token ids nor groups"),
-        ("tokcredit_scheduled", {"loss_agg_mode": SEQUENCES}, "settings that do not change"),
+        (
+            "tokcredit_widened",
+            {"loss_agg_mode": SEQUENCES},
+            "clip stage that reads no more inputs than the policy loss of verl",
+        ),
+        (
+            "tokcredit_scheduled",
+            {"loss_agg_mode": SEQUENCES},
+            "expected constant settings, .* progress of training, got linear",
+        ),
         ("tokcredit_ctpo", {"clip_ratio_high": 0.28}, "clip_ratio_high: expected verl's default 0.2"),
-        ("tokcredit_penalized", {"loss_agg_mode": SEQUENCES}, "no kl stage, for which verl has use_kl_loss"),
-        ("tokcredit_dr_grpo", {"loss_agg_mode": "seq-mean-token-sum-norm"}, "loss_scale_factor: expected the longest"),
+        (
+            "tokcredit_penalized",
+            {"loss_agg_mode": SEQUENCES},
+            r"expected no terms, because verl adds its own \(use_kl_loss for KL\)",
+        ),
+        (
+            "tokcredit_dr_grpo",
+            {"loss_agg_mode": "seq-mean-token-sum-norm"},
+            "loss_scale_factor: expected the number of tokens of the longest",
+        ),
+        (
+            "tokcredit_dr_grpo",
+            {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 11.5},
+            r"loss_scale_factor: expected the number of tokens .* got 11\.5",
+        ),
     ],
 )
 def test_losses_refuse(mode, settings, message):
@@ -213,8 +260,16 @@ def test_losses_refuse(mode, settings, message):
         vb.loss(ROWS, torch.zeros(len(ROWS), 8), vb.actor(mode, **settings))
 
 
+def test_recipe():
+    """As ``docs/hosts.md`` prints it: the loss has the wider bound, the estimator is that of the method."""
+    recipes.run("verl")
+    part = adapter.policy_loss("tokcredit_wide", "token-mean", vb.actor("tokcredit_wide"))
+    assert part.clip == tc.methods.ctpo(clip_high=0.1).clip != tc.methods.ctpo().clip
+    torch.testing.assert_close(estimated("wide"), estimated("ctpo"))
+
+
 def test_names_are_registered_once():
-    with pytest.raises(ValueError, match="name: expected a new one, got 'tempo'"):
+    with pytest.raises(ValueError, match="name: expected a new name, got 'tempo'"):
         adapter.register("tempo", tc.methods.tempo)
 
 
@@ -245,11 +300,11 @@ def test_configuration_is_checked_before_anything_starts():
         ("actor_rollout_ref.actor.policy_loss.loss_mode=vanilla", "loss_mode: expected one of tokcredit's"),
         ("actor_rollout_ref.actor.policy_loss.loss_mode=tokcredit_cpo", "name: expected one of"),
         ("algorithm.adv_estimator=tokcredit_temp", "name: expected one of"),
-        ("algorithm.adv_estimator=tokcredit_uncarried", "credit stage .* needs hidden_states"),
-        ("algorithm.adv_estimator=tokcredit_otb", "credit stage .* needs squared_probs"),
+        ("algorithm.adv_estimator=tokcredit_uncarried", "credit stage .* requires hidden_states"),
+        ("algorithm.adv_estimator=tokcredit_otb", "credit stage .* requires squared_probs"),
         ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "loss_agg_mode: expected 'token-mean'"),
         ("actor_rollout_ref.actor.clip_ratio_c=10.0", "clip_ratio_c: expected verl's default"),
-        ("+algorithm.tokcredit.clip_low=0.1", "algorithm.tokcredit: expected the clip stage"),
+        ("+algorithm.tokcredit.clip_low=0.1", "algorithm.tokcredit: expected the clip of"),
     ],
 )
 def test_trainers_refuse(override, message):
@@ -276,13 +331,13 @@ def test_example_is_a_configuration_that_verl_takes():
 def test_two_outputs_of_one_session_are_refused():
     meta = tq.KVBatchMeta(keys=["p_0_0", "p_0_1"], tags=[{}, {}], partition_id="train")
     with pytest.raises(ValueError, match="expected one row per session"):
-        verl_trainer.evidence(meta, tc.methods.tempo())
+        verl_trainer.fetched(meta, tc.methods.tempo())
 
 
 def test_info_names_what_verl_knows():
     known = adapter.registered()
     for kind in ("estimators", "policy losses"):
-        assert {f"tokcredit_{name}" for name in tc.methods.names()} <= set(known[kind].split(", "))
+        assert {f"tokcredit_{name}" for name in policy_methods()} <= set(known[kind].split(", "))
     assert known["trainers"] == "tokcredit_colocate_async, tokcredit_separate_async, tokcredit_sync"
 
 
@@ -322,29 +377,29 @@ class Worker:
         from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 
         rollouts = get_adv_estimator_fn(name).func.__globals__["rollouts"]
-        with rollouts(verl_batch.evidence(rows)):
+        with rollouts(verl_batch.fields(rows)):
             return verl_batch.advantages(rows, name, {"norm_adv_by_std_in_grpo": True})
 
-    def loss(self, rows, paid, mode, loss_agg_mode):
+    def loss(self, rows, advantages, mode, loss_agg_mode):
         import verl_batch
 
-        return verl_batch.loss(rows, paid, verl_batch.actor(mode, loss_agg_mode))
+        return verl_batch.loss(rows, advantages, verl_batch.actor(mode, loss_agg_mode))
 
 
 def test_inside_ray_actors(local_ray):
     worker = Worker.remote()
     for name in ("tokcredit_tempo", "tokcredit_grpo"):
-        paid = ray.get(worker.advantages.remote(ROWS, name))
-        torch.testing.assert_close(paid, estimated(name.removeprefix("tokcredit_")), rtol=0, atol=0)
+        advantages = ray.get(worker.advantages.remote(ROWS, name))
+        torch.testing.assert_close(advantages, estimated(name.removeprefix("tokcredit_")), rtol=0, atol=0)
     for name, mode in (("tokcredit_ctpo", "token-mean"), ("tokcredit_gspo", SEQUENCES)):
-        value, gradient, metrics = ray.get(worker.loss.remote(ROWS, paid, name, mode))
-        expected = vb.loss(ROWS, paid, vb.actor(name, mode))
+        value, gradient, metrics = ray.get(worker.loss.remote(ROWS, advantages, name, mode))
+        expected = vb.loss(ROWS, advantages, vb.actor(name, mode))
         assert (value, metrics) == (expected[0], expected[2]) and value != 0
         assert torch.equal(gradient, expected[1])
 
 
 def test_trainer_with_its_queue(local_ray):
-    """The trainer's own ``_compute_advantage`` on verl's real queue: what it writes back is what the method pays."""
+    """The trainer's own ``_compute_advantage`` writes the advantages of the method into verl's real queue."""
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
     keys = [row["key"] for row in ROWS]
     fields = vb.tensordict(ROWS)

@@ -13,6 +13,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": 
 pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import recipes
 import tiny
 from tokcredit.adapters import vllm as adapter
 from vllm import SamplingParams
@@ -129,7 +130,7 @@ def test_rows_end_with_the_end_tokens_of_the_model(pair, monkeypatch):
     """The tokenizer's is an end no more once the model has others."""
     model, llm = pair
     monkeypatch.setattr(model.generation_config, "eos_token_id", [5, 6])
-    made = adapter.VllmSampler(model, llm).sample(PROMPTS, 16, 12, 1.0)
+    made = adapter.VllmSampler(model, llm).sample(PROMPTS, 16, 12, 5.0)  # nearly uniform: every token occurs
     rows = [made.tokens[a:b].tolist() for a, b in pairwise(made.cu_seqlens.tolist())]
     assert [row[-1] in (5, 6) for row in rows] == made.finished.tolist() and made.finished.any()
     assert all(not {5, 6} & set(row[:-1]) for row in rows) and any(1 in row[:-1] for row in rows)
@@ -148,6 +149,18 @@ def test_rollouts(pair):
     assert batch.tokens[begin:end].tolist() == list(first.token_ids)
     assert batch.rollout_log_probs[begin:end].sum().item() == pytest.approx(first.cumulative_logprob, abs=1e-4)
     assert tc.methods.tempo().prepare(batch).advantages.abs().sum() > 0
+
+
+def test_recipe(pair):
+    """As ``docs/hosts.md`` prints it: rollouts whose log-probs of the engine weigh the loss."""
+    model, llm = pair
+    adapter.update(llm, model)
+    names, prompts = recipes.run("vLLM"), [{"prompt_token_ids": p} for p in PROMPTS]
+    batch = names["sample"](llm, prompts, len, max_tokens=6)
+    assert batch.num_rows == 24 and batch.group_ids.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    made = batch.rollout_log_probs
+    prepared = names["OBJECTIVE"].prepare(batch.with_inputs(old_log_probs=made + 0.5))
+    torch.testing.assert_close(prepared.multiplier, torch.full_like(made, 0.5).exp())
 
 
 def output(log_probs, tokens=(4, 5)):

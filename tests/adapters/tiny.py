@@ -35,11 +35,6 @@ def model(seed=0, tied=False):
     return LlamaForCausalLM(config)
 
 
-def threes(prompt, reply, answer):
-    """A reward that can be learnt in a few steps: the share of the reply's first eight characters that are 3."""
-    return reply[:8].count("3") / 8
-
-
-def variety(prompt, reply, answer):
-    """A reward that differs between most replies: how many characters occur, in sixteenths."""
-    return len(set(reply)) / 16
+def variety(prompt, response, answer):
+    """A reward that differs between most responses: how many characters occur, in sixteenths."""
+    return len(set(response)) / 16

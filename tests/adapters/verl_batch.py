@@ -68,8 +68,8 @@ def padded(rows, name):
     return nested(row[name] for row in rows).to_padded_tensor(0)
 
 
-def evidence(rows):
-    """What the adapter's trainers give to :func:`tokcredit.adapters.verl.rollouts`."""
+def fields(rows):
+    """Fields as the adapter's trainers give them to :func:`tokcredit.adapters.verl.rollouts`."""
     responses = padded(rows, "responses")
     lengths = torch.tensor([len(row["responses"]) for row in rows])
     real = torch.arange(responses.shape[1]) < lengths[:, None]
@@ -105,12 +105,12 @@ def actor(mode, loss_agg_mode="token-mean", **settings):
     )
 
 
-def loss(rows, paid, config, parts=None, dp_size=1, counted=True, weights=None):
+def loss(rows, advantages, config, parts=None, dp_size=1, counted=True, weights=None):
     """Loss, gradient to every log-prob of the rows, and metrics of the first part, from verl's own ``ppo_loss``.
 
     Args:
         rows: the mini-batch.
-        paid: advantages ``(B, T)``.
+        advantages: advantages ``(B, T)``.
         config: the actor's.
         parts: lists of rows that are micro-batches; all in one if None.
         dp_size: ranks.
@@ -119,7 +119,7 @@ def loss(rows, paid, config, parts=None, dp_size=1, counted=True, weights=None):
     """
     mask = nested(row["response_mask"] for row in rows)
     whole = tensordict(rows, ("prompts", "responses", "response_mask", "old_log_probs"))
-    whole["advantages"] = response_to_nested(paid, mask)
+    whole["advantages"] = response_to_nested(advantages, mask)
     if weights is not None:
         whole["rollout_is_weights"] = response_to_nested(weights, mask)
     total, gradients, metrics = 0.0, {}, None

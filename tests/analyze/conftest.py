@@ -3,10 +3,8 @@ import pytest
 pytest.importorskip("transformers", reason="the trainer's packages are not installed")
 
 import torch
-from tokcredit.analyze.study import Pair
+from bigrams import TOKENIZER, as_pair, scripted
 from tokcredit.train import tiny
-
-WORDS = tiny.tokenizer()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,21 +17,31 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def pair():
-    """Two random models, far from uniform and from each other, which end replies at a tenth of the tokens."""
-    models = [tiny.model(WORDS, seed).eval() for seed in (0, 1)]
+    """Two random models in float64, in which no decision is a matter of rounding; nine tokens end a reply."""
+    models = [tiny.model(TOKENIZER, seed).eval().double() for seed in (0, 1)]
     with torch.no_grad():
         for model in models:
             model.generation_config.eos_token_id = [1, *range(20, 28)]
             for p in model.parameters():
                 p.mul_(2.0)
-    return Pair(*models, WORDS, len(WORDS), torch.tensor([1, *range(20, 28)]))
+    return as_pair(*models)
 
 
 @pytest.fixture
-def folders(pair, tmp_path):
-    """The two models in folders."""
-    names = [str(tmp_path / name) for name in ("first", "second")]
-    for model, name in zip(pair[:2], names, strict=True):
-        model.save_pretrained(name)
-        WORDS.save_pretrained(name)
-    return names
+def apart():
+    """Two scripted models that agree on the first token, 7 or 8, and then write 1 or 2, and a or b."""
+    return as_pair(*(scripted({"=": ("7", "8")}, tokens) for tokens in (("1", "2"), ("a", "b"))))
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes models into folders and returns the names of these."""
+
+    def written(*models):
+        names = [str(tmp_path / f"model-{i}") for i in range(len(models))]
+        for model, name in zip(models, names, strict=True):
+            model.save_pretrained(name)
+            TOKENIZER.save_pretrained(name)
+        return names
+
+    return written

@@ -1,8 +1,10 @@
+import dataclasses
 import json
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from bigrams import END, as_pair, ids, scripted
 from tokcredit.analyze import Divergent, StudySettings, run
 from tokcredit.analyze.divergent import Labeller, summarize
 from tokcredit.analyze.verifier import Case, imported, judge, verdict
@@ -40,22 +42,55 @@ def greedy(model, prefix, count, stops):
     return made
 
 
+LARGE = {"=": ("x",), "x": ("a",), "a": ("y",), "y": ("q",), "q": ("z",), "z": (END,), "w": (END,), "2": ("a",)}
+SMALL = {**LARGE, "=": ("y",), "a": ("2",), "q": ("w",)}
+
+
+def scripted_pair():
+    return scripted(SMALL, (END,)), scripted(LARGE, (END,))
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_by_hand(batch):
+    """The large model replies xayqz; the small one would change the first, the third and the fifth token."""
+    label = Labeller(settings(batch=batch), as_pair(*scripted_pair()), imported("test_divergent:letters"))
+    row = label(0, tasks.load(("addition(digits=1)",), 0.2).measured(1)[0]).to_pylist()[0]
+    assert row["tokens"] == ids(*"xayqz", END) and row["small_tokens"] == ids(*"ya2qw", END)
+    assert row["completion"] == "xayqz" and row["finished"]
+    # A continuation ends with a, which is among STOPS, or with the end of the text.
+    assert [(case["position"], case["small"], case["large"]) for case in row["cases"]] == [
+        (0, f"<<y>>qz{END}", "<<x>>a"),
+        (2, "<<2>>a", f"<<y>>qz{END}"),
+        (4, f"<<w>>{END}", f"<<z>>{END}"),
+    ]
+    assert row["labels"] == [1, 0, -1, 0, 0, 0]
+
+
+def test_a_reply_that_was_cut():
+    """The continuation of the last token is not in the reply, so the large model writes it."""
+    s = settings()
+    s = dataclasses.replace(s, study=dataclasses.replace(s.study, max_tokens=3))
+    label = Labeller(s, as_pair(*scripted_pair()), imported("test_divergent:letters"))
+    row = label(0, tasks.load(("addition(digits=1)",), 0.2).measured(1)[0]).to_pylist()[0]
+    assert row["tokens"] == ids(*"xay") and not row["finished"]
+    assert row["cases"][1]["large"] == f"<<y>>qz{END}" and row["labels"] == [1, 0, -1]
+
+
 @pytest.mark.parametrize("batch", [1, 32])
 @torch.no_grad()
 def test_labels_by_a_loop(pair, batch):
-    words, ends = pair.words, set(pair.ends.tolist())
-    stops = {i for i in range(len(words)) if words.decode([i]) in STOPS} | ends
-    s, seen, finished = settings(batch=batch), set(), set()
+    tokenizer, ends = pair.tokenizer, set(pair.ends.tolist())
+    stops = {i for i in range(len(tokenizer)) if tokenizer.decode([i]) in STOPS} | ends
+    s = settings(batch=batch)
     label = Labeller(s, pair, imported("test_divergent:letters"))
     for number, problem in enumerate(tasks.load(s.study.tasks, 0.2).measured(24)):
         row = label(number, problem).to_pylist()[0]
-        prompt = words(problem.question).input_ids
+        prompt = tokenizer(problem.question).input_ids
         reply = greedy(pair.second, prompt, 9, ends)
         small = [
             int(pair.first(torch.tensor([[*prompt, *reply[:t]]])).logits[0, -1].argmax()) for t in range(len(reply))
         ]
         assert (row["prompt_tokens"], row["tokens"], row["small_tokens"]) == (prompt, reply, small)
-        finished.add(row["finished"])
         labels, cases = [], []
         for t in range(len(reply)):
             if small[t] == reply[t]:
@@ -64,12 +99,11 @@ def test_labels_by_a_loop(pair, batch):
             context, texts = [*prompt, *reply[:t]], []
             for token in (small[t], reply[t]):
                 rest = [] if token in ends else greedy(pair.second, [*context, token], 6, stops)
-                texts.append(f"<<{words.decode([token])}>>{words.decode(rest)}")
+                texts.append(f"<<{tokenizer.decode([token])}>>{tokenizer.decode(rest)}")
             labels.append(letters(None, *texts))
             cases.append({"position": t, "small": texts[0], "large": texts[1], "label": labels[-1]})
         assert row["labels"] == labels and row["cases"] == cases
-        seen |= set(labels) | {"identical" for a, b in zip(small, reply, strict=True) if a == b}
-    assert seen >= {0, 1} and finished == {True, False}
+        assert row["finished"] == (reply[-1] in ends)
 
 
 def test_router_features(pair):
@@ -84,21 +118,17 @@ def test_router_features(pair):
         assert row["hidden_states"][t] == pytest.approx(out.hidden_states[-1][0, -1].tolist(), abs=1e-3)
 
 
-def test_findings_and_resuming(folders, tmp_path):
-    models = dict(zip(("small", "large"), folders, strict=True))
+def test_findings_and_resuming(save, tmp_path):
+    models = dict(zip(("small", "large"), save(*scripted_pair()), strict=True))
     summary = run(settings(tmp_path / "run", **models))
     folder = tmp_path / "run"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     files = sorted(folder.glob("problem-*.parquet"))
     assert len(files) == 4 and json.loads((folder / "summary.json").read_text()) == summary
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
-    assert summary == summarize(rows) and summary["replies"] == 4
-    pairs = [pair for row in rows for pair in zip(row["tokens"], row["small_tokens"], strict=True)]
-    assert summary["different"] == pytest.approx(sum(a != b for a, b in pairs) / len(pairs))
-    labels = [x for row in rows for x in row["labels"]]
-    assert summary["divergent"] == labels.count(1) / len(labels)
-    assert summary["unknown"] == labels.count(-1) / len(labels)
-    assert 0 < summary["divergent"] < summary["different"] and summary["neutral"] > 0
+    assert summary == summarize(rows) and summary["replies"] == 4 and summary["tokens"] == 24
+    assert summary["different"] == summary["identical"] == 1 / 2
+    assert summary["divergent"] == summary["neutral"] == summary["unknown"] == pytest.approx(1 / 6)
     assert rows[0]["top_logits"] is None and rows[0]["hidden_states"] is None
     for name in (files[2].name, files[3].name, "summary.json", "summary.png"):
         (folder / name).unlink()
@@ -118,8 +148,9 @@ def test_a_summary_by_hand():
     }
 
 
-def test_the_same_model_never_differs(folders, tmp_path):
-    summary = run(settings(tmp_path / "run", small=folders[1], large=folders[1]))
+def test_the_same_model_never_differs(save, tmp_path):
+    (model,) = save(scripted(LARGE, (END,)))
+    summary = run(settings(tmp_path / "run", small=model, large=model))
     assert summary["identical"] == 1 and summary["different"] == 0
 
 

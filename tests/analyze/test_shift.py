@@ -1,9 +1,11 @@
+import dataclasses
 import functools
 import json
 import math
 
 import pyarrow.parquet as pq
 import pytest
+from bigrams import TOKENIZER
 from tokcredit.analyze import Shift, StudySettings, run
 from tokcredit.analyze.crossing import Rule
 from tokcredit.analyze.shift import rules, summarize
@@ -33,8 +35,10 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_findings(tmp_path):
-    s = settings(tmp_path / "run")
+def test_findings(apart, save, tmp_path):
+    """Both models write 7 or 8 first; then the base writes digits and the tuned model letters."""
+    base, tuned = save(*apart[:2])
+    s = dataclasses.replace(settings(tmp_path / "run"), base=base, tuned=tuned)
     summary = run(s)
     files = sorted(path.name for path in s.study.output.iterdir())
     assert files == [*(f"problem-00000{i}.parquet" for i in range(3)), "settings.json", "summary.json", "summary.png"]
@@ -42,21 +46,38 @@ def test_findings(tmp_path):
     found = [row for i in range(3) for row in pq.read_table(s.study.output / files[i]).to_pylist()]
     assert len(found) == 3 * 8 * 2
     asked = tasks.load(s.study.tasks, 0.2).measured(3)
-    words = tiny.tokenizer()
     for row in found:
-        assert row["prompt"] == asked[row["problem"]].question == words.decode(row["prompt_tokens"])
-        assert row["completion"] == words.decode(row["tokens"], skip_special_tokens=True)
+        assert row["prompt"] == asked[row["problem"]].question == TOKENIZER.decode(row["prompt_tokens"])
+        assert row["completion"] == TOKENIZER.decode(row["tokens"], skip_special_tokens=True)
         assert row["reward"] == pytest.approx(digits(None, row["completion"], None))
         assert all(len(row[name]) == len(row["tokens"]) for name in ("js", "swapped", "changed", "ranks"))
-    own = [row for row in found if row["primary"] == "tuned" and row["threshold"] == math.inf]
-    js = [x for row in own for x in row["js"]]
-    assert summary["tokens"] == len(js) and summary["replies"] == 6
-    assert summary["share_above"] == {"0.0": 1.0, "0.05": pytest.approx(sum(x > 0.05 for x in js) / len(js))}
-    assert summary["js_mean"] == pytest.approx(sum(js) / len(js))
-    # Above a divergence of 0 it is the other model that writes: the same replies, hence the same accuracy.
-    accuracy = {(line["primary"], line["threshold"], line["cap"]): line["accuracy"] for line in summary["rules"]}
-    assert accuracy["base", 0.0, None] == accuracy["tuned", None, None] != accuracy["base", None, None]
-    assert accuracy["tuned", 0.0, None] == accuracy["base", None, None]
+    # The models agree on the first of six tokens, and have none in common at the others.
+    assert summary["tokens"] == 36 and summary["replies"] == 6
+    assert summary["share_above"] == {"0.0": pytest.approx(5 / 6), "0.05": pytest.approx(5 / 6)}
+    assert summary["js_mean"] == pytest.approx(5 / 6 * math.log(2)) and summary["js_median"] == pytest.approx(
+        math.log(2)
+    )
+    assert summary["shifted"] == {
+        "threshold": 0.05,
+        "tokens": 30,
+        "share": pytest.approx(5 / 6),
+        "likeliest_of_base": 0.0,
+        "in_first_3_of_base": 1.0,
+    }
+    lines = {(line["primary"], line["threshold"], line["cap"]): line for line in summary["rules"]}
+    accuracy = {
+        ("base", None, None): 1,
+        ("base", 0.0, None): 1 / 6,
+        ("base", 0.05, None): 1 / 6,
+        ("base", 0.05, 1): 5 / 6,
+        ("tuned", None, None): 1 / 6,
+        ("tuned", 0.0, None): 1,
+        ("tuned", 0.05, None): 1,
+        ("tuned", 0.05, 1): 2 / 6,
+    }
+    assert {rule: line["accuracy"] for rule, line in lines.items()} == pytest.approx(accuracy)
+    assert [lines["base", 0.05, cap]["changed_per_reply"] for cap in (None, 1)] == [5, 1]
+    assert {line["length"] for line in summary["rules"]} == {6}
 
 
 def test_a_summary_by_hand():
@@ -141,7 +162,7 @@ def test_on_the_command_line(tmp_path, capsys):
     arguments = "analyze shift --base tiny(steps=0) --tuned tiny(steps=0,seed=1) --temperature 0 --rollouts 1"
     main([*arguments.split(), "--problems", "1", "--max-tokens", "3", "--output", str(tmp_path / "run")])
     out = capsys.readouterr().out
-    assert "3 tokens of tiny(steps=0,seed=1)" in out and "accuracy" in out and "summary.png" in out.replace("\n", "")
+    assert "tokens of tiny(steps=0,seed=1)" in out and "accuracy" in out and "summary.png" in out.replace("\n", "")
     with pytest.raises(SystemExit) as error:
         main(["analyze", "shift", "--base", "tiny"])
     assert error.value.code == 2 and "--tuned" in capsys.readouterr().err
@@ -180,25 +201,24 @@ def test_errors_of_the_study(tmp_path):
 
 
 def test_models_must_share_their_tokens(tmp_path):
-    words = tiny.tokenizer()
-    words.add_tokens(["<another>"])
-    network = tiny.model(words)
-    for thing in (network, words):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["<another>"])
+    for thing in (tiny.model(tokenizer), tokenizer):
         thing.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"tuned: expected the tokens of tiny\(steps=0\), got .*other"):
         run(Shift("tiny(steps=0)", str(tmp_path / "other"), StudySettings(output=tmp_path / "run")))
 
 
 def test_padding_of_the_vocabulary_is_not_drawn(tmp_path):
-    words, wide = tiny.tokenizer(), tiny.model(tiny.tokenizer())
-    wide.resize_token_embeddings(len(words) + 29, mean_resizing=False)
-    wide.get_output_embeddings().weight.data[len(words) :] = wide.get_output_embeddings().weight.data[5:6] * 50
-    for thing in (wide, words):
+    wide = tiny.model(TOKENIZER)
+    wide.resize_token_embeddings(len(TOKENIZER) + 29, mean_resizing=False)
+    wide.get_output_embeddings().weight.data[len(TOKENIZER) :] = wide.get_output_embeddings().weight.data[5:6] * 50
+    for thing in (wide, TOKENIZER):
         thing.save_pretrained(tmp_path / "wide")
     s = settings(tmp_path / "run")
     run(Shift(s.base, str(tmp_path / "wide"), s.study, rollouts=2))
     rows = pq.read_table(tmp_path / "run" / "problem-000000.parquet").to_pylist()
-    assert max(t for row in rows for t in row["tokens"]) < len(words)
+    assert max(t for row in rows for t in row["tokens"]) < len(TOKENIZER)
 
 
 def test_the_recipe_of_either_model(tmp_path):

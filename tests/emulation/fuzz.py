@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from tokcredit import _C
-from tokcredit.ops import LOSS_STATS, REDUCTIONS, SURROGATES
+from tokcredit.ops import REDUCTIONS
 
 from .emulator import Emulator
 from .operations import SIGNATURES, names, run_both
@@ -248,38 +248,65 @@ def maximum_variance(d):
 def policy_loss(d):
     rows, count, size = d.rows()
     dtype = d.choice(FLOATS)
-    out, cumulative = accumulated(dtype), d.chance(0.3)
+    out, surrogate = accumulated(dtype), d.choice(_C.SURROGATES)
+    source = d.choice(_C.SOURCES)
+    on = d.choice(_C.COORDINATES) if surrogate == "gated" else "ratio"
 
     def grid(dtype, *shape, scale=16, low=-40, high=40):
         """Multiples of 1/16, of which sums are exact: a token is on the same side of a bound on both sides."""
         return d.placed((torch.randint(low, high, shape, generator=d.torch) / scale).to(dtype))
 
-    def operand(make, absent=0.3):
+    made = {
+        "log_ratio": lambda shape: grid(out, *shape),
+        "advantages": lambda shape: d.normal(out, *shape),
+        "weights": lambda shape: d.normal(out, *shape).abs(),
+        "low": lambda shape: grid(out, *shape, low=-16, high=-1) - 1 / 64,
+        "high": lambda shape: grid(out, *shape, low=1, high=16) + 1 / 64,
+        "cap": lambda shape: grid(out, *shape, low=16, high=40) + 1 / 64,
+        "outside_low": lambda shape: grid(out, *shape, low=0, high=16),
+        "outside_high": lambda shape: grid(out, *shape, low=0, high=16),
+        "given": lambda shape: grid(out, *shape),
+    }
+    always = {"low", "high"} | ({"log_ratio"} if source == "given" else set())
+    operands, numbers = [], []
+    for name, absent in _C.OPERANDS.items():
         shape = d.choice([(), (count, 1), (size,)])
-        return None if d.chance(absent) else make(shape)
-
-    surrogate = d.choice(SURROGATES)
-    given = not cumulative and d.chance(0.3)
+        wanted = (name != "log_ratio" or source == "given") and (name in always or d.chance(0.7))
+        operands.append(made[name](shape) if wanted and shape else None)
+        numbers.append(made[name](()).item() if wanted and not shape else absent)
+    probability = on in ("probability", "binary_kl", "given")
+    log_probs = grid(dtype, size, high=0) if probability else grid(dtype, size)
+    needs_reference = source == "cumulative" or probability
+    reference = grid(dtype, size, high=0) if needs_reference or d.chance(0.7) else None
     return {
         **rows,
-        "log_probs": grid(dtype, size),
-        "reference": grid(dtype, size) if cumulative or not given else None,
-        "log_ratio": operand(lambda shape: grid(out, *shape), 0) if given else None,
-        "advantages": operand(lambda shape: d.normal(out, *shape)),
-        "weights": operand(lambda shape: d.normal(out, *shape).abs()),
-        "low": operand(lambda shape: grid(out, *shape, low=-16, high=-1) - 1 / 64, 0),
-        "high": operand(lambda shape: grid(out, *shape, low=1, high=16) + 1 / 64, 0),
-        "cap": operand(lambda shape: grid(out, *shape, low=16, high=40) + 1 / 64),
+        "log_probs": log_probs,
+        "reference": reference,
+        "operands": operands,
+        "numbers": numbers,
         "trains": d.choice([None, d.bools(size)]),
-        "surrogate": SURROGATES.index(surrogate),
-        "cumulative": cumulative,
-        "bound": d.choice([0.515625, 3.0]) if cumulative else math.inf,
+        "surrogate": _C.SURROGATES.index(surrogate),
+        "source": _C.SOURCES.index(source),
+        "on": _C.COORDINATES.index(on),
+        "value": d.integer(0, len(_C.GATED_VALUES) - 1),
+        "both_sides": d.chance(0.5),
+        "bound": d.choice([0.515625, 3.0]) if source == "cumulative" else math.inf,
         "power": d.choice([0.0, 0.0, 0.5, 0.73]),
+        "limit": d.choice([math.inf, 0.3]),
         "clamp_low": -2.515625,
         "clamp_high": 2.515625,
-        "stats": d.empty(torch.float64, count, len(LOSS_STATS)),
-        "gradient": d.choice([None, d.empty(out, size)]),
+        "values": d.empty(out, count),
+        "stats": d.empty(torch.float64, count, len(_C.LOSS_STATS)),
+        "slopes": d.choice([None, d.empty(out, size)]),
     }
+
+
+def scale_rows(d):
+    rows, count, size = d.rows()
+    dtype = d.choice(FLOATS[:2])
+    factor = d.normal(dtype, count)
+    factor[torch.rand(count, generator=d.torch) < 0.5] = 1.0
+    return {"begin": rows["begin"], "end": rows["end"], "x": d.normal(dtype, size), "factor": factor}
 
 
 def logits(d):
@@ -359,6 +386,7 @@ GENERATORS = {
     "select": select,
     "maximum_variance": maximum_variance,
     "policy_loss": policy_loss,
+    "scale_rows": scale_rows,
     "logits": logits,
     "logits_gradient": logits_gradient,
     "repack": repack,
@@ -388,7 +416,7 @@ def junk(d, op, case):
     """Replaces some of the numbers that say where something is."""
     for name in PLACES & set(names(op)):
         x = case.get(name)
-        if x is None or d.chance(0.3):
+        if not isinstance(x, torch.Tensor) or d.chance(0.3):
             continue
         bound = int(d.choice([x.numel(), 50, 5000, 2**31 - 1]))
         wrong = torch.randint(-bound, bound + 1, x.shape, generator=d.torch).to(x.dtype)

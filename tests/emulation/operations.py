@@ -15,13 +15,17 @@ SIGNATURES = {
     "segment_ids": "x ids mask reduction ddof =y",
     "select": "x begin end mask scope wanted ranks =y threads",
     "maximum_variance": "x scope wanted =chosen",
-    "policy_loss": "log_probs reference log_ratio advantages weights low high cap begin end mask trains surrogate "
-    "cumulative bound power clamp_low clamp_high =stats =gradient threads",
+    "policy_loss": "log_probs reference operands numbers begin end mask trains surrogate source on value both_sides "
+    "bound power limit clamp_low clamp_high =values =stats =slopes threads",
+    "scale_rows": "=x factor begin end threads",
     "logits": "logits tokens temperature =log_probs =entropies =logsumexp threads",
     "logits_gradient": "logits tokens temperature logsumexp entropies grad_log_probs grad_entropies =grad threads",
     "repack": "x source target length =y threads",
     "baseline": "log_probs squares rewards begin end mask group groups epsilon =advantages =returns threads",
 }
+
+IN_PLACE = {"scale_rows": {"x"}}
+"""Results that are read before they are written."""
 
 
 def names(op):
@@ -37,6 +41,8 @@ def copied(arguments):
     copies = {}
 
     def copy(x):
+        if isinstance(x, list):
+            return [copy(y) for y in x]
         if not isinstance(x, torch.Tensor):
             return x
         return copies.setdefault((x.data_ptr(), x.shape, x.dtype), x.clone())
@@ -44,11 +50,17 @@ def copied(arguments):
     return [copy(x) for x in arguments]
 
 
+def tensors(arguments):
+    """The tensors among arguments, those in lists included."""
+    every = [y for x in arguments for y in (x if isinstance(x, list) else [x])]
+    return [x for x in every if isinstance(x, torch.Tensor)]
+
+
 def poison(op, arguments, value):
     """Fills results, except those that are inputs too: what an operation fails to write then differs."""
     named = dict(zip(names(op), arguments, strict=True))
-    inputs = {x.data_ptr() for name, x in named.items() if isinstance(x, torch.Tensor) and name not in results(op)}
-    for name in results(op):
+    inputs = {x.data_ptr() for x in tensors([x for name, x in named.items() if name not in results(op)])}
+    for name in set(results(op)) - IN_PLACE.get(op, set()):
         x = named[name]
         if x is not None and x.data_ptr() not in inputs:
             x.view(torch.uint8).fill_(value) if x.dim() else x.fill_(value)
@@ -56,7 +68,7 @@ def poison(op, arguments, value):
 
 def differences(op, arguments, ours, expected):
     """One line per result that differs: integers and bools exactly, floats to the digits of the inputs' dtype."""
-    floats = [x for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    floats = [x for x in tensors(arguments) if x.is_floating_point()]
     double = all(x.dtype == torch.float64 for x in floats)
     for name, a, b in zip(names(op), ours, expected, strict=True):
         if name not in results(op) or a is None:

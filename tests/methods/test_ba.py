@@ -2,6 +2,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.ba import balanced
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -36,3 +37,7 @@ def test_by_hand():
     lengths = torch.tensor([2.0, 4.0, 6.0, 10.0])
     assert (weights * lengths * advantages).sum().item() == pytest.approx(0.0, abs=1e-7)
     assert (lengths * advantages).sum().item() / 22 == pytest.approx(-0.318, abs=1e-3)
+
+
+def test_defaults():
+    assert tc.methods.ba() == tc.Objective(clip=tc.clip.ppo(low=0.2, high=0.28, cap=None), aggregation=balanced())

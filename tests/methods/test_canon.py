@@ -4,6 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.canon import by_mean_reward, conditional, length, mean_entropy, order
 
 
 def halves_of(rows, metric):
@@ -22,10 +23,10 @@ def mean(rewards, rows):
     return sum(rewards[r] for r in rows) / len(rows) if rows else 0.0
 
 
-def advantages(batch, by_length, mu, alpha=1.0, offset=0.0):
+def advantages(batch, by_length, mu, alpha=1.0, offset=0.0, groups=naive.counted_rows):
     """The four weighted equations, one for each half of each variant."""
     r, out = batch.rewards.tolist(), [0.0] * batch.num_rows
-    for rows in naive.group_rows(batch):
+    for rows in groups(batch):
         low, high = halves_of(rows, metrics(batch, by_length))
         below, above = mean(r, low), mean(r, high)
         for i in rows:
@@ -38,8 +39,8 @@ def advantages(batch, by_length, mu, alpha=1.0, offset=0.0):
     return out
 
 
-def loss(batch, log_probs, advantages, length=7):
-    losses = naive.ppo(batch, log_probs, advantages, 0.8, 1.28)
+def loss(batch, log_probs, advantages, length=7, cap=None):
+    losses = naive.ppo(batch, log_probs, advantages, 0.8, 1.28, cap)
     return sum(map(sum, losses)) / sum(map(bool, losses)) / length
 
 
@@ -49,7 +50,7 @@ def loss(batch, log_probs, advantages, length=7):
 )
 def test_formula(by_length, mu, alpha, offset):
     batch, current = naive.random_batch(groups=4, size=3)
-    batch = naive.with_evidence(batch, {"entropies"})
+    batch = naive.with_inputs(batch, {"entropies"})
 
     def formula(batch, log_probs):
         return loss(batch, log_probs, advantages(batch, by_length, mu, alpha, offset))
@@ -57,18 +58,44 @@ def test_formula(by_length, mu, alpha, offset):
     naive.check(tc.methods.canon(by_length, between=mu, alpha=alpha, offset=offset), batch, current, formula)
 
 
+@pytest.mark.parametrize("count_empty", [False, True])
+def test_rows_without_a_chosen_token(count_empty):
+    batch = naive.with_inputs(naive.random_batch()[0], {"entropies"})
+    credit = conditional(between=0.3, count_empty=count_empty)
+    groups = naive.group_rows if count_empty else naive.counted_rows
+    counted = batch.lengths > 0
+    expected = torch.tensor(advantages(batch, False, 0.3, groups=groups), dtype=torch.float64)
+    torch.testing.assert_close(credit(batch)[counted, 0], expected[counted])
+    other = conditional(between=0.3, count_empty=not count_empty)
+    assert not torch.allclose(other(batch)[counted, 0], expected[counted])
+
+
+def test_dual_clip_of_the_release():
+    batch, current = naive.random_batch()
+    batch = naive.with_inputs(batch, {"entropies"})
+    current = current + torch.arange(7) * 0.2  # ratios up to 3 at late tokens
+
+    def formula(batch, log_probs):
+        return loss(batch, log_probs, advantages(batch, False, 1.0), cap=1.5)
+
+    out = naive.check(tc.methods.canon(between=1.0, cap=1.5), batch, current, formula)
+    assert out.metrics["clip_cap_fraction"] > 0
+
+
 @pytest.mark.parametrize("released", [False, True])
 def test_dynamic(released):
     batch, current = naive.random_batch()
-    batch = naive.with_evidence(batch, {"entropies"})
-    accuracy = batch.rewards.mean().item()
-    objective = tc.methods.canon(between=tc.credit.by_mean_reward(0, 1)) if released else tc.methods.canon()
+    batch = naive.with_inputs(batch, {"entropies"})
+    counted = [r for rows in naive.counted_rows(batch) for r in rows]
+    accuracy = mean(batch.rewards.tolist(), counted)
+    assert len(counted) < batch.num_rows
+    objective = tc.methods.canon(between=by_mean_reward(0, 1)) if released else tc.methods.canon()
 
     def formula(batch, log_probs):
         return loss(batch, log_probs, advantages(batch, False, accuracy if released else 1 - accuracy))
 
     naive.check(objective, batch, current, formula)
-    assert objective.spans_groups and not tc.methods.canon(between=0.5).spans_groups
+    assert objective.compares_groups and not tc.methods.canon(between=0.5).compares_groups
 
 
 @pytest.mark.parametrize("inside_first", [False, True])
@@ -82,7 +109,7 @@ def test_cosine_schedule(inside_first):
             wave = 0.3 * (1 + math.cos(math.pi * ((s - 30) % 40) / 40))
             expected = 1 - wave if inside_first else 0.4 + wave
         assert schedule(s / 149) == pytest.approx(expected)
-    batch = naive.with_evidence(naive.random_batch()[0], {"entropies"})
+    batch = naive.with_inputs(naive.random_batch()[0], {"entropies"})
     scheduled = tc.methods.canon(between=schedule).prepare(batch, progress=31 / 149)
     fixed = tc.methods.canon(between=schedule(31 / 149)).prepare(batch)
     assert torch.equal(scheduled.advantages, fixed.advantages) and scheduled.objective == fixed.objective
@@ -117,4 +144,15 @@ def test_ties_go_by_order_and_a_group_of_one_keeps_its_reward():
 
 def test_control_splits_by_order():
     batch = one_group([1.0, 0.0, 1.0, 1.0], [0.9, 0.8, 0.2, 0.1])
-    assert tc.credit.halves(tc.credit.order())(batch)[:, 0].tolist() == [0.0, -1.0, 0.5, 0.5]
+    assert conditional(order())(batch)[:, 0].tolist() == [0.0, -1.0, 0.5, 0.5]
+
+
+def test_defaults():
+    assert tc.methods.canon() == tc.Objective(
+        credit=conditional(
+            mean_entropy(), by_mean_reward(failed=1.0, solved=0.0), high=1.0, low=1.0, offset=0.0, count_empty=False
+        ),
+        clip=tc.clip.ppo(low=0.2, high=0.28, cap=None),
+        aggregation=tc.aggregation.sequence_sum(None),
+    )
+    assert tc.methods.canon(by_length=True).credit.metric == length()

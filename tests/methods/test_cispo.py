@@ -1,3 +1,5 @@
+import math
+
 import naive
 import pytest
 import tokcredit as tc
@@ -30,3 +32,18 @@ def test_by_hand():
     objective = tc.methods.cispo()
     objective.loss(objective.prepare(batch), log_probs).loss.backward()
     assert log_probs.grad.tolist() == pytest.approx([-1.2 * 0.70711 / 2, 0.70711 / 2], abs=1e-5)
+
+
+def test_defaults():
+    assert tc.methods.cispo() == tc.Objective(
+        clip=tc.clip.gated(
+            on="ratio",
+            low=-math.inf,
+            high=math.log(1 + 0.2),
+            outside_low=1.0,
+            outside_high=1.0,
+            cap=None,
+            both_sides=True,
+        ),
+        aggregation=tc.aggregation.token_mean(),
+    )

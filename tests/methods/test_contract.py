@@ -1,48 +1,105 @@
-"""What every method promises, whatever it does; finds methods by itself."""
+"""What every method promises, whatever it does; finds methods and stages by itself."""
 
 import dataclasses
 import importlib.util
 import inspect
+import math
 import pickle
+import random
+import re
 from pathlib import Path
 
 import naive
 import pytest
 import tokcredit as tc
+import tokcredit.mixing
 import torch
+from tokcredit.rollouts import FIELDS
+from tokcredit.stages.base import Range, Stage
 
 ROOT = Path(__file__).parents[2]
 METHODS = tc.methods.names()
-STAGES = [
-    *(tc.schedule, tc.sampling, tc.credit, tc.score, tc.weights, tc.ratio, tc.clip, tc.gain),
-    *(tc.aggregation, tc.loss),
-]
+POLICY_GRADIENT = [name for name in METHODS if isinstance(tc.methods.load(name), tc.Objective)]
 each = pytest.mark.parametrize("name", METHODS)
+WIDTH = 7
 
 
-def evidence(objective):
-    batch, current = naive.random_batch()
-    return naive.with_evidence(batch, objective.needs), current
+def carried(objective, seed=0):
+    """A batch of the objective's kind with all inputs it requires, and the variable that its loss is given."""
+    make = naive.random_pairs if isinstance(objective, tc.Preference) else naive.random_batch
+    batch, current = make(seed, length=WIDTH)
+    return naive.with_inputs(batch, objective.required_inputs), current
 
 
 def prepare(objective, batch, **counts):
     return objective.prepare(batch, progress=0.5 if objective.is_scheduled else None, **counts)
 
 
-def loss(objective, batch, log_probs):
-    return objective.loss(prepare(objective, batch), log_probs)
+def loss(objective, batch, variable):
+    return objective.loss(prepare(objective, batch), variable)
+
+
+def gradient(objective, batch, variable):
+    variable = variable.clone().requires_grad_()
+    out = loss(objective, batch, variable)
+    out.loss.backward()
+    return out, variable.grad
+
+
+def of_fixed_length(objective):
+    """The objective with a denominator that does not depend on the rows at hand."""
+    if isinstance(getattr(objective, "aggregation", None), tc.aggregation.sequence_sum):
+        return dataclasses.replace(objective, aggregation=tc.aggregation.sequence_sum(WIDTH))
+    return objective
+
+
+def partition(objective, batch, seed):
+    """Rows in random order, cut into parts that the objective can bear: pairs stay whole."""
+    g = torch.Generator().manual_seed(seed)
+    if not isinstance(objective, tc.Preference):
+        return torch.randperm(batch.num_rows, generator=g).split(5)
+    pairs = batch.group_index.argsort(stable=True).view(-1, 2)
+    return [x.reshape(-1) for x in pairs[torch.randperm(len(pairs), generator=g)].split(4)]
 
 
 @each
 def test_is_documented_and_tested(name):
     function = getattr(tc.methods, name)
-    assert "Source:" in function.__doc__ and "arXiv" in function.__doc__
-    assert "Departs from the" in function.__doc__ and "Cost:" in function.__doc__
+    text = inspect.getdoc(function)
+    first, *rest = text.split("\n")
+    assert first.endswith(".") and len(first) > 20 and rest[0] == ""
+    for heading in ("Cost: ", "References: "):
+        assert len(re.findall(f"^{heading}", text, re.M)) == 1
+    assert "arXiv" in text or name == "sft"
+    differences = re.split(r"^Differences from the (?:paper|released code):\n", text, flags=re.M)[1:]
+    assert differences and all(x.startswith("    - ") for x in differences)
     for argument in inspect.signature(function).parameters:
-        assert f"{argument}: " in function.__doc__
+        assert re.search(rf"^    {argument}: ", text, re.M), argument
+    assert importlib.import_module(f"tokcredit.methods.{name}").__doc__.count("\n") == 0
     test = (ROOT / f"tests/methods/test_{name}.py").read_text()
     assert "def test_by_hand" in test
+    assert "def test_defaults" in test, "every value that the method chooses, so that none moves unseen"
     assert "naive" in test or "reference" in test
+
+
+@each
+def test_code_in_documentation_runs(name):
+    """Whatever a docstring says can be called is called; a mixture must differ from the method itself."""
+    text = inspect.getdoc(getattr(tc.methods, name))
+    for code in re.findall(r"``((?:tokcredit|tc)\.[^`]*)``", text):
+        if code.startswith("tokcredit.train."):  # needs more packages
+            assert (ROOT / "python" / (code.replace(".", "/") + ".py")).exists()
+            continue
+        value = eval(" ".join(code.split()), {"tokcredit": tc, "tc": tc})
+        assert value is not None
+        if isinstance(value, Stage):
+            batch, current = carried(value)
+            further = {x: torch.ones_like(current) for x in value.variables[1:]}
+            assert value.loss(prepare(value, batch), current, **further).loss.isfinite()
+            assert value != tc.methods.load(name)
+    for reference in re.findall(r":func:`~?([\w.]+)`", text):
+        functions = {"tokcredit": tc, **{x: getattr(tc.methods, x) for x in METHODS}}
+        assert callable(eval(reference, functions))
 
 
 def test_tables_are_those_of_the_methods():
@@ -52,9 +109,14 @@ def test_tables_are_those_of_the_methods():
     for document in ("docs/methods.md", "README.md"):
         text = (ROOT / document).read_text()
         assert text == tables.filled(text), f"{document} is out of date: python docs/tables.py"
-        assert all(f"| `{name}` |" in text for name in METHODS)
-    needs = set().union(*(tc.methods.load(name).needs for name in METHODS))
-    assert needs <= set(tc.evidence.KNOWN)
+    rows, readme = (ROOT / "docs/methods.md").read_text(), (ROOT / "README.md").read_text()
+    for name in METHODS:
+        parts = tables.sections(name)
+        assert f"| [`{name}`](#{name}) | {tables.table_cell(parts['Summary'])} |" in rows
+        assert f"| `{name}` | {tables.table_cell(parts['Summary'])} |" in readme
+        facts = [x for heading, body in parts.items() if heading.startswith("Differences") for x in tables.facts(body)]
+        assert facts and all(x.endswith(".") and f"- {x}\n" in rows for x in facts)
+        assert len(facts) == sum(body.count("\n    - ") for body in parts.values())
 
 
 @each
@@ -63,28 +125,67 @@ def test_prints_compares_pickles_and_converts(name):
     assert objective == tc.methods.load(name)
     assert pickle.loads(pickle.dumps(objective)) == objective
     assert eval(repr(objective), vars_of_stages()) == objective
-    assert set(dataclasses.asdict(objective)) == {f.name for f in dataclasses.fields(tc.Objective)}
+    assert set(dataclasses.asdict(objective)) == {f.name for f in dataclasses.fields(objective)}
 
 
 def vars_of_stages():
-    scope = {"Objective": tc.Objective, "inf": float("inf")}
-    for stage in STAGES:
-        scope |= {k: v for k, v in vars(stage).items() if dataclasses.is_dataclass(v)}
-    return scope
+    return {**tokcredit.mixing.inner(), "inf": float("inf")}
+
+
+@each
+def test_reads_registered_inputs(name):
+    assert tc.methods.load(name).required_inputs <= tc.inputs.names()
+
+
+@each
+def test_ints_are_taken_for_floats(name):
+    function = getattr(tc.methods, name)
+    for setting, parameter in inspect.signature(function).parameters.items():
+        if "float" not in str(parameter.annotation):
+            continue
+        for whole in (1, 0, 2, -1):
+            try:
+                expected = function(**{setting: float(whole)})
+                batch, current = carried(expected)
+                of_float = loss(expected, batch, current).loss
+            except ValueError:
+                continue  # out of range
+            objective = function(**{setting: whole})
+            assert objective == expected
+            assert torch.equal(loss(objective, batch, current).loss, of_float)
+            if not objective.is_scheduled:
+                assert repr(objective) == repr(expected)
+
+
+@each
+def test_types_of_settings_are_checked(name):
+    """Also where a setting decides which stages there are, or is computed with before a stage sees it."""
+    function = getattr(tc.methods, name)
+    for setting, parameter in inspect.signature(function).parameters.items():
+        annotation = str(parameter.annotation)
+        wrong = [("1", TypeError), (object(), TypeError)]
+        if annotation == "bool":
+            wrong += [(1, TypeError), (None, TypeError), (math.nan, TypeError)]
+        elif annotation.startswith("float"):
+            wrong += [(True, TypeError), (math.nan, ValueError)]
+        elif annotation.startswith("int"):
+            wrong += [(1.5, TypeError), (True, TypeError), (0, ValueError)]
+        for value, error in wrong:
+            with pytest.raises(error, match=r"\w+: \w+: expected "):
+                function(**{setting: value})
 
 
 @each
 @pytest.mark.parametrize("seed", range(3))
 def test_micro_batches_add_up(name, seed):
     objective = tc.methods.load(name)
-    batch, current = evidence(objective)
+    batch, current = carried(objective)
     prepared = prepare(objective, batch)
     whole = current.clone().requires_grad_()
     total = objective.loss(prepared, whole).loss
     total.backward()
-    order = torch.randperm(batch.num_rows, generator=torch.Generator().manual_seed(seed))
     parts = current.clone().requires_grad_()
-    added = sum(objective.loss(prepared.select(rows), parts[rows]).loss for rows in order.split(5))
+    added = sum(objective.loss(prepared.select(r), parts[r]).loss for r in partition(objective, batch, seed))
     added.backward()
     torch.testing.assert_close(added, total)
     torch.testing.assert_close(parts.grad, whole.grad)
@@ -94,18 +195,16 @@ def test_micro_batches_add_up(name, seed):
 @each
 def test_ranks_average_to_the_whole(name):
     """Each rank has its own groups; where rows of different groups are compared, it takes its rows from the whole."""
-    objective = tc.methods.load(name)
-    if isinstance(objective.aggregation, tc.aggregation.sequence_sum):
-        objective = dataclasses.replace(objective, aggregation=tc.aggregation.sequence_sum(7))
-    batch, current = evidence(objective)
+    objective = of_fixed_length(tc.methods.load(name))
+    batch, current = carried(objective)
     whole = current.clone().requires_grad_()
     prepared = prepare(objective, batch)
     objective.loss(prepared, whole).loss.backward()
     parts = current.clone().requires_grad_()
-    trained = torch.stack([x.any() for x in prepared.mask.split(7)])
+    trained = torch.stack([x.any() for x in prepared.mask.split(WIDTH)])
     for rank in range(2):
         rows = (batch.group_index % 2 == rank).nonzero()[:, 0]
-        if objective.spans_groups:
+        if objective.compares_groups:
             local = prepare(objective, batch, dp_size=2).select(rows)
         else:
             local = prepare(
@@ -122,16 +221,14 @@ def test_ranks_average_to_the_whole(name):
 
 @each
 def test_packed_equals_padded(name):
-    objective = tc.methods.load(name)
-    if isinstance(objective.aggregation, tc.aggregation.sequence_sum):
-        objective = dataclasses.replace(objective, aggregation=tc.aggregation.sequence_sum(7))
-    batch, current = evidence(objective)
+    objective = of_fixed_length(tc.methods.load(name))
+    batch, current = carried(objective)
     spans = list(zip(batch.begin.tolist(), batch.end.tolist(), strict=True))
     keep = torch.cat([torch.arange(b, e) for b, e in spans])
 
     def pick(name):
-        x = batch.evidence(name)
-        return x[keep] if tc.evidence.KNOWN[name].per == "token" else x
+        x = batch.input(name)
+        return x[keep] if tc.inputs.get(name).per == "token" else x
 
     packed = tc.Rollouts(
         batch.tokens[keep],
@@ -139,7 +236,7 @@ def test_packed_equals_padded(name):
         batch.group_ids,
         batch.rewards,
         batch.response_mask[keep],
-        **{name: pick(name) for name in tc.evidence.FIELDS if getattr(batch, name) is not None},
+        **{name: pick(name) for name in FIELDS if getattr(batch, name) is not None},
         extras={name: pick(name) for name in batch.extras},
     )
     a = loss(objective, batch, current).loss
@@ -149,53 +246,102 @@ def test_packed_equals_padded(name):
 
 @each
 def test_masked_tokens_cannot_leak(name):
+    """Inputs are NaN where the mask is False, and whatever the log-probs are there changes nothing."""
     objective = tc.methods.load(name)
-    batch, current = evidence(objective)
-    clean = current.clone().requires_grad_()
-    loss(objective, batch, clean).loss.backward()
+    batch, current = carried(objective)
+    _, clean = gradient(objective, batch, current)
     mask = batch.shaped(batch.response_mask)
     for poison in (float("nan"), float("inf"), 1e30):
-        dirty = current.masked_fill(~mask, poison).requires_grad_()
         old = batch.shaped(batch.old_log_probs).masked_fill(~mask, -poison).reshape(-1)
         poisoned = dataclasses.replace(batch, old_log_probs=old)
-        out = loss(objective, poisoned, dirty)
-        out.loss.backward()
+        out, dirty = gradient(objective, poisoned, current.masked_fill(~mask, poison))
         assert out.loss.isfinite() and all(m.isfinite() for m in out.metrics.values())
-        torch.testing.assert_close(dirty.grad, clean.grad)
+        torch.testing.assert_close(dirty, clean)
 
 
 @each
-def test_all_masked_is_zero_and_attached(name):
+def test_nan_at_a_training_token_reaches_loss_and_gradient(name):
+    """A NaN variable gives NaN at that token's gradient, and a loss is never NaN beside a finite gradient."""
     objective = tc.methods.load(name)
-    batch, current = evidence(objective)
+    batch, current = carried(objective)
+    clean = gradient(objective, batch, current)[1].reshape(-1)
+    trains = prepare(objective, batch).mask
+    row_of = torch.arange(batch.num_tokens) // WIDTH
+    for t in trains.nonzero()[:, 0].tolist():
+        dirty = current.clone()
+        dirty.view(-1)[t] = math.nan
+        out, grad = gradient(objective, batch, dirty)
+        grad = grad.reshape(-1)
+        assert bool(out.loss.isnan()) == bool(grad[t].isnan())
+        assert grad[t].isnan() or clean[t] == 0
+        if isinstance(objective, tc.Objective) and isinstance(objective.clip, tc.clip.soft | tc.clip.ppo):
+            own = trains & (row_of == row_of[t])
+            reached = own if isinstance(objective.ratio, tc.ratio.sequence) else own & (torch.arange(len(own)) == t)
+            torch.testing.assert_close(grad[~reached], clean[~reached])
+            assert grad[reached & (clean != 0)].isnan().all()
+        if isinstance(objective, tc.Objective):
+            assert out.metrics["nonfinite_log_probs"] == 1
+
+
+@each
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_infinity_at_a_training_token(name, value):
+    """The loss is as its formula says; where that is NaN, so is the gradient of the token."""
+    objective = tc.methods.load(name)
+    batch, current = carried(objective)
+    for t in prepare(objective, batch).mask.nonzero()[:, 0].tolist():
+        dirty = current.clone()
+        dirty.view(-1)[t] = value
+        out, grad = gradient(objective, batch, dirty)
+        assert bool(out.loss.isnan()) <= bool(grad.view(-1)[t].isnan())
+        if isinstance(objective, tc.Objective):
+            assert out.metrics["nonfinite_log_probs"] == 1
+
+
+@each
+def test_all_masked_is_constant_and_attached(name):
+    objective = tc.methods.load(name)
+    batch, current = carried(objective)
     batch = dataclasses.replace(batch, response_mask=torch.zeros_like(batch.response_mask))
-    prepared = prepare(objective, batch)
-    log_probs = current.clone().requires_grad_()
-    out = objective.loss(prepared, log_probs)
-    out.loss.backward()
-    assert out.loss == 0 and not log_probs.grad.any()
-    assert not prepared.has_credit.any()
+    out, grad = gradient(objective, batch, current)
+    empty = math.log(2) if isinstance(objective, tc.Preference) else 0.0  # two empty rows have a margin of 0
+    assert out.loss.item() == pytest.approx(empty) and not grad.any()
+    assert not prepare(objective, batch).has_gradient.any()
 
 
 @each
-def test_rows_without_credit_have_no_gradient(name):
+@pytest.mark.parametrize("width", [WIDTH, 0])
+def test_a_padded_batch_of_no_rows(name, width):
     objective = tc.methods.load(name)
-    batch, current = evidence(objective)
-    batch = dataclasses.replace(batch, rewards=torch.where(batch.group_index == 0, 1.0, batch.rewards))
+    tokens, none = torch.zeros(0, width, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    batch = tc.Rollouts.from_padded(tokens, tokens > 0, none, torch.zeros(0), old_log_probs=tokens.float())
+    batch = naive.with_inputs(batch, objective.required_inputs)
+    out, grad = gradient(objective, batch, tokens.float())
+    assert out.loss == 0 and grad.shape == (0, width)
+    assert prepare(objective, batch).select([]).has_gradient.shape == (0,)
+    assert all(m.isfinite() for m in out.metrics.values())
+
+
+@each
+def test_rows_without_advantage_have_no_gradient(name):
+    objective = tc.methods.load(name)
+    batch, current = carried(objective)
+    if not isinstance(objective, tc.Preference):
+        batch = dataclasses.replace(batch, rewards=torch.where(batch.group_index == 0, 1.0, batch.rewards))
     prepared = prepare(objective, batch)
-    unpaid = ~torch.stack([row.any() for row in prepared.advantages])
-    log_probs = current.clone().requires_grad_()
-    objective.loss(prepared, log_probs).loss.backward()
-    paid = prepared.has_credit
-    assert not paid[unpaid].any() and paid.any()
-    assert not log_probs.grad[~paid].any()
-    assert not log_probs.grad[~prepared.mask.view(batch.shape)].any()
+    _, grad = gradient(objective, batch, current)
+    has_gradient = prepared.has_gradient
+    assert has_gradient.any()
+    assert not grad[~has_gradient].any()
+    assert not grad[~prepared.mask.view(batch.shape)].any()
+    if not isinstance(objective, tc.Preference):  # both rows of a pair are needed if one of them is
+        assert not has_gradient[~torch.stack([row.any() for row in prepared.advantages])].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "tempo"])
 def test_equal_rewards_cancel_exactly(name, dtype):
-    """Sums of equal numbers are not always their multiple; divided by a spread of 0 the difference would be pay."""
+    """Sums of equal numbers are not always their multiple; divided by a spread of 0 the difference would be large."""
     objective = tc.methods.load(name)
     for size in range(2, 33):
         rewards = torch.cat([torch.full((size,), r, dtype=dtype) for r in (0.1, 0.7, 0.9, 1.1, -0.3)])
@@ -203,31 +349,315 @@ def test_equal_rewards_cancel_exactly(name, dtype):
         groups = torch.arange(5).repeat_interleave(size)
         batch = tc.Rollouts.from_padded(tokens, torch.ones_like(tokens), groups, rewards)
         prepared = objective.prepare(batch)
-        assert not prepared.advantages.any() and not prepared.has_credit.any()
+        assert not prepared.advantages.any() and not prepared.has_gradient.any()
 
 
-@each
-def test_groups_of_equal_rewards_are_paid_nothing(name):
+def compares_rewards():
+    """Methods whose advantages are 0 if all rewards are equal."""
+    for name in POLICY_GRADIENT:
+        objective = tc.methods.load(name)
+        batch = dataclasses.replace(carried(objective)[0], rewards=torch.ones(12))
+        if not prepare(objective, batch).advantages.any():
+            yield name
+
+
+@pytest.mark.parametrize("name", list(compares_rewards()))
+def test_groups_of_equal_rewards_have_no_advantage(name):
     objective = tc.methods.load(name)
-    batch, _ = evidence(objective)
-    if prepare(objective, dataclasses.replace(batch, rewards=torch.ones(12))).advantages.any():
-        pytest.skip("pays rewards, or evidence besides them")
+    batch, _ = carried(objective)
     batch = dataclasses.replace(batch, rewards=torch.where(batch.group_index == 0, 0.7, batch.rewards))
-    assert not prepare(objective, batch).has_credit[batch.group_index == 0].any()
+    prepared = prepare(objective, batch)
+    assert not prepared.has_gradient[batch.group_index == 0].any()
+    assert prepared.has_gradient.any()
 
 
-@each
+@pytest.mark.parametrize(
+    "name", [name for name in POLICY_GRADIENT if "old_log_probs" not in tc.methods.load(name).required_inputs]
+)
 def test_absent_old_log_probs_mean_on_policy(name):
     objective = tc.methods.load(name)
-    if "old_log_probs" in objective.needs:
-        pytest.skip("needs old_log_probs")
-    batch, current = evidence(objective)
-    grads = []
-    for old in (None, current.reshape(-1)):
-        log_probs = current.clone().requires_grad_()
-        loss(objective, dataclasses.replace(batch, old_log_probs=old), log_probs).loss.backward()
-        grads.append(log_probs.grad)
+    batch, current = carried(objective)
+    grads = [
+        gradient(objective, dataclasses.replace(batch, old_log_probs=old), current)[1]
+        for old in (None, current.reshape(-1))
+    ]
     torch.testing.assert_close(*grads)
+    assert grads[0].abs().sum() > 0
+
+
+def in_dtype(batch, dtype):
+    """The batch with all floats in a dtype."""
+    floats = {name: x.to(dtype) for name, x in batch.extras.items() if x.is_floating_point()}
+    fields = {name: x.to(dtype) for name in FIELDS if (x := getattr(batch, name)) is not None}
+    return dataclasses.replace(batch, rewards=batch.rewards.to(dtype), extras={**batch.extras, **floats}, **fields)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_default_dtype_changes_nothing(name, dtype):
+    batch, current = carried(tc.methods.load(name))
+    batch, current = in_dtype(batch, dtype), current.to(dtype)
+    found = []
+    for default in (torch.float32, torch.bfloat16, torch.float64):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            objective = tc.methods.load(name)
+            out, grad = gradient(objective, batch, current)
+            metrics = {key: x.item() for key, x in out.metrics.items()}
+            found.append((out.loss, grad, prepare(objective, batch).advantages, metrics))
+        finally:
+            torch.set_default_dtype(before)
+    for other in found[1:]:
+        for x, y in zip(found[0][:3], other[:3], strict=True):
+            assert x.dtype == y.dtype and torch.equal(x, y)
+        assert found[0][3] == other[3]
+    assert found[0][1].dtype == dtype and found[0][1].any()
+
+
+def is_differentiated(name):
+    """Whether the gradient is that of the value of the loss, with nothing held fixed."""
+    objective = tc.methods.load(name)
+    if not isinstance(objective, tc.Objective):
+        return True
+    held = isinstance(objective.clip, tc.clip.gated) or isinstance(objective.ratio, tc.ratio.cumulative)
+    return not held and not objective.scales
+
+
+@pytest.mark.parametrize("name", list(filter(is_differentiated, METHODS)))
+def test_float64_stays_float64(name):
+    """A step of 1e-9, far below the precision of float32, moves the loss along its gradient."""
+    objective = tc.methods.load(name)
+    batch, current = carried(objective)
+    out, grad = gradient(objective, batch, current)
+    assert out.loss.dtype == grad.dtype == torch.float64
+    step = 1e-9
+    moved = loss(objective, batch, current + step * grad.sign()).loss
+    torch.testing.assert_close((moved - out.loss) / step, grad.abs().sum(), rtol=1e-5, atol=0)
+
+
+@each
+def test_inputs_attached_to_a_graph(name):
+    objective = tc.methods.load(name)
+    batch, current = carried(objective)
+    _, expected = gradient(objective, batch, current)
+
+    def attached(x):
+        return x.clone().requires_grad_() * 1 if x.is_floating_point() else x
+
+    fields = {name: attached(x) for name in FIELDS if (x := getattr(batch, name)) is not None}
+    extras = {name: attached(x) for name, x in batch.extras.items()}
+    graph = dataclasses.replace(batch, extras=extras, rewards=attached(batch.rewards), **fields)
+    prepared = prepare(objective, graph)
+    assert not prepared.advantages.requires_grad
+    variable = current.clone().requires_grad_()
+    out = objective.loss(prepared, variable)
+    out.loss.backward()
+    assert torch.equal(variable.grad, expected)
+    for x in (*fields.values(), *extras.values()):
+        assert x.grad_fn is None or x.requires_grad
+
+
+def kinds(objective):
+    return {
+        f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.metadata["range"].kind == "stage"
+    }
+
+
+@each
+@pytest.mark.parametrize("base", ["grpo", "dpo", "sft"])
+def test_mixing_by_name_gives_exactly_that_stage(name, base):
+    plain, objective = tc.methods.load(base), tc.methods.load(name)
+    for kind, stage in kinds(objective).items():
+        if kind not in kinds(plain):
+            with pytest.raises(TypeError, match=f"^{kind}: expected one of"):
+                tc.mix(base, **{kind: name})
+            continue
+        filters = stage if kind == "filters" else ()
+        refused = base == "sft" and (any(x.before_credit for x in filters) or getattr(stage, "reads_signs", False))
+        if refused:
+            with pytest.raises(ValueError, match=f"^{kind}: expected .*, got "):
+                tc.mix(base, **{kind: name})
+            continue
+        mixed = tc.mix(base, **{kind: name})
+        assert kinds(mixed) == {**kinds(plain), kind: stage}
+        assert mixed == dataclasses.replace(plain, **{kind: stage})
+        if isinstance(stage, Stage):
+            assert tc.mix(base, **{kind: repr(stage)}) == mixed
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_mixture_keeps_the_contract(seed):
+    """Stages of different methods together: finite, the sum of its micro-batches, and open about NaN."""
+    rng = random.Random(seed)
+    stages = ("credit", "filters", "token_weights", "ratio", "clip", "scales", "aggregation")
+    chosen = {kind: rng.choice(POLICY_GRADIENT) for kind in stages if rng.random() < 0.6}
+    try:
+        objective = of_fixed_length(tc.mix(rng.choice(POLICY_GRADIENT), **chosen))
+    except ValueError as error:
+        assert re.match("clip: expected a stage with bounds because of outside_center", str(error))
+        return
+    batch, current = carried(objective, seed)
+    prepared = prepare(objective, batch)
+    out, grad = gradient(objective, batch, current)
+    assert out.loss.isfinite() and grad.isfinite().all()
+    assert not grad[~prepared.has_gradient].any() and not grad[~prepared.mask.view(batch.shape)].any()
+    parts = current.clone().requires_grad_()
+    added = sum(objective.loss(prepared.select(r), parts[r]).loss for r in partition(objective, batch, seed))
+    added.backward()
+    torch.testing.assert_close(added, out.loss)
+    torch.testing.assert_close(parts.grad, grad)
+    for t in prepared.mask.nonzero()[:, 0].tolist()[seed % 3 :: 9]:
+        dirty = current.clone()
+        dirty.view(-1)[t] = math.nan
+        out, grad = gradient(objective, batch, dirty)
+        assert bool(out.loss.isnan()) == bool(grad.view(-1)[t].isnan())
+
+
+def stage_classes(kind=Stage):
+    """Every stage class of the library; those that other tests made are left out."""
+    for cls in kind.__subclasses__():
+        yield from stage_classes(cls)
+        if dataclasses.is_dataclass(cls) and cls.__module__.startswith("tokcredit."):
+            yield cls
+
+
+SETTINGS = sorted(
+    ((cls, f.name) for cls in set(stage_classes()) for f in dataclasses.fields(cls)),
+    key=lambda x: (x[0].__module__, x[0].__name__, x[1]),
+)
+setting = pytest.mark.parametrize(
+    ("cls", "field"),
+    SETTINGS,
+    ids=[f"{cls.__module__.split('.', 1)[1]}.{cls.__name__}.{name}" for cls, name in SETTINGS],
+)
+
+
+def rule_of(cls, field) -> Range:
+    metadata = {f.name: f.metadata for f in dataclasses.fields(cls)}[field]
+    assert "range" in metadata, f"{cls.__name__}.{field}: expected a declared range"
+    return metadata["range"]
+
+
+def allowed(rule):
+    """A value inside the range."""
+    if rule.kind in ("number", "whole number"):
+        whole = rule.kind == "whole number"
+        for x in (1, 2, 0, -1) if whole else (0.5, 1.0, 0.25, 0.0, 2.0, -1.0):
+            try:
+                return rule.checked(x)
+            except ValueError:
+                continue
+    if rule.kind == "stage":
+        example = made(next(stage_classes(rule.stage)))
+        return (example,) if rule.several else example
+    return {"bool": True, "option": rule.options[0] if rule.options else None, "input name": "entropies"}[rule.kind]
+
+
+def made(cls, **changes):
+    """An instance with the settings that have no default, and others as given."""
+    needed = {
+        f.name: allowed(f.metadata["range"])
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    return cls(**{**needed, **changes})
+
+
+def wrong(rule):
+    """Values of a wrong type, and values out of range."""
+    linear = tc.schedule.linear(0.0, 1.0)
+    types = {
+        "number": ["1", True, [1.0], 1j, torch.tensor([1.0, 2.0])],
+        "whole number": ["1", True, 1.5, [1], torch.tensor([1, 2])],
+        "bool": [1, 0.0, "True", torch.tensor(True)],
+        "option": [1, True, ("ratio",)],
+        "input name": [1, True, ("entropies",)],
+        "stage": ["grpo", 1, object(), dict, *([] if rule.several else [()])],
+    }[rule.kind]
+    values = {"option": ["no such option", ""], "input name": ["no_such_input"]}.get(rule.kind, [])
+    if rule.kind in ("number", "whole number"):
+        step = 1 if rule.kind == "whole number" else None
+
+        def beside(x, way):
+            return x + way * step if step else math.nextafter(x, way * math.inf)
+
+        values = [] if step else [math.nan]
+        if rule.at_least is not None:
+            values += [beside(rule.at_least, -1), -math.inf if not step else -(10**9)]
+        if rule.at_most is not None:
+            values += [beside(rule.at_most, 1), math.inf if not step else 10**9]
+        values += [x for x in (rule.above, rule.below) if x is not None]
+    if rule.several:
+        types += [[], [allowed(rule)[0]], allowed(rule)[0], (1,), (object(),)]
+    types += [] if rule.scheduled else [linear]
+    types += [] if rule.optional else [None]
+    return [(TypeError, x) for x in types] + [(ValueError, x) for x in values]
+
+
+@setting
+def test_settings_are_checked_when_a_stage_is_made(cls, field):
+    rule = rule_of(cls, field)
+    for error, value in wrong(rule):
+        with pytest.raises(error) as caught:
+            made(cls, **{field: value})
+        assert f"{cls.__name__}: {field}: expected " in str(caught.value) or (
+            rule.kind == "input name" and f"{cls.__name__}: {field}: " in str(caught.value)
+        ), value
+
+
+@setting
+def test_settings_inside_the_range_are_taken(cls, field):
+    rule = rule_of(cls, field)
+    values = [allowed(rule)]
+    if rule.kind in ("number", "whole number"):
+        values += [x for x in (rule.at_least, rule.at_most) if x is not None]
+    values += [None] if rule.optional else []
+    values += [tc.schedule.linear(0.25, 0.5)] if rule.scheduled else []
+    values += rule.options
+    for value in values:
+        if cls is tc.Objective or cls is tc.Supervised or cls is tc.Preference:
+            continue  # combinations of stages are checked too: tests of the objectives
+        assert getattr(made(cls, **{field: value}), field) == value
+    if rule.kind == "number":
+        for whole in (0, 1, 2):
+            try:
+                found = getattr(made(cls, **{field: whole}), field)
+            except ValueError:
+                continue
+            assert type(found) is float and found == whole
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tc.Objective(tc.ratio.token()), r"Objective: credit: expected a credit stage, got token\("),
+        (lambda: tc.clip.growing(-0.1, 0.1), r"clip.growing: low: expected a number at least 0 .*got -0.1"),
+        (lambda: tc.clip.soft(0, 0), r"clip.soft: tau_positive: expected a number above 0 .*got 0"),
+        (lambda: tc.ratio.sequence(high=-5), r"ratio.sequence: high: expected a number at least 0.* got -5"),
+        (
+            lambda: tc.mix("match_tir", credit="turns(discount=7)"),
+            r"credit.turns: discount: expected .* at most 1, got 7",
+        ),
+        (
+            lambda: tc.mix("hapo", clip="soft"),
+            r"clip: expected a stage with bounds because of outside_center.*got soft",
+        ),
+        (
+            lambda: tc.methods.load("sapo", tau_positive=0),
+            r"clip.soft: tau_positive: expected a number above 0 .*got 0",
+        ),
+    ],
+)
+def test_combinations_and_settings_that_mean_nothing(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+def test_defaults_of_stages_that_no_method_has():
+    truncated, masked = tc.token_weights.importance_truncated(), tc.token_weights.importance_masked()
+    assert (truncated.high, truncated.whole_rows) == (2.0, False)
+    assert (masked.low, masked.high, masked.whole_rows) == (0.0, 3.0, True)
 
 
 def test_unknown_names_and_settings_are_errors():

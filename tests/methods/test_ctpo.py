@@ -26,7 +26,7 @@ def test_formula(seed, cap, token_mean):
         return (naive.token_mean if token_mean else naive.sequence_mean)(batch, losses)
 
     out = naive.check(tc.methods.ctpo(cap=cap, token_mean=token_mean), *naive.random_batch(seed), formula)
-    assert out.metrics["clip_high"] > 0 and (out.metrics["clip_cap"] > 0) == (cap is not None)
+    assert out.metrics["clip_high_fraction"] > 0 and (out.metrics["clip_cap_fraction"] > 0) == (cap is not None)
 
 
 def test_by_hand():
@@ -35,7 +35,7 @@ def test_by_hand():
         torch.tensor([0, 4, 5]),
         torch.zeros(2, dtype=torch.long),
         torch.tensor([1.0, 0.0]),
-        torch.tensor([True, True, False, True, False]),
+        torch.tensor([True, True, False, True, True]),
         old_log_probs=torch.zeros(5),
     )
     # Sums 0.04, 0.08, 0.09 against bounds 0.05, 0.0707, 0.0866: the last two are stopped.
@@ -44,10 +44,10 @@ def test_by_hand():
     out = objective.loss(objective.prepare(batch), log_probs)
     out.loss.backward()
     advantage = 0.5 / math.sqrt(0.5)
-    expected = -advantage / 3 * (math.exp(0.04) + math.exp(0.05 * math.sqrt(2)) + math.exp(0.05 * math.sqrt(3)))
+    expected = -advantage / 4 * (math.exp(0.04) + math.exp(0.05 * math.sqrt(2)) + math.exp(0.05 * math.sqrt(3)) - 1)
     assert out.loss.item() == pytest.approx(expected, rel=1e-5)
-    assert log_probs.grad.tolist() == pytest.approx([-advantage / 3 * math.exp(0.04), 0, 0, 0, 0], rel=1e-5)
-    assert out.metrics["clip_high"].item() == pytest.approx(2 / 3)
+    assert log_probs.grad.tolist() == pytest.approx([-advantage / 4 * math.exp(0.04), 0, 0, 0, advantage / 4], rel=1e-5)
+    assert out.metrics["clip_high_fraction"].item() == pytest.approx(2 / 4)
 
 
 def test_tokens_of_negative_rows_are_stopped_on_both_sides():
@@ -78,3 +78,11 @@ def test_ratio_is_bounded():
     out.loss.backward()
     assert out.loss.item() == pytest.approx((math.exp(10) - 1) / 2 * 0.70711, rel=1e-4)
     assert log_probs.grad[1] == 0
+
+
+def test_defaults():
+    assert tc.methods.ctpo() == tc.Objective(
+        ratio=tc.ratio.cumulative(bound=20.0, high=10.0, to="old_log_probs"),
+        clip=tc.clip.growing(low=0.025, high=0.05, power=0.5, cap=0.05),
+        aggregation=tc.aggregation.token_mean(),
+    )

@@ -4,6 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.d3s import varied_rows
 
 
 def most_varied(values, count):
@@ -22,7 +23,7 @@ def most_varied(values, count):
 @pytest.mark.parametrize("seed", range(3))
 def test_formula(progress, seed):
     batch, current = naive.random_batch(seed)
-    batch = naive.with_evidence(batch, {"entropies"})
+    batch = naive.with_inputs(batch, {"entropies"})
 
     def formula(batch, log_probs):
         advantages, tokens = naive.group_advantages(batch), naive.rows_of(batch)
@@ -58,21 +59,38 @@ def test_by_hand():
 
 
 def test_progress_is_asked_for_and_checked():
-    batch = naive.with_evidence(naive.random_batch()[0], {"entropies"})
-    with pytest.raises(ValueError, match="progress: expected a number from 0 to 1 because settings change"):
+    batch = naive.with_inputs(naive.random_batch()[0], {"entropies"})
+    with pytest.raises(ValueError, match="progress: expected a number from 0 to 1 because of linear"):
         tc.methods.d3s().prepare(batch)
     with pytest.raises(ValueError, match="progress: expected a number from 0 to 1, got 2"):
         tc.methods.d3s().prepare(batch, progress=2)
-    with pytest.raises(ValueError, match="share: expected more than 0 and at most 1"):
-        tc.methods.d3s(rows_start=0.0).prepare(batch, progress=0)
+    with pytest.raises(ValueError, match=r"varied_rows: share: expected a number above 0 and at most 1 .* got 0\.0"):
+        tc.methods.d3s(rows_start=0.0)
 
 
 def test_equal_rewards_everywhere_train_nothing():
     batch, current = naive.random_batch()
-    batch = naive.with_evidence(batch, {"entropies"})
+    batch = naive.with_inputs(batch, {"entropies"})
     batch.rewards.fill_(1.0)
     objective = tc.methods.d3s()
     prepared = objective.prepare(batch, progress=0.0)
     log_probs = current.clone().requires_grad_()
     objective.loss(prepared, log_probs).loss.backward()
     assert not prepared.mask.any() and not log_probs.grad.any()
+
+
+def test_defaults():
+    assert tc.methods.d3s() == tc.Objective(
+        filters=(
+            varied_rows(tc.schedule.linear(0.25, 1.0)),
+            tc.filters.nonzero_advantage(),
+            tc.filters.top_share(
+                tc.schedule.linear(0.2, 1.0),
+                tc.token_score.given("entropies"),
+                times_advantage=True,
+                per_row=False,
+                round_up=True,
+            ),
+        ),
+        aggregation=tc.aggregation.token_mean(),
+    )

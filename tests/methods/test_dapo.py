@@ -28,3 +28,9 @@ def test_by_hand():
     assert out.loss.item() == pytest.approx((-1.28 + 0.8) / 2 * 0.5 / 0.5**0.5, abs=1e-5)
     out.loss.backward()
     assert log_probs.grad.tolist() == [0.0, 0.0]
+
+
+def test_defaults():
+    assert tc.methods.dapo() == tc.Objective(
+        clip=tc.clip.ppo(low=0.2, high=0.28, cap=None), aggregation=tc.aggregation.token_mean()
+    )

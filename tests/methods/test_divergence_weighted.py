@@ -4,6 +4,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.divergence_weighted import divergence
 
 
 @pytest.mark.parametrize("slope", [10.0, -30.0])
@@ -34,8 +35,8 @@ def log_ratio_of(k):
 
 def test_by_hand():
     log_ratio = torch.tensor([log_ratio_of(k) for k in (0, 0.1, 1, 10)], dtype=torch.float64)
-    high = tc.gain.divergence(1.0, 1.0)(log_ratio, None, None)
-    low = tc.gain.divergence(1.0, -1.0)(log_ratio, None, None)
+    high = divergence(1.0, 1.0)(None, log_ratio, None, None, None, None)
+    low = divergence(1.0, -1.0)(None, log_ratio, None, None, None, None)
     assert high.tolist() == pytest.approx([1, 1.024979, 1.231059, 1.499955], abs=1e-6)
     assert low.tolist() == pytest.approx([1, 0.975021, 0.768941, 0.500045], abs=1e-6)
 
@@ -49,3 +50,11 @@ def test_the_first_step_is_that_of_dapo():
         objective.loss(objective.prepare(batch), log_probs).loss.backward()
         grads.append(log_probs.grad)
     assert torch.equal(*grads)
+
+
+def test_defaults():
+    assert tc.methods.divergence_weighted() == tc.Objective(
+        clip=tc.clip.ppo(low=0.2, high=0.28, cap=None),
+        aggregation=tc.aggregation.token_mean(),
+        scales=(divergence(strength=1.0, slope=10.0),),
+    )

@@ -15,5 +15,14 @@ def test_formula(max_length):
 
 def test_by_hand():
     batch, _ = naive.random_batch(groups=1)
-    advantages = tc.methods.dr_grpo().prepare(batch).credits[:, 0]
-    assert advantages.tolist() == pytest.approx((batch.rewards - batch.rewards.mean()).tolist())
+    advantages = tc.methods.dr_grpo().prepare(batch).credit[:, 0]
+    counted = batch.lengths > 0
+    assert not counted.all()
+    mean = batch.rewards[counted].mean()
+    assert advantages[counted].tolist() == pytest.approx((batch.rewards[counted] - mean).tolist())
+
+
+def test_defaults():
+    assert tc.methods.dr_grpo() == tc.Objective(
+        credit=tc.credit.group_normalized(scale=False, epsilon=1e-6), aggregation=tc.aggregation.sequence_sum(None)
+    )

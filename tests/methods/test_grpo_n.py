@@ -4,16 +4,16 @@ import tokcredit as tc
 import torch
 
 
-@pytest.mark.parametrize("renormalise", [False, True])
-def test_formula(renormalise):
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_formula(renormalize):
     def formula(batch, log_probs):
         advantages = [min(a, 0.0) for a in naive.group_advantages(batch)]
         losses = naive.ppo(batch, log_probs, advantages, 0.8, 1.2)
-        if renormalise:
+        if renormalize:
             losses = [row if advantages[r] else [] for r, row in enumerate(losses)]
         return naive.sequence_mean(batch, losses)
 
-    naive.check(tc.methods.grpo_n(renormalise=renormalise), *naive.random_batch(), formula)
+    naive.check(tc.methods.grpo_n(renormalize=renormalize), *naive.random_batch(), formula)
 
 
 def test_by_hand():
@@ -25,6 +25,12 @@ def test_by_hand():
     objective = tc.methods.grpo_n()
     prepared = objective.prepare(batch)
     assert prepared.advantages.tolist() == pytest.approx([0, -0.57735, -0.57735, -0.57735], abs=1e-5)
-    assert prepared.has_credit.tolist() == [False, True, True]
+    assert prepared.has_gradient.tolist() == [False, True, True]
     objective.loss(prepared, log_probs).loss.backward()
     assert log_probs.grad.tolist() == pytest.approx([0, 0.19245, 0.096225, 0.096225], abs=1e-5)
+
+
+def test_defaults():
+    assert tc.methods.grpo_n() == tc.Objective(
+        credit=tc.credit.negative_part(tc.credit.group_normalized(scale=True, epsilon=1e-6, count_empty=False))
+    )

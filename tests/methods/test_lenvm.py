@@ -4,13 +4,14 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.lenvm import length_advantage
 
 
 @pytest.mark.parametrize("trace", [1.0, 0.5])
 @pytest.mark.parametrize("scale", [0.5, -2.0])
 def test_formula(trace, scale):
     batch, current = naive.random_batch()
-    batch = naive.with_evidence(batch, {"length_values", "truncated"})
+    batch = naive.with_inputs(batch, {"length_values", "truncated"})
     gamma = 0.9
 
     def formula(batch, log_probs):
@@ -48,7 +49,7 @@ def test_by_hand():
     )
     prepared = tc.methods.lenvm(scale=2.0, gamma=0.5).prepare(batch)
     assert prepared.advantages.tolist() == pytest.approx([-0.5, 0.0, 0.5])
-    assert prepared.has_credit.tolist() == [True, True]
+    assert prepared.has_gradient.tolist() == [True, True]
 
 
 def test_a_cut_row_is_no_short_row():
@@ -65,3 +66,11 @@ def test_a_cut_row_is_no_short_row():
     batch.extras["truncated"][0] = False
     # Ended there, the first was no surprise and the second ended the row a token early.
     assert objective.prepare(batch).advantages.tolist() == pytest.approx([0.0, 0.25])
+
+
+def test_defaults():
+    assert tc.methods.lenvm() == tc.Objective(
+        credit=length_advantage(
+            tc.credit.group_normalized(scale=True, epsilon=1e-6, count_empty=False), scale=0.1, gamma=0.997, trace=1.0
+        )
+    )

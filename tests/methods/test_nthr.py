@@ -2,13 +2,14 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.nthr import negative_hidden_reward
 
 
 def advantages(batch, beta):
-    tokens, paid, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
+    tokens, credit, r = naive.rows_of(batch), naive.group_advantages(batch), batch.rewards.tolist()
     s = naive.influence(batch, tokens, [1.0] * batch.num_rows)
-    out = {t: paid[i] for i, ts in enumerate(tokens) for t in ts}
-    for rows in naive.group_rows(batch):
+    out = {t: credit[i] for i, ts in enumerate(tokens) for t in ts}
+    for rows in naive.counted_rows(batch):
         correct = [i for i in rows if r[i] > 0.5]
         if not 0 < len(correct) < len(rows):
             continue
@@ -16,7 +17,7 @@ def advantages(batch, beta):
         for j in rows:
             for q in tokens[j]:
                 if j not in correct and s[q] > tau:
-                    out[q] = paid[j] * 2 * abs(0.5 - len(correct) / len(rows))
+                    out[q] = credit[j] * 2 * abs(0.5 - len(correct) / len(rows))
     return out
 
 
@@ -24,12 +25,12 @@ def advantages(batch, beta):
 @pytest.mark.parametrize("beta", [1.0, 0.0, 0.2])
 def test_formula(seed, beta):
     batch, current = naive.random_batch(seed, size=5)
-    batch = naive.with_evidence(batch, {"hidden_states", "token_probs"}, seed)
+    batch = naive.with_inputs(batch, {"hidden_states", "token_probs"}, seed)
 
     def formula(batch, log_probs):
-        paid = advantages(batch, beta)
-        ratios = {t: (log_probs[t] - batch.old_log_probs[t]).exp() for t in paid}
-        losses = [[naive.clipped(paid[t], ratios[t], 0.8, 1.2) for t in ts] for ts in naive.rows_of(batch)]
+        credit = advantages(batch, beta)
+        ratios = {t: (log_probs[t] - batch.old_log_probs[t]).exp() for t in credit}
+        losses = [[naive.clipped(credit[t], ratios[t], 0.8, 1.2) for t in ts] for ts in naive.rows_of(batch)]
         return naive.sequence_mean(batch, losses)
 
     objective = tc.methods.nthr(beta)
@@ -72,11 +73,19 @@ def test_columns_are_the_tokens_of_the_group():
         torch.zeros(3),
     )
     batch.tokens[[2, 8]] = torch.tensor([-100, 10**12])  # where masked, ids mean nothing
-    ids, column = tc.policy.group_vocabulary(batch)
+    ids, column = tc.log_probs.group_vocabulary(batch)
     assert ids.tolist() == [[7, 9, -1], [3, 5, 7]]  # groups in rising order of their ids
     assert column.tolist() == [2, 0, -1, 0, 0, 1, 1, 0, -1]
     logits = torch.randn(3, 3, 10, generator=torch.Generator().manual_seed(0))
-    probs = tc.policy.group_probs(logits, batch).view(3, 3, 3)
+    probs = tc.log_probs.group_probs(logits, batch).view(3, 3, 3)
     torch.testing.assert_close(probs[0, 1], logits[0, 1].softmax(-1)[[3, 5, 7]])
     torch.testing.assert_close(probs[2, 0, :2], logits[2, 0].softmax(-1)[[7, 9]])
     assert probs[2, 0, 2] == 0 and not probs[0, 2].any()
+
+
+def test_defaults():
+    assert tc.methods.nthr() == tc.Objective(
+        credit=negative_hidden_reward(
+            tc.credit.group_normalized(scale=True, epsilon=1e-6, count_empty=False), beta=1.0, threshold=0.5
+        )
+    )

@@ -31,4 +31,12 @@ def test_batch_without_a_correct_row_is_skipped():
     prepared = objective.prepare(batch)
     log_probs = torch.zeros(2, requires_grad=True)
     objective.loss(prepared, log_probs).loss.backward()
-    assert not prepared.has_credit.any() and not log_probs.grad.any()
+    assert not prepared.has_gradient.any() and not log_probs.grad.any()
+
+
+def test_defaults():
+    assert tc.methods.psr() == tc.Objective(
+        credit=tc.credit.thresholded(above=1.0, below=0.0, threshold=0.5),
+        filters=(tc.filters.nonzero_advantage(),),
+        aggregation=tc.aggregation.token_mean(),
+    )

@@ -5,6 +5,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.r3 import dominance, length_reward, pooled
 
 
 def shaped_rewards(batch, share, best, limit):
@@ -36,9 +37,9 @@ def shaped_rewards(batch, share, best, limit):
     return out
 
 
-def paid(batch, alpha, share, best, limit, epsilon):
+def credit(batch, alpha, share, best, limit, epsilon):
     r, replayed, out = shaped_rewards(batch, share, best, limit), batch.extras["replayed"].tolist(), {}
-    for group in naive.group_rows(batch):
+    for group in naive.counted_rows(batch):
         mean = sum(r[i] for i in group) / len(group)
         std = math.sqrt(sum((r[i] - mean) ** 2 for i in group) / (len(group) - 1))
         factor = alpha if any(replayed[i] for i in group) else 1.0
@@ -49,7 +50,7 @@ def paid(batch, alpha, share, best, limit, epsilon):
 def mixed_batch(seed):
     """Groups 0 and 1 all wrong, of which 0 has a replayed right row; 2 as it comes; 3 all right with replayed wrong."""
     batch, current = naive.random_batch(seed, groups=4, size=6, length=9)
-    batch = naive.with_evidence(batch, {"entropies", "replayed", "truncated"}, seed)
+    batch = naive.with_inputs(batch, {"entropies", "replayed", "truncated"}, seed)
     # A larger power raises peaks beside the mean, so that rows dominate others.
     power = (1 + torch.arange(24) % 5).repeat_interleave(9)
     batch = dataclasses.replace(batch, entropies=(batch.entropies / 2) ** power * (power + 1) ** 0.6)
@@ -67,8 +68,9 @@ def test_formula(alpha, share, best, seed):
     batch, current = mixed_batch(seed)
 
     def formula(batch, log_probs):
-        advantages = paid(batch, alpha, share, best, 12, 1e-6)
-        return naive.sequence_mean(batch, naive.ppo(batch, log_probs, advantages, 0.8, 1.2))
+        advantages = credit(batch, alpha, share, best, 12, 1e-6)
+        losses = naive.ppo(batch, log_probs, dict.fromkeys(range(24), 0.0) | advantages, 0.8, 1.2)
+        return naive.sequence_mean(batch, losses)
 
     objective = tc.methods.r3(alpha, share, best, max_length=12)
     naive.check(objective, batch, current, formula)
@@ -98,7 +100,7 @@ FOUR = [[0.1, 2.0, 0.0, 0.1, 0.3], [1.5, 0.1, 0.2, 0.2, 0.0], [1.8, 0.3, 0.3, 0.
 
 
 def test_by_hand():
-    rank = tc.credit.dominance(best=1.0)
+    rank = dominance(best=1.0)
     third = 1 / 3
     assert rank(shaped(FOUR)).tolist() == pytest.approx([1, third, third, third])
     # The third finished by itself: nobody dominates, all are equal.
@@ -106,7 +108,7 @@ def test_by_hand():
     # Rewards 0.5, 1/6, 1/6, 1/6 of mean 1/4, deviations 1/4 and -1/12, sum of squares 1/12: std 1/6.
     assert tc.methods.r3().credit(shaped(FOUR))[:, 0].tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-4)
     # A replayed right row of 5 tokens (1.5 with a limit of 10), mean 0.5: deviations 0, -1/3 thrice, 1; their squares
-    # add up to 4/3, std sqrt(1/3). Alpha 2 halves what is paid.
+    # add up to 4/3, std sqrt(1/3). Alpha 2 halves the advantages.
     five = shaped([*FOUR, [9.0] * 5], [0.0] * 4 + [1.0], [True] * 5, [False] * 4 + [True])
     got = tc.methods.r3(alpha=2.0, max_length=10).credit(five)[:, 0]
     assert got.tolist() == pytest.approx([0, *[-0.288675] * 3, 0.866025], abs=1e-5)
@@ -117,7 +119,7 @@ def test_by_hand():
 
 
 def test_a_single_truncated_row():
-    rank = tc.credit.dominance()
+    rank = dominance()
     assert rank(shaped([[1.0], [2.0]], truncated=[True, False])).tolist() == [0.5, 0]
     assert rank(shaped([[1.0]])).tolist() == [0], "nothing to contrast with"
     alone = shaped([[1.0], [2.0], []], [0.0, 1.0, 0.0], [True, True, False], [False, True, False])
@@ -127,20 +129,20 @@ def test_a_single_truncated_row():
 
 def test_groups_do_not_mix_and_order_does_not_matter():
     # The rows of FOUR in two groups, interleaved: 0 and 2 (0 dominates), 1 and 3 (equal).
-    got = tc.credit.dominance()(shaped(FOUR, groups=[7, 3, 7, 3]))
+    got = dominance()(shaped(FOUR, groups=[7, 3, 7, 3]))
     assert got.tolist() == [0.5, 0.25, 0, 0.25]
     order = torch.tensor([2, 3, 0, 1])
     batch = shaped(FOUR)
-    assert torch.equal(tc.credit.dominance()(batch.select(order)), tc.credit.dominance()(batch)[order])
+    assert torch.equal(dominance()(batch.select(order)), dominance()(batch)[order])
 
 
-def test_brevity():
+def test_length_reward():
     batch = shaped([[1.0] * 3, [1.0] * 3, [1.0] * 20], [1.0, 0.5, 1.0])
-    assert tc.credit.brevity(limit=12)(batch).tolist() == [0.75, 0, 0]
-    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
-        tc.credit.brevity(limit=0)
-    with pytest.raises(ValueError, match="share: expected a number from 0 to 1, got 2"):
-        tc.credit.dominance(share=2)
+    assert length_reward(limit=12)(batch).tolist() == [0.75, 0, 0]
+    with pytest.raises(ValueError, match="length_reward: limit: expected a whole number at least 1, got 0"):
+        length_reward(limit=0)
+    with pytest.raises(ValueError, match="dominance: share: expected a number at least 0 and at most 1, got 2"):
+        dominance(share=2)
 
 
 def test_nothing_at_all():
@@ -152,5 +154,15 @@ def test_marks_are_bool():
     batch = shaped(FOUR)
     with pytest.raises(TypeError, match=r"replayed: expected bool \[R\], got float32"):
         tc.methods.r3().credit(dataclasses.replace(batch, extras=batch.extras | {"replayed": torch.zeros(4)}))
-    with pytest.raises(ValueError, match=r"replayed: expected bool \[4\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"replayed: expected bool \[4\], got bool \[3\]"):
         tc.methods.r3().prepare(dataclasses.replace(batch, extras=batch.extras | {"replayed": torch.ones(3) > 0}))
+
+
+def test_defaults():
+    assert tc.methods.r3() == tc.Objective(
+        credit=pooled(
+            (length_reward(limit=32768, threshold=0.5), dominance(share=0.2, best=0.5, threshold=0.5)),
+            scale=1.0,
+            epsilon=1e-6,
+        )
+    )

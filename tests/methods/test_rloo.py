@@ -8,7 +8,7 @@ def test_formula():
     def formula(batch, log_probs):
         rewards = batch.rewards.tolist()
         advantages = [0.0] * batch.num_rows
-        for rows in naive.group_rows(batch):
+        for rows in naive.counted_rows(batch):
             for r in rows:
                 others = [rewards[k] for k in rows if k != r]
                 advantages[r] = rewards[r] - sum(others) / len(others)
@@ -25,3 +25,9 @@ def test_by_hand():
         torch.tensor([1.0, 0.0, 0.5, 9.0]),
     )
     assert tc.methods.rloo().prepare(batch).advantages.tolist() == pytest.approx([0.75, -0.75, 0.0, 0.0])
+
+
+def test_defaults():
+    assert tc.methods.rloo() == tc.Objective(
+        credit=tc.credit.leave_one_out(count_empty=False), aggregation=tc.aggregation.token_mean()
+    )

@@ -27,3 +27,7 @@ def test_by_hand():
             sapo = log_probs.grad
     torch.testing.assert_close(sapo, log_probs.grad)
     assert sapo.abs().max() > 0.01
+
+
+def test_defaults():
+    assert tc.methods.sapo() == tc.Objective(clip=tc.clip.soft(tau_positive=1.0, tau_negative=1.05))

@@ -20,29 +20,29 @@ def segments(values, reward, tokens):
     return out | dict.fromkeys(pending, 0.0)
 
 
-def whitened(paid, counted):
-    x = [paid[t] for t in counted]
+def whitened(credit, counted):
+    x = [credit[t] for t in counted]
     mean = sum(x) / len(x)
     var = sum((a - mean) ** 2 for a in x) / (len(x) - 1)
-    return {t: (a - mean) / math.sqrt(var + 1e-8) for t, a in paid.items()}
+    return {t: (a - mean) / math.sqrt(var + 1e-8) for t, a in credit.items()}
 
 
 @pytest.mark.parametrize("whiten", [False, True])
 @pytest.mark.parametrize("seed", range(3))
 def test_formula(whiten, seed):
     batch, current = naive.random_batch(seed)
-    batch = naive.with_evidence(batch, {"state_values"}, seed)
+    batch = naive.with_inputs(batch, {"state_values"}, seed)
 
     def formula(batch, log_probs):
         rows, old = naive.rows_of(batch), batch.old_log_probs
         values = batch.extras["state_values"].tolist()
-        paid = {}
+        credit = {}
         for r, tokens in enumerate(rows):
-            paid |= segments(values, batch.rewards[r].item(), tokens)
+            credit |= segments(values, batch.rewards[r].item(), tokens)
         kept = [t for tokens in rows for t in tokens if old[t].exp() < 0.9]
         if whiten:
-            paid = whitened(paid, kept)
-        losses = [naive.clipped(paid[t], (log_probs[t] - old[t]).clamp(-10, 10).exp(), 0.8, 1.2) for t in kept]
+            credit = whitened(credit, kept)
+        losses = [naive.clipped(credit[t], (log_probs[t] - old[t]).clamp(-10, 10).exp(), 0.8, 1.2) for t in kept]
         return sum(losses) / len(kept)
 
     naive.check(tc.methods.spo_chain(whiten=whiten), batch, current, formula)
@@ -66,12 +66,12 @@ def test_by_hand(interval, expected):
         [VALUES.get(t - 1, 9.0) if cut else math.nan for t, cut in enumerate(cuts)]
     )
     prepared = tc.methods.spo_chain().prepare(batch)
-    paid = torch.where(prepared.mask, prepared.advantages, 0)
-    assert paid.tolist() == pytest.approx(expected, abs=1e-6)
+    credit = torch.where(prepared.mask, prepared.advantages, 0)
+    assert credit.tolist() == pytest.approx(expected, abs=1e-6)
     assert prepared.mask.nonzero()[:, 0].tolist() == [1, 3, 5, 6, 8]
 
 
-def test_rows_without_a_value_or_without_tokens_are_paid_nothing():
+def test_rows_without_a_value_or_without_tokens_have_no_advantage():
     nan = math.nan
     batch = tc.Rollouts(
         torch.arange(5),
@@ -94,3 +94,13 @@ def test_equal_advantages_are_not_whitened():
         extras={"state_values": torch.tensor([0.5, math.nan, math.nan])},
     )
     assert tc.methods.spo_chain(whiten=True).prepare(batch).advantages.tolist() == [0.5, 0.5, 0.5]
+
+
+def test_defaults():
+    assert tc.credit.improbable_cuts.__defaults__ == (0.9, 5)
+    assert tc.methods.spo_chain() == tc.Objective(
+        credit=tc.credit.value_changes("state_values"),
+        filters=(tc.filters.improbable(0.9),),
+        ratio=tc.ratio.token(bound=10.0, to="old_log_probs"),
+        aggregation=tc.aggregation.token_mean(),
+    )

@@ -2,6 +2,7 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.methods.spo_tree import edges
 
 
 def values_of(batch):
@@ -35,7 +36,7 @@ def values_of(batch):
 @pytest.mark.parametrize("seed", range(3))
 def test_formula(scale, seed):
     batch, current = naive.random_batch(seed, size=6)
-    batch = naive.with_evidence(batch, {"node_ids", "parent_ids"})
+    batch = naive.with_inputs(batch, {"node_ids", "parent_ids"})
 
     def formula(batch, log_probs):
         losses, old = [], batch.old_log_probs
@@ -78,8 +79,8 @@ def test_by_hand(order):
 
 def test_whitening_leaves_dropped_edges_out():
     prepared = tc.methods.spo_tree(whiten=True).prepare(tree(list(range(9))))
-    paid = torch.tensor(CHANGES[:7])
-    white = (paid - paid.mean()) / paid.std()
+    credit = torch.tensor(CHANGES[:7])
+    white = (credit - credit.mean()) / credit.std()
     assert prepared.advantages.tolist() == pytest.approx([*white.tolist(), 0, 0], abs=1e-5)
     assert prepared.mask.sum() == 7
 
@@ -93,3 +94,59 @@ def test_what_is_not_a_tree_is_an_error():
     batch.extras["parent_ids"][0] = 12
     with pytest.raises(ValueError, match="parent_ids: expected a tree, got a cycle"):
         tc.methods.spo_tree().prepare(batch)
+
+
+def star(rewards, dtype):
+    """Edges from the prompt to leaves with these rewards, of one token each."""
+    n = len(rewards)
+    return tc.Rollouts(
+        torch.arange(n),
+        torch.arange(n + 1),
+        torch.zeros(n, dtype=torch.long),
+        torch.tensor(rewards, dtype=dtype),
+        old_log_probs=torch.full((n,), -1.0),
+        extras={"node_ids": torch.arange(n), "parent_ids": torch.full((n,), -1)},
+    )
+
+
+def trained(objective, batch):
+    return objective.prepare(batch).mask.tolist()
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_small_changes_train_and_rounding_does_not(scale):
+    objective = tc.methods.spo_tree(scale=scale)
+    # The first reward is the mean but for the rounding of float32 or float64.
+    for dtype in (torch.float32, torch.float64):
+        assert trained(objective, star([0.1, 0.3, 0.0, 0.0], dtype)) == [False, True, True, True]
+    # A difference of 1e-10 is far above the rounding of float64.
+    assert trained(objective, star([0.5, 0.5 + 1e-10], torch.float64)) == [True, True]
+    assert trained(objective, star([0.5, 0.5 + 1e-4], torch.float32)) == [True, True]
+    # 0.1 + 0.2 + 0.3 is not 0.6: what is left of the middle edge is rounding.
+    assert (0.1 + 0.2 + 0.3) / 3 != 0.2
+    assert trained(objective, star([0.1, 0.2, 0.3], torch.float64)) == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_siblings_have_no_advantage(dtype):
+    for n in range(1, 40):
+        for reward in (0.1, 0.7, -1.1, 1e-20, 1e20):
+            batch = star([reward] * n, dtype)
+            assert not tc.methods.spo_tree().credit(batch).any()
+            assert not tc.methods.spo_tree(scale=True).credit(batch).any()
+
+
+def test_tiny_rewards_have_their_advantages():
+    """The size of a change is compared with the values beside it, not with 1."""
+    rewards = [3e-12, 1e-12, 2e-12]
+    got = tc.methods.spo_tree().credit(star(rewards, torch.float64))[:, 0]
+    assert got.tolist() == pytest.approx([1e-12, -1e-12, 0], abs=1e-24)
+
+
+def test_defaults():
+    assert tc.methods.spo_tree() == tc.Objective(
+        credit=edges(scale=False, epsilon=1e-8),
+        filters=(tc.filters.nonzero_advantage(), tc.filters.improbable(0.9)),
+        ratio=tc.ratio.token(bound=10.0, to="old_log_probs"),
+        aggregation=tc.aggregation.token_mean(),
+    )

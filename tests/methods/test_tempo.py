@@ -6,20 +6,23 @@ import tokcredit as tc
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokcredit.methods.tempo import tempo_credit
 
 
-@given(ragged.grouped(), st.booleans())
-def test_credit(data, padded):
+@given(ragged.grouped(), st.booleans(), st.booleans())
+def test_credit(data, padded, count_empty):
     sequences, groups, rewards = data
     batch = ragged.batch(*data, padded=padded)
-    ours = batch.flat(tc.methods.tempo().prepare(batch).advantages)
+    ours = tempo_credit(count_empty=count_empty)(batch)
+    rows = [i for i, s in enumerate(sequences) if s or count_empty]
+    sequences, groups, rewards = ([x[i] for i in rows] for x in data)
     for i, s in enumerate(sequences):
         mean, std = reference.moments(groups, rewards, i)
         for t in range(len(s)):
             after = reference.mean_after(sequences, groups, rewards, i, t + 1)
             before = reference.mean_after(sequences, groups, rewards, i, t)
             expected = (rewards[i] - mean + after - before) / (std + 1e-6)
-            assert ours[batch.begin[i] + t].item() == pytest.approx(expected, abs=1e-6)
+            assert ours[batch.begin[rows[i]] + t].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_by_hand():
@@ -60,8 +63,16 @@ def test_changes_sum_to_the_outcome_where_a_row_ends_alone():
         torch.testing.assert_close(changes.sum(), outcome)
 
 
-def test_masked_tokens_are_compared_but_not_paid():
+def test_masked_tokens_are_compared_and_have_no_advantage():
     mask = torch.tensor([True, False, True, True, False, True])
     batch = ragged.batch([[1, 2, 3], [1, 9, 3]], [0, 0], [1.0, 0.0], mask=mask)
     advantages = tc.methods.tempo(scale=False).prepare(batch).advantages
     assert advantages.tolist() == [0.5, 0.0, 0.5, -0.5, 0.0, -0.5]
+
+
+def test_defaults():
+    assert tc.methods.tempo() == tc.Objective(
+        credit=tempo_credit(scale=True, epsilon=1e-6, count_empty=False),
+        clip=tc.clip.ppo(low=0.2, high=0.28, cap=3.0),
+        aggregation=tc.aggregation.token_mean(),
+    )

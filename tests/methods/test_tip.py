@@ -4,8 +4,9 @@ import naive
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.supervised import reverse_kl
 
-SCORE = tc.score
+SCORE = tc.token_score
 
 
 def scaled(x):
@@ -33,7 +34,7 @@ def chosen(batch, score, share=0.5):
 
 
 def soft_or(h, d, _):
-    return [a + b - a * b for a, b in zip(h, scaled(d), strict=True)]
+    return [1 - (1 - a) * (1 - b) for a, b in zip(h, scaled(d), strict=True)]
 
 
 def q3(h, _, f):
@@ -50,7 +51,7 @@ def test_formula(rank, score, share):
     g = torch.Generator().manual_seed(0)
     batch = naive.random_batch()[0]
     student, teacher = (2 * torch.randn(12, 7, 5, generator=g, dtype=torch.float64) for _ in range(2))
-    batch = naive.with_evidence(batch, {"entropies"})
+    batch = naive.with_inputs(batch, {"entropies"})
     with torch.no_grad():
         batch.extras["reverse_kl"] = tc.divergence.kl(student, teacher)
         batch.extras["forward_kl"] = tc.divergence.kl(teacher, student)
@@ -110,8 +111,39 @@ def test_drawn_in_proportion():
     torch.testing.assert_close(counts / 2000, torch.tensor([0.0, 0.2, 0.3, 0.5]), rtol=0, atol=0.05)
 
 
-def test_a_penalty_on_log_probs_is_refused():
-    with pytest.raises(ValueError, match="kl: expected None because the loss is given reverse_kl"):
-        import dataclasses
+def test_exact_ties_go_to_the_first_token():
+    """``a + b - a * b`` gives 1 - 2**-53 or 1 where a or b is 1, so that another token than the first is kept."""
+    g = torch.Generator().manual_seed(0)
+    inexact = 0
+    for _ in range(50):
+        entropies, divergences = (torch.rand(8, generator=g, dtype=torch.float32).double() for _ in range(2))
+        entropies[2], divergences[5] = 2.0, 3.0  # the largest of each: scores of exactly 1
+        batch = one_row(entropies.tolist(), divergences.tolist())
+        kept = tc.methods.tip(share=0.2, quantile=1.0).prepare(batch).mask
+        assert kept.tolist() == [t == 2 for t in range(8)]
+        a, b = (torch.tensor(scaled(x.tolist()), dtype=torch.float64) for x in (entropies, divergences))
+        inexact += int((a + b - a * b).argmax() != 2)
+    assert inexact > 0, "the other form would have been wrong"
 
-        dataclasses.replace(tc.methods.tip(), kl=tc.loss.k3())
+
+def test_terms_on_log_probs_are_refused():
+    with pytest.raises(TypeError, match="terms: expected one of token_loss, filters, token_weights, aggregation"):
+        tc.mix("tip", terms="kl(0.1)")
+
+
+def test_defaults():
+    assert tc.methods.tip() == tc.Supervised(
+        reverse_kl(),
+        filters=(
+            tc.filters.top_share(
+                0.5,
+                SCORE.either(
+                    SCORE.scaled(SCORE.given("entropies"), quantile=0.98),
+                    SCORE.scaled(SCORE.given("reverse_kl"), quantile=None),
+                ),
+                per_row=True,
+                round_up=False,
+            ),
+        ),
+        aggregation=tc.aggregation.token_mean(),
+    )

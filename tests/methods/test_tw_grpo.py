@@ -76,9 +76,18 @@ def test_by_hand():
 def test_needs_what_it_compares():
     batch, _ = naive.random_batch()
     with pytest.raises(
-        ValueError, match="disagreement: expected in the batch because the objective needs it, got None"
+        ValueError, match="disagreement: expected in the batch because the objective reads it, got None"
     ):
         tc.methods.tw_grpo().prepare(batch)
     batch.extras["disagreement"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"disagreement: expected float \[84\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"disagreement: expected float \[84\], got float32 \[3\]"):
         tc.methods.tw_grpo().prepare(batch)
+
+
+def test_defaults():
+    assert tc.methods.tw_grpo() == tc.Objective(
+        credit=tc.credit.group_normalized(epsilon=1e-4),
+        token_weights=(tc.token_weights.raised(tc.token_score.given("disagreement"), strength=1.7 - 1),),
+        clip=tc.clip.ppo(low=0.2, high=0.28, cap=None),
+        aggregation=tc.aggregation.token_mean(),
+    )

@@ -36,3 +36,9 @@ def test_is_the_weighted_sum_of_its_halves():
         return log_probs.grad * prepared.mask.sum() / batch.lengths.sum()
 
     torch.testing.assert_close(gradient("w_reinforce"), 0.1 * gradient("psr") + gradient("nsr"))
+
+
+def test_defaults():
+    assert tc.methods.w_reinforce() == tc.Objective(
+        credit=tc.credit.thresholded(above=0.1, below=-1.0, threshold=0.5), aggregation=tc.aggregation.token_mean()
+    )

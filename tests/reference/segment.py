@@ -14,6 +14,8 @@ def reduce(name, xs, ddof=1.0):
     if name == "var":
         mean = sum(xs) / n if n else 0.0
         return sum((x - mean) ** 2 for x in xs) / (n - ddof) if n > ddof and n else 0.0
+    if name == "moments":
+        return [reduce(moment, xs, ddof) for moment in ("count", "mean", "var", "minimum", "maximum")]
     if name == "minimum":
         return min(xs, default=math.inf)
     if name == "maximum":

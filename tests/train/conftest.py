@@ -1,5 +1,7 @@
 import pytest
+import torch
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, Settings
+from uniform import UniformSampler
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,7 +24,7 @@ def settings(tmp_path):
             "objective": ObjectiveSettings(method),
             "sampling": sampling,
             "optimizer": optimizer,
-            "reward": "test_experiment:digits",
+            "reward": "uniform:digest",
             "tasks": ("addition(digits=1)",),
             "steps": 5,
             "eval_every": 2,
@@ -34,3 +36,22 @@ def settings(tmp_path):
         return Settings(**(defaults | changes))
 
     return make
+
+
+@pytest.fixture
+def uniform(monkeypatch):
+    """Trainers sample with :class:`UniformSampler`, so that no test depends on what a model says."""
+    monkeypatch.setattr("tokcredit.train.trainer.TransformersSampler", UniformSampler)
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """Gradients of the optimizer steps of any trainer: one flat tensor for each, before they are scaled."""
+    found = []
+
+    def keep(accelerator, parameters, norm):
+        found.append(torch.cat([p.grad.reshape(-1).clone() for p in parameters if p.grad is not None]))
+        return found[-1].norm()
+
+    monkeypatch.setattr("accelerate.Accelerator.clip_grad_norm_", keep)
+    return found

@@ -3,7 +3,6 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,17 +10,16 @@ import pytest
 import tokcredit as tc
 import torch
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, ProbeSettings, compare, run
+from tokcredit.train import trainer as trainer_module
+from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
 from tokcredit.train.learner import learning_rate
-from tokcredit.train.loop import COLLECTED, Trainer
 from tokcredit.train.record import read_metrics, smoothed
+from tokcredit.train.scoring import score
+from tokcredit.train.trainer import Trainer
+from uniform import UniformSampler, digest
 
 TIMES = {"seconds", "sample_seconds", "train_seconds", "credit_seconds"}
-
-
-def digits(prompt, reply, answer):
-    """A reward that a random model meets and can raise: the share of digits in its reply."""
-    return sum(c.isdigit() for c in reply) / max(len(reply), 1)
 
 
 def numbers(folder):
@@ -34,8 +32,9 @@ def test_a_run_leaves_everything_behind(settings):
     assert json.loads((s.output / "summary.json").read_text()) == summary
     lines = read_metrics(s.output)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
-    assert [line["step"] for line in lines if "held_out" in line] == [0, 2, 4, 5]
-    assert summary["held_out_before"] == lines[0]["held_out"] and summary["held_out_after"] == lines[5]["held_out"]
+    assert [line["step"] for line in lines if "held_out_reward_mean" in line] == [0, 2, 4, 5]
+    assert summary["held_out_before"] == lines[0]["held_out_reward_mean"]
+    assert summary["held_out_after"] == lines[5]["held_out_reward_mean"]
     names = {p.name for p in s.output.iterdir()}
     assert {
         "settings.json",
@@ -50,10 +49,10 @@ def test_a_run_leaves_everything_behind(settings):
     assert sorted(p.name for p in s.output.glob("rollouts-*")) == [f"rollouts-{i:06}.parquet" for i in (2, 4, 5)]
 
 
-def test_recorded_rollouts_hold_what_was_paid(settings):
+def test_recorded_rollouts_hold_the_advantages(settings):
     from transformers import AutoTokenizer
 
-    s = settings(objective=ObjectiveSettings("tempo", weights=("importance_truncated(high=2.0)",)))
+    s = settings(objective=ObjectiveSettings("tempo", token_weights=("importance_truncated(high=2.0)",)))
     run(s)
     table = pq.read_table(s.output / "rollouts-000005.parquet")
     header = json.loads(table.schema.metadata[b"tokcredit"])
@@ -72,8 +71,8 @@ def test_recorded_rollouts_hold_what_was_paid(settings):
     for row in rows:
         assert words.decode(row["tokens"], skip_special_tokens=True) == row["completion"]
         assert words.decode(row["prompt_tokens"]) == row["prompt"]
-        assert row["reward"] == pytest.approx(digits(None, row["completion"], None))
-        # The sampler is the trained model in its own dtype: what it drew with is what the trainer finds.
+        assert row["reward"] == pytest.approx(digest(None, row["completion"], None))
+        # The sampler is the trained model in its own dtype, so its log-probs are those of the trainer.
         assert row["rollout_log_probs"] == pytest.approx(row["old_log_probs"], abs=1e-4)
         if any(row["advantages"]):
             assert row["log_probs"] == pytest.approx(row["old_log_probs"], abs=1e-5)
@@ -82,96 +81,187 @@ def test_recorded_rollouts_hold_what_was_paid(settings):
 
 
 def scope():
-    stages = (tc.credit, tc.weights, tc.ratio, tc.clip, tc.aggregation, tc.loss, tc.score, tc.schedule)
+    stages = (tc.filters, tc.token_weights, tc.ratio, tc.clip, tc.scale, tc.aggregation, tc.term, tc.schedule)
     names = {k: v for stage in stages for k, v in vars(stage).items() if dataclasses.is_dataclass(v)}
-    return names | {"Objective": tc.Objective, "inf": float("inf")}
+    return names | {"Objective": tc.Objective, "tempo_credit": type(tc.methods.tempo().credit), "inf": float("inf")}
 
 
-def test_training_raises_the_reward(settings):
-    s = settings(steps=40, eval_every=40, save_every=40, rollouts_every=40)
-    s = dataclasses.replace(s, sampling=dataclasses.replace(s.sampling, prompts=8))
-    summary = run(s)
-    reward = [line["reward"] for line in read_metrics(s.output)[1:]]
-    assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.3
-    assert summary["held_out_after"] > summary["held_out_before"] + 0.3
+@pytest.mark.parametrize("method", ["grpo", "tempo", "ctpo", "gspo"])
+def test_an_update_lowers_the_loss_of_its_rollouts(settings, uniform, method):
+    """A step along the gradient lowers the loss of its own rollouts, if it is small."""
+    optimizer = OptimizerSettings(lr=1e-5, micro_batch=3, precision="no")
+    trainer = Trainer(resolved(settings(method, optimizer=optimizer)))
+    batch = trainer.rollout_collector.collect(1).batch
+    old = score(trainer.model, batch)[0].detach()
+    prepared = trainer.objective.prepare(batch.with_inputs(old_log_probs=old))
+    update = trainer.learner.update(trainer.learner.with_inputs(batch), 1, Clock())
+    new = score(trainer.model, batch)[0].detach()
+    losses = [float(trainer.objective.loss(prepared, x).loss) for x in (old, new)]
+    assert losses[1] < losses[0] == pytest.approx(update.metrics["loss"], abs=1e-5)
+
+
+def test_rewarded_replies_become_likelier(settings, monkeypatch):
+    """The loop from sampling to the update, many times: the rewarded responses gain on the others in every step."""
+
+    class Scripted(UniformSampler):
+        def sample(self, prompts, count, max_tokens, temperature, stop=()):
+            made = super().sample(prompts, count, max_tokens, temperature, stop)
+            texts = ["12", "ab", "34", "cd"] * (len(made.finished) // 4 or 1)
+            tokens = torch.tensor([t for text in texts for t in self.words(text).input_ids])
+            return made._replace(
+                tokens=tokens[: 2 * len(made.finished)],
+                cu_seqlens=torch.arange(len(made.finished) + 1) * 2,
+                log_probs=torch.zeros(2 * len(made.finished)),
+            )
+
+    monkeypatch.setattr("tokcredit.train.trainer.TransformersSampler", Scripted)
+    optimizer = OptimizerSettings(lr=1e-4, micro_batch=3, precision="no")
+    trainer = Trainer(resolved(settings("grpo", reward="uniform:digits", optimizer=optimizer)))
+    gains = []
+    for number in range(1, 6):
+        batch = trainer.step(number).collection.batch
+        with torch.no_grad():
+            log_probs = score(trainer.model, batch)[0].view(-1, 2).sum(1)
+        gains.append(float(log_probs[batch.rewards == 1].mean() - log_probs[batch.rewards == 0].mean()))
+        assert batch.rewards.tolist() == [1, 0, 1, 0] * 2
+    assert gains == sorted(gains) and len(set(gains)) == 5
 
 
 @pytest.mark.parametrize("method", tc.methods.names())
-def test_every_method_trains(settings, method):
+def test_every_method_trains(settings, uniform, method):
     objective = tc.methods.load(method)
-    if unknown := objective.needs - COLLECTED:
-        pytest.skip(f"needs {', '.join(unknown)}")
-    if "turn_rewards" in objective.needs:
+    if "turn_rewards" in objective.required_inputs:
         pytest.skip("needs tools, see test_conversations.py")
-    reward = "test_experiment:has_digit" if method in ("psr", "nsr", "w_reinforce", "thr", "nthr") else None
+    reward = "uniform:digest"
+    if method in ("psr", "nsr", "w_reinforce", "thr", "nthr", "r3"):
+        reward = "test_experiment:even"
     optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, precision="no", epochs=2, minibatches=2, schedule="linear")
-    probes = ProbeSettings(continuations=2, interval=2, step_end="1", answers=2, answer_tokens=3)
-    s = settings(method, optimizer=optimizer, steps=2, teacher="tiny(steps=0, seed=1)", probes=probes)
-    run(s if reward is None else dataclasses.replace(s, reward=reward))
+    probes = ProbeSettings(continuations=2, interval=2, step_end="e", answers=2, answer_tokens=3)
+    s = settings(method, optimizer=optimizer, steps=2, teacher="tiny(steps=0, seed=1)", probes=probes, reward=reward)
+    if method == "dpo":
+        with pytest.raises(ValueError, match="group_ids: expected pairs, groups of two rows, got a group of 4"):
+            run(s)
+        return
+    run(s)
     lines = read_metrics(s.output)[1:]
     assert all(line["grad_norm"] > 0 for line in lines)
-    if objective.ratio != tc.ratio.one():
-        assert any(line["ratio"] != 1 for line in lines), "the second pass is off policy"
+    if isinstance(objective, tc.Objective) and objective.ratio != tc.ratio.one():
+        assert all(line["ratio_mean"] != 1 for line in lines), "the second pass is off policy"
     assert lines[0]["lr"] == 1e-3 and lines[1]["lr"] == 5e-4
 
 
-def has_digit(prompt, reply, answer):
-    return float(any(c.isdigit() for c in reply))
+def even(prompt, response, answer):
+    return float(sum(map(ord, response)) % 2)
 
 
-def test_a_penalty_pulls_to_the_initial_model(settings):
-    objective = ObjectiveSettings("grpo", kl="k3(beta=0.5)")
-    s = settings(objective=objective, steps=3)
+MIXTURES = [
+    ObjectiveSettings("grpo", credit="tempo", ratio="ctpo", clip="ctpo", aggregation="ba"),
+    ObjectiveSettings("dapo", terms=("kl(0.01)", "entropy(0.001)"), token_weights=("importance_truncated(high=2.0)",)),
+    ObjectiveSettings("tip", aggregation="sequence_mean", filters=("top_share(0.5, score=given('forward_kl'))",)),
+]
+
+
+@pytest.mark.parametrize("objective", MIXTURES, ids=lambda x: x.method)
+def test_mixtures_train(settings, uniform, objective):
+    s = settings(objective=objective, steps=2, teacher="tiny(steps=0, seed=1)")
+    run(s)
+    lines = read_metrics(s.output)[1:]
+    assert all(line["grad_norm"] > 0 for line in lines)
+    for term in objective.terms or ():
+        assert {"kl": "kl", "entropy": "entropy_bonus"}[term.partition("(")[0]] in lines[0]
+
+
+def test_a_kl_term_measures_the_distance_from_the_initial_model(settings, uniform):
+    s = settings(objective=ObjectiveSettings("grpo", terms=("kl(0.5)",)), steps=3)
     run(s)
     kl = [line["kl"] for line in read_metrics(s.output)[1:]]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[2] > 1e-5
 
 
-def test_groups_without_signal_cost_no_pass(settings, monkeypatch):
+def test_controllers_follow_their_metric_and_survive_a_resume(settings, uniform, tmp_path):
+    # The entropy of the model is below the target, so the coefficient of a step is 0.01 more than that of the last.
+    terms = ("entropy(target_entropy(target=100.0, delta=0.01))",)
+    objective = ObjectiveSettings("grpo", aggregation="token_mean", terms=terms)
+    whole = settings(objective=objective, steps=5, save_every=2, output=tmp_path / "whole")
+    parts = dataclasses.replace(whole, output=tmp_path / "parts", steps=3)
+    run(whole)
+    run(parts)
+    run(dataclasses.replace(parts, steps=5, resume=True))
+    # A run measures the held-out reward at its last step too, which is another step here.
+    lines = [[{**line, "held_out_reward_mean": 0} for line in numbers(s.output)] for s in (whole, parts)]
+    assert lines[0] == lines[1]
+    for n, line in enumerate(read_metrics(whole.output)[1:]):
+        assert line["entropy_bonus"] == pytest.approx(line["entropy_mean"], rel=1e-5)
+        assert line["loss"] - line["policy_loss"] == pytest.approx(-0.01 * n * line["entropy_mean"], rel=1e-4, abs=1e-6)
+
+
+def test_a_controller_of_an_unknown_metric_is_named(settings, uniform):
+    terms = ("entropy(target_entropy(metric='mood'))",)
+    trainer = Trainer(resolved(settings(objective=ObjectiveSettings("grpo", terms=terms))))
+    with pytest.raises(ValueError, match="metrics: expected mood because of target_entropy"):
+        trainer.step(1)
+
+
+def test_groups_with_equal_rewards_cost_no_pass(settings, monkeypatch):
     s = settings(reward="test_experiment:always")
     trainer = Trainer(resolved(s))
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    monkeypatch.setattr("tokcredit.train.evidence.predict", None)
-    step = trainer.step(1)
-    assert step.metrics["groups_with_signal"] == 0 and step.metrics["reward"] == 1
+    monkeypatch.setattr("tokcredit.train.collectors.predict", None)
+    metrics = trainer.step(1).metrics
+    assert metrics["groups_mixed_fraction"] == metrics["rows_with_gradient_fraction"] == metrics["loss"] == 0
+    assert metrics["reward_mean"] == 1 and "ratio_mean" not in metrics and "entropy_mean" not in metrics
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
-def always(prompt, reply, answer):
+def always(prompt, response, answer):
     return 1.0
 
 
-def test_micro_batches_do_not_change_the_step(settings):
-    grads = []
+def test_micro_batches_do_not_change_the_step(settings, uniform, gradients):
+    metrics = []
     for size in (1, 3, 100):
-        s = resolved(settings(optimizer=OptimizerSettings(lr=0.1, micro_batch=size, precision="no")))
-        trainer = Trainer(s)
-        trainer.step(1)
-        grads.append(torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()]))
-    start = torch.cat([p.detach().reshape(-1) for p in Trainer(s).model.parameters()])
-    assert (grads[0] - start).abs().max() > 0.01
-    # AdamW's first step is lr times the sign of the gradient; where that is noise around 0 the sign is noise too.
-    for other in grads[1:]:
-        assert ((other - grads[0]).abs() < 1e-3).float().mean() > 0.99
+        optimizer = OptimizerSettings(lr=0.1, micro_batch=size, precision="no")
+        objective = ObjectiveSettings("ctpo", terms=("kl(0.01)", "entropy(0.01)"))
+        metrics.append(Trainer(resolved(settings(objective=objective, optimizer=optimizer))).step(1).metrics)
+    assert len(gradients) == 3 and gradients[0].norm() > 0.01
+    for other, line in zip(gradients[1:], metrics[1:], strict=True):
+        assert (other - gradients[0]).norm() < 1e-4 * gradients[0].norm()
+        for name in ("loss", "policy_loss", "entropy_bonus", "entropy_mean", "tokens", "clip_high_fraction"):
+            assert line[name] == pytest.approx(metrics[0][name], rel=1e-4, abs=1e-6)
 
 
-def test_a_killed_run_continues_with_the_same_numbers(settings, tmp_path):
-    whole, killed = settings(steps=7, output=tmp_path / "whole"), settings(steps=7, output=tmp_path / "killed")
+def killed(settings):
+    """A run that is killed inside its sixth step."""
+    step = Trainer.step
+
+    def until_six(trainer, number):
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(trainer, number)
+
+    Trainer.step = until_six
+    trainer_module.TransformersSampler = UniformSampler
+    run(settings)
+
+
+def test_a_killed_run_continues_with_the_same_numbers(settings, uniform, tmp_path):
+    whole, cut = settings(steps=7, output=tmp_path / "whole"), settings(steps=7, output=tmp_path / "cut")
     run(whole)
-    process = multiprocessing.get_context("spawn").Process(target=run, args=(killed,))
+    process = multiprocessing.get_context("spawn").Process(target=killed, args=(cut,))
     process.start()
-    while process.is_alive() and len(read_metrics(killed.output)) < 5:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert process.exitcode == -signal.SIGKILL and not (killed.output / "summary.json").exists()
-    run(dataclasses.replace(killed, resume=True))
-    assert numbers(killed.output) == numbers(whole.output)
-    rows = [pq.read_table(s.output / "rollouts-000007.parquet").to_pylist() for s in (whole, killed)]
+    assert process.exitcode == -signal.SIGKILL and not (cut.output / "summary.json").exists()
+    assert [line["step"] for line in read_metrics(cut.output)] == [0, 1, 2, 3, 4, 5]
+    assert [p.name for p in cut.output.glob("checkpoint-*")] == ["checkpoint-000004"]
+    with (cut.output / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "los')
+    run(dataclasses.replace(cut, resume=True))
+    assert numbers(cut.output) == numbers(whole.output)
+    rows = [pq.read_table(s.output / "rollouts-000007.parquet").to_pylist() for s in (whole, cut)]
     assert rows[0] == rows[1]
 
 
-def test_a_stop_request_saves_first(settings, tmp_path, monkeypatch):
+def test_a_stop_request_saves_first(settings, uniform, tmp_path, monkeypatch):
     s = settings(steps=6, save_every=100)
     step = Trainer.step
 
@@ -201,10 +291,17 @@ def test_a_folder_is_not_overwritten(settings):
     assert longer["steps"] == 2
 
 
-def test_missing_evidence_is_said_before_anything_runs(settings, monkeypatch):
-    monkeypatch.setattr(tc.Objective, "needs", frozenset({"probes"}))
-    with pytest.raises(ValueError, match=r"method: expected one whose evidence .*got tempo, which needs probes"):
-        Trainer(resolved(settings()))
+def test_a_correction_for_the_engine_is_added_once():
+    """Without vllm installed, the objective that ``--sampler vllm`` trains is built by the same function."""
+    added = trainer_module._corrected(tc.methods.grpo())
+    assert added == tc.mix("grpo", token_weights="importance_truncated")
+    assert trainer_module._corrected(added) == added
+    to_engine = tc.mix("grpo", ratio="token(to='rollout_log_probs')")
+    assert trainer_module._corrected(to_engine) == to_engine
+
+
+def test_the_length_of_an_aggregation_is_the_limit_of_a_reply(settings):
+    assert Trainer(resolved(settings("dr_grpo"))).objective.aggregation == tc.aggregation.sequence_sum(6)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +322,9 @@ def test_compare(settings, capsys):
     folder = compare(("grpo", "ctpo"), s, seeds=2)
     runs = {f"{m}-seed{seed}" for m in ("grpo", "ctpo") for seed in (0, 1)}
     assert {p.name for p in folder.iterdir()} == runs | {"compare.md", "compare.png"}
-    # Same seed: same prompts and same first draws.
+    # Runs with the same seed have the same prompts and the same first responses.
     first = [read_metrics(folder / f"{m}-seed1")[1] for m in ("grpo", "ctpo")]
-    assert first[0]["reward"] == first[1]["reward"] and first[0]["tokens"] == first[1]["tokens"]
+    assert first[0]["reward_mean"] == first[1]["reward_mean"] and first[0]["tokens"] == first[1]["tokens"]
     assert "| `ctpo` |" in (folder / "compare.md").read_text()
     before = {p: p.stat().st_mtime_ns for p in Path(folder).glob("*/summary.json")}
     compare(("grpo", "ctpo"), s, seeds=2)

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from tokcredit.train import run, tiny
 from tokcredit.train.experiment import resolved
 from tokcredit.train.lengths import LengthHead, LengthLearner, candidates_head
-from tokcredit.train.loop import Trainer
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.record import read_metrics
+from tokcredit.train.trainer import Trainer
 
 GAMMA = 0.9
 
@@ -29,46 +29,62 @@ def counting_batch(lengths):
     )
 
 
-@pytest.fixture
-def learner():
+def made(passes, lr=1e-3):
     torch.manual_seed(0)
-    return LengthLearner(LengthHead(3), GAMMA, Ranks(Accelerator(mixed_precision="no")), lr=3e-2, passes=300)
+    return LengthLearner(LengthHead(3), GAMMA, Ranks(Accelerator(mixed_precision="no")), lr=lr, passes=passes)
 
 
-def test_it_learns_the_tokens_to_go(learner):
-    batch = counting_batch([3, 8, 1, 12])
-    before = learner.learn(batch, torch.tensor([True] * 4))
-    value = learner.values(batch)
-    left = [n - i for n in (3, 8, 1, 12) for i in range(n)]
-    expected = torch.tensor([GAMMA**n - 1 for n in left])
-    assert before > 0.01
-    torch.testing.assert_close(value, expected, atol=0.03, rtol=0)
+def test_the_loss_and_its_gradient_are_the_formulas():
+    learner, batch = made(passes=1), counting_batch([3, 8, 1, 12])
+    head = copy.deepcopy(learner.head).double()
+    found = learner.update(batch, torch.tensor([True] * 4))
+    left = torch.tensor([float(n - i) for n in (3, 8, 1, 12) for i in range(n)]).double()
+    loss = (-head(batch.extras["hidden_states"].double()).sigmoid() - (GAMMA**left - 1)).square().mean()
+    loss.backward()
+    assert found == pytest.approx(loss.item(), rel=1e-5)
+    for ours, exact in zip(learner.head.parameters(), head.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.double(), exact.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_cut_rows_teach_nothing(learner):
-    batch = counting_batch([3, 8])
+def test_every_pass_lowers_the_loss():
+    """A small step along the gradient of a fixed batch."""
+    learner, batch = made(passes=1), counting_batch([3, 8, 1, 12])
+    losses = [learner.update(batch, torch.tensor([True] * 4)) for _ in range(20)]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1] > 0
+    many = made(passes=20)
+    assert many.update(batch, torch.tensor([True] * 4)) == losses[0]
+    torch.testing.assert_close(many.values(batch), learner.values(batch))
+
+
+def test_values_are_minus_the_sigmoid():
+    learner, batch = made(passes=1), counting_batch([3, 8])
+    torch.testing.assert_close(learner.values(batch), -torch.sigmoid(learner.head(batch.extras["hidden_states"])))
+
+
+def test_cut_rows_teach_nothing():
+    learner, batch = made(passes=30), counting_batch([3, 8])
     start = copy.deepcopy(learner.state_dict())
-    assert learner.learn(batch, torch.tensor([False, False])) == 0
+    assert learner.update(batch, torch.tensor([False, False])) == 0
     for name, p in learner.head.state_dict().items():
         assert torch.equal(p, start["head"][name])
-    twin = LengthLearner(copy.deepcopy(learner.head), GAMMA, learner._ranks, lr=3e-2, passes=300)
-    learner.learn(batch, torch.tensor([True, False]))
-    twin.learn(batch.select(torch.tensor([0])), torch.tensor([True]))
+    twin = made(passes=30)
+    learner.update(batch, torch.tensor([True, False]))
+    twin.update(batch.select([0]), torch.tensor([True]))
     for a, b in zip(learner.head.parameters(), twin.head.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_state_is_restored(learner):
-    batch, all_rows = counting_batch([3, 8]), torch.tensor([True, True])
-    learner.learn(batch, all_rows)
-    twin = LengthLearner(LengthHead(3), GAMMA, learner._ranks, lr=3e-2, passes=300)
+def test_state_is_restored():
+    learner, batch, all_rows = made(passes=30), counting_batch([3, 8]), torch.tensor([True, True])
+    learner.update(batch, all_rows)
+    twin = made(passes=30)
     twin.load_state_dict(copy.deepcopy(learner.state_dict()))
-    learner.learn(batch, all_rows)
-    twin.learn(batch, all_rows)
+    learner.update(batch, all_rows)
+    twin.update(batch, all_rows)
     assert torch.equal(learner.values(batch), twin.values(batch))
 
 
-def test_candidates(learner):
+def test_candidates():
     words = tiny.tokenizer()
     model = tiny.model(words).eval()
     head = LengthHead(96)
@@ -85,7 +101,7 @@ def test_candidates(learner):
             torch.testing.assert_close(z[row, k], head(hidden), atol=1e-5, rtol=1e-4)
 
 
-def test_decoding_is_steered(learner):
+def test_decoding_is_steered():
     """With a head that expects fewer tokens after some tokens, a negative tilt draws those."""
     words = tiny.tokenizer()
     model = tiny.model(words).eval()
@@ -95,33 +111,36 @@ def test_decoding_is_steered(learner):
         return torch.where(torch.isin(candidates, short), -3.0, 3.0)
 
     ids = torch.tensor([words("1+2=").input_ids] * 64)
-    drawn = {}
+    shares = {}
     for beta in (-20.0, 20.0):
         torch.manual_seed(0)
-        tilt = tc.length.LengthTilt(head, beta, candidates=99, top_p=1.0)
+        tilt = tc.decoding.length.LengthTilt(head, beta, candidates=99, top_p=1.0)
         out = model.generate(ids, max_new_tokens=3, do_sample=True, top_k=0, logits_processor=[tilt])
-        drawn[beta] = torch.isin(out[:, ids.shape[1] :], short).float().mean().item()
-    assert drawn[-20.0] > 0.99 and drawn[20.0] < 0.01
+        shares[beta] = torch.isin(out[:, ids.shape[1] :], short).float().mean().item()
+    # The tilt changes the odds by exp(18), far more than the logits of any random model.
+    assert shares[-20.0] > 0.99 and shares[20.0] < 0.01
 
 
-def test_a_run_learns_and_resumes(settings, tmp_path):
+def test_a_run_learns_and_resumes(settings, uniform, tmp_path):
     whole = settings("lenvm", steps=4, save_every=2, output=tmp_path / "whole")
     parts = dataclasses.replace(whole, output=tmp_path / "parts", steps=2)
     run(whole)
     run(parts)
     run(dataclasses.replace(parts, steps=4, resume=True))
     lines = [read_metrics(s.output) for s in (whole, parts)]
-    for name in ("reward", "loss", "length_loss"):
+    for name in ("reward_mean", "loss", "length_loss"):
         assert [line.get(name) for line in lines[0]] == [line.get(name) for line in lines[1]]
+    assert all(line["length_loss"] > 0 for line in lines[0][1:])
 
 
-def test_the_values_reach_the_objective(settings):
-    made = Trainer(resolved(settings("lenvm")))
-    step = made.step(1)
-    batch = step.learnt.prepared.batch
-    value = batch.evidence("length_values")
+def test_the_values_reach_the_objective(settings, uniform):
+    trainer = Trainer(resolved(settings("lenvm")))
+    step = trainer.step(1)
+    batch = step.update.prepared.batch
+    value = batch.input("length_values")
     assert ((value < 0) & (value > -1)).all()
     plain = tc.methods.grpo().prepare(dataclasses.replace(batch, extras={})).advantages
-    cut = batch.evidence("truncated")
-    expected = plain + 0.1 * tc.length.advantages(value, batch.rows, 0.997, truncated=cut)
-    torch.testing.assert_close(step.learnt.prepared.advantages, expected)
+    cut = batch.input("truncated")
+    assert cut.any() and not cut.all()
+    expected = plain + 0.1 * tc.length.advantages(value, batch.spans, 0.997, truncated=cut)
+    torch.testing.assert_close(step.update.prepared.advantages, expected)

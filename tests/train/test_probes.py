@@ -1,20 +1,26 @@
 import math
+import zlib
 
 import pytest
 import tokcredit as tc
 import torch
 from tokcredit.train import ProbeSettings, tiny
 from tokcredit.train.experiment import resolved
-from tokcredit.train.loop import Trainer
 from tokcredit.train.probes import _Rows
 from tokcredit.train.tasks import Problem
+from tokcredit.train.trainer import Trainer
 
 WORDS = tiny.tokenizer()
 ROWS = ["a;b;", "xy", "a;c;;d", ""]
 
 
+def worth(response):
+    """A reward that differs between different responses, whatever the model says."""
+    return zlib.crc32(response.encode()) / 2**32
+
+
 def problem(answer):
-    return Problem("test", "2+3=", answer, lambda reply: float(len(reply)))
+    return Problem("test", "2+3=", answer, worth)
 
 
 @pytest.fixture
@@ -36,7 +42,7 @@ def batch():
 
 
 def test_steps_end_with_the_text(trainer, batch):
-    rows = _Rows(trainer.desk, batch)
+    rows = _Rows(trainer.context, batch)
     assert rows.step_ends(";") == [1, 3, 7, 9, 10]
     assert rows.step_ends(";;") == [10] and rows.step_ends("?") == []
     assert rows.before(7) == WORDS("a").input_ids and rows.through(7) == WORDS("a;").input_ids
@@ -52,65 +58,70 @@ def test_steps_end_with_the_thought(trainer):
         torch.zeros(1),
         extras={"prompt_tokens": torch.tensor([[5]])},
     )
-    assert _Rows(trainer.desk, batch).step_ends(";") == [1]
+    assert _Rows(trainer.context, batch).step_ends(";") == [1]
 
 
 def test_values_are_means_over_continuations_from_the_state(trainer, batch, monkeypatch):
-    asked = []
-    sample = trainer.desk.sampler.sample
+    states_sampled = []
+    sample = trainer.context.sampler.sample
 
     def recorded(prompts, count, max_tokens, temperature, stop):
         made = sample(prompts, count, max_tokens, temperature, stop)
         rows = made.tokens.split(made.cu_seqlens.diff().tolist())
-        asked.append({tuple(p): rows[i * count : (i + 1) * count] for i, p in enumerate(prompts)})
+        states_sampled.append({tuple(p): rows[i * count : (i + 1) * count] for i, p in enumerate(prompts)})
         return made
 
-    monkeypatch.setattr(trainer.desk.sampler, "sample", recorded)
+    monkeypatch.setattr(trainer.context.sampler, "sample", recorded)
     problems = [problem("5")] * 4
     value = trainer.prober.probe(frozenset({"step_values"}), batch, problems, 1)["step_values"]
     # Steps begin at the first token of a row and behind every end but the last.
     begins = [0, 2, 4, 6, 8, 10, 11]
     assert (~value.isnan()).nonzero()[:, 0].tolist() == begins
-    (states,) = asked
+    (states,) = states_sampled
     prompt = WORDS("2+3=").input_ids
-    # The bare prompt is asked about once for three rows, "a;" once for two.
+    # The bare prompt is sampled once for three rows, "a;" once for two.
     assert len(states) == 4
     for t in begins:
-        before = _Rows(trainer.desk, batch).before(t)
+        before = _Rows(trainer.context, batch).before(t)
         rows = states[(*prompt, *before)]
         limit = trainer.settings.sampling.max_tokens
         texts = [WORDS.decode((before + row.tolist())[:limit], skip_special_tokens=True) for row in rows]
         assert len(rows) == 3
-        assert value[t].item() == pytest.approx(sum(map(len, texts)) / 3)
+        assert value[t].item() == pytest.approx(sum(map(worth, texts)) / 3)
     assert value[0] == value[4] == value[6]
 
 
 def test_improbable_states_are_valued(trainer, batch):
-    batch = trainer.learner.with_evidence(batch, frozenset({"old_log_probs"}))
+    # Of the improbable tokens of a row every second one: in "a;b;" the first and third, in "a;c;;d" three of five.
+    probable = [[], [1], [1]]
+    old = torch.cat([torch.full((len(text),), -1.0) for text in ROWS])
+    for begin, places in zip(batch.begin.tolist(), probable, strict=False):
+        old[[begin + i for i in places]] = -0.01
+    batch = batch.with_inputs(old_log_probs=old)
     value = trainer.prober.probe(frozenset({"state_values"}), batch, [problem("5")] * 4, 1)["state_values"]
+    assert (~value.isnan()).nonzero()[:, 0].tolist() == [0, 2, 4, 6, 9, 11]
     assert torch.equal(~value.isnan(), tc.credit.improbable_cuts(batch, interval=2))
-    assert (~value.isnan()).sum() == 2 + 1 + 3
 
 
 def test_answers(trainer, batch, monkeypatch):
-    drawn = []
-    sample = trainer.desk.sampler.sample
+    answers = []
+    sample = trainer.context.sampler.sample
 
     def recorded(prompts, count, max_tokens, temperature, stop):
         assert (count, max_tokens, temperature) == (4, 3, 0.6)
-        drawn.append((prompts, sample(prompts, count, max_tokens, temperature, stop)))
-        return drawn[-1][1]
+        answers.append((prompts, sample(prompts, count, max_tokens, temperature, stop)))
+        return answers[-1][1]
 
-    monkeypatch.setattr(trainer.desk.sampler, "sample", recorded)
-    needs = frozenset({"answer_probs", "answer_confidences"})
-    found = trainer.prober.probe(needs, batch, [problem("51")] * 4, 1)
+    monkeypatch.setattr(trainer.context.sampler, "sample", recorded)
+    required_inputs = frozenset({"answer_probs", "answer_confidences"})
+    found = trainer.prober.probe(required_inputs, batch, [problem("51")] * 4, 1)
     ends = [1, 3, 7, 9, 10]
     model, truth = trainer.model.double(), WORDS("51").input_ids
-    ((states, made),) = drawn
+    ((states, made),) = answers
     rows = made.tokens.split(made.cu_seqlens.diff().tolist())
     with torch.no_grad():
         for k, t in enumerate(ends):
-            state = WORDS("2+3=").input_ids + _Rows(trainer.desk, batch).through(t) + WORDS(">").input_ids
+            state = WORDS("2+3=").input_ids + _Rows(trainer.context, batch).through(t) + WORDS(">").input_ids
             assert states[k] == state
             p = model(torch.tensor([[*state, *truth]])).logits[0, len(state) - 1 : -1].softmax(-1)
             probs = [p[i, token].item() for i, token in enumerate(truth)]

@@ -7,32 +7,32 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tokcredit as tc
 import torch
 from test_experiment import numbers
+from tokcredit.methods.r3 import dominance
 from tokcredit.train import ObjectiveSettings, ReplaySettings, SamplingSettings, Settings, run, tasks, tiny
 from tokcredit.train.experiment import resolved
-from tokcredit.train.explorer import Desk
-from tokcredit.train.loop import Trainer
-from tokcredit.train.replay import Buffer, Replay, Reply, _key
+from tokcredit.train.replay import Buffer, Replay, StoredResponse, _key
+from tokcredit.train.rollout_collection import SamplingContext
 from tokcredit.train.sampler import Completions
+from tokcredit.train.trainer import Trainer
 
 WORDS = tiny.tokenizer()
 ALONE = SimpleNamespace(index=0, count=1, exchange=list)
 
 
 class Scripted:
-    """Says what it is told to; a reply of four tokens is cut. The log-probs tell steps and positions."""
+    """Gives fixed responses; one of four tokens is cut. The log-probs tell steps and positions."""
 
     def __init__(self):
-        self.replies, self.step, self.asked = {}, 0, []
+        self.responses, self.step, self.prompts = {}, 0, []
 
     def sync(self):
         self.step += 1
 
     def sample(self, prompts, count, max_tokens, temperature, stop):
-        self.asked = [WORDS.decode(p) for p in prompts]
-        rows = [WORDS(r).input_ids for text in self.asked for r in self.replies.get(text, ["no"] * count)]
+        self.prompts = [WORDS.decode(p) for p in prompts]
+        rows = [WORDS(r).input_ids for text in self.prompts for r in self.responses.get(text, ["no"] * count)]
         lengths = torch.tensor([len(r) for r in rows])
         return Completions(
             torch.tensor([t for r in rows for t in r]),
@@ -42,27 +42,27 @@ class Scripted:
         )
 
 
-def explorer(ranks=ALONE, prompts=2, seed=0, **changes):
-    problems = [tasks.Problem("t", q, "y", lambda reply: float("y" in reply)) for q in ("a?", "b?")]
+def collector(ranks=ALONE, prompts=2, seed=0, **changes):
+    problems = [tasks.Problem("t", q, "y", lambda response: float("y" in response)) for q in ("a?", "b?")]
     settings = Settings(
         sampling=SamplingSettings(prompts=prompts, group=3, max_tokens=4), replay=ReplaySettings(**changes), seed=seed
     )
-    return Replay(Desk(settings, tasks.Problems([problems], problems), WORDS, Scripted(), ranks))
+    return Replay(SamplingContext(settings, tasks.Problems([problems], problems), WORDS, Scripted(), ranks))
 
 
-def explore(e, number, a, b):
-    e._desk.sampler.replies = {"a?": a, "b?": b}
-    return e.explore(number)
+def collect(c, number, a, b):
+    c._context.sampler.responses = {"a?": a, "b?": b}
+    return c.collect(number)
 
 
-def rows(explored):
-    """Question, reply, replayed, truncated, reward, log-probs of each row."""
-    batch = explored.batch
+def rows(collection):
+    """Question, response, replayed, truncated, reward, log-probs of each row."""
+    batch = collection.batch
     return [
-        (p.question, reply, *marks, log_probs.tolist())
-        for p, reply, *marks, log_probs in zip(
-            explored.problems,
-            explored.replies,
+        (p.question, response, *marks, log_probs.tolist())
+        for p, response, *marks, log_probs in zip(
+            collection.problems,
+            collection.responses,
             batch.extras["replayed"].tolist(),
             batch.extras["truncated"].tolist(),
             batch.rewards.tolist(),
@@ -73,10 +73,10 @@ def rows(explored):
 
 
 def test_opposite_outcomes_join():
-    e = explorer(reflection="Reflect!")
-    first = explore(e, 1, ["yes1", "n1", "n2"], ["n3", "n4", "nn5!"])
+    c = collector(reflection="Reflect!")
+    first = collect(c, 1, ["yes1", "n1", "n2"], ["n3", "n4", "nn5!"])
     assert len(rows(first)) == 6 and not first.batch.extras["replayed"].any(), "nothing was stored before"
-    second = explore(e, 2, ["n6", "n7", "n8"], ["y2", "y3", "y4"])
+    second = collect(c, 2, ["n6", "n7", "n8"], ["y2", "y3", "y4"])
     batch, fresh, stored = second.batch, rows(second)[:9], rows(second)[9:]
     assert not any(row[2] for row in fresh) and all(row[2] for row in stored)
     (reflected,) = {question for question, *_ in fresh} - {"a?", "b?"}
@@ -84,36 +84,36 @@ def test_opposite_outcomes_join():
     assert ("a?", "yes1", True, True, 1.0, pytest.approx([-1.0, -1.1, -1.2, -1.3])) in stored
     wrong = [row for row in stored if row[0] == "b?"]
     assert len(wrong) == 2 and len(stored) == 3 and len({row[1] for row in wrong}) == 2
-    for _, reply, _, truncated, reward, log_probs in wrong:
-        assert reply in ("n3", "n4", "nn5!") and reward == 0 and truncated == (reply == "nn5!")
-        assert log_probs == pytest.approx([-1 - i / 10 for i in range(len(reply))])
+    for _, response, _, truncated, reward, log_probs in wrong:
+        assert response in ("n3", "n4", "nn5!") and reward == 0 and truncated == (response == "nn5!")
+        assert log_probs == pytest.approx([-1 - i / 10 for i in range(len(response))])
     # A stored row is a row of its group: same number, same prompt, and every token is the policy's.
     of_question = {}
     for p, group, prompt in zip(second.problems, batch.group_ids.tolist(), batch.extras["prompt_tokens"], strict=True):
         assert of_question.setdefault(p.question, group) == group
         assert WORDS.decode(prompt[prompt >= 0]) == p.question
     assert len(set(of_question.values())) == 3 and bool(batch.response_mask.all())
-    assert [WORDS.decode(t) for t in batch.tokens.split(batch.lengths.tolist())] == second.replies
+    assert [WORDS.decode(t) for t in batch.tokens.split(batch.lengths.tolist())] == second.responses
     assert sorted(second.outcomes.tolist()) == [0, 0, 0, 1, 1, 1] and second.finished.all(), "plain, fresh rows only"
-    third = explore(e, 3, ["y", "n", "n"], ["y", "y", "n"])
+    third = collect(c, 3, ["y", "n", "n"], ["y", "y", "n"])
     assert not third.batch.extras["replayed"].any(), "mixed groups stay as they are"
     assert {p.question[:2] for p in third.problems[6:]} == {"a?"}, "of a? a sixth was right, of b? a half"
-    assert set(e.state_dict()["totals"]) == {"t: a?", "t: b?"}, "reflections are not stored"
+    assert set(c.state_dict()["totals"]) == {"t: a?", "t: b?"}, "reflections are not stored"
 
 
 def test_numbers_of_settings():
-    e = explorer(remembered=3, replayed=3, hard=0.0)
-    explore(e, 1, ["n1", "n2", "n3"], ["y1", "n4", "n5"])
-    got = rows(explore(e, 2, ["y1", "y2", "y3"], ["n6", "n7", "n8"]))
-    assert sorted(row[1] for row in got[6:]) == ["n1", "n2", "n3", "y1"] and len(e._desk.sampler.asked) == 2
-    with pytest.raises(ValueError, match="replayed: expected 0 to the 1 replies remembered, got 2"):
-        explorer(remembered=1)
+    c = collector(remembered=3, replayed=3, hard=0.0)
+    collect(c, 1, ["n1", "n2", "n3"], ["y1", "n4", "n5"])
+    got = rows(collect(c, 2, ["y1", "y2", "y3"], ["n6", "n7", "n8"]))
+    assert sorted(row[1] for row in got[6:]) == ["n1", "n2", "n3", "y1"] and len(c._context.sampler.prompts) == 2
+    with pytest.raises(ValueError, match="replayed: expected 0 to the 1 responses remembered, got 2"):
+        collector(remembered=1)
 
 
 def test_buffer_forgets_the_oldest_of_a_kind():
     buffer, draw = Buffer(2), np.random.default_rng(0)
     for i, reward in enumerate([1.0, 0.0, 0.0, 0.0, 0.5, 0.0]):
-        buffer.add("p", Reply(torch.tensor([i]), torch.zeros(1), reward, False))
+        buffer.add("p", StoredResponse(torch.tensor([i]), torch.zeros(1), reward, False))
     assert sorted(int(r.tokens) for r in buffer.draw("p", False, 9, draw)) == [4, 5]
     assert [int(r.tokens) for r in buffer.draw("p", True, 9, draw)] == [0]
     assert buffer.mean_reward("p") == 0.25, "of all six"
@@ -122,20 +122,20 @@ def test_buffer_forgets_the_oldest_of_a_kind():
 
 
 def test_state_survives_a_file():
-    e = explorer(replayed=1)
-    states = [e.state_dict()]
-    explore(e, 1, ["yes1", "y2", "n1"], ["n2", "n3", "n4"])
-    states.append(e.state_dict())
+    c = collector(replayed=1)
+    states = [c.state_dict()]
+    collect(c, 1, ["yes1", "y2", "n1"], ["n2", "n3", "n4"])
+    states.append(c.state_dict())
     for state in states:
         file = io.BytesIO()
         torch.save(state, file)
         file.seek(0)
-        other = explorer(replayed=1)
+        other = collector(replayed=1)
         other.load_state_dict(torch.load(file))
-        other._desk.sampler.step = e._desk.sampler.step
+        other._context.sampler.step = c._context.sampler.step
     for number in (2, 3, 4):
         script = (["n", "n", "n"], ["y", "y", "y"])
-        got = [rows(explore(x, number, *script)) for x in (e, other)]
+        got = [rows(collect(x, number, *script)) for x in (c, other)]
         assert got[0] == got[1] and sum(row[2] for row in got[0]) == 2
 
 
@@ -149,56 +149,50 @@ def test_processes_share_what_they_store():
         barrier.wait(60)
         return both
 
-    two = [explorer(SimpleNamespace(index=i, count=2, exchange=lambda x, i=i: exchange(i, x))) for i in (0, 1)]
+    two = [collector(SimpleNamespace(index=i, count=2, exchange=lambda x, i=i: exchange(i, x))) for i in (0, 1)]
     one, script = (
-        explorer(),
+        collector(),
         [(["y1", "n1", "n2"], ["n3", "n4", "n5"]), (["n6"] * 3, ["y2"] * 3), (["y"] * 3, ["n"] * 3)],
     )
-    for number, replies in enumerate(script, start=1):
+    for number, responses in enumerate(script, start=1):
         got = [None, None]
 
-        def work(i, number=number, replies=replies, got=got):
-            got[i] = explore(two[i], number, *replies)
+        def work(i, number=number, responses=responses, got=got):
+            got[i] = collect(two[i], number, *responses)
 
         threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
         [t.start() for t in threads]
         [t.join() for t in threads]
-        whole = explore(one, number, *replies)
+        whole = collect(one, number, *responses)
         assert sorted(rows(got[0]) + rows(got[1])) == sorted(rows(whole))
         groups = [set(x.batch.group_ids.tolist()) for x in got]
         assert not groups[0] & groups[1] and groups[0] | groups[1] == set(whole.batch.group_ids.tolist())
         assert two[0].state_dict()["totals"] == two[1].state_dict()["totals"] == one.state_dict()["totals"]
 
 
-def never(prompt, reply, answer):
+def never(prompt, response, answer):
     return 0.0
 
 
-def has_digit(prompt, reply, answer):
-    return float(any(c.isdigit() for c in reply[:4]))
+def has_digit(prompt, response, answer):
+    return float(any(c.isdigit() for c in response[:4]))
 
 
-def test_the_gradient_is_the_formulas(settings, monkeypatch):
+def test_the_gradient_is_the_formulas(settings, uniform, gradients):
     objective = ObjectiveSettings("r3", set=("alpha=2.0", "max_length=6"))
     trainer = Trainer(
         resolved(settings("r3", objective=objective, reward="test_replay:never", replay=ReplaySettings(hard=0.6)))
     )
     generator = torch.Generator().manual_seed(0)
-    for problem in trainer.desk.chosen(1)[1]:
+    for problem in trainer.context.chosen(1)[1]:
         for length, reward in ((3, 1.0), (5, 1.0), (6, 0.0), (4, 0.0)):
             tokens = torch.randint(3, 90, (length,), generator=generator)
             # About those of a random model over 100 tokens, so that some ratios are clipped and some are not.
             log_probs = -4.6 + 0.3 * torch.randn(length, generator=generator)
-            trainer.explorer._buffer.add(_key(problem), Reply(tokens, log_probs, reward, length == 6))
-    parameters, grads = list(trainer.model.parameters()), []
-
-    def keep(parameters, norm):
-        grads.extend(p.grad.clone() for p in trainer.model.parameters())
-        return torch.zeros(())
-
-    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", keep)
+            trainer.rollout_collector._buffer.add(_key(problem), StoredResponse(tokens, log_probs, reward, length == 6))
+    parameters = list(trainer.model.parameters())
     before = [p.detach().clone() for p in parameters]
-    batch = trainer.step(1).explored.batch
+    batch = trainer.step(1).collection.batch
     with torch.no_grad():
         for p, old in zip(parameters, before, strict=True):
             p.copy_(old)
@@ -211,7 +205,7 @@ def test_the_gradient_is_the_formulas(settings, monkeypatch):
         p = trainer.model(torch.cat([prompt, tokens])[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         current.append(p.gather(1, tokens[:, None])[:, 0])
         entropies.append(-(p.exp() * p).sum(1).detach())
-    shape = tc.credit.dominance()(dataclasses.replace(batch, entropies=torch.cat(entropies)))
+    shape = dominance()(batch.with_inputs(entropies=torch.cat(entropies)))
     rewards = torch.where(replayed, batch.rewards + 1 - batch.lengths / 6, shape)
     loss, clipped = torch.zeros(()), []
     for group in range(4):
@@ -224,12 +218,12 @@ def test_the_gradient_is_the_formulas(settings, monkeypatch):
             loss = loss + torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2)).mean() / 20
     loss.backward()
     assert any(clipped) and not all(clipped)
-    for found, p in zip(grads, parameters, strict=True):
-        assert p.grad.abs().max() > 0
-        torch.testing.assert_close(found, p.grad, rtol=1e-3, atol=1e-5)
+    assert all(p.grad.abs().max() > 0 for p in parameters)
+    (found,), expected = gradients, torch.cat([p.grad.reshape(-1) for p in parameters])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_stopped_run_continues_with_the_same_numbers(settings, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_with_the_same_numbers(settings, uniform, tmp_path, monkeypatch):
     whole, stopped = (
         settings(
             "r3",
@@ -251,7 +245,7 @@ def test_a_stopped_run_continues_with_the_same_numbers(settings, tmp_path, monke
         if trainer.settings.output == stopped.output and number == 3 and not trainer.settings.resume:
             os.kill(os.getpid(), signal.SIGINT)
         done = step(trainer, number)
-        made.append((number, int(done.explored.batch.extras["replayed"].sum()), done.explored.batch.num_groups))
+        made.append((number, int(done.collection.batch.extras["replayed"].sum()), done.collection.batch.num_groups))
         return done
 
     monkeypatch.setattr(Trainer, "step", counted)

@@ -28,24 +28,33 @@ def naive(model, prompt, tokens, temperature):
     return everything.gather(1, torch.tensor(tokens)[:, None])[:, 0], -(everything.exp() * everything).sum(-1)
 
 
-@pytest.mark.parametrize("batch", [4, 256])
-def test_draws_come_with_their_log_probs(model, batch):
-    stop = [WORDS.eos_token_id, *range(3, 13)]
-    model.generation_config.eos_token_id = stop
-    sampler = TransformersSampler(model, WORDS, batch=batch)
+def sampled(model, ends, **settings):
+    """Rows, their log-probs and whether they ended, of four responses to each prompt, from one seed."""
+    model.generation_config.eos_token_id = ends
     torch.manual_seed(0)
-    made = sampler.sample(PROMPTS, 4, 12, temperature=0.7)
-    rows = made.tokens.split(made.cu_seqlens.diff().tolist())
-    assert len(rows) == 12 and len({tuple(r.tolist()) for r in rows}) > 6
+    made = TransformersSampler(model, WORDS, **settings).sample(PROMPTS, 4, 12, temperature=0.7)
+    sizes = made.cu_seqlens.diff().tolist()
+    return made.tokens.split(sizes), made.log_probs.split(sizes), made.finished.tolist()
+
+
+@pytest.mark.parametrize("batch", [4, 256])
+def test_rows_end_at_end_tokens_and_have_the_log_probs_of_the_model(model, batch):
+    endless, _, finished = sampled(model, [len(WORDS)], batch=batch)
+    assert [len(row) for row in endless] == [12] * 12 and not any(finished)
+    # These rows end at their sixth and fourth tokens at the latest.
+    ends = [int(endless[0][5]), int(endless[3][3])]
+    rows, log_probs, finished = sampled(model, ends, batch=batch)
+    assert finished[0] and finished[3]
     exact = copy.deepcopy(model)
-    for i, (row, log_probs, finished) in enumerate(
-        zip(rows, made.log_probs.split(made.cu_seqlens.diff().tolist()), made.finished, strict=True)
-    ):
+    for i, (row, own, end, whole) in enumerate(zip(rows, log_probs, finished, endless, strict=True)):
+        if i < batch:
+            # Later batches have other random numbers if an earlier one needs fewer tokens.
+            places = torch.isin(whole, torch.tensor(ends)).nonzero()[:, 0].tolist()
+            assert row.tolist() == whole[: places[0] + 1 if places else 12].tolist()
+        places = torch.isin(row, torch.tensor(ends))
+        assert not places[:-1].any() and places[-1] == end and (end or len(row) == 12)
         expected, _ = naive(exact, PROMPTS[i // 4], row.tolist(), 0.7)
-        torch.testing.assert_close(log_probs.double(), expected, atol=1e-4, rtol=1e-4)
-        ends = torch.isin(row, torch.tensor(stop))
-        assert not ends[:-1].any() and ends[-1] == finished and (finished or len(row) == 12)
-    assert made.finished.any() and not made.finished.all()
+        torch.testing.assert_close(own.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("padding_is_end", [False, True])
@@ -53,6 +62,7 @@ def test_rows_stop_at_texts(model, padding_is_end):
     words = tiny.tokenizer()
     if padding_is_end:
         words.pad_token = words.eos_token
+    model.generation_config.eos_token_id = [len(words)]
     sampler = TransformersSampler(model, words)
 
     def rows(stop=()):
@@ -63,8 +73,9 @@ def test_rows_stop_at_texts(model, padding_is_end):
 
     free, free_log_probs, ended = rows()
     text = [words.convert_ids_to_tokens(row.tolist()) for row in free]
+    plain = [row for row in text if not set(row[:8]) & set(words.all_special_tokens)]
     # Two texts of two tokens, one of three, and one that the prompts begin, which is not counted.
-    stop = ("".join(text[0][2:4]), "".join(text[5][6:8]), "".join(text[7][0:3]), "=" + text[2][0])
+    stop = ("".join(plain[0][2:4]), "".join(plain[1][6:8]), "".join(plain[2][0:3]), "=" + plain[3][0])
     cut = 0
     for row, log_probs, finished, whole, whole_log_probs, end in zip(
         *rows(stop), free, free_log_probs, ended, strict=True
@@ -83,17 +94,18 @@ def test_greedy_takes_the_most_probable(model):
     assert not made.log_probs.any()
     for prompt, row in zip(PROMPTS, made.tokens.split(made.cu_seqlens.diff().tolist()), strict=True):
         for i, token in enumerate(row.tolist()):
-            assert model(torch.tensor([[*prompt, *row[:i].tolist()]])).logits[0, -1].argmax() == token
+            logits = model(torch.tensor([[*prompt, *row[:i].tolist()]])).logits[0, -1]
+            # Not argmax: the cache rounds otherwise, and two tokens may be equally probable up to that.
+            assert logits[token] > logits.max() - 1e-4
 
 
 def test_the_models_own_generation_settings_stay_out(model):
     model.generation_config.update(do_sample=True, top_k=1, repetition_penalty=5.0)
     before = model.generation_config.to_dict()
     torch.manual_seed(0)
-    made = TransformersSampler(model, WORDS).sample(PROMPTS, 8, 4, temperature=1.0)
+    made = TransformersSampler(model, WORDS).sample(PROMPTS, 100, 1, temperature=1.0)
     assert model.generation_config.to_dict() == before
-    firsts = made.tokens[made.cu_seqlens[:-1]]
-    assert len(firsts[:8].unique()) > 1, "top_k=1 would draw the same token eight times"
+    assert len(made.tokens[:100].unique()) > 1, "top_k=1 would sample one token a hundred times"
 
 
 def test_a_copy_follows_the_trained_model(model):
@@ -142,9 +154,11 @@ def test_derivations():
     assert WORDS.decode(WORDS(text).input_ids) == text
 
 
-def test_warming_teaches(tmp_path):
+def test_warm_up_fits_the_texts():
+    """Small steps along the gradient of a fixed text lower its loss."""
     network = tiny.model(WORDS)
-    text = torch.tensor([WORDS("47+85=" + tiny.derivation(47, 85)).input_ids])
-    before = network(text, labels=text).loss.item()
-    tiny.warm(network, WORDS, steps=25, noise=0.0)
-    assert network(text, labels=text).loss.item() < 0.7 * before
+    text = "47+85=" + tiny.derivation(47, 85)
+    ids = torch.tensor([WORDS(text + "<end>").input_ids])
+    before = network(ids, labels=ids).loss.item()
+    tiny.warm(network, WORDS, steps=3, noise=0.0, text=lambda generator, noise: text, batch=4)
+    assert network(ids, labels=ids).loss.item() < before and not network.training

@@ -9,7 +9,7 @@ PRODUCTS = "products(min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=
 
 
 @pytest.mark.parametrize(
-    ("reply", "answer"),
+    ("response", "answer"),
     [
         ("The answer is 12.", "12"),
         ("3 + 4 = 7", "7"),
@@ -21,8 +21,8 @@ PRODUCTS = "products(min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=
         ("none", None),
     ],
 )
-def test_final_answer(reply, answer):
-    assert tasks.final_answer(reply, numeric=True) == answer
+def test_final_answer(response, answer):
+    assert tasks.final_answer(response, numeric=True) == answer
 
 
 def test_final_answer_of_words_is_the_reply():
@@ -91,7 +91,7 @@ def test_choices_count_in_part(tmp_path):
     file = tmp_path / "quiz.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"Which {i}?", "answer": "A, C"}) + "\n" for i in range(40)))
     p = tasks.load([f"choices({str(file)!r})"], 0.3).held_out[0]
-    replies = {
+    responses = {
         "A and C": 1.0,
         "I think A cat: C.": 0.5,
         "<answer>CA</answer>": 0.0,
@@ -99,7 +99,7 @@ def test_choices_count_in_part(tmp_path):
         "A, B, C": 0.0,
         "none": 0.0,
     }
-    assert {reply: p.reward(reply) for reply in replies} == replies
+    assert {response: p.reward(response) for response in responses} == responses
 
 
 @pytest.mark.parametrize("line", ["{", '{"prompt": "x"}', "[]"])
@@ -110,8 +110,8 @@ def test_a_malformed_line_is_named(tmp_path, line):
         tasks.load([f"jsonl({str(file)!r})"], 0.3)
 
 
-def shortest(prompt, reply, answer):
-    return -len(reply) + len(prompt) * 0.0 + (reply == answer)
+def shortest(prompt, response, answer):
+    return -len(response) + len(prompt) * 0.0 + (response == answer)
 
 
 def test_another_reward():

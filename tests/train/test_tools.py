@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from tokcredit import matching
-from tokcredit.matching import Call
+from tokcredit.rewards import matching
+from tokcredit.rewards.matching import Call
 from tokcredit.train import tasks, tiny, tools
 
 
@@ -56,7 +56,7 @@ def test_calls(text, expected):
 )
 def test_results_are_computed(text, expected):
     turn = f"<tool>{text}</tool>"
-    assert tools.reply(tools.calls(turn)) == f"<result>{expected}</result>"
+    assert tools.results(tools.calls(turn)) == f"<result>{expected}</result>"
 
 
 def test_nothing_a_model_writes_raises():
@@ -65,7 +65,7 @@ def test_nothing_a_model_writes_raises():
     for _ in range(3000):
         turn = "<tool>" + "".join(g.choice(pieces) for _ in range(g.randrange(12))) + tools.STOP
         said = tools.calls(turn)
-        assert len(said) == turn.count(tools.STOP) and tools.reply(said).count("<result>") == len(said)
+        assert len(said) == turn.count(tools.STOP) and tools.results(said).count("<result>") == len(said)
         assert all(0 <= s <= 1 for s in matching.similarities(said, [Call("add", {"a": 1, "b": 2})])[:, 0])
 
 

@@ -1,1 +1,1 @@
-"""tokcredit inside host trainers. Each module imports its host, so each is imported only when asked for."""
+"""Adapters: tokcredit inside host trainers. Each module imports its host, so ``import tokcredit`` imports none."""

@@ -1,8 +1,9 @@
 """SkyRL: every method as an advantage estimator and as a policy loss, ``tokcredit_NAME`` in both registries.
 
-SkyRL passes settings of neither, so a method with other settings is a name of its own: :func:`register`. It folds
-``loss_reduction`` into the advantages before its workers sum the loss, and that must be what the objective does.
-Estimators see token ids under :func:`rollouts`, which :class:`Credit`, mixed into SkyRL's trainer, enters by itself::
+SkyRL passes no settings to either, so a method with other settings gets a name of its own with :func:`register`. SkyRL
+multiplies the advantages by what ``loss_reduction`` says before its workers sum the loss; that setting must be the
+aggregation of the objective. Estimators read token ids inside :func:`rollouts`, which :class:`Credit`, mixed into
+SkyRL's trainer, enters by itself::
 
     class CreditTrainer(Credit, RayPPOTrainer): ...
 
@@ -27,18 +28,17 @@ from skyrl.backends.skyrl_train.utils import ppo_utils
 from skyrl.train.config import AlgorithmConfig
 from torch import Tensor
 
-from tokcredit import aggregation, methods
-from tokcredit.adapters import split
-from tokcredit.adapters.evidence import untouched
+from tokcredit.adapters import two_phase
+from tokcredit.adapters.capabilities import host_fields, policy_methods, require_defaults
 from tokcredit.objective import Objective
+from tokcredit.stages import aggregation
 
 PREFIX = "tokcredit_"
-EVIDENCE = {
-    "old_log_probs": "action_log_probs",
-    "rollout_log_probs": "rollout_logprobs",
-    "ref_log_probs": "base_action_log_probs",
-}
-_REDUCTIONS: dict[type, str] = {
+FIELDS = host_fields(
+    old_log_probs="action_log_probs", rollout_log_probs="rollout_logprobs", ref_log_probs="base_action_log_probs"
+)
+"""SkyRL's field of each input that it can carry."""
+_REDUCTIONS: dict[type[aggregation.Aggregation], str] = {
     aggregation.token_mean: "token_mean",
     aggregation.sequence_mean: "sequence_mean",
     aggregation.sequence_sum: "seq_mean_token_sum_norm",
@@ -48,8 +48,8 @@ _DECIDED = {
     "eps_clip_low": _CLIP,
     "eps_clip_high": _CLIP,
     "clip_ratio_c": _CLIP,
-    "grpo_norm_by_std": "the objective's credit stage scales rewards",
-    "advantage_batch_normalize": "the objective's credit stage scales rewards",
+    "grpo_norm_by_std": "the objective's credit stage normalizes rewards",
+    "advantage_batch_normalize": "the objective's credit stage normalizes rewards",
     "gamma": "the objective's credit stage discounts",
     "lambd": "the objective's credit stage discounts",
 }
@@ -58,14 +58,18 @@ _BATCH: ContextVar[Mapping[str, Any] | None] = ContextVar("batch", default=None)
 
 
 def register(name: str, objective: Objective) -> None:
-    """Adds ``tokcredit_NAME`` to SkyRL's estimators and policy losses; SkyRL hands both to its workers.
+    """Add ``tokcredit_NAME`` to SkyRL's estimators and policy losses, which SkyRL sends to its workers.
+
+    Args:
+        name: A new name.
+        objective: The objective.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: The name is taken.
     """
     key = PREFIX + name
     if key in _OBJECTIVES:
-        raise ValueError(f"name: expected a new one, got {name!r}")
+        raise ValueError(f"name: expected a new name, got {name!r}")
     _OBJECTIVES[key] = objective
     ppo_utils.register_advantage_estimator(key)(partial(_estimate, key, objective))
     ppo_utils.register_policy_loss(key)(partial(_loss, objective))
@@ -73,7 +77,11 @@ def register(name: str, objective: Objective) -> None:
 
 @contextmanager
 def rollouts(batch: Mapping[str, Any]) -> Iterator[None]:
-    """Lets the estimators called inside read token ids and log-probs of SkyRL's training batch."""
+    """Let the estimators that are called inside read token ids and log-probs.
+
+    Args:
+        batch: SkyRL's training batch.
+    """
     token = _BATCH.set(batch)
     try:
         yield
@@ -81,11 +89,14 @@ def rollouts(batch: Mapping[str, Any]) -> Iterator[None]:
         _BATCH.reset(token)
 
 
-def checked(config: Any) -> None:
-    """Checks ``trainer`` and ``generator`` of SkyRL's configuration, where it names an objective.
+def check(config: Any) -> None:
+    """Check SkyRL's configuration where it names an objective.
+
+    Args:
+        config: The configuration, with ``trainer`` and ``generator``.
 
     Raises:
-        ValueError: a stage cannot be carried, or a setting contradicts the objective.
+        ValueError: SkyRL cannot carry a stage, or a setting contradicts the objective.
     """
     algorithm = config.trainer.algorithm
     estimator, loss = algorithm.advantage_estimator, algorithm.policy_loss_type
@@ -94,44 +105,65 @@ def checked(config: Any) -> None:
     for name, value in (("advantage_estimator", estimator), ("policy_loss_type", loss)):
         if value not in _OBJECTIVES:
             raise ValueError(f"{name}: expected one of {', '.join(sorted(_OBJECTIVES))}, got {value!r}")
-    untouched(algorithm, AlgorithmConfig, _DECIDED, "SkyRL")
+    require_defaults(algorithm, AlgorithmConfig, _DECIDED, "SkyRL")
     if config.generator.step_wise_trajectories:
-        raise ValueError("generator.step_wise_trajectories: expected False, because a row is a rollout, got True")
-    split.payer(_OBJECTIVES[estimator], "SkyRL")
-    reduced(_OBJECTIVES[loss], algorithm)
+        raise ValueError(
+            "generator.step_wise_trajectories: expected False, because several rows of one trajectory are not "
+            "supported yet, got True"
+        )
+    two_phase.advantage_part(_OBJECTIVES[estimator], "SkyRL")
+    summed_part(_OBJECTIVES[loss], algorithm)
 
 
-def reduced(objective: Objective, algorithm: Any) -> Objective:
-    """The objective that sums what SkyRL's ``loss_reduction`` has scaled.
+def summed_part(objective: Objective, algorithm: Any) -> Objective:
+    """Return the loss part of an objective as a sum, because SkyRL has divided the advantages.
+
+    Args:
+        objective: The objective.
+        algorithm: SkyRL's ``trainer.algorithm``.
 
     Raises:
-        ValueError: the reduction is not the objective's, or a stage cannot be carried.
+        ValueError: ``loss_reduction`` is not the aggregation of the objective, or SkyRL cannot carry a stage.
     """
-    objective = split.surrogate(objective, "SkyRL", "use_kl_loss")
-    aggregate = objective.aggregation
-    split.counted(objective, "SkyRL")
-    reduction = _REDUCTIONS[type(aggregate)]
+    part = two_phase.loss_part(objective, "SkyRL", "use_kl_loss")
+    stage = part.aggregation
+    two_phase.denominator(part, "SkyRL")
+    reduction = two_phase.host_aggregation(stage, _REDUCTIONS, "SkyRL")
     if algorithm.loss_reduction != reduction:
-        raise ValueError(f"loss_reduction: expected {reduction!r}, for {aggregate!r}, got {algorithm.loss_reduction!r}")
-    if isinstance(aggregate, aggregation.sequence_sum) and algorithm.max_seq_len != aggregate.length:
-        raise ValueError(f"max_seq_len: expected {aggregate.length}, for {aggregate!r}, got {algorithm.max_seq_len}")
+        raise ValueError(f"loss_reduction: expected {reduction!r}, for {stage!r}, got {algorithm.loss_reduction!r}")
+    if isinstance(stage, aggregation.sequence_sum) and algorithm.max_seq_len != stage.length:
+        raise ValueError(f"max_seq_len: expected {stage.length}, for {stage!r}, got {algorithm.max_seq_len}")
     correction = algorithm.off_policy_correction
     if correction != type(correction)():
         raise ValueError(
-            f"off_policy_correction: expected SkyRL's default, because a weights stage corrects for the engine, "
-            f"got {correction!r}"
+            "off_policy_correction: expected SkyRL's default, because the objective's token weights correct for the "
+            f"engine, got {correction!r}"
         )
-    return replace(objective, aggregation=aggregation.token_sum())
+    return replace(part, aggregation=aggregation.token_sum())
 
 
 class Credit:
-    """Mixed into SkyRL's trainer: checks the configuration, and gives the estimators the rollouts."""
+    """Mixed into SkyRL's trainer: check the configuration, and let the estimators read the rollouts.
+
+    Args:
+        cfg: SkyRL's configuration.
+        arguments: As in SkyRL's trainer.
+        parts: As in SkyRL's trainer.
+
+    Raises:
+        ValueError: SkyRL cannot carry a stage, or a setting contradicts the objective.
+    """
 
     def __init__(self, cfg: Any, *arguments: Any, **parts: Any) -> None:
-        checked(cfg)
+        check(cfg)
         super().__init__(cfg, *arguments, **parts)  # type: ignore[call-arg]
 
     def compute_advantages_and_returns(self, data: Any) -> Any:
+        """Return SkyRL's training batch with advantages.
+
+        Args:
+            data: The training batch.
+        """
         with rollouts(data):
             return super().compute_advantages_and_returns(data)  # type: ignore[misc]
 
@@ -139,27 +171,27 @@ class Credit:
 def _estimate(
     key: str, objective: Objective, token_level_rewards: Tensor, response_mask: Tensor, index: Any, **host: Any
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns ``(B, T)``, right-aligned as SkyRL's responses are."""
+    """Return advantages and returns ``(B, T)``, right-aligned as SkyRL's responses are."""
     batch = _BATCH.get()
     if batch is None:
         raise RuntimeError(
-            f"{key}: expected token ids, which SkyRL keeps from estimators, got none; "
+            f"{key}: expected token ids, which SkyRL does not pass to estimators, got none; "
             "mix tokcredit.adapters.skyrl.Credit into the trainer"
         )
     for name in ("sequences", "loss_mask"):
         if batch.get(name) is None:
             raise RuntimeError(f"{name}: expected in SkyRL's batch, got {', '.join(map(str, batch.keys()))}")
-    paid = split.pay_padded(
-        split.payer(objective, "SkyRL"),
+    advantages = two_phase.advantages_padded(
+        two_phase.advantage_part(objective, "SkyRL"),
         batch["sequences"][:, -response_mask.shape[1] :],
         response_mask,
         batch["loss_mask"],
-        split.numbered(index).to(response_mask.device),
+        two_phase.group_ids(index).to(response_mask.device),
         token_level_rewards.sum(-1),
         "SkyRL",
-        **{name: batch[field] for name, field in EVIDENCE.items() if batch.get(field) is not None},
+        **{name: batch[field] for name, field in FIELDS.items() if batch.get(field) is not None},
     )
-    return paid, paid
+    return advantages, advantages
 
 
 def _loss(
@@ -171,14 +203,14 @@ def _loss(
     loss_mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Sum over the tokens of a micro-batch ``(B, T)``, and metrics."""
-    objective = reduced(objective, config)
+    """Return the sum over the tokens of a micro-batch ``(B, T)``, and metrics."""
+    part = summed_part(objective, config)
     mask = torch.ones_like(advantages) if loss_mask is None else loss_mask
-    out = split.evaluate(objective, log_probs, old_log_probs, advantages, mask)
-    found = split.metrics(out)
-    sides = [found.pop(f"tokcredit/clip_{side}") for side in ("low", "high", "cap")]
-    return out.loss, {"clip_ratio": sum(sides), **found}
+    out = two_phase.loss(part, log_probs, old_log_probs, advantages, mask)
+    found = two_phase.metrics(out)
+    clipped = sum(found.pop(f"tokcredit/clip_{side}_fraction") for side in ("low", "high", "cap"))
+    return out.loss, {"clip_ratio": clipped, **found}
 
 
-for _name in methods.names():
-    register(_name, methods.load(_name))
+for _name, _method in policy_methods().items():
+    register(_name, _method())

@@ -1,12 +1,13 @@
 """TRL: ``GRPOTrainer`` with any objective.
 
-Everything that sees whole groups happens once per generation batch, before TRL shuffles its rows; a micro-batch finds
-its rows again by number. Tested with TRL 1.16; 1.10 is the first version with the hooks that are used.
+Everything that needs whole groups is computed once per generation batch, before TRL shuffles its rows; a micro-batch
+finds its rows by number. Tested with TRL 1.16; 1.10 is the first version with the hooks that are used.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,24 +17,37 @@ from torch import Tensor
 from torch.nn.functional import pad
 from trl import GRPOConfig, GRPOTrainer
 
-from tokcredit import aggregation, loss, segment
-from tokcredit.adapters.evidence import chosen, given, require, untouched
+from tokcredit.adapters.capabilities import (
+    arguments,
+    chosen,
+    given_weights,
+    host_fields,
+    require,
+    require_constant,
+    require_defaults,
+    with_length,
+)
+from tokcredit.blocks import segment
 from tokcredit.objective import Objective, Prepared
 from tokcredit.rollouts import Rollouts
+from tokcredit.schedule import Adjustable
+from tokcredit.stages.term import Term, kl
 
-_EVIDENCE = {
-    "old_log_probs": "old_per_token_logps",
-    "rollout_log_probs": "sampling_per_token_logps",
-    "ref_log_probs": "ref_per_token_logps",
-    "entropies": "entropies",
-}
+FIELDS = host_fields(
+    old_log_probs="old_per_token_logps",
+    rollout_log_probs="sampling_per_token_logps",
+    ref_log_probs="ref_per_token_logps",
+    entropies="entropies",
+)
+"""TRL's field of each input that it can carry."""
+_CORRECTION = "importance_sampling_ratio"
 _CLIP = "the objective's clip stage bounds the ratio"
-_NO_ENTROPY = "no stage of an objective carries an entropy bonus"
+_NO_ENTROPY = "the objective has no entropy bonus inside TRL yet"
 _DECIDED = {
     "loss_type": "the objective's clip and aggregation stages make the loss",
     "importance_sampling_level": "the objective's ratio stage makes the ratio",
-    "scale_rewards": "the objective's credit stage scales rewards",
-    "multi_objective_aggregation": "the objective's credit stage is paid one reward per row",
+    "scale_rewards": "the objective's credit stage normalizes rewards",
+    "multi_objective_aggregation": "the objective's credit stage takes one reward per row",
     "epsilon": _CLIP,
     "epsilon_high": _CLIP,
     "delta": _CLIP,
@@ -43,16 +57,16 @@ _DECIDED = {
     "vespo_k_neg": _CLIP,
     "vespo_lambda_pos": _CLIP,
     "vespo_lambda_neg": _CLIP,
-    "top_entropy_quantile": "the objective's weights stage selects tokens",
-    "off_policy_mask_threshold": "the objective's weights stage selects rows",
+    "top_entropy_quantile": "the objective's filters and token weights choose tokens",
+    "off_policy_mask_threshold": "the objective's filters and scales choose rows",
     "entropy_coef": _NO_ENTROPY,
     "use_adaptive_entropy": _NO_ENTROPY,
 }
 _METRICS = {
     "entropy": "entropy",
     "kl": "kl",
-    "clip_low": "clip_ratio/low_mean",
-    "clip_high": "clip_ratio/high_mean",
+    "clip_low_fraction": "clip_ratio/low_mean",
+    "clip_high_fraction": "clip_ratio/high_mean",
     "region": "clip_ratio/region_mean",
 }
 _HOOKS = (
@@ -64,58 +78,84 @@ _HOOKS = (
 
 
 def _resolved(objective: Objective, args: GRPOConfig) -> Objective:
-    """The objective with what only the trainer's configuration knows; raises on what TRL cannot carry."""
-    untouched(args, GRPOConfig, _DECIDED, "TRL")
-    aggregate = objective.aggregation
-    if isinstance(aggregate, aggregation.sequence_sum) and aggregate.length is None:
-        # The widest row differs between ranks and batches; the limit of generation does not.
-        objective = replace(objective, aggregation=aggregation.sequence_sum(args.max_completion_length))
-    if args.beta and getattr(args, "use_bias_correction_kl", False):
-        raise ValueError("use_bias_correction_kl: expected False, because the kl stage has no ratio, got True")
-    if args.beta and objective.kl is None:
-        objective = replace(objective, kl=loss.k3(args.beta))  # type: ignore[arg-type]
-    beta = objective.kl.beta if objective.kl is not None else 0.0
-    if args.beta != beta:
-        raise ValueError(f"beta: expected {beta}, the weight of the objective's kl stage, got {args.beta}")
+    """Return the objective with what only the trainer's configuration knows; raise on what TRL cannot carry."""
+    require_defaults(args, GRPOConfig, _DECIDED, "TRL")
+    require_constant(objective, "TRL", schedules=True)
+    # The widest row differs between ranks and batches; the limit of generation does not.
+    length = args.max_completion_length
+    objective = replace(
+        objective,
+        aggregation=with_length(objective.aggregation, length),
+        terms=tuple(_with_length(term, length) for term in objective.terms),
+    )
+    objective = _with_reference(objective, args)
     carries = {"old_log_probs", "entropies"}
     if args.beta:
         carries.add("ref_log_probs")
     if args.use_vllm:
         carries.add("rollout_log_probs")
         if args.vllm_importance_sampling_correction:
-            if "rollout_log_probs" in objective.needs:
+            if "rollout_log_probs" in objective.required_inputs:
                 raise ValueError(
-                    "vllm_importance_sampling_correction: expected False, because the objective's weights stage "
-                    "corrects for the engine, got True"
+                    "vllm_importance_sampling_correction: expected False, because the objective corrects for the "
+                    "engine itself, got True"
                 )
-            carries.add("importance_sampling_ratio")
-            objective = replace(objective, weights=(*objective.weights, given("importance_sampling_ratio")))
+            carries.add(_CORRECTION)
+            weights = (*objective.token_weights, given_weights(_CORRECTION))
+            objective = replace(objective, token_weights=weights)
     require(objective, carries, "TRL with these settings")
     return objective
 
 
-class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
-    """``GRPOTrainer`` whose credit, weights, ratio, clip and aggregation are those of an objective.
+def _with_length(term: Term, length: int) -> Any:
+    if term.aggregation is None:
+        return term
+    return replace(term, aggregation=with_length(term.aggregation, length))  # type: ignore[type-var]
 
-    Generation, rewards, vLLM and its importance-sampling correction, the reference model, accumulation, evaluation and
-    logging stay TRL's. The loss is the objective's alone: settings of ``GRPOConfig`` that it decides must be left at
-    their defaults. ``beta`` adds :class:`tokcredit.loss.k3` to an objective without a kl stage, and
-    ``max_completion_length`` is the length of :class:`tokcredit.aggregation.sequence_sum` where that has none. Rows
-    without a training token leave the mean over rows, where TRL counts them; a completion that no reward function
-    scored is paid nothing.
+
+def _with_reference(objective: Objective, args: GRPOConfig) -> Objective:
+    """Return the objective with the KL term that ``beta`` asks for; raise where the two contradict each other."""
+    if args.beta and getattr(args, "use_bias_correction_kl", False):
+        raise ValueError("use_bias_correction_kl: expected False, because term.kl has no ratio, got True")
+    terms = [term for term in objective.terms if "ref_log_probs" in term.required_inputs]
+    if not terms:
+        return replace(objective, terms=(*objective.terms, kl(args.beta))) if args.beta else objective
+    # TRL loads the reference model where beta is not 0.
+    coefficient: Any = terms[0].coefficient
+    if isinstance(coefficient, Adjustable):
+        if not args.beta:
+            raise ValueError(f"beta: expected a number other than 0, because of {terms[0]!r}, got {args.beta}")
+    elif args.beta != coefficient:
+        raise ValueError(f"beta: expected {coefficient}, the coefficient of {terms[0]!r}, got {args.beta}")
+    return objective
+
+
+class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+    """``GRPOTrainer`` with the advantages and the loss of an objective.
+
+    Generation, rewards, vLLM and its importance-sampling correction, the reference model, gradient accumulation,
+    evaluation and logging stay TRL's. Settings of ``GRPOConfig`` that the objective decides must have their defaults.
+
+    ``beta`` adds :class:`tokcredit.term.kl` to an objective without it. ``max_completion_length`` is the length of
+    :class:`tokcredit.aggregation.sequence_sum` where that has none. A completion that no reward function scored has
+    advantage 0.
+
+    Differences from TRL:
+        - A row without a training token does not count in the mean over rows.
+        - Such a row does not count in group statistics either, unless the credit stage has ``count_empty=True``.
 
     Args:
-        model: as in TRL.
-        reward_funcs: as in TRL; ``reward_weights`` sum them to the row's reward.
-        args: as in TRL.
-        method: name of a published method, with its defaults.
-        objective: or any objective.
-        host: everything else that ``GRPOTrainer`` takes.
+        model: As in TRL.
+        reward_funcs: As in TRL. The reward of a row is their sum, weighted by ``reward_weights``.
+        args: As in TRL.
+        method: Name of a published method, with its default settings.
+        objective: Any objective, in place of ``method``.
+        host: Everything else that ``GRPOTrainer`` takes.
 
     Raises:
-        TypeError: both of ``method`` and ``objective`` are given, or neither.
-        ValueError: a setting contradicts the objective, or a stage needs evidence that TRL does not have.
-        RuntimeError: this version of TRL is not known to work.
+        TypeError: Both ``method`` and ``objective`` are given, or neither.
+        ValueError: A setting contradicts the objective, or a stage reads an input that TRL does not have.
+        RuntimeError: This version of TRL lacks a hook.
     """
 
     def __init__(
@@ -155,74 +195,67 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._prepared[self._mode] = prepared
         advantages = prepared.advantages[:, : batch["completion_ids"].shape[1]]
         batch["advantages"] = advantages
-        batch["rollout"] = torch.arange(len(advantages), device=advantages.device)
+        batch["rollout"] = torch.arange(len(advantages))  # on the host, where rows are selected
         self._log_advantages(prepared)
         return batch
 
     def _collect(self, batch: dict[str, Any]) -> None:
-        """Adds evidence that a forward pass of the policy gives and that TRL had no use for."""
-        wanted = {"old_log_probs", "entropies"} & self.credit_objective.needs
-        if all(_EVIDENCE[name] in batch for name in wanted):
+        """Add the inputs that a forward pass of the policy gives, where TRL had no use for them."""
+        wanted = {"old_log_probs", "entropies"} & self.credit_objective.required_inputs
+        if all(FIELDS[name] in batch for name in wanted):
             return
         with torch.no_grad():
             log_probs, entropies, _ = self._forward(
                 self.model, batch, batch_size=self.args.per_device_train_batch_size, compute_entropy=True
             )
         if "old_log_probs" in wanted:
-            batch.setdefault("old_per_token_logps", log_probs)
+            batch.setdefault(FIELDS["old_log_probs"], log_probs)
         if "entropies" in wanted:
-            batch["entropies"] = entropies
+            batch[FIELDS["entropies"]] = entropies
 
     def _prepare(self, batch: dict[str, Any]) -> Prepared:
-        """Credit and weights of this rank's rows, from whole groups, with denominators over all ranks."""
+        """Return this rank's rows, prepared from whole groups, with denominators over all ranks."""
         accelerator, ids = self.accelerator, batch["completion_ids"]
         ranks, rank, rows = accelerator.num_processes, accelerator.process_index, len(ids)
         generations = self.num_generations if self._mode == "train" else self.num_generations_eval
-        straddling = ranks > 1 and (self.credit_objective.spans_groups or rows % generations != 0)
+        gathers = ranks > 1 and (self.credit_objective.compares_groups or rows % generations != 0)
 
         def whole(x: Tensor) -> Tensor:
-            if not straddling:
+            if not gathers:
                 return x
             padded: Tensor = accelerator.pad_across_processes(x, dim=1) if x.dim() > 1 else x
             return accelerator.gather(padded)
 
-        real = whole(batch["completion_mask"])
+        tokens, real = whole(ids), whole(batch["completion_mask"])
         response = real * whole(batch["tool_mask"]) if "tool_mask" in batch else real
-        first = 0 if straddling else rank * rows
+        first = 0 if gathers else rank * rows
         numbers = torch.arange(first, first + len(real), device=ids.device)
         rewards, scored = self._row_rewards(generations)
-        # A row without a score is a group of its own, without reward: it is paid 0 and moves no baseline.
+        # A row without a score is a group of its own with reward 0, so that it has advantage 0 and moves no baseline.
         groups = torch.where(scored[numbers], numbers // generations, len(rewards) + numbers)
-        extras = {}
-        if given("importance_sampling_ratio") in self.credit_objective.weights:
-            ratio = whole(batch["importance_sampling_ratio"])
-            extras["importance_sampling_ratio"] = ratio if ratio.shape[1] == 1 else ratio.reshape(-1)
-        rollouts = Rollouts.from_padded(
-            whole(ids),
-            response,
-            groups,
-            rewards[numbers],
-            real,
-            extras=extras,
-            **{name: whole(batch[key]) for name, key in _EVIDENCE.items() if key in batch},
-        )
-        state = self.state
+        named = {name: whole(batch[field]) for name, field in FIELDS.items() if field in batch}
+        if given_weights(_CORRECTION) in self.credit_objective.token_weights:
+            named[_CORRECTION] = whole(batch[_CORRECTION]).expand(tokens.shape)  # (B, 1) where it is per row
+        rollouts = Rollouts.from_padded(tokens, response, groups, rewards[numbers], real, **arguments(named))
+        state, objective = self.state, self.credit_objective
         done = min(state.global_step / max(state.max_steps, 1), 1.0)
-        prepared = self.credit_objective.prepare(
-            rollouts, progress=done if self.credit_objective.is_scheduled else None
+        prepared = objective.prepare(rollouts, progress=done if objective.is_scheduled else None)
+        trained = prepared.lengths > 0
+        present = rollouts.group_index[trained].unique().numel()
+        counts = torch.stack([prepared.lengths.sum(), trained.sum(), trained.new_tensor(present, dtype=torch.long)])
+        if not gathers:
+            counts = accelerator.reduce(counts.double(), reduction="sum")
+        num_tokens, num_rows, num_groups = (int(x) for x in counts.tolist())
+        prepared = prepared.with_denominators(
+            batch_num_tokens=num_tokens, global_batch_size=num_rows, global_num_groups=num_groups, dp_size=ranks
         )
-        tokens = segment.count(rollouts.tokens, prepared.rows)
-        present = rollouts.group_index[tokens > 0].unique().numel()
-        counts = torch.stack([tokens.sum(), (tokens > 0).sum(), tokens.new_tensor(present)]).double()
-        if not straddling:
-            counts = accelerator.reduce(counts, reduction="sum")
-        prepared = prepared.aggregated(int(counts[0]), int(counts[1]), ranks, int(counts[2]))
-        if straddling:
-            prepared = prepared.select(torch.arange(rank * rows, (rank + 1) * rows, device=ids.device))
-        return prepared
+        return prepared.select(range(rank * rows, (rank + 1) * rows)) if gathers else prepared
 
     def _row_rewards(self, generations: int) -> tuple[Tensor, Tensor]:
-        """Reward of each row of all ranks, and whether it counts: some function scored it, and others of its group."""
+        """Return the reward of each row of all ranks, and whether it counts.
+
+        A row counts if a function scored it and another row of its group.
+        """
         if self._rewards_per_func is None:
             raise RuntimeError(f"trl {trl.__version__}: expected _calculate_rewards to be called, and it was not")
         per_function, self._rewards_per_func = self._rewards_per_func, None
@@ -232,7 +265,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return torch.where(scored, rewards, 0), scored
 
     def _forward(self, model: Any, batch: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probs and entropies ``(B, C)`` of the completions, and the router's loss, as TRL computes them."""
+        """Return log-probs and entropies ``(B, C)`` of the completions, and the router's loss, as TRL computes them."""
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         names = inspect.signature(self._get_per_token_logps_and_entropies).parameters
@@ -251,7 +284,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )
         # Where rows of all ranks were prepared together, they are as wide as the widest rank's.
-        surplus = (0, prepared.mask.numel() // len(log_probs) - log_probs.shape[1])
+        surplus = (0, prepared.batch.width - log_probs.shape[1])
         out = self.credit_objective.loss(prepared, pad(log_probs, surplus))
         # The weights of the rows are those of the whole generation batch, of which an optimizer step may be a part.
         parts = self.args.steps_per_generation if mode == "train" else 1
@@ -264,34 +297,39 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         return total
 
     def _log_metrics(
-        self, mode: str, metrics: dict[str, Tensor], prepared: Prepared, entropies: Tensor, parts: int
+        self, mode: str, found: Mapping[str, Tensor], prepared: Prepared, entropies: Tensor, parts: int
     ) -> None:
-        """Appends to TRL's metrics, under TRL's names where it has one: means over the tokens of all ranks.
+        """Append to TRL's metrics, under TRL's names where it has one.
 
-        The policy loss is scaled to the whole generation batch; the KL is a mean with the weights it has in the loss.
+        These are means over the tokens of all ranks, with three exceptions: the policy loss is scaled to the whole
+        generation batch, terms are means with the weights that they have in the loss, and ``nonfinite_log_probs`` is a
+        sum.
         """
-        rows, metrics = prepared.rows, {name: value.double() for name, value in metrics.items()}
-        del metrics["loss"]
-        tokens, policy_loss = metrics.pop("tokens"), metrics.pop("policy_loss")
-        sums = {"policy_loss": (policy_loss * parts, tokens.new_tensor(1.0))}
-        sums["entropy"] = (segment.sum(entropies, rows).sum(), tokens)
-        penalty = prepared.objective.kl
-        if penalty is not None:
-            weight = prepared.penalty_weights.expand(prepared.batch.num_rows, 1)[:, 0]
-            share = (weight * segment.count(prepared.batch.tokens, rows)).sum() * penalty.beta
-            sums["kl"] = (metrics.pop("kl"), share)
+        metrics = {name: value.double() for name, value in found.items() if name != "loss"}
+        tokens = metrics.pop("tokens")
+        one = torch.ones_like(tokens)
+        sums = {
+            "policy_loss": (metrics.pop("policy_loss") * parts, one),
+            "nonfinite_log_probs": (metrics.pop("nonfinite_log_probs"), one / self.accelerator.num_processes),
+            "entropy": (segment.sum(entropies, prepared.spans).sum(), tokens),
+        }
+        for term, (mask, weights) in zip(prepared.objective.terms, prepared.terms, strict=True):
+            spans = prepared.spans if mask is None else prepared.spans.with_mask(mask)
+            lengths = segment.sum(torch.ones_like(entropies, dtype=torch.double), spans)
+            share = (weights.expand(len(lengths), 1)[:, 0] * lengths).sum()
+            sums[term.metric] = (metrics.pop(term.metric), share)
         sums |= {name: (value * tokens, tokens) for name, value in metrics.items()}
         local = torch.stack([torch.stack([x.double() for x in pair]) for pair in sums.values()])
         totals = self.accelerator.reduce(local, reduction="sum").tolist()
         means = {name: total / (count or 1.0) for name, (total, count) in zip(sums, totals, strict=True)}
-        means["region"] = means["clip_low"] + means["clip_high"]
+        means["region"] = means["clip_low_fraction"] + means["clip_high_fraction"]
         for name, mean in means.items():
             self._metrics[mode][_METRICS.get(name, f"tokcredit/{name}")].append(mean)
 
     def _log_advantages(self, prepared: Prepared) -> None:
-        """Replaces TRL's advantages in its table of completions by the mean over each row's tokens of what is paid."""
-        paid = segment.mean(prepared.advantages.reshape(-1), prepared.rows)
-        values, table = self.accelerator.gather(paid).tolist(), self._logs["advantages"]
+        """Replace TRL's advantages in its table of completions by the mean advantage over each row's tokens."""
+        of_rows = segment.mean(prepared.advantages.reshape(-1), prepared.spans)
+        values, table = self.accelerator.gather(of_rows).tolist(), self._logs["advantages"]
         for _ in range(min(len(values), len(table))):
             table.pop()
         table.extend(values)

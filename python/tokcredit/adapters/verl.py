@@ -1,9 +1,10 @@
 """verl: every method as an advantage estimator and as a policy loss, ``tokcredit_NAME`` in both registries.
 
 An entry point of the group ``verl.plugins`` loads this module in the driver and in every worker when verl is imported.
-``algorithm.adv_estimator`` picks the credit and weights stages, ``actor.policy_loss.loss_mode`` ratio, clip and
-aggregation. Estimators see token ids under :func:`rollouts`, which the trainers of
-:mod:`tokcredit.adapters.verl_trainer` enter by themselves. Tested with verl 0.9.1.
+``algorithm.adv_estimator`` names the method whose credit and token weights make the advantages.
+``actor.policy_loss.loss_mode`` names the method whose ratio, clip, scales and aggregation make the loss. Estimators
+read token ids inside :func:`rollouts`, which the trainers of :mod:`tokcredit.adapters.verl_trainer` enter by
+themselves. Tested with verl 0.9.1.
 """
 
 from __future__ import annotations
@@ -23,28 +24,34 @@ from torch import Tensor
 from verl.trainer.ppo import core_algos
 from verl.workers.config import ActorConfig
 
-from tokcredit import aggregation, methods
-from tokcredit.adapters import split
-from tokcredit.adapters.evidence import require, untouched
-from tokcredit.evidence import FIELDS
+from tokcredit.adapters import two_phase
+from tokcredit.adapters.capabilities import (
+    arguments,
+    host_fields,
+    policy_methods,
+    require_defaults,
+    with_length,
+)
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
+from tokcredit.stages import aggregation
 
 PREFIX = "tokcredit_"
-# What an objective may read, and the name of the field in verl.
-EVIDENCE = {
-    "old_log_probs": "old_log_probs",
-    "rollout_log_probs": "rollout_log_probs",
-    "ref_log_probs": "ref_log_prob",
-    "entropies": "entropy",
-    "squared_probs": "sum_pi_squared",
-}
-_MODES: dict[type, str] = {
+FIELDS = host_fields(
+    old_log_probs="old_log_probs",
+    rollout_log_probs="rollout_log_probs",
+    ref_log_probs="ref_log_prob",
+    entropies="entropy",
+    squared_probs="sum_pi_squared",
+)
+"""verl's field of each input that it can carry."""
+_MODES: dict[type[aggregation.Aggregation], str] = {
     aggregation.token_mean: "token-mean",
     aggregation.token_sum: "token-sum",
     aggregation.sequence_mean: "seq-mean-token-mean",
     aggregation.sequence_sum: "seq-mean-token-sum-norm",
 }
+_LOSS_STAGES = ("ratio", "clip", "scales", "aggregation", "terms")
 _SETTINGS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
 _DECIDED = dict.fromkeys(_SETTINGS, "the objective's clip stage bounds the ratio")
 _OBJECTIVES: dict[str, Callable[..., Objective]] = {}
@@ -52,18 +59,21 @@ _ROLLOUTS: ContextVar[Mapping[str, Tensor] | None] = ContextVar("rollouts", defa
 
 
 def register(name: str, objective: Callable[..., Objective]) -> None:
-    """Adds ``tokcredit_NAME`` to verl's estimators and policy losses, in this process.
+    """Add ``tokcredit_NAME`` to verl's estimators and policy losses, in this process.
 
-    verl's workers take no settings of a policy loss beyond its name, so a method with other settings is a name of its
-    own: call this in a module of ``VERL_USE_EXTERNAL_MODULES`` or of your own ``verl.plugins`` entry point.
+    verl's workers take no settings of a policy loss but its name, so a method with other settings gets a name of its
+    own. Call this in a module of ``VERL_USE_EXTERNAL_MODULES``, or of a ``verl.plugins`` entry point of your own.
 
     Args:
-        name: what follows ``tokcredit_``.
-        objective: makes the objective; ``algorithm.tokcredit`` are its keyword arguments.
+        name: A new name.
+        objective: Function that returns the objective. ``algorithm.tokcredit`` gives its keyword arguments.
+
+    Raises:
+        ValueError: The name is taken.
     """
     key = PREFIX + name
     if key in _OBJECTIVES:
-        raise ValueError(f"name: expected a new one, got {name!r}")
+        raise ValueError(f"name: expected a new name, got {name!r}")
     _OBJECTIVES[key] = objective
     core_algos.register_adv_est(key)(partial(_estimate, key))
     core_algos.register_policy_loss(key)(partial(_loss, key))
@@ -71,11 +81,11 @@ def register(name: str, objective: Callable[..., Objective]) -> None:
 
 @contextmanager
 def rollouts(fields: Mapping[str, Tensor]) -> Iterator[None]:
-    """Lets the estimators called inside read token ids and other evidence of the batch they are called on.
+    """Let the estimators that are called inside read token ids and other inputs of the batch.
 
     Args:
-        fields: ``responses`` (token ids) and ``attention_mask`` (True on real tokens, which come first), ``(B, T)`` in
-            the rows' order, and whatever else the objective reads, under verl's names.
+        fields: ``(B, T)`` tensors in the order of the rows: ``responses`` (token ids), ``attention_mask`` (True on real
+            tokens, which come first), and other inputs under verl's names.
     """
     token = _ROLLOUTS.set(fields)
     try:
@@ -91,44 +101,49 @@ def _made(key: str, settings: Mapping[str, Any] = MappingProxyType({})) -> Objec
 
 
 def estimator(key: str, settings: Mapping[str, Any]) -> Objective:
-    """The objective behind ``algorithm.adv_estimator``, checked.
-
-    Raises:
-        ValueError: the name is unknown, a stage cannot be carried, or a setting would not reach the loss.
-    """
-    objective, plain = _made(key, settings), _made(key)
-    for stage in ("ratio", "clip", "gain", "aggregation", "kl"):
-        if (ours := getattr(objective, stage)) != (named := getattr(plain, stage)):
-            raise ValueError(
-                f"algorithm.tokcredit: expected the {stage} stage of {key}, {named!r}, because verl passes no settings "
-                f"to a policy loss, got {ours!r}; give it a name with tokcredit.adapters.verl.register"
-            )
-    return split.payer(objective, "verl")
-
-
-def loss(key: str, loss_agg_mode: str, actor: Any) -> Objective:
-    """The objective behind ``policy_loss.loss_mode``, checked; its credit and weights are those that verl passes.
+    """Return the advantage part of the objective that ``algorithm.adv_estimator`` names.
 
     Args:
-        key: the name.
-        loss_agg_mode: how verl aggregates its own terms.
-        actor: the actor's configuration.
+        key: The name, with its prefix.
+        settings: ``algorithm.tokcredit``.
 
     Raises:
-        ValueError: a stage cannot be carried, or a setting contradicts the objective.
+        ValueError: The name is unknown, verl cannot carry a stage, or a setting would not reach the loss.
     """
-    untouched(actor, ActorConfig, _DECIDED, "verl")
-    objective = split.surrogate(_made(key), "verl", "use_kl_loss")
-    mode = _MODES[type(objective.aggregation)]
+    objective, plain = _made(key, settings), _made(key)
+    for stage in _LOSS_STAGES:
+        if (ours := getattr(objective, stage)) != (named := getattr(plain, stage)):
+            raise ValueError(
+                f"algorithm.tokcredit: expected the {stage} of {key}, {named!r}, because verl passes no settings "
+                f"to a policy loss, got {ours!r}; give it a name with tokcredit.adapters.verl.register"
+            )
+    return two_phase.advantage_part(objective, "verl")
+
+
+def policy_loss(key: str, loss_agg_mode: str, actor: Any) -> Objective:
+    """Return the loss part of the objective that ``policy_loss.loss_mode`` names.
+
+    Args:
+        key: The name, with its prefix.
+        loss_agg_mode: How verl aggregates its own terms.
+        actor: Configuration of the actor.
+
+    Raises:
+        ValueError: The name is unknown, verl cannot carry a stage, or a setting contradicts the objective.
+    """
+    require_defaults(actor, ActorConfig, _DECIDED, "verl")
+    part = two_phase.loss_part(_made(key), "verl", "use_kl_loss")
+    stage = part.aggregation
+    mode = two_phase.host_aggregation(stage, _MODES, "verl")
     if loss_agg_mode != mode:
-        raise ValueError(f"loss_agg_mode: expected {mode!r}, for {objective.aggregation!r}, got {loss_agg_mode!r}")
-    if isinstance(objective.aggregation, aggregation.sequence_sum):
-        length = objective.aggregation.length or actor.loss_scale_factor
-        if length is None or actor.loss_scale_factor != length:
-            expected = length or "the longest response possible"
-            raise ValueError(f"loss_scale_factor: expected {expected}, got {actor.loss_scale_factor}")
-        objective = replace(objective, aggregation=aggregation.sequence_sum(int(length)))
-    return objective
+        raise ValueError(f"loss_agg_mode: expected {mode!r}, for {stage!r}, got {loss_agg_mode!r}")
+    if isinstance(stage, aggregation.sequence_sum):
+        given = actor.loss_scale_factor
+        if given is None or given != int(given) or stage.length not in (None, given):
+            expected = stage.length or "the number of tokens of the longest possible response"
+            raise ValueError(f"loss_scale_factor: expected {expected}, for {stage!r}, got {given}")
+        part = replace(part, aggregation=with_length(stage, int(given)))
+    return part
 
 
 def _estimate(
@@ -139,30 +154,26 @@ def _estimate(
     index: Any = None,
     reward_baselines: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns ``(B, T)``: what the credit and weights stages pay each token."""
+    """Return advantages and returns ``(B, T)``."""
     batch = _ROLLOUTS.get()
     if batch is None:
         raise RuntimeError(
-            f"{key}: expected token ids, which verl keeps from estimators, got none; "
+            f"{key}: expected token ids, which verl does not pass to estimators, got none; "
             "set trainer.v1.trainer_mode=tokcredit_sync (or tokcredit_colocate_async, tokcredit_separate_async)"
         )
     if index is None:
         raise ValueError("uid: expected the prompt of each row in the batch, got None")
-    objective = estimator(key, dict((config or {}).get("tokcredit") or {}))
-    carried = {name: batch[field] for name, field in EVIDENCE.items() if field in batch}
-    require(objective, set(carried), "this batch")
-    fields: Any = {name: carried.pop(name) for name in FIELDS if name in carried}
     data = Rollouts.from_padded(
         batch["responses"],
         response_mask,
         torch.from_numpy(np.unique(np.asarray(index).astype(str), return_inverse=True)[1]),
         token_level_rewards.sum(-1),
         batch["attention_mask"],
-        extras=carried,
-        **fields,
+        **arguments({name: batch[field] for name, field in FIELDS.items() if field in batch}),
     )
-    paid = split.pay(objective, data, "verl")
-    return paid, paid
+    objective = estimator(key, dict((config or {}).get("tokcredit") or {}))
+    advantages = two_phase.advantages(objective, data, "verl")
+    return advantages, advantages
 
 
 def _loss(
@@ -175,21 +186,21 @@ def _loss(
     config: ActorConfig | None = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss of a micro-batch ``(B, T)``, with the denominators of its mini-batch, and metrics averaged by verl."""
+    """Return the loss of a micro-batch ``(B, T)`` with the denominators of its mini-batch, and metrics."""
     if config is None:
         raise ValueError("config: expected an ActorConfig, got None")
-    objective = loss(key, loss_agg_mode, config)
+    part = policy_loss(key, loss_agg_mode, config)
     denominators = {name: value for name, value in config.global_batch_info.items() if name != "loss_scale_factor"}
-    out = split.evaluate(
-        objective, log_prob, old_log_prob, advantages, response_mask, weights=rollout_is_weights, **denominators
+    out = two_phase.loss(
+        part, log_prob, old_log_prob, advantages, response_mask, weights=rollout_is_weights, **denominators
     )
-    metrics = split.metrics(out)
-    below, above, capped = (metrics.pop(f"tokcredit/clip_{side}") for side in ("low", "high", "cap"))
-    return out.loss, {"actor/pg_clipfrac": below + above, "actor/pg_clipfrac_lower": capped, **metrics}
+    metrics = two_phase.metrics(out)
+    low, high, cap = (metrics.pop(f"tokcredit/clip_{side}_fraction") for side in ("low", "high", "cap"))
+    return out.loss, {"actor/pg_clipfrac": low + high, "actor/pg_clipfrac_lower": cap, **metrics}
 
 
 def registered() -> dict[str, str]:
-    """What verl knows of tokcredit in this process, by kind; for each plugin that failed to load, the reason."""
+    """Return what verl knows of tokcredit in this process, by kind, and why a plugin did not load, by plugin."""
     known = {
         "estimators": core_algos.ADV_ESTIMATOR_REGISTRY,
         "policy losses": core_algos.POLICY_LOSS_REGISTRY,
@@ -199,7 +210,7 @@ def registered() -> dict[str, str]:
         if plugin.value.startswith("tokcredit."):
             try:
                 plugin.load()
-            except Exception as error:  # verl drops it without a word, whatever it is
+            except Exception as error:  # verl ignores it silently, whatever it is
                 out[plugin.name] = f"failed to load: {error!r}"
     try:
         from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
@@ -212,5 +223,5 @@ def registered() -> dict[str, str]:
     return out
 
 
-for _name in methods.names():
-    register(_name, getattr(methods, _name))
+for _name, _method in policy_methods().items():
+    register(_name, _method)

@@ -1,7 +1,7 @@
-"""verl's V1 trainers with token ids for the estimators: ``trainer.v1.trainer_mode=tokcredit_sync`` and the others.
+"""verl's V1 trainers with token ids for the estimators: ``trainer.v1.trainer_mode=tokcredit_sync`` and two others.
 
-The second ``verl.plugins`` entry point loads this module; it needs what verl's trainers need, which verl does not
-install by itself (``TransferQueue`` among others). ``tokcredit info`` says whether it loaded.
+The second ``verl.plugins`` entry point loads this module. It imports packages that verl's trainers need and that verl
+does not install by itself, ``TransferQueue`` among others. ``tokcredit info`` shows whether it loaded.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from torch import Tensor
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, register_trainer
 
 from tokcredit.adapters import verl as adapter
-from tokcredit.adapters.evidence import require
+from tokcredit.adapters.capabilities import require
 from tokcredit.objective import Objective
 
 
 def checked(config: DictConfig) -> Objective | None:
-    """The objective of ``algorithm.adv_estimator``, or None if that is one of verl's own.
+    """Return the advantage part of the objective that a configuration names, or None for an estimator of verl's own.
+
+    Args:
+        config: verl's configuration.
 
     Raises:
-        ValueError: the configuration asks for what verl cannot carry, or contradicts the objective.
+        ValueError: The configuration asks for what verl cannot carry, or contradicts the objective.
     """
     actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
     mode = actor.policy_loss.loss_mode
     if mode.startswith(adapter.PREFIX):
-        adapter.loss(mode, actor.loss_agg_mode, actor)
+        adapter.policy_loss(mode, actor.loss_agg_mode, actor)
     if not algorithm.adv_estimator.startswith(adapter.PREFIX):
         return None
     if not mode.startswith(adapter.PREFIX):
@@ -46,23 +49,34 @@ def checked(config: DictConfig) -> Objective | None:
     if actor.use_kl_loss or algorithm.use_kl_in_reward:
         carries.add("ref_log_probs")
     require(objective, carries, "verl with this configuration")
-    if "rollout_log_probs" in objective.needs and correction.get("rollout_is"):
+    if "rollout_log_probs" in objective.required_inputs and correction.get("rollout_is"):
         raise ValueError(
-            "algorithm.rollout_correction.rollout_is: expected null, because the objective's weights stage corrects "
+            "algorithm.rollout_correction.rollout_is: expected null, because the objective's token weights correct "
             f"for the engine, got {correction.get('rollout_is')!r}"
         )
     return objective
 
 
-def evidence(batch: tq.KVBatchMeta, objective: Objective) -> dict[str, Tensor]:
-    """Token ids and what else the objective reads, ``(B, T)``, fetched from the queue in the batch's row order."""
+def fetched(batch: tq.KVBatchMeta, objective: Objective) -> dict[str, Tensor]:
+    """Return token ids and the other inputs of an objective from verl's queue.
+
+    Args:
+        batch: The batch in the queue.
+        objective: From :func:`checked`.
+
+    Returns:
+        ``(B, T)`` tensors under verl's names, in the order of the batch's rows.
+
+    Raises:
+        ValueError: A session has several rows.
+        RuntimeError: The queue lacks a field.
+    """
     sessions = [key.rsplit("_", 1)[0] for key in batch.keys]
     if len(set(sessions)) != len(sessions):
         raise ValueError(
-            f"batch: expected one row per session, because a group compares whole rollouts, got {len(sessions)} rows "
-            f"of {len(set(sessions))} sessions"
+            f"batch: expected one row per session, got {len(sessions)} rows of {len(set(sessions))} sessions"
         )
-    names = [field for name, field in adapter.EVIDENCE.items() if name in objective.needs]
+    names = [field for name, field in adapter.FIELDS.items() if name in objective.required_inputs]
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["responses", *names])
     for name in ("responses", *names):
         if name not in data:
@@ -78,7 +92,14 @@ def evidence(batch: tq.KVBatchMeta, objective: Objective) -> dict[str, Tensor]:
 
 
 class Credit:
-    """Mixed into a V1 trainer: checks the configuration, and gives the estimators the rollouts they are called on."""
+    """Mixed into a V1 trainer: check the configuration, and let the estimators read the rollouts.
+
+    Args:
+        config: verl's configuration.
+
+    Raises:
+        ValueError: The configuration asks for what verl cannot carry, or contradicts the objective.
+    """
 
     mode: ClassVar[str]
     config: DictConfig
@@ -86,33 +107,33 @@ class Credit:
     def __init__(self, config: DictConfig) -> None:
         self.objective = checked(config)
         with open_dict(config):
-            config.trainer.v1.trainer_mode = self.mode  # verl behaves by this name and knows only its own
+            config.trainer.v1.trainer_mode = self.mode  # verl looks this name up and knows only its own
         super().__init__(config)  # type: ignore[call-arg]
 
     def _compute_advantage(self, batch: tq.KVBatchMeta, metrics: dict[str, Any]) -> tq.KVBatchMeta:
         compute = super()._compute_advantage  # type: ignore[misc]
         if self.objective is None:
             return compute(batch, metrics)
-        with adapter.rollouts(evidence(batch, self.objective)):
+        with adapter.rollouts(fetched(batch, self.objective)):
             return compute(batch, metrics)
 
 
 @register_trainer("tokcredit_sync")
 class CreditSync(Credit, PPOTrainerSync):  # type: ignore[misc]
-    """verl's synchronous trainer."""
+    """verl's synchronous trainer with token ids for the estimators."""
 
     mode = "sync"
 
 
 @register_trainer("tokcredit_colocate_async")
 class CreditColocateAsync(Credit, PPOTrainerColocateAsync):  # type: ignore[misc]
-    """verl's trainer that shares its GPUs with the rollouts."""
+    """verl's trainer that shares its GPUs with the rollouts, with token ids for the estimators."""
 
     mode = "colocate_async"
 
 
 @register_trainer("tokcredit_separate_async")
 class CreditSeparateAsync(Credit, PPOTrainerSeparateAsync):  # type: ignore[misc]
-    """verl's trainer with a pool of its own for the rollouts."""
+    """verl's trainer that has other GPUs for the rollouts, with token ids for the estimators."""
 
     mode = "separate_async"

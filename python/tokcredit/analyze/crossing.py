@@ -1,4 +1,4 @@
-"""Replies that two models write together: one of them, and the other where both diverge."""
+"""Replies that two models write together: one model writes, and the other takes over where the two diverge."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokcredit import divergence
 from tokcredit.analyze.study import Pair
+from tokcredit.blocks import divergence
 from tokcredit.train.scoring import left_padded, prefill
 
 
 class Rule(NamedTuple):
-    """Which of the models chooses a token.
+    """A rule for which of the two models chooses a token.
 
     Attributes:
-        primary: 0 the first of the pair, 1 the second.
-        threshold: the other one chooses where their divergence, in nats, exceeds this; inf: never.
-        cap: once the other has changed so many tokens of a reply, it chooses no more; None: any number.
+        primary: Model that writes: 0 for the first of the pair, 1 for the second.
+        threshold: The other model chooses where the divergence of the two exceeds this, in nats; inf for never.
+        cap: The other model stops choosing after it has changed this many tokens of a reply; None for no limit.
     """
 
     primary: int
@@ -29,16 +29,16 @@ class Rule(NamedTuple):
 
 
 class Crossed(NamedTuple):
-    """Replies as rows of length T; what stands behind the end of one is not defined.
+    """Replies as rows of length T. Values after the end of a reply are undefined.
 
     Attributes:
         tokens: int64 ``(R, T)``, the end token included.
-        lengths: int64 ``[R]``.
-        finished: bool ``[R]``; the others were cut at the greatest length.
-        js: float64 ``(R, T)``, Jensen-Shannon divergence of the distributions each token was drawn from.
-        swapped: bool ``(R, T)``, where the other model chose.
-        changed: bool ``(R, T)``, where it chose another token than the primary would have.
-        ranks: int64 ``(R, T)``, of the primary's likeliest token under the other; 0 where both prefer the same.
+        lengths: int64 ``[R]``, tokens of each reply.
+        finished: bool ``[R]``, False where a reply was cut at the largest length.
+        js: float64 ``(R, T)``, Jensen-Shannon divergence of the two distributions that a token was drawn from, nats.
+        swapped: bool ``(R, T)``, True where the other model chose.
+        changed: bool ``(R, T)``, True where the other model chose a token that the primary would not have chosen.
+        ranks: int64 ``(R, T)``, rank of the primary's likeliest token under the other model, from 0.
     """
 
     tokens: Tensor
@@ -61,21 +61,21 @@ def cross(
     top_p: float,
     generator: torch.Generator,
 ) -> Crossed:
-    """``count`` replies under each rule, those of a rule side by side.
+    """Return replies under each rule, ``count`` of them one after another for each rule.
 
-    Both models read the same mixed prefix. They share the noise of a draw (the token is ``argmax(log p + noise)`` with
-    Gumbel noise), and so do the k-th replies under all rules: a token differs because a distribution does, never by
-    chance.
+    Both models read the same prefix, whichever of them wrote it. A token is ``argmax(log p + noise)`` with Gumbel
+    noise. Both models use the same noise, and so do the k-th replies of all rules, so that tokens differ only where
+    distributions differ.
 
     Args:
-        pair: the models.
-        prompt: token ids, at least one.
-        rules: one or more.
-        count: replies under each.
-        max_tokens: of a reply at most, at least 1.
-        temperature: of both models; 0 gives all probability to the likeliest token.
-        top_p: the share of probability each keeps before being renormalised.
-        generator: of the noise, on the CPU.
+        pair: The two models.
+        prompt: Token ids, at least one.
+        rules: One or more rules.
+        count: Replies under each rule.
+        max_tokens: Largest number of tokens of a reply, at least 1.
+        temperature: Temperature of both models; 0 gives all probability to the likeliest token.
+        top_p: Probability mass that each model keeps (nucleus sampling), above 0 and at most 1.
+        generator: Source of the noise, on the CPU.
     """
     device, rows = pair.ends.device, len(rules) * count
     primary, threshold, left = (
@@ -119,7 +119,7 @@ def _repeated(cache: Any, rows: int) -> Any:
 
 
 def _advance(pair: Pair, token: Tensor, caches: list[Any]) -> tuple[list[Tensor], list[Any]]:
-    """Logits ``(R, V)`` of both models behind one more token."""
+    """Return the logits ``(R, V)`` of both models after one more token."""
     outs = [
         model(token[:, None], past_key_values=cache, use_cache=True)
         for model, cache in zip(pair[:2], caches, strict=True)
@@ -128,7 +128,7 @@ def _advance(pair: Pair, token: Tensor, caches: list[Any]) -> tuple[list[Tensor]
 
 
 def _log_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """In float64: a divergence of 0 then means equal distributions, not equal up to rounding."""
+    """Return log-probs in float64, in which a divergence is 0 only for equal distributions."""
     logits = logits.double()
     if temperature == 0:
         likeliest = logits.argmax(-1, keepdim=True)
@@ -138,5 +138,5 @@ def _log_probs(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def _rank(logits: Tensor, others: Tensor) -> Tensor:
-    """How many tokens the second prefers to the likeliest of the first."""
+    """Return how many tokens the second model prefers to the likeliest token of the first."""
     return (others > others.gather(-1, logits.argmax(-1, keepdim=True))).sum(-1)

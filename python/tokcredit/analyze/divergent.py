@@ -1,4 +1,4 @@
-"""``tokcredit analyze divergent``: tokens at which a small model would take another turn (arXiv 2505.21600)."""
+"""``tokcredit analyze divergent``: tokens of a large model's reply that a small one would change (arXiv 2505.21600)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokcredit.analyze.settings import Divergent
 from tokcredit.analyze.study import Pair, Study, load_pair, report, resolved
 from tokcredit.analyze.verifier import Case, Verifier, imported, judge
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.explorer import prompt_tokens
+from tokcredit.train.rollout_collection import prompt_tokens
 from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.scoring import left_padded, predict
 from tokcredit.train.tasks import Problem
@@ -43,11 +43,17 @@ _BINS = 20
 
 
 def divergent(settings: Divergent) -> dict[str, Any]:
-    """Makes the analysis in its folder and returns its summary; see :class:`~tokcredit.analyze.settings.Divergent`.
+    """Run the analysis in its folder and return its summary; see :class:`~tokcredit.analyze.settings.Divergent`.
 
-    ``labels`` in the tables: 1 divergent, 0 identical or neutral, -1 where the verifier could not tell. The label, the
-    small model's token and its logits stand at the token they are about, hence are what its state one token before
-    predicts.
+    ``labels`` in the tables are 1 for a divergent token, 0 for an identical or a neutral one, and -1 where the verifier
+    could not tell. A label, the small model's token and its logits are stored at the token that they are about: the
+    small model predicts them from the tokens before it.
+
+    Args:
+        settings: Settings of the analysis.
+
+    Raises:
+        ValueError: A setting is out of range, or not one of ``verifier`` and ``judge`` is given.
     """
     if (settings.verifier is None) == (settings.judge is None):
         raise ValueError(f"verifier, judge: expected one of them, got {settings.verifier}, {settings.judge}")
@@ -70,25 +76,31 @@ def divergent(settings: Divergent) -> dict[str, Any]:
 
 
 class Labeller:
-    """Finds and labels the tokens of a problem's reply.
+    """A function that labels the tokens of the large model's reply to a problem.
 
     Args:
-        settings: of the analysis, resolved.
-        pair: the small and the large model.
-        verify: what compares continuations.
+        settings: Settings of the analysis, without defaults left to fill in.
+        pair: The small and the large model.
+        verify: Function that compares continuations.
     """
 
     def __init__(self, settings: Divergent, pair: Pair, verify: Verifier) -> None:
-        self._settings, self._pair, self._verify, words = settings, pair, verify, pair.words
-        texts = words.batch_decode([[i] for i in range(len(words))])
+        self._settings, self._pair, self._verify, tokenizer = settings, pair, verify, pair.tokenizer
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         self._stops = {i for i, text in enumerate(texts) if text.rstrip(" ").endswith(settings.sentence_ends)}
-        self._replies = TransformersSampler(pair.second, words)
-        self._sentences = TransformersSampler(pair.second, words, batch=settings.batch, stops=sorted(self._stops))
+        self._replies = TransformersSampler(pair.second, tokenizer)
+        self._sentences = TransformersSampler(pair.second, tokenizer, batch=settings.batch, stops=sorted(self._stops))
 
     @torch.no_grad()
     def __call__(self, number: int, problem: Problem) -> pa.Table:
-        words, top = self._pair.words, self._settings.top
-        prompt = prompt_tokens(words, problem.question)
+        """Return the table of a problem, which has one row.
+
+        Args:
+            number: Number of the problem.
+            problem: The problem.
+        """
+        tokenizer, top = self._pair.tokenizer, self._settings.top
+        prompt = prompt_tokens(tokenizer, problem.question)
         made = self._replies.sample([prompt], 1, self._settings.study.max_tokens, 0.0)
         row = Rollouts(
             made.tokens,
@@ -105,7 +117,7 @@ class Labeller:
         labels = [0] * len(reply)
         for t, label in zip(different, self._verify(cases), strict=True):
             labels[t] = label
-        completion = words.decode(reply, skip_special_tokens=True)
+        completion = tokenizer.decode(reply, skip_special_tokens=True)
         kept = logits.topk(min(top, logits.shape[-1]), -1)
         columns = {
             "problem": number,
@@ -131,17 +143,17 @@ class Labeller:
     def _cases(
         self, prompt: list[int], reply: list[int], small: list[int], different: list[int], finished: bool
     ) -> list[Case]:
-        """What the large model makes of either token at each of these positions."""
+        """Return the large model's continuations of both tokens at each of these positions."""
         known = {t: self._in_reply(reply, t, finished) for t in different}
         asked = [[*prompt, *reply[:t], small[t]] for t in different]
         asked += [[*prompt, *reply[: t + 1]] for t in different if known[t] is None]
         made = iter(self._continued(asked))
         turns = [[small[t], *next(made)] for t in different]
         rests = [next(made) if (rest := known[t]) is None else rest for t in different]
-        words = self._pair.words
+        tokenizer = self._pair.tokenizer
         return [
             Case(
-                words.decode([*prompt, *reply[:t]], skip_special_tokens=True),
+                tokenizer.decode([*prompt, *reply[:t]], skip_special_tokens=True),
                 self._marked(turn),
                 self._marked([reply[t], *rest]),
             )
@@ -149,7 +161,7 @@ class Labeller:
         ]
 
     def _in_reply(self, reply: list[int], t: int, finished: bool) -> list[int] | None:
-        """The large model's continuation of its own token: its greedy reply is one; None where that was cut before."""
+        """Return the large model's continuation of its own token, or None where the reply was cut before its end."""
         limit = self._limit
         rest = reply[t + 1 : t + 1 + limit]
         end = next((i + 1 for i, token in enumerate(rest) if token in self._stops), None)
@@ -162,7 +174,7 @@ class Labeller:
         return self._settings.continuation_tokens or self._settings.study.max_tokens
 
     def _continued(self, states: list[list[int]]) -> list[list[int]]:
-        """Greedy continuations up to the end of a sentence; nothing follows the end of a text."""
+        """Return greedy continuations up to the end of a sentence, empty after the end of a text."""
         ends = set(self._pair.ends.tolist())
         going = [state for state in states if state[-1] not in ends]
         if not going:
@@ -172,14 +184,14 @@ class Labeller:
         return [[] if state[-1] in ends else next(rows).tolist() for state in states]
 
     def _marked(self, tokens: list[int]) -> str:
-        return f"<<{self._pair.words.decode(tokens[:1])}>>{self._pair.words.decode(tokens[1:])}"
+        return f"<<{self._pair.tokenizer.decode(tokens[:1])}>>{self._pair.tokenizer.decode(tokens[1:])}"
 
 
 def summarize(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Shares of identical, neutral and divergent tokens.
+    """Return the fractions of identical, neutral, divergent and unknown tokens.
 
     Args:
-        found: lines of the tables of all problems.
+        found: Rows of the tables of all problems.
     """
     kinds = np.concatenate([_kinds(row) for row in found])
     return {
@@ -224,8 +236,8 @@ def _picture(found: Sequence[dict[str, Any]]) -> Any:
         share = np.histogram(places[kinds == kind], edges)[0] / total
         axes.bar(edges[:-1], share, 1 / _BINS, below, align="edge", color=color, label=kind)
         below += share
-    axes.set_title("share of tokens where the small model's is another", fontsize=10)
-    axes.set_xlabel("place in the reply, from its beginning to its end")
+    axes.set_title("fraction of tokens that the small model would change", fontsize=10)
+    axes.set_xlabel("position in the reply, from 0 at its beginning to 1 at its end")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

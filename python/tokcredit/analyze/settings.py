@@ -1,4 +1,4 @@
-"""What the analyses can be told; nothing heavy is imported here."""
+"""Settings of the analyses. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -11,78 +11,79 @@ import tyro
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What two models are asked, and where the findings go."""
+    """Which problems two models are asked, and where the results go."""
 
     tasks: tuple[str, ...] = ()
-    """Tasks, as in training; the recipe of one of the models by default."""
+    """Tasks, as in training. Default: those of the recipe of one of the models."""
     reward: str | None = None
-    """Another reward, as in training."""
+    """Reward function in place of the tasks' own, as in training."""
     held_out: float = 0.2
-    """Share of the problems kept from training; those are asked, so it must be the training's."""
+    """Fraction of the problems that training left out, and that are asked here. Must equal that of the training."""
     problems: int = 32
-    """Held-out problems asked at most."""
+    """Largest number of problems."""
     max_tokens: int = 0
-    """Tokens of a reply at most; 0: the recipe."""
+    """Largest number of tokens of a reply. 0 takes that of the recipe."""
     precision: Literal["auto", "no", "bf16"] = "auto"
-    """The dtype of both models; auto: the recipe."""
+    """Precision of both models: bf16, no (float32), or auto for that of the recipe."""
     seed: int = 0
-    """Of the data and the sampling."""
+    """Seed of the problems and of sampling."""
     output: Path | None = None
-    """Folder of the findings; runs/ANALYSIS-MODEL-MODEL by default."""
+    """Folder of the results. Default: runs/ANALYSIS-MODEL-MODEL."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue the analysis in this folder with the problems it lacks."""
+    """Continue the analysis in this folder with the problems that are missing."""
 
 
 @dataclass(frozen=True)
 class Shift:
-    """Where a tuned model departs from its base, and how much of the difference in accuracy lies there.
+    """Where a tuned model differs from its base, and how much accuracy those tokens gain.
 
-    Along replies of the tuned model: the Jensen-Shannon divergence between both next-token distributions at every
-    token. Then replies in which one model takes over from the other wherever they diverge by more than a threshold.
+    First, along replies of the tuned model, the Jensen-Shannon divergence of the two next-token distributions at every
+    token. Then replies in which one model takes over from the other wherever the divergence exceeds a threshold.
     """
 
     base: str
-    """Model before training: "smollm2", "tiny", a folder or a hub name."""
+    """Model before training: "smollm2", "tiny", a folder, or a name on the hub."""
     tuned: str
-    """Model after training, with the same tokens; as base."""
+    """Model after training, with the same vocabulary; given like the base."""
     study: StudySettings = field(default_factory=StudySettings)
     rollouts: int = 4
-    """Replies per problem, of each model and under each rule."""
+    """Replies per problem, for each model and under each rule."""
     temperature: float = 1.0
-    """Of both models; 0: each takes its likeliest token."""
+    """Temperature of both models. 0 takes the likeliest token."""
     top_p: float = 0.7
-    """Share of probability that each distribution keeps."""
+    """Probability mass that each distribution keeps (nucleus sampling)."""
     threshold: float = 0.1
-    """Divergence in nats above which a token counts as shifted."""
+    """Divergence above which a token counts as shifted, nats."""
     thresholds: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
-    """Divergences above which the other model takes over, each a point of the accuracy curve; at most ln 2 matters."""
+    """Divergences above which the other model chooses, nats, one rule each. The divergence is at most ln 2."""
     caps: tuple[int, ...] = ()
-    """At most so many changed tokens per reply, at the threshold of shifted tokens; each a point too."""
+    """Largest numbers of changed tokens per reply, with the threshold of shifted tokens, one rule each."""
 
 
 @dataclass(frozen=True)
 class Divergent:
-    """At which tokens of a large model's reply a small model would take a turn that matters.
+    """At which tokens of a large model's reply a small model would change the meaning.
 
-    Along greedy replies of the large model: where the small model's likeliest token is another, the large model goes
-    on from either, and a verifier says whether the two sentences differ in meaning, reasoning or outcome.
+    Along greedy replies of the large model: wherever the small model's likeliest token is a different one, the large
+    model continues both tokens, and a verifier says whether the two continuations differ in meaning, reasoning or
+    outcome.
     """
 
     small: str
-    """Small model: "smollm2", "tiny", a folder or a hub name."""
+    """Small model: "smollm2", "tiny", a folder, or a name on the hub."""
     large: str
-    """Large model, with the same tokens; as small."""
+    """Large model, with the same vocabulary; given like the small one."""
     study: StudySettings = field(default_factory=StudySettings)
     verifier: str | None = None
-    """"package.module:function" of (context, small, large) -> 1 divergent, 0 neutral, -1 unknown; the texts go on from
-    the context, each with its first token in << >>."""
+    """Function "package.module:function" of (context, small, large) that returns 1 (divergent), 0 (neutral) or -1
+    (unknown). The texts small and large continue the context; their first token stands in << >>."""
     judge: str | None = None
-    """Model that is asked the same in place of a verifier; as small, with tokens of its own."""
+    """Language model that is asked in place of a verifier; given like the small one. Its vocabulary may differ."""
     sentence_ends: tuple[str, ...] = (".", "!", "?", "\n", "<think>", "</think>")
-    """A continuation ends with a token that ends so, spaces aside."""
+    """A continuation ends with a token whose text ends with one of these; spaces after it do not matter."""
     continuation_tokens: int = 0
-    """Tokens of a continuation at most; 0: as a reply."""
+    """Largest number of tokens of a continuation. 0 takes that of a reply."""
     top: int = 0
-    """Keep the small model's so many largest logits and its final hidden state with every token, for a router."""
+    """Number of the small model's largest logits to keep for every token, with its final hidden state, for a router."""
     batch: int = 32
-    """Continuations generated at once at most."""
+    """Largest number of continuations generated at once."""

@@ -1,4 +1,4 @@
-"""``tokcredit analyze shift``: where a tuned model departs from its base, and what that is worth (arXiv 2603.22446)."""
+"""``tokcredit analyze shift``: where a tuned model differs from its base, and what that gains (arXiv 2603.22446)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from tokcredit.analyze.crossing import Crossed, Rule, cross
 from tokcredit.analyze.settings import Shift
 from tokcredit.analyze.study import Study, load_pair, report, resolved
-from tokcredit.train.explorer import prompt_tokens
+from tokcredit.train.rollout_collection import prompt_tokens
 from tokcredit.train.tasks import Problem
 
 _NAMES = ("base", "tuned")
@@ -38,12 +38,16 @@ _SCHEMA = pa.schema(
         ("ranks", pa.list_(pa.int32())),
     ]
 )
-_TOP = 3  # The first so many tokens of the base, in which the tuned model's likeliest token is looked for.
+_TOP = 3  # The tuned model's likeliest token is looked for among this many likeliest tokens of the base.
 _BINS = 40
 
 
 def rules(settings: Shift) -> list[Rule]:
-    """Each model by itself, and each with the other at every threshold and under every cap."""
+    """Return the rules: each model by itself, and with the other model at every threshold and under every cap.
+
+    Args:
+        settings: Settings of the analysis.
+    """
     return [
         rule
         for primary in (0, 1)
@@ -56,29 +60,36 @@ def rules(settings: Shift) -> list[Rule]:
 
 
 def shift(settings: Shift) -> dict[str, Any]:
-    """Makes the analysis in its folder and returns its summary; see :class:`~tokcredit.analyze.settings.Shift`."""
+    """Run the analysis in its folder and return its summary; see :class:`~tokcredit.analyze.settings.Shift`.
+
+    Args:
+        settings: Settings of the analysis.
+
+    Raises:
+        ValueError: A setting is out of range.
+    """
     _check(settings)
     settings = dataclasses.replace(settings, study=resolved(settings.study, "shift", settings.base, settings.tuned))
     study = Study(settings)
     pair = load_pair(("base", settings.base), ("tuned", settings.tuned), settings.study.precision)
-    everyone = rules(settings)
+    every_rule = rules(settings)
 
     def make(number: int, problem: Problem) -> pa.Table:
-        prompt = prompt_tokens(pair.words, problem.question)
+        prompt = prompt_tokens(pair.tokenizer, problem.question)
         seed = np.random.SeedSequence([settings.study.seed, number]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
         made = cross(
             pair,
             prompt,
-            everyone,
+            every_rule,
             settings.rollouts,
             settings.study.max_tokens,
             settings.temperature,
             settings.top_p,
             generator,
         )
-        of_row = [rule for rule in everyone for _ in range(settings.rollouts)]
-        return _table(number, problem, prompt, of_row, made, pair.words)
+        of_row = [rule for rule in every_rule for _ in range(settings.rollouts)]
+        return _table(number, problem, prompt, of_row, made, pair.tokenizer)
 
     found = study.tables(make).to_pylist()
     summary = summarize(found, settings)
@@ -102,14 +113,14 @@ def _check(settings: Shift) -> None:
 
 
 def _table(
-    number: int, problem: Problem, prompt: list[int], of_row: Sequence[Rule], made: Crossed, words: Any
+    number: int, problem: Problem, prompt: list[int], of_row: Sequence[Rule], made: Crossed, tokenizer: Any
 ) -> pa.Table:
     lengths = made.lengths.tolist()
 
     def cut(x: torch.Tensor) -> list[list[Any]]:
         return [row[:n] for row, n in zip(x.tolist(), lengths, strict=True)]
 
-    replies = words.batch_decode(cut(made.tokens), skip_special_tokens=True)
+    replies = tokenizer.batch_decode(cut(made.tokens), skip_special_tokens=True)
     rows = len(replies)
     columns = {
         "problem": [number] * rows,
@@ -128,7 +139,7 @@ def _table(
 
 
 def _own(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Replies of the tuned model by itself."""
+    """Return the replies of the tuned model by itself."""
     return [row for row in found if row["primary"] == "tuned" and row["threshold"] == math.inf]
 
 
@@ -137,11 +148,11 @@ def _joined(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray[Any, Any]:
 
 
 def summarize(found: Sequence[dict[str, Any]], settings: Shift) -> dict[str, Any]:
-    """Shares of shifted tokens along the tuned model's replies, and accuracy under every rule.
+    """Return the fractions of shifted tokens along the tuned model's replies, and the accuracy under every rule.
 
     Args:
-        found: lines of the tables of all problems.
-        settings: of the analysis.
+        found: Rows of the tables of all problems.
+        settings: Settings of the analysis.
     """
     own = _own(found)
     js, ranks = _joined(own, "js"), _joined(own, "ranks")
@@ -164,7 +175,7 @@ def summarize(found: Sequence[dict[str, Any]], settings: Shift) -> dict[str, Any
 
 
 def _outcome(found: Sequence[dict[str, Any]], rule: Rule) -> dict[str, Any]:
-    """Accuracy with its standard error over problems, and how many tokens the other model chose and changed."""
+    """Return accuracy, its standard error over problems, and how many tokens the other model chose and changed."""
     rows = [
         row
         for row in found
@@ -249,10 +260,10 @@ def _picture(found: Sequence[dict[str, Any]], summary: dict[str, Any], settings:
     total, above = (np.histogram(x, edges)[0] for x in (positions, positions[js > settings.threshold]))
     along.stairs(above / np.maximum(total, 1), edges, color="C1", fill=True)
     for axes, title, x in (
-        (by_threshold, "accuracy", "swap above this divergence, nats"),
+        (by_threshold, "accuracy", "the other model chooses above this divergence, nats"),
         (by_count, "accuracy", "changed tokens per reply"),
-        (spread, "share of the tuned model's tokens", "Jensen-Shannon divergence, nats"),
-        (along, f"share of tokens with divergence > {settings.threshold:g}", "position in the reply"),
+        (spread, "fraction of the tuned model's tokens", "Jensen-Shannon divergence, nats"),
+        (along, f"fraction of tokens with divergence > {settings.threshold:g}", "position in the reply"),
     ):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x)

@@ -1,4 +1,4 @@
-"""Two models, the problems they are asked, and a folder with a file per problem."""
+"""What both analyses share: two models, the problems they are asked, and a folder with one file per problem."""
 
 from __future__ import annotations
 
@@ -25,49 +25,57 @@ from tokcredit.train.sampler import end_tokens
 
 
 class Pair(NamedTuple):
-    """Two models with the same tokens.
+    """Two models with the same vocabulary.
 
     Attributes:
-        first: a causal language model.
-        second: another.
-        words: tokenizer of the second, whose chat template, if it has one, wraps the questions.
-        vocabulary: tokens that both predict; further logits, which are padding, are not read.
-        ends: int64 ``[*]``, tokens with which either ends a reply.
+        first: A causal language model.
+        second: A causal language model.
+        tokenizer: Tokenizer of the second. If it has a chat template, questions are wrapped in it.
+        vocabulary: Number of tokens that both models predict. Further logits are padding and are not read.
+        ends: int64 ``[E]``, tokens with which one of the models ends a reply.
     """
 
     first: Any
     second: Any
-    words: Any
+    tokenizer: Any
     vocabulary: int
     ends: Tensor
 
 
 def load_pair(first: tuple[str, str], second: tuple[str, str], precision: str = "no") -> Pair:
-    """Both models on the device of this process.
+    """Return both models on the device of this process.
 
     Args:
-        first: the name of the setting, for errors, and its model as :func:`tokcredit.train.models.load` takes it.
-        second: likewise.
+        first: Name of the setting, for errors, and its model as :func:`tokcredit.train.models.load` takes it.
+        second: The same for the second model.
         precision: ``bf16``, or ``no`` for float32.
 
     Raises:
-        ValueError: their tokens differ.
+        ValueError: Their vocabularies differ.
     """
-    (a, words_a), (b, words_b) = (models.load(model) for _, model in (first, second))
-    if words_a.get_vocab() != words_b.get_vocab():
+    (a, tokenizer_a), (b, tokenizer_b) = (models.load(model) for _, model in (first, second))
+    if tokenizer_a.get_vocab() != tokenizer_b.get_vocab():
         raise ValueError(f"{second[0]}: expected the tokens of {first[1]}, got {second[1]}")
     device, dtype = PartialState().device, torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (x.to(device, dtype) for x in (a, b))
-    ends = sorted({*end_tokens(a, words_a), *end_tokens(b, words_b)})
-    vocabulary = min(len(words_b), a.config.vocab_size, b.config.vocab_size)
-    return Pair(a, b, words_b, vocabulary, torch.tensor(ends, device=device))
+    ends = sorted({*end_tokens(a, tokenizer_a), *end_tokens(b, tokenizer_b)})
+    vocabulary = min(len(tokenizer_b), a.config.vocab_size, b.config.vocab_size)
+    return Pair(a, b, tokenizer_b, vocabulary, torch.tensor(ends, device=device))
 
 
 def resolved(settings: StudySettings, analysis: str, first: str, second: str) -> StudySettings:
-    """The settings with the recipe of the first model that has tasks where nothing was chosen.
+    """Return the settings with the recipe of a model where nothing was chosen.
+
+    The recipe is that of the first of the two models that has tasks.
+
+    Args:
+        settings: Settings from the user.
+        analysis: Name of the analysis, for the folder.
+        first: First model, as in :func:`load_pair`.
+        second: Second model.
 
     Raises:
-        ValueError: no task, or a count below 1.
+        ValueError: There is no task, or a count is below 1.
     """
     recipes = [models.recipe(model) for model in (first, second)]
     recipe = next((r for r in recipes if r.tasks), recipes[0])
@@ -86,14 +94,17 @@ def resolved(settings: StudySettings, analysis: str, first: str, second: str) ->
 
 
 class Study:
-    """A folder with what was found about each of some problems; what is there already is not made again.
+    """A folder with one table per problem. Tables that exist are not made again.
 
     Args:
-        settings: of the analysis, its ``study`` resolved.
+        settings: Settings of the analysis, its ``study`` from :func:`resolved`.
 
     Raises:
-        ValueError: no such task, or the folder holds another analysis.
-        RuntimeError: several processes.
+        ValueError: There is no such task, or the folder holds another analysis.
+        RuntimeError: There are several processes.
+
+    Attributes:
+        folder: The folder.
     """
 
     def __init__(self, settings: Any) -> None:
@@ -108,7 +119,11 @@ class Study:
         claim(self.folder, chosen, chosen.pop("resume"), free=("output",))
 
     def tables(self, make: Callable[[int, tasks.Problem], pa.Table]) -> pa.Table:
-        """What ``make`` finds about each problem by its number, one table after another."""
+        """Return the tables of all problems, one after another.
+
+        Args:
+            make: Returns the table of a problem, from its number and the problem.
+        """
         files = [self.folder / f"problem-{number:06}.parquet" for number in range(len(self._problems))]
         for number, problem in enumerate(tqdm(self._problems, unit="problem")):
             if not files[number].exists():
@@ -117,7 +132,14 @@ class Study:
 
 
 def report(folder: Path, summary: dict[str, Any], figure: Any, table: Table) -> dict[str, Any]:
-    """Writes summary and picture, prints the table, and returns the summary."""
+    """Write summary and picture, print the table, and return the summary.
+
+    Args:
+        folder: Folder of the analysis.
+        summary: Numbers by name.
+        figure: A matplotlib figure.
+        table: Table for the terminal.
+    """
     write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     write_figure(folder / "summary.png", figure)
     Console().print(table)

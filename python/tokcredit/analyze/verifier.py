@@ -1,4 +1,4 @@
-"""Whether two continuations of a text come to the same: a function of the user's, or a language model that is asked."""
+"""Verifiers: functions or language models that say whether two continuations of a text differ in meaning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tokcredit.train import models
-from tokcredit.train.explorer import prompt_tokens
+from tokcredit.train.rollout_collection import prompt_tokens
 from tokcredit.train.sampler import TransformersSampler
 
 _QUESTION = """Two continuations of the same text begin with different tokens, marked by << >>.
@@ -28,7 +28,13 @@ _ANSWER_TOKENS = 128
 
 
 class Case(NamedTuple):
-    """A common text and what either token leads to, that token in ``<< >>``."""
+    """A text, and two continuations of it that begin with different tokens.
+
+    Attributes:
+        context: The common text.
+        small: Continuation of the small model's token, which stands in ``<< >>``.
+        large: Continuation of the large model's token, which stands in ``<< >>``.
+    """
 
     context: str
     small: str
@@ -36,14 +42,18 @@ class Case(NamedTuple):
 
 
 Verifier = Callable[[Sequence[Case]], list[int]]
-"""1 where the continuations differ in meaning, reasoning or outcome, 0 where they do not, -1 where it cannot tell."""
+"""Function from cases to 1 (they differ in meaning, reasoning or outcome), 0 (they do not) or -1 (it cannot tell)."""
 
 
 def imported(path: str) -> Verifier:
-    """The function ``package.module:function``, of (context, small, large).
+    """Return the verifier that calls a function of (context, small, large).
+
+    Args:
+        path: ``package.module:function``.
 
     Raises:
-        ValueError: the path is not one, or a verdict is none.
+        ValueError: The path has another form, or names no function. The verifier raises it for a result that is not 1,
+            0 or -1.
     """
     module, separator, name = path.partition(":")
     if not separator:
@@ -62,29 +72,33 @@ def imported(path: str) -> Verifier:
 
 
 def judge(model: str, device: Any, dtype: Any, batch: int) -> Verifier:
-    """A language model that is asked, greedily.
+    """Return a verifier that asks a language model and decodes greedily.
 
     Args:
-        model: as :func:`tokcredit.train.models.load` takes it.
-        device: where it runs.
-        dtype: of its weights.
-        batch: questions at once at most.
+        model: The model, as :func:`tokcredit.train.models.load` takes it.
+        device: Device of the model.
+        dtype: Dtype of its weights.
+        batch: Largest number of questions at once.
     """
-    network, words = models.load(model)
-    sampler = TransformersSampler(network.to(device, dtype), words, batch=batch)
+    network, tokenizer = models.load(model)
+    sampler = TransformersSampler(network.to(device, dtype), tokenizer, batch=batch)
 
     def verify(cases: Sequence[Case]) -> list[int]:
         if not cases:
             return []
-        questions = [prompt_tokens(words, _QUESTION.format(**case._asdict())) for case in cases]
+        questions = [prompt_tokens(tokenizer, _QUESTION.format(**case._asdict())) for case in cases]
         made = sampler.sample(questions, 1, _ANSWER_TOKENS, 0.0)
         answers = made.tokens.split(made.cu_seqlens.diff().tolist())
-        return [verdict(answer) for answer in words.batch_decode(answers, skip_special_tokens=True)]
+        return [verdict(answer) for answer in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     return verify
 
 
 def verdict(answer: str) -> int:
-    """The 0 or 1 an answer ends with, else the first one that stands alone in it, else -1."""
+    """Return the 0 or 1 that an answer ends with, else the first one that stands alone in it, else -1.
+
+    Args:
+        answer: Answer of the language model.
+    """
     found = re.search(r"(?<!\d)([01])\W*$", answer) or re.search(r"(?<!\d)([01])(?!\d)", answer)
     return int(found[1]) if found else -1

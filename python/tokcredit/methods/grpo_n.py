@@ -1,32 +1,33 @@
-"""Relative negative gradients only, one ratio per token."""
+"""Relative negative gradients only, with one ratio per token."""
 
 from __future__ import annotations
 
-from tokcredit import clip, credit, weights
 from tokcredit.objective import Objective
+from tokcredit.stages import clip, credit, filters
 
 
 def grpo_n(
-    clip_low: float = 0.2, clip_high: float = 0.2, epsilon: float = 1e-6, renormalise: bool = False
+    clip_low: float = 0.2, clip_high: float = 0.2, epsilon: float = 1e-6, renormalize: bool = False
 ) -> Objective:
-    """GRPO that only discourages: ``min(A, 0)``, rows better than their group train nothing.
+    """GRPO-N: GRPO with the negative advantages only, ``min(A, 0)``.
 
-    Mean and standard deviation are those of the whole group, and rows that train nothing stay in the denominators, so
-    that the negative half is exactly GRPO's.
+    Mean and standard deviation are those of the whole group. Rows with an advantage of 0 stay in the denominators, so
+    that the loss of the other rows is exactly that of GRPO.
 
     Args:
-        clip_low: the ratio may fall to ``1 - clip_low``.
-        clip_high: the ratio may rise to ``1 + clip_high``.
-        epsilon: added to the standard deviation.
-        renormalise: rows that are paid nothing leave the denominators.
+        clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
+        clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
+        epsilon: Added to the standard deviation.
+        renormalize: Whether rows with an advantage of 0 leave the denominators.
 
-    Cost: as GRPO; rows above the mean need no backward pass.
-    Source: arXiv 2510.04028.
-    Departs from the paper: its formula was not found; this reads "relative negative gradients only" as the negative
-    part of the group advantage.
+    Cost: The same as GRPO; rows above the mean need no backward pass.
+    References: arXiv 2510.04028.
+    Differences from the paper:
+        - The formula of the paper was not found. "Relative negative gradients only" is read as the negative part of the
+          group advantage.
     """
     return Objective(
         credit.negative_part(credit.group_normalized(epsilon=epsilon)),
-        weights=(weights.with_credit(),) if renormalise else (),
+        filters=(filters.nonzero_advantage(),) if renormalize else (),
         clip=clip.ppo(clip_low, clip_high),
     )

@@ -2,8 +2,192 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit, gain, score
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokcredit.blocks import segment, select
 from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.spans import Spans
+from tokcredit.stages import aggregation, clip
+from tokcredit.stages.base import flag, number, part
+from tokcredit.stages.clip import Clip, Window
+from tokcredit.stages.credit import Credit, group_normalized
+from tokcredit.stages.scale import Scale
+from tokcredit.stages.token_score import TokenScore
+
+
+@dataclass(frozen=True)
+class entropy_deviation(TokenScore):
+    """Distance of the log-entropy from a quantile of the batch, scaled to ``[-1, 1]``; 0 at the quantile.
+
+    With ``H`` the entropies, ``Q`` the quantile of nearest rank and means, minimum and maximum over the tokens of the
+    batch::
+
+        x = log(max(H, 1e-8))
+        s = sqrt(max(mean((x - Q) ** 2), 1e-8))
+        h = (x - Q) / s
+        score = h / max(max(h), 1e-8) if h > 0 else h / max(-min(h), 1e-8)
+
+    Args:
+        pivot: Quantile, from 0 to 1.
+        literal_sign: Whether the second case is divided by ``min(min(h), -1e-8)`` as in the released code, so that no
+            score is negative.
+    """
+
+    pivot: float = number(0.8, at_least=0, at_most=1)
+    literal_sign: bool = flag(False)
+    reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
+    whole_batch: ClassVar[bool] = True
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        x, pivot, _, low, high = self._measured(batch)
+        x.sub_(pivot)
+        h = x.clamp(min=0).div_(high).add_(x.clamp(max=0).div_(low if self.literal_sign else -low))
+        return h.masked_fill_(~batch.response_mask, 0)
+
+    def statistics(self, batch: Rollouts) -> tuple[float, float, float, float]:
+        """Return ``Q``, ``s`` and the smallest and largest ``h``, from which other tokens get the same score.
+
+        Args:
+            batch: The rollouts, with ``entropies``.
+        """
+        _, pivot, spread, low, high = self._measured(batch)
+        q, s, smallest, largest = torch.stack([pivot, spread, low / spread, high / spread]).tolist()
+        return q, s, smallest, largest
+
+    def _measured(self, batch: Rollouts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return x, Q, s, and the smallest and largest ``x - Q``, both away from 0."""
+        spans, entropies = batch.spans, batch.input("entropies")
+        x = (entropies if entropies.dtype == torch.float64 else entropies.float()).clamp(min=1e-8).log_()
+        pivot = select.quantile_nearest(x, self.pivot, spans, select.everything(spans))[0]
+        square = segment.sum((x - pivot).square_(), spans).sum() / batch.lengths.sum().clamp(min=1)
+        spread = square.clamp(min=1e-8).sqrt()
+        none = x.new_zeros(1)
+        low = torch.cat([none, segment.minimum(x, spans) - pivot]).amin()
+        high = torch.cat([none, segment.maximum(x, spans) - pivot]).amax()
+        return x, pivot, spread, torch.minimum(low, -1e-8 * spread), torch.maximum(high, 1e-8 * spread)
+
+
+@dataclass(frozen=True)
+class token_group_average(Credit):
+    """HAPO's token-level group average: rewards normalized over the tokens of the group, each with its row's reward.
+
+    With ``L`` the number of tokens of a row and sums over the rows of the group::
+
+        mean = sum(L * r) / sum(L)
+        std = sqrt(sum(L * (r - mean) ** 2) / sum(L))
+        A = (r - mean) / (std + epsilon)
+
+    The sum of ``A`` over the tokens of the group is 0. A group in which some ``|A|`` is at least ``limit`` has the
+    advantages of ``otherwise``.
+
+    Args:
+        limit: Bound of ``|A|`` from which on ``otherwise`` is used, above 0; inf for never.
+        epsilon: Added to the standard deviation, at least 0.
+        otherwise: Credit of groups with an ``|A|`` of at least ``limit``.
+        limit_padding: Whether ``|0 - mean| / (std + epsilon)`` is compared with ``limit`` too, in groups with a padded
+            or masked position. The released code does that, because such positions have a reward of 0 there.
+    """
+
+    limit: float = number(5.0, above=0)
+    epsilon: float = number(1e-6, at_least=0)
+    otherwise: Credit = part(Credit, group_normalized)
+    limit_padding: bool = flag(False)
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        groups, index = batch.nonempty_groups, batch.group_index
+        lengths = batch.lengths.double()
+        tokens = segment.sum(lengths, groups).clamp(min=1)
+        # From the group's least reward, so that equal rewards have a spread of exactly 0.
+        least = segment.minimum(batch.rewards.double(), groups)
+        r = batch.rewards.double() - least[index]
+        mean = segment.sum(lengths * r, groups) / tokens
+        centred = r - mean[index]
+        std = (segment.sum(lengths * centred**2, groups) / tokens).sqrt()
+        advantages = torch.where(lengths > 0, centred / (std[index] + self.epsilon), 0)
+        extreme = segment.maximum(advantages.abs(), groups) >= self.limit
+        if self.limit_padding:
+            padded = segment.maximum((batch.lengths < batch.width).double(), batch.groups) > 0
+            extreme |= padded & ((least + mean).abs() / (std + self.epsilon) >= self.limit)
+        return torch.where(extreme[index, None], self.otherwise(batch), advantages[:, None]).to(batch.rewards.dtype)
+
+
+@dataclass(frozen=True)
+class widened(Clip):
+    """HAPO's asymmetric adaptive clipping: PPO's clip with one clip range of each token widened by a score ``h``.
+
+    The ratio of a token is clipped to these bounds::
+
+        ratio in [1 - low * (1 - widen * h), 1 + high]    if h <= 0
+        ratio in [1 - low, 1 + high * (1 + widen * h)]    if h > 0
+
+    Args:
+        score: Score of each token, from -1 to 1.
+        low: Lower clip range before it is widened, at least 0; may be a schedule or a controller.
+        high: Upper clip range before it is widened, at least 0; may be a schedule or a controller.
+        widen: Growth of a clip range where ``|h|`` is 1, at least 0.
+        cap: Dual-clip constant, at least 1, or None for no dual clip.
+    """
+
+    score: TokenScore = part(TokenScore)
+    low: float = number(0.2, at_least=0, scheduled=True)
+    high: float = number(0.2, at_least=0, scheduled=True)
+    widen: float = number(1.0, at_least=0)
+    cap: float | None = number(None, at_least=1, optional=True)
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Window:
+        h = self.score(batch)
+        low = h.clamp(max=0).mul_(self.low * self.widen).sub_(self.low).clamp_(min=-1)
+        high = h.clamp(min=0).mul_(self.high * self.widen).add_(self.high)
+        plain = clip.ppo(self.low, self.high, self.cap)(batch, advantages)
+        return replace(plain, low=low.log1p_(), high=high.log1p_(), score=h)
+
+
+@dataclass(frozen=True)
+class outside_center(Scale):
+    """HAPO's differential advantage redistribution: ``1 + strength * h`` where score and ratio agree, else 1.
+
+    With ``h`` the score, ``q`` the ratio and ``[1 - low, 1 + high]`` the bounds of the token::
+
+        neutral = 1 - low / 2 < q < 1 + high / 2
+        factor = 1 + strength * h if (h > 0 and not neutral) or (h <= 0 and neutral) else 1
+
+    Args:
+        score: Score of each token, from -1 to 1. The score of a clip stage with a score is used instead.
+        strength: Factor of the score, the paper's beta.
+    """
+
+    score: TokenScore = part(TokenScore)
+    strength: float = number(1.0)
+    needs_bounds: ClassVar[bool] = True
+
+    def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
+        """Return the score of each token, float ``[N]``.
+
+        Args:
+            batch: The rollouts.
+            window: Window of the clip stage.
+        """
+        return self.score(batch) if window.score is None else window.score
+
+    def __call__(
+        self,
+        log_probs: Tensor,
+        log_ratio: Tensor,
+        advantages: Tensor,
+        spans: Spans,
+        window: Window,
+        signal: Tensor | None,
+    ) -> Tensor:
+        assert signal is not None
+        # The log of where the ratio would be had it moved twice as far; NaN below 0.
+        twice = log_ratio.expm1().mul_(2).log1p_()
+        neutral = (twice > window.low) & (twice < window.high)
+        return (self.strength * signal).mul_((signal > 0) != neutral).add_(1)
 
 
 def hapo(
@@ -15,34 +199,55 @@ def hapo(
     strength: float = 1.0,
     epsilon: float = 1e-6,
     literal_sign: bool = False,
+    limit: float = 5.0,
+    limit_padding: bool = False,
 ) -> Objective:
-    """DAPO that treats each token by its entropy: rewards normalised over tokens, pay and window adapted to it.
+    """HAPO: DAPO whose advantages and clip ranges depend on the entropy of each token.
 
-    h in ``[-1, 1]`` is how far the token's log-entropy is from the batch's 80 % quantile. The lower bound of the ratio
-    widens where h < 0 and the upper where h > 0; the advantage is multiplied by ``1 + h`` where an uncertain token has
-    left the middle of its window, or a certain one has not. ``tokcredit.temperature.AdaptiveTemperature`` samples by
-    the same h.
+    ``h`` in ``[-1, 1]`` is the distance of the token's log-entropy from the 80 % quantile of the batch, ``q`` the ratio
+    and ``A`` the reward normalized over the tokens of the group::
+
+        low = clip_low * (1 - widen * h) if h <= 0 else clip_low
+        high = clip_high * (1 + widen * h) if h > 0 else clip_high
+        neutral = 1 - low / 2 < q < 1 + high / 2
+        A[t] = (1 + strength * h) * A if (h > 0) != neutral else A
+
+    The loss is PPO's with ratios clipped to ``[1 - low, 1 + high]``. The paper's adaptive temperature samples by the
+    same ``h``: ``tokcredit.decoding.temperature.AdaptiveTemperature``.
 
     Args:
-        clip_low: the ratio may fall to ``1 - clip_low``, before widening.
-        clip_high: the ratio may rise to ``1 + clip_high``, before widening.
-        cap: where A < 0 the loss is at most ``-A cap``.
-        pivot: the quantile.
-        widen: a bound grows to at most ``1 + widen`` times.
-        strength: the advantage is multiplied by ``1 + strength h``.
-        epsilon: added to the standard deviations.
-        literal_sign: h is never negative, as the released code computes it: no rule for certain tokens applies.
+        clip_low: Lower clip range before it is widened.
+        clip_high: Upper clip range before it is widened.
+        cap: Dual-clip constant, at least 1: where ``A < 0`` the loss is at most ``-A * cap``. None for no dual clip.
+        pivot: Quantile of the log-entropies, from 0 to 1; the paper's rho.
+        widen: A clip range grows to at most ``1 + widen`` times its size; the paper's alpha.
+        strength: Factor of ``h`` in the advantage; the paper's beta.
+        epsilon: Added to the standard deviations.
+        literal_sign: Whether ``h`` is never negative, as the paper's equation 6 and the released code have it. No rule
+            for low entropies applies then.
+        limit: A group in which some ``|A|`` is at least this has the advantages of GRPO; inf for none, as in the paper.
+        limit_padding: Whether ``limit`` also applies to padded and masked positions, as in the released code, where
+            their reward is 0.
 
-    Cost: as GRPO, plus entropies with the old log-probs.
-    Source: arXiv 2509.16591.
-    Departs from the released code: the sign of h; its statistics are those of the batch under the old policy, not of
-    the micro-batch under the current one; upper bound 0.28 as in the paper (scripts: 0.2), cap as in the scripts.
-    Adaptive sampling is the sampler's, and off unless asked for.
+    Cost: GRPO plus the entropies of the forward pass for the old log-probs.
+    References: arXiv 2509.16591.
+    Differences from the paper:
+        - ``h`` of low entropies is negative, as the later equations need it; equation 6 has the other sign.
+        - ``limit`` is a rule of the released code.
+        - The dual clip of 10 is that of the released scripts.
+        - The adaptive temperature belongs to the sampler and is used only if asked for.
+    Differences from the released code:
+        - The sign of ``h`` at low entropies, see ``literal_sign``.
+        - ``h`` is that of the old policy over the whole batch. The release takes it from the current policy over the
+          micro-batch.
+        - The upper clip range is 0.28 as in the paper; the scripts have 0.2.
+        - ``limit`` does not apply to padded positions, see ``limit_padding``.
+        - Rows without a token that the policy chose do not count where a group has the advantages of GRPO.
     """
-    h = score.entropy_deviation(pivot, literal_sign)
+    h = entropy_deviation(pivot, literal_sign)
     return Objective(
-        credit.token_normalized(epsilon=epsilon, otherwise=credit.group_normalized(epsilon=epsilon)),
-        clip=clip.widened(h, clip_low, clip_high, widen, cap),
+        token_group_average(limit, epsilon, group_normalized(epsilon=epsilon), limit_padding),
+        clip=widened(h, clip_low, clip_high, widen, cap),
         aggregation=aggregation.token_mean(),
-        gain=gain.outside_center(h, strength),
+        scales=(outside_center(h, strength),),
     )

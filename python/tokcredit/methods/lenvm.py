@@ -2,8 +2,50 @@
 
 from __future__ import annotations
 
-from tokcredit import clip, credit
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokcredit.blocks import length
 from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages import clip
+from tokcredit.stages.base import number, part
+from tokcredit.stages.credit import Credit, group_normalized
+from tokcredit.stages.credit.group import per_token
+
+
+@dataclass(frozen=True)
+class length_advantage(Credit):
+    """Another credit plus ``scale`` times the generalized advantage of the length.
+
+    ``V`` is the input ``length_values``, ``-(1 - gamma ** l)`` with ``l`` the predicted number of tokens still to come,
+    and 0 after the last token of a row::
+
+        delta[t] = -(1 - gamma) + gamma * V[t + 1] - V[t]
+        A_length[t] = delta[t] + gamma * trace * A_length[t + 1]
+
+    Rows that are ``truncated`` go on as predicted before their last token; see :func:`tokcredit.length.advantages`.
+
+    Args:
+        of: The other credit.
+        scale: Factor of the length advantage. Above 0 it shortens rows, below 0 it lengthens them.
+        gamma: Discount of the value head, above 0 and below 1.
+        trace: Lambda of the generalized advantage, from 0 to 1.
+    """
+
+    of: Credit = part(Credit, group_normalized)
+    scale: float = number(0.1)
+    gamma: float = number(0.997, above=0, below=1)
+    trace: float = number(1.0, at_least=0, at_most=1)
+    reads: ClassVar[frozenset[str]] = frozenset({"length_values", "truncated"})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        advantages, value = per_token(self.of(batch), batch.spans), batch.input("length_values")
+        shorter = length.advantages(value, batch.spans, self.gamma, self.trace, batch.input("truncated"))
+        return torch.add(advantages, shorter, alpha=self.scale)
 
 
 def lenvm(
@@ -14,26 +56,38 @@ def lenvm(
     clip_high: float = 0.2,
     epsilon: float = 1e-6,
 ) -> Objective:
-    """GRPO plus, per token, how much shorter than predicted it made the row.
+    """LenVM: GRPO plus, for each token, by how much it made the response shorter than a value head had predicted.
 
-    A head predicts ``-(1 - gamma^l)``, l being the tokens still to come; the added term is the generalized advantage of
-    a cost of ``1 - gamma`` per token against that prediction. ``tokcredit.length`` has targets, losses, the way back
-    to tokens, and decoding.
+    The head predicts ``V = -(1 - gamma ** l)``, with ``l`` the number of tokens still to come, and 0 at the end::
+
+        delta[t] = -(1 - gamma) + gamma * V[t + 1] - V[t]
+        A_length[t] = delta[t] + gamma * trace * A_length[t + 1]
+        A[t] = (r - mean(r)) / (std(r) + epsilon) + scale * A_length[t]
+
+    ``tokcredit.length`` has the targets and losses of the head and the conversion to tokens, and
+    ``tokcredit.decoding.length`` the decoding.
 
     Args:
-        scale: of the added term; above 0 shortens, below 0 lengthens.
-        gamma: that of the head; ``tokcredit.length.gamma_for`` the 99th percentile of lengths.
-        trace: lambda of the advantage; 1 compares with the actual length.
-        clip_low: the ratio may fall to ``1 - clip_low``.
-        clip_high: the ratio may rise to ``1 + clip_high``.
-        epsilon: added to the standard deviation.
+        scale: Factor of the length advantage. Above 0 it shortens responses, below 0 it lengthens them.
+        gamma: Discount of the head, above 0 and below 1; ``tokcredit.length.gamma_for`` gives it for the 99th
+            percentile of the lengths.
+        trace: Lambda of the generalized advantage, from 0 to 1. With 1 the prediction is compared with the actual
+            length.
+        clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
+        clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
+        epsilon: Added to the standard deviation.
 
-    Cost: as GRPO, plus a value head on the old policy's hidden states and a scan along the rows.
-    Source: arXiv 2604.27039.
-    Departs from the paper: which describes this use without an experiment; scale and trace are ours, and so is that a
-    row cut at the length limit goes on as predicted before its last token: cutting it did not make it short.
+    Cost: GRPO plus a value head on the hidden states of the old policy and one scan along the rows.
+    References: arXiv 2604.27039.
+    Differences from the paper:
+        - The paper describes this use of the head in its appendix, without an experiment. ``scale`` and ``trace`` are
+          suggestions.
+        - A response that was cut at the length limit goes on as the head predicted before its last token. It was not
+          short because it was cut.
+    Differences from the released code:
+        - The released code has the head and the decoding, but not this use.
     """
     return Objective(
-        credit.shortening(credit.group_normalized(epsilon=epsilon), scale, gamma, trace),
+        length_advantage(group_normalized(epsilon=epsilon), scale, gamma, trace),
         clip=clip.ppo(clip_low, clip_high),
     )

@@ -1,9 +1,79 @@
-"""MatchTIR: tool-integrated reasoning by matching calls."""
+"""MatchTIR: tool-integrated reasoning with rewards from matched calls."""
 
 from __future__ import annotations
 
-from tokcredit import clip, credit
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokcredit import ops
+from tokcredit.blocks import segment
 from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages import clip
+from tokcredit.stages.base import flag, number
+from tokcredit.stages.credit import Credit
+
+
+@dataclass(frozen=True)
+class turns(Credit):
+    """MatchTIR's dual-level advantage: the rewards of the whole row plus the discounted rewards from the turn on.
+
+    A turn is a maximal run of tokens that the policy chose, and its reward ``r`` the sum of ``turn_rewards`` over it::
+
+        R = sum over turns of r[t]
+        G[t] = r[t] + discount * G[t + 1]
+        A[t] = (R - mean(R)) / (std(R) + epsilon) + (G[t] - mean(G[t])) / (std(G[t]) + epsilon)
+
+    Statistics of ``R`` are over the rows of the group, those of ``G[t]`` over the rows of the group that have a turn
+    ``t``, with the sample standard deviation. Over a single row the mean is 0 and the standard deviation 1.
+
+    Args:
+        discount: Factor of the rewards of the next turn, from 0 to 1.
+        epsilon: Added to the standard deviations, at least 0.
+        halve: Whether ``A`` is divided by 2.
+        center_alone: Whether the mean over a single row is its own number, so that its advantage is 0.
+    """
+
+    discount: float = number(0.9, at_least=0, at_most=1)
+    epsilon: float = number(1e-6, at_least=0)
+    halve: bool = flag(False)
+    center_alone: bool = flag(False)
+    reads: ClassVar[frozenset[str]] = frozenset({"turn_rewards"})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        mask, reward = batch.response_mask, batch.input("turn_rewards")
+        begins = mask.clone()
+        begins[1:] &= ~mask[:-1]
+        first = batch.begin[batch.begin < batch.end]
+        begins[first] = mask[first]
+        turn = segment.pieces(begins, batch.spans)
+        each = segment.sum(reward, turn.spans)
+        later = ops.scan(each, turn.of_row(), decay=self.discount, reverse=True)[0]
+        # The piece before the first turn is empty, and is given to no scope.
+        number = torch.arange(each.numel(), device=mask.device) - ops.spread(turn.offsets[:-1], turn.of_row())
+        most = int(number.max()) + 1 if number.numel() else 1
+        scope = ops.spread(batch.group_index, turn.of_row()) * most + number
+        local = self._normalized(later, torch.where(turn.marked, scope, -1))
+        whole = self._normalized(
+            segment.sum(reward, batch.spans), torch.where(batch.lengths > 0, batch.group_index, -1)
+        )
+        total = ops.spread(whole, turn.of_row()) + local
+        return ops.spread(total / 2 if self.halve else total, turn.spans)
+
+    def _normalized(self, x: Tensor, scope: Tensor) -> Tensor:
+        by = segment.Ids(scope, int(scope.max()) + 1 if scope.numel() else 0)
+        if by.segments <= 0:
+            return torch.zeros_like(x)
+        index = scope.clamp(min=0)
+        alone = segment.count(by)[index] < 2
+        mean = segment.mean(x, by)[index]
+        std = torch.where(alone, 1, segment.var(x, by).sqrt()[index])
+        if not self.center_alone:
+            mean = torch.where(alone, 0, mean)
+        return torch.where(scope >= 0, (x - mean) / (std + self.epsilon), 0)
 
 
 def match_tir(
@@ -12,25 +82,39 @@ def match_tir(
     clip_high: float = 0.2,
     epsilon: float = 1e-6,
     halve: bool = False,
-    centre_alone: bool = False,
+    center_alone: bool = False,
+    cap: float | None = None,
 ) -> Objective:
-    """GRPO for tool use, where each turn is also paid by how well its calls match the calls that were expected.
+    """MatchTIR: GRPO for tool use whose turns are rewarded by how well their calls match the expected calls.
 
-    A turn's reward is the mean match of its calls (``tokcredit.matching``). ``A`` is the sum of the row's rewards,
-    normalised in the group, plus the discounted sum from the turn on, normalised among the rows that have that turn.
-    The batch's ``rewards`` are not read.
+    The reward ``r`` of a turn is the mean match of its calls (``tokcredit.rewards.matching``). The ``rewards`` of the
+    batch are not read::
+
+        R = sum over turns of r[t]
+        G[t] = r[t] + discount * G[t + 1]
+        A[t] = (R - mean(R)) / (std(R) + epsilon) + (G[t] - mean(G[t])) / (std(G[t]) + epsilon)
+
+    Statistics are over the responses of the group, for ``G[t]`` over those that have a turn ``t``.
 
     Args:
-        discount: of a later turn's reward.
-        clip_low: the ratio may fall to ``1 - clip_low``.
-        clip_high: the ratio may rise to ``1 + clip_high``.
-        epsilon: added to the standard deviations.
-        halve: divide the advantage by 2, as the released code does.
-        centre_alone: a turn that only one row of the group has is paid 0, in place of its undivided return.
+        discount: Factor of the rewards of the next turn, from 0 to 1; the paper's gamma.
+        clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
+        clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
+        epsilon: Added to the standard deviations.
+        halve: Whether the advantage is divided by 2, as in the released code.
+        center_alone: Whether a turn that only one response of the group has gets 0 instead of its own ``G``.
+        cap: Dual-clip constant, at least 1: where ``A < 0`` the loss is at most ``-A * cap``. None for no dual clip.
 
-    Cost: as GRPO; matching is a small assignment problem per row, on the CPU.
-    Source: arXiv 2601.10712.
-    Departs from the paper: no KL and no entropy term (theirs: 0.001 each). The release matches greedily where it says
-    Hungarian: ``matching.greedy`` in place of ``matching.optimal``.
+    Cost: GRPO plus a small assignment problem per response, on the CPU.
+    References: arXiv 2601.10712.
+    Differences from the paper:
+        - There are no KL and no entropy terms. The paper's are ``tokcredit.mix("match_tir", terms=("kl(0.001)",
+          "entropy(0.001)"))``.
+    Differences from the released code:
+        - The advantage is the sum of its two terms; the release divides it by 2, see ``halve``.
+        - There is no dual clip; the scripts of the release have ``cap=3.0``.
+        - Calls are matched optimally. The function that the release calls Hungarian is greedy, as is
+          ``tokcredit.rewards.matching.greedy``.
+        - The release finds turns twice, by end-of-turn tokens and by the mask; here they are found by the mask.
     """
-    return Objective(credit.turns(discount, epsilon, halve, centre_alone), clip=clip.ppo(clip_low, clip_high))
+    return Objective(turns(discount, epsilon, halve, center_alone), clip=clip.ppo(clip_low, clip_high, cap))

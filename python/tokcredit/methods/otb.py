@@ -2,8 +2,64 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from tokcredit import ops
 from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages import aggregation, clip
+from tokcredit.stages.base import flag, number
+from tokcredit.stages.credit import Credit
+
+
+@dataclass(frozen=True)
+class optimal_baseline(Credit):
+    """Reward to go minus its mean over the rows of the group at the same offset, weighted by their realized energy.
+
+    The energy ``W`` of a row at a token adds up an estimate of the squared score of its tokens so far, and ``G`` is the
+    reward from the token on. Sums are over the rows of the group that have a chosen token at the offset of ``t``::
+
+        W[t] = sum over chosen tokens u <= t of max(0, 1 - 2 * p[u] + squared_probs[u])
+        A[t] = G[t] - sum(W * G) / (sum(W) + epsilon)
+
+    Offsets count all tokens of the row, masked ones included. Where no other row has a token, ``A = G``. ``G`` is the
+    reward of the row at each of its tokens, or with ``by_turn`` the sum of ``turn_rewards`` from the token on.
+
+    Args:
+        by_turn: Whether the rewards are ``turn_rewards`` instead of the row's.
+        epsilon: Added to the sum of energies, at least 0.
+
+    References:
+        arXiv 2602.07078.
+    """
+
+    by_turn: bool = flag(False)
+    epsilon: float = number(1e-8, at_least=0)
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """``old_log_probs`` and ``squared_probs``, and ``turn_rewards`` with ``by_turn``."""
+        names = frozenset({"old_log_probs", "squared_probs"})
+        return names | {"turn_rewards"} if self.by_turn else names
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        log_probs, squares = batch.input("old_log_probs"), batch.input("squared_probs")
+        rewards = batch.input("turn_rewards") if self.by_turn else batch.rewards[:, None]
+        dtype = reduce(torch.promote_types, (log_probs.dtype, squares.dtype, rewards.dtype))
+        advantages, _ = ops.baseline(
+            log_probs.to(dtype),
+            squares.to(dtype),
+            rewards.to(dtype),
+            batch.spans,
+            batch.group_index,
+            batch.num_groups,
+            self.epsilon,
+        )
+        return advantages
 
 
 def otb(
@@ -12,31 +68,40 @@ def otb(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Objective:
-    """GRPO whose baseline differs from token to token: rows count by the squared score they have gathered so far.
+    """OTB: a baseline per token, the mean reward to go of the group weighted by the squared scores so far.
 
-    ``A[t] = G[t] - sum(W G) / (sum(W) + epsilon)`` over the rows of the group that have a token at the place of t. G is
-    the reward to go, and the realized energy W adds up the logit-gradient proxy ``1 - 2 p + sum(p^2)`` to there. There
-    is no division by the standard deviation.
+    With ``p`` the probability of the token and the sum of squares over the vocabulary, under the old policy, and sums
+    over the responses of the group that have a token at the offset of ``t``::
+
+        W[t] = sum over u <= t of (1 - 2 * p[u] + sum over v of p[u, v] ** 2)
+        A[t] = G[t] - sum(W * G) / (sum(W) + epsilon)
+
+    ``G`` is the reward from the token on. There is no division by a standard deviation.
 
     Args:
-        by_turn: the rewards are ``turn_rewards``, in place of the row's.
-        epsilon: added to the sum of energies.
-        clip_low: the ratio may fall to ``1 - clip_low``.
-        clip_high: the ratio may rise to ``1 + clip_high``.
+        by_turn: Whether the rewards are ``turn_rewards`` instead of the row's.
+        epsilon: Added to the sum of ``W``, at least 0.
+        clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
+        clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
 
-    Cost: as GRPO, plus three more reads of the logits where old log-probs are computed.
-    Source: arXiv 2602.07078.
-    Departs from the paper: token ratios with PPO's clip and the mean over tokens; verl's loss caps the ratio of losing
-    tokens at 3 besides. The reward is the row's and G the same at each of its tokens, where verl sums rewards per
-    token from there on, penalties in the reward among them; ``by_turn`` does that. A row alone at a place has baseline
-    0. verl gives that to groups of one and, counting chosen tokens, to the longest row behind the second longest, which
-    with masked tokens reaches places where it is not alone, and pays a row alone elsewhere about 0. Places count tool
-    tokens, as in verl's ``optimal_token_baseline``; its ``tir_optimal_token_baseline`` counts chosen tokens alone.
-    Energies are at least 0 whatever the rounding, and are not multiplied by the squared weights of a rollout
-    correction. ``squared_probs`` are the current policy's, also for rows that were replayed.
+    Cost: GRPO plus three more reads of the logits in the forward pass for the old log-probs.
+    References: arXiv 2602.07078.
+    Differences from the paper:
+        - The loss has token ratios with PPO's clip and the mean over tokens.
+        - ``1 - 2 * p + sum of squares`` is at least 0, whatever the rounding.
+        - Rows that were replayed have ``squared_probs`` of the current policy.
+    Differences from the released code:
+        - verl's loss has a dual clip of 3.0; there is none here.
+        - The reward to go is the reward of the row at each of its tokens. verl adds up rewards per token, with
+          penalties among them, from the token on; ``by_turn`` does that.
+        - A row that is alone at an offset has a baseline of 0. verl gives that to groups of one and, counting chosen
+          tokens, to the longest row beyond the second longest; other rows that are alone have an advantage of about 0.
+        - Offsets count masked tokens, as in verl's ``optimal_token_baseline``. Its ``tir_optimal_token_baseline``
+          counts chosen tokens only.
+        - Energies are not multiplied by the squared weights of a rollout correction.
     """
     return Objective(
-        credit.least_variance(by_turn, epsilon),
+        optimal_baseline(by_turn, epsilon),
         clip=clip.ppo(clip_low, clip_high),
         aggregation=aggregation.token_mean(),
     )

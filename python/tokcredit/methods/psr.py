@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit, weights
 from tokcredit.objective import Objective
+from tokcredit.stages import aggregation, clip, credit, filters
 
 
 def psr(clip_low: float = 0.2, clip_high: float = 0.2, threshold: float = 0.5) -> Objective:
-    """Correct rows alone are trained on, each paid 1; no baseline.
+    """PSR: only the correct responses train, each with an advantage of 1 and no baseline.
 
-    Mean over the tokens of the correct rows; a batch without one has no gradient.
+    The loss is the mean over the tokens of the correct responses. A batch without one has no gradient.
 
     Args:
-        clip_low: the ratio may fall to ``1 - clip_low``.
-        clip_high: the ratio may rise to ``1 + clip_high``.
-        threshold: a row is correct if its reward exceeds it.
+        clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
+        clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
+        threshold: A response is correct if its reward exceeds it.
 
-    Cost: as GRPO; wrong rows need no backward pass.
-    Source: Zhu et al., arXiv 2506.01347.
-    Departs from the paper: rewards are split at a threshold, where the released code tests for exactly 0 and 1 and
-    leaves anything else as it is.
+    Cost: The same as GRPO; wrong responses need no backward pass.
+    References: Zhu et al., arXiv 2506.01347.
+    Differences from the paper:
+        - None known.
+    Differences from the released code:
+        - Rewards are compared with a threshold. The release tests for exactly 1 and 0, and takes any other reward as
+          the advantage.
     """
     return Objective(
         credit.thresholded(1.0, 0.0, threshold),
-        weights=(weights.with_credit(),),
+        filters=(filters.nonzero_advantage(),),
         clip=clip.ppo(clip_low, clip_high),
         aggregation=aggregation.token_mean(),
     )

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip
 from tokcredit.objective import Objective
+from tokcredit.stages import aggregation, clip
 
 
 def sapo(tau_positive: float = 1.0, tau_negative: float = 1.05) -> Objective:
-    """GRPO with a sigmoid gate on the ratio in place of the hard clip, steeper for negative advantages.
+    """SAPO: GRPO with a sigmoid gate on the ratio in place of the clip, steeper for negative advantages.
 
-    ``loss = -(4 / tau) sigmoid(tau (q - 1)) A``; the gradient at q = 1 is that of GRPO.
+    With ``A`` the advantage of GRPO, ``q`` the token's ratio and ``tau`` the temperature of the advantage's sign::
+
+        loss = mean over i of mean over t of -(4 / tau) * sigmoid(tau * (q - 1)) * A[i]
+
+    At ``q = 1`` the gradient is that of GRPO.
 
     Args:
-        tau_positive: temperature where A > 0.
-        tau_negative: temperature where A <= 0.
+        tau_positive: Temperature where ``A > 0``, above 0.
+        tau_negative: Temperature where ``A <= 0``, above 0.
 
-    Cost: as GRPO.
-    Source: Gao et al., arXiv 2511.20347.
-    Departs from the paper: nothing known; temperatures and the mean of token means as in verl and TRL.
+    Cost: The same as GRPO.
+    References: Gao et al., arXiv 2511.20347.
+    Differences from the paper:
+        - None known.
     """
     return Objective(clip=clip.soft(tau_positive, tau_negative), aggregation=aggregation.sequence_mean())

@@ -1,9 +1,57 @@
-"""Tree-estimated mean prefix value for policy optimization."""
+"""TEMPO: tree-estimated mean prefix value for policy optimization."""
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokcredit.blocks import segment, tree, values
 from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages import aggregation, clip
+from tokcredit.stages.base import flag, number
+from tokcredit.stages.credit import Credit
+from tokcredit.stages.credit.group import counted
+
+
+@dataclass(frozen=True)
+class tempo_credit(Credit):
+    """TEMPO's advantage: the group-normalized reward plus the change of the prefix value that the token caused.
+
+    ``V(s)`` is the mean reward of the rows of the group that begin with the prefix ``s``::
+
+        A[i, t] = (r[i] - mean(r) + V(s[t + 1]) - V(s[t])) / (std(r) + epsilon)
+
+    Masked tokens belong to the prefixes and have no advantage. The end of a row counts as a symbol of its own. A group
+    of one has mean 0 and standard deviation 1.
+
+    Args:
+        scale: Whether to divide by the sample standard deviation of the group.
+        epsilon: Added to the standard deviation, at least 0.
+        count_empty: Whether rows without a token that the policy chose count in the group and in prefix values.
+
+    References:
+        arXiv 2509.18314.
+    """
+
+    scale: bool = flag(True)
+    epsilon: float = number(1e-6, at_least=0)
+    count_empty: bool = flag(False)
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        groups = counted(batch, self.count_empty)
+        statistics = segment.moments(batch.rewards, groups)
+        alone = statistics.size < 2
+        trees = tree.build(batch)
+        counts = None if self.count_empty else batch.lengths > 0
+        change = values.temporal_difference(trees, values.monte_carlo(trees, batch.rewards.double(), counts))
+        centred = batch.rewards - groups.per_row(statistics.mean.masked_fill(alone, 0))
+        if self.scale:
+            scale = statistics.var.sqrt().masked_fill(alone, 1).add_(self.epsilon)
+            centred, change = centred / groups.per_row(scale), change / scale[trees.group]
+        dtype = batch.rewards.dtype
+        return trees.expand(row=centred.to(dtype), head=change.to(dtype))
 
 
 def tempo(
@@ -13,25 +61,36 @@ def tempo(
     scale: bool = True,
     epsilon: float = 1e-6,
 ) -> Objective:
-    """GRPO plus, at tokens where rollouts of a group part, the change in mean reward that the token caused.
+    """TEMPO: GRPO plus a temporal-difference correction at the tokens where the responses of a group branch.
 
-    ``A[t] = (r - mean + V(prefix with t) - V(prefix before t)) / (std + epsilon)``, V(prefix) being the mean reward
-    of the group's rollouts that begin with it. No critic and no extra rollouts; elsewhere the advantage is GRPO's.
+    The responses of a group form a prefix tree. The value ``V(s)`` of a prefix is the mean reward of the responses that
+    begin with it. For token ``t`` of response ``i``::
+
+        A[i, t] = (r[i] - mean(r) + V(s[t + 1]) - V(s[t])) / (std(r) + epsilon)
+
+    ``V(s[t + 1]) - V(s[t])`` is nonzero only where responses branch, so other tokens keep GRPO's advantage. There is
+    neither a critic nor an extra rollout.
 
     Args:
-        clip_low: the ratio may fall to ``1 - clip_low``.
-        clip_high: the ratio may rise to ``1 + clip_high``.
-        cap: where A < 0 the loss is at most ``-A cap``.
-        scale: divide both terms by the group's standard deviation.
-        epsilon: added to it.
+        clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
+        clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
+        cap: Dual-clip constant, at least 1: where ``A < 0`` the loss is at most ``-A * cap``. None for no dual clip.
+        scale: Whether to divide by the standard deviation of the group.
+        epsilon: Added to the standard deviation.
 
-    Cost: as GRPO, plus the prefix trees of the groups, built once per batch on token ids.
-    Source: arXiv 2509.18314.
-    Departs from the released code: the end of a row is a symbol of its own, not the padding id; a group of one is
-    paid as in GRPO (the release gives NaN); tool tokens are compared but not paid (the release stops at the first).
+    Cost: GRPO plus one prefix tree per group, built once per batch from token ids.
+    References: arXiv 2509.18314.
+    Differences from the paper:
+        - The dual clip is that of the released script.
+    Differences from the released code:
+        - The end of a response is a symbol of its own; the release compares padding ids.
+        - A group of one has GRPO's advantage; the release gives NaN.
+        - A response goes on after masked tokens, which belong to its prefix and have no advantage. The release stops at
+          the first masked token.
+        - Rows without a token that the policy chose count neither in the group nor in prefix values.
     """
     return Objective(
-        credit.tempo_like(scale, epsilon),
+        tempo_credit(scale, epsilon),
         clip=clip.ppo(clip_low, clip_high, cap),
         aggregation=aggregation.token_mean(),
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tokcredit import aggregation, clip, credit, score, weights
 from tokcredit.objective import Objective
+from tokcredit.stages import aggregation, clip, credit, token_score, token_weights
 
 
 def tw_grpo(
@@ -13,26 +13,37 @@ def tw_grpo(
     epsilon: float = 1e-4,
     padded: bool = False,
 ) -> Objective:
-    """GRPO that weighs each position by how much the rows of the group disagree there about the next token.
+    """TW-GRPO: GRPO that weights each position by how much the responses of the group disagree about the next token.
 
-    ``w = 1 + (alpha - 1) D``, D in ``[0, 1]`` from the distributions of all rows at that position
-    (:func:`tokcredit.divergence.disagreement`); mean over tokens, and w does not change the denominator.
+    With ``D`` in ``[0, 1]`` from the next-token distributions of all responses at the position
+    (:func:`tokcredit.divergence.disagreement`)::
+
+        w[t] = 1 + (alpha - 1) * D[t]
+        loss = mean over all tokens of w * (clipped token loss of GRPO)
+
+    The weights do not change the denominator.
 
     Args:
-        alpha: the largest weight.
-        clip_low: the ratio may fall to ``1 - clip_low``.
-        clip_high: the ratio may rise to ``1 + clip_high``.
-        epsilon: added to the standard deviation.
-        padded: compare with rows that have ended as well, as the released code does, taking them for uniform.
+        alpha: Largest weight.
+        clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
+        clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
+        epsilon: Added to the standard deviation.
+        padded: Whether responses that have ended are compared too, as uniform distributions, as in the released code.
 
-    Cost: as GRPO, plus two streams over the logits of the old log-prob pass, a group at a time.
-    Source: arXiv 2505.24718.
-    Departs from the released code: rows that have ended do not disagree, which there gives the ragged tail the largest
-    weights; no gradient flows through the weights; alpha as in its script (1.4 in its code).
+    Cost: GRPO plus two passes over the logits of the forward pass for the old log-probs, one group at a time.
+    References: arXiv 2505.24718.
+    Differences from the paper:
+        - The notation of the paper was not found; the formula is that of the released code.
+    Differences from the released code:
+        - Responses that have ended are not compared unless ``padded`` is set. In the release they give the largest
+          weights to positions at which some responses have ended.
+        - No gradient flows through the weights.
+        - ``alpha`` is 1.7 as in the released script; the code has 1.4.
     """
+    disagreement = token_score.given("padded_disagreement" if padded else "disagreement")
     return Objective(
         credit.group_normalized(epsilon=epsilon),
-        weights=(weights.raised(score.given("padded_disagreement" if padded else "disagreement"), alpha - 1),),
+        token_weights=(token_weights.raised(disagreement, alpha - 1),),
         clip=clip.ppo(clip_low, clip_high),
         aggregation=aggregation.token_mean(),
     )

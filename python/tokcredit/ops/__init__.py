@@ -6,22 +6,25 @@ that also allocates its outputs, so it composes with ``torch.compile`` and is ch
 
 from tokcredit.ops import select
 from tokcredit.ops.baseline import baseline
-from tokcredit.ops.call import Rows, empty_cache, num_threads, set_num_threads
+from tokcredit.ops.call import empty_cache, num_threads, set_num_threads
 from tokcredit.ops.logits import logits
-from tokcredit.ops.policy_loss import LOSS_STATS, SURROGATES, policy_loss
+from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss
 from tokcredit.ops.repack import repack
 from tokcredit.ops.scan import scan
-from tokcredit.ops.segment import REDUCTIONS, count
-from tokcredit.ops.tree import spread, tree_fold
+from tokcredit.ops.segment import MOMENTS, REDUCTIONS, count
+from tokcredit.ops.tree import expand, spread, tree_build, tree_fold
 
 __all__ = [
+    "COORDINATES",
+    "GATED_VALUES",
     "LOSS_STATS",
+    "MOMENTS",
     "REDUCTIONS",
     "SURROGATES",
-    "Rows",
     "baseline",
     "count",
     "empty_cache",
+    "expand",
     "logits",
     "num_threads",
     "policy_loss",
@@ -30,5 +33,6 @@ __all__ = [
     "select",
     "set_num_threads",
     "spread",
+    "tree_build",
     "tree_fold",
 ]

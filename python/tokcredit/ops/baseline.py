@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain, result
+from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain, result
+from tokcredit.spans import Spans
 
 define(
     "tokcredit::baseline",
@@ -54,7 +55,7 @@ def baseline(
     log_probs: Tensor,
     squares: Tensor,
     rewards: Tensor,
-    rows: Rows,
+    spans: Spans,
     group: Tensor,
     groups: int,
     epsilon: float = 1e-8,
@@ -65,6 +66,6 @@ def baseline(
     ``rewards`` is ``[N]`` or one per row, ``[R, 1]``; see ``csrc/ops/baseline.hpp``.
     """
     advantages, returns = torch.ops.tokcredit.baseline(
-        log_probs, squares, rewards, *rows, group, groups, epsilon, with_returns, num_threads()
+        log_probs, squares, rewards, *spans.arrays, group, groups, epsilon, with_returns, num_threads()
     )
     return advantages, returns

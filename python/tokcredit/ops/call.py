@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,49 +16,44 @@ _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
 
 
 def num_threads() -> int:
-    """Threads of CPU operations, at most: the CPUs this process may run on, whatever ``OMP_NUM_THREADS`` says.
-
-    Where torch computes with several threads they are shared, and no more are used than torch has.
-    """
+    """Return how many threads a CPU operation uses at most: as many as CPUs this process may run on, unless set."""
     return _threads
 
 
 def set_num_threads(count: int) -> None:
-    """Sets :func:`num_threads`; results do not depend on it, not even in the last bit."""
+    """Set :func:`num_threads`. Results do not depend on it, not even in the last bit.
+
+    Args:
+        count: At least 1.
+
+    Raises:
+        ValueError: ``count`` is below 1.
+    """
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
     global _threads
     _threads = count
 
 
-class Rows(NamedTuple):
-    """Spans of flat token buffers: row r is ``[begin[r], end[r])``, and only tokens with ``mask`` take part.
-
-    ``begin`` and ``end`` are int64 ``[R]``, increasing and disjoint; ``mask`` is bool ``[N]`` or None for all.
-    """
-
-    begin: Tensor
-    end: Tensor
-    mask: Tensor | None = None
-
-
 def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """What values of this dtype are summed in and results have."""
+    """Return the dtype in which values of a dtype are summed and results are given.
+
+    Args:
+        dtype: A float dtype.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_TYPES = {
-    dtype: number
-    for number, dtype in enumerate(
-        (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool)
-    )
-}
+_TYPES: dict[torch.dtype, int] = {getattr(torch, name): number for number, name in enumerate(_C.TYPES)}
 
 
 def result(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, on the device of ``like``; on the CPU a large one lies where earlier results lay.
+    """Return an uninitialised tensor. On the CPU a large one reuses memory of earlier results and cannot be resized.
 
-    Those cannot be resized, as no tensor that torch did not allocate.
+    Args:
+        like: Tensor whose device is used.
+        shape: Shape of the result.
+        dtype: Its dtype; that of ``like`` if None.
     """
     dtype = dtype or like.dtype
     ours = type(like) is Tensor and like.is_cpu and dtype in _TYPES
@@ -68,14 +63,18 @@ def result(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = Non
 
 
 def empty_cache() -> None:
-    """Returns to the system the memory that results on the CPU have left, at most 256 MiB.
+    """Return to the system the memory that large results on the CPU have left: at most 256 MiB.
 
-    It is kept for the results that follow, because memory new to the process costs several times what writing it does.
-    There is no need to call this: Linux takes it back by itself when it is short.
+    It is kept for later results, because writing memory that is new to the process takes several times as long. You
+    need not call this: Linux takes the memory back when it is short.
     """
     _C.empty_cache()
 
 
 def plain(x: Tensor | None) -> Tensor | None:
-    """A contiguous tensor, or none."""
+    """Return a contiguous tensor, or None.
+
+    Args:
+        x: A tensor or None.
+    """
     return None if x is None else x.contiguous()

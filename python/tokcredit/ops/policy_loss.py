@@ -1,7 +1,8 @@
-"""The clipped surrogate and its gradient in one pass: contract in ``csrc/ops/policy_loss.hpp``."""
+"""Policy-gradient losses per row with their gradient in one pass: contract in ``csrc/ops/policy_loss.hpp``."""
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import torch
@@ -9,124 +10,200 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain, result
+from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain, result
+from tokcredit.spans import Spans
 
-SURROGATES = ("clip", "weighted", "soft", "k1", "k2", "k3")
-LOSS_STATS = ("loss", "tokens", "below", "above", "capped", "ratio", "divergence")
+SURROGATES: tuple[str, ...] = _C.SURROGATES
+COORDINATES: tuple[str, ...] = _C.COORDINATES
+GATED_VALUES: tuple[str, ...] = _C.GATED_VALUES
+LOSS_STATS: tuple[str, ...] = _C.LOSS_STATS
+_SOURCES: tuple[str, ...] = _C.SOURCES
 
 define(
     "tokcredit::policy_loss",
-    "(Tensor log_probs, Tensor? reference, Tensor? log_ratio, Tensor? advantages, Tensor? weights, Tensor? low, "
-    "Tensor? high, Tensor? cap, Tensor begin, Tensor end, Tensor? mask, Tensor? trains, int surrogate, "
-    "bool cumulative, float bound, float power, float clamp_low, float clamp_high, bool differentiate, int threads) "
-    "-> (Tensor, Tensor)",
+    # `operands` and `numbers` are in the order of _C.OPERANDS; a number stands where the tensor is None.
+    "(Tensor log_probs, Tensor? reference, Tensor?[] operands, float[] numbers, "
+    "Tensor begin, Tensor end, Tensor? mask, Tensor? trains, "
+    "int surrogate, int source, int on, int value, bool both_sides, "
+    "float bound, float power, float limit, float clamp_low, float clamp_high, bool differentiate, int threads) "
+    "-> (Tensor values, Tensor stats, Tensor slopes)",
 )
+define("tokcredit::scale_rows_", "(Tensor(a!) x, Tensor factor, Tensor begin, Tensor end, int threads) -> ()")
 
 
 @register_fake("tokcredit::policy_loss")
-def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    begin, differentiate = arguments[7], arguments[17]
+def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    begin, differentiate, dtype = arguments[3], arguments[17], accumulated(log_probs.dtype)
     return (
+        log_probs.new_empty(begin.shape, dtype=dtype),
         log_probs.new_empty((begin.shape[0], len(LOSS_STATS)), dtype=torch.float64),
-        result(log_probs, log_probs.shape if differentiate else (0,), accumulated(log_probs.dtype)),
+        result(log_probs, log_probs.shape if differentiate else (0,), dtype),
     )
 
 
 @impl("tokcredit::policy_loss", DEVICES)
-def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    stats, gradient = _policy_loss_outputs(log_probs, *arguments)
-    *tensors, begin, end, mask, trains, surrogate, cumulative, bound, power, low, high, differentiate, threads = (
-        arguments
-    )
+def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    values, stats, slopes = _policy_loss_outputs(log_probs, *arguments)
+    reference, operands, numbers, begin, end, mask, trains, *settings, differentiate, threads = arguments
     if begin.numel() == 0:
-        return stats, gradient.zero_()
+        return values, stats, slopes.zero_()
     _C.policy_loss(
         log_probs.contiguous(),
-        *map(plain, tensors),
+        plain(reference),
+        [plain(x) for x in operands],
+        numbers,
         begin,
         end,
         plain(mask),
         plain(trains),
-        surrogate,
-        cumulative,
-        bound,
-        power,
-        low,
-        high,
+        *settings,
+        values,
         stats,
-        gradient if differentiate else None,
+        slopes if differentiate else None,
         threads,
     )
-    return stats, gradient
+    return values, stats, slopes
+
+
+@register_fake("tokcredit::scale_rows_")
+def _scale_rows_outputs(*arguments: Any) -> None:
+    return None
+
+
+@impl("tokcredit::scale_rows_", DEVICES)
+def _scale_rows(x: Tensor, factor: Tensor, begin: Tensor, end: Tensor, threads: int) -> None:
+    if begin.numel():
+        _C.scale_rows(x, factor.contiguous(), begin, end, threads)
 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        stats, gradient = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
+        values, stats, slopes = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
         ctx.save_for_backward(log_probs)
         ctx.mark_non_differentiable(stats)
-        ctx.gradient, ctx.arguments = gradient, arguments
-        return stats[:, 0].sum().to(gradient.dtype), stats
+        ctx.slopes, ctx.arguments = slopes, arguments
+        return values, stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (log_probs,) = ctx.saved_tensors
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:  # a second time through the same graph
-            _, gradient = torch.ops.tokcredit.policy_loss(log_probs, *ctx.arguments)
-        # The first pass wrote it, so it is scaled where it lies and given away: no second buffer.
-        if torch.compiler.is_compiling():
-            gradient = gradient * grad
-        elif grad.device.type != "cpu" or grad != 1:
-            gradient.mul_(grad)
-        return gradient.to(log_probs.dtype), *([None] * len(ctx.arguments))
+        slopes, ctx.slopes = ctx.slopes, None
+        # The first pass wrote them, so they are scaled where they lie and given away: no second buffer.
+        if slopes is None:  # a second time through the same graph
+            slopes = torch.ops.tokcredit.policy_loss(log_probs, *ctx.arguments)[2]
+        elif torch.compiler.is_compiling():
+            slopes = slopes.clone()
+        begin, end = ctx.arguments[3:5]
+        torch.ops.tokcredit.scale_rows_(slopes, grad, begin, end, num_threads())
+        return slopes.to(log_probs.dtype), *([None] * len(ctx.arguments))
+
+
+def _index(names: tuple[str, ...], argument: str, name: str) -> int:
+    if name not in names:
+        raise ValueError(f"policy_loss: {argument}: expected one of {', '.join(names)}, got {name!r}")
+    return names.index(name)
 
 
 def policy_loss(
     log_probs: Tensor,
-    rows: Rows,
+    spans: Spans,
     surrogate: str,
     *,
     reference: Tensor | None = None,
-    log_ratio: Tensor | None = None,
-    advantages: Tensor | None = None,
-    weights: Tensor | None = None,
-    low: Tensor | None = None,
-    high: Tensor | None = None,
-    cap: Tensor | None = None,
+    log_ratio: Tensor | float | None = None,
+    advantages: Tensor | float | None = None,
+    weights: Tensor | float | None = None,
+    low: Tensor | float | None = None,
+    high: Tensor | float | None = None,
+    cap: Tensor | float | None = None,
+    outside_low: Tensor | float | None = None,
+    outside_high: Tensor | float | None = None,
+    given: Tensor | float | None = None,
     trains: Tensor | None = None,
+    on: str = "ratio",
+    value: str = "score",
+    both_sides: bool = False,
     cumulative: bool = False,
-    bound: float = float("inf"),
+    bound: float = inf,
     power: float = 0.0,
-    clamp: tuple[float, float] = (-float("inf"), float("inf")),
+    limit: float = inf,
+    clamp: tuple[float, float] = (-inf, inf),
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the weighted surrogate over all rows, and ``LOSS_STATS`` ``[R, 7]``; see ``csrc/ops/policy_loss.hpp``.
+    """Return the weighted surrogate summed over each row, and statistics of each row.
 
-    Every operand may be 0-d (one for all), ``[R, 1]`` (one per row) or ``[N]`` (one per token). ``trains`` is bool
-    ``[N]``: the other unmasked tokens count in sums and positions only.
+    Definition: ``csrc/ops/policy_loss.hpp``.
+
+    Args:
+        log_probs: Log-probs of the tokens ``[N]``, any float dtype. Values and slopes are float32, or float64 for
+            float64.
+        spans: The rows; tokens under a False mask take no part.
+        surrogate: One of ``SURROGATES``.
+        reference: Log-probs of another policy ``[N]``.
+        log_ratio: Log-ratio to use in place of ``log_probs - reference``. This and the next operands are one number,
+            one per row ``[R, 1]`` or one per token ``[N]``.
+        advantages: Advantages, 1 if absent. The KL kinds are multiplied by them too.
+        weights: Weights of the loss, 1 if absent.
+        low: Lower bound of the log-ratio, or of the coordinate that ``gated`` looks at; -inf if absent.
+        high: Upper bound; inf if absent.
+        cap: Dual-clip bound of the log-ratio; for ``gated`` the most the weight's log-ratio may be. inf if absent.
+        outside_low: Share of the slope that ``gated`` leaves below ``low``; 0 if absent.
+        outside_high: Share of the slope that ``gated`` leaves above ``high``; 0 if absent.
+        given: Divergence that a gate ``on="given"`` looks at.
+        trains: bool ``[N]``; tokens where it is False count in sums and positions only. None for all.
+        on: Coordinate of ``gated``, one of ``COORDINATES``.
+        value: Value that ``gated`` reports, one of ``GATED_VALUES``.
+        both_sides: Whether the gate watches both sides of the window whatever the sign of the advantage.
+        cumulative: Whether the log-ratio is the sum of differences along the row.
+        bound: Largest absolute difference in a cumulative log-ratio.
+        power: Bounds grow with the token's position to this power.
+        limit: Where a KL estimate exceeds it, the estimate is held there and has no slope.
+        clamp: Smallest and largest log-ratio.
+
+    Returns:
+        Values ``[R]`` with a gradient to ``log_probs``, and statistics float64 ``[R, len(LOSS_STATS)]`` without one.
+
+    Raises:
+        ValueError: An unknown name, tensors of other shapes or dtypes, or ``cumulative`` with a ``log_ratio``.
     """
+    if cumulative and log_ratio is not None:
+        raise ValueError("policy_loss: log_ratio: expected None because the log-ratio is cumulative, got one")
     dtype = accumulated(log_probs.dtype)
     if reference is not None and reference.dtype != log_probs.dtype:
         # Differences are taken in the wider of the two, never after rounding one of them.
         common = torch.promote_types(log_probs.dtype, reference.dtype)
         log_probs, reference = log_probs.to(common), reference.to(common)
         dtype = accumulated(common)
-    operands = [None if x is None else x.to(dtype) for x in (log_ratio, advantages, weights, low, high, cap)]
+    tensors: list[Tensor | None] = []
+    numbers: list[float] = []
+    operands = (log_ratio, advantages, weights, low, high, cap, outside_low, outside_high, given)
+    for x, absent in zip(operands, _C.OPERANDS.values(), strict=True):
+        if isinstance(x, Tensor):
+            tensors.append(x.to(dtype))
+            numbers.append(absent)
+        else:
+            tensors.append(None)
+            numbers.append(absent if x is None else float(x))
+    differentiate = log_probs.requires_grad and torch.is_grad_enabled()
     arguments = (
         reference,
-        *operands,
-        *rows,
+        tensors,
+        numbers,
+        *spans.arrays,
         trains,
-        SURROGATES.index(surrogate),
-        cumulative,
+        _index(SURROGATES, "surrogate", surrogate),
+        _SOURCES.index("cumulative" if cumulative else "difference" if log_ratio is None else "given"),
+        _index(COORDINATES, "on", on),
+        _index(GATED_VALUES, "value", value),
+        both_sides,
         bound,
         power,
+        limit,
         *clamp,
-        log_probs.requires_grad and torch.is_grad_enabled(),
+        differentiate,
         num_threads(),
     )
-    if log_probs.requires_grad and torch.is_grad_enabled():
+    if differentiate:
         return _PolicyLoss.apply(log_probs, *arguments)
-    stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
-    return stats[:, 0].sum().to(dtype), stats
+    values, stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
+    return values, stats

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain, result
+from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain, result
+from tokcredit.spans import Spans
 
 define(
     "tokcredit::scan",
@@ -46,18 +47,20 @@ def _scan(
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, carry: Tensor | None, rows: Rows, decay: float, reverse: bool, exclusive: bool
+        ctx: Any, x: Tensor, carry: Tensor | None, spans: Spans, decay: float, reverse: bool, exclusive: bool
     ) -> tuple[Tensor, Tensor]:
-        ctx.rows, ctx.decay, ctx.reverse, ctx.exclusive, ctx.dtype = rows, decay, reverse, exclusive, x.dtype
+        ctx.spans, ctx.decay, ctx.reverse, ctx.exclusive, ctx.dtype = spans, decay, reverse, exclusive, x.dtype
         ctx.set_materialize_grads(False)
         ctx.shape = x.shape
-        return torch.ops.tokcredit.scan(x, *rows, decay, carry, reverse, exclusive, num_threads())
+        return torch.ops.tokcredit.scan(x, *spans.arrays, decay, carry, reverse, exclusive, num_threads())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         # The adjoint of a decayed recurrence is the same recurrence walked the other way.
         def adjoint(g: Tensor, carry: Tensor | None, exclusive: bool) -> tuple[Tensor, Tensor]:
-            return torch.ops.tokcredit.scan(g, *ctx.rows, ctx.decay, carry, not ctx.reverse, exclusive, num_threads())
+            return torch.ops.tokcredit.scan(
+                g, *ctx.spans.arrays, ctx.decay, carry, not ctx.reverse, exclusive, num_threads()
+            )
 
         gx = gcarry = None
         if grad is not None:
@@ -73,7 +76,7 @@ class _Scan(torch.autograd.Function):
 
 def scan(
     x: Tensor,
-    rows: Rows,
+    spans: Spans,
     decay: float = 1.0,
     carry: Tensor | None = None,
     reverse: bool = False,
@@ -81,5 +84,5 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Outputs and last states of the masked recurrence of ``csrc/ops/scan.hpp``."""
     if x.requires_grad or (carry is not None and carry.requires_grad):
-        return _Scan.apply(x, carry, rows, decay, reverse, exclusive)
-    return torch.ops.tokcredit.scan(x, *rows, decay, carry, reverse, exclusive, num_threads())
+        return _Scan.apply(x, carry, spans, decay, reverse, exclusive)
+    return torch.ops.tokcredit.scan(x, *spans.arrays, decay, carry, reverse, exclusive, num_threads())

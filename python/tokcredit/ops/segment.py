@@ -7,9 +7,12 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, accumulated, num_threads, plain
+from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain
+from tokcredit.spans import Spans
 
-REDUCTIONS = ("sum", "mean", "var", "minimum", "maximum", "count", "logsumexp")
+REDUCTIONS: tuple[str, ...] = _C.REDUCTIONS
+MOMENTS: tuple[str, ...] = _C.MOMENTS
+_MOMENTS, _COUNT = REDUCTIONS.index("moments"), REDUCTIONS.index("count")
 
 define(
     "tokcredit::segment_rows",
@@ -21,11 +24,19 @@ define(
 )
 
 
+def _outputs(x: Tensor, segments: int, reduction: int) -> Tensor:
+    if reduction == _MOMENTS:
+        return x.new_empty((segments, len(MOMENTS)), dtype=torch.float64)
+    return x.new_empty((segments,), dtype=accumulated(x.dtype))
+
+
 @register_fake("tokcredit::segment_rows")
 def _segment_rows_output(
     x: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, reduction: int, ddof: float, threads: int
 ) -> Tensor:
-    return x.new_empty(begin.shape, dtype=accumulated(x.dtype))
+    if reduction == _COUNT:
+        return x.new_empty(begin.shape, dtype=torch.float64)
+    return _outputs(x, begin.shape[0], reduction)
 
 
 @impl("tokcredit::segment_rows", DEVICES)
@@ -42,7 +53,7 @@ def _segment_rows(
 def _segment_ids_output(
     x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float
 ) -> Tensor:
-    return x.new_empty((segments,), dtype=accumulated(x.dtype))
+    return _outputs(x, segments, reduction)
 
 
 @impl("tokcredit::segment_ids", DEVICES)
@@ -53,6 +64,13 @@ def _segment_ids(x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, red
     return y
 
 
-def count(rows: Rows, like: Tensor) -> Tensor:
-    """Unmasked tokens of each row as a float; ``like`` is any ``[N]``, which is not read."""
-    return torch.ops.tokcredit.segment_rows(like, *rows, REDUCTIONS.index("count"), 0.0, num_threads())
+def count(spans: Spans) -> Tensor:
+    """Return the number of unmasked tokens of each row, int64 ``[R]``.
+
+    Args:
+        spans: The rows.
+    """
+    if spans.mask is None:
+        return spans.lengths
+    counts = torch.ops.tokcredit.segment_rows(spans.mask, *spans.arrays, _COUNT, 0.0, num_threads())
+    return counts.long()

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, Rows, num_threads, plain, result
+from tokcredit.ops.call import DEVICES, num_threads, plain, result
+from tokcredit.spans import Spans
 
 define(
     "tokcredit::tree_build",
@@ -34,6 +35,18 @@ def _tree_build(
     return outputs
 
 
+def tree_build(tokens: Tensor, spans: Spans, group: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """Return the arrays of the prefix trees: leaf, parent, group, depth, length, count, degree, size.
+
+    Args:
+        tokens: int32 or int64 ``[N]``.
+        spans: The rows; their mask is not read.
+        group: int64 ``[R]``, in ``[0, groups)``.
+        groups: Number of groups.
+    """
+    return torch.ops.tokcredit.tree_build(tokens, spans.begin, spans.end, group, groups, num_threads())
+
+
 define("tokcredit::tree_fold", "(Tensor leaf, Tensor parent, Tensor? scale, Tensor x) -> Tensor")
 
 
@@ -43,33 +56,46 @@ def _fold_output(leaf: Tensor, parent: Tensor, scale: Tensor | None, x: Tensor) 
 
 
 @impl("tokcredit::tree_fold", DEVICES)
-def tree_fold(leaf: Tensor, parent: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
-    """Sums from the leaves to the roots, see ``csrc/ops/tree.hpp``."""
+def _fold(leaf: Tensor, parent: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
     y = _fold_output(leaf, parent, scale, x)
     if x.numel():
         _C.tree_fold(leaf, parent, plain(scale), x.contiguous(), y)
     return y
 
 
+def tree_fold(leaf: Tensor, parent: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
+    """Return sums from the leaves to the roots, float ``[V]``; see ``csrc/ops/tree.hpp``.
+
+    Args:
+        leaf: int64 ``[M]``, the node at which each number enters.
+        parent: int64 ``[V]``, -1 at a root, else a node before the child.
+        scale: float ``[V]``, multiplies what a node hands to its parent, or None for 1.
+        x: float ``[M]``.
+    """
+    return torch.ops.tokcredit.tree_fold(leaf, parent, scale, x)
+
+
 define(
     "tokcredit::expand",
-    "(Tensor like, ScalarType dtype, Tensor begin, Tensor end, Tensor? mask, Tensor? row, Tensor? leaf, "
+    "(Tensor begin, Tensor end, Tensor? mask, SymInt size, ScalarType dtype, Tensor? row, Tensor? leaf, "
     "Tensor? parent, Tensor? depth, Tensor? body, Tensor? head, int threads) -> Tensor",
 )
 
 
 @register_fake("tokcredit::expand")
-def _expand_output(like: Tensor, dtype: torch.dtype, *others: Any) -> Tensor:
-    return result(like, like.shape, dtype)
+def _expand_output(
+    begin: Tensor, end: Tensor, mask: Tensor | None, size: int, dtype: torch.dtype, *others: Any
+) -> Tensor:
+    return result(begin, (size,), dtype)
 
 
 @impl("tokcredit::expand", DEVICES)
 def _expand(
-    like: Tensor,
-    dtype: torch.dtype,
     begin: Tensor,
     end: Tensor,
     mask: Tensor | None,
+    size: int,
+    dtype: torch.dtype,
     row: Tensor | None,
     leaf: Tensor | None,
     parent: Tensor | None,
@@ -78,15 +104,49 @@ def _expand(
     head: Tensor | None,
     threads: int,
 ) -> Tensor:
-    y = _expand_output(like, dtype)
+    y = _expand_output(begin, end, mask, size, dtype)
     if begin.numel() == 0:
         return y.zero_()
     _C.expand(begin, end, plain(mask), plain(row), leaf, parent, depth, plain(body), plain(head), y, threads)
     return y
 
 
-def spread(row: Tensor, rows: Rows, like: Tensor) -> Tensor:
-    """Each row's number at each of its unmasked tokens and 0 elsewhere, in the layout of ``like``."""
+def expand(
+    spans: Spans,
+    dtype: torch.dtype,
+    leaf: Tensor,
+    parent: Tensor,
+    depth: Tensor,
+    row: Tensor | None,
+    body: Tensor | None,
+    head: Tensor | None,
+) -> Tensor:
+    """Return numbers of rows and nodes at their tokens, ``[N]``; see ``csrc/ops/tree.hpp``.
+
+    Args:
+        spans: The rows.
+        dtype: dtype of the numbers and of the result.
+        leaf: int64 ``[R]``.
+        parent: int64 ``[V]``.
+        depth: int64 ``[V]``.
+        row: ``[R]`` or None.
+        body: ``[V]`` or None.
+        head: ``[V]`` or None.
+    """
+    return torch.ops.tokcredit.expand(
+        *spans.arrays, spans.size, dtype, row, leaf, parent, depth, body, head, num_threads()
+    )
+
+
+def spread(row: Tensor, spans: Spans) -> Tensor:
+    """Return each row's number at each of its unmasked tokens and 0 elsewhere, ``[N]``.
+
+    Args:
+        row: float, int64 or bool ``[R]``; half precision becomes float32.
+        spans: The rows.
+    """
     if row.dtype not in (torch.float32, torch.float64, torch.int64, torch.bool):
         row = row.float()
-    return torch.ops.tokcredit.expand(like, row.dtype, *rows, row, None, None, None, None, None, num_threads())
+    return torch.ops.tokcredit.expand(
+        *spans.arrays, spans.size, row.dtype, row, None, None, None, None, None, num_threads()
+    )

@@ -1,4 +1,4 @@
-"""A thin GRPO-style trainer for causal language models: any method, any verifiable task.
+"""A small trainer for causal language models: any objective of the library on tasks with verifiable answers.
 
 Needs ``pip install "tokcredit[train]"``. From Python::
 
@@ -35,14 +35,30 @@ __all__ = [
 
 
 def run(settings: Settings) -> dict[str, float] | None:
-    """As :func:`tokcredit.train.experiment.run`."""
+    """Train as the settings say and return the summary; see :func:`tokcredit.train.experiment.run`.
+
+    Args:
+        settings: Settings of the run.
+
+    Returns:
+        Numbers by name, or None if the run was stopped before its end.
+    """
     from tokcredit.train import experiment
 
     return experiment.run(settings)
 
 
 def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Path | None:
-    """As :func:`tokcredit.train.comparison.compare`."""
+    """Train several methods on the same prompts; see :func:`tokcredit.train.comparison.compare`.
+
+    Args:
+        methods: Names of methods.
+        settings: Settings of every run.
+        seeds: Number of runs per method.
+
+    Returns:
+        The folder with the comparison, or None if it was stopped before its end.
+    """
     from tokcredit.train import comparison
 
     return comparison.compare(methods, settings, seeds)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent."""
+"""Checkpoints of a run, written so that each is whole or absent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from accelerate import Accelerator
 
 
 def save(accelerator: Accelerator, folder: Path, step: int) -> None:
-    """Model, optimizer, schedule and random states after ``step``; earlier checkpoints are removed once it is whole."""
+    """Save the model, the optimizer, registered objects and random states, and then remove earlier checkpoints.
+
+    Args:
+        accelerator: Accelerator that holds them.
+        folder: Folder of the run.
+        step: Number of the step after which this is.
+    """
     target, work = folder / f"checkpoint-{step:06}", folder / "checkpoint.new"
     if target.exists():
         return
@@ -27,7 +33,12 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
 
 
 def load(accelerator: Accelerator, folder: Path) -> int:
-    """Restores the last checkpoint and returns its step; 0 where there is none."""
+    """Restore the last checkpoint of a run and return its step, or 0 if there is none.
+
+    Args:
+        accelerator: Accelerator that holds what is restored.
+        folder: Folder of the run.
+    """
     found = sorted(folder.glob("checkpoint-*"))
     if not found:
         return 0

@@ -1,4 +1,4 @@
-"""Seconds spent, by name."""
+"""Time spent in the parts of a step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """``with clock("sample"): ...`` adds to ``clock.seconds["sample_seconds"]``; parts inside parts are allowed."""
+    """Adds up the seconds spent in named parts of a step.
+
+    ``with clock("sample"): ...`` adds to ``clock.seconds["sample_seconds"]``. Parts may contain other parts.
+
+    Attributes:
+        seconds: Seconds by name.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Add the time spent inside the ``with`` block.
+
+        Args:
+            name: Name of the part.
+        """
         start = time.perf_counter()
         try:
             yield

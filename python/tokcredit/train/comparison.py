@@ -1,4 +1,4 @@
-"""Several methods on the same prompts, each over several seeds: one plot, one table."""
+"""Several methods on the same prompts, each with several seeds: one plot and one table."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from tokcredit.train.settings import Settings
 
 
 def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Path | None:
-    """Trains each method with each seed and writes ``compare.png`` and ``compare.md``; finished runs are not repeated.
+    """Train each method with each seed and write ``compare.png`` and ``compare.md``.
 
-    Runs of a seed start from one model and see the same prompts in the same order. A run that was interrupted is
-    resumed.
+    Runs with the same seed start from one model and see the same prompts in the same order. Finished runs are not
+    repeated, and an interrupted one is resumed.
 
     Args:
-        methods: names of methods.
-        settings: of every run; the method, the seed and the folder of each are put in.
-        seeds: runs per method, from ``settings.seed`` on.
+        methods: Names of methods.
+        settings: Settings of every run, in which the method, the seed and the folder are replaced.
+        seeds: Number of runs per method, with seeds from ``settings.seed`` on.
 
     Returns:
-        The folder; None when stopped before the end.
+        The folder, or None if the comparison was stopped before its end.
+
+    Raises:
+        ValueError: There is no method or no seed, or a setting is wrong.
     """
     if not methods or seeds < 1:
         raise ValueError(f"methods, seeds: expected at least one of each, got {list(methods)}, {seeds}")
@@ -53,7 +56,7 @@ def _report(folder: Path, methods: tuple[str, ...], seeds: range) -> None:
     runs = {m: [folder / f"{m}-seed{seed}" for seed in seeds] for m in methods}
     draw_curves(folder / "compare.png", {m: [read_metrics(f) for f in folders] for m, folders in runs.items()})
     table = Table(
-        "method", "before", "after", "best", "seconds", title=f"held-out accuracy, {len(seeds)} seeds, mean ± spread"
+        "method", "before", "after", "best", "seconds", title=f"held-out reward, {len(seeds)} seeds, mean ± deviation"
     )
     lines = ["| method | before | after | best | seconds |", "| --- | --- | --- | --- | --- |"]
     for method, folders in runs.items():

@@ -1,4 +1,4 @@
-"""A run: a trainer whose progress is shown, recorded in a folder, and resumed."""
+"""A run: a trainer whose progress is shown, recorded in a folder and resumed."""
 
 from __future__ import annotations
 
@@ -20,21 +20,30 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from tokcredit import __version__
-from tokcredit.inspect import report
+from tokcredit.report import report
 from tokcredit.train import checkpoint, models
-from tokcredit.train.loop import Step, Trainer
 from tokcredit.train.record import Record, claim, read_metrics, write
 from tokcredit.train.settings import Settings
+from tokcredit.train.trainer import Step, Trainer
+
+_HELD_OUT = "held_out_reward_mean"
 
 
 def run(settings: Settings) -> dict[str, float] | None:
-    """Trains as the settings say and returns the summary; None when stopped before the end (resume continues).
+    """Train as the settings say and return the summary.
 
     The folder holds ``settings.json``, ``metrics.jsonl``, ``tensorboard/``, ``rollouts-*.parquet``, ``curve.png``,
     ``tokenizer/``, the last ``checkpoint-*`` and, at the end, ``model/``, ``report.html`` and ``summary.json``.
 
+    Args:
+        settings: Settings of the run.
+
+    Returns:
+        Numbers by name, or None if the run was stopped before its end; ``resume`` continues it.
+
     Raises:
-        ValueError: the folder holds another run, or one made with other settings.
+        TypeError: A setting of the method has the wrong type.
+        ValueError: A setting is wrong, or the folder holds another run, or one with other settings.
     """
     disable_progress_bar()
     settings = resolved(settings)
@@ -54,17 +63,17 @@ def run(settings: Settings) -> dict[str, float] | None:
         trainer.tokenizer.save_pretrained(folder / "tokenizer")
     with _stop_requests() as stopping, tqdm(total=steps, initial=done, unit="step", disable=not main) as bar:
         if not done:
-            _note(record, {"step": 0, "held_out": trainer.evaluate()})
+            _write_metrics(record, {"step": 0, _HELD_OUT: trainer.evaluate()})
         for number in range(done + 1, steps + 1):
             step = trainer.step(number)
             last = number == steps
             line = {"step": number, **step.metrics}
             if last or number % settings.eval_every == 0:
-                line["held_out"] = trainer.evaluate()
-            _note(record, line)
+                line[_HELD_OUT] = trainer.evaluate()
+            _write_metrics(record, line)
             if record and (last or number % settings.rollouts_every == 0):
                 record.rollouts(number, _columns(number, step))
-            if record and "held_out" in line:
+            if record and _HELD_OUT in line:
                 record.curve()
             bar.update()
             bar.set_postfix(_shown(line))
@@ -86,13 +95,21 @@ def run(settings: Settings) -> dict[str, float] | None:
 
 
 def read_summary(folder: Path) -> dict[str, float] | None:
-    """What a finished run came to; None where it is not finished."""
+    """Return the summary of a run, or None if it has not finished.
+
+    Args:
+        folder: Folder of the run.
+    """
     path = folder / "summary.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def resolved(settings: Settings) -> Settings:
-    """The settings with the recipe of the model where nothing was chosen."""
+    """Return the settings with the values that suit the model where nothing was chosen.
+
+    Args:
+        settings: Settings of a run.
+    """
     recipe = models.recipe(settings.model)
     sampling, optimizer = settings.sampling, settings.optimizer
     name = f"{models.short_name(settings.model)}-{settings.objective.method}"
@@ -135,54 +152,54 @@ def _introduce(settings: Settings, trainer: Trainer) -> None:
     )
 
 
-def _note(record: Record | None, line: Mapping[str, float]) -> None:
+def _write_metrics(record: Record | None, line: Mapping[str, float]) -> None:
     if record:
         record.metrics(line)
 
 
 def _shown(line: Mapping[str, float]) -> dict[str, str]:
     shown = {
-        "reward": f"{line['reward']:.2f}",
-        "length": f"{line['length']:.0f}",
+        "reward": f"{line['reward_mean']:.2f}",
+        "length": f"{line['length_mean']:.0f}",
         "tok/s": f"{line['tokens'] / line['seconds']:.0f}",
     }
-    return shown | ({"held out": f"{line['held_out']:.2f}"} if "held_out" in line else {})
+    return shown | ({"held out": f"{line[_HELD_OUT]:.2f}"} if _HELD_OUT in line else {})
 
 
 def _columns(number: int, step: Step) -> dict[str, Any]:
-    explored, learnt = step.explored, step.learnt
-    batch = learnt.prepared.batch
+    collection, update = step.collection, step.update
+    batch = update.prepared.batch
     lengths = (batch.end - batch.begin).tolist()
 
     def per_row(x: torch.Tensor | None) -> list[Any] | None:
         if x is None:
             return None
         rows = x.cpu().split(lengths)
-        # Numbers nobody computed (NaN) are null.
+        # Numbers that were not computed (NaN) are null.
         return [None if row.isnan().any() else row.tolist() for row in rows]
 
-    prompts = batch.extras["prompt_tokens"]
+    prompts = batch.input("prompt_tokens")
     return {
         "step": [number] * batch.num_rows,
         "group": batch.group_ids.tolist(),
-        "task": [p.task for p in explored.problems],
-        "prompt": [p.question for p in explored.problems],
-        "completion": explored.replies,
+        "task": [p.task for p in collection.problems],
+        "prompt": [p.question for p in collection.problems],
+        "completion": collection.responses,
         "reward": batch.rewards.tolist(),
         "prompt_tokens": [row[row >= 0].tolist() for row in prompts.cpu()],
         "tokens": per_row(batch.tokens),
         "response_mask": per_row(batch.response_mask),
         "rollout_log_probs": per_row(batch.rollout_log_probs),
         "old_log_probs": per_row(batch.old_log_probs),
-        "log_probs": per_row(learnt.log_probs),
+        "log_probs": per_row(update.log_probs),
         "entropies": per_row(batch.entropies),
-        "advantages": per_row(learnt.prepared.advantages),
+        "advantages": per_row(update.prepared.advantages),
     }
 
 
 def _summary(folder: Path) -> dict[str, float]:
     lines = read_metrics(folder)
-    measured = [line["held_out"] for line in lines if "held_out" in line]
+    measured = [line[_HELD_OUT] for line in lines if _HELD_OUT in line]
     steps = lines[1:]
 
     def total(name: str) -> float:
@@ -200,8 +217,8 @@ def _summary(folder: Path) -> dict[str, float]:
         "steps": len(steps),
         "seconds": seconds,
         "tokens_per_second": total("tokens") / seconds,
-        "share_sampling": total("sample_seconds") / seconds,
-        "share_tokcredit": total("credit_seconds") / seconds,
+        "sampling_fraction": total("sample_seconds") / seconds,
+        "credit_fraction": total("credit_seconds") / seconds,
         "peak_memory_gib": memory / 2**30,
     }
 
@@ -209,22 +226,22 @@ def _summary(folder: Path) -> dict[str, float]:
 def _print_summary(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     table = Table(title=str(folder), show_header=False, title_justify="left")
-    table.add_row("held-out accuracy before", f"{summary['held_out_before']:.3f}")
-    table.add_row("held-out accuracy after", f"{summary['held_out_after']:.3f}")
+    table.add_row("held-out reward before", f"{summary['held_out_before']:.3f}")
+    table.add_row("held-out reward after", f"{summary['held_out_after']:.3f}")
     table.add_row("steps", f"{summary['steps']}")
     table.add_row("seconds of training", f"{summary['seconds']:.0f}")
     table.add_row("tokens per second", f"{summary['tokens_per_second']:.0f}")
-    table.add_row("share of sampling", f"{summary['share_sampling']:.1%}")
-    table.add_row("share of credit and loss", f"{summary['share_tokcredit']:.2%}")
+    table.add_row("time spent sampling", f"{summary['sampling_fraction']:.1%}")
+    table.add_row("time spent on credit and loss", f"{summary['credit_fraction']:.2%}")
     table.add_row("peak memory", f"{summary['peak_memory_gib']:.1f} GiB")
     table.add_row("curve", str(folder / "curve.png"))
-    table.add_row("which tokens were paid", str(folder / "report.html"))
+    table.add_row("advantages of the tokens", str(folder / "report.html"))
     Console().print(table)
 
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """A list that fills on Ctrl-C or SIGTERM; a second one interrupts at once."""
+    """Yield a list that grows on Ctrl-C or SIGTERM; the second signal interrupts at once."""
     received: list[int] = []
 
     def receive(number: int, frame: Any) -> None:

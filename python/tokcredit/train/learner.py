@@ -1,159 +1,239 @@
-"""From rewarded rollouts to a better policy."""
+"""The learner: from the rollouts of a step to an update of the policy."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tokcredit import segment
-from tokcredit.objective import Objective, Prepared
+from tokcredit import inputs
+from tokcredit.protocol import PreparedBatch, TrainingObjective
 from tokcredit.rollouts import Rollouts
-from tokcredit.train import evidence
+from tokcredit.schedule import State
+from tokcredit.train import collectors
 from tokcredit.train.clock import Clock
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import OptimizerSettings, Settings
 
-_PER_STEP = ("loss", "policy_loss", "kl")
-_PER_TOKEN = ("ratio", "approx_kl", "clip_low", "clip_high", "clip_cap", "entropy")
+_MEANS = ("_mean", "_fraction")
+"""Endings of metrics that are means over tokens. Others add up over the micro-batches of an optimizer step."""
+_COUNTS = frozenset({"tokens", "pairs", "nonfinite_log_probs"})
+"""Metrics that also add up over the optimizer steps of a step."""
 
 
-class Learnt(NamedTuple):
-    """What a step did.
+class Update(NamedTuple):
+    """The update of a step.
 
     Attributes:
-        prepared: the rollouts with their evidence and credit.
-        log_probs: ``[N]``, at the last pass over the rollout; NaN where it was paid nothing.
-        metrics: numbers by name, over all processes.
+        prepared: The rollouts as the objective prepared them.
+        log_probs: float ``[N]``, log-probs at the last pass over the rollouts; NaN in rows without gradient.
+        metrics: Numbers by name, over all processes. A mean over tokens is left out if no row had a gradient.
     """
 
-    prepared: Prepared
+    prepared: PreparedBatch
     log_probs: Tensor
     metrics: dict[str, float]
 
 
 class Learner:
-    """Pays rollouts by an objective and updates the model.
+    """Computes the loss of rollouts and updates the policy. It holds any objective that follows the protocol.
 
     Args:
-        settings: of the run.
-        objective: what is optimized.
-        model: the policy, on its device.
-        teacher: for methods that distil, or None.
-        accelerator: devices and precision.
+        settings: Settings of the run.
+        objective: Objective to optimize.
+        model: The policy, on its device.
+        teacher: Teacher of a distilling objective, or None.
+        accelerator: Devices and precision.
+
+    Attributes:
+        state: State of the objective's controllers.
     """
 
-    def __init__(self, settings: Settings, objective: Objective, model: Any, teacher: Any, accelerator: Accelerator):
+    def __init__(
+        self, settings: Settings, objective: TrainingObjective[Any], model: Any, teacher: Any, accelerator: Accelerator
+    ) -> None:
         o = settings.optimizer
         self._settings, self._accelerator, self._ranks = settings, accelerator, Ranks(accelerator)
         self._objective, self._model, self._teacher = objective, model, teacher
-        self._reference = copy.deepcopy(model) if "ref_log_probs" in objective.needs else None
+        self._reference = copy.deepcopy(model) if objective.required_inputs & inputs.names("reference") else None
         self._optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
         )
+        self.state = State()
 
-    def learn(self, batch: Rollouts, number: int, clock: Clock) -> Learnt:
-        """The update of step ``number``, counted from 1, by rollouts with the evidence that the objective needs."""
+    def with_inputs(self, batch: Rollouts, others: frozenset[str] = frozenset()) -> Rollouts:
+        """Return the rollouts with the inputs that forward passes give.
+
+        Args:
+            batch: Whole groups, packed, with ``prompt_tokens``.
+            others: Names of inputs to collect beside those that the objective requires.
+        """
+        names, o = self._objective.required_inputs | others, self._settings.optimizer
+        if o.epochs * o.minibatches > 1:
+            names |= {"old_log_probs"}
+        models = (self._model, self._reference, self._teacher)
+        with self._accelerator.autocast():
+            return collectors.collect(names, batch, o.micro_batch, *models, self._settings.sampling.temperature)
+
+    def score(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropies under the policy at temperature 1, float ``[N]`` each, without gradient.
+
+        Args:
+            batch: Packed rows with ``prompt_tokens``.
+        """
+        names = frozenset({"old_log_probs", "entropies"})
+        with self._accelerator.autocast():
+            scored = collectors.collect(names, batch, self._settings.optimizer.micro_batch, self._model)
+        return scored.input("old_log_probs"), scored.input("entropies")
+
+    def update(self, batch: Rollouts, number: int, clock: Clock) -> Update:
+        """Update the policy and return what was done.
+
+        Args:
+            batch: The rollouts of this process, whole groups, with the inputs that the objective requires.
+            number: Number of the step, from 1.
+            clock: Adds up the time spent on credit and loss.
+        """
         with clock("credit"):
             prepared = self._over_ranks(self._prepare(batch, (number - 1) / max(self._settings.steps - 1, 1)))
         lr = learning_rate(self._settings.optimizer, number, self._settings.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        metrics, log_probs = self._update(prepared, number, clock)
-        return Learnt(prepared, log_probs, metrics | {"lr": lr})
+        metrics, log_probs = self._optimize(prepared, number, clock)
+        return Update(prepared, log_probs, metrics | {"lr": lr})
 
-    def with_evidence(self, batch: Rollouts, others: frozenset[str] = frozenset()) -> Rollouts:
-        """The rollouts with what forward passes tell: what the objective needs, and ``others``."""
-        needs, o = self._objective.needs | others, self._settings.optimizer
-        if o.epochs * o.minibatches > 1:
-            needs |= {"old_log_probs"}
-        models = (self._model, self._reference, self._teacher)
-        with self._accelerator.autocast():
-            return evidence.collect(needs, batch, o.micro_batch, *models, self._settings.sampling.temperature)
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Move the controllers of the objective by the metrics of a step.
 
-    def score(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies under the policy at temperature 1, each ``[N]``, without gradient."""
-        wanted = frozenset({"old_log_probs", "entropies"})
-        with self._accelerator.autocast():
-            scored = evidence.collect(wanted, batch, self._settings.optimizer.micro_batch, self._model)
-        return scored.evidence("old_log_probs"), scored.evidence("entropies")
+        A step in which no row had a gradient measured nothing and leaves them where they are.
 
-    def _prepare(self, batch: Rollouts, progress: float) -> Prepared:
-        if self._ranks.count == 1 or not self._objective.spans_groups:
-            return self._objective.prepare(batch, progress=progress)
-        everything, mine = self._ranks.gather(batch, self._objective.needs)
-        return dataclasses.replace(self._objective.prepare(everything, progress=progress).select(mine), batch=batch)
+        Args:
+            metrics: Numbers by name, of the whole step over all processes.
 
-    def _update(self, prepared: Prepared, number: int, clock: Clock) -> tuple[dict[str, float], Tensor]:
+        Raises:
+            ValueError: The metric of a controller is missing.
+        """
+        if "entropy_mean" in metrics:
+            self.state.observe(self._objective, metrics)
+
+    def _prepare(self, batch: Rollouts, progress: float) -> PreparedBatch:
+        prepared: Any
+        if self._ranks.count == 1 or not self._objective.compares_groups:
+            prepared = self._objective.prepare(batch, progress=progress, state=self.state)
+        else:
+            everything, mine = self._ranks.gather(batch, self._objective.required_inputs)
+            prepared = self._objective.prepare(everything, progress=progress, state=self.state).select(mine)
+            prepared = dataclasses.replace(prepared, batch=batch)
+        return prepared
+
+    def _optimize(self, prepared: PreparedBatch, number: int, clock: Clock) -> tuple[dict[str, float], Tensor]:
         o, batch = self._settings.optimizer, prepared.batch
-        log_probs = torch.full((batch.num_tokens,), torch.nan, device=batch.tokens.device)
-        totals = dict.fromkeys((*_PER_STEP, *_PER_TOKEN, "tokens"), torch.zeros((), dtype=torch.float64))
-        steps, norms = 0, 0.0
+        log_probs = torch.full((batch.num_tokens,), torch.nan, device=batch.device)
+        totals, steps, norms = _Totals(self._metrics_of_nothing(prepared)), 0, 0.0
         for epoch in range(o.epochs):
             order = np.random.default_rng([self._settings.seed, number, epoch]).permutation(batch.num_rows)
-            for chosen in torch.from_numpy(order).to(batch.tokens.device).tensor_split(o.minibatches):
+            for chosen in np.array_split(order, o.minibatches):
                 whole = o.minibatches == 1
                 part = prepared if whole else self._over_ranks(prepared.select(chosen))
-                paid = part.has_credit.nonzero()[:, 0]
-                if not self._ranks.any(len(paid) > 0):
+                parts = _micro_batches(part, o.micro_batch)
+                if not self._ranks.any(bool(parts)):
                     continue
-                # The rows of a group side by side: they share their prompt.
-                for rows in paid[part.batch.group_index[paid].argsort(stable=True)].split(o.micro_batch):
-                    if not len(rows):
-                        continue
-                    drawn, metrics = self._backward(part.select(rows), clock)
-                    log_probs[batch.token_positions(rows if whole else chosen[rows])[0]] = drawn
-                    for name, value in metrics.items():
-                        totals[name] = totals[name] + value * (metrics["tokens"] if name in _PER_TOKEN else 1)
+                for rows in parts:
+                    micro, metrics = self._backward(part.select(rows), clock)
+                    log_probs[batch.selection(rows if whole else chosen[rows]).tokens] = micro
+                    totals.add(metrics)
                 self._ranks.average_gradients(self._model)
                 norms += float(self._accelerator.clip_grad_norm_(self._model.parameters(), o.max_grad_norm))
                 self._optimizer.step()
                 self._optimizer.zero_grad()
                 steps += 1
-        sums = self._ranks.sum(totals)
-        means = {name: sums[name] / (max(steps, 1) * self._ranks.count) for name in _PER_STEP}
-        means |= {name: sums[name] / max(sums["tokens"], 1.0) for name in _PER_TOKEN}
-        if self._objective.kl is None:
-            del means["kl"]
-        return means | {"grad_norm": norms / max(steps, 1)}, log_probs
+        return totals.metrics(self._ranks, steps) | {"grad_norm": norms / max(steps, 1)}, log_probs
 
-    def _backward(self, part: Prepared, clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds the gradient of a micro-batch; its log-probs, and its metrics on the CPU."""
-        temperature = self._settings.sampling.temperature
+    def _metrics_of_nothing(self, prepared: PreparedBatch) -> dict[str, float]:
+        """Return the metrics of a micro-batch without rows: all processes then have the same names."""
+        nothing = prepared.select([])
+        zeros = torch.zeros(0, device=prepared.batch.device)
+        further = dict.fromkeys(self._objective.variables[1:], zeros)
+        found = self._objective.loss(nothing, zeros, **further).metrics
+        return {**{name: 0.0 for name in found}, "entropy_mean": 0.0}
+
+    def _backward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, dict[str, float]]:
+        """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
+        first, *others = self._objective.variables
         with self._accelerator.autocast():
-            current, log_probs, entropies = evidence.variable(
-                self._objective.variable, part.batch, self._model, self._teacher, temperature
-            )
+            names, temperature = self._objective.variables, self._settings.sampling.temperature
+            forward = collectors.ForwardPass(names, part.batch, self._model, None, self._teacher, temperature)
+            variable, further = forward.read(first), {name: forward.read(name) for name in others}
+            entropy = forward.entropies.detach()[part.batch.response_mask].mean()
         with clock("credit"):
-            out = self._objective.loss(part, current)
+            out = self._objective.loss(part, variable, **further)
+        log_probs = forward.log_probs.detach()
         out.loss.backward()
-        metrics = out.metrics | {"entropy": entropies[part.batch.response_mask].mean()}
-        return log_probs.detach(), {name: x.detach().double().cpu() for name, x in metrics.items()}
+        metrics = {**out.metrics, "entropy_mean": entropy}
+        values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
+        return log_probs, dict(zip(metrics, values, strict=True))
 
-    def _over_ranks(self, part: Prepared) -> Prepared:
-        """These rows as an optimizer step of their own, with denominators over all processes."""
+    def _over_ranks(self, part: PreparedBatch) -> PreparedBatch:
+        """Return these rows as an optimizer step of their own, with denominators over all processes."""
         if self._ranks.count == 1:
-            return part.aggregated()
-        lengths = segment.count(part.batch.tokens, part.rows)
-        trained = lengths > 0
+            return part.with_denominators()
+        trains = part.lengths > 0
         counts = self._ranks.sum(
             {
-                "batch_num_tokens": lengths.sum(),
-                "global_batch_size": trained.sum(),
-                "global_num_groups": torch.tensor(part.batch.group_ids[trained].unique().numel()),
+                "batch_num_tokens": part.lengths.sum(),
+                "global_batch_size": trains.sum(),
+                "global_num_groups": torch.tensor(part.batch.group_ids[trains].unique().numel()),
             }
         )
-        return part.aggregated(**{name: int(x) for name, x in counts.items()}, dp_size=self._ranks.count)
+        return part.with_denominators(**{name: int(x) for name, x in counts.items()}, dp_size=self._ranks.count)
+
+
+class _Totals:
+    """Metrics of the micro-batches of a step, added up."""
+
+    def __init__(self, zeros: Mapping[str, float]) -> None:
+        self._sums = dict.fromkeys(zeros, 0.0)
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._sums[name] += value * metrics["tokens"] if name.endswith(_MEANS) else value
+
+    def metrics(self, ranks: Ranks, steps: int) -> dict[str, float]:
+        """Return means over tokens, counts, and means over the optimizer steps, over all processes."""
+        sums = ranks.sum({name: torch.tensor(value, dtype=torch.float64) for name, value in self._sums.items()})
+        out, tokens = {}, sums.pop("tokens")
+        for name, total in sums.items():
+            if name.endswith(_MEANS):
+                if tokens:
+                    out[name] = total / tokens
+            else:
+                out[name] = total if name in _COUNTS else total / (max(steps, 1) * ranks.count)
+        return out
+
+
+def _micro_batches(part: PreparedBatch, size: int) -> list[NDArray[np.int64]]:
+    """Return the rows with a gradient, some at a time, those of a group side by side because they share a prompt."""
+    rows = part.has_gradient.nonzero()[:, 0].cpu().numpy()
+    rows = rows[part.batch.group_index.cpu().numpy()[rows].argsort(kind="stable")]
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def learning_rate(settings: OptimizerSettings, number: int, steps: int) -> float:
-    """Of step ``number``, counted from 1: rises over the warm-up, then stays or falls, to reach 0 after the last."""
+    """Return the learning rate of a step. It rises over the warm-up, then stays, or falls to 0 after the last step.
+
+    Args:
+        settings: Settings of the optimizer.
+        number: Number of the step, from 1.
+        steps: Number of steps of the run.
+    """
     if number <= settings.warmup:
         return settings.lr * number / settings.warmup
     left = (steps - number + 1) / max(steps - settings.warmup, 1)

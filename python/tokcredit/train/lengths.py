@@ -1,4 +1,4 @@
-"""A head that learns, beside the policy, how many tokens are still to come."""
+"""A value head that learns, beside the policy, how many tokens remain."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokcredit import length
+from tokcredit.blocks import length
 from tokcredit.rollouts import Rollouts
 from tokcredit.train.ranks import Ranks
 
 
 class LengthHead(nn.Module):
-    """``z = W2 silu(W1 h + b1) + b2`` on final hidden states; the value is ``-sigmoid(z)`` (:mod:`tokcredit.length`).
+    """A value head ``z = W2 silu(W1 h + b1) + b2`` on final hidden states; the value is ``-sigmoid(z)``.
+
+    :mod:`tokcredit.length` defines the value.
 
     Args:
-        width: of the hidden states.
+        width: Size d of the hidden states.
     """
 
     def __init__(self, width: int) -> None:
@@ -25,19 +27,26 @@ class LengthHead(nn.Module):
         self.layers = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """``(..., d) -> (...)``."""
+        """Return z of each hidden state.
+
+        Args:
+            hidden_states: float ``(..., d)``.
+
+        Returns:
+            float ``(...)``.
+        """
         return self.layers(hidden_states)[..., 0]
 
 
 class LengthLearner:
-    """Predicts the length values of a step's rollouts, then learns from how long they really were.
+    """Predicts the length values of a step's rollouts, and then learns from their true lengths.
 
     Args:
-        head: what predicts.
-        gamma: of the values; that of the objective.
-        ranks: the processes, which keep one head.
-        lr: of AdamW.
-        passes: over the rollouts of a step.
+        head: The value head.
+        gamma: Discount per token, that of the objective.
+        ranks: The processes, which keep one head.
+        lr: Learning rate of AdamW.
+        passes: Optimizer steps on the rollouts of a step.
     """
 
     def __init__(self, head: LengthHead, gamma: float, ranks: Ranks, lr: float = 1e-3, passes: int = 4) -> None:
@@ -46,22 +55,30 @@ class LengthLearner:
 
     @torch.no_grad()
     def values(self, batch: Rollouts) -> Tensor:
-        """``-(1 - gamma^l)`` before each token, ``[N]``, from ``hidden_states``."""
-        return -self.head(batch.evidence("hidden_states")).sigmoid()
+        """Return ``-(1 - gamma^l)`` before each token, with l the predicted remaining tokens; float ``[N]``.
 
-    def learn(self, batch: Rollouts, finished: Tensor) -> float:
-        """Regression on the rows that ended by themselves, bool ``[R]``; the loss before it, 0 without such rows.
+        Args:
+            batch: Rollouts with ``hidden_states``.
+        """
+        return -self.head(batch.input("hidden_states")).sigmoid()
 
-        Rows cut at the greatest length do not say how long they would have been.
+    def update(self, batch: Rollouts, finished: Tensor) -> float:
+        """Fit the head to the rows that the model ended, and return the loss before that, or 0 without such rows.
+
+        Rows cut at the length limit do not show how long they would have been.
+
+        Args:
+            batch: Rollouts with ``hidden_states``.
+            finished: bool ``[R]``, the rows that the model ended.
         """
         first = 0.0
         part = batch.select(finished)
         if not self._ranks.any(part.num_tokens > 0):
             return first
-        target = length.targets(part.rows, part.num_tokens, self._gamma)
-        hidden = part.evidence("hidden_states")
+        target = length.targets(part.spans, self._gamma)
+        hidden = part.input("hidden_states")
         for i in range(self._passes):
-            loss = length.squared(self.head(hidden), target, part.rows)
+            loss = length.squared(self.head(hidden), target, part.spans)
             self._optimizer.zero_grad()
             loss.backward()
             self._ranks.average_gradients(self.head)
@@ -70,22 +87,31 @@ class LengthLearner:
         return first
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the head and the state of its optimizer, for a checkpoint."""
         return {"head": self.head.state_dict(), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of a checkpoint.
+
+        Args:
+            state: From :meth:`state_dict`.
+        """
         self.head.load_state_dict(state["head"])
         self._optimizer.load_state_dict(state["optimizer"])
 
 
 def candidates_head(model: Any, head: LengthHead, ends: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """What :class:`tokcredit.length.LengthTilt` asks: the head's output after each candidate, -inf after an end token.
+    """Return the head as :class:`tokcredit.decoding.length.LengthTilt` calls it: z after each candidate token.
 
-    Every candidate costs a forward pass over the text so far, so this is for short texts and few candidates.
+    Every candidate costs a forward pass over the text so far, so this suits short texts and few candidates.
 
     Args:
-        model: the causal language model the head was trained on.
-        head: the head.
-        ends: int64, the tokens that end a text.
+        model: Causal language model that the head was trained on.
+        head: The value head.
+        ends: int64 ``[E]``, tokens that end a text.
+
+    Returns:
+        Function of ``input_ids (B, T)`` and ``candidates (B, K)`` that returns z, float ``(B, K)``; -inf for an end.
     """
 
     @torch.no_grad()

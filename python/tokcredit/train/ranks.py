@@ -1,4 +1,4 @@
-"""Processes that train one model together."""
+"""Communication between the processes that train one model together."""
 
 from __future__ import annotations
 
@@ -10,40 +10,66 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from tokcredit.evidence import FIELDS
-from tokcredit.rollouts import Rollouts
+from tokcredit.rollouts import FIELDS, Rollouts
 
 T = TypeVar("T")
 
 
 class Ranks:
-    """What the processes of a run tell each other."""
+    """The processes of a run.
+
+    Args:
+        accelerator: Accelerator that connects them.
+
+    Attributes:
+        index: Number of this process, from 0.
+        count: Number of processes.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self.index, self.count = accelerator.process_index, accelerator.num_processes
 
     def sum(self, numbers: Mapping[str, Tensor]) -> dict[str, float]:
-        """Of each number over all processes."""
+        """Return the sum of each number over all processes.
+
+        Args:
+            numbers: 0-d tensors by name, the same names in every process.
+        """
         return self._reduced(numbers, "sum")
 
     def mean(self, numbers: Mapping[str, Tensor]) -> dict[str, float]:
-        """Of each number over all processes."""
+        """Return the mean of each number over all processes.
+
+        Args:
+            numbers: 0-d tensors by name, the same names in every process.
+        """
         return self._reduced(numbers, "mean")
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in some process."""
+        """Return whether the flag is set in some process.
+
+        Args:
+            flag: Flag of this process.
+        """
         return self.sum({"flag": torch.tensor(float(flag))})["flag"] > 0
 
     def exchange(self, objects: list[T]) -> list[T]:
-        """Those of all processes, one process after another; all call it."""
+        """Return the objects of all processes, in the order of the processes. All processes must call it.
+
+        Args:
+            objects: Objects of this process, which must pickle.
+        """
         return list(gather_object(objects)) if self.count > 1 else objects
 
     def average_gradients(self, model: Any) -> None:
-        """Makes the gradients of all processes their mean.
+        """Replace the gradients by their mean over all processes.
 
-        Processes skip rows without credit, so their backward passes differ in number: one average after the last fits
-        all of them.
+        Processes skip rows without gradient, so they differ in the number of backward passes. One average after the
+        last backward pass is right for all of them.
+
+        Args:
+            model: Module whose parameters have the gradients.
         """
         if self.count == 1:
             return
@@ -53,15 +79,22 @@ class Ranks:
                 parameter.grad = self._accelerator.reduce(grad, "mean")
 
     def gather(self, batch: Rollouts, names: frozenset[str]) -> tuple[Rollouts, Tensor]:
-        """The rollouts of all processes with this evidence, and which rows of them are this process's."""
+        """Return the rollouts of all processes, and which of their rows are those of this process.
+
+        Args:
+            batch: Rollouts of this process, packed.
+            names: Names of the inputs to gather with them.
+
+        Returns:
+            The rollouts, and int64 ``[R]`` on the host.
+        """
         if self.count == 1:
-            return batch, torch.arange(batch.num_rows, device=batch.tokens.device)
+            return batch, torch.arange(batch.num_rows)
         columns = {"tokens", "group_ids", "rewards", "response_mask", *names & set(FIELDS)}
         own = {name: getattr(batch, name).cpu() for name in columns}
-        own |= {name: batch.evidence(name).cpu() for name in names - set(FIELDS)}
+        own |= {name: batch.input(name).cpu() for name in names - set(FIELDS)}
         parts = gather_object([own | {"lengths": (batch.end - batch.begin).cpu()}])
-        device = batch.tokens.device
-        whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
+        whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).to(batch.device) for name in parts[0]}
         lengths = whole.pop("lengths")
         before = sum(len(part["rewards"]) for part in parts[: self.index])
         together = Rollouts(
@@ -69,7 +102,7 @@ class Ranks:
             **{name: whole[name] for name in columns},
             extras={name: whole[name] for name in names - set(FIELDS)},
         )
-        return together, torch.arange(before, before + batch.num_rows, device=device)
+        return together, torch.arange(before, before + batch.num_rows)
 
     def _reduced(self, numbers: Mapping[str, Tensor], how: str) -> dict[str, float]:
         if not numbers:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics, TensorBoard, rollouts and the curve. A half-written file is never seen."""
+"""The files of a run: metrics, TensorBoard, rollouts and the curve. Each file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -30,31 +30,52 @@ _ROLLOUTS = pa.schema(
 
 
 def write(path: Path, text: str) -> None:
-    """The whole file or none of it."""
+    """Write a text file, whole or not at all.
+
+    Args:
+        path: The file.
+        text: Its text.
+    """
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     new.replace(path)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """The whole table or none of it."""
+    """Write a Parquet file, whole or not at all.
+
+    Args:
+        path: The file.
+        table: Its table.
+    """
     new = path.with_name(path.name + ".new")
     pq.write_table(table, new, compression="zstd")
     new.replace(path)
 
 
 def write_figure(path: Path, figure: Any) -> None:
-    """The whole picture or none of it."""
+    """Write a PNG file, whole or not at all.
+
+    Args:
+        path: The file.
+        figure: A matplotlib figure.
+    """
     new = path.with_name(path.name + ".new")
     figure.savefig(new, dpi=120, format="png")
     new.replace(path)
 
 
 def claim(folder: Path, settings: Mapping[str, Any], resume: bool, free: Collection[str]) -> None:
-    """Writes the settings into a new folder, or checks that what is resumed there has the same ones, except ``free``.
+    """Write the settings into a new folder, or check that a run to resume has the same settings.
+
+    Args:
+        folder: Folder of the run.
+        settings: Settings by name.
+        resume: Whether an existing run is continued.
+        free: Names of settings that may differ.
 
     Raises:
-        ValueError: there are settings, and they are not resumed or differ.
+        ValueError: The folder has a run, and it is not resumed or its settings differ.
     """
     path = folder / "settings.json"
     chosen = json.loads(json.dumps(settings, default=str))
@@ -70,19 +91,27 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool, free: Collect
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Lines of a run's ``metrics.jsonl``, one per step; a last line cut short by a kill is left out."""
+    """Return the lines of ``metrics.jsonl``, one per step, without a last line that is incomplete.
+
+    Args:
+        folder: Folder of the run.
+    """
     path = folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 class Record:
-    """Writes into a run's folder.
+    """Writes the files of a run.
 
     Args:
-        folder: of the run.
-        first: metrics from this step on are dropped: they will be made again.
-        header: about the run, kept in the metadata of the rollouts.
+        folder: Folder of the run.
+        first: Number of the first step to come; metrics from this step on are dropped, because they will be made again.
+        header: Facts about the run, kept in the metadata of the rollouts.
+
+    Attributes:
+        folder: Folder of the run.
+        lines: Metrics of the steps so far.
     """
 
     def __init__(self, folder: Path, first: int, header: Mapping[str, Any]) -> None:
@@ -95,7 +124,11 @@ class Record:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def metrics(self, line: Mapping[str, Any]) -> None:
-        """Adds a step's numbers."""
+        """Add the metrics of a step.
+
+        Args:
+            line: Numbers by name, with the number of the step under ``step``.
+        """
         self.lines.append(dict(line))
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -105,21 +138,32 @@ class Record:
         self._board.flush()
 
     def rollouts(self, step: int, columns: Mapping[str, Sequence[Any] | None]) -> None:
-        """Writes a step's rollouts, one per line of the table; a column of None is null."""
+        """Write the rollouts of a step as a table.
+
+        Args:
+            step: Number of the step.
+            columns: For each column a value per row, or None for a column of nulls.
+        """
         rows = len(columns["reward"] or ())
         table = pa.table({k: [None] * rows if v is None else v for k, v in columns.items()}, schema=self._schema)
         write_table(self.folder / f"rollouts-{step:06}.parquet", table)
 
     def curve(self) -> None:
-        """Draws reward and held-out accuracy over the steps into ``curve.png``."""
+        """Draw the rewards over the steps into ``curve.png``."""
         draw_curves(self.folder / "curve.png", {"": [self.lines]})
 
     def close(self) -> None:
+        """Close the TensorBoard file."""
         self._board.close()
 
 
 def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """Exponential moving average without the bias of its start."""
+    """Return the exponential moving average, without the bias of its start.
+
+    Args:
+        values: Numbers in order.
+        weight: Weight of the average before each number, at least 0 and below 1.
+    """
     out, total, norm = [], 0.0, 0.0
     for value in values:
         total, norm = weight * total + (1 - weight) * value, weight * norm + 1 - weight
@@ -128,17 +172,22 @@ def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
 
 
 def draw_curves(path: Path, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
-    """Training reward and held-out accuracy of named runs; several runs of a name become a mean and a band."""
+    """Draw the training reward and the held-out reward of runs.
+
+    Args:
+        path: PNG file to write.
+        runs: For each name the metrics of one run, or of several, which become a mean and a band.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for color, (name, seeds) in enumerate(runs.items()):
-        for axes, key, marker in ((left, "reward", ""), (right, "held_out", "o")):
+        for axes, key, marker in ((left, "reward_mean", ""), (right, "held_out_reward_mean", "o")):
             lines = [{m["step"]: m[key] for m in metrics if key in m} for metrics in seeds]
             steps = sorted(set.intersection(*map(set, lines))) if lines else []
             curves = [[line[s] for s in steps] for line in lines]
-            if key == "reward":
+            if axes is left:
                 if len(curves) == 1:
                     axes.plot(steps, curves[0], color=f"C{color}", alpha=0.25, linewidth=1)
                 curves = [smoothed(curve) for curve in curves]
@@ -148,7 +197,7 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Sequence[Mapping[str, An
                 low, high = ([f(column) for column in zip(*curves, strict=True)] for f in (min, max))
                 axes.fill_between(steps, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
     left.set_title("reward of the rollouts, smoothed", fontsize=10)
-    right.set_title("held-out accuracy, greedy", fontsize=10)
+    right.set_title("held-out reward, greedy", fontsize=10)
     for axes in (left, right):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

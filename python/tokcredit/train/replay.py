@@ -1,4 +1,4 @@
-"""Rollouts joined by stored ones of the opposite outcome, and hard prompts asked again with a mistake to reflect on."""
+"""Rollout collection with replay: stored responses join groups without contrast, and hard prompts are asked again."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from tokcredit.rollouts import Rollouts
 from tokcredit.train import tasks
-from tokcredit.train.explorer import Desk, Explored, Replies
+from tokcredit.train.rollout_collection import RolloutCollection, SamplingContext, SingleTurn
 
 _RIGHT = 0.5
 
 
-class Reply(NamedTuple):
-    """A stored reply, on the CPU.
+class StoredResponse(NamedTuple):
+    """A stored response, on the CPU.
 
     Attributes:
         tokens: int64 ``[L]``.
-        log_probs: float32 ``[L]``, of the distributions they were drawn from.
-        reward: right if it exceeds a half.
-        truncated: whether it was cut at the greatest length.
+        log_probs: float32 ``[L]``, log-probs of the distributions that the tokens were sampled from.
+        reward: Reward; the response is right if it exceeds one half.
+        truncated: Whether the response was cut at the length limit.
     """
 
     tokens: Tensor
@@ -33,142 +33,177 @@ class Reply(NamedTuple):
     truncated: bool
 
 
-def _packed(replies: Sequence[Reply]) -> dict[str, Tensor]:
+def _packed(responses: Sequence[StoredResponse]) -> dict[str, Tensor]:
     nothing = torch.zeros(0)
     return {
-        "lengths": torch.tensor([len(r.tokens) for r in replies], dtype=torch.int64),
-        "tokens": torch.cat([nothing.long(), *(r.tokens for r in replies)]),
-        "log_probs": torch.cat([nothing, *(r.log_probs for r in replies)]),
-        "rewards": torch.tensor([r.reward for r in replies], dtype=torch.float64),
-        "truncated": torch.tensor([r.truncated for r in replies], dtype=torch.bool),
+        "lengths": torch.tensor([len(r.tokens) for r in responses], dtype=torch.int64),
+        "tokens": torch.cat([nothing.long(), *(r.tokens for r in responses)]),
+        "log_probs": torch.cat([nothing, *(r.log_probs for r in responses)]),
+        "rewards": torch.tensor([r.reward for r in responses], dtype=torch.float64),
+        "truncated": torch.tensor([r.truncated for r in responses], dtype=torch.bool),
     }
 
 
-def _unpacked(packed: dict[str, Tensor]) -> list[Reply]:
+def _unpacked(packed: dict[str, Tensor]) -> list[StoredResponse]:
     lengths = packed["lengths"].tolist()
-    # Copies: a view would keep all of them in memory as long as one is stored.
+    # Copies, because a view would keep the whole batch in memory as long as one response is stored.
     tokens, log_probs = ([x.clone() for x in packed[name].split(lengths)] for name in ("tokens", "log_probs"))
-    return list(map(Reply, tokens, log_probs, packed["rewards"].tolist(), packed["truncated"].tolist()))
+    return list(map(StoredResponse, tokens, log_probs, packed["rewards"].tolist(), packed["truncated"].tolist()))
 
 
 class Buffer:
-    """The last right and the last wrong replies to each prompt, and the mean reward of all there ever were.
+    """The last right and the last wrong responses to each prompt, and the mean reward of all responses to it.
 
     Args:
-        size: replies of either kind kept per prompt.
+        size: Number of right and of wrong responses kept per prompt.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._kept: dict[str, tuple[deque[Reply], deque[Reply]]] = {}
+        self._kept: dict[str, tuple[deque[StoredResponse], deque[StoredResponse]]] = {}
         self._totals: dict[str, tuple[int, float]] = {}
 
-    def add(self, prompt: str, reply: Reply) -> None:
-        """Stores it in place of the oldest of its kind."""
+    def add(self, prompt: str, response: StoredResponse) -> None:
+        """Store a response in place of the oldest of its kind.
+
+        Args:
+            prompt: Name of the prompt.
+            response: The response.
+        """
         kinds = self._kept.setdefault(prompt, (deque(maxlen=self._size), deque(maxlen=self._size)))
-        kinds[reply.reward > _RIGHT].append(reply)
+        kinds[response.reward > _RIGHT].append(response)
         count, total = self._totals.get(prompt, (0, 0.0))
-        self._totals[prompt] = (count + 1, total + reply.reward)
+        self._totals[prompt] = (count + 1, total + response.reward)
 
     def mean_reward(self, prompt: str) -> float | None:
-        """Over all replies to the prompt, forgotten ones included; None where there were none."""
+        """Return the mean reward of all responses to a prompt, those no longer kept included, or None without any.
+
+        Args:
+            prompt: Name of the prompt.
+        """
         count, total = self._totals.get(prompt, (0, 0.0))
         return total / count if count else None
 
-    def draw(self, prompt: str, right: bool, count: int, generator: np.random.Generator) -> list[Reply]:
-        """``count`` different ones of the replies kept, or all where there are fewer."""
+    def draw(self, prompt: str, right: bool, count: int, generator: np.random.Generator) -> list[StoredResponse]:
+        """Return different responses to a prompt, drawn at random; all of them if there are fewer.
+
+        Args:
+            prompt: Name of the prompt.
+            right: Whether right or wrong responses are drawn.
+            count: Number of responses.
+            generator: Source of randomness.
+        """
         kept = self._kept[prompt][right] if prompt in self._kept else ()
         return [kept[i] for i in generator.permutation(len(kept))[:count]]
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the kept responses and the totals, for a checkpoint."""
         rows = [(prompt, r) for prompt, kinds in self._kept.items() for kind in kinds for r in kind]
         return {"totals": self._totals, "prompts": [p for p, _ in rows], **_packed([r for _, r in rows])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of a checkpoint.
+
+        Args:
+            state: From :meth:`state_dict`.
+        """
         self._kept, self._totals = {}, {}
-        for prompt, reply in zip(state["prompts"], _unpacked(state), strict=True):
-            self.add(prompt, reply)
+        for prompt, response in zip(state["prompts"], _unpacked(state), strict=True):
+            self.add(prompt, response)
         self._totals = dict(state["totals"])
 
 
-class Replay:
-    """Replies to every prompt; from the second time on, what is stored of a prompt serves it.
+class Replay(SingleTurn):
+    """Collects responses to every prompt, and uses stored responses from the second time a prompt is asked.
 
-    A group whose fresh rows are all right is joined by stored wrong rows of its prompt, one whose fresh rows are all
-    wrong by stored right ones. They carry the log-probs they were drawn with as ``rollout_log_probs``, and are marked
-    ``replayed``. A prompt whose mean reward so far is low is asked once more, in a group of its own: the question, a
-    stored wrong reply and a request to reflect. Those rows are not stored, since their prompt does not recur.
+    A group whose new rows are all right is joined by stored wrong rows of its prompt; one whose new rows are all wrong,
+    by stored right ones. Stored rows are True in ``replayed``, and have the log-probs they were sampled with as
+    ``rollout_log_probs``. A prompt whose mean reward so far is low is asked once more, in a group of its own: the
+    question, a stored wrong response and a request to reflect. Those rows are not stored, because their prompt does not
+    recur.
 
-    Every process stores the replies of all of them, so that a prompt may change processes between epochs and one
-    state serves all.
+    Every process stores the responses of all processes, so a prompt may be asked by another process in the next epoch,
+    and one state serves all.
 
     Args:
-        desk: of the run.
+        context: Problems and sampler.
 
     Raises:
-        ValueError: more are to be replayed than are remembered.
+        ValueError: More rows are to be replayed than are stored.
     """
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk, self._replies, self._settings = desk, Replies(desk), desk.settings.replay
+    def __init__(self, context: SamplingContext) -> None:
+        super().__init__(context)
+        self._settings = context.settings.replay
         if not 0 <= self._settings.replayed <= self._settings.remembered:
             raise ValueError(
-                f"replayed: expected 0 to the {self._settings.remembered} replies remembered, "
+                f"replayed: expected 0 to the {self._settings.remembered} responses remembered, "
                 f"got {self._settings.replayed}"
             )
         self._buffer = Buffer(self._settings.remembered)
 
-    def explore(self, number: int) -> Explored:
-        """As in :class:`~tokcredit.train.explorer.Explorer`; ``outcomes`` and ``finished`` are of plain questions."""
-        desk, sampling = self._desk, self._desk.settings.sampling
-        numbers, chosen = desk.chosen(number)
-        draws = [np.random.default_rng([desk.settings.seed, number, n]) for n in numbers]
+    def collect(self, number: int) -> RolloutCollection:
+        """Return the rewarded rollouts of a step. Outcomes are those of the new responses to the plain questions.
+
+        Args:
+            number: Number of the step, from 1.
+        """
+        context, sampling = self._context, self._context.settings.sampling
+        groups, chosen = context.chosen(number)
+        generators = [np.random.default_rng([context.settings.seed, number, n]) for n in groups]
         again = {
             n + sampling.prompts: problem
-            for n, p, draw in zip(numbers, chosen, draws, strict=True)
-            for problem in self._reflections(p, draw)
+            for n, p, generator in zip(groups, chosen, generators, strict=True)
+            for problem in self._reflections(p, generator)
         }
-        explored = self._replies.answers(number, [*numbers, *again], [*chosen, *again.values()])
+        made = self.responses(number, [*groups, *again], [*chosen, *again.values()])
         plain = len(chosen) * sampling.group
-        explored = explored._replace(outcomes=explored.outcomes[:plain], finished=explored.finished[:plain])
-        right = (explored.outcomes > _RIGHT).view(-1, sampling.group).sum(1).tolist()
+        made = made._replace(
+            outcomes=made.outcomes[:plain],
+            outcome_groups=made.outcome_groups[:plain],
+            finished=made.finished[:plain],
+        )
+        right = (made.outcomes > _RIGHT).view(-1, sampling.group).sum(1).tolist()
         joining = {
-            i * sampling.group: self._buffer.draw(_key(p), right[i] == 0, self._settings.replayed, draw)
-            for i, (p, draw) in enumerate(zip(chosen, draws, strict=True))
+            i * sampling.group: self._buffer.draw(_key(p), right[i] == 0, self._settings.replayed, generator)
+            for i, (p, generator) in enumerate(zip(chosen, generators, strict=True))
             if right[i] in (0, sampling.group)
         }
-        for prompt, reply in desk.ranks.exchange(list(_fresh(explored))):
-            self._buffer.add(prompt, reply)
+        for prompt, response in context.ranks.exchange(list(_new_responses(made))):
+            self._buffer.add(prompt, response)
         return self._joined(
-            explored,
-            [row for row, replies in joining.items() for _ in replies],
-            [reply for replies in joining.values() for reply in replies],
+            made,
+            [row for row, responses in joining.items() for _ in responses],
+            [response for responses in joining.values() for response in responses],
         )
 
-    def attempt(self, problems: Sequence[tasks.Problem]) -> list[float]:
-        return self._replies.attempt(problems)
-
     def state_dict(self) -> dict[str, Any]:
+        """Return the stored responses, for a checkpoint."""
         return self._buffer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the stored responses of a checkpoint.
+
+        Args:
+            state: From :meth:`state_dict`.
+        """
         self._buffer.load_state_dict(state)
 
-    def _reflections(self, problem: tasks.Problem, draw: np.random.Generator) -> Iterator[tasks.Problem]:
-        """The problem with one of its mistakes, if it is hard."""
+    def _reflections(self, problem: tasks.Problem, generator: np.random.Generator) -> Iterator[tasks.Problem]:
+        """Yield the problem with a wrong response to it, if it is hard."""
         mean = self._buffer.mean_reward(_key(problem))
         if mean is not None and mean < self._settings.hard:
-            for reply in self._buffer.draw(_key(problem), False, 1, draw):
-                parts = (problem.question, *self._texts([reply]), self._settings.reflection)
+            for response in self._buffer.draw(_key(problem), False, 1, generator):
+                parts = (problem.question, *self._texts([response]), self._settings.reflection)
                 yield problem._replace(question="\n\n".join(parts))
 
-    def _texts(self, replies: Sequence[Reply]) -> list[str]:
-        return [self._desk.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in replies]
+    def _texts(self, responses: Sequence[StoredResponse]) -> list[str]:
+        return [self._context.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses]
 
-    def _joined(self, explored: Explored, rows: list[int], replies: list[Reply]) -> Explored:
-        """With stored replies behind, each in the group of one of the rows."""
-        batch, packed = explored.batch, _packed(replies)
-        device = batch.tokens.device
+    def _joined(self, made: RolloutCollection, rows: list[int], responses: list[StoredResponse]) -> RolloutCollection:
+        """Return the rollouts followed by stored responses, each in the group of one of the rows."""
+        batch, packed = made.batch, _packed(responses)
+        device = batch.device
         same = torch.tensor([*range(batch.num_rows), *rows], device=device)
 
         def extended(x: Tensor, name: str) -> Tensor:
@@ -180,30 +215,30 @@ class Replay:
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
             group_ids=batch.group_ids[same],
             rewards=extended(batch.rewards, "rewards"),
-            rollout_log_probs=extended(batch.evidence("rollout_log_probs"), "log_probs"),
+            rollout_log_probs=extended(batch.input("rollout_log_probs"), "log_probs"),
             extras={
-                "prompt_tokens": batch.extras["prompt_tokens"][same],
-                "truncated": extended(batch.extras["truncated"], "truncated"),
+                "prompt_tokens": batch.input("prompt_tokens")[same],
+                "truncated": extended(batch.input("truncated"), "truncated"),
                 "replayed": torch.arange(len(same), device=device) >= batch.num_rows,
             },
         )
-        problems = [*explored.problems, *(explored.problems[row] for row in rows)]
-        return explored._replace(problems=problems, replies=[*explored.replies, *self._texts(replies)], batch=joined)
+        problems = [*made.problems, *(made.problems[row] for row in rows)]
+        return made._replace(problems=problems, responses=[*made.responses, *self._texts(responses)], batch=joined)
 
 
 def _key(problem: tasks.Problem) -> str:
     return f"{problem.task}: {problem.question}"
 
 
-def _fresh(explored: Explored) -> Iterator[tuple[str, Reply]]:
-    """Replies to the plain questions, which come first, with the names of their prompts."""
-    batch, count = explored.batch, len(explored.outcomes)
+def _new_responses(made: RolloutCollection) -> Iterator[tuple[str, StoredResponse]]:
+    """Return the responses to the plain questions, which come first, with the names of their prompts."""
+    batch, count = made.batch, len(made.outcomes)
     packed = {
         "lengths": batch.end - batch.begin,
         "tokens": batch.tokens,
-        "log_probs": batch.evidence("rollout_log_probs"),
+        "log_probs": batch.input("rollout_log_probs"),
         "rewards": batch.rewards,
-        "truncated": batch.extras["truncated"],
+        "truncated": batch.input("truncated"),
     }
-    replies = _unpacked({name: x.cpu() for name, x in packed.items()})
-    return zip(map(_key, explored.problems[:count]), replies[:count], strict=True)
+    responses = _unpacked({name: x.cpu() for name, x in packed.items()})
+    return zip(map(_key, made.problems[:count]), responses[:count], strict=True)

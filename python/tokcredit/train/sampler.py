@@ -1,4 +1,4 @@
-"""Rollouts from a language model: token ids and the log-probs they were drawn with."""
+"""Samplers: engines that continue prompts, and return token ids with the log-probs they were sampled with."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
 
-from tokcredit import policy
-from tokcredit.temperature import AdaptiveTemperature
+from tokcredit.blocks import log_probs
+from tokcredit.decoding.temperature import AdaptiveTemperature
 from tokcredit.train.scoring import left_padded, prefill
 
 
 class Completions(NamedTuple):
-    """Continuations of some prompts, packed one after another, those of a prompt side by side.
+    """Continuations of prompts, packed one after another; those of a prompt are neighbours.
 
     Attributes:
-        tokens: int64 ``[N]``, the end token, or those of the text to stop at, included.
-        cu_seqlens: int64 ``[R + 1]``.
-        log_probs: float32 ``[N]``, of the distribution each token was drawn from; 0 where decoding was greedy.
-        finished: bool ``[R]``, whether the row ended with one of these; the others were cut at the greatest length.
+        tokens: int64 ``[N]``, with the end token, or the tokens of the text that stopped the row.
+        cu_seqlens: int64 ``[R + 1]``, offsets from 0 to N.
+        log_probs: float32 ``[N]``, log-probs of the distributions that tokens were sampled from, nats; 0 for greedy
+            decoding.
+        finished: bool ``[R]``, False for a row that was cut at the length limit.
     """
 
     tokens: Tensor
@@ -32,7 +33,7 @@ class Completions(NamedTuple):
 
 
 class Sampler(Protocol):
-    """An engine that continues token-id prefixes with the current policy."""
+    """An engine that continues prompts with the current policy."""
 
     def sample(
         self,
@@ -42,36 +43,46 @@ class Sampler(Protocol):
         temperature: float,
         stop: Sequence[str] = (),
     ) -> Completions:
-        """``count`` continuations of each prompt, drawn with torch's generator; temperature 0 is greedy.
+        """Return continuations of prompts, sampled with torch's default generator.
 
-        A row also ends with the token that completes one of the texts ``stop`` in it.
+        Args:
+            prompts: Token ids of each prompt.
+            count: Continuations of each prompt.
+            max_tokens: Largest number of tokens of a continuation.
+            temperature: Sampling temperature; 0 is greedy.
+            stop: Texts that end a continuation, with the token that completes one of them.
         """
 
     def sync(self) -> None:
-        """Takes over the weights of the trained model."""
+        """Take over the weights of the trained model."""
 
     @property
     def device(self) -> torch.device:
-        """Where completions are."""
+        """Device of the continuations."""
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens with which the model ends a completion."""
+    """Return the tokens that end a response.
+
+    Args:
+        model: Causal language model.
+        tokenizer: Its tokenizer.
+    """
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
     return [ends] if isinstance(ends, int) else list(ends)
 
 
 class TransformersSampler:
-    """Batched generation by the trained model itself, or by a copy of it in another dtype.
+    """Samples with the trained model itself, or with a copy of it in another dtype.
 
     Args:
-        model: the causal language model that is trained.
-        tokenizer: its tokenizer, for the padding token and for texts to stop at.
-        dtype: of the copy; None generates with the model itself.
-        batch: rows generated at once at most.
-        adaptive: takes the place of the plain temperature in draws at its own temperature.
-        stops: tokens that end a completion besides the model's own.
+        model: Causal language model that is trained.
+        tokenizer: Its tokenizer, for the padding token and for texts to stop at.
+        dtype: Dtype of the copy, or None to sample with the model itself.
+        batch: Largest number of rows generated at once.
+        adaptive: Temperature per token, which replaces the plain one when sampling at the same base temperature.
+        stops: Tokens that end a response beside those of the model.
     """
 
     def __init__(
@@ -91,9 +102,11 @@ class TransformersSampler:
 
     @property
     def device(self) -> torch.device:
+        """Device of the model."""
         return self._model.device
 
     def sync(self) -> None:
+        """Copy the weights of the trained model, if a copy samples."""
         if self._model is not self._trained:
             with torch.no_grad():
                 torch._foreach_copy_(list(self._model.parameters()), list(self._trained.parameters()))
@@ -107,6 +120,15 @@ class TransformersSampler:
         temperature: float,
         stop: Sequence[str] = (),
     ) -> Completions:
+        """Return continuations of prompts, sampled with torch's default generator.
+
+        Args:
+            prompts: Token ids of each prompt.
+            count: Continuations of each prompt.
+            max_tokens: Largest number of tokens of a continuation.
+            temperature: Sampling temperature; 0 is greedy.
+            stop: Texts that end a continuation, with the token that completes one of them.
+        """
         step = max(1, self._batch // count)
         parts = [
             self._sample(prompts[i : i + step], count, max_tokens, temperature, stop)
@@ -130,7 +152,7 @@ class TransformersSampler:
         if shared is not None:
             shared.batch_repeat_interleave(count)
         ids, real = ids.repeat_interleave(count, 0), real.repeat_interleave(count, 0)
-        draws = _Draws(temperature, self._adaptive)
+        sampled = _Sampled(temperature, self._adaptive)
         stops = _Stops(self._tokenizer, stop, width) if stop else None
         config, self._model.generation_config = (
             self._model.generation_config,
@@ -146,13 +168,13 @@ class TransformersSampler:
                 ids,
                 attention_mask=real.long(),
                 past_key_values=shared,
-                logits_processor=[draws],
+                logits_processor=[sampled],
                 stopping_criteria=[stops] if stops else None,
             )
         finally:
             self._model.generation_config = config
         tokens = out[:, width:]
-        log_probs = draws.finish(tokens)
+        log_probs = sampled.finish(tokens)
         ends = torch.isin(tokens, self._ends)
         if stops:
             ends |= stops.found()
@@ -163,8 +185,8 @@ class TransformersSampler:
         return Completions(tokens[inside], cu_seqlens, log_probs[inside], finished)
 
 
-class _Draws(LogitsProcessor):  # type: ignore[misc]
-    """Divides by the temperature and keeps the log-prob of what was then drawn; memory is one step's scores."""
+class _Sampled(LogitsProcessor):  # type: ignore[misc]
+    """Divides logits by the temperature and keeps the log-prob of each sampled token. It stores one step's scores."""
 
     def __init__(self, temperature: float, adaptive: AdaptiveTemperature | None) -> None:
         self._temperature = temperature
@@ -181,27 +203,27 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]
 
     def _record(self, tokens: Tensor) -> None:
         if self._scores is not None:
-            drawn = policy.log_probs(self._scores, tokens) if self._temperature else torch.zeros(len(tokens))
-            self._log_probs.append(drawn.to(tokens.device, torch.float32))
+            values = log_probs.from_logits(self._scores, tokens) if self._temperature else torch.zeros(len(tokens))
+            self._log_probs.append(values.to(tokens.device, torch.float32))
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """Log-probs of all tokens, ``(B, T)``, after the last was drawn."""
+        """Return the log-probs of all tokens, ``(B, T)``, after the last was sampled."""
         self._record(tokens[:, -1])
         return torch.stack(self._log_probs, 1)
 
 
 class _Stops(StoppingCriteria):  # type: ignore[misc]
-    """Ends rows at some texts and keeps where that was."""
+    """Ends rows at some texts and records where."""
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], width: int) -> None:
         self._complete, self._width = StopStringCriteria(tokenizer, list(texts)), width
         self._found: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **others: Any) -> Tensor:
-        # Without the prompt, whose text may begin what a row then completes.
+        # Without the prompt, whose text may contain the beginning of a stop text.
         self._found.append(self._complete(input_ids[:, self._width :], scores))
         return self._found[-1]
 
     def found(self) -> Tensor:
-        """Whether a token completed a text, bool ``(B, T)``."""
+        """Return whether each token completed a text, bool ``(B, T)``."""
         return torch.stack(self._found, 1)

@@ -1,4 +1,4 @@
-"""What a model says about rollouts: next-token distributions, log-probs and entropies, with gradient."""
+"""Scoring: next-token distributions, log-probs and entropies of rollouts under a model, with gradient."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tokcredit import policy
+from tokcredit.blocks import log_probs
 from tokcredit.rollouts import Rollouts
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts as int64 ``(B, P)``, and where they are real, bool ``(B, P)``."""
+    """Return prompts as one tensor with padding on the left.
+
+    Args:
+        prompts: Token ids of each prompt; at least one prompt.
+        pad: Token id of the padding.
+        device: Device of the tensors.
+
+    Returns:
+        int64 ``(B, P)``, and bool ``(B, P)``, True where there is no padding.
+    """
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -25,7 +34,13 @@ def _positions(real: Tensor) -> Tensor:
 
 
 def prefill(model: Any, prompts: Tensor, real: Tensor) -> Any:
-    """Keys and values of all but the last token of left-padded prompts; None where there is but one."""
+    """Return keys and values of all but the last token of left-padded prompts, or None if there is only one token.
+
+    Args:
+        model: Causal language model.
+        prompts: int64 ``(B, P)``.
+        real: bool ``(B, P)``, False at padding.
+    """
     if prompts.shape[1] == 1:
         return None
     return model(
@@ -41,10 +56,10 @@ class Predicted(NamedTuple):
     """Predictions of a model for padded rows of length T.
 
     Attributes:
-        logits: ``(R, T, V)``, for the token that stands at each position.
-        hidden_states: ``(R, T, d)``, final ones they come from, or None.
-        tokens: int64 ``(R, T)``, -1 where the policy chose none: behind the end of a row, and under the mask.
-        inside: bool ``(R, T)``; indexing with it gives the packed order of the batch.
+        logits: float ``(R, T, V)``; position t has the logits that predict token t.
+        hidden_states: float ``(R, T, d)``, final hidden states that the logits come from, or None.
+        tokens: int64 ``(R, T)``, -1 at padding and where the policy did not choose the token.
+        inside: bool ``(R, T)``, False at padding; indexing with it gives the packed order of the batch.
     """
 
     logits: Tensor
@@ -54,17 +69,16 @@ class Predicted(NamedTuple):
 
 
 def predict(model: Any, batch: Rollouts, hidden_states: bool = False) -> Predicted:
-    """Next-token predictions along the rows, with gradient.
+    """Return next-token predictions along the rows, with gradient.
 
-    A prompt is computed once, however many of the rows continue it: its keys and values are shared, and so are their
-    gradients.
+    A prompt is computed once for all rows that continue it: they share its keys and values, and their gradients.
 
     Args:
-        model: a causal language model of transformers, whose cache is plain keys and values.
-        batch: packed rollouts; ``extras["prompt_tokens"]`` is int64 ``(R, P)``, -1 on the left of shorter prompts.
-        hidden_states: whether to return them.
+        model: Causal language model of transformers, whose cache holds plain keys and values.
+        batch: Packed rollouts with ``prompt_tokens``.
+        hidden_states: Whether to return hidden states.
     """
-    prompts, of_row = batch.extras["prompt_tokens"].unique(dim=0, return_inverse=True)
+    prompts, of_row = batch.input("prompt_tokens").unique(dim=0, return_inverse=True)
     prompts = prompts[:, prompts.shape[1] - int((prompts >= 0).sum(1).max()) :]
     real, prompts = prompts >= 0, prompts.clamp(min=0)
     shared = prefill(model, prompts, real)
@@ -86,17 +100,29 @@ def predict(model: Any, batch: Rollouts, hidden_states: bool = False) -> Predict
 
 
 def score(model: Any, batch: Rollouts, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token and entropy of the distribution before it, each ``[N]``, with gradient.
+    """Return the log-prob of each token and the entropy of the distribution that predicts it, with gradient.
 
-    Both are 0 where the policy did not choose the token.
+    Args:
+        model: Causal language model of transformers.
+        batch: Packed rollouts with ``prompt_tokens``.
+        temperature: Logits are divided by it.
+
+    Returns:
+        Two float tensors ``[N]``, in nats; 0 where the policy did not choose the token.
     """
     return scores_of(predict(model, batch), temperature, overwrite=True)
 
 
 def scores_of(predicted: Predicted, temperature: float, overwrite: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies, each ``[N]``, of logits divided by the temperature.
+    """Return log-probs and entropies of predictions, with gradient.
 
-    The backward pass may ``overwrite`` logits that nothing else reads.
+    Args:
+        predicted: From :func:`predict`.
+        temperature: Logits are divided by it.
+        overwrite: Whether the backward pass may write over the logits; only if nothing else reads them.
+
+    Returns:
+        Two float tensors ``[N]``, in nats.
     """
-    both = policy.log_probs_and_entropies(predicted.logits, predicted.tokens, temperature, overwrite)
+    both = log_probs.with_entropies(predicted.logits, predicted.tokens, temperature, overwrite)
     return both[0][predicted.inside], both[1][predicted.inside]

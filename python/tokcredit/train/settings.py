@@ -1,4 +1,4 @@
-"""What can be chosen on the command line; nothing heavy is imported here."""
+"""Settings of a run, which are also the options of the command line; nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -9,169 +9,152 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from tokcredit import aggregation, clip, credit, gain, loss, methods, ratio, sampling, schedule, score, weights
-from tokcredit.objective import Objective
-from tokcredit.train.expression import construct, setting
-
-_STAGES = {
-    "sampling": sampling,
-    "credit": credit,
-    "weights": weights,
-    "ratio": ratio,
-    "clip": clip,
-    "gain": gain,
-    "aggregation": aggregation,
-    "kl": loss,
-}
-
-
-def _choices(module: Any) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if dataclasses.is_dataclass(value) and value.__module__.startswith(module.__name__) and name.islower()
-    }
-
-
-_PARTS = {k: v for module in (score, schedule, *_STAGES.values()) for k, v in _choices(module).items()}
+from tokcredit import methods
+from tokcredit.expression import setting
+from tokcredit.mixing import mix
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What is optimized: a published method, its settings, and any stage put in another's place."""
+    """What is optimized: a published method, its settings, and other stages in place of its own.
+
+    A stage is the name of a method that has it, or a stage with its settings; see :func:`tokcredit.mix`.
+    """
 
     method: str = "tempo"
-    """One of `tokcredit methods`."""
+    """Name of the method; `tokcredit methods` lists them."""
     set: tuple[str, ...] = ()
     """Settings of the method, name=value."""
-    sampling: str | None = None
-    """Another choice of the rows that take part, e.g. "most_varied(count=4)"."""
     credit: str | None = None
-    """Another credit stage, e.g. "leave_one_out()"."""
-    weights: tuple[str, ...] | None = None
-    """Other weight stages, e.g. "importance_truncated(high=2.0)"."""
+    """Credit stage, for example "tempo" or "leave_one_out()"."""
+    filters: tuple[str, ...] | None = None
+    """Filters, which select the rows and tokens that train, for example "dapo" or "nonzero_advantage()"."""
+    token_weights: tuple[str, ...] | None = None
+    """Token weights, which multiply the loss of each token, for example "importance_truncated(high=2.0)"."""
     ratio: str | None = None
-    """Another ratio stage, e.g. "cumulative()"."""
+    """Importance ratio, for example "ctpo" or "cumulative()"."""
     clip: str | None = None
-    """Another clip stage, e.g. "growing(0.025, 0.05)"."""
-    gain: str | None = None
-    """Another gain stage, e.g. "divergence(strength=1.0)"."""
+    """Clip stage, for example "ctpo" or "growing(0.025, 0.05)"."""
+    scales: tuple[str, ...] | None = None
+    """Advantage scales, which depend on the current policy, for example "divergence(strength=1.0)"."""
     aggregation: str | None = None
-    """Another aggregation, e.g. "balanced()"."""
-    kl: str | None = None
-    """A penalty for leaving the initial model, e.g. "k3(beta=0.01)"."""
+    """How the losses of tokens become one number, for example "ba" or "token_mean()"."""
+    terms: tuple[str, ...] | None = None
+    """Terms that are added to the policy loss, for example "kl(0.01)" or "entropy(0.001)"."""
+    token_loss: str | None = None
+    """Token loss of a supervised method, for example "forward_kl()"."""
 
-    def build(self) -> Objective:
-        """The objective these settings name."""
-        objective = methods.load(self.method, **dict(setting(text, "set") for text in self.set))
-        changes: dict[str, Any] = {}
-        for stage, module in _STAGES.items():
-            chosen = getattr(self, stage)
-            if isinstance(chosen, str):
-                changes[stage] = construct(chosen, stage, _choices(module), _PARTS)
-            elif chosen is not None:
-                changes[stage] = tuple(construct(text, stage, _choices(module), _PARTS) for text in chosen)
-        return dataclasses.replace(objective, **changes)
+    def build(self) -> Any:
+        """Return the objective that these settings describe.
+
+        Raises:
+            TypeError: The method has no such setting or no such kind of stage, or a setting has the wrong type.
+            ValueError: There is no such method or stage, a setting is out of range, or two stages do not fit together.
+        """
+        base = methods.load(self.method, **dict(setting(text, "set") for text in self.set))
+        kinds = (f.name for f in dataclasses.fields(self) if f.name not in ("method", "set"))
+        return mix(base, **{kind: text for kind in kinds if (text := getattr(self, kind)) is not None})
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How rollouts are made."""
+    """How rollouts are sampled."""
 
     sampler: Literal["transformers", "vllm"] = "transformers"
-    """The engine that generates. Where the method has no importance weights and no weights are chosen, vllm adds
-    "importance_truncated()": its probabilities differ from the trainer's."""
+    """Engine that samples. With vllm the token weight importance_truncated() is added unless the objective already
+    corrects for the engine or token weights are given, because the engine's probabilities differ from the trainer's."""
     prompts: int = 0
-    """Prompts per step; 0: the model's recipe."""
+    """Number of prompts per step; 0 takes the number that suits the model."""
     group: int = 8
-    """Rollouts per prompt."""
+    """Number of rollouts per prompt."""
     max_tokens: int = 0
-    """Tokens of a reply at most; 0: the model's recipe."""
+    """Largest number of tokens of a response; 0 takes the number that suits the model."""
     temperature: float = 1.0
-    """Of sampling and of the trained distribution."""
+    """Temperature of sampling, and of the distribution that is trained."""
     adaptive: float = 0.0
-    """The temperature follows each token's entropy, up to this share of it; 0: it does not."""
+    """Largest relative change of the temperature, which then follows each token's entropy (hapo); 0 turns it off."""
     widths: tuple[int, ...] = (6, 6, 6)
-    """Children of a node at each depth, for methods that sample trees; the group size is not read then."""
+    """Children of a node at each depth, for methods that sample trees; these do not read the group size."""
     segment: int = 0
-    """Tokens of a tree's edge at most, except the last; 0: an even share of the reply."""
+    """Largest number of tokens of a tree's edge, except at the last depth; 0 divides the response evenly."""
     sampling_batch: int = 256
-    """Rollouts generated at once at most."""
+    """Largest number of rollouts that are generated at once."""
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How states inside a rollout are valued, for methods that ask."""
+    """How states inside a rollout are valued, for methods that need it."""
 
     continuations: int = 9
-    """Continuations from every state whose mean reward is its value."""
+    """Number of continuations of a state; its value is their mean reward."""
     interval: int = 5
     """A state is valued before every such improbable token."""
     below: float = 0.9
-    """A token is improbable below this probability."""
+    """A token is improbable if its probability is below this."""
     step_end: str = ".\n\n"
-    """Text with which a step of reasoning ends."""
+    """Text that ends a step of reasoning."""
     text: str = "**Final Answer**\n\\boxed{"
-    """What asks for a short answer after a step."""
+    """Text after a step that makes the model give a short answer."""
     answers: int = 5
-    """Short answers after every step."""
+    """Number of short answers after a step."""
     answer_tokens: int = 10
-    """Tokens of a short answer at most."""
+    """Largest number of tokens of a short answer."""
     answer_temperature: float = 0.6
-    """Of sampling short answers."""
+    """Temperature of sampling short answers."""
 
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """What is remembered and asked again, by methods that replay."""
+    """What is stored and used again, by methods that replay."""
 
     remembered: int = 4
-    """Right and wrong replies kept per prompt, each at most this many, the last ones."""
+    """Number of right and of wrong responses that are stored per prompt."""
     replayed: int = 2
-    """Of them at most this many join a group that is all right (wrong ones) or all wrong (right ones)."""
+    """Largest number of stored responses that join a group whose responses are all right (wrong ones join) or all wrong
+    (right ones join)."""
     hard: float = 0.25
-    """A prompt whose mean reward so far is less is also asked with one of its wrong replies; 0: none is."""
+    """A prompt whose mean reward so far is below this is also asked together with a wrong response; 0 turns it off."""
     reflection: str = "The reply above is wrong. Find the mistake, then solve the problem again."
-    """What follows the wrong reply."""
+    """Text that follows the wrong response."""
 
 
 @dataclass(frozen=True)
 class ToolSettings:
-    """How a model and its tools take turns, in tasks that have tools."""
+    """How the model and its tools take turns, in tasks that have tools."""
 
     turns: int = 10
-    """Turns of the model at most; max_tokens is for each of them."""
+    """Largest number of turns of the model; max_tokens holds for each turn."""
     matching: str = "optimal"
-    """How its calls are matched with those that were expected: "optimal(penalty=0.5)", "greedy", "sinkhorn"."""
+    """How calls are matched with the expected ones: "optimal(penalty=0.5)", "greedy" or "sinkhorn"."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How a step moves the policy."""
+    """How a step updates the policy."""
 
     lr: float = 0.0
-    """Learning rate of AdamW; 0: the model's recipe."""
+    """Learning rate of AdamW; 0 takes the rate that suits the model."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Of the learning rate over the steps."""
+    """Schedule of the learning rate over the steps."""
     warmup: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Number of steps over which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this norm."""
     epochs: int = 1
-    """Passes over the rollouts of a step."""
+    """Number of passes over the rollouts of a step."""
     minibatches: int = 1
-    """Optimizer steps per pass."""
+    """Number of optimizer steps per pass."""
     micro_batch: int = 16
-    """Rows of one forward and backward pass; changes memory and speed, not results."""
+    """Rows of one forward and backward pass. It changes memory and speed, not results."""
     precision: Literal["auto", "no", "bf16"] = "auto"
-    """Mixed precision of training, and the dtype that samples; auto: the model's recipe."""
+    """Mixed precision of training, and dtype of the sampling model; auto takes what suits the model."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Trains a language model with a token-credit method on verifiable tasks."""
+    """Train a language model with a token-credit method on tasks with verifiable answers."""
 
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -180,30 +163,30 @@ class Settings:
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     tools: ToolSettings = field(default_factory=ToolSettings)
     model: str = "smollm2"
-    """"smollm2", "tiny", or a folder or hub name of a causal language model."""
+    """Model to train: "smollm2", "tiny", "tiny_tools", or a folder or hub name of a causal language model."""
     tasks: tuple[str, ...] = ()
-    """Tasks, mixed evenly: a reasoning_gym dataset with its configuration, e.g. "products(max_digits=1)";
-    "jsonl('file.jsonl')" of {"prompt", "answer"}; "choices('file.jsonl')" of the same with letters as answer;
-    "addition(digits=2)"; "calculator(operations=2)", which has a tool. The model's recipe by default."""
+    """Tasks, in equal parts: a reasoning_gym data set with its configuration, for example "products(max_digits=1)";
+    "jsonl('file.jsonl')" with lines {"prompt", "answer"}; "choices('file.jsonl')" with letters as answers;
+    "addition(digits=2)"; "calculator(operations=2)", which has a tool. The default suits the model."""
     teacher: str | None = None
-    """Model that a distilling method asks, with the same tokens; as model."""
+    """Teacher of a distilling method, with the same tokens; given like model."""
     reward: str | None = None
-    """Another reward, "package.module:function" of (prompt, reply, answer) -> float."""
+    """Reward function in place of the task's own: "package.module:function" of (prompt, response, answer) -> float."""
     held_out: float = 0.2
-    """Share of the problems kept from training and measured."""
+    """Share of the problems that is kept from training and measured."""
     steps: int = 0
-    """Training steps; 0: the model's recipe."""
+    """Number of training steps; 0 takes the number that suits the model."""
     seed: int = 0
-    """Of the data, the sampling and the order of rows."""
+    """Seed of the data, of the sampling and of the order of rows."""
     eval_every: int = 10
-    """Steps between measurements on held-out problems."""
+    """Number of steps between measurements on held-out problems."""
     eval_problems: int = 100
-    """Held-out problems measured at most."""
+    """Largest number of held-out problems that are measured."""
     rollouts_every: int = 10
-    """Steps between recorded batches of rollouts."""
+    """Number of steps between recorded batches of rollouts."""
     save_every: int = 25
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     output: Path | None = None
     """Folder of the run; runs/MODEL-METHOD by default."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue the run in this folder from its last checkpoint; start it if there is none."""
+    """Continue the run in the folder from its last checkpoint, or start it if there is none."""

@@ -1,4 +1,4 @@
-"""Problems with verifiable answers: reasoning_gym data sets, a JSONL file, column addition, or a calculator to call."""
+"""Tasks with verifiable answers: reasoning_gym data sets, JSONL files, column addition, and chains for a calculator."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokcredit import matching
+from tokcredit.expression import Call, parse
+from tokcredit.rewards import matching
 from tokcredit.train import tools
-from tokcredit.train.expression import Call, parse
 
 _NUMBER = re.compile(r"(?<![\w)])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.S)
@@ -24,7 +24,15 @@ _CORRECT = 0.99
 
 
 class Problem(NamedTuple):
-    """A question, its answer, and the reward of a reply to it; where tools can be called, the calls expected."""
+    """A question with its answer.
+
+    Attributes:
+        task: Name of the task.
+        question: Text of the question.
+        answer: Text of the answer.
+        reward: Function from a response to its reward.
+        calls: Expected tool calls, or None for a task without tools.
+    """
 
     task: str
     question: str
@@ -34,17 +42,32 @@ class Problem(NamedTuple):
 
 
 class Problems(NamedTuple):
-    """Training problems of each task, and the problems kept from training."""
+    """The problems of a run.
+
+    Attributes:
+        train: Training problems of each task.
+        held_out: Problems that are kept from training.
+    """
 
     train: list[list[Problem]]
     held_out: list[Problem]
 
     def step(self, step: int, count: int, seed: int) -> list[Problem]:
-        """``count`` problems for a step, the tasks taking turns, each in an order of its own that never skips one."""
+        """Return the problems of a step. Tasks alternate, and each gives all its problems in random order, then again.
+
+        Args:
+            step: Number of the step, from 0.
+            count: Number of problems.
+            seed: Seed of the order.
+        """
         return [self._nth(step * count + i, seed) for i in range(count)]
 
     def measured(self, count: int) -> list[Problem]:
-        """At most ``count`` held-out problems, evenly spaced among them."""
+        """Return held-out problems, evenly spaced.
+
+        Args:
+            count: Largest number of problems.
+        """
         count = min(len(self.held_out), count)
         return [self.held_out[i * len(self.held_out) // count] for i in range(count)]
 
@@ -60,19 +83,28 @@ def _order(size: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(size), size)
 
 
-def tagged(reply: str) -> str | None:
-    """The reply's last ``<answer>``."""
-    tags = _TAG.findall(reply)
+def tagged(response: str) -> str | None:
+    """Return the content of the last ``<answer>`` of a response, or None without one.
+
+    Args:
+        response: Text of the response.
+    """
+    tags = _TAG.findall(response)
     return str(tags[-1]).strip() if tags else None
 
 
-def final_answer(reply: str, numeric: bool) -> str | None:
-    """The reply's last ``<answer>`` if it has one, else its last number, or all of it where no number is asked for."""
-    if (answer := tagged(reply)) is not None:
+def final_answer(response: str, numeric: bool) -> str | None:
+    """Return the final answer of a response: its last ``<answer>``, else its last number, or the whole response.
+
+    Args:
+        response: Text of the response.
+        numeric: Whether the answer is a number. Without ``<answer>`` the result is then the last number, or None.
+    """
+    if (answer := tagged(response)) is not None:
         return answer
     if not numeric:
-        return reply.strip()
-    numbers = _NUMBER.findall(reply)
+        return response.strip()
+    numbers = _NUMBER.findall(response)
     return numbers[-1].replace(",", "") if numbers else None
 
 
@@ -95,8 +127,8 @@ def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
     except (TypeError, AssertionError) as error:
         raise ValueError(f"tasks: {call.name}: {error}") from None
 
-    def reward(entry: dict[str, Any], reply: str) -> float:
-        answer = final_answer(reply, _is_number(str(entry["answer"])))
+    def reward(entry: dict[str, Any], response: str) -> float:
+        answer = final_answer(response, _is_number(str(entry["answer"])))
         return float(data.score_answer(answer, entry) >= _CORRECT)
 
     return [
@@ -105,7 +137,7 @@ def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
 
 
 def _lines(path: str) -> list[tuple[str, str]]:
-    """Prompt and answer of each line of a JSONL file."""
+    """Return the prompt and the answer of each line of a JSONL file."""
     pairs = []
     for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
         if not line.strip():
@@ -119,13 +151,13 @@ def _lines(path: str) -> list[tuple[str, str]]:
 
 
 def _jsonl(path: str) -> list[Problem]:
-    """Lines of ``{"prompt", "answer"}``, checked as mathematics: 1/2 equals 0.5."""
+    """Return the problems of a JSONL file, whose answers are compared as mathematics: 1/2 equals 0.5."""
     from math_verify import parse as parse_math
     from math_verify import verify
 
-    def reward(gold: Any, reply: str) -> float:
-        tag = tagged(reply)
-        answer = parse_math(reply if tag is None else tag, parsing_timeout=None)
+    def reward(gold: Any, response: str) -> float:
+        tag = tagged(response)
+        answer = parse_math(response if tag is None else tag, parsing_timeout=None)
         return float(verify(gold, answer, timeout_seconds=None))
 
     return [
@@ -140,12 +172,11 @@ def _jsonl(path: str) -> list[Problem]:
 
 
 def _choices(path: str) -> list[Problem]:
-    """Lines of ``{"prompt", "answer"}`` with capital letters as answer, ``A, C``; some right ones and no wrong one
-    count in part."""
+    """Return the problems of a JSONL file with capital letters as answers; see :func:`matching.options`."""
 
-    def reward(true: frozenset[str], reply: str) -> float:
-        tags = _TAG.findall(reply)
-        last = _LAST_OPTIONS.search(tags[-1] if tags else reply)
+    def reward(true: frozenset[str], response: str) -> float:
+        tags = _TAG.findall(response)
+        last = _LAST_OPTIONS.search(tags[-1] if tags else response)
         return matching.options(set(_OPTION.findall(last.group())) if last else set(), true)
 
     return [
@@ -155,11 +186,11 @@ def _choices(path: str) -> list[Problem]:
 
 
 def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]:
-    """``47+85=``; the reply's last number is compared with the sum."""
+    """Return problems such as ``47+85=``; the last number of a response is compared with the sum."""
     generator = random.Random(seed)
 
-    def reward(answer: str, reply: str) -> float:
-        return float(final_answer(reply, numeric=True) == answer)
+    def reward(answer: str, response: str) -> float:
+        return float(final_answer(response, numeric=True) == answer)
 
     problems = []
     for _ in range(size):
@@ -170,11 +201,11 @@ def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]
 
 
 def _calculator(operations: int = 2, digits: int = 1, size: int = 2000, seed: int = 0) -> list[Problem]:
-    """``(7+5)*3=``, to be solved by calling a calculator; the reply's ``<answer>`` is compared."""
+    """Return problems such as ``(7+5)*3=`` for a model that calls a calculator; ``<answer>`` is compared."""
     generator = random.Random(seed)
 
-    def reward(answer: str, reply: str) -> float:
-        return float(tagged(reply) == answer)
+    def reward(answer: str, response: str) -> float:
+        return float(tagged(response) == answer)
 
     problems = []
     for _ in range(size):
@@ -197,7 +228,14 @@ def _problems(text: str, seed: int) -> list[Problem]:
 
 
 def imported_reward(path: str) -> Callable[[str, str, str], float]:
-    """The function ``package.module:function``, of (prompt, reply, answer)."""
+    """Return a reward function of (prompt, response, answer).
+
+    Args:
+        path: ``package.module:function``.
+
+    Raises:
+        ValueError: The path has no colon.
+    """
     module, separator, name = path.partition(":")
     if not separator:
         raise ValueError(f"reward: expected package.module:function, got {path!r}")
@@ -205,19 +243,19 @@ def imported_reward(path: str) -> Callable[[str, str, str], float]:
 
 
 def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed: int = 0) -> Problems:
-    """The distinct problems of some tasks, split into training and held-out ones.
+    """Return the distinct problems of some tasks, split into training and held-out problems.
 
-    Problems over the same numbers, in whatever order and under whatever task, fall on the same side: ``3 + 4`` is not
-    measured after ``4 + 3`` or ``3 * 4`` was trained. Questions without numbers are split by their text.
+    Problems with the same numbers, in any order and of any task, are on the same side: ``3 + 4`` is not measured after
+    ``4 + 3`` or ``3 * 4`` was trained. Questions without numbers are split by their text.
 
     Args:
-        tasks: calls, as in :class:`~tokcredit.train.settings.Settings`.
-        held_out: share of the number sets (or texts) kept from training.
-        reward: import path of another reward.
-        seed: of generated problems.
+        tasks: Tasks with their settings, as in :class:`~tokcredit.train.settings.Settings`.
+        held_out: Share of the sets of numbers (or of the texts) that is kept from training.
+        reward: Import path of a reward function, or None for the rewards of the tasks.
+        seed: Seed of generated problems.
 
     Raises:
-        ValueError: an unknown task, a malformed file, or a side of the split without problems.
+        ValueError: A task is unknown, a file is malformed, or one side has no problems.
     """
     train, measured = [], []
     for text in tasks:
@@ -234,8 +272,8 @@ def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed:
     return Problems(train, measured)
 
 
-def _swapped(function: Callable[[str, str, str], float], question: str, answer: str, reply: str) -> float:
-    return float(function(question, reply, answer))
+def _swapped(function: Callable[[str, str, str], float], question: str, answer: str, response: str) -> float:
+    return float(function(question, response, answer))
 
 
 def _share(question: str) -> float:

@@ -1,8 +1,8 @@
-"""A model of a third of a million parameters that adds in columns, warmed on text with mistakes.
+"""A model with a third of a million parameters that adds in columns, after warm-up on text with mistakes.
 
-``47+85=`` is continued ``7+5+0=12;4+8+1=13>132``: column sums from the right, each with its carry, then the result. In
-the warming text a column sum is wrong with probability ``noise``, and what follows is consistent with it. So the model
-errs in places, which is what token-level credit is about.
+It continues ``47+85=`` with ``7+5+0=12;4+8+1=13>132``: column sums from the right, each with its carry, then the
+result. In the warm-up text a column sum is wrong with probability ``noise``, and the rest is consistent with it, so the
+model makes mistakes at single tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ _PAD, _END, _UNKNOWN = "<pad>", "<end>", "<unk>"
 
 
 def tokenizer(whole: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character, and for each of these words."""
+    """Return a tokenizer with one token per printable ASCII character, and one for each of some words.
+
+    Args:
+        whole: The words.
+    """
     words = [_PAD, _END, _UNKNOWN, *string.digits, *string.ascii_letters, *string.punctuation, " ", "\n", *whole]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=_UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*map(re.escape, whole), r"[\s\S]"])), "isolated")
@@ -34,7 +38,13 @@ def tokenizer(whole: Sequence[str] = ()) -> PreTrainedTokenizerFast:
 
 
 def derivation(a: int, b: int, wrong: Any = lambda: None) -> str:
-    """Column sums and result; ``wrong()`` gives a mistaken column sum, or None."""
+    """Return the column sums of ``a + b``, then the result.
+
+    Args:
+        a: Number, at least 0.
+        b: Number, at least 0.
+        wrong: Function that returns a wrong column sum, or None for the right one.
+    """
     steps, result, carry = [], "", 0
     x, y = str(a)[::-1], str(b)[::-1]
     for i in range(max(len(x), len(y))):
@@ -47,7 +57,12 @@ def derivation(a: int, b: int, wrong: Any = lambda: None) -> str:
 
 
 def model(words: Any, seed: int = 0) -> LlamaForCausalLM:
-    """The untrained network for this tokenizer."""
+    """Return the untrained network for a tokenizer.
+
+    Args:
+        words: The tokenizer.
+        seed: Seed of the weights.
+    """
     config = LlamaConfig(
         vocab_size=len(words),
         hidden_size=96,
@@ -66,7 +81,12 @@ def model(words: Any, seed: int = 0) -> LlamaForCausalLM:
 
 
 def addition(generator: random.Random, noise: float) -> str:
-    """A noisy derivation of the sum of two random numbers of two digits."""
+    """Return the addition of two random numbers of two digits, with mistakes.
+
+    Args:
+        generator: Source of randomness.
+        noise: Probability that a column sum is random.
+    """
 
     def wrong() -> int | None:
         return generator.randrange(20) if generator.random() < noise else None
@@ -84,11 +104,21 @@ def warm(
     seed: int = 0,
     batch: int = 128,
 ) -> None:
-    """Next-token training on such texts, ``batch`` at a time, in place."""
+    """Train a network in place to predict the next token of random texts.
+
+    Args:
+        network: The network.
+        words: Its tokenizer.
+        steps: Number of optimizer steps.
+        noise: Probability of a mistake in the text.
+        text: Function of a source of randomness and the noise that returns a text.
+        seed: Seed of the texts.
+        batch: Texts per step.
+    """
     generator = random.Random(seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
     network.train()
-    for _ in tqdm(range(steps), desc="warming", unit="step", disable=steps == 0):
+    for _ in tqdm(range(steps), desc="warm-up", unit="step", disable=steps == 0):
         rows = words(
             [text(generator, noise) + _END for _ in range(batch)],
             padding=True,

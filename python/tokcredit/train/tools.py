@@ -1,7 +1,7 @@
-"""A calculator that a model calls in its replies, and the text it is called with.
+"""A calculator that a model calls in its responses, and the syntax of its calls.
 
-``<tool>add(12,34)</tool>`` is answered ``<result>46</result>``. Whatever a model writes is read as a call or as a
-broken one, and gets a result or an error; nothing of it is run as a program.
+``<tool>add(12,34)</tool>`` is answered with ``<result>46</result>``. Text that is no valid call gets an error as its
+result. Nothing that a model writes is run as a program.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
-from tokcredit import matching
-from tokcredit.matching import Call, Similarities
-from tokcredit.train.expression import parse
+from tokcredit.expression import parse
+from tokcredit.rewards import matching
+from tokcredit.rewards.matching import Call, Similarities
 
 STOP = "</tool>"
-"""With which the model hands over to the tool."""
+"""Text that ends a turn with a call."""
 
 INTRODUCTION = (
     "Use a calculator: write <tool>add(2,3)</tool> and its result follows as <result>5</result>. There are add, sub, "
     "mul and div, each of two numbers. End with <answer>5</answer>."
 )
-"""The protocol for models that follow instructions."""
+"""Instruction for models with a chat template."""
 
 _OPERATIONS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "add": operator.add,
@@ -35,7 +35,7 @@ _OPERATIONS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "div": operator.truediv,
 }
 WORDS = (*(f"<{slash}{tag}>" for tag in ("tool", "result", "answer") for slash in ("", "/")), *_OPERATIONS)
-"""What the protocol is made of besides numbers."""
+"""Words of the syntax: tags and names of the operations."""
 
 _SIGNS = {"add": "+", "sub": "-", "mul": "*"}
 _PARAMETERS = ("a", "b")
@@ -45,10 +45,13 @@ _RULES = {rule.__name__: rule for rule in (matching.optimal, matching.greedy, ma
 
 
 def calls(text: str) -> list[Call]:
-    """The calls of a turn, in order, one for each end tag.
+    """Return the calls of a turn, in order, one for each end tag.
 
-    Arguments are numbers, by name or by place (``a``, then ``b``); a call that cannot be read has none, and no name
-    where that cannot be read either.
+    Arguments are numbers, by name or by position (``a``, then ``b``). A call that is not valid has the arguments None,
+    and an empty name if the name cannot be read.
+
+    Args:
+        text: Text of the turn.
     """
     return [_call(piece.rpartition("<tool>")) for piece in text.split(STOP)[:-1]]
 
@@ -70,7 +73,11 @@ def _call(parts: tuple[str, str, str]) -> Call:
 
 
 def result(call: Call) -> str:
-    """What the calculator says: a number, to six digits if it is not whole, or ``error: ...``."""
+    """Return the result of a call: a number, to six digits if it is not whole, or ``error: ...``.
+
+    Args:
+        call: The call.
+    """
     if call.name not in _OPERATIONS:
         return "error: no such tool"
     if call.arguments is None or set(call.arguments) != set(_PARAMETERS):
@@ -83,17 +90,33 @@ def result(call: Call) -> str:
 
 
 def written(call: Call) -> str:
-    """Text of a call of the calculator, that :func:`calls` reads."""
+    """Return a call as text, which :func:`calls` reads.
+
+    Args:
+        call: The call.
+    """
     return f"<tool>{call.name}({','.join(map(str, (call.arguments or {}).values()))}){STOP}"
 
 
-def reply(answered: Sequence[Call]) -> str:
-    """What follows a turn with these calls."""
+def results(answered: Sequence[Call]) -> str:
+    """Return the text of the results that follow a turn.
+
+    Args:
+        answered: Calls of the turn.
+    """
     return "".join(f"<result>{result(call)}</result>" for call in answered)
 
 
 def chain(generator: random.Random, operations: int, digits: int) -> tuple[str, list[Call], str]:
-    """A question such as ``(7+5)*3=``, the calls that solve it from left to right, and the answer, never negative."""
+    """Return a random question such as ``(7+5)*3=``, the calls that solve it from left to right, and its answer.
+
+    No intermediate result is negative.
+
+    Args:
+        generator: Source of randomness.
+        operations: Number of operations.
+        digits: Digits of each number.
+    """
 
     def number() -> Fraction:
         return Fraction(generator.randrange(10 ** (digits - 1), 10**digits))
@@ -111,9 +134,11 @@ def chain(generator: random.Random, operations: int, digits: int) -> tuple[str, 
 
 
 def conversation(generator: random.Random, noise: float) -> str:
-    """A chain of two operations with calls, results and answer; a call is a random one with probability ``noise``.
+    """Return a question of two operations with calls, results and answer. After a wrong call the rest is consistent.
 
-    What follows a mistaken call is consistent with its result.
+    Args:
+        generator: Source of randomness.
+        noise: Probability that a call is random.
     """
     text, expected, _ = chain(generator, 2, 1)
     value = (expected[0].arguments or {})["a"]
@@ -122,16 +147,19 @@ def conversation(generator: random.Random, noise: float) -> str:
         if generator.random() < noise:
             name, other = generator.choice(list(_SIGNS)), Fraction(generator.randrange(1, 10))
         call = Call(name, {"a": value, "b": other})
-        text += written(call) + reply([call])
+        text += written(call) + results([call])
         value = Fraction(result(call))
     return f"{text}<answer>{value}</answer>"
 
 
 def rule(text: str) -> Callable[[Similarities], Similarities]:
-    """The matching that ``text`` names: ``optimal(penalty=0.5)``, ``greedy``, ``sinkhorn(regularization=0.1)``.
+    """Return the rule that matches calls with the expected ones.
+
+    Args:
+        text: ``optimal``, ``greedy`` or ``sinkhorn``, with settings, for example ``optimal(penalty=0.5)``.
 
     Raises:
-        ValueError: no such matching, or settings it does not take.
+        ValueError: There is no such rule, or it does not take these settings.
     """
     call = parse(text, "matching")
     if call.name not in _RULES or call.positional:

@@ -1,20 +1,18 @@
-"""Rollouts that branch: every prompt grows a tree, and every edge of it is a row."""
+"""Rollout collection that branches: every prompt grows a tree, and every edge of it is a row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.explorer import Desk, Explored
+from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext
 from tokcredit.train.scoring import left_padded
-from tokcredit.train.tasks import Problem
 
 
 class _Edge(NamedTuple):
-    """``path`` are the tokens above, ``own`` those of the edge; ``leaf`` where nothing was grown below."""
+    """An edge: ``path`` are the tokens above it, ``own`` its tokens; a ``leaf`` has nothing below."""
 
     prompt: int
     node: int
@@ -26,40 +24,52 @@ class _Edge(NamedTuple):
     finished: bool
 
 
-class Trees:
-    """Grows ``widths[d]`` children at depth d, each a segment of tokens; the last level goes on to the end.
+class Trees(RolloutCollector):
+    """Grows ``widths[d]`` children at depth d, each a segment of tokens; those of the last level continue to the end.
 
-    A child that ended by itself is a leaf, and so is one of the last level; leaves are rewarded for the whole text from
-    the prompt on. A row has the tokens of the path above it, masked, and its own; ``node_ids`` and ``parent_ids`` tell
-    how the edges hang together. The tokens of a reply are shared out evenly over the levels unless ``segment`` says
-    how many one has.
+    A child that the model ended is a leaf, and so is every child of the last level. The reward of a leaf is that of the
+    whole text from the prompt on; other edges have reward 0. A row holds the tokens of the path above its edge, with a
+    False ``response_mask``, and its own tokens; ``node_ids`` and ``parent_ids`` connect the edges. The tokens of a
+    response are shared out evenly over the levels unless the setting ``segment`` is given.
+
+    Args:
+        context: Problems and sampler.
+
+    Raises:
+        ValueError: There is no level, or the segments leave no token for the last one.
     """
 
-    def __init__(self, desk: Desk) -> None:
-        s = desk.settings.sampling
-        self._desk, levels = desk, len(s.widths)
+    def __init__(self, context: SamplingContext) -> None:
+        super().__init__(context)
+        s = context.settings.sampling
+        levels = len(s.widths)
         self._segment = s.segment or max(1, s.max_tokens // max(levels, 1))
         if levels == 0 or self._segment * (levels - 1) >= s.max_tokens:
             expected = f"less than {s.max_tokens} tokens above the last of {levels} levels"
             raise ValueError(f"segment: expected {expected}, got {self._segment} on each")
 
-    def explore(self, number: int) -> Explored:
-        desk = self._desk
-        numbers, chosen = desk.chosen(number)
-        prompts = [desk.prompt(p.question) for p in chosen]
-        desk.sampler.sync()
+    def collect(self, number: int) -> RolloutCollection:
+        """Return the edges of the trees of a step.
+
+        Args:
+            number: Number of the step, from 1.
+        """
+        context = self._context
+        groups, chosen = context.chosen(number)
+        prompts = [context.prompt(p.question) for p in chosen]
+        context.sampler.sync()
         with torch.random.fork_rng():
-            desk.seeded(number)
+            context.seeded(number)
             edges = self._grow(prompts)
         leaves = [e for e in edges if e.leaf]
-        texts = desk.tokenizer.batch_decode([e.path + e.own for e in leaves], skip_special_tokens=True)
+        texts = context.tokenizer.batch_decode([e.path + e.own for e in leaves], skip_special_tokens=True)
         reward = {e.node: chosen[e.prompt].reward(text) for e, text in zip(leaves, texts, strict=True)}
         lengths = torch.tensor([len(e.path) + len(e.own) for e in edges])
-        device = desk.sampler.device
+        device = context.sampler.device
         batch = Rollouts(
             torch.tensor([t for e in edges for t in e.path + e.own], device=device),
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device),
-            group_ids=torch.tensor([numbers[e.prompt] for e in edges], device=device),
+            group_ids=torch.tensor([groups[e.prompt] for e in edges], device=device),
             rewards=torch.tensor([reward.get(e.node, 0.0) for e in edges], device=device),
             response_mask=torch.tensor([x for e in edges for x in [False] * len(e.path) + [True] * len(e.own)]).to(
                 device
@@ -73,41 +83,33 @@ class Trees:
                 "parent_ids": torch.tensor([e.parent for e in edges], device=device),
             },
         )
-        return Explored(
+        return RolloutCollection(
             [chosen[e.prompt] for e in edges],
-            desk.tokenizer.batch_decode([e.own for e in edges], skip_special_tokens=True),
+            context.tokenizer.batch_decode([e.own for e in edges], skip_special_tokens=True),
             batch,
             torch.tensor([reward[e.node] for e in leaves]),
+            torch.tensor([groups[e.prompt] for e in leaves]),
             torch.tensor([e.finished for e in leaves]),
         )
 
     def _grow(self, prompts: list[list[int]]) -> list[_Edge]:
-        desk, s = self._desk, self._desk.settings.sampling
+        context, s = self._context, self._context.settings.sampling
         depth = len(s.widths)
         edges: list[_Edge] = []
-        # Numbers below every node's stand for prompts.
+        # A negative parent stands for the prompt.
         open_ends = [(i, -1, list[int]()) for i in range(len(prompts))]
         for level, width in enumerate(s.widths):
             last = level == depth - 1
             limit = s.max_tokens - self._segment * level if last else self._segment
-            made = desk.complete([prompts[i] + path for i, _, path in open_ends], width, s.temperature, limit)
+            made = context.complete([prompts[i] + path for i, _, path in open_ends], width, s.temperature, limit)
             rows = made.tokens.split(made.cu_seqlens.diff().tolist())
             log_probs = made.log_probs.split(made.cu_seqlens.diff().tolist())
             below = []
-            for j, (own, drawn, finished) in enumerate(zip(rows, log_probs, made.finished.tolist(), strict=True)):
+            for j, (own, sampled, finished) in enumerate(zip(rows, log_probs, made.finished.tolist(), strict=True)):
                 i, parent, path = open_ends[j // width]
-                edge = _Edge(i, len(edges), parent, path, own.tolist(), drawn.tolist(), last or finished, finished)
+                edge = _Edge(i, len(edges), parent, path, own.tolist(), sampled.tolist(), last or finished, finished)
                 edges.append(edge)
                 if not edge.leaf:
                     below.append((i, edge.node, path + edge.own))
             open_ends = below
         return edges
-
-    def attempt(self, problems: Sequence[Problem]) -> list[float]:
-        return self._desk.attempt(problems)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        return None

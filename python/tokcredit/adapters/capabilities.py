@@ -1,0 +1,213 @@
+"""What a host trainer carries, what an objective requires of it, and the errors where the two do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from tokcredit import inputs, methods
+from tokcredit.objective import Objective
+from tokcredit.rollouts import FIELDS, Rollouts
+from tokcredit.schedule import Schedule
+from tokcredit.stages.aggregation import Aggregation
+from tokcredit.stages.base import input_name
+from tokcredit.stages.credit import Credit
+from tokcredit.stages.token_weights import TokenWeight
+
+inputs.register("advantages", per="token", dtype="float", meaning="advantage of the token, as the host passes it on")
+inputs.register("weights", per="token", dtype="float", meaning="factor of the token's loss, from the host")
+inputs.register(
+    "importance_sampling_ratio",
+    per="token",
+    dtype="float",
+    meaning="probability under the trainer over that under the engine, corrected by the host",
+)
+
+
+@dataclass(frozen=True)
+class given_advantages(Credit):
+    """Advantages that the host passes on.
+
+    Args:
+        name: Input with the advantages.
+    """
+
+    name: str = input_name("advantages")
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """The named input."""
+        return frozenset({self.name})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        """Return the named input.
+
+        Args:
+            batch: The rollouts.
+        """
+        return batch.input(self.name)
+
+
+@dataclass(frozen=True)
+class given_weights(TokenWeight):
+    """Token weights that the host computed.
+
+    Args:
+        name: Input with the weights.
+    """
+
+    name: str = input_name("weights")
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """The named input."""
+        return frozenset({self.name})
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        """Return the named input.
+
+        Args:
+            batch: The rollouts.
+            advantages: Not used.
+        """
+        return batch.input(self.name)
+
+
+def host_fields(**names: str) -> Mapping[str, str]:
+    """Return the host's field of each input that it can carry.
+
+    Args:
+        names: Name of the host's field, by name of a registered input.
+
+    Raises:
+        ValueError: An input is not registered.
+    """
+    for name in names:
+        inputs.get(name)
+    return MappingProxyType(names)
+
+
+def arguments(named: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return named inputs as keyword arguments of :class:`~tokcredit.Rollouts`.
+
+    Args:
+        named: Inputs by name.
+    """
+    own: dict[str, Any] = {name: x for name, x in named.items() if name in FIELDS}
+    return own | {"extras": {name: x for name, x in named.items() if name not in FIELDS}}
+
+
+def policy_methods() -> dict[str, Callable[..., Objective]]:
+    """Return the published methods that are policy-gradient objectives: the function of each, by name."""
+    functions = {name: getattr(methods, name) for name in methods.names()}
+    return {name: function for name, function in functions.items() if isinstance(function(), Objective)}
+
+
+def chosen(method: str | None, objective: Objective | None) -> Objective:
+    """Return the objective that is given directly or by the name of a method.
+
+    Args:
+        method: Name of a published method, or None.
+        objective: An objective, or None.
+
+    Raises:
+        TypeError: Both are given, or neither, or it is not a policy-gradient objective.
+        ValueError: There is no such method.
+    """
+    if (method is None) == (objective is None):
+        raise TypeError(
+            f"method, objective: expected exactly one of them, got {'neither' if method is None else 'both'}"
+        )
+    found = methods.load(method) if method is not None else objective
+    if not isinstance(found, Objective):
+        raise TypeError(f"objective: expected a tokcredit.Objective, got {found!r}")
+    return found
+
+
+def require(objective: Objective, carries: Collection[str], host: str) -> None:
+    """Check that a host carries everything that an objective reads.
+
+    Args:
+        objective: The objective.
+        carries: Names of the inputs that the host carries.
+        host: Name of the host for the error.
+
+    Raises:
+        ValueError: A stage reads an input that the host does not carry, or differentiates more than log-probs. The
+            message names the stage.
+    """
+    for term in objective.terms:
+        if term.variables:
+            raise ValueError(
+                f"objective: expected terms that differentiate log-probs only, because {host} passes nothing else to "
+                f"the loss, got {term!r}, which differentiates {', '.join(sorted(term.variables))}"
+            )
+    for setting in fields(objective):
+        value = getattr(objective, setting.name)
+        for stage in value if isinstance(value, tuple) else (value,):
+            for name in sorted(stage.required_inputs - set(carries)):
+                raise ValueError(
+                    f"objective: expected a {stage.kind} stage that reads no more inputs than {host} carries "
+                    f"({', '.join(sorted(carries)) or 'none'}), got {stage!r}, which requires {name}"
+                )
+
+
+def require_constant(objective: Objective, host: str, *, schedules: bool = False) -> None:
+    """Check that no setting of an objective changes in a way that a host cannot follow.
+
+    Args:
+        objective: The objective.
+        host: Name of the host for the error.
+        schedules: Whether the host knows the progress of training, so that schedules are allowed.
+
+    Raises:
+        ValueError: A setting is a schedule or a controller.
+    """
+    for setting in objective.adjustables:
+        if isinstance(setting, Schedule):
+            if not schedules:
+                raise ValueError(
+                    f"objective: expected constant settings, because {host} does not pass on the progress of training, "
+                    f"got {setting!r}"
+                )
+        else:
+            raise ValueError(
+                f"objective: expected no controller, because {host} does not keep its state, got {setting!r}"
+            )
+
+
+def require_defaults(settings: Any, kind: type, decided: Mapping[str, str], host: str) -> None:
+    """Check that the settings of a host have their defaults where the objective decides.
+
+    Args:
+        settings: Configuration of the host.
+        kind: The dataclass that holds the defaults.
+        decided: The reason by name of setting. Names that this version of the host does not have are skipped.
+        host: Name of the host for the error.
+
+    Raises:
+        ValueError: A setting was changed that would have no effect.
+    """
+    for setting in fields(kind):
+        if setting.name not in decided:
+            continue
+        if (value := getattr(settings, setting.name)) != setting.default:
+            raise ValueError(
+                f"{setting.name}: expected {host}'s default {setting.default!r}, because {decided[setting.name]}, "
+                f"got {value!r}"
+            )
+
+
+def with_length(aggregation: Aggregation, length: int) -> Aggregation:
+    """Return an aggregation with ``length`` in place of the width of the batch, if it depends on that.
+
+    Args:
+        aggregation: The aggregation.
+        length: Tokens of the longest response that the host allows.
+    """
+    return dataclasses.replace(aggregation, length=length) if aggregation.reads_width else aggregation  # type: ignore[type-var]

@@ -1,0 +1,1 @@
+"""Arithmetic on spans of tokens: the functions that stages are made of."""

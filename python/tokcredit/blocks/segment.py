@@ -1,0 +1,330 @@
+"""Reductions over rows, groups or any ids, with masks: sum, mean, variance, minimum, maximum, count, logsumexp.
+
+The argument ``by`` says which elements belong together:
+
+- :class:`~tokcredit.Spans`: the tokens of each row; ``x`` is ``[N]``, the result ``[R]``.
+- :class:`~tokcredit.groups.Groups`, for example ``batch.groups``: the rows of each group; ``x`` is ``[R]``.
+- :class:`Ids`: any segments; ``x`` is ``[M]``, the result ``[segments]``.
+
+Masked elements are not read. Results are float32, or float64 when ``x`` is. Sums are accumulated in float64 in an order
+that does not depend on the number of threads. ``sum``, ``mean`` and ``logsumexp`` have gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokcredit import ops
+from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, per_token, tensor
+from tokcredit.groups import Groups
+from tokcredit.spans import Spans, require_spans
+
+
+class Ids(NamedTuple):
+    """Segments by number: element i belongs to segment ``ids[i]``.
+
+    Attributes:
+        ids: int64 ``[M]``; a number outside ``[0, segments)`` belongs to no segment.
+        segments: Number of segments.
+        mask: bool ``[M]``, or None for all True.
+    """
+
+    ids: Tensor
+    segments: int
+    mask: Tensor | None = None
+
+
+By = Spans | Groups | Ids
+
+
+def _length(by: By) -> int:
+    if isinstance(by, Spans):
+        return by.size
+    if isinstance(by, Groups):
+        return by.spans.size
+    if isinstance(by, Ids):
+        return by.ids.numel()
+    raise TypeError(f"by: expected Spans, Groups or segment.Ids, got {type(by).__name__}")
+
+
+def _differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _reduce(name: str, x: Tensor, by: By, ddof: float = 0.0) -> Tensor:
+    size = _length(by)
+    if not isinstance(x, Tensor) or tuple(x.shape) != (size,):
+        raise ValueError(f"x: expected [{size}], got {describe(x)}")
+    if x.dtype.is_complex or x.layout != torch.strided:
+        raise TypeError(f"x: expected float [{size}], got {describe(x)}, layout {x.layout}")
+    if x.dtype not in FLOATS:
+        x = x.double() if x.dtype == torch.int64 else x.float()
+    kind = ops.REDUCTIONS.index(name)
+    if isinstance(by, Ids):
+        tensor("ids", by.ids, (torch.int64,), (size,), x.device)
+        return torch.ops.tokcredit.segment_ids(x, by.ids, by.mask, by.segments, kind, ddof)
+    if isinstance(by, Groups):
+        x, by = by.sorted(x), by.spans
+    return torch.ops.tokcredit.segment_rows(x, *by.arrays, kind, ddof, ops.num_threads())
+
+
+def _to_elements(per_segment: Tensor, by: By) -> Tensor:
+    """Return each element's own segment's number, and 0 for elements that belong to none."""
+    if isinstance(by, Spans):
+        return ops.spread(per_segment, by)
+    if isinstance(by, Groups):
+        by = Ids(by.index, by.count)
+    inside = (by.ids >= 0) & (by.ids < by.segments)
+    if by.mask is not None:
+        inside = inside & by.mask
+    if by.segments == 0:
+        return per_segment.new_zeros(by.ids.shape)
+    return torch.where(inside, per_segment[by.ids.clamp(0, by.segments - 1)], 0)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: By) -> Tensor:
+        ctx.by, ctx.dtype = by, x.dtype
+        return _reduce("sum", x, by)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _to_elements(grad.contiguous(), ctx.by).to(ctx.dtype), None
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: By) -> Tensor:
+        y = _reduce("logsumexp", x, by)
+        ctx.by = by
+        ctx.save_for_backward(x, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, y = ctx.saved_tensors
+        finite = torch.where(y.isfinite(), y, 0)
+        weight = _to_elements(grad.contiguous(), ctx.by)
+        share = torch.where(weight != 0, (x - _to_elements(finite, ctx.by)).exp(), 0)
+        return (weight * share).to(x.dtype), None
+
+
+def sum(x: Tensor, by: By) -> Tensor:
+    """Return the sum of each segment; 0 for an empty one.
+
+    Args:
+        x: float, or integers that are converted, ``[N]``, ``[R]`` or ``[M]``.
+        by: What belongs together; see the module.
+    """
+    return _Sum.apply(x, by) if _differentiable(x) else _reduce("sum", x, by)
+
+
+def weighted_sum(x: Tensor, spans: Spans, weights: Tensor | None = None) -> Tensor:
+    """Return the weighted sum of each row, ``sum over t of weights[t] * x[t]``, with its gradient to ``x``.
+
+    Unlike the gradient of ``(weights * x).sum()``, NaN in ``x`` at an unmasked token gives a NaN gradient there, and
+    NaN at a masked token gives 0.
+
+    Args:
+        x: float ``[N]``.
+        spans: The rows.
+        weights: float ``[N]`` per token, ``[R, 1]`` per row or 0-d, or None for 1.
+
+    Returns:
+        float ``[R]``.
+    """
+    require_spans("spans", spans)
+    per_token("x", x, spans.size, spans.device)
+    rows, _ = ops.policy_loss(x, spans, "k1", reference=torch.zeros_like(x, requires_grad=False), weights=weights)
+    return rows
+
+
+def count(by: By) -> Tensor:
+    """Return the number of unmasked elements of each segment, int64.
+
+    Args:
+        by: What belongs together; see the module.
+    """
+    if isinstance(by, Spans):
+        return ops.count(by)
+    if isinstance(by, Groups):
+        return ops.count(by.spans)
+    _length(by)
+    ones = torch.ones(by.ids.shape, dtype=torch.float64, device=by.ids.device)
+    return _reduce("count", ones, by).long()
+
+
+def mean(x: Tensor, by: By) -> Tensor:
+    """Return the mean of each segment; 0 for an empty one.
+
+    Args:
+        x: float ``[N]``, ``[R]`` or ``[M]``.
+        by: What belongs together; see the module.
+    """
+    if _differentiable(x):
+        total = sum(x, by)
+        return total / count(by).clamp(min=1).to(total.dtype)
+    return _reduce("mean", x, by)
+
+
+def var(x: Tensor, by: By, ddof: float = 1.0) -> Tensor:
+    """Return the variance of each segment; 0 where there are ``ddof`` elements or fewer.
+
+    The variance of equal numbers is exactly 0.
+
+    Args:
+        x: float ``[N]``, ``[R]`` or ``[M]``.
+        by: What belongs together; see the module.
+        ddof: Subtracted from the number of elements: 1 for the sample variance, 0 for the population variance.
+    """
+    return _reduce("var", x, by, ddof)
+
+
+class Moments(NamedTuple):
+    """Statistics of each segment, float64.
+
+    Attributes:
+        size: Number of unmasked elements.
+        mean: Mean; 0 of an empty segment, and exactly the value of equal numbers.
+        var: Variance; exactly 0 of equal numbers, and 0 where there are ``ddof`` elements or fewer.
+        minimum: Smallest element; +inf of an empty segment.
+        maximum: Largest element; -inf of an empty segment.
+    """
+
+    size: Tensor
+    mean: Tensor
+    var: Tensor
+    minimum: Tensor
+    maximum: Tensor
+
+
+def moments(x: Tensor, by: By, ddof: float = 1.0) -> Moments:
+    """Return count, mean, variance, minimum and maximum of each segment, computed in one pass in float64.
+
+    Args:
+        x: float ``[N]``, ``[R]`` or ``[M]``.
+        by: What belongs together; see the module.
+        ddof: Subtracted from the number of elements in the variance.
+    """
+    return Moments(*_reduce("moments", float_tensor("x", x), by, ddof).unbind(1))
+
+
+def minimum(x: Tensor, by: By) -> Tensor:
+    """Return the smallest element of each segment; +inf for an empty one, NaN if an element is NaN.
+
+    Args:
+        x: float ``[N]``, ``[R]`` or ``[M]``.
+        by: What belongs together; see the module.
+    """
+    return _reduce("minimum", x, by)
+
+
+def maximum(x: Tensor, by: By) -> Tensor:
+    """Return the largest element of each segment; -inf for an empty one, NaN if an element is NaN.
+
+    Args:
+        x: float ``[N]``, ``[R]`` or ``[M]``.
+        by: What belongs together; see the module.
+    """
+    return _reduce("maximum", x, by)
+
+
+def logsumexp(x: Tensor, by: By) -> Tensor:
+    """Return ``log(sum(exp(x)))`` of each segment; -inf for an empty one.
+
+    Args:
+        x: float ``[N]``, ``[R]`` or ``[M]``.
+        by: What belongs together; see the module.
+    """
+    return _LogSumExp.apply(x, by) if _differentiable(x) else _reduce("logsumexp", x, by)
+
+
+def keys(*ids: Tensor) -> Ids:
+    """Return dense segments of elements that agree in every one of some ids, for example turn within group.
+
+    On CUDA this waits for the device.
+
+    Args:
+        ids: Integers ``[M]`` each, at least one. An element with a negative id belongs to no segment.
+
+    Returns:
+        Segments numbered in ascending order of the ids, the first one most significant.
+
+    Raises:
+        ValueError: No ids, or ids of different shapes.
+    """
+    if not ids:
+        raise ValueError("ids: expected at least one tensor of ids, got none")
+    for x in ids:
+        instance("ids", x, Tensor)
+        tensor("ids", x, INTEGERS, (ids[0].numel(),), ids[0].device)
+    combined = torch.stack([x.long() for x in ids])
+    inside = (combined >= 0).all(0)
+    names, index = torch.unique(combined[:, inside], dim=1, return_inverse=True)
+    dense = torch.full_like(combined[0], -1)
+    dense[inside] = index
+    return Ids(dense, names.shape[1])
+
+
+class Pieces(NamedTuple):
+    """Rows cut into pieces.
+
+    Attributes:
+        spans: Spans of the P pieces, with the mask of the rows.
+        offsets: int64 ``[R + 1]``, the number of each row's first piece.
+        marked: bool ``[P]``, the pieces that begin, or end, with a marked token: all but one of each row.
+        at: int64, positions of the marked tokens.
+    """
+
+    spans: Spans
+    offsets: Tensor
+    marked: Tensor
+    at: Tensor
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return the numbers of the marked tokens, one per piece, and 0 for the other pieces.
+
+        Args:
+            x: ``[N]``.
+
+        Returns:
+            ``[P]``.
+        """
+        return x.new_zeros(self.marked.shape).masked_scatter_(self.marked, x.index_select(0, self.at))
+
+    def of_row(self, mask: Tensor | None = None) -> Spans:
+        """Return, for each row, the span of its pieces.
+
+        Args:
+            mask: bool ``[P]``, or None for all True.
+        """
+        return Spans.trusted(self.offsets[:-1], self.offsets[1:], self.marked.numel(), mask)
+
+
+def pieces(marks: Tensor, spans: Spans, after: bool = False) -> Pieces:
+    """Cut every row before, or after, each marked token.
+
+    A row with k marks has k + 1 pieces, of which the first, or with ``after`` the last, may be empty. On CUDA this
+    waits for the device.
+
+    Args:
+        marks: bool ``[N]``, True only at unmasked tokens of rows.
+        spans: The rows.
+        after: A marked token ends its piece instead of beginning one.
+    """
+    require_spans("spans", spans)
+    tensor("marks", marks, (torch.bool,), (spans.size,), spans.device)
+    at = marks.nonzero()[:, 0]
+    total = ops.count(spans.with_mask(marks)) + 1
+    offsets = torch.cat([total.new_zeros(1), total.cumsum(0)])
+    marked = marks.new_ones(at.numel() + total.numel()).index_fill_(0, offsets[:-1], False)
+    begin = at.new_empty(marked.shape).index_copy_(0, offsets[:-1], spans.begin)
+    begin.masked_scatter_(marked, at + after)
+    end = begin.roll(-1).index_copy_(0, offsets[1:] - 1, spans.end)
+    if after:
+        marked = marked.roll(-1)
+    return Pieces(Spans.trusted(begin, end, spans.size, spans.mask), offsets, marked, at)

@@ -1,0 +1,168 @@
+"""Exact selection: the largest values, ranks, quantiles, and the subset of largest variance.
+
+A *scope* is a set of elements that compete. ``by`` gives the scopes of rows: None makes each row a scope,
+``segment.Ids(batch.group_index, batch.num_groups)`` each group, and ``everything(spans)`` the whole batch. Masked
+tokens never compete. Sizes are unlimited: ranks are counted in integers. Ties go to the lower index. NaN ranks above
++inf.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokcredit import ops
+from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, per_token, tensor
+from tokcredit.blocks import segment
+from tokcredit.blocks.segment import Ids
+from tokcredit.groups import Groups
+from tokcredit.spans import Spans, require_spans
+
+
+def everything(spans: Spans) -> Ids:
+    """Return one scope that holds all rows.
+
+    Args:
+        spans: The rows.
+    """
+    require_spans("spans", spans)
+    return Ids(torch.zeros_like(spans.begin), 1)
+
+
+def _scopes(spans: Spans, by: Ids | Groups | None) -> Ids:
+    require_spans("spans", spans)
+    if by is None:
+        return Ids(torch.arange(spans.num_rows, device=spans.device), spans.num_rows)
+    if isinstance(by, Groups):
+        return Ids(by.index, by.count)
+    instance("by", by, Ids)
+    tensor("by.ids", by.ids, (torch.int64,), (spans.num_rows,), spans.device)
+    if by.mask is not None:
+        raise ValueError("by: expected scopes without a mask, got one; give a row that takes no part the id -1")
+    return by
+
+
+def _per_scope(name: str, x: int | Tensor, by: Ids) -> Tensor:
+    x = torch.as_tensor(x, device=by.ids.device)
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected integers, got {describe(x)}")
+    if x.dim() and tuple(x.shape) != (by.segments,):
+        raise ValueError(f"{name}: expected one number or [{by.segments}], got {list(x.shape)}")
+    return x.long().expand(by.segments)
+
+
+def sizes(spans: Spans, by: Ids | Groups | None = None) -> Tensor:
+    """Return the number of unmasked tokens of each scope, int64 ``[scopes]``.
+
+    Args:
+        spans: The rows.
+        by: The scopes; see the module.
+    """
+    by = _scopes(spans, by)
+    return segment.sum(ops.count(spans).double(), by).long()
+
+
+def top_k(score: Tensor, k: int | Tensor, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
+    """Return a mask of the k largest scores of each scope, or of all its scores if there are fewer.
+
+    Ties go to the lower index.
+
+    Args:
+        score: float ``[N]``.
+        k: How many, for all scopes or int64 ``[scopes]``.
+        spans: The rows.
+        by: The scopes; see the module.
+
+    Returns:
+        bool ``[N]``.
+    """
+    by = _scopes(spans, by)
+    per_token("score", score, spans.size, spans.device)
+    wanted = _per_scope("k", k, by)
+    return torch.ops.tokcredit.select(score, *spans.arrays, by.ids, wanted, False, ops.num_threads())
+
+
+def kth(x: Tensor, rank: int | Tensor, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
+    """Return the value of a rank in each scope, counted from 0 at the smallest; NaN if the scope is too small.
+
+    Args:
+        x: float ``[N]``.
+        rank: For all scopes, or int64 ``[scopes]``.
+        spans: The rows.
+        by: The scopes; see the module.
+
+    Returns:
+        float ``[scopes]``.
+    """
+    by = _scopes(spans, by)
+    per_token("x", x, spans.size, spans.device)
+    wanted = _per_scope("rank", rank, by)
+    return torch.ops.tokcredit.select(x, *spans.arrays, by.ids, wanted, True, ops.num_threads())
+
+
+def _place(q: float, spans: Spans, by: Ids) -> Tensor:
+    if not 0 <= q <= 1:
+        raise ValueError(f"q: expected a number from 0 to 1, got {q}")
+    return (sizes(spans, by) - 1).clamp(min=0).double() * q
+
+
+def quantile(x: Tensor, q: float, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
+    """Return the q-quantile of each scope, interpolated linearly between ranks; NaN for an empty scope.
+
+    Args:
+        x: float ``[N]``.
+        q: From 0 to 1.
+        spans: The rows.
+        by: The scopes; see the module.
+
+    Returns:
+        float ``[scopes]``.
+    """
+    by = _scopes(spans, by)
+    place = _place(q, spans, by)
+    below = kth(x, place.floor().long(), spans, by)
+    above = kth(x, place.ceil().long(), spans, by)
+    return torch.where(below == above, below, below + (above - below) * (place - place.floor()).to(below.dtype))
+
+
+def quantile_nearest(x: Tensor, q: float, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
+    """Return the element of rank ``round(q * (n - 1))`` of each scope, halves to even; NaN for an empty scope.
+
+    Args:
+        x: float ``[N]``.
+        q: From 0 to 1.
+        spans: The rows.
+        by: The scopes; see the module.
+
+    Returns:
+        float ``[scopes]``.
+    """
+    by = _scopes(spans, by)
+    return kth(x, _place(q, spans, by).round().long(), spans, by)
+
+
+def maximum_variance(x: Tensor, k: int | Tensor, by: Ids | Groups | None = None) -> Tensor:
+    """Return a mask of the k rows of each scope whose values have the largest population variance as a set.
+
+    That set is the first i and the last k - i values in descending order for some i. Every i is tried; the smallest
+    wins a tie.
+
+    Args:
+        x: float ``[R]``, one value per row.
+        k: How many, for all scopes or int64 ``[scopes]``. A scope with fewer rows is taken whole.
+        by: The scopes, or None for a single one.
+
+    Returns:
+        bool ``[R]``.
+
+    References:
+        arXiv 2504.13818 (the algorithm), arXiv 2509.22115 (over groups).
+    """
+    tensor("x", float_tensor("x", x), FLOATS, (x.numel(),))
+    if by is None:
+        by = Ids(torch.zeros(x.shape, dtype=torch.int64, device=x.device), 1)
+    if isinstance(by, Groups):
+        by = Ids(by.index, by.count)
+    instance("by", by, Ids)
+    tensor("by.ids", by.ids, (torch.int64,), tuple(x.shape), x.device)
+    return torch.ops.tokcredit.maximum_variance(x, by.ids, _per_scope("k", k, by))

@@ -1,0 +1,122 @@
+"""Prefix trees: which tokens the rows of a group share, and where they branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokcredit import ops
+from tokcredit.arguments import instance, tensor
+from tokcredit.rollouts import Rollouts
+
+_EXPANDED = (torch.float32, torch.float64, torch.int64, torch.bool)
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixTree:
+    """One radix tree per group. A node is a maximal run of tokens that the same set of rows shares.
+
+    A group of G rows has one root, which all of its rows share and which may hold no token, and at most 2G - 1 nodes.
+    Nodes are numbered by first appearance, following the rows in order from root to leaf, so a parent has a smaller
+    number than its children. Arrays over nodes have the fixed capacity V = 2R; slots from ``size`` on are unused and
+    have count 0.
+
+    Attributes:
+        batch: The rollouts.
+        leaf: int64 ``[R]``, the node at which each row ends.
+        parent: int64 ``[V]``, -1 at a root.
+        group: int64 ``[V]``, number of the group, as in ``batch.groups.index``.
+        depth: int64 ``[V]``, tokens before the node.
+        length: int64 ``[V]``, tokens of the node; 0 only at a root whose rows share nothing.
+        count: int64 ``[V]``, rows through the node.
+        degree: int64 ``[V]``, child nodes plus rows that end at the node.
+        size: int64 ``[]``, number of nodes.
+    """
+
+    batch: Rollouts
+    leaf: Tensor
+    parent: Tensor
+    group: Tensor
+    depth: Tensor
+    length: Tensor
+    count: Tensor
+    degree: Tensor
+    size: Tensor
+
+    def expand(self, body: Tensor | None = None, head: Tensor | None = None, row: Tensor | None = None) -> Tensor:
+        """Return per-token numbers from numbers of nodes and rows.
+
+        For a token of row r and node v: ``row[r] + body[v] + (head[v] if it is the node's first token else 0)``.
+
+        Args:
+            body: ``[V]``, added at every token of the node, or None.
+            head: ``[V]``, added at the first token of the node, or None.
+            row: ``[R]``, added at every token of the row, or None. Those given have one dtype: float32, float64,
+                int64 or bool.
+
+        Returns:
+            ``[N]`` of that dtype, 0 where masked.
+
+        Raises:
+            TypeError: The dtypes differ, or are not supported.
+            ValueError: Nothing is given, or a shape is wrong.
+        """
+        return self._expand(self.batch.response_mask, body, head, row)
+
+    @property
+    def node(self) -> Tensor:
+        """Node of each token, masked tokens included; int64 ``[N]``, -1 outside of rows."""
+        numbers = torch.arange(1, self.parent.numel() + 1, device=self.parent.device)
+        return self._expand(None, numbers, None, None) - 1
+
+    @property
+    def is_branch(self) -> Tensor:
+        """True where another row that shared everything before has another token, or ended; bool ``[N]``.
+
+        Masked tokens count as well, because the state differs there too.
+        """
+        return self._expand(None, None, self.parent >= 0, None)
+
+    @property
+    def runs(self) -> tuple[Tensor, Tensor]:
+        """Path of each row from root to leaf: ``offsets [R + 1]`` and ``nodes [offsets[-1]]``, int64."""
+        paths = []
+        parent = self.parent.tolist()
+        for v in self.leaf.tolist():
+            path = []
+            while v >= 0:
+                path.append(v)
+                v = parent[v]
+            paths.append(path[::-1])
+        lengths = torch.tensor([0, *map(len, paths)])
+        nodes = torch.tensor([v for path in paths for v in path], dtype=torch.int64)
+        return lengths.cumsum(0).to(self.leaf.device), nodes.to(self.leaf.device)
+
+    def _expand(self, mask: Tensor | None, body: Tensor | None, head: Tensor | None, row: Tensor | None) -> Tensor:
+        given = {name: x for name, x in (("body", body), ("head", head), ("row", row)) if x is not None}
+        if not given:
+            raise ValueError("body, head, row: expected at least one of them, got none")
+        for name, x in given.items():
+            instance(name, x, Tensor)
+        dtype = next(iter(given.values())).dtype
+        for name, x in given.items():
+            tensor(name, x, _EXPANDED, tuple((self.leaf if name == "row" else self.parent).shape), self.leaf.device)
+            if x.dtype != dtype:
+                raise TypeError(f"{name}: expected {dtype}, the dtype of the others, got {x.dtype}")
+        spans = self.batch.all_spans.with_mask(mask)
+        return ops.expand(spans, dtype, self.leaf, self.parent, self.depth, row, body, head)
+
+
+def build(batch: Rollouts) -> PrefixTree:
+    """Return the prefix trees of all groups of a batch.
+
+    Rows are compared by token id up to their own end, masked tokens included. Equal rows share their leaf, and a row
+    that is a prefix of another ends at an inner node. The cost is linear in the shared prefixes.
+
+    Args:
+        batch: The rollouts, with whole groups.
+    """
+    instance("batch", batch, Rollouts)
+    return PrefixTree(batch, *ops.tree_build(batch.tokens, batch.all_spans, batch.group_index, batch.num_groups))

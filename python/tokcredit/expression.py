@@ -1,0 +1,149 @@
+"""Calls written as text, ``growing(0.025, high=0.05)``: what a stage, a task or a model prints can be typed."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Call(NamedTuple):
+    """A name with arguments, which are literals or what inner calls made.
+
+    Attributes:
+        name: Name of what is called.
+        positional: Arguments by position; empty for a bare name.
+        named: Arguments by name.
+    """
+
+    name: str
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+def parse(text: str, argument: str, inner: Mapping[str, Callable[..., Any]] | None = None) -> Call:
+    """Return the call that a text describes: ``NAME`` or ``NAME(value, key=value)``.
+
+    A value is a literal, ``inf``, a tuple of values, or a call of one of ``inner``.
+
+    Args:
+        text: What was typed.
+        argument: Name of the option or argument, for the error.
+        inner: What may be called inside the arguments.
+
+    Raises:
+        ValueError: The text has another form.
+    """
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        node = None
+    call = _call(node, argument, inner or {}) if node else None
+    if call is None:
+        raise ValueError(f"{argument}: expected NAME or NAME(key=value, ...), got {text!r}")
+    return call
+
+
+def _call(node: ast.expr, argument: str, inner: Mapping[str, Callable[..., Any]]) -> Call | None:
+    if isinstance(node, ast.Name):
+        return Call(node.id, (), {})
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return None
+    try:
+        positional = tuple(_value(x, argument, inner) for x in node.args)
+        named = {str(k.arg): _value(k.value, argument, inner) for k in node.keywords if k.arg}
+    except _NotValueError:
+        return None
+    return Call(node.func.id, positional, named) if len(named) == len(node.keywords) else None
+
+
+class _NotValueError(Exception):
+    pass
+
+
+def _value(node: ast.expr, argument: str, inner: Mapping[str, Callable[..., Any]]) -> Any:
+    if isinstance(node, ast.Name) and node.id == "inf":
+        return float("inf")
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _value(node.operand, argument, inner)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return -value
+        raise _NotValueError
+    if isinstance(node, ast.Call):
+        call = _call(node, argument, inner)
+        if call is None or not inner:
+            raise _NotValueError
+        return call_with(inner, call, argument)
+    if isinstance(node, ast.Tuple):
+        return tuple(_value(x, argument, inner) for x in node.elts)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise _NotValueError from None
+
+
+def call_with(known: Mapping[str, Callable[..., Any]], call: Call, argument: str) -> Any:
+    """Return what a call of one of some functions or classes gives.
+
+    Args:
+        known: What may be called, by name.
+        call: The call.
+        argument: Name of the option or argument, for the error.
+
+    Raises:
+        ValueError: There is no such name, or it does not take these arguments.
+    """
+    if call.name not in known:
+        raise ValueError(f"{argument}: expected one of {', '.join(sorted(known))}, got {call.name!r}")
+    function = known[call.name]
+    try:
+        inspect.signature(function).bind(*call.positional, **call.named)
+    except TypeError as error:
+        expected = f"{call.name}{inspect.signature(function)}"
+        raise ValueError(f"{argument}: expected {expected}, got {call.positional}, {call.named}: {error}") from None
+    return function(*call.positional, **call.named)
+
+
+def construct(
+    text: str,
+    argument: str,
+    known: Mapping[str, Callable[..., Any]],
+    inner: Mapping[str, Callable[..., Any]] | None = None,
+) -> Any:
+    """Return what the call in a text gives.
+
+    Args:
+        text: A call.
+        argument: Name of the option or argument, for the error.
+        known: What may be called, by name.
+        inner: What may be called inside the arguments.
+
+    Raises:
+        ValueError: The text is no call, there is no such name, or it does not take these arguments.
+    """
+    return call_with(known, parse(text, argument, inner), argument)
+
+
+def setting(text: str, argument: str) -> tuple[str, Any]:
+    """Return the name and the value of a text ``name=literal``.
+
+    ``true``, ``false``, ``none`` and ``inf`` are read in any case; what is no literal is a string.
+
+    Args:
+        text: What was typed.
+        argument: Name of the option, for the error.
+
+    Raises:
+        ValueError: The text has another form.
+    """
+    name, separator, value = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise ValueError(f"{argument}: expected name=value, got {text!r}")
+    words = {"true": True, "false": False, "none": None, "inf": float("inf"), "-inf": -float("inf")}
+    if value.strip().lower() in words:
+        return name, words[value.strip().lower()]
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

@@ -1,0 +1,72 @@
+"""The groups of a batch, sorted once and reused by every reduction over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokcredit.spans import Spans
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Which rows share a prompt. ``segment.mean(x, groups)`` reduces a per-row ``[R]`` tensor to ``[count]``.
+
+    Attributes:
+        index: int64 ``[R]``, the group of each row, from 0 to ``count - 1``, numbered by ascending group id.
+        count: Number of groups.
+        order: int64 ``[R]``, the rows group by group, or None where they lie so already.
+        spans: The groups as spans of rows in that order. Rows whose mask is False do not count in statistics.
+    """
+
+    index: Tensor
+    count: int
+    order: Tensor | None
+    spans: Spans
+
+    @classmethod
+    def of(cls, ids: Tensor) -> Groups:
+        """Return the groups of rows with these ids. On CUDA this waits for the device.
+
+        Args:
+            ids: Integers ``[R]``, in any order.
+        """
+        names, index, sizes = torch.unique(ids, return_inverse=True, return_counts=True)
+        in_order = bool((index.diff() >= 0).all())
+        end = sizes.cumsum(0)
+        spans = Spans.trusted(end - sizes, end, index.numel())
+        return cls(index, names.numel(), None if in_order else index.argsort(stable=True), spans)
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """Return a per-row tensor with its rows group by group.
+
+        Args:
+            x: ``[R, ...]``.
+        """
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def counting(self, rows: Tensor) -> Groups:
+        """Return the same groups in which only some rows count.
+
+        Args:
+            rows: bool ``[R]``, True for the rows that count.
+        """
+        return Groups(self.index, self.count, self.order, self.spans.with_mask(self.sorted(rows)))
+
+    @property
+    def sizes(self) -> Tensor:
+        """Number of rows of each group, including rows that do not count; int64 ``[count]``."""
+        return self.spans.lengths
+
+    def per_row(self, x: Tensor) -> Tensor:
+        """Return each row's own group's number.
+
+        Args:
+            x: ``[count, ...]``.
+
+        Returns:
+            ``[R, ...]``.
+        """
+        return x.index_select(0, self.index)

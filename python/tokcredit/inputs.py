@@ -1,0 +1,266 @@
+"""The registry of inputs: everything that a batch may carry beside tokens, groups and rewards.
+
+One entry owns the name, shape, dtype, meaning and collector of an input. Batches, stages, the trainer, the adapters and
+the documentation read their lists of names from here. A stage of your own that reads a new input registers it first::
+
+    tokcredit.inputs.register("difficulty", per="row", dtype="float", meaning="share of failed attempts at the prompt")
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tokcredit.arguments import describe
+
+Dtype = Literal["float", "integer", "bool"]
+Per = Literal["token", "row"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input by name.
+
+    Attributes:
+        name: Name in ``Rollouts`` and in the ``required_inputs`` of stages.
+        per: ``"token"`` for ``[N, ...]``, or the batch's ``(B, T, ...)``; ``"row"`` for ``[R, ...]``.
+        dtype: Kind of dtype.
+        meaning: One line for the documentation, with the unit.
+        collector: How the trainer obtains it; see :data:`COLLECTORS`.
+        axes: Names of further axes.
+        nan_means_absent: Whether NaN marks tokens without a value.
+    """
+
+    name: str
+    per: Per
+    dtype: Dtype
+    meaning: str
+    collector: str = "user"
+    axes: tuple[str, ...] = ()
+    nan_means_absent: bool = False
+
+    @property
+    def shape(self) -> str:
+        """Shape as documentation writes it, for example ``[N, d]``."""
+        return f"[{', '.join(('N' if self.per == 'token' else 'R', *self.axes))}]"
+
+    def check(self, x: Any, tokens: int, rows: int, shape: tuple[int, int] | None, device: torch.device) -> Tensor:
+        """Return ``x`` with its tokens on one axis, after checking type, dtype, shape and device.
+
+        Args:
+            x: What the batch carries.
+            tokens: Number of tokens N of the batch.
+            rows: Number of rows R.
+            shape: ``(B, T)`` of a padded batch, or None.
+            device: Device of the batch.
+
+        Raises:
+            TypeError: It is not a tensor, or has another dtype.
+            ValueError: Its shape or device is wrong.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{self.name}: expected torch.Tensor {self.shape}, got {type(x).__name__}")
+        fits = {
+            "float": x.dtype.is_floating_point,
+            "integer": x.dtype in (torch.int32, torch.int64),
+            "bool": x.dtype == torch.bool,
+        }
+        if not fits[self.dtype]:
+            raise TypeError(f"{self.name}: expected {self.dtype} {self.shape}, got {describe(x)}")
+        flat = x
+        padded = self.per == "token" and shape is not None and x.dim() == 2 + len(self.axes)
+        if padded and tuple(x.shape[:2]) == shape:
+            flat = x.flatten(0, 1)
+        size = tokens if self.per == "token" else rows
+        if flat.dim() != 1 + len(self.axes) or flat.shape[0] != size:
+            expected = ", ".join([str(size), *self.axes])
+            raise ValueError(f"{self.name}: expected {self.dtype} [{expected}], got {describe(x)}")
+        if flat.device != device:
+            raise ValueError(f"{self.name}: expected a tensor on {device}, got one on {flat.device}")
+        return flat
+
+
+COLLECTORS = {
+    "policy": "a forward pass of the policy before the update, row by row",
+    "policy_groups": "a forward pass of the policy before the update, whole groups at once",
+    "reference": "a forward pass of the reference model",
+    "teacher": "forward passes of the policy and of a teacher",
+    "sampler": "the engine that samples",
+    "continuations": "continuations sampled from inside a row",
+    "probes": "short answers sampled after every step of a row",
+    "tree_sampler": "a sampler that branches inside a reply",
+    "replay": "the replay buffer",
+    "environment": "the task, or the tools it offers",
+    "length_head": "a value head that predicts remaining tokens",
+    "user": "whoever makes the batch",
+}
+"""Every collector, and what it does."""
+
+_REGISTRY: dict[str, Input] = {}
+
+
+def register(
+    name: str,
+    *,
+    per: Per,
+    dtype: Dtype,
+    meaning: str,
+    collector: str = "user",
+    axes: tuple[str, ...] = (),
+    nan_means_absent: bool = False,
+) -> Input:
+    """Add an input to the registry and return its entry. Registering the same entry again changes nothing.
+
+    Args:
+        name: A new name, a Python identifier.
+        per: ``"token"`` or ``"row"``.
+        dtype: ``"float"``, ``"integer"`` or ``"bool"``.
+        meaning: One line for the documentation.
+        collector: How the trainer obtains it, one of :data:`COLLECTORS`.
+        axes: Names of further axes.
+        nan_means_absent: Whether NaN marks tokens without a value.
+
+    Raises:
+        ValueError: The name is taken by another entry, or an argument is not one of its allowed values.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"name: expected a Python identifier, got {name!r}")
+    for argument, value, allowed in (
+        ("per", per, ("token", "row")),
+        ("dtype", dtype, ("float", "integer", "bool")),
+        ("collector", collector, tuple(COLLECTORS)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{argument}: expected one of {', '.join(allowed)}, got {value!r}")
+    entry = Input(name, per, dtype, meaning, collector, tuple(axes), nan_means_absent)
+    if _REGISTRY.get(name, entry) != entry:
+        raise ValueError(f"name: expected a new name, got {name!r}, which is {_REGISTRY[name].meaning}")
+    _REGISTRY[name] = entry
+    return entry
+
+
+def get(name: str) -> Input:
+    """Return the entry of an input.
+
+    Args:
+        name: Name of a registered input.
+
+    Raises:
+        ValueError: No such input; the message suggests the nearest name.
+    """
+    if name not in _REGISTRY:
+        near = difflib.get_close_matches(name, _REGISTRY, n=1)
+        hint = f"did you mean {near[0]}?" if near else "register it with tokcredit.inputs.register"
+        raise ValueError(f"input: expected a registered name, got {name!r}; {hint}")
+    return _REGISTRY[name]
+
+
+def names(collector: str | None = None) -> frozenset[str]:
+    """Return the names of all inputs, or of those with one collector.
+
+    Args:
+        collector: One of :data:`COLLECTORS`, or None for all.
+    """
+    return frozenset(entry.name for entry in _REGISTRY.values() if collector in (None, entry.collector))
+
+
+for _entry in (
+    Input("old_log_probs", "token", "float", "log-probs under the policy that the update starts from, nats", "policy"),
+    Input("rollout_log_probs", "token", "float", "log-probs under the engine that sampled, nats", "sampler"),
+    Input("ref_log_probs", "token", "float", "log-probs under the reference policy, nats", "reference"),
+    Input("entropies", "token", "float", "entropy of the next-token distribution, nats", "policy"),
+    Input(
+        "squared_probs",
+        "token",
+        "float",
+        "sum over the vocabulary of squared probabilities of the distribution of old_log_probs",
+        "policy",
+    ),
+    Input("reverse_kl", "token", "float", "KL(policy || teacher) of the next-token distributions, nats", "teacher"),
+    Input("forward_kl", "token", "float", "KL(teacher || policy) of the next-token distributions, nats", "teacher"),
+    Input(
+        "disagreement",
+        "token",
+        "float",
+        "how much the rows of the group disagree at this position, 0 to 1 (divergence.disagreement)",
+        "policy_groups",
+    ),
+    Input(
+        "padded_disagreement",
+        "token",
+        "float",
+        "how much the rows of the group disagree at this position, with uniform distributions at padding, 0 to 1",
+        "policy_groups",
+    ),
+    Input("hidden_states", "token", "float", "final hidden state that predicts the token", "policy", ("d",)),
+    Input(
+        "token_probs",
+        "token",
+        "float",
+        "probabilities of the distinct tokens of the group, padded to K columns (log_probs.group_probs)",
+        "policy_groups",
+        ("K",),
+    ),
+    Input(
+        "state_values",
+        "token",
+        "float",
+        "mean reward of continuations from before the token; NaN at tokens without continuations",
+        "continuations",
+        nan_means_absent=True,
+    ),
+    Input(
+        "step_values",
+        "token",
+        "float",
+        "mean reward of continuations from the first token of every reasoning step; NaN at other tokens",
+        "continuations",
+        nan_means_absent=True,
+    ),
+    Input(
+        "node_ids",
+        "row",
+        "integer",
+        "id of the tree node that the row leads to; rows are edges of a tree",
+        "tree_sampler",
+    ),
+    Input(
+        "parent_ids",
+        "row",
+        "integer",
+        "id of the tree node that the row starts from; any id that is no node's if it starts from the prompt",
+        "tree_sampler",
+    ),
+    Input(
+        "answer_probs",
+        "token",
+        "float",
+        "mean probability of the true answer's tokens after a step; NaN at tokens that do not end a step",
+        "probes",
+        nan_means_absent=True,
+    ),
+    Input(
+        "answer_confidences",
+        "token",
+        "float",
+        "mean of exp(-mean entropy) over probed answers; NaN at tokens that do not end a step",
+        "probes",
+        nan_means_absent=True,
+    ),
+    Input("turn_rewards", "token", "float", "reward of a turn at its last token, 0 elsewhere", "environment"),
+    Input("replayed", "row", "bool", "True for a row sampled at an earlier step, by an older policy", "replay"),
+    Input("truncated", "row", "bool", "True for a row cut at the length limit, not ended by the policy", "sampler"),
+    Input(
+        "length_values",
+        "token",
+        "float",
+        "-(1 - gamma^l), with l the remaining tokens predicted before the token",
+        "length_head",
+    ),
+    Input("prompt_tokens", "row", "integer", "token ids of the prompt, -1 on the left as padding", "sampler", ("P",)),
+):
+    _REGISTRY[_entry.name] = _entry

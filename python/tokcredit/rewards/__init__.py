@@ -1,0 +1,5 @@
+"""Rewards that need more than a comparison: matching of tool calls."""
+
+from tokcredit.rewards import matching
+
+__all__ = ["matching"]

@@ -1,0 +1,1 @@
+"""The stages of an objective, one module per kind."""

@@ -1,0 +1,134 @@
+"""Aggregation stages: the weight of each row's tokens in the loss.
+
+``loss = sum over rows of weight[row] * (sum of the row's token losses)``. The weights come from the whole batch, so the
+loss does not depend on how the batch is cut into micro-batches or ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokcredit.groups import Groups
+from tokcredit.stages.base import Stage, whole_number
+
+
+class Counts(NamedTuple):
+    """What aggregations divide by. Only those that the stage declares are given; the others are None.
+
+    Attributes:
+        tokens: 0-d, training tokens over all ranks.
+        rows: 0-d, rows with a training token over all ranks.
+        groups: 0-d, groups with such a row over all ranks.
+        dp_size: Ranks whose gradients the host averages.
+        width: T of a padded batch, else the longest row.
+        lengths: int64 ``[R]``, training tokens of each row of this rank.
+        signs: ``[R]``, sign of the row's outcome advantage.
+        group_of_row: Groups of this rank.
+    """
+
+    tokens: Tensor | None
+    rows: Tensor | None
+    groups: Tensor | None
+    dp_size: int
+    width: int
+    lengths: Tensor
+    signs: Tensor | None
+    group_of_row: Groups | None
+
+
+class Aggregation(Stage):
+    """Base of aggregation stages.
+
+    Attributes:
+        kind: ``"aggregation"``.
+        counts: Denominators it reads: some of ``tokens``, ``rows``, ``groups``.
+        reads_signs: Whether it reads the sign of each row's outcome advantage, and groups.
+    """
+
+    kind: ClassVar[str] = "aggregation"
+    counts: ClassVar[frozenset[str]] = frozenset()
+    reads_signs: ClassVar[bool] = False
+
+    def __call__(self, counts: Counts) -> Tensor:
+        """Return the weight of each row's tokens, float64 ``[R, 1]``, or 0-d for the same weight everywhere.
+
+        Args:
+            counts: The denominators.
+        """
+        raise NotImplementedError
+
+    @property
+    def reads_width(self) -> bool:
+        """Whether it divides by the longest row, which differs between ranks and between parts of a batch."""
+        return False
+
+    @property
+    def for_terms(self) -> Aggregation:
+        """Aggregation of terms that have no advantage, such as KL."""
+        return self
+
+
+@dataclass(frozen=True)
+class token_mean(Aggregation):
+    """Mean over all training tokens of the batch: verl's ``token-mean``, TRL's ``dapo``."""
+
+    counts: ClassVar[frozenset[str]] = frozenset({"tokens"})
+
+    def __call__(self, counts: Counts) -> Tensor:
+        assert counts.tokens is not None
+        return counts.dp_size / counts.tokens.clamp(min=1).double()
+
+
+@dataclass(frozen=True)
+class token_sum(Aggregation):
+    """Sum over all training tokens: verl's ``token-sum``."""
+
+    def __call__(self, counts: Counts) -> Tensor:
+        return torch.full((), float(counts.dp_size), dtype=torch.float64, device=counts.lengths.device)
+
+
+@dataclass(frozen=True)
+class sequence_mean(Aggregation):
+    """Mean over rows of the mean over the row's tokens: verl's ``seq-mean-token-mean``, TRL's ``grpo``.
+
+    Rows without a training token do not count.
+    """
+
+    counts: ClassVar[frozenset[str]] = frozenset({"rows"})
+
+    def __call__(self, counts: Counts) -> Tensor:
+        assert counts.rows is not None
+        tokens = counts.lengths.clamp(min=1) * counts.rows.clamp(min=1)
+        return (counts.dp_size / tokens.double())[:, None]
+
+
+@dataclass(frozen=True)
+class sequence_sum(Aggregation):
+    """Mean over rows of the sum over the row's tokens, divided by ``length``; verl's ``seq-mean-token-sum-norm``.
+
+    This is verl's ``seq-mean-token-sum-norm`` and TRL's ``dr_grpo``. Rows without a training token do not count.
+
+    Args:
+        length: A constant, usually the generation limit; at least 1. None takes the longest row of the batch, or T of a
+            padded one, which varies between batches.
+    """
+
+    length: int | None = whole_number(None, at_least=1, optional=True)
+    counts: ClassVar[frozenset[str]] = frozenset({"rows"})
+
+    @property
+    def reads_width(self) -> bool:
+        """Whether ``length`` is None."""
+        return self.length is None
+
+    def __call__(self, counts: Counts) -> Tensor:
+        assert counts.rows is not None
+        length = self.length or max(counts.width, 1)
+        return counts.dp_size / (counts.rows.clamp(min=1) * length).double()
+
+
+__all__ = ["Aggregation", "Counts", "sequence_mean", "sequence_sum", "token_mean", "token_sum"]

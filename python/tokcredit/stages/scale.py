@@ -1,0 +1,117 @@
+"""Advantage scales: factors of the advantages that depend on the current policy.
+
+A scale has no gradient and never changes a denominator. What it needs beside the current policy is decided once per
+batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tokcredit.rollouts import Rollouts
+from tokcredit.spans import Spans
+from tokcredit.stages import within as predicate
+from tokcredit.stages.base import Stage, input_name, number, option
+from tokcredit.stages.clip import Window
+
+
+class Scale(Stage):
+    """Base of advantage scales.
+
+    Attributes:
+        kind: ``"scale"``.
+        needs_bounds: Whether it reads the bounds of the window.
+    """
+
+    kind: ClassVar[str] = "scale"
+    needs_bounds: ClassVar[bool] = False
+
+    def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
+        """Return what the scale needs beside the current policy, float ``[N]``, or None.
+
+        Args:
+            batch: The rollouts.
+            window: Window of the clip stage.
+        """
+        return None
+
+    def __call__(
+        self,
+        log_probs: Tensor,
+        log_ratio: Tensor,
+        advantages: Tensor,
+        spans: Spans,
+        window: Window,
+        signal: Tensor | None,
+    ) -> Tensor:
+        """Return the factors.
+
+        Args:
+            log_probs: float ``[N]``, of the current policy, without gradient.
+            log_ratio: float ``[N]``, of the ratio stage.
+            advantages: float ``[R, 1]`` or ``[N]``.
+            spans: The rows, with the mask of the tokens that the policy chose.
+            window: Bounds of each token.
+            signal: From :meth:`signal`, for these tokens.
+
+        Returns:
+            float ``[N]`` or ``[R, 1]``.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class within(Scale):
+    """1 where a statistic of the current log-ratio lies in ``[low, high]``, else 0.
+
+    Statistics are those of :func:`tokcredit.stages.within.within`, on ``log_probs`` minus the input ``to``.
+
+    Args:
+        statistic: ``ratio``, ``difference``, ``k1``, ``k2`` or ``k3``.
+        over: ``token``, or how the tokens of a row are combined: ``sum``, ``mean``, ``max`` or ``min``.
+        low: Lower bound.
+        high: Upper bound.
+        signs: Advantages the bounds hold for: ``any``, ``positive`` or ``negative``.
+        to: Input with the reference log-probs.
+    """
+
+    statistic: str = option(*predicate.STATISTICS)
+    over: str = option(*predicate.OVER)
+    low: float = number(-math.inf)
+    high: float = number(math.inf)
+    signs: str = option(*predicate.SIGNS)
+    to: str = input_name("old_log_probs")
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """The input that ``to`` names."""
+        return frozenset({self.to})
+
+    def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
+        """Return the reference log-probs, float ``[N]``.
+
+        Args:
+            batch: The rollouts.
+            window: Window of the clip stage.
+        """
+        return batch.input(self.to)
+
+    def __call__(
+        self,
+        log_probs: Tensor,
+        log_ratio: Tensor,
+        advantages: Tensor,
+        spans: Spans,
+        window: Window,
+        signal: Tensor | None,
+    ) -> Tensor:
+        assert signal is not None
+        inside = predicate.within(log_probs - signal, spans, self.statistic, self.over, self.low, self.high)
+        return predicate.of_sign(self.signs, advantages, inside, spans).to(log_ratio.dtype)
+
+
+__all__ = ["Scale", "within"]

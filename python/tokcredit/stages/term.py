@@ -1,0 +1,141 @@
+"""Terms: what is added to the policy loss, each with its own denominator. KL, entropy bonus, NLL of chosen rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tokcredit import ops
+from tokcredit.blocks import segment
+from tokcredit.rollouts import Rollouts
+from tokcredit.spans import Spans
+from tokcredit.stages.aggregation import Aggregation
+from tokcredit.stages.base import Stage, input_name, number, option, part
+from tokcredit.stages.filters import Filter
+
+
+class Term(Stage):
+    """Base of terms.
+
+    Attributes:
+        kind: ``"term"``.
+        metric: Name of its metric, the mean over its tokens without the coefficient.
+        metric_sign: Sign of the metric relative to the term.
+        variables: Per-token variables it needs beside ``log_probs``, given to ``loss`` by name, with gradient.
+        coefficient: Factor of the term.
+        aggregation: How its tokens are averaged, or None for the aggregation of the objective.
+        where: Filter of the tokens it acts on, or None for all that train.
+    """
+
+    kind: ClassVar[str] = "term"
+    metric: ClassVar[str] = ""
+    metric_sign: ClassVar[float] = 1.0
+    variables: ClassVar[frozenset[str]] = frozenset()
+    coefficient: float
+    aggregation: Aggregation | None = None
+    where: Filter | None = None
+
+    def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
+        """Return the weighted sum over tokens, 0-d and without the coefficient, with its gradient.
+
+        Args:
+            variables: ``log_probs`` and the further variables, ``[N]`` each.
+            batch: The rollouts.
+            spans: The rows, with the mask of the tokens the term acts on.
+            weights: float ``[R, 1]`` or 0-d, from the aggregation.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class kl(Term):
+    """An estimate of the KL divergence from the reference policy, per token.
+
+    With ``u = log p - log p_ref``::
+
+        k1            u
+        k2            u^2 / 2
+        k3            exp(-u) + u - 1
+        abs           |u|
+
+    The gradient of k2 is an unbiased estimate of the gradient of the KL. k3 is never negative and has low variance.
+
+    Args:
+        coefficient: Factor of the term, at least 0; may be a schedule or a controller.
+        estimator: ``k3``, ``k1``, ``k2`` or ``abs``.
+        to: Input with the log-probs of the reference policy.
+        limit: Largest estimate of a token, nats. A token with a larger estimate counts as this much and has no
+            gradient. verl uses 10.
+        aggregation: How tokens are averaged, or None for the aggregation of the objective.
+    """
+
+    coefficient: float = number(0.001, at_least=0, scheduled=True)
+    estimator: str = option("k3", "k1", "k2", "abs")
+    to: str = input_name("ref_log_probs")
+    limit: float = number(math.inf, above=0)
+    aggregation: Aggregation | None = part(Aggregation, None, optional=True)
+    metric: ClassVar[str] = "kl"
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """The input that ``to`` names."""
+        return super().required_inputs | {self.to}
+
+    def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
+        rows, _ = ops.policy_loss(
+            variables["log_probs"],
+            spans,
+            self.estimator,
+            reference=batch.input(self.to),
+            weights=weights,
+            clamp=(-20.0, 20.0),
+            limit=self.limit,
+        )
+        return rows.sum()
+
+
+@dataclass(frozen=True)
+class entropy(Term):
+    """A bonus for entropy: minus the mean entropy of the current policy.
+
+    ``loss`` takes the entropies by name, with their gradient: ``loss(prepared, log_probs, entropies=...)``.
+
+    Args:
+        coefficient: Factor of the term, at least 0; may be a schedule or a controller.
+        aggregation: How tokens are averaged, or None for the aggregation of the objective.
+    """
+
+    coefficient: float = number(0.001, at_least=0, scheduled=True)
+    aggregation: Aggregation | None = part(Aggregation, None, optional=True)
+    metric: ClassVar[str] = "entropy_bonus"
+    metric_sign: ClassVar[float] = -1.0
+    variables: ClassVar[frozenset[str]] = frozenset({"entropies"})
+
+    def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
+        return -segment.weighted_sum(variables["entropies"], spans, weights).sum()
+
+
+@dataclass(frozen=True)
+class nll(Term):
+    """Negative log-likelihood of some rows or tokens, for example of the correct rows.
+
+    Args:
+        coefficient: Factor of the term, at least 0; may be a schedule or a controller.
+        where: Filter of the rows or tokens it acts on, or None for all that train.
+        aggregation: How tokens are averaged, or None for the aggregation of the objective.
+    """
+
+    coefficient: float = number(0.1, at_least=0, scheduled=True)
+    where: Filter | None = part(Filter, None, optional=True)
+    aggregation: Aggregation | None = part(Aggregation, None, optional=True)
+    metric: ClassVar[str] = "nll"
+
+    def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
+        return -segment.weighted_sum(variables["log_probs"], spans, weights).sum()
+
+
+__all__ = ["Term", "entropy", "kl", "nll"]

@@ -1,0 +1,74 @@
+"""One predicate over log-ratios, which serves filters, token weights and advantage scales."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokcredit import ops
+from tokcredit.blocks import segment
+from tokcredit.spans import Spans
+
+STATISTICS = ("ratio", "difference", "k1", "k2", "k3")
+OVER = ("token", "sum", "mean", "max", "min")
+SIGNS = ("any", "positive", "negative")
+
+
+def within(log_ratio: Tensor, spans: Spans, statistic: str, over: str, low: float, high: float) -> Tensor:
+    """Return whether a statistic of the log-ratios lies in ``[low, high]``.
+
+    With ``x`` the log-ratio of a token::
+
+        ratio       exp(x); over sum or mean, exp of the sum or mean of x
+        difference  x
+        k1          -x
+        k2          x^2 / 2
+        k3          exp(x) - 1 - x
+
+    A NaN log-ratio lies outside.
+
+    Args:
+        log_ratio: float ``[N]``.
+        spans: The rows, with the mask of the tokens that count.
+        statistic: One of :data:`STATISTICS`.
+        over: ``token`` for each token by itself, else how the tokens of a row are combined.
+        low: Lower bound.
+        high: Upper bound.
+
+    Returns:
+        bool ``[N]`` over tokens, else ``[R, 1]``.
+    """
+    x = log_ratio
+    if statistic == "k1":
+        x = -x
+    elif statistic == "k2":
+        x = x.square() / 2
+    elif statistic == "k3":
+        x = x.expm1() - x
+    if over != "token":
+        reduce = {"sum": segment.sum, "mean": segment.mean, "max": segment.maximum, "min": segment.minimum}[over]
+        x = reduce(x, spans)[:, None]
+    if statistic == "ratio":
+        x = x.exp()
+    return (x >= low) & (x <= high)
+
+
+def of_sign(signs: str, advantages: Tensor, inside: Tensor, spans: Spans) -> Tensor:
+    """Return the predicate where advantages have a sign, and True elsewhere.
+
+    Args:
+        signs: One of :data:`SIGNS`.
+        advantages: float ``[R, 1]`` or ``[N]``.
+        inside: bool ``[R, 1]`` or ``[N]``.
+        spans: The rows.
+
+    Returns:
+        bool ``[R, 1]`` if both are per row, else ``[N]``.
+    """
+    if signs == "any":
+        return inside
+    free = advantages <= 0 if signs == "positive" else advantages >= 0
+    if free.dim() == inside.dim():
+        return inside | free
+    per_token = [x if x.dim() == 1 else ops.spread(x[:, 0], spans) for x in (inside, free)]
+    return torch.logical_or(*per_token)

@@ -1,0 +1,243 @@
+"""Rollout collection: from the problems of a step to rewarded rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokcredit.rollouts import Rollouts
+from tokcredit.train import tasks
+from tokcredit.train.ranks import Ranks
+from tokcredit.train.sampler import Completions, Sampler
+from tokcredit.train.scoring import left_padded
+from tokcredit.train.settings import Settings
+
+
+class RolloutCollection(NamedTuple):
+    """The rollouts of a step in this process, whole groups.
+
+    ``outcomes``, ``outcome_groups`` and ``finished`` describe whole responses to the problems of the step; the metrics
+    of a step are computed from them. They differ from the rows if rows are parts of responses, or were sampled earlier.
+
+    Attributes:
+        problems: Problem of each row.
+        responses: Text of each row.
+        batch: The rows, packed, with the input ``prompt_tokens``.
+        outcomes: float ``[M]``, rewards of whole responses.
+        outcome_groups: Integers ``[M]``, group of each of these responses.
+        finished: bool ``[M]``, whether the model ended each of these responses by itself.
+    """
+
+    problems: list[tasks.Problem]
+    responses: list[str]
+    batch: Rollouts
+    outcomes: Tensor
+    outcome_groups: Tensor
+    finished: Tensor
+
+
+def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
+    """Return the token ids of a question, in the chat template if there is one, up to where the response begins.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        question: Text of the question.
+    """
+    if tokenizer.chat_template is None:
+        return list(tokenizer(question).input_ids)
+    messages = [{"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+class SamplingContext:
+    """What every rollout collector needs to sample: problems, prompts, the sampler, and random numbers of the step.
+
+    Args:
+        settings: Settings of the run.
+        problems: Training and held-out problems.
+        tokenizer: Tokenizer of the model; its chat template, if it has one, wraps every question.
+        sampler: Engine that continues prompts.
+        ranks: The processes, which share the problems of a step.
+
+    Raises:
+        ValueError: The prompts of a step cannot be shared out evenly.
+    """
+
+    def __init__(
+        self, settings: Settings, problems: tasks.Problems, tokenizer: Any, sampler: Sampler, ranks: Ranks
+    ) -> None:
+        if settings.sampling.prompts % ranks.count:
+            raise ValueError(
+                f"prompts: expected a multiple of the {ranks.count} processes, got {settings.sampling.prompts}"
+            )
+        self.settings, self.problems, self.ranks = settings, problems, ranks
+        self.tokenizer, self.sampler = tokenizer, sampler
+
+    def chosen(self, number: int) -> tuple[list[int], list[tasks.Problem]]:
+        """Return the problems of a step for this process, with their numbers among those of all processes.
+
+        Args:
+            number: Number of the step, from 1.
+
+        Returns:
+            The numbers, and the problems.
+        """
+        everything = self.problems.step(number - 1, self.settings.sampling.prompts, self.settings.seed)
+        mine = range(self.ranks.index, len(everything), self.ranks.count)
+        return list(mine), [everything[i] for i in mine]
+
+    def seeded(self, number: int, *purpose: int) -> torch.Generator:
+        """Seed torch's default generator for a step, so that a resumed run samples what an uninterrupted one would.
+
+        Call it inside ``torch.random.fork_rng()``.
+
+        Args:
+            number: Number of the step, from 1.
+            purpose: Numbers that tell apart several uses in one step; none for the rollouts themselves.
+        """
+        seed = np.random.SeedSequence([self.settings.seed, number, self.ranks.index], spawn_key=purpose)
+        mixed = seed.generate_state(1, np.uint64)
+        return torch.manual_seed(int(mixed[0]) >> 1)
+
+    def prompt(self, question: str) -> list[int]:
+        """Return the token ids of a question, up to where the response begins.
+
+        Args:
+            question: Text of the question.
+        """
+        return prompt_tokens(self.tokenizer, question)
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int,
+        temperature: float,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Completions:
+        """Return sampled continuations of prompts.
+
+        Args:
+            prompts: Token ids; there may be no prompt.
+            count: Continuations of each prompt.
+            temperature: Sampling temperature; 0 is greedy.
+            max_tokens: Largest number of tokens of a continuation, or None for that of the settings.
+            stop: Texts that end a continuation.
+        """
+        if not prompts:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            return Completions(nothing, nothing.new_zeros(1), nothing.float(), nothing.bool())
+        limit = self.settings.sampling.max_tokens if max_tokens is None else max_tokens
+        return self.sampler.sample(prompts, count, limit, temperature, stop)
+
+    def texts(self, tokens: Tensor, cu_seqlens: Tensor) -> list[str]:
+        """Return the text of each row.
+
+        Args:
+            tokens: Integers ``[N]``.
+            cu_seqlens: int64 ``[R + 1]``.
+        """
+        rows = tokens.split(cu_seqlens.diff().tolist())
+        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
+
+    def evaluate(self, attempt: Callable[[Sequence[tasks.Problem]], list[float]]) -> float:
+        """Return the mean reward on held-out problems, over all processes.
+
+        Args:
+            attempt: Returns the reward of one response to each of some problems.
+        """
+        chosen = self.problems.measured(self.settings.eval_problems)[self.ranks.index :: self.ranks.count]
+        self.sampler.sync()
+        rewards = attempt(chosen)
+        total = self.ranks.sum({"reward": torch.tensor(rewards).sum(), "count": torch.tensor(len(rewards))})
+        return total["reward"] / total["count"]
+
+
+class RolloutCollector:
+    """Base of what makes the rollouts of a step. Its state is what it keeps from one step to the next.
+
+    Args:
+        context: Problems and sampler.
+    """
+
+    def __init__(self, context: SamplingContext) -> None:
+        self._context = context
+
+    def collect(self, number: int) -> RolloutCollection:
+        """Return the rewarded rollouts of a step.
+
+        Args:
+            number: Number of the step, from 1.
+        """
+        raise NotImplementedError
+
+    def attempt(self, problems: Sequence[tasks.Problem]) -> list[float]:
+        """Return the reward of one greedy response to each problem.
+
+        Args:
+            problems: The problems.
+        """
+        prompts = [self._context.prompt(p.question) for p in problems]
+        made = self._context.complete(prompts, 1, 0.0)
+        responses = self._context.texts(made.tokens, made.cu_seqlens)
+        return [p.reward(response) for p, response in zip(problems, responses, strict=True)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state after a step, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of a checkpoint.
+
+        Args:
+            state: From :meth:`state_dict`.
+        """
+        return None
+
+
+class SingleTurn(RolloutCollector):
+    """Collects several independent responses to every prompt."""
+
+    def collect(self, number: int) -> RolloutCollection:
+        """Return the rewarded rollouts of a step.
+
+        Args:
+            number: Number of the step, from 1.
+        """
+        return self.responses(number, *self._context.chosen(number))
+
+    def responses(self, number: int, groups: Sequence[int], chosen: Sequence[tasks.Problem]) -> RolloutCollection:
+        """Return rewarded responses to some problems.
+
+        Args:
+            number: Number of the step, from 1.
+            groups: Group id of each problem.
+            chosen: The problems.
+        """
+        context, count = self._context, self._context.settings.sampling.group
+        prompts = [context.prompt(p.question) for p in chosen]
+        context.sampler.sync()
+        with torch.random.fork_rng():
+            context.seeded(number)
+            made = context.complete(prompts, count, context.settings.sampling.temperature)
+        responses = context.texts(made.tokens, made.cu_seqlens)
+        problems = [p for p in chosen for _ in range(count)]
+        device = made.tokens.device
+        rewards = torch.tensor([p.reward(r) for p, r in zip(problems, responses, strict=True)], device=device)
+        batch = Rollouts(
+            made.tokens,
+            made.cu_seqlens,
+            group_ids=torch.tensor(groups, device=device).repeat_interleave(count),
+            rewards=rewards,
+            rollout_log_probs=made.log_probs,
+            extras={
+                "prompt_tokens": left_padded(prompts, -1, device)[0].repeat_interleave(count, 0),
+                "truncated": ~made.finished,
+            },
+        )
+        return RolloutCollection(problems, responses, batch, rewards, batch.group_ids, made.finished)

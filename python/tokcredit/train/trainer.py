@@ -1,0 +1,246 @@
+"""The training loop: collect rollouts, then update the policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from tokcredit import inputs
+from tokcredit.blocks import segment
+from tokcredit.decoding.temperature import AdaptiveTemperature
+from tokcredit.groups import Groups
+from tokcredit.methods.hapo import entropy_deviation
+from tokcredit.mixing import mix
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages.token_weights import importance_truncated
+from tokcredit.train import collectors, models, tasks
+from tokcredit.train.clock import Clock
+from tokcredit.train.conversations import Conversations
+from tokcredit.train.learner import Learner, Update
+from tokcredit.train.lengths import LengthHead, LengthLearner
+from tokcredit.train.probes import Prober
+from tokcredit.train.ranks import Ranks
+from tokcredit.train.replay import Replay
+from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext, SingleTurn
+from tokcredit.train.sampler import Sampler, TransformersSampler
+from tokcredit.train.settings import Settings
+from tokcredit.train.trees import Trees
+
+
+class Step(NamedTuple):
+    """A step of training.
+
+    Attributes:
+        collection: The rollouts.
+        update: The update of the policy.
+        metrics: Numbers by name, over all processes.
+    """
+
+    collection: RolloutCollection
+    update: Update
+    metrics: dict[str, float]
+
+
+def _with_length(objective: Any, longest: int) -> Any:
+    """Return the objective with the generation limit where its aggregation would use the longest row of each batch."""
+    aggregation: Any = getattr(objective, "aggregation", None)
+    if aggregation is not None and aggregation.reads_width:
+        return mix(objective, aggregation=dataclasses.replace(aggregation, length=longest))
+    return objective
+
+
+def _corrected(objective: Any) -> Any:
+    """Return the objective with a token weight for an engine whose probabilities differ, unless it already has one."""
+    corrections = (x for x in objective.stages() if x.kind in ("token_weight", "ratio"))
+    if any("rollout_log_probs" in x.required_inputs for x in corrections):
+        return objective
+    return mix(objective, token_weights=(*objective.token_weights, importance_truncated()))
+
+
+def _check_collected(objective: Any, method: str) -> None:
+    by_forward = collectors.collected()
+    wanted = objective.required_inputs
+    missing = wanted & inputs.names("user") | {x for x in wanted & by_forward if not collectors.computes(x)}
+    if missing:
+        raise ValueError(
+            f"method: expected an objective whose inputs the trainer collects, got {method}, "
+            f"which requires {', '.join(sorted(missing))}"
+        )
+    if unknown := [name for name in objective.variables if not collectors.computes(name)]:
+        raise ValueError(
+            f"method: expected an objective of variables that a forward pass computes, got {method}, "
+            f"which differentiates {', '.join(unknown)}"
+        )
+
+
+class Trainer:
+    """A policy and everything that trains it; :func:`tokcredit.train.run` records it into a folder.
+
+    Args:
+        settings: Settings without open defaults; see :func:`tokcredit.train.experiment.resolved`.
+
+    Raises:
+        ValueError: The objective requires an input that the trainer does not collect, or a setting is wrong.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.objective = _with_length(settings.objective.build(), settings.sampling.max_tokens)
+        if settings.sampling.sampler == "vllm" and settings.objective.token_weights is None:
+            self.objective = _corrected(self.objective)
+        _check_collected(self.objective, settings.objective.method)
+        required_inputs = self.objective.required_inputs
+        self.accelerator = Accelerator(mixed_precision=settings.optimizer.precision)
+        self.ranks = Ranks(self.accelerator)
+        self.problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
+        with self.accelerator.main_process_first():
+            model, self.tokenizer = models.load(settings.model)
+        model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        # The wrapper that converts outputs to float32 would copy all logits.
+        self.model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        distils = inputs.names("teacher") & (required_inputs | set(self.objective.variables))
+        teacher = self._teacher() if distils else None
+        s, half = settings.sampling, settings.optimizer.precision == "bf16"
+        deviations = (x for x in self.objective.stages() if isinstance(x, entropy_deviation))
+        self.deviation = next(deviations, entropy_deviation())
+        literal = self.deviation.literal_sign
+        self.adaptive = AdaptiveTemperature(s.temperature, s.adaptive, None, literal) if s.adaptive else None
+        sampler: Sampler
+        if s.sampler == "vllm":
+            sampler = self._vllm(torch.bfloat16 if half else torch.float32)
+        else:
+            dtype = torch.bfloat16 if half else None
+            sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
+        self.context = SamplingContext(settings, self.problems, self.tokenizer, sampler, self.ranks)
+        self.rollout_collector = self._rollout_collector()
+        self.learner = Learner(settings, self.objective, self.model, teacher, self.accelerator)
+        self.prober = Prober(self.context, self.learner.score)
+        self.lengths = self._length_learner() if required_inputs & inputs.names("length_head") else None
+        self.accelerator.register_for_checkpointing(self)
+
+    def _vllm(self, dtype: torch.dtype) -> Sampler:
+        if self.adaptive:
+            raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {self.settings.sampling.adaptive}")
+        from tokcredit.adapters import vllm
+
+        return vllm.VllmSampler.of(self.model, self.tokenizer, dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next step depends on beside weights, for a checkpoint."""
+        return {
+            "temperature": self.adaptive.statistics if self.adaptive else None,
+            "rollout_collector": self.rollout_collector.state_dict(),
+            "lengths": self.lengths.state_dict() if self.lengths else None,
+            "controllers": self.learner.state.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of a checkpoint.
+
+        Args:
+            state: From :meth:`state_dict`.
+        """
+        if self.adaptive:
+            self.adaptive.statistics = state["temperature"]
+        if self.lengths:
+            self.lengths.load_state_dict(state["lengths"])
+        self.rollout_collector.load_state_dict(state["rollout_collector"])
+        self.learner.state.load_state_dict(state["controllers"])
+
+    def evaluate(self) -> float:
+        """Return the mean reward on held-out problems, over all processes."""
+        return self.context.evaluate(self.rollout_collector.attempt)
+
+    def step(self, number: int) -> Step:
+        """Collect rollouts, update the policy and return the step.
+
+        Args:
+            number: Number of the step, from 1.
+        """
+        clock = Clock()
+        with clock("sample"):
+            collection = self.rollout_collector.collect(number)
+        with clock("train"):
+            batch = self._with_inputs(collection, number)
+            update = self.learner.update(batch, number, clock)
+        if self.adaptive:
+            everything, _ = self.ranks.gather(batch, frozenset({"entropies"}))
+            self.adaptive.statistics = self.deviation.statistics(everything)
+        metrics = update.metrics | self.ranks.mean(self._measured(collection, update))
+        metrics |= self.ranks.sum({"tokens": batch.lengths.sum()})
+        self.learner.observe(metrics)
+        if self.lengths:
+            metrics["length_loss"] = self.lengths.update(batch, ~batch.input("truncated"))
+        seconds = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
+        return Step(collection, update, {**metrics, **clock.seconds, "seconds": seconds})
+
+    def _measured(self, collection: RolloutCollection, update: Update) -> dict[str, Tensor]:
+        """Return the means that describe the rollouts of this process."""
+        batch = update.prepared.batch
+        groups, outcomes = Groups.of(collection.outcome_groups), collection.outcomes.double()
+        mixed = segment.maximum(outcomes, groups) > segment.minimum(outcomes, groups)
+        out = {
+            "reward_mean": outcomes.mean(),
+            "length_mean": batch.lengths.double().mean(),
+            "finished_fraction": collection.finished.double().mean(),
+            "groups_mixed_fraction": mixed.double().mean(),
+            "rows_with_gradient_fraction": update.prepared.has_gradient.double().mean(),
+        }
+        if batch.has_input("old_log_probs") and batch.has_input("rollout_log_probs"):
+            gap = (batch.input("old_log_probs") - batch.input("rollout_log_probs")).abs()
+            out["rollout_log_prob_gap_mean"] = segment.mean(gap, batch.spans).double().mean()
+        if batch.has_input("turn_rewards"):
+            out["turn_reward_sum_mean"] = batch.input("turn_rewards").double().sum() / batch.num_rows
+        return out
+
+    def _rollout_collector(self) -> RolloutCollector:
+        wanted = self.objective.required_inputs
+        with_tools = any(p.calls is not None for p in self.problems.held_out)
+        plain = ("continuations", "probes", "tree_sampler", "replay")
+        if with_tools and (others := wanted & frozenset().union(*map(inputs.names, plain))):
+            raise ValueError(
+                f"tasks: expected tasks without tools because {self.settings.objective.method} requires "
+                f"{', '.join(sorted(others))}, got {', '.join(self.settings.tasks)}"
+            )
+        if wanted & inputs.names("tree_sampler"):
+            return Trees(self.context)
+        if with_tools or wanted & inputs.names("environment"):
+            return Conversations(self.context)
+        return Replay(self.context) if wanted & inputs.names("replay") else SingleTurn(self.context)
+
+    def _with_inputs(self, collection: RolloutCollection, number: int) -> Rollouts:
+        """Return the rollouts with all inputs that the objective requires."""
+        wanted, others = self.objective.required_inputs, frozenset[str]()
+        if self.adaptive:
+            others |= {"entropies"}
+        if "state_values" in wanted:
+            others |= {"old_log_probs"}
+        if self.lengths:
+            others |= {"hidden_states"}
+        batch = self.learner.with_inputs(collection.batch, others)
+        if wanted & (inputs.names("continuations") | inputs.names("probes")):
+            batch = batch.with_inputs(**self.prober.probe(wanted, batch, collection.problems, number))
+        if self.lengths:
+            batch = batch.with_inputs(length_values=self.lengths.values(batch))
+        return batch
+
+    def _length_learner(self) -> LengthLearner:
+        stage = next(x for x in self.objective.stages() if x.reads & inputs.names("length_head"))
+        if not hasattr(stage, "gamma"):
+            raise ValueError(f"credit: expected a stage with a gamma because it reads length_values, got {stage}")
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            head = LengthHead(self.model.config.hidden_size).to(self.accelerator.device)
+        return LengthLearner(head, stage.gamma, self.ranks)
+
+    def _teacher(self) -> Any:
+        if self.settings.teacher is None:
+            raise ValueError(f"teacher: expected a model because of {self.settings.objective.method}, got None")
+        teacher, tokenizer = models.load(self.settings.teacher)
+        if tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            raise ValueError(f"teacher: expected the tokens of {self.settings.model}, got {self.settings.teacher}")
+        return teacher.to(self.accelerator.device)

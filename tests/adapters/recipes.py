@@ -1,0 +1,27 @@
+"""The Python blocks of ``docs/hosts.md``, run as printed."""
+
+import re
+import textwrap
+from pathlib import Path
+
+HOSTS = Path(__file__).parents[2] / "docs/hosts.md"
+
+
+def sections():
+    """The text of each section, by heading."""
+    _, *parts = re.split(r"^## (.*)\n", HOSTS.read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def blocks(section):
+    """The code of the Python blocks of a section."""
+    found = re.findall(r"^( *)```python\n(.*?)^ *```$", sections()[section], re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(code) for _, code in found]
+
+
+def run(section):
+    """The names that the only block of a section defines. It gets no names: the block imports what it uses."""
+    (code,) = blocks(section)
+    names = {"__name__": section}
+    exec(compile(code, f"{HOSTS}: {section}", "exec"), names)
+    return names

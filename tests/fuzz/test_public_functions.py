@@ -1,0 +1,235 @@
+"""Every public function with malformed arguments: it returns or raises, and the process lives.
+
+The short form runs in the suite; ``make fuzz`` runs many more cases under address and undefined-behaviour sanitizers.
+"""
+
+import inspect
+from contextlib import suppress
+
+import malformed
+import pytest
+import tokcredit as tc
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokcredit.blocks import divergence, length, log_probs, scan, segment, select, tree, values
+
+RAISED = (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError, OverflowError)
+N, R, G, V = 12, 4, 2, 5
+
+
+def spans(mask=True):
+    return tc.Spans(
+        torch.tensor([0, 3, 5, 5]), torch.tensor([3, 5, 5, 11]), N, torch.arange(N) % 4 != 1 if mask else None
+    )
+
+
+def rollouts(**inputs):
+    tokens = torch.tensor([1, 2, 3, 1, 2, 1, 2, 4, 4, 0, 1, 2])
+    edges, groups, rewards = (
+        torch.tensor([0, 3, 5, 5, N]),
+        torch.tensor([7, 3, 7, 3]),
+        torch.tensor([1.0, 0.0, 0.5, 1.0]),
+    )
+    return tc.Rollouts(tokens, edges, groups, rewards, torch.arange(N) % 4 != 1, old_log_probs=-torch.rand(N), **inputs)
+
+
+def floats(*shape):
+    return torch.randn(*shape)
+
+
+def forest():
+    return {"parent": torch.tensor([-1, 0, 0, -1]), "leaf": torch.tensor([1, 2, 3]), "x": floats(3)}
+
+
+PER_ROW = {"x": floats(R), "by": tc.segment.Ids(torch.tensor([0, 1, 1, 0]), G)}
+PER_TOKEN = {"x": floats(N), "by": spans()}
+LOGITS = {"logits": floats(N, V), "tokens": torch.arange(N) % V}
+
+# Well-formed arguments of every public function of the blocks. One or two of them are replaced by malformed ones.
+CALLS = {
+    "spans": (
+        tc.Spans,
+        {
+            "begin": torch.tensor([0, 3]),
+            "end": torch.tensor([3, 9]),
+            "size": N,
+            "mask": torch.ones(N, dtype=torch.bool),
+        },
+    ),
+    "spans, packed": (
+        tc.Spans.from_cu_seqlens,
+        {"cu_seqlens": torch.tensor([0, 3, N]), "mask": torch.ones(N, dtype=torch.bool)},
+    ),
+    "spans, padded": (
+        tc.Spans.from_padded,
+        {"lengths": torch.tensor([3, 0, 4]), "width": 4, "mask": torch.ones(3, 4, dtype=torch.bool)},
+    ),
+    "scan.cumulative": (scan.cumulative, {"x": floats(N), "spans": spans(), "carry": floats(R)}),
+    "scan.positions": (scan.positions, {"spans": spans()}),
+    "scan.returns": (scan.returns, {"rewards": floats(N), "spans": spans(), "discount": 0.9}),
+    "scan.following": (scan.following, {"x": floats(N), "spans": spans(), "last": floats(R)}),
+    "scan.generalized_advantages": (
+        scan.generalized_advantages,
+        {
+            "rewards": floats(N),
+            "values": floats(N),
+            "spans": spans(),
+            "discount": 1.0,
+            "trace": 0.9,
+            "bootstrap": floats(R),
+        },
+    ),
+    **{
+        f"segment.{f.__name__}, rows": (f, PER_TOKEN)
+        for f in (
+            segment.sum,
+            segment.mean,
+            segment.var,
+            segment.minimum,
+            segment.maximum,
+            segment.logsumexp,
+            segment.moments,
+        )
+    },
+    **{
+        f"segment.{f.__name__}, ids": (f, PER_ROW)
+        for f in (
+            segment.sum,
+            segment.mean,
+            segment.var,
+            segment.minimum,
+            segment.maximum,
+            segment.logsumexp,
+            segment.moments,
+        )
+    },
+    "segment.count": (segment.count, {"by": PER_ROW["by"]}),
+    "segment.keys": (segment.keys, {"ids": torch.tensor([0, 1, 1]), "others": torch.tensor([2, 2, 0])}),
+    "segment.pieces": (segment.pieces, {"marks": spans().mask & (torch.arange(N) % 3 == 0), "spans": spans()}),
+    "select.sizes": (select.sizes, {"spans": spans(), "by": PER_ROW["by"]}),
+    "select.everything": (select.everything, {"spans": spans()}),
+    "select.top_k": (
+        select.top_k,
+        {"score": floats(N), "k": torch.tensor([1, 2]), "spans": spans(), "by": PER_ROW["by"]},
+    ),
+    "select.kth": (select.kth, {"x": floats(N), "rank": 1, "spans": spans(), "by": PER_ROW["by"]}),
+    "select.quantile": (select.quantile, {"x": floats(N), "q": 0.3, "spans": spans(), "by": None}),
+    "select.quantile_nearest": (
+        select.quantile_nearest,
+        {"x": floats(N), "q": 0.3, "spans": spans(), "by": PER_ROW["by"]},
+    ),
+    "select.maximum_variance": (select.maximum_variance, {"x": floats(R), "k": 2, "by": PER_ROW["by"]}),
+    "tree.build": (tree.build, {"batch": rollouts()}),
+    "tree.expand": (
+        lambda **x: tree.build(rollouts()).expand(**x),
+        {"body": floats(2 * R), "head": floats(2 * R), "row": floats(R)},
+    ),
+    "values.monte_carlo": (
+        lambda **x: values.monte_carlo(tree.build(rollouts()), **x),
+        {"rewards": floats(R), "counted": torch.ones(R, dtype=torch.bool)},
+    ),
+    "values.mean_of_children": (
+        lambda **x: values.mean_of_children(tree.build(rollouts()), **x),
+        {"rewards": floats(R)},
+    ),
+    "values.leave_one_out": (lambda **x: values.leave_one_out(tree.build(rollouts()), **x), {"rewards": floats(R)}),
+    "values.temporal_difference": (
+        lambda **x: values.temporal_difference(tree.build(rollouts()), **x),
+        {"value": floats(2 * R)},
+    ),
+    "values.fold_means": (values.fold_means, forest()),
+    "log_probs.with_entropies": (log_probs.with_entropies, {**LOGITS, "temperature": 1.0}),
+    "log_probs.from_logits": (log_probs.from_logits, {**LOGITS, "temperature": 1.0}),
+    "log_probs.squared_probs": (log_probs.squared_probs, {**LOGITS, "temperature": 0.7}),
+    "log_probs.normalizers": (log_probs.normalizers, {"logits": floats(N, V), "batch": rollouts()}),
+    "log_probs.group_vocabulary": (log_probs.group_vocabulary, {"batch": rollouts()}),
+    "log_probs.group_probs": (log_probs.group_probs, {"logits": floats(N, V), "batch": rollouts()}),
+    "length.remaining": (length.remaining, {"spans": spans()}),
+    "length.targets": (length.targets, {"spans": spans(), "gamma": 0.9, "values": floats(N), "trace": 0.5}),
+    "length.advantages": (
+        length.advantages,
+        {
+            "values": floats(N),
+            "spans": spans(),
+            "gamma": 0.9,
+            "trace": 1.0,
+            "truncated": torch.ones(R, dtype=torch.bool),
+        },
+    ),
+    "length.squared": (length.squared, {"z": floats(N), "target": floats(N), "spans": spans(), "floor": 0.1}),
+    "length.cross_entropy": (length.cross_entropy, {"z": floats(N), "target": -torch.rand(N), "spans": spans()}),
+    "length.tokens": (length.tokens, {"z": floats(N), "gamma": 0.9}),
+    "length.tokens_of_value": (length.tokens_of_value, {"value": -torch.rand(N), "gamma": 0.9}),
+    "length.gamma_for": (length.gamma_for, {"length": 10.0, "resolved": 0.9}),
+    "divergence.kl": (divergence.kl, {"p_logits": floats(N, V), "q_logits": floats(N, V), "temperature": 1.0}),
+    "divergence.js": (
+        divergence.js,
+        {"p_logits": floats(N, V), "q_logits": floats(N, V), "temperature": 1.0, "top_p": 0.9},
+    ),
+    "divergence.nucleus": (divergence.nucleus, {"log_p": floats(N, V).log_softmax(-1), "top_p": 0.9}),
+    "divergence.disagreement": (
+        divergence.disagreement,
+        {"logits": floats(N, V), "batch": rollouts(), "padded": False},
+    ),
+}
+POSITIONAL = {"segment.keys"}
+
+
+def sized(x):
+    return x.numel() if isinstance(x, torch.Tensor) else R
+
+
+@st.composite
+def arguments(draw, well_formed):
+    """The well-formed arguments with one or two of them malformed."""
+    made = dict(well_formed)
+    for name in draw(st.lists(st.sampled_from(sorted(made)), min_size=1, max_size=2, unique=True)):
+        x = made[name]
+        if isinstance(x, tc.Spans) and draw(st.booleans()):
+            parts = [draw(malformed.anything(sized(part))) for part in (x.begin, x.end)]
+            with suppress(*RAISED):
+                made[name] = tc.Spans(*parts, draw(st.sampled_from([N, 0, -1, 1 << 40])), x.mask)
+        elif isinstance(x, torch.Tensor) and draw(st.booleans()):
+            made[name] = draw(malformed.changed(x))
+        else:
+            made[name] = draw(malformed.anything(sized(x)))
+    return made
+
+
+def survives(function, *positional, **named):
+    """Call a function with malformed arguments; it must return or raise an error that tells what is wrong."""
+    try:
+        function(*positional, **named)
+    except RAISED as error:
+        assert str(error), "an error without a message"
+
+
+def public(module):
+    return {
+        name
+        for name, x in vars(module).items()
+        if inspect.isfunction(x) and x.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+def test_every_public_function_is_here():
+    for module in (scan, segment, select, tree, values, log_probs, length, divergence):
+        short = module.__name__.rpartition(".")[2]
+        missing = public(module) - {name.partition(",")[0].removeprefix(f"{short}.") for name in CALLS}
+        assert not missing - {"check_gamma"}, f"{short}: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_well_formed_arguments_pass(name):
+    function, well_formed = CALLS[name]
+    function(*well_formed.values()) if name in POSITIONAL else function(**well_formed)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@given(data=st.data())
+@settings(suppress_health_check=list(HealthCheck))
+def test_malformed_arguments(name, data):
+    function, well_formed = CALLS[name]
+    made = data.draw(arguments(well_formed))
+    survives(function, *made.values()) if name in POSITIONAL else survives(function, **made)

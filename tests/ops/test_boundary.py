@@ -1,0 +1,356 @@
+"""Native functions called directly: whatever they are given, they raise or compute, and touch only their tensors."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokcredit import _C
+
+N, R, V = 12, 3, 6  # tokens, rows, tree nodes
+
+
+def integers(*x):
+    return torch.tensor(x, dtype=torch.int64)
+
+
+def floats(*shape, dtype=torch.float32):
+    return torch.linspace(-1.5, -0.1, math.prod(shape), dtype=dtype).reshape(shape)
+
+
+def spans():
+    return {"begin": integers(0, 4, 4), "end": integers(3, 4, 12), "mask": torch.arange(N) % 3 > 0}
+
+
+def tree():
+    return {"leaf": integers(1, 2, 3), "parent": integers(-1, 0, 0, 1, -1, -1), "depth": integers(0, 2, 0, 2, 0, 0)}
+
+
+def policy_loss():
+    operands = [None, floats(R, 1), floats(N), None, None, None, None, floats(N), floats(N)]
+    return {
+        "log_probs": floats(N),
+        "reference": floats(N),
+        "operands": operands,
+        "numbers": [0.0] * 9,
+        **spans(),
+        "trains": None,
+        "surrogate": _C.SURROGATES.index("gated"),
+        "source": 2,
+        "on": 1,
+        "value": 0,
+        "both_sides": True,
+        **dict.fromkeys(("bound", "power", "limit", "clamp_low", "clamp_high"), 1.0),
+        "values": floats(R),
+        "stats": floats(R, len(_C.LOSS_STATS), dtype=torch.float64),
+        "slopes": floats(N),
+        "threads": 2,
+    }
+
+
+# Arguments of each function that it takes, in order; the names are those of the errors.
+VALID = {
+    "scan": lambda: {
+        "x": floats(N),
+        **spans(),
+        "decay": 0.5,
+        "carry_in": floats(R),
+        "reverse": False,
+        "exclusive": True,
+        "y": floats(N),
+        "carry_out": floats(R),
+        "threads": 2,
+    },
+    "segment_rows": lambda: {
+        "x": floats(N),
+        **spans(),
+        "reduction": 2,
+        "ddof": 1.0,
+        "y": floats(R),
+        "threads": 2,
+    },
+    "segment_ids": lambda: {
+        "x": floats(N),
+        "ids": torch.arange(N) % 5,
+        "mask": torch.arange(N) % 3 > 0,
+        "reduction": 6,
+        "ddof": 1.0,
+        "y": floats(4),
+    },
+    "select": lambda: {
+        "x": floats(N),
+        **spans(),
+        "scope": integers(0, 7, 1),
+        "k": integers(1, 2),
+        "ranks": False,
+        "y": torch.zeros(N, dtype=torch.bool),
+        "threads": 2,
+    },
+    "kth": lambda: {
+        "x": floats(N),
+        **spans(),
+        "scope": integers(0, 7, 1),
+        "rank": integers(1, 2),
+        "ranks": True,
+        "y": floats(2),
+        "threads": 2,
+    },
+    "maximum_variance": lambda: {
+        "x": floats(N, dtype=torch.float64),
+        "scope": torch.arange(N) % 3,
+        "k": integers(2, 3),
+        "chosen": torch.zeros(N, dtype=torch.bool),
+    },
+    "tree_build": lambda: {
+        "tokens": torch.arange(N) % 2,
+        "begin": integers(0, 4, 6),
+        "end": integers(4, 6, 12),
+        "group": integers(0, 0, 1),
+        "groups": 2,
+        "leaf": integers(*[0] * R),
+        **{name: integers(*[0] * V) for name in ("parent", "group_of", "depth", "length", "count", "degree")},
+        "size": integers(0),
+        "threads": 2,
+    },
+    "tree_fold": lambda: {
+        "leaf": tree()["leaf"],
+        "parent": tree()["parent"],
+        "scale": floats(V),
+        "x": floats(R),
+        "y": floats(V),
+    },
+    "expand": lambda: {
+        "begin": integers(0, 4, 6),
+        "end": integers(3, 6, 12),
+        "mask": torch.arange(N) % 3 > 0,
+        "row": floats(R),
+        **tree(),
+        "body": floats(V),
+        "head": floats(V),
+        "y": floats(N),
+        "threads": 2,
+    },
+    "policy_loss": policy_loss,
+    "scale_rows": lambda: {
+        "x": floats(N),
+        "factor": floats(R),
+        "begin": integers(0, 4, 4),
+        "end": integers(3, 4, 12),
+        "threads": 2,
+    },
+    "logits": lambda: {
+        "logits": floats(4, V),
+        "tokens": integers(0, 5, -1, 2),
+        "temperature": 0.7,
+        "log_probs": floats(4),
+        "entropies": floats(4),
+        "logsumexp": floats(4, dtype=torch.float64),
+        "threads": 2,
+    },
+    "logits_gradient": lambda: {
+        "logits": floats(4, V),
+        "tokens": integers(0, 5, -1, 2),
+        "temperature": 0.7,
+        "logsumexp": floats(4, dtype=torch.float64),
+        "entropies": floats(4),
+        "grad_log_probs": floats(4),
+        "grad_entropies": floats(4),
+        "grad": floats(4, V),
+        "threads": 2,
+    },
+    "baseline": lambda: {
+        "log_probs": floats(N),
+        "squares": floats(N),
+        "rewards": floats(N),
+        **spans(),
+        "group": integers(0, 1, 0),
+        "groups": 2,
+        "epsilon": 1e-8,
+        "advantages": floats(N),
+        "returns": floats(N),
+        "threads": 2,
+    },
+    "repack": lambda: {
+        "x": floats(N),
+        "from": integers(5, 0, 0),
+        "to": integers(1, 4, 4),
+        "length": integers(2, 0, 3),
+        "y": floats(8),
+        "threads": 2,
+    },
+}
+
+
+def call(name, arguments):
+    getattr(_C, "select" if name == "kth" else name)(*arguments.values())
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_the_table_is_valid(name):
+    call(name, VALID[name]())
+
+
+def test_every_function_is_in_the_table():
+    functions = {name for name in dir(_C) if callable(getattr(_C, name)) and not name.startswith("_")}
+    assert functions - {"build_info", "empty", "empty_cache"} == set(VALID) - {"kth"}
+
+
+FAR = 10**8
+WRONG = {
+    "scan": [
+        ("begin, end", {"begin": integers(0, 4, FAR), "end": integers(3, 4, FAR + 4)}),
+        ("begin, end", {"begin": integers(0, 2, 4)}),  # overlapping
+        ("begin, end", {"begin": integers(-1, 4, 4)}),
+        ("begin, end", {"end": integers(3, 4, N + 1)}),
+        ("begin, end", {"begin": integers(0, 4, 8), "end": integers(3, 4, 6)}),  # backwards
+        ("begin", {"begin": integers(0, 4, 4).int()}),
+        ("end", {"end": integers(3, 4)}),
+        ("mask", {"mask": torch.ones(N)}),
+        ("x", {"x": integers(*range(N))}),
+        ("carry_in", {"carry_in": floats(R + 1)}),
+        ("y", {"y": floats(N, dtype=torch.float64)}),
+    ],
+    "segment_rows": [("reduction", {"reduction": 99}), ("begin, end", {"end": integers(3, 4, 2**62)})],
+    "segment_ids": [("reduction", {"reduction": -1}), ("ids", {"ids": integers(0)})],
+    "tree_build": [
+        ("group", {"group": integers(0, 2, 0)}),
+        ("group", {"group": integers(0, -1, 0)}),
+        ("groups", {"groups": 2**40}),
+        ("tokens", {"tokens": floats(N)}),
+        ("leaf", {"leaf": integers(0)}),
+    ],
+    "tree_fold": [
+        ("leaf", {"leaf": integers(0, V, 0)}),
+        ("leaf", {"leaf": integers(0, -1, 0)}),
+        ("parent", {"parent": integers(-1, 0, 0, 4, -1, -1)}),
+        ("parent", {"parent": integers(-1, 0, 2, 1, -1, -1)}),  # its own parent
+        ("parent", {"parent": integers(-2, 0, 0, 1, -1, -1)}),
+        ("x", {"x": floats(R).bfloat16(), "y": floats(V)}),
+    ],
+    "expand": [
+        ("leaf", {"leaf": integers(0, 1, FAR)}),
+        ("parent", {"parent": integers(1, 0, 0, 1, -1, -1)}),
+        ("depth", {"depth": integers(0, -1, 0, 2, 0, 0)}),
+        ("depth", {"depth": integers(0, 4, 0, 5, 0, 0)}),  # begins behind the end of its row
+        ("depth", {"depth": integers(0, 2, 0, 1, 0, 0)}),  # before its parent
+        ("y", {"y": floats(N).bfloat16()}),
+        ("depth", {"depth": None}),
+    ],
+    "policy_loss": [
+        *((name, {name: 99}) for name in ("surrogate", "source", "on", "value")),
+        ("operands", {"numbers": [0.0]}),
+        ("reference", {"reference": None}),
+        ("stats", {"stats": floats(R, 2, dtype=torch.float64)}),
+        ("advantages", {"operands": [None, floats(R + 1, 1), *[None] * 7]}),
+    ],
+    "scale_rows": [("x", {"x": floats(N).bfloat16()}), ("begin, end", {"end": integers(3, 4, N + 1)})],
+    "logits": [
+        ("tokens", {"tokens": integers(0, V, 0, 0)}),
+        ("tokens", {"tokens": integers(0, -2, 0, 0)}),
+        ("logits", {"logits": floats(4 * V)}),
+    ],
+    "baseline": [
+        ("group", {"group": integers(0, 2, 0)}),
+        ("groups", {"groups": -1}),
+        ("rewards", {"rewards": floats(R)}),
+    ],
+    "repack": [
+        ("from, length", {"from": integers(5, 0, N)}),
+        ("from, length", {"from": integers(-1, 0, 0)}),
+        ("from, length", {"length": integers(2, -1, 3)}),
+        ("from, length", {"length": integers(2, 0, 2**63 - 1)}),
+        ("to, length", {"to": integers(1, 2, 4)}),
+        ("to, length", {"to": integers(1, 4, 6)}),
+        ("y", {"y": floats(8, dtype=torch.float64)}),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "argument", "changed"), [(n, a, c) for n, cases in WRONG.items() for a, c in cases])
+def test_wrong_arguments_are_named(name, argument, changed):
+    said = {"segment_rows": "segment", "segment_ids": "segment"}.get(name, name)
+    with pytest.raises((ValueError, TypeError), match=f"^{said}: {argument}: expected .*, got "):
+        call(name, VALID[name]() | changed)
+
+
+@pytest.mark.parametrize("rank", [-1, -(2**63), 2**63 - 1])
+def test_ranks_that_do_not_exist(rank):
+    arguments = VALID["kth"]() | {"rank": integers(rank, 0)}
+    call("kth", arguments)
+    assert arguments["y"].isnan().tolist() == [True, False]
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool)
+DTYPES += (torch.uint8, torch.complex64)
+PLACES = (-(2**63), -1, 0, 1, 2, 3, 5, N, N + 1, FAR, 2**62, 2**63 - 1)
+
+
+@st.composite
+def tensors(draw):
+    """Tensors of every kind, and things that are none."""
+    kind = draw(st.sampled_from(["plain", "plain", "places", "places", "strided", "empty", "special"]))
+    size = draw(st.sampled_from([0, 1, 2, R, 4, V, 8, N, N + 1, 40]))
+    dtype = draw(st.sampled_from(DTYPES))
+    if kind == "places":
+        return integers(*draw(st.lists(st.sampled_from(PLACES), min_size=0, max_size=N)))
+    if kind == "strided":
+        base = torch.zeros(2 * size + 1, dtype=dtype)
+        return draw(st.sampled_from([base[::2], base[:1].expand(size), base[1 : 1 + size], base[: 2 * size : 2, None]]))
+    if kind == "empty":
+        return torch.empty(draw(st.sampled_from([(0,), (0, 1), (3, 0), (1, 0, 2)])), dtype=dtype)
+    if kind == "special":
+        return draw(
+            st.sampled_from(
+                [
+                    None,
+                    3,
+                    [1.0],
+                    "x",
+                    torch.ones(N).numpy(),
+                    torch.ones(N).to_sparse(),
+                    torch.ones(N).conj(),
+                    torch.full((N,), math.nan),
+                    torch.nn.Parameter(torch.full((N,), math.inf)),
+                    torch.tensor(1.0),
+                    torch.ones(R, 1),
+                    torch.ones(N, requires_grad=True),
+                ]
+            )
+        )
+    shape = draw(st.sampled_from([(size,), (size, 1), (1, size), ()]))
+    return torch.zeros(shape, dtype=dtype)
+
+
+JUNK_NUMBERS = st.sampled_from([-(2**31), -1, 0, 1, 2, 5, 99, 2**31 - 1, 2**40, 0.5, math.nan, -math.inf, 1e308, None])
+
+
+@st.composite
+def calls(draw):
+    """A valid call with one to four arguments replaced; half of the time by parts of a valid one."""
+    name = draw(st.sampled_from(sorted(VALID)))
+    arguments = VALID[name]()
+    chosen = draw(st.lists(st.sampled_from(sorted(arguments)), min_size=1, max_size=4, unique=True))
+    for argument in chosen:
+        old = arguments[argument]
+        if isinstance(old, list):
+            junk = st.lists(tensors() if argument == "operands" else JUNK_NUMBERS, min_size=8, max_size=9)
+        elif isinstance(old, torch.Tensor) or old is None:
+            junk = tensors()
+        else:
+            junk = JUNK_NUMBERS
+        arguments[argument] = draw(junk)
+        if isinstance(old, torch.Tensor) and old.dtype == torch.int64 and draw(st.booleans()):
+            arguments[argument] = integers(
+                *draw(st.lists(st.sampled_from(PLACES), min_size=len(old), max_size=len(old)))
+            )
+    return name, arguments
+
+
+@given(calls())
+@settings(max_examples=600)
+def test_junk_raises_or_computes(made):
+    name, arguments = made
+    with contextlib.suppress(ValueError, TypeError, RuntimeError):
+        call(name, arguments)

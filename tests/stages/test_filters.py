@@ -1,0 +1,148 @@
+import dataclasses
+import math
+
+import naive
+import pytest
+import tokcredit as tc
+import torch
+from tokcredit.methods.ba import balanced
+from tokcredit.methods.pods import most_varied
+from tokcredit.methods.tempo import tempo_credit
+
+ENTROPIES = tc.token_score.given("entropies")
+
+
+def batch_of(entropies, lengths):
+    return tc.Rollouts(
+        torch.arange(sum(lengths)),
+        torch.tensor([0, *lengths]).cumsum(0),
+        torch.zeros(len(lengths), dtype=torch.long),
+        torch.zeros(len(lengths)),
+        entropies=torch.tensor(entropies),
+    )
+
+
+def test_mixed_groups_are_those_whose_rewards_differ():
+    batch = tc.Rollouts(
+        torch.arange(6), torch.arange(7), torch.tensor([3, 1, 3, 1, 2, 1]), torch.tensor([1.0, 0, 1, 0, 5, 0.5])
+    )
+    assert tc.filters.mixed_groups()(batch, None)[:, 0].tolist() == [False, True, False, True, False, True]
+    # A row without a token that the policy chose does not make its group mixed.
+    mask = torch.tensor([True, True, True, True, True, False])
+    assert not tc.filters.mixed_groups()(batch.with_mask(mask), None).any()
+
+
+@pytest.mark.parametrize("credit", [tc.credit.group_normalized(), tempo_credit()])
+def test_rows_that_a_filter_rejects_are_as_if_they_were_not_there(credit):
+    """With credit per row and per token, the result is that of the batch without these rows."""
+    batch, current = naive.random_batch(size=6)
+    objective = tc.Objective(credit, aggregation=balanced(), filters=(most_varied(3),))
+    kept = objective.filters[0](batch, None)[:, 0]
+    assert 0 < kept.sum() < batch.num_rows
+    alone = dataclasses.replace(objective, filters=())
+    grads = []
+    for o, b, x in ((objective, batch, current), (alone, batch.select(kept), current[kept])):
+        log_probs = x.clone().requires_grad_()
+        o.loss(o.prepare(b), log_probs).loss.backward()
+        grads.append(log_probs.grad)
+    torch.testing.assert_close(grads[0][kept], grads[1])
+    assert not grads[0][~kept].any() and grads[1].any()
+
+
+def test_a_filter_that_keeps_nothing_trains_nothing():
+    batch, current = naive.random_batch()
+    batch = dataclasses.replace(batch, rewards=torch.ones(12))
+    objective = dataclasses.replace(tc.methods.tempo(), filters=(tc.filters.mixed_groups(),))
+    prepared = objective.prepare(batch)
+    assert not prepared.mask.any() and objective.loss(prepared, current).loss == 0
+    with pytest.raises(ValueError, match="count: expected a whole number at least 1, got 0"):
+        most_varied(0)
+
+
+def test_nonzero_advantage():
+    batch = batch_of([0.0] * 6, [2, 2, 2])
+    chosen = tc.filters.nonzero_advantage()(batch, torch.tensor([[0.0], [-1e-30], [2.0]]))
+    assert chosen[:, 0].tolist() == [False, True, True]
+    per_token = torch.tensor([0.0, 0.0, 0.0, -1.0, math.nan, 0.0])
+    assert tc.filters.nonzero_advantage()(batch, per_token)[:, 0].tolist() == [False, True, True]
+
+
+def test_improbable():
+    old = torch.tensor([0.95, 0.9, 0.89, 0.1, 0.0]).log()
+    batch = batch_of([0.0] * 5, [5]).with_inputs(old_log_probs=old)
+    assert tc.filters.improbable(0.9)(batch, None).tolist() == [False, bool(old[1] < math.log(0.9)), True, True, True]
+    assert not tc.filters.improbable(0.0)(batch, None).any()
+    assert tc.filters.improbable().required_inputs == {"old_log_probs"}
+
+
+@pytest.mark.parametrize(
+    ("share", "per_row", "round_up", "expected"),
+    [
+        (0.5, False, True, [0, 1, 0, 1, 1]),  # 2.5 becomes 3
+        (0.5, False, False, [0, 1, 0, 1, 0]),
+        (0.5, True, True, [0, 1, 1, 1, 0]),  # 1.5 of the first three
+        (0.5, True, False, [0, 1, 0, 1, 0]),
+        (0.01, True, False, [0, 1, 0, 1, 0]),  # at least one
+        (1.0, False, True, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_top_share(share, per_row, round_up, expected):
+    batch = batch_of([0.1, 0.9, 0.2, 0.8, 0.3], [3, 2])
+    chosen = tc.filters.top_share(share, ENTROPIES, per_row=per_row, round_up=round_up)(batch, torch.ones(2, 1))
+    assert chosen.int().tolist() == expected
+
+
+@pytest.mark.parametrize("tenths", range(1, 11))
+def test_a_share_of_ten_tokens_is_that_many(tenths):
+    batch = batch_of([0.5] * 10, [10])
+    for round_up in (True, False):
+        chosen = tc.filters.top_share(tenths / 10, ENTROPIES, round_up=round_up)(batch, torch.ones(1, 1))
+        assert chosen.sum() == tenths
+
+
+def test_top_share_times_the_advantage():
+    batch = batch_of([0.5, 0.9, 0.5, 0.6], [2, 2])
+    for advantages in (torch.tensor([[0.1], [-2.0]]), torch.tensor([0.1, 0.1, -2.0, -2.0])):
+        chosen = tc.filters.top_share(0.5, ENTROPIES, times_advantage=True)(batch, advantages)
+        assert chosen.tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.1, -1.0, math.nan])
+def test_wrong_shares_are_errors(share):
+    with pytest.raises(
+        ValueError, match=r"top_share: share: expected a number above 0 and at most 1 \(or a schedule\), got"
+    ):
+        tc.filters.top_share(share, ENTROPIES)
+
+
+def test_later_filters_do_not_see_what_earlier_ones_rejected():
+    batch = batch_of([0.9, 0.1, 0.5, 0.4], [2, 2])
+    batch = dataclasses.replace(batch, old_log_probs=torch.tensor([0.95, 0.1, 0.1, 0.1]).log())
+    filters = (tc.filters.improbable(0.9), tc.filters.top_share(0.3, ENTROPIES))
+    objective = tc.Objective(tc.credit.constant(), filters=filters)
+    assert objective.prepare(batch).mask.tolist() == [False, False, True, False]
+    back = dataclasses.replace(objective, filters=filters[::-1])
+    assert back.prepare(batch).mask.tolist() == [False, False, True, False]
+    one = dataclasses.replace(objective, filters=(tc.filters.top_share(0.25, ENTROPIES), filters[0]))
+    assert not one.prepare(batch).mask.any()
+
+
+def test_kept_tokens_have_the_ratio_of_their_whole_row():
+    """A token that does not train is still part of the sequence whose probability changed."""
+    batch, current = naive.random_batch()
+    objective = tc.Objective(
+        ratio=tc.ratio.sequence(),
+        filters=(tc.filters.improbable(0.6),),
+        clip=tc.clip.unclipped(),
+        aggregation=tc.aggregation.token_mean(),
+    )
+
+    def formula(batch, log_probs):
+        losses, old = [], batch.old_log_probs
+        for a, tokens in zip(naive.group_advantages(batch), naive.rows_of(batch), strict=True):
+            mean = sum((log_probs[t] - old[t]).item() for t in tokens) / max(len(tokens), 1)
+            kept = [t for t in tokens if old[t].exp() < 0.6]
+            losses += [-a * (mean + log_probs[t] - log_probs[t].detach()).exp() for t in kept]
+        return sum(losses) / len(losses)
+
+    naive.check(objective, batch, current, formula)

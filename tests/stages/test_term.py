@@ -1,0 +1,179 @@
+"""Terms against their formulas, with their gradients, denominators and partitions."""
+
+import dataclasses
+import math
+
+import naive
+import pytest
+import ragged
+import tokcredit as tc
+import torch
+
+PIECES = [[4, 0, 2], [11, 1], [3, 5, 6, 7, 8, 9, 10]]
+
+
+def batch_with_reference(seed=0):
+    batch, current = naive.random_batch(seed)
+    ref = current.reshape(-1) + 0.3 * torch.randn(84, dtype=torch.float64, generator=ragged.generator(1))
+    return batch.with_inputs(ref_log_probs=ref), current
+
+
+def only(term, **changes):
+    """An objective in which the term alone has a gradient."""
+    return tc.Objective(tc.credit.constant(0.0), terms=(term,), **changes)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+@pytest.mark.parametrize("mean", ["token_mean", "sequence_mean"])
+def test_kl(estimator, mean):
+    batch, current = batch_with_reference()
+    objective = only(tc.term.kl(0.7, estimator), aggregation=getattr(tc.aggregation, mean)())
+
+    def formula(batch, log_probs):
+        u = log_probs - batch.ref_log_probs
+        each = {"k1": u, "k2": u**2 / 2, "k3": (-u).exp() + u - 1, "abs": u.abs()}[estimator]
+        return 0.7 * getattr(naive, mean)(batch, [[each[t] for t in tokens] for tokens in naive.rows_of(batch)])
+
+    out = naive.check(objective, batch, current, formula)
+    torch.testing.assert_close(0.7 * out.metrics["kl"], out.loss.detach())
+    assert out.metrics["policy_loss"] == 0
+
+
+def test_kl_has_no_gradient_beyond_its_limit():
+    batch, current = batch_with_reference()
+    limit = 0.02
+    objective = only(tc.term.kl(1.0, "k3", limit=limit), aggregation=tc.aggregation.token_sum())
+    seen = set()
+
+    def formula(batch, log_probs):
+        u = log_probs - batch.ref_log_probs
+        total = 0.0
+        for t in (t for tokens in naive.rows_of(batch) for t in tokens):
+            value = (-u[t]).exp() + u[t] - 1
+            seen.add(value.item() > limit)
+            total = total + value.clamp(max=limit)
+        return total
+
+    naive.check(objective, batch, current, formula)
+    assert seen == {True, False}
+
+
+def test_kl_to_another_policy_and_with_another_mean():
+    batch, current = naive.random_batch()
+    term = tc.term.kl(0.5, "k1", to="old_log_probs", aggregation=tc.aggregation.sequence_sum(10))
+
+    def formula(batch, log_probs):
+        rows = [tokens for tokens in naive.rows_of(batch) if tokens]
+        return 0.5 * sum(log_probs[t] - batch.old_log_probs[t] for row in rows for t in row) / (10 * len(rows))
+
+    naive.check(only(term, aggregation=tc.aggregation.token_mean()), batch, current, formula)
+
+
+def test_entropy_has_a_gradient_to_the_entropies():
+    batch, current = naive.random_batch()
+    entropies = torch.rand(12, 7, dtype=torch.float64, generator=ragged.generator(6))
+    entropies[~batch.shaped(batch.response_mask)] = math.nan
+    entropies.requires_grad_()
+    objective = only(tc.term.entropy(0.25), aggregation=tc.aggregation.token_mean())
+    assert objective.variables == ("log_probs", "entropies") and objective.required_inputs == frozenset()
+    log_probs = current.clone().requires_grad_()
+    out = objective.loss(objective.prepare(batch), log_probs, entropies=entropies)
+    out.loss.backward()
+    tokens = [t for row in naive.rows_of(batch) for t in row]
+    mean = entropies.detach().reshape(-1)[tokens].mean()
+    torch.testing.assert_close(out.loss, -0.25 * mean)
+    torch.testing.assert_close(out.metrics["entropy_bonus"], mean)
+    mask = batch.shaped(batch.response_mask)
+    assert torch.equal(entropies.grad[mask], torch.full((len(tokens),), -0.25 / len(tokens), dtype=torch.float64))
+    assert not entropies.grad[~mask].any() and not log_probs.grad.any()
+
+
+def test_further_variables_are_asked_for_by_name():
+    batch, current = naive.random_batch()
+    objective = only(tc.term.entropy(0.25))
+    prepared = objective.prepare(batch)
+    with pytest.raises(
+        TypeError, match="entropies: expected by name because the objective differentiates it, got none"
+    ):
+        objective.loss(prepared, current)
+    with pytest.raises(ValueError, match=r"entropies: expected \[12, 7\], got \[84\]"):
+        objective.loss(prepared, current, entropies=current.reshape(-1))
+    with pytest.raises(TypeError, match="values: expected entropies, got values"):
+        objective.loss(prepared, current, entropies=current, values=current)
+    plain = tc.Objective()
+    with pytest.raises(TypeError, match="entropies: expected no further variable, got entropies"):
+        plain.loss(plain.prepare(batch), current, entropies=current)
+
+
+def test_nll_of_chosen_rows_has_a_denominator_of_its_own():
+    """The log-likelihood of the rows with a positive advantage, averaged over their tokens alone."""
+    batch, current = naive.random_batch()
+
+    @dataclasses.dataclass(frozen=True)
+    class positive(tc.filters.Filter):
+        def __call__(self, batch, advantages):
+            return batch.rewards[:, None] > 0.5
+
+    objective = only(tc.term.nll(0.3, where=positive()), aggregation=tc.aggregation.token_mean())
+
+    def formula(batch, log_probs):
+        tokens = [t for r, row in enumerate(naive.rows_of(batch)) if batch.rewards[r] > 0.5 for t in row]
+        assert 0 < len(tokens) < int(batch.lengths.sum())
+        return -0.3 * sum(log_probs[t] for t in tokens) / len(tokens)
+
+    out = naive.check(objective, batch, current, formula)
+    torch.testing.assert_close(0.3 * out.metrics["nll"], out.loss.detach())
+
+
+@pytest.mark.parametrize("mean", [None, tc.aggregation.token_mean(), tc.aggregation.sequence_mean()])
+def test_a_partition_adds_up(mean):
+    batch, current = batch_with_reference()
+    batch = naive.with_inputs(batch, {"entropies"})
+    terms = (
+        tc.term.kl(0.5, "k3", aggregation=mean),
+        tc.term.entropy(0.2, aggregation=mean),
+        tc.term.nll(0.1, where=tc.filters.improbable(0.6), aggregation=mean),
+    )
+    objective = tc.mix("ctpo", terms=terms)
+    entropies = batch.shaped(batch.entropies)
+    prepared = objective.prepare(batch)
+    x, h = current.clone().requires_grad_(), entropies.clone().requires_grad_()
+    whole = objective.loss(prepared, x, entropies=h)
+    whole.loss.backward()
+    y, k = current.clone().requires_grad_(), entropies.clone().requires_grad_()
+    parts = [objective.loss(prepared.select(rows), y[rows], entropies=k[rows]) for rows in PIECES]
+    sum(p.loss for p in parts).backward()
+    torch.testing.assert_close(sum(p.loss for p in parts), whole.loss)
+    for name in ("kl", "entropy_bonus", "nll", "policy_loss", "tokens"):
+        torch.testing.assert_close(sum(p.metrics[name] for p in parts), whole.metrics[name])
+        assert whole.metrics[name] != 0
+    torch.testing.assert_close(y.grad, x.grad)
+    torch.testing.assert_close(k.grad, h.grad)
+
+
+def test_terms_cover_only_rows_that_train():
+    """Denominators of terms without ``where`` are those of the tokens that train."""
+    batch, current = batch_with_reference()
+    filters = (tc.filters.improbable(0.6),)
+    objective = only(tc.term.kl(1.0, "k1"), filters=filters, aggregation=tc.aggregation.token_mean())
+
+    def formula(batch, log_probs):
+        kept = [t for row in naive.rows_of(batch) for t in row if batch.old_log_probs[t] < math.log(0.6)]
+        return sum(log_probs[t] - batch.ref_log_probs[t] for t in kept) / len(kept)
+
+    naive.check(objective, batch, current, formula)
+
+
+def test_rows_without_advantage_have_a_gradient_from_terms():
+    batch, _ = batch_with_reference()
+    batch = tc.Rollouts.from_padded(
+        batch.shaped(batch.tokens),
+        batch.shaped(batch.response_mask),
+        batch.group_ids,
+        torch.ones(12),
+        old_log_probs=batch.shaped(batch.old_log_probs),
+        ref_log_probs=batch.shaped(batch.ref_log_probs),
+    )
+    assert not tc.methods.grpo().prepare(batch).has_gradient.any()
+    assert torch.equal(tc.mix("grpo", terms="kl(0.1)").prepare(batch).has_gradient, batch.lengths > 0)
+    assert not tc.mix("grpo", terms="kl(0.0)").prepare(batch).has_gradient.any()

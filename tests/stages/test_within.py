@@ -1,0 +1,133 @@
+"""One predicate as a filter, a token weight and an advantage scale, against loops over tokens."""
+
+import itertools
+import math
+
+import naive
+import pytest
+import ragged
+import tokcredit as tc
+import torch
+from tokcredit.stages import within
+from tokcredit.stages.clip import Window
+
+CASES = [
+    *itertools.product(within.STATISTICS, within.OVER, ["any"]),
+    ("ratio", "token", "positive"),
+    ("ratio", "token", "negative"),
+    ("k3", "mean", "positive"),
+    ("difference", "sum", "negative"),
+]
+BOUNDS = {"ratio": (0.9, 1.2), "difference": (-0.1, 0.2), "k1": (-0.1, 0.2), "k2": (0.005, 0.05), "k3": (0.005, 0.05)}
+ROW_SUM = {"ratio": (0.6, 1.7), "difference": (-0.2, 0.3), "k1": (-0.4, 0.5), "k2": (0.1, 0.3), "k3": (0.1, 0.3)}
+EXTREME = {"max": {"k2": (0.0, 0.1), "k3": (0.0, 0.1)}, "min": {"k2": (0.001, 1.0), "k3": (0.001, 1.0)}}
+
+
+def bounds(statistic, over):
+    if over == "sum":
+        return ROW_SUM[statistic]
+    wide = {"max": (0.0, 0.4), "min": (-0.5, 0.0)}
+    if over in wide and statistic in ("difference", "k1"):
+        return wide[over]
+    if over in wide and statistic == "ratio":
+        return tuple(math.exp(x) for x in wide[over])
+    return EXTREME.get(over, {}).get(statistic, BOUNDS[statistic])
+
+
+def statistic_of(name, x):
+    return {"ratio": x, "difference": x, "k1": -x, "k2": x * x / 2, "k3": math.exp(x) - 1 - x}[name]
+
+
+def expected_of(batch, difference, statistic, over, low, high, signs, advantages):
+    """The predicate at each token that the policy chose."""
+    out = {}
+    for r, tokens in enumerate(naive.rows_of(batch)):
+        own = [statistic_of(statistic, difference[t].item()) for t in tokens]
+        reduced = {"sum": sum, "mean": lambda v: sum(v) / len(v), "max": max, "min": min}
+        for t, value in zip(tokens, own, strict=True):
+            value = value if over == "token" else reduced[over](own)
+            value = math.exp(value) if statistic == "ratio" else value
+            free = {"any": False, "positive": advantages[r] <= 0, "negative": advantages[r] >= 0}[signs]
+            out[t] = free or low <= value <= high
+    return out
+
+
+def batch_and_policies(seed=1):
+    g = ragged.generator(seed)
+    batch, _ = naive.random_batch(seed)
+    engine = batch.old_log_probs + 0.25 * torch.randn(84, generator=g, dtype=torch.float64)
+    current = batch.old_log_probs + 0.25 * torch.randn(84, generator=g, dtype=torch.float64)
+    return batch.with_inputs(rollout_log_probs=engine), current
+
+
+@pytest.mark.parametrize(("statistic", "over", "signs"), CASES)
+def test_filter_weight_and_scale_against_loops(statistic, over, signs):
+    batch, current = batch_and_policies()
+    low, high = bounds(statistic, over)
+    advantages = torch.tensor(naive.group_advantages(batch))[:, None]
+    tokens = batch.response_mask.nonzero()[:, 0].tolist()
+
+    def compare(ours, difference):
+        ours = ours if ours.dim() == 1 else ours.expand(12, 7).reshape(-1)
+        expected = expected_of(batch, difference, statistic, over, low, high, signs, advantages[:, 0].tolist())
+        assert [bool(ours[t]) for t in tokens] == [expected[t] for t in tokens]
+        assert set(expected.values()) == {True, False}, "bounds that never bind prove nothing"
+
+    recorded = batch.old_log_probs - batch.rollout_log_probs
+    settings = (statistic, over, low, high, signs)
+    chosen = tc.filters.within(*settings)(batch, advantages)
+    weight = tc.token_weights.within(*settings)(batch, advantages)
+    assert chosen.dtype == torch.bool and weight.dtype == torch.float64
+    assert torch.equal(weight, chosen.double())
+    compare(chosen, recorded)
+    scale = tc.scale.within(*settings)
+    factor = scale(current, current, advantages, batch.spans, Window("clip"), scale.signal(batch, Window("clip")))
+    assert set(factor.unique().tolist()) <= {0.0, 1.0}
+    compare(factor, current - batch.old_log_probs)
+
+
+def test_bounds_are_inclusive_and_nan_lies_outside():
+    batch = tc.Rollouts(
+        torch.arange(3),
+        torch.tensor([0, 3]),
+        torch.tensor([0]),
+        torch.tensor([1.0]),
+        old_log_probs=torch.tensor([0.5, 0.25, 0.0]),
+        rollout_log_probs=torch.tensor([0.0, 0.0, math.nan]),
+    )
+    inside = tc.filters.within("difference", "token", 0.25, 0.5)(batch, torch.ones(1, 1))
+    assert inside.tolist() == [True, True, False]
+    assert not tc.filters.within("difference", "sum", -9, 9)(batch, torch.ones(1, 1)).any()
+
+
+def test_a_scale_changes_the_gradient_and_no_denominator():
+    batch, current = batch_and_policies()
+    current = batch.shaped(current)
+    low, high = 0.9, 1.2
+    objective = tc.Objective(
+        clip=tc.clip.unclipped(),
+        scales=(tc.scale.within("ratio", "token", low, high),),
+        aggregation=tc.aggregation.token_mean(),
+    )
+
+    def formula(batch, log_probs):
+        losses = []
+        for a, tokens in zip(naive.group_advantages(batch), naive.rows_of(batch), strict=True):
+            q = [(log_probs[t] - batch.old_log_probs[t]).exp() for t in tokens]
+            losses.append([-a * x if low <= x.item() <= high else 0 * x for x in q])
+        return naive.token_mean(batch, losses)
+
+    naive.check(objective, batch, current, formula)
+
+
+def test_a_filter_changes_the_denominator_and_a_weight_does_not():
+    batch, current = batch_and_policies()
+    current = batch.shaped(current)
+    settings = ("ratio", "token", 0.9, 1.2)
+    mean = tc.aggregation.token_mean()
+    filtered = tc.Objective(filters=(tc.filters.within(*settings),), aggregation=mean)
+    weighted = tc.Objective(token_weights=(tc.token_weights.within(*settings),), aggregation=mean)
+    a, b = filtered.prepare(batch), weighted.prepare(batch)
+    kept, whole = int(a.lengths.sum()), int(batch.lengths.sum())
+    assert 0 < kept < whole == b.lengths.sum()
+    torch.testing.assert_close(filtered.loss(a, current).loss * kept, weighted.loss(b, current).loss * whole)

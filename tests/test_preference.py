@@ -1,0 +1,188 @@
+import dataclasses
+import math
+
+import naive
+import pytest
+import ragged
+import tokcredit as tc
+import torch
+
+MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1]]).bool()
+
+
+def pairs(seed=0, **per_token):
+    g = ragged.generator(seed)
+    tokens = torch.randint(0, 9, (2, 3, 4), generator=g)
+    ref = torch.rand(2, 3, 4, generator=g, dtype=torch.float64).log()
+    other = MASK.roll(1, 0)
+    return tc.Rollouts.from_pairs(tokens[0], tokens[1], MASK, other, ref_log_probs=tuple(ref), **per_token)
+
+
+def log_probs_for(batch, seed=3):
+    return torch.rand(batch.shape, dtype=torch.float64, generator=ragged.generator(seed)).log()
+
+
+def naive_loss(batch, log_probs, beta=0.1, weights=None, reference=True, mean=False):
+    """DPO's loss as its formula: rows 2i are chosen, rows 2i + 1 rejected."""
+    scores = []
+    for tokens in naive.rows_of(batch):
+        total = 0.0
+        for t in tokens:
+            x = log_probs[t] - (batch.ref_log_probs[t] if reference else 0)
+            total = total + (x if weights is None else weights[t] * x)
+        scores.append(total / len(tokens) if mean else total)
+    z = [beta * (scores[i] - scores[i + 1]) for i in range(0, len(scores), 2)]
+    return sum(torch.log1p((-x).exp()) for x in z) / len(z)
+
+
+def test_pairs_are_groups_of_two_rows():
+    batch = pairs()
+    assert batch.rewards.tolist() == [1, 0] * 3 and batch.group_ids.tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(batch.shaped(batch.response_mask)[0::2], MASK)
+    assert torch.equal(batch.shaped(batch.response_mask)[1::2], MASK.roll(1, 0))
+    assert batch.shape == (6, 4)
+
+
+def test_inputs_of_pairs_go_where_they_belong():
+    one, two = torch.rand(3, 4), torch.rand(3, 4)
+    batch = pairs(entropies=(one, two), reverse_kl=(two, one))
+    assert torch.equal(batch.shaped(batch.entropies)[0::2], one)
+    assert torch.equal(batch.extras["reverse_kl"][1::2], one) and "entropies" not in batch.extras
+
+
+def test_malformed_pairs_are_refused():
+    tokens = torch.ones(3, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"rejected: expected \[3, 4\] for chosen and rejected, got .*\[3, 5\]"):
+        tc.Rollouts.from_pairs(tokens, torch.ones(3, 5, dtype=torch.long), MASK, MASK)
+    with pytest.raises(ValueError, match="rejected_mask: expected"):
+        tc.Rollouts.from_pairs(tokens, tokens, MASK, MASK[:2])
+    with pytest.raises(ValueError, match="entropies: expected"):
+        tc.Rollouts.from_pairs(tokens, tokens, MASK, MASK, entropies=(torch.ones(3, 4), torch.ones(3, 3)))
+    with pytest.raises(ValueError, match="did you mean entropies"):
+        tc.Rollouts.from_pairs(tokens, tokens, MASK, MASK, entropy=(torch.ones(3, 4), torch.ones(3, 4)))
+
+
+@pytest.mark.parametrize("reference", ["ref_log_probs", None])
+@pytest.mark.parametrize("normalization", ["sum", "mean"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_formula(reference, normalization, weighted):
+    batch = pairs(entropies=tuple(torch.rand(2, 3, 4, dtype=torch.float64, generator=ragged.generator(8))))
+    raised = (tc.token_weights.raised(tc.token_score.given("entropies"), 2.0),) if weighted else ()
+    objective = tc.Preference(raised, reference, normalization, tc.link.logistic(0.7))
+
+    def formula(batch, log_probs):
+        weights = 1 + 2 * batch.entropies if weighted else None
+        return naive_loss(batch, log_probs, 0.7, weights, reference is not None, normalization == "mean")
+
+    naive.check(objective, batch, log_probs_for(batch), formula)
+    assert objective.required_inputs == ({"entropies"} if weighted else set()) | ({reference} - {None})
+
+
+def test_the_row_with_the_higher_reward_is_chosen():
+    batch = pairs()
+    current = log_probs_for(batch)
+    swapped = dataclasses.replace(batch, rewards=1 - batch.rewards)
+    a, b = (tc.methods.dpo().loss(tc.methods.dpo().prepare(x), current) for x in (batch, swapped))
+    torch.testing.assert_close(a.metrics["margin_mean"], -b.metrics["margin_mean"])
+    assert a.loss != b.loss
+
+
+def test_metrics():
+    batch = pairs()
+    current = log_probs_for(batch)
+    out = tc.methods.dpo().loss(tc.methods.dpo().prepare(batch), current)
+    difference = (current.reshape(-1) - batch.ref_log_probs).where(batch.response_mask, 0).view(6, 4).sum(1)
+    margins = difference[0::2] - difference[1::2]
+    expected = {
+        "loss": out.loss,
+        "score_chosen_mean": difference[0::2].mean(),
+        "score_rejected_mean": difference[1::2].mean(),
+        "margin_mean": margins.mean(),
+        "accuracy_mean": (margins > 0).double().mean(),
+        "pairs": torch.tensor(3.0),
+        "tokens": batch.response_mask.double().sum(),
+    }
+    assert set(out.metrics) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(out.metrics[name].double(), value.detach().double())
+
+
+def test_losses_of_a_partition_add_up():
+    batch = pairs()
+    objective, current = tc.methods.dpo(), log_probs_for(batch)
+    prepared = objective.prepare(batch)
+    x, y = current.clone().requires_grad_(), current.clone().requires_grad_()
+    whole = objective.loss(prepared, x).loss
+    parts = [objective.loss(prepared.select(rows), y[rows]).loss for rows in ([3, 2], [0, 4, 5, 1])]
+    whole.backward()
+    sum(parts).backward()
+    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(y.grad, x.grad)
+    assert x.grad.any()
+
+
+def test_half_a_pair_is_refused():
+    prepared = tc.methods.dpo().prepare(pairs())
+    for rows in ([0], [0, 2], [1, 2, 3], [0, 1, 1], torch.tensor([True, False, True, True, False, False])):
+        with pytest.raises(ValueError, match="rows: expected both rows of each pair once, got"):
+            prepared.select(rows)
+        with pytest.raises(ValueError, match="rows: expected both rows of each pair once, got"):
+            prepared.minibatch(rows)
+    with pytest.raises(ValueError, match="rows: expected numbers from 0 to 5, got 6"):
+        prepared.select([0, 6])
+    assert prepared.select([]).batch.num_rows == 0
+
+
+def test_groups_that_are_no_pairs_are_refused():
+    three = tc.Rollouts(torch.arange(3), torch.arange(4), torch.zeros(3).long(), torch.tensor([1.0, 0.0, 0.5]))
+    objective = tc.Preference(reference=None)
+    with pytest.raises(ValueError, match="group_ids: expected pairs, groups of two rows, got a group of 3"):
+        objective.prepare(three)
+    with pytest.raises(
+        ValueError, match="rewards: expected a higher reward for the chosen row of each pair, got equal"
+    ):
+        objective.prepare(equal_pair())
+    with pytest.raises(ValueError, match="ref_log_probs: expected in the batch because the objective reads it"):
+        tc.methods.dpo().prepare(three.select([0, 1]))
+
+
+def equal_pair():
+    return tc.Rollouts(torch.arange(2), torch.arange(3), torch.zeros(2).long(), torch.tensor([1.0, 1.0]))
+
+
+def test_pairs_in_any_order():
+    batch, order = pairs(), [4, 1, 2, 5, 0, 3]
+    objective, current = tc.methods.dpo(), log_probs_for(batch)
+    a = objective.loss(objective.prepare(batch), current).loss
+    b = objective.loss(objective.prepare(batch.select(order)), current[order]).loss
+    torch.testing.assert_close(a, b)
+
+
+def test_several_ranks():
+    batch = pairs()
+    objective, current = tc.methods.dpo(), log_probs_for(batch)
+    given = {"global_num_groups": 3, "dp_size": 2}
+    parts = [
+        objective.loss(objective.prepare(batch.select(r), **given), current[r]).loss for r in ([0, 1], [2, 3, 4, 5])
+    ]
+    torch.testing.assert_close(sum(parts) / 2, objective.loss(objective.prepare(batch), current).loss)
+    with pytest.raises(
+        ValueError, match="global_num_groups: expected the number of pairs over all ranks because dp_size is 2"
+    ):
+        objective.prepare(batch, dp_size=2)
+    prepared = objective.prepare(batch)
+    mini = prepared.minibatch([0, 1])
+    torch.testing.assert_close(
+        objective.loss(mini, current[:2]).loss, 3 * objective.loss(prepared.select([0, 1]), current[:2]).loss
+    )
+
+
+def test_nan_where_the_mask_is_false_reaches_nothing():
+    batch = pairs()
+    objective = tc.methods.dpo()
+    clean = log_probs_for(batch)
+    dirty = clean.masked_fill(~batch.shaped(batch.response_mask), math.nan).requires_grad_()
+    out = objective.loss(objective.prepare(batch), dirty)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, objective.loss(objective.prepare(batch), clean).loss)
+    assert dirty.grad.isfinite().all() and not dirty.grad[~batch.shaped(batch.response_mask)].any()
