@@ -75,7 +75,7 @@ def build_kernels(flavour, root, folder):
     emulator = ["-O2", *(flag for flag in extra if flag.startswith("-D"))]
     jobs += [(str(HERE / source), emulator) for source in ("schedule.cpp", "collectives.cpp", "memory.cpp")]
     library = folder / f"libkernels_{flavour}.so"
-    link(library, objects(root, jobs))
+    link(library, [*objects(root, jobs), f"-Wl,-soname,{library.name}"])
     return library
 
 
@@ -86,7 +86,8 @@ def build(flavour):
     bind = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/bind").glob("*.cpp"))
     jobs = [(source, binding_flags()) for source in bind] + [("csrc/cpu/memory.cpp", ["-O1"])]
     module = folder / "_C.so"
-    link(module, [*objects(ROOT, jobs), str(library), "-Wl,-rpath,$ORIGIN"])
+    # By name beside the module, so that a copy of it takes the library beside the copy.
+    link(module, ["-Wl,-rpath,$ORIGIN", *objects(ROOT, jobs), str(library)])
     return module
 
 
