@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("tests")
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Where a module's tensors are made: tests of operations run once on each device."""
-    emulated = request.config.pluginmanager.has_plugin("tests.emulation.plugin")  # CUDA kernels take CPU tensors
+    emulated = is_emulated(request.config)
     if request.param == "cuda" and not emulated:
         require_cuda()
     torch.set_default_device("cpu" if emulated else request.param)
@@ -31,6 +31,11 @@ def cuda():
     """For tests that only make sense on a CUDA device."""
     require_cuda()
     return torch.device("cuda")
+
+
+def is_emulated(config):
+    """Whether the kernels of CUDA run on a host emulator, which takes CPU tensors."""
+    return config.pluginmanager.has_plugin("tests.emulation.plugin")
 
 
 def missing_cuda():
@@ -52,11 +57,18 @@ DESELECTED = pytest.StashKey[str]()
 
 def pytest_collection_modifyitems(config, items):
     """Leave out tests of CUDA where there is none, and say so once instead of in a line for each."""
-    on_cuda = [item for item in items if item.get_closest_marker("gpu")]
-    if on_cuda and (reason := missing_cuda()):
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=on_cuda)
-        config.stash[DESELECTED] = f"{reason}: {len(on_cuda)} tests of CUDA left out"
+    if reason := missing_cuda():
+        emulated = is_emulated(config)
+        left_out = [
+            item
+            for item in items
+            if item.get_closest_marker("gpu") and not (emulated and "device" in item.fixturenames)
+        ]
+        if left_out:
+            gone = set(left_out)
+            items[:] = [item for item in items if item not in gone]
+            config.hook.pytest_deselected(items=left_out)
+            config.stash[DESELECTED] = f"{reason}: {len(left_out)} tests of CUDA left out"
 
 
 def pytest_terminal_summary(terminalreporter, config):

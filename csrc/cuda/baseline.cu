@@ -68,17 +68,25 @@ __global__ void __launch_bounds__(block_threads)
   A *advantages = static_cast<A *>(b.advantages), *returns = static_cast<A *>(b.returns);
   // body(k, t, live, G) for this lane's tokens, row after row.
   const auto each = [&](auto &&body) {
-    for (int64_t m = members.starts[g]; m < members.starts[g + 1]; ++m) {
-      const int64_t r = members.rows[m];
-      const Span row = span_of(b.rows, r);
-      const A all = b.per_row ? A(load(static_cast<const T *>(b.rewards)[r])) : A(0);
+    const int64_t end = members.starts[g + 1];
+    for (int64_t m = members.starts[g]; m < end; m += 32) {
+      // Each lane looks up one of the next rows, so that these loads wait for each other once in 32 rows.
+      const int count = int(min(end - m, int64_t(32)));
+      const int64_t r = members.rows[m + min(lane_id(), count - 1)];
+      const Span mine = span_of(b.rows, r);
+      const A reward = b.per_row ? A(load(static_cast<const T *>(b.rewards)[r])) : A(0);
+#pragma unroll 4
+      for (int l = 0; l < count; ++l) {
+        const Span row = from_lane(mine, l);
+        const A all = from_lane(reward, l);
 #pragma unroll
-      for (int k = 0; k < own; ++k) {
-        const int64_t t = row.begin + from + 32 * k;
-        if (t >= row.end)
-          continue;
-        const bool live = !b.rows.mask || b.rows.mask[t];
-        body(k, t, live, !live ? A(0) : b.per_row ? all : advantages[t]);
+        for (int k = 0; k < own; ++k) {
+          const int64_t t = row.begin + from + 32 * k;
+          if (t >= row.end)
+            continue;
+          const bool live = !b.rows.mask || b.rows.mask[t];
+          body(k, t, live, !live ? A(0) : b.per_row ? all : advantages[t]);
+        }
       }
     }
   };

@@ -50,6 +50,13 @@ __device__ inline unsigned load_bits(const bool *p, int64_t t, int64_t size) {
   return bits;
 }
 
+// Which of a lane's sixteen lie in [first, last) of the tile.
+__device__ inline unsigned bits_between(int first, int last) {
+  const int own = lane_id() * own_tokens;
+  const int low = min(max(first - own, 0), own_tokens), high = min(max(last - own, 0), own_tokens);
+  return (1u << high) - (1u << low);
+}
+
 // Borders of rows inside a tile, kept in shared memory by a warp: a bit per token.
 struct Borders {
   unsigned inside[tile_size / 32]; // of a row

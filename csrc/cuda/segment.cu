@@ -1,7 +1,10 @@
-// Rows: each warp reduces the pieces of rows in its tile, and a second, small kernel merges the parts of rows
-// that meet several tiles, in order. Ids: values are sorted by id, which makes them rows.
+// Rows: each warp holds a tile in registers and reduces the pieces of rows in it, and a second, small kernel
+// merges the parts of rows that meet several tiles, in order. Ids: values are sorted by id, which makes them
+// rows.
+#include "cuda/lane.cuh"
 #include "cuda/sort.cuh"
 #include "math/dispatch.hpp"
+#include "math/exponential.hpp"
 #include "math/moments.hpp"
 #include "ops/segment.hpp"
 
@@ -38,59 +41,69 @@ template <Reduction kind> __device__ Moments<kind> merge_moments(Moments<kind> m
   return m;
 }
 
-template <class T, Reduction kind>
-__device__ Moments<kind> reduce(const SegmentRows &s, int64_t first, int64_t last) {
-  const T *x = static_cast<const T *>(s.x);
-  Moments<kind> own;
-  each_step<false>(first, last, [&](int64_t t) {
-    const Quad<bool> live = live_quad(s.rows, t, first, last);
-    Quad<T> values{};
-    if (kind != Reduction::count && (live.item[0] | live.item[1] | live.item[2] | live.item[3]))
-      values = load_quad(x, t, s.rows.size, quads_aligned(x));
-    if constexpr (Moments<kind>::spreads) {
-      // Four at a time: one division, not four. About the first of them, so that equal ones have their mean.
-      Moments<kind> four;
-      double first = 0, sum = 0;
-      for (int k = quad - 1; k >= 0; --k)
-        first = live.item[k] ? double(load(values.item[k])) : first;
-      for (int k = 0; k < quad; ++k)
-        if (live.item[k]) {
-          const double x = double(load(values.item[k]));
-          four.count += 1;
-          sum += x - first;
-          four.minimum = four.least(four.minimum, x);
-          four.maximum = four.greatest(four.maximum, x);
-        }
-      if (four.count > 0)
-        four.mean = first + sum / four.count;
-      for (int k = 0; k < quad; ++k)
-        if (live.item[k]) {
-          const double d = double(load(values.item[k])) - four.mean;
-          four.square += d * d;
-        }
-      own.merge(four);
-    } else {
+// The moments of those of a lane's tokens whose bits are set; with `plain` of all. One division, and one
+// maximum, for sixteen.
+template <Reduction kind, bool plain, class T>
+__device__ Moments<kind> moments_of(const Own<T> &x, unsigned live) {
+  using A = accumulate_t<T>;
+  using M = Moments<kind>;
+  M own;
+  own.count = plain ? own_tokens : __popc(live);
+  const auto each = [&](auto &&body) {
 #pragma unroll
-      for (int k = 0; k < quad; ++k)
-        if (live.item[k])
-          own.add(double(load(values.item[k])));
-    }
-  });
-  return merge_moments(own);
+    for (int k = 0; k < own_tokens; ++k)
+      if (plain || live >> k & 1)
+        body(load(x.item[k]));
+  };
+  if constexpr (M::sums)
+    each([&](A v) { own.sum += double(v); });
+  if constexpr (M::spreads) {
+    // About one of them, so that equal numbers have their mean and no spread.
+    double origin = 0, sum = 0;
+    each([&](A v) { origin = double(v); });
+    each([&](A v) { sum += double(v) - origin; });
+    own.mean = origin + (own.count > 0 ? sum / own.count : 0);
+    each([&](A v) {
+      const double d = double(v) - own.mean;
+      own.square += d * d;
+    });
+  }
+  if constexpr (M::has_minimum) {
+    A least = A(INFINITY);
+    each([&](A v) { least = v < least || v != v ? v : least; });
+    own.minimum = double(least);
+  }
+  if constexpr (M::has_maximum || kind == Reduction::logsumexp) {
+    A most = -A(INFINITY);
+    each([&](A v) { most = v > most || v != v ? v : most; });
+    own.maximum = double(most);
+    if constexpr (kind == Reduction::logsumexp)
+      if (most != -A(INFINITY))
+        each([&](A v) { own.scaled += v == most ? 1.0 : double(exponential(v - most)); });
+  }
+  return own;
 }
 
 template <class T, Reduction kind>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, 2)
     reduce_tiles(SegmentRows s, int64_t tiles, Moments<kind> *parts) {
   using A = accumulate_t<T>;
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (place >= tiles)
     return;
   const int64_t from = place * tile_size, to = min(from + tile_size, s.rows.size);
+  const int64_t own_from = from + lane_id() * own_tokens;
+  Own<T> x{};
+  if constexpr (kind != Reduction::count)
+    x = load_own(static_cast<const T *>(s.x), own_from, s.rows.size);
+  const unsigned unmasked = s.rows.mask ? load_bits(s.rows.mask, own_from, s.rows.size) : own_all;
   each_piece<false>(
       s.rows, from, to,
       [&](int64_t r, int64_t first, int64_t last, bool starts, bool ends) {
-        const Moments<kind> m = reduce<T, kind>(s, first, last);
+        const unsigned live = unmasked & bits_between(int(first - from), int(last - from));
+        const bool plain = __all_sync(all_lanes, live == own_all);
+        const Moments<kind> own = plain ? moments_of<kind, true>(x, live) : moments_of<kind, false>(x, live);
+        const Moments<kind> m = merge_moments(own);
         if (lane_id() != 0)
           return;
         if (starts && ends)

@@ -23,7 +23,8 @@ template <class Key> struct Goal {
 };
 
 template <class Key> struct Pass {
-  bool index; // of the index, else of the key
+  bool index;   // of the index, else of the key
+  bool crowded; // neighbours often agree: the leading digits of the key
   int shift;
   int64_t first_scope, scopes; // the batch
 
@@ -36,7 +37,7 @@ template <class Key> struct Pass {
   }
 };
 
-template <class T> using key_t = decltype(order_key(accumulate_t<T>()));
+template <class T> using key_t = decltype(order_key(T()));
 
 template <class T, class Key = key_t<T>>
 __global__ void __launch_bounds__(block_threads)
@@ -78,9 +79,14 @@ __global__ void __launch_bounds__(block_threads)
           const Quad<T> values = any ? load_quad(x, t, s.rows.size, quads_aligned(x)) : Quad<T>{};
 #pragma unroll
           for (int k = 0; k < quad; ++k) {
-            const Key key = order_key(accumulate_t<T>(load(values.item[k])));
+            const Key key = order_key(values.item[k]);
             const int d = live.item[k] ? pass.digit(goal, key, t + k) : -1;
-            // Neighbours often agree: one of them adds for all.
+            if (!pass.crowded) {
+              if (d >= 0)
+                atomicAdd(own + d, 1u);
+              continue;
+            }
+            // One of those that agree adds for all.
             const unsigned same = __match_any_sync(all_lanes, d);
             if (d >= 0 && lane_id() == __ffs(int(same)) - 1)
               own[d] += unsigned(__popc(same));
@@ -185,7 +191,7 @@ __global__ void __launch_bounds__(block_threads)
             const Quad<T> values = load_quad(x, t, s.rows.size, quads_aligned(x));
 #pragma unroll
             for (int k = 0; k < quad; ++k) {
-              const Key key = order_key(accumulate_t<T>(load(values.item[k])));
+              const Key key = order_key(values.item[k]);
               out.item[k] &= key > goal.key || (key == goal.key && t + k <= goal.index);
             }
           }
@@ -195,11 +201,12 @@ __global__ void __launch_bounds__(block_threads)
       [&](int64_t first, int64_t last) { fill_zero(chosen, first, last); });
 }
 
-template <class A, class Key>
-__global__ void write_values(const Goal<Key> *goals, A *values, int64_t scopes) {
+template <class T>
+__global__ void write_values(const Goal<key_t<T>> *goals, accumulate_t<T> *values, int64_t scopes) {
+  using A = accumulate_t<T>;
   const int64_t g = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (g < scopes)
-    values[g] = goals[g].status == found ? number_of(goals[g].key) : A(NAN);
+    values[g] = goals[g].status == found ? A(load(number_of<T>(goals[g].key))) : A(NAN);
 }
 
 // The thresholds of all scopes. For values of a rank (`ranks`) ties do not matter.
@@ -222,7 +229,7 @@ template <class T> const Goal<key_t<T>> *find(const char *op, const Select &s, b
     const int64_t scopes = s.scopes - low < batch ? s.scopes - low : batch;
     const auto run = [&](bool index, int bits) {
       for (int shift = bits - 8; shift >= 0; shift -= 8) {
-        const Pass<Key> pass{index, shift, low, scopes};
+        const Pass<Key> pass{index, !index && shift == bits - 8, shift, low, scopes};
         launch(op, queue, count_digits<T>, blocks, block_threads, s, goals, pass, span, counts);
         launch(op, queue, choose_digits<Key>, ceil_div(scopes, warps_per_block), block_threads, goals,
                s.wanted, ranks, pass, shift == bits - 8, shift == 0, counts);
@@ -249,10 +256,9 @@ void top_k(const Select &s, bool *chosen, Queue &queue) {
 void kth(const Select &s, void *values, Queue &queue) {
   with_float(s.type, [&](auto t) {
     using T = typename decltype(t)::type;
-    using A = accumulate_t<T>;
     const auto *goals = find<T>("kth", s, true, queue);
-    launch("kth", queue, write_values<A, key_t<T>>, ceil_div(s.scopes, block_threads), block_threads, goals,
-           static_cast<A *>(values), s.scopes);
+    launch("kth", queue, write_values<T>, ceil_div(s.scopes, block_threads), block_threads, goals,
+           static_cast<accumulate_t<T> *>(values), s.scopes);
   });
 }
 

@@ -15,6 +15,7 @@
 #include "ops/tree.hpp"
 #include <cub/block/block_scan.cuh>
 #include <cub/device/device_scan.cuh>
+#include <iterator>
 
 namespace tokcredit::cuda {
 namespace {
@@ -201,6 +202,8 @@ __global__ void __launch_bounds__(block_threads)
     }
     b.leaf[r] = leaf;
   }
+  if (i < 2 * R)
+    b.count[i] = b.degree[i] = 0; // counted by the next kernel
   if (i >= size && i < 2 * R) {
     b.parent[i] = -1;
     b.group_of[i] = b.depth[i] = b.length[i] = 0;
@@ -230,23 +233,25 @@ template <class Token> void build(const TreeBuild &b, Queue &queue) {
                                  static_cast<const uint32_t *>(rows), R, bits_of(uint64_t(b.groups)));
   const Places places{sorted.values, sorted.keys, starts_of(op, queue, sorted.keys, R, b.groups)};
   Paths paths;
-  for (int64_t **array : {&paths.owner, &paths.depth, &paths.rank, &paths.above, &paths.tail, &paths.token,
-                          &paths.next, &paths.active, &paths.nodes})
-    *array = queue.allocate_array<int64_t>(R);
-  paths.owns = queue.allocate_array<bool>(R);
-  paths.names = queue.allocate_array<bool>(R);
+  int64_t *offset;
+  int64_t **const numbers[] = {&paths.owner, &paths.depth, &paths.rank,   &paths.above, &paths.tail,
+                               &paths.token, &paths.next,  &paths.active, &paths.nodes, &offset};
+  int64_t *scratch = queue.allocate_array<int64_t>(R * int64_t(std::size(numbers)));
+  for (int64_t **array : numbers) {
+    *array = scratch;
+    scratch += R;
+  }
+  paths.owns = queue.allocate_array<bool>(2 * R);
+  paths.names = paths.owns + R;
   launch(op, queue, compare_first<Token>, ceil_div(R, warps_per_block), block_threads, b, places, paths);
   launch(op, queue, find_owners<Token>, b.groups, group_threads, b, places, paths);
 
-  int64_t *offset = queue.allocate_array<int64_t>(R);
   size_t bytes = 0;
-  const auto sum = [&](void *scratch) {
-    check(cub::DeviceScan::ExclusiveSum(scratch, bytes, paths.nodes, offset, R, stream_of(queue)), op);
+  const auto sum = [&](void *memory) {
+    check(cub::DeviceScan::ExclusiveSum(memory, bytes, paths.nodes, offset, R, stream_of(queue)), op);
   };
   sum(nullptr);
   sum(queue.allocate(int64_t(bytes)));
-  clear(op, queue, b.count, 2 * R * int64_t(sizeof(int64_t)));
-  clear(op, queue, b.degree, 2 * R * int64_t(sizeof(int64_t)));
   launch(op, queue, write_nodes<Token>, ceil_div(2 * R, block_threads), block_threads, b, places, paths,
          offset);
   launch(op, queue, count_rows, ceil_div(2 * R, block_threads), block_threads, b);

@@ -57,7 +57,7 @@ template <Reduction kind> struct Moments {
     if constexpr (spreads) {
       const double delta = o.mean - mean;
       square += o.square + delta * delta * count * o.count / total;
-      mean += delta * (o.count / total); // exact where this part is empty
+      mean += delta * (o.count / total);
     }
     if constexpr (has_minimum)
       minimum = least(minimum, o.minimum);

@@ -120,7 +120,7 @@ def _inspect(
 
 
 def _analyze(settings: _Analysis) -> None:
-    """Compare two models token by token on the replies of one of them."""
+    """Compare two models token by token on the responses of one of them."""
     analyze.run(settings)
 
 

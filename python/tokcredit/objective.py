@@ -355,7 +355,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
         weights = product(prepared.multiplier, weights, batch.spans)
     # Along a row, tokens that do not train still count in sums and positions.
     along = (log_ratio.cumulative or window.power != 0) and prepared.spans.mask is not batch.response_mask
-    rows, stats = ops.policy_loss(
+    total, stats = ops.policy_loss(
         flat,
         batch.spans if along else prepared.spans,
         window.surrogate,
@@ -371,9 +371,9 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
         bound=log_ratio.bound,
         power=window.power,
         clamp=log_ratio.clamp,
+        total=True,
         **window.gate,
     )
-    total = rows.sum()
     policy_loss = total.detach()
     values = {}
     if objective.terms:

@@ -17,7 +17,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def pair():
-    """Two random models in float64, in which no decision is a matter of rounding; nine tokens end a reply."""
+    """Two random models in float64, in which no decision is a matter of rounding; nine tokens end a response."""
     models = [tiny.model(TOKENIZER, seed).eval().double() for seed in (0, 1)]
     with torch.no_grad():
         for model in models:

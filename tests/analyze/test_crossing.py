@@ -42,7 +42,7 @@ def divergence(p, q):
 
 @pytest.mark.parametrize("top_p", [0.7, 1.0])
 def test_every_token_without_caches(pair, top_p):
-    """Each reply is written again, alone, from whole float64 distributions."""
+    """Each response is written again, alone, from whole float64 distributions."""
     crossed = made(pair, top_p=top_p)
     generator = torch.Generator().manual_seed(3)
     noise = [torch.empty(4, pair.vocabulary, dtype=torch.float64).exponential_(generator=generator) for _ in range(10)]
@@ -64,8 +64,8 @@ def test_every_token_without_caches(pair, top_p):
             left -= swapped and own != other
 
 
-def text(reply):
-    return "".join(TOKENIZER.convert_ids_to_tokens(reply))
+def text(response):
+    return "".join(TOKENIZER.convert_ids_to_tokens(response))
 
 
 def test_by_hand(apart):
@@ -74,16 +74,16 @@ def test_by_hand(apart):
     crossed = made(apart, rules, count=8, max_tokens=5, prompt=PROMPT_TEXT)
     expected = ["[78][12]{4}", *["[78][ab]{4}"] * 3, "[78][12]{4}", "[78][ab][12]{3}", "[78][12]{2}[ab]{2}"]
     swaps = [[0] * 5, [0] * 5, *[[0, 1, 1, 1, 1]] * 2, [0] * 5, [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]]
-    replies = rows(crossed)
-    for r, reply in enumerate(replies):
-        assert re.fullmatch(expected[r // 8], text(reply)), (rules[r // 8], text(reply))
+    responses = rows(crossed)
+    for r, response in enumerate(responses):
+        assert re.fullmatch(expected[r // 8], text(response)), (rules[r // 8], text(response))
         assert crossed.swapped[r].tolist() == crossed.changed[r].tolist() == swaps[r // 8]
         assert crossed.js[r].tolist() == pytest.approx([0, *[math.log(2)] * 4], abs=1e-9)
         # Two tokens of the other model come before the likeliest token of the primary.
         assert crossed.ranks[r].tolist() == [0, 2, 2, 2, 2]
         assert not crossed.finished[r]
-    # The k-th replies of all rules share their noise, hence their first token.
-    assert len({tuple(reply[0] for reply in replies[i : i + 8]) for i in range(0, len(replies), 8)}) == 1
+    # The k-th responses of all rules share their noise, hence their first token.
+    assert len({tuple(response[0] for response in responses[i : i + 8]) for i in range(0, len(responses), 8)}) == 1
 
 
 def test_a_swap_may_draw_the_same_token():
@@ -103,8 +103,8 @@ def test_a_swap_may_draw_the_same_token():
 def test_the_ends_of_the_thresholds_are_the_models_themselves(pair, temperature, top_p):
     rules = [Rule(0), Rule(1), Rule(0, 0.0), Rule(1, 0.0), Rule(0, math.log(2) + 1e-9), Rule(1, 0.0, 0)]
     count = 4 if temperature else 1
-    replies = rows(made(pair, rules, count, temperature=temperature, top_p=top_p))
-    first, second, to_second, to_first, *never = (replies[i * count : (i + 1) * count] for i in range(len(rules)))
+    responses = rows(made(pair, rules, count, temperature=temperature, top_p=top_p))
+    first, second, to_second, to_first, *never = (responses[i * count : (i + 1) * count] for i in range(len(rules)))
     assert to_second == second and to_first == first
     assert never == [first, second]
     # The other model does not matter to what one writes alone.
@@ -114,9 +114,9 @@ def test_the_ends_of_the_thresholds_are_the_models_themselves(pair, temperature,
 
 def test_greedy_is_the_samplers(pair):
     rules = [Rule(0), Rule(1)]
-    replies = rows(made(pair, rules, count=1, temperature=0.0))
-    for model, reply in zip(pair[:2], replies, strict=True):
-        assert TransformersSampler(model, pair.tokenizer).sample([PROMPT], 1, 10, 0.0).tokens.tolist() == reply
+    responses = rows(made(pair, rules, count=1, temperature=0.0))
+    for model, response in zip(pair[:2], responses, strict=True):
+        assert TransformersSampler(model, pair.tokenizer).sample([PROMPT], 1, 10, 0.0).tokens.tolist() == response
 
 
 def test_draws_follow_the_kept_distribution(pair):
@@ -128,14 +128,14 @@ def test_draws_follow_the_kept_distribution(pair):
     assert (frequency - p).abs().max() < 5 * 0.5 / math.sqrt(count)
 
 
-def test_replies_end_where_a_model_ends_them(pair):
+def test_responses_end_where_a_model_ends_them(pair):
     crossed = made(pair, count=8)
-    for reply, finished in zip(rows(crossed), crossed.finished, strict=True):
-        ends = torch.isin(torch.tensor(reply), pair.ends)
-        assert not ends[:-1].any() and ends[-1] == finished and (finished or len(reply) == 10)
+    for response, finished in zip(rows(crossed), crossed.finished, strict=True):
+        ends = torch.isin(torch.tensor(response), pair.ends)
+        assert not ends[:-1].any() and ends[-1] == finished and (finished or len(response) == 10)
     ending = as_pair(scripted({"=": ("x",), "x": (END,)}, ("y",)), scripted({}, ("y",)))
     crossed = made(ending, [Rule(0), Rule(1), Rule(1, 0.1, 1)], count=2, max_tokens=4, prompt=PROMPT_TEXT)
-    assert [text(reply) for reply in rows(crossed)] == ["x" + END] * 2 + ["yyyy"] * 2 + ["xyyy"] * 2
+    assert [text(response) for response in rows(crossed)] == ["x" + END] * 2 + ["yyyy"] * 2 + ["xyyy"] * 2
     assert crossed.finished.tolist() == [True, True, False, False, False, False]
 
 

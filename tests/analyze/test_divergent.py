@@ -52,7 +52,7 @@ def scripted_pair():
 
 @pytest.mark.parametrize("batch", [1, 32])
 def test_by_hand(batch):
-    """The large model replies xayqz; the small one would change the first, the third and the fifth token."""
+    """The large model responses xayqz; the small one would change the first, the third and the fifth token."""
     label = Labeller(settings(batch=batch), as_pair(*scripted_pair()), imported("test_divergent:letters"))
     row = label(0, tasks.load(("addition(digits=1)",), 0.2).measured(1)[0]).to_pylist()[0]
     assert row["tokens"] == ids(*"xayqz", END) and row["small_tokens"] == ids(*"ya2qw", END)
@@ -66,8 +66,8 @@ def test_by_hand(batch):
     assert row["labels"] == [1, 0, -1, 0, 0, 0]
 
 
-def test_a_reply_that_was_cut():
-    """The continuation of the last token is not in the reply, so the large model writes it."""
+def test_a_response_that_was_cut():
+    """The continuation of the last token is not in the response, so the large model writes it."""
     s = settings()
     s = dataclasses.replace(s, study=dataclasses.replace(s.study, max_tokens=3))
     label = Labeller(s, as_pair(*scripted_pair()), imported("test_divergent:letters"))
@@ -86,24 +86,25 @@ def test_labels_by_a_loop(pair, batch):
     for number, problem in enumerate(tasks.load(s.study.tasks, 0.2).measured(24)):
         row = label(number, problem).to_pylist()[0]
         prompt = tokenizer(problem.question).input_ids
-        reply = greedy(pair.second, prompt, 9, ends)
+        response = greedy(pair.second, prompt, 9, ends)
         small = [
-            int(pair.first(torch.tensor([[*prompt, *reply[:t]]])).logits[0, -1].argmax()) for t in range(len(reply))
+            int(pair.first(torch.tensor([[*prompt, *response[:t]]])).logits[0, -1].argmax())
+            for t in range(len(response))
         ]
-        assert (row["prompt_tokens"], row["tokens"], row["small_tokens"]) == (prompt, reply, small)
+        assert (row["prompt_tokens"], row["tokens"], row["small_tokens"]) == (prompt, response, small)
         labels, cases = [], []
-        for t in range(len(reply)):
-            if small[t] == reply[t]:
+        for t in range(len(response)):
+            if small[t] == response[t]:
                 labels.append(0)
                 continue
-            context, texts = [*prompt, *reply[:t]], []
-            for token in (small[t], reply[t]):
+            context, texts = [*prompt, *response[:t]], []
+            for token in (small[t], response[t]):
                 rest = [] if token in ends else greedy(pair.second, [*context, token], 6, stops)
                 texts.append(f"<<{tokenizer.decode([token])}>>{tokenizer.decode(rest)}")
             labels.append(letters(None, *texts))
             cases.append({"position": t, "small": texts[0], "large": texts[1], "label": labels[-1]})
         assert row["labels"] == labels and row["cases"] == cases
-        assert row["finished"] == (reply[-1] in ends)
+        assert row["finished"] == (response[-1] in ends)
 
 
 def test_router_features(pair):
@@ -126,7 +127,7 @@ def test_findings_and_resuming(save, tmp_path):
     files = sorted(folder.glob("problem-*.parquet"))
     assert len(files) == 4 and json.loads((folder / "summary.json").read_text()) == summary
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
-    assert summary == summarize(rows) and summary["replies"] == 4 and summary["tokens"] == 24
+    assert summary == summarize(rows) and summary["responses"] == 4 and summary["tokens"] == 24
     assert summary["different"] == summary["identical"] == 1 / 2
     assert summary["divergent"] == summary["neutral"] == summary["unknown"] == pytest.approx(1 / 6)
     assert rows[0]["top_logits"] is None and rows[0]["hidden_states"] is None
@@ -143,7 +144,7 @@ def test_a_summary_by_hand():
         {"reward": 0.0, "tokens": [7], "small_tokens": [7], "labels": [0]},
     ]
     assert summarize(rows) == {
-        **{"replies": 2, "tokens": 5, "accuracy": 0.5, "different": 0.6},
+        **{"responses": 2, "tokens": 5, "accuracy": 0.5, "different": 0.6},
         **{"identical": 0.4, "neutral": 0.2, "divergent": 0.2, "unknown": 0.2},
     }
 
@@ -204,6 +205,6 @@ def test_on_the_command_line(tmp_path, capsys):
     arguments = "analyze divergent --small tiny(steps=0) --large tiny(steps=0,seed=1) --problems 1 --max-tokens 3"
     main([*arguments.split(), "--judge", "tiny(steps=0)", "--output", str(tmp_path / "run")])
     out = capsys.readouterr().out
-    assert "tiny(steps=0) along 1 replies" in out and "divergent" in out
+    assert "tiny(steps=0) along 1 responses" in out and "divergent" in out
     with pytest.raises(SystemExit, match="tokcredit: verifier, judge: expected one of them, got None, None"):
         main(["analyze", "divergent", "--small", "tiny", "--large", "tiny"])

@@ -14,8 +14,8 @@ from tokcredit.cli import main
 from tokcredit.train import models, tasks, tiny
 
 
-def digits(prompt, reply, answer):
-    return sum(c.isdigit() for c in reply) / max(len(reply), 1)
+def digits(prompt, response, answer):
+    return sum(c.isdigit() for c in response) / max(len(response), 1)
 
 
 def settings(folder, resume=False, **changes):
@@ -52,7 +52,7 @@ def test_findings(apart, save, tmp_path):
         assert row["reward"] == pytest.approx(digits(None, row["completion"], None))
         assert all(len(row[name]) == len(row["tokens"]) for name in ("js", "swapped", "changed", "ranks"))
     # The models agree on the first of six tokens, and have none in common at the others.
-    assert summary["tokens"] == 36 and summary["replies"] == 6
+    assert summary["tokens"] == 36 and summary["responses"] == 6
     assert summary["share_above"] == {"0.0": pytest.approx(5 / 6), "0.05": pytest.approx(5 / 6)}
     assert summary["js_mean"] == pytest.approx(5 / 6 * math.log(2)) and summary["js_median"] == pytest.approx(
         math.log(2)
@@ -76,7 +76,7 @@ def test_findings(apart, save, tmp_path):
         ("tuned", 0.05, 1): 2 / 6,
     }
     assert {rule: line["accuracy"] for rule, line in lines.items()} == pytest.approx(accuracy)
-    assert [lines["base", 0.05, cap]["changed_per_reply"] for cap in (None, 1)] == [5, 1]
+    assert [lines["base", 0.05, cap]["changed_per_response"] for cap in (None, 1)] == [5, 1]
     assert {line["length"] for line in summary["rules"]} == {6}
 
 
@@ -114,7 +114,7 @@ def test_a_summary_by_hand():
     assert [x["accuracy"] for x in (base, forward, tuned, reverse)] == [0.0, 1.0, 0.5, 0.0]
     assert tuned["error"] == pytest.approx(0.5) and tuned["threshold"] is None
     assert reverse["swapped_share"] == pytest.approx(2 / 4) and reverse["changed_share"] == pytest.approx(1 / 4)
-    assert reverse["changed_per_reply"] == pytest.approx(1 / 2) and reverse["length"] == 2.0
+    assert reverse["changed_per_response"] == pytest.approx(1 / 2) and reverse["length"] == 2.0
     alone = summarize([x for x in found if x["problem"] == 0 or x["reward"]], s)
     assert alone["rules"][0]["error"] is None, "one problem has no spread"
 
@@ -127,11 +127,11 @@ def test_an_interrupted_analysis_goes_on(tmp_path, monkeypatch):
     def failing(*arguments):
         problems = load(*arguments)
 
-        def reward(problem, reply):
+        def reward(problem, response):
             asked.append(problem.question)
             if len(asked) > 20:
                 raise RuntimeError("interrupted")
-            return problem.reward(reply)
+            return problem.reward(response)
 
         held_out = [p._replace(reward=functools.partial(reward, p)) for p in problems.held_out]
         return problems._replace(held_out=held_out)

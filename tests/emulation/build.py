@@ -36,7 +36,7 @@ def binding_flags():
 def compile_one(root, source, flags):
     """The object of a source; ``root`` may be a changed copy of the tree."""
     command = [*COMMON, *flags]
-    read = subprocess.run([*command, "-E", source], cwd=root, capture_output=True)
+    read = subprocess.run([*command, "-E", "-fno-working-directory", source], cwd=root, capture_output=True)
     if read.returncode:
         raise SystemExit(read.stderr.decode())
     key = hashlib.sha256(read.stdout + repr(command).encode()).hexdigest()[:24]
@@ -51,30 +51,43 @@ def compile_one(root, source, flags):
     return str(out)
 
 
-def build(flavour, root=ROOT, folder=None):
-    """Path of the module of a flavour, made from the sources below ``root``."""
-    folder = Path(folder or CACHE / flavour)
-    folder.mkdir(parents=True, exist_ok=True)
+def objects(root, jobs):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda job: compile_one(root, *job), jobs))
+
+
+def link(target, parts):
+    """Links what has changed; a process that runs the old file keeps it."""
+    stamp, key = target.with_suffix(".key"), repr(parts)
+    if target.exists() and stamp.exists() and stamp.read_text() == key:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    subprocess.run(["g++", "-shared", "-o", str(target), *parts, "-lpthread", "-ldl"], check=True)
+    stamp.write_text(key)
+
+
+def build_kernels(flavour, root, folder):
+    """The library with the emulator and the kernels below ``root``."""
     extra = FLAVOURS[flavour]
     kernels = sorted(str(p.relative_to(root)) for p in (root / "csrc/cuda").glob("*.cu") if p.stem != "launch")
-    bind = sorted(str(p.relative_to(root)) for p in (root / "csrc/bind").glob("*.cpp"))
-    emulator_flags = ["-O2", *(f for f in extra if f.startswith("-D"))]
-    jobs = [(s, KERNEL + extra) for s in kernels]
-    jobs += [(str(HERE / s), emulator_flags) for s in ("schedule.cpp", "memory.cpp")]
-    jobs += [(s, binding_flags()) for s in bind] + [("csrc/cpu/memory.cpp", ["-O1"])]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: compile_one(root, *job), jobs))
-    split = len(objects) - len(bind) - 1
-    library, module = folder / f"libkernels_{flavour}.so", folder / "_C.so"
-    for target, parts in (
-        (library, objects[:split]),
-        (module, [*objects[split:], str(library), "-Wl,-rpath,$ORIGIN"]),
-    ):
-        stamp, key = target.with_suffix(".key"), repr(parts)
-        if target.exists() and stamp.exists() and stamp.read_text() == key and target != module:
-            continue
-        subprocess.run(["g++", "-shared", "-o", str(target), *parts, "-lpthread", "-ldl"], check=True)
-        stamp.write_text(key)
+    jobs = [(source, KERNEL + extra) for source in kernels]
+    emulator = ["-O2", *(flag for flag in extra if flag.startswith("-D"))]
+    jobs += [(str(HERE / source), emulator) for source in ("schedule.cpp", "collectives.cpp", "memory.cpp")]
+    library = folder / f"libkernels_{flavour}.so"
+    link(library, [*objects(root, jobs), f"-Wl,-soname,{library.name}"])
+    return library
+
+
+def build(flavour):
+    """Path of the module of a flavour."""
+    folder = CACHE / flavour
+    library = build_kernels(flavour, ROOT, folder)
+    bind = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/bind").glob("*.cpp"))
+    jobs = [(source, binding_flags()) for source in bind] + [("csrc/cpu/memory.cpp", ["-O1"])]
+    module = folder / "_C.so"
+    # By name beside the module, so that a copy of it takes the library beside the copy.
+    link(module, ["-Wl,-rpath,$ORIGIN", *objects(ROOT, jobs), str(library)])
     return module
 
 

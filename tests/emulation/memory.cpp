@@ -78,6 +78,9 @@ bool precedes(Segment early, Segment late) {
   return a.thread / 32 == b.thread / 32 && a.warp_epoch < b.warp_epoch;
 }
 
+bool acquires(Order order) { return order == Order::acquire || order == Order::acquire_release; }
+bool releases(Order order) { return order == Order::release || order == Order::acquire_release; }
+
 bool ordered(Segment early, const Fiber &now) {
   if ((early & ~atomic_flag) < grid_first || precedes(early, now.segment))
     return true;
@@ -244,16 +247,14 @@ void order_atomic(Atomic what, const void *address, Order order) {
     chain = self.chain + 1;
   if (!instrumented)
     return;
-  const bool acquires = order == Order::acquire || order == Order::acquire_release;
-  const bool releases = order == Order::release || order == Order::acquire_release;
   SharedClock &clock = released[address];
   if (what != Atomic::store)
-    join(acquires ? self.acquired : self.loaded, clock);
+    join(acquires(order) ? self.acquired : self.loaded, clock);
   if (what == Atomic::load)
     return;
   if (what == Atomic::store) // an addition carries on what was released before, a store does not
     clock = nullptr;
-  join(clock, releases ? knowledge(self) : self.fenced);
+  join(clock, releases(order) ? knowledge(self) : self.fenced);
   begin_segment(self);
 }
 
@@ -261,9 +262,9 @@ void fence(Order order) {
   if (!instrumented)
     return;
   Fiber &self = *running;
-  if (order != Order::release)
+  if (acquires(order))
     join(self.acquired, self.loaded);
-  if (order != Order::acquire) {
+  if (releases(order)) {
     self.fenced = knowledge(self);
     begin_segment(self);
   }

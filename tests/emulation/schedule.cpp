@@ -98,103 +98,13 @@ void to_scheduler() {
   emulation_switch(&self->stack_pointer, host_stack);
 }
 
-unsigned index_of(const Fiber &f) { return unsigned(&f - f.block->fibers.data()); }
-
-void make_ready(Fiber &f) {
-  f.state = Fiber::ready;
-  f.block->ready.push_back(&f);
-}
-
-void wait(Site site) {
-  running->state = Fiber::waiting;
-  running->site = site;
-  to_scheduler();
-}
-
-bool same(Site a, Site b) { return a.line == b.line && !strcmp(a.file, b.file) && !strcmp(a.what, b.what); }
-
-std::string text(Site s) {
-  const char *slash = strrchr(s.file, '/');
-  return std::string(s.what) + " at " + (slash ? slash + 1 : s.file) + ":" + std::to_string(s.line);
-}
-
-void release_warp(Block &block, unsigned w, const Fiber *but) {
-  Warp &warp = block.warps[w];
-  warp.arrived = 0;
-  for (unsigned l = 0; l < 32; ++l) {
-    Fiber &f = block.fibers[32 * w + l];
-    if (f.state == Fiber::ended)
-      continue;
-    f.chain = warp.chain;
-    if (&f != but)
-      make_ready(f);
-  }
-  warp.chain = 0;
-}
-
-void release_block(Block &block, const Fiber *but) {
-  block.arrived = 0;
-  ++block.epoch;
-  barrier(block);
-  for (Fiber &f : block.fibers) {
-    if (f.state == Fiber::ended)
-      continue;
-    f.chain = block.chain;
-    if (&f != but)
-      make_ready(f);
-  }
-  block.chain = 0;
-}
-
-// Puts `value` into this lane's slot, and returns all slots when every lane that has not ended is here.
-struct Slots {
-  const uint64_t *slot;
-  unsigned valid;
-};
-Slots exchange(uint64_t value, Site site, bool orders_memory = false) {
-  yield(1);
-  Fiber &self = *running;
-  Block &block = *self.block;
-  const unsigned w = index_of(self) / 32, lane = index_of(self) % 32, parity = self.generation++ % 2;
-  Warp &warp = block.warps[w];
-  if (!warp.arrived) {
-    warp.site = site;
-    warp.valid[parity] = 0;
-  } else if (!same(warp.site, site)) {
-    abandon("lanes of a warp meet at " + text(warp.site) + " and at " + text(site));
-  }
-  warp.slot[parity][lane] = value;
-  warp.valid[parity] |= 1u << lane;
-  warp.arrived |= 1u << lane;
-  warp.chain = std::max(warp.chain, self.chain);
-  if ((warp.arrived | warp.ended) == ~0u) {
-    if (orders_memory) {
-      ++warp.epoch;
-      barrier(block, w);
-    }
-    release_warp(block, w, &self);
-  } else {
-    wait(site);
-  }
-  return {warp.slot[parity], warp.valid[parity]};
-}
-
 void run_fiber() {
   grid.body(grid.context);
   Fiber &self = *running;
-  Block &block = *self.block;
   self.state = Fiber::ended;
   longest_chain = std::max(longest_chain, self.chain);
   loads_in_a_row = 0;
-  const unsigned w = index_of(self) / 32;
-  Warp &warp = block.warps[w];
-  warp.ended |= 1u << index_of(self) % 32;
-  ++block.ended;
-  // Those that wait do not wait for a thread that has ended.
-  if (warp.arrived && (warp.arrived | warp.ended) == ~0u)
-    release_warp(block, w, nullptr);
-  else if (block.arrived && block.arrived + block.ended == grid.threads)
-    release_block(block, nullptr);
+  leave(self);
   to_scheduler();
   __builtin_unreachable();
 }
@@ -325,6 +235,22 @@ uint64_t random_number() {
   return state * 0x2545f4914f6cdd1dull >> 11;
 }
 
+std::string text(Site s) {
+  const char *slash = strrchr(s.file, '/');
+  return std::string(s.what) + " at " + (slash ? slash + 1 : s.file) + ":" + std::to_string(s.line);
+}
+
+void make_ready(Fiber &f) {
+  f.state = Fiber::ready;
+  f.block->ready.push_back(&f);
+}
+
+void wait(Site site) {
+  running->state = Fiber::waiting;
+  running->site = site;
+  to_scheduler();
+}
+
 void yield(unsigned cost) {
   quantum_left -= cost;
   to_scheduler();
@@ -334,62 +260,6 @@ void abandon(const std::string &why) {
   failure = why;
   to_scheduler();
   __builtin_unreachable();
-}
-
-uint64_t shuffle(uint64_t bits, int from, Site site) {
-  const Slots all = exchange(bits, site);
-  if (!(all.valid >> from & 1))
-    abandon("a value is read from a lane that has ended: " + text(site));
-  return all.slot[from];
-}
-
-unsigned ballot(bool vote, Site site) {
-  const Slots all = exchange(vote, site);
-  unsigned votes = 0;
-  for (unsigned l = 0; l < 32; ++l)
-    votes |= unsigned((all.valid >> l & 1) && all.slot[l]) << l;
-  return votes;
-}
-
-unsigned match_any(uint64_t bits, Site site) {
-  const Slots all = exchange(bits, site);
-  unsigned same = 0;
-  for (unsigned l = 0; l < 32; ++l)
-    same |= unsigned((all.valid >> l & 1) && all.slot[l] == bits) << l;
-  return same;
-}
-
-unsigned reduce_min(unsigned x, Site site) {
-  const Slots all = exchange(x, site);
-  for (unsigned l = 0; l < 32; ++l)
-    if (all.valid >> l & 1)
-      x = std::min(x, unsigned(all.slot[l]));
-  return x;
-}
-
-int reduce_add(int x, Site site) {
-  const Slots all = exchange(uint64_t(unsigned(x)), site);
-  unsigned sum = 0;
-  for (unsigned l = 0; l < 32; ++l)
-    sum += all.valid >> l & 1 ? unsigned(all.slot[l]) : 0;
-  return int(sum);
-}
-
-void sync_warp(Site site) { exchange(0, site, true); }
-
-void sync_block(Site site) {
-  yield(1);
-  Fiber &self = *running;
-  Block &block = *self.block;
-  if (!block.arrived)
-    block.site = site;
-  else if (!same(block.site, site))
-    abandon("threads of a block meet at " + text(block.site) + " and at " + text(site));
-  block.chain = std::max(block.chain, self.chain);
-  if (++block.arrived + block.ended == grid.threads)
-    release_block(block, &self);
-  else
-    wait(site);
 }
 
 uint64_t atomic(Atomic what, void *address, size_t bytes, uint64_t operand, Order order) {

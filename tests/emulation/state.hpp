@@ -1,4 +1,5 @@
-// What the scheduler (schedule.cpp) and the checks of memory (memory.cpp) know of a running grid.
+// What the scheduler (schedule.cpp), the collectives (collectives.cpp) and the checks of memory (memory.cpp)
+// know of a running grid.
 #pragma once
 #include "emulation/engine.hpp"
 #include <deque>
@@ -45,7 +46,8 @@ struct Warp {
   uint64_t slot[2][32];
   unsigned valid[2] = {0, 0};
   unsigned arrived = 0, ended = 0, chain = 0;
-  uint32_t epoch = 0; // barriers of the warp so far
+  uint32_t epoch = 0;         // barriers of the warp so far
+  bool orders_memory = false; // where it meets now
   Site site{};
 };
 
@@ -83,6 +85,12 @@ extern Range stacks, image, shared;
 
 // Lets other threads run.
 void yield(unsigned cost);
+// Lets other threads run until one of them makes this one ready.
+void wait(Site);
+void make_ready(Fiber &);
+// Tells the threads that wait in collectives that this one has ended.
+void leave(Fiber &);
+std::string text(Site);
 // Ends the grid: run_grid throws.
 [[noreturn]] void abandon(const std::string &why);
 

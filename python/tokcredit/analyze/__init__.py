@@ -1,4 +1,4 @@
-"""Two language models compared token by token, along the replies that one of them writes.
+"""Two language models compared token by token, along the responses that one of them writes.
 
 Needs ``pip install "tokcredit[train]"``. From Python::
 

@@ -1,4 +1,4 @@
-"""Replies that two models write together: one model writes, and the other takes over where the two diverge."""
+"""Responses that two models write together: one model writes, and the other takes over where the two diverge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Rule(NamedTuple):
     Attributes:
         primary: Model that writes: 0 for the first of the pair, 1 for the second.
         threshold: The other model chooses where the divergence of the two exceeds this, in nats; inf for never.
-        cap: The other model stops choosing after it has changed this many tokens of a reply; None for no limit.
+        cap: The other model stops choosing after it has changed this many tokens of a response; None for no limit.
     """
 
     primary: int
@@ -29,12 +29,12 @@ class Rule(NamedTuple):
 
 
 class Crossed(NamedTuple):
-    """Replies as rows of length T. Values after the end of a reply are undefined.
+    """Responses as rows of length T. Values after the end of a response are undefined.
 
     Attributes:
         tokens: int64 ``(R, T)``, the end token included.
-        lengths: int64 ``[R]``, tokens of each reply.
-        finished: bool ``[R]``, False where a reply was cut at the largest length.
+        lengths: int64 ``[R]``, tokens of each response.
+        finished: bool ``[R]``, False where a response was cut at the largest length.
         js: float64 ``(R, T)``, Jensen-Shannon divergence of the two distributions that a token was drawn from, nats.
         swapped: bool ``(R, T)``, True where the other model chose.
         changed: bool ``(R, T)``, True where the other model chose a token that the primary would not have chosen.
@@ -61,18 +61,18 @@ def cross(
     top_p: float,
     generator: torch.Generator,
 ) -> Crossed:
-    """Return replies under each rule, ``count`` of them one after another for each rule.
+    """Return responses under each rule, ``count`` of them one after another for each rule.
 
     Both models read the same prefix, whichever of them wrote it. A token is ``argmax(log p + noise)`` with Gumbel
-    noise. Both models use the same noise, and so do the k-th replies of all rules, so that tokens differ only where
+    noise. Both models use the same noise, and so do the k-th responses of all rules, so that tokens differ only where
     distributions differ.
 
     Args:
         pair: The two models.
         prompt: Token ids, at least one.
         rules: One or more rules.
-        count: Replies under each rule.
-        max_tokens: Largest number of tokens of a reply, at least 1.
+        count: Responses under each rule.
+        max_tokens: Largest number of tokens of a response, at least 1.
         temperature: Temperature of both models; 0 gives all probability to the likeliest token.
         top_p: Probability mass that each model keeps (nucleus sampling), above 0 and at most 1.
         generator: Source of the noise, on the CPU.

@@ -1,4 +1,4 @@
-"""``tokcredit analyze divergent``: tokens of a large model's reply that a small one would change (arXiv 2505.21600)."""
+"""``tokcredit analyze divergent``: where a small model would change a large model's response (arXiv 2505.21600)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def divergent(settings: Divergent) -> dict[str, Any]:
 
 
 class Labeller:
-    """A function that labels the tokens of the large model's reply to a problem.
+    """A function that labels the tokens of the large model's response to a problem.
 
     Args:
         settings: Settings of the analysis, without defaults left to fill in.
@@ -88,7 +88,7 @@ class Labeller:
         self._settings, self._pair, self._verify, tokenizer = settings, pair, verify, pair.tokenizer
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         self._stops = {i for i, text in enumerate(texts) if text.rstrip(" ").endswith(settings.sentence_ends)}
-        self._replies = TransformersSampler(pair.second, tokenizer)
+        self._responses = TransformersSampler(pair.second, tokenizer)
         self._sentences = TransformersSampler(pair.second, tokenizer, batch=settings.batch, stops=sorted(self._stops))
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class Labeller:
         """
         tokenizer, top = self._pair.tokenizer, self._settings.top
         prompt = prompt_tokens(tokenizer, problem.question)
-        made = self._replies.sample([prompt], 1, self._settings.study.max_tokens, 0.0)
+        made = self._responses.sample([prompt], 1, self._settings.study.max_tokens, 0.0)
         row = Rollouts(
             made.tokens,
             made.cu_seqlens,
@@ -111,13 +111,13 @@ class Labeller:
         )
         seen = predict(self._pair.first, row, hidden_states=top > 0)
         logits = seen.logits[0, :, : self._pair.vocabulary].float()
-        reply, small, finished = made.tokens.tolist(), logits.argmax(-1).tolist(), bool(made.finished)
-        different = [t for t, token in enumerate(reply) if small[t] != token]
-        cases = self._cases(prompt, reply, small, different, finished)
-        labels = [0] * len(reply)
+        response, small, finished = made.tokens.tolist(), logits.argmax(-1).tolist(), bool(made.finished)
+        different = [t for t, token in enumerate(response) if small[t] != token]
+        cases = self._cases(prompt, response, small, different, finished)
+        labels = [0] * len(response)
         for t, label in zip(different, self._verify(cases), strict=True):
             labels[t] = label
-        completion = tokenizer.decode(reply, skip_special_tokens=True)
+        completion = tokenizer.decode(response, skip_special_tokens=True)
         kept = logits.topk(min(top, logits.shape[-1]), -1)
         columns = {
             "problem": number,
@@ -127,7 +127,7 @@ class Labeller:
             "reward": problem.reward(completion),
             "finished": finished,
             "prompt_tokens": prompt,
-            "tokens": reply,
+            "tokens": response,
             "small_tokens": small,
             "labels": labels,
             "cases": [
@@ -141,29 +141,29 @@ class Labeller:
         return pa.Table.from_pylist([columns], schema=_SCHEMA)
 
     def _cases(
-        self, prompt: list[int], reply: list[int], small: list[int], different: list[int], finished: bool
+        self, prompt: list[int], response: list[int], small: list[int], different: list[int], finished: bool
     ) -> list[Case]:
         """Return the large model's continuations of both tokens at each of these positions."""
-        known = {t: self._in_reply(reply, t, finished) for t in different}
-        asked = [[*prompt, *reply[:t], small[t]] for t in different]
-        asked += [[*prompt, *reply[: t + 1]] for t in different if known[t] is None]
+        known = {t: self._in_response(response, t, finished) for t in different}
+        asked = [[*prompt, *response[:t], small[t]] for t in different]
+        asked += [[*prompt, *response[: t + 1]] for t in different if known[t] is None]
         made = iter(self._continued(asked))
         turns = [[small[t], *next(made)] for t in different]
         rests = [next(made) if (rest := known[t]) is None else rest for t in different]
         tokenizer = self._pair.tokenizer
         return [
             Case(
-                tokenizer.decode([*prompt, *reply[:t]], skip_special_tokens=True),
+                tokenizer.decode([*prompt, *response[:t]], skip_special_tokens=True),
                 self._marked(turn),
-                self._marked([reply[t], *rest]),
+                self._marked([response[t], *rest]),
             )
             for t, turn, rest in zip(different, turns, rests, strict=True)
         ]
 
-    def _in_reply(self, reply: list[int], t: int, finished: bool) -> list[int] | None:
-        """Return the large model's continuation of its own token, or None where the reply was cut before its end."""
+    def _in_response(self, response: list[int], t: int, finished: bool) -> list[int] | None:
+        """Return the large model's continuation of its own token, or None where the response was cut before its end."""
         limit = self._limit
-        rest = reply[t + 1 : t + 1 + limit]
+        rest = response[t + 1 : t + 1 + limit]
         end = next((i + 1 for i, token in enumerate(rest) if token in self._stops), None)
         if end is None and len(rest) < limit and not finished:
             return None
@@ -195,7 +195,7 @@ def summarize(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     kinds = np.concatenate([_kinds(row) for row in found])
     return {
-        "replies": len(found),
+        "responses": len(found),
         "tokens": len(kinds),
         "accuracy": float(np.mean([row["reward"] for row in found])),
         "different": float((kinds != "identical").mean()),
@@ -214,7 +214,7 @@ def _kinds(row: dict[str, Any]) -> np.ndarray[Any, Any]:
 def _printed(summary: dict[str, Any], settings: Divergent) -> Table:
     table = Table(
         *("tokens", "identical", "different", *_LABELS.values()),
-        title=f"{settings.small} along {summary['replies']} replies of {settings.large}",
+        title=f"{settings.small} along {summary['responses']} responses of {settings.large}",
         title_justify="left",
     )
     shares = (f"{summary[kind]:.1%}" for kind in ("identical", "different", *_LABELS.values()))
@@ -237,7 +237,7 @@ def _picture(found: Sequence[dict[str, Any]]) -> Any:
         axes.bar(edges[:-1], share, 1 / _BINS, below, align="edge", color=color, label=kind)
         below += share
     axes.set_title("fraction of tokens that the small model would change", fontsize=10)
-    axes.set_xlabel("position in the reply, from 0 at its beginning to 1 at its end")
+    axes.set_xlabel("position in the response, from 0 at its beginning to 1 at its end")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -22,7 +22,7 @@ class StudySettings:
     problems: int = 32
     """Largest number of problems."""
     max_tokens: int = 0
-    """Largest number of tokens of a reply. 0 takes that of the recipe."""
+    """Largest number of tokens of a response. 0 takes that of the recipe."""
     precision: Literal["auto", "no", "bf16"] = "auto"
     """Precision of both models: bf16, no (float32), or auto for that of the recipe."""
     seed: int = 0
@@ -37,8 +37,9 @@ class StudySettings:
 class Shift:
     """Where a tuned model differs from its base, and how much accuracy those tokens gain.
 
-    First, along replies of the tuned model, the Jensen-Shannon divergence of the two next-token distributions at every
-    token. Then replies in which one model takes over from the other wherever the divergence exceeds a threshold.
+    First, along responses of the tuned model, the Jensen-Shannon divergence of the two next-token distributions at
+    every token. Then responses in which one model takes over from the other wherever the divergence exceeds a
+    threshold.
     """
 
     base: str
@@ -47,7 +48,7 @@ class Shift:
     """Model after training, with the same vocabulary; given like the base."""
     study: StudySettings = field(default_factory=StudySettings)
     rollouts: int = 4
-    """Replies per problem, for each model and under each rule."""
+    """Responses per problem, for each model and under each rule."""
     temperature: float = 1.0
     """Temperature of both models. 0 takes the likeliest token."""
     top_p: float = 0.7
@@ -57,14 +58,14 @@ class Shift:
     thresholds: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
     """Divergences above which the other model chooses, nats, one rule each. The divergence is at most ln 2."""
     caps: tuple[int, ...] = ()
-    """Largest numbers of changed tokens per reply, with the threshold of shifted tokens, one rule each."""
+    """Largest numbers of changed tokens per response, with the threshold of shifted tokens, one rule each."""
 
 
 @dataclass(frozen=True)
 class Divergent:
-    """At which tokens of a large model's reply a small model would change the meaning.
+    """At which tokens of a large model's response a small model would change the meaning.
 
-    Along greedy replies of the large model: wherever the small model's likeliest token is a different one, the large
+    Along greedy responses of the large model: wherever the small model's likeliest token is a different one, the large
     model continues both tokens, and a verifier says whether the two continuations differ in meaning, reasoning or
     outcome.
     """
@@ -82,7 +83,7 @@ class Divergent:
     sentence_ends: tuple[str, ...] = (".", "!", "?", "\n", "<think>", "</think>")
     """A continuation ends with a token whose text ends with one of these; spaces after it do not matter."""
     continuation_tokens: int = 0
-    """Largest number of tokens of a continuation. 0 takes that of a reply."""
+    """Largest number of tokens of a continuation. 0 takes that of a response."""
     top: int = 0
     """Number of the small model's largest logits to keep for every token, with its final hidden state, for a router."""
     batch: int = 32

@@ -120,8 +120,8 @@ def _table(
     def cut(x: torch.Tensor) -> list[list[Any]]:
         return [row[:n] for row, n in zip(x.tolist(), lengths, strict=True)]
 
-    replies = tokenizer.batch_decode(cut(made.tokens), skip_special_tokens=True)
-    rows = len(replies)
+    responses = tokenizer.batch_decode(cut(made.tokens), skip_special_tokens=True)
+    rows = len(responses)
     columns = {
         "problem": [number] * rows,
         "task": [problem.task] * rows,
@@ -129,8 +129,8 @@ def _table(
         "primary": [_NAMES[rule.primary] for rule in of_row],
         "threshold": [rule.threshold for rule in of_row],
         "cap": [rule.cap for rule in of_row],
-        "completion": replies,
-        "reward": [problem.reward(reply) for reply in replies],
+        "completion": responses,
+        "reward": [problem.reward(response) for response in responses],
         "finished": made.finished.tolist(),
         "prompt_tokens": [prompt] * rows,
         **{name: cut(getattr(made, name)) for name in ("tokens", "js", "swapped", "changed", "ranks")},
@@ -139,7 +139,7 @@ def _table(
 
 
 def _own(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the replies of the tuned model by itself."""
+    """Return the responses of the tuned model by itself."""
     return [row for row in found if row["primary"] == "tuned" and row["threshold"] == math.inf]
 
 
@@ -148,7 +148,7 @@ def _joined(rows: Sequence[dict[str, Any]], name: str) -> np.ndarray[Any, Any]:
 
 
 def summarize(found: Sequence[dict[str, Any]], settings: Shift) -> dict[str, Any]:
-    """Return the fractions of shifted tokens along the tuned model's replies, and the accuracy under every rule.
+    """Return the fractions of shifted tokens along the tuned model's responses, and the accuracy under every rule.
 
     Args:
         found: Rows of the tables of all problems.
@@ -158,7 +158,7 @@ def summarize(found: Sequence[dict[str, Any]], settings: Shift) -> dict[str, Any
     js, ranks = _joined(own, "js"), _joined(own, "ranks")
     shifted = js > settings.threshold
     return {
-        "replies": len(own),
+        "responses": len(own),
         "tokens": len(js),
         "js_mean": float(js.mean()),
         "js_median": float(np.median(js)),
@@ -194,7 +194,7 @@ def _outcome(found: Sequence[dict[str, Any]], rule: Rule) -> dict[str, Any]:
         "error": float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None,
         "swapped_share": float(swapped.mean()),
         "changed_share": float(changed.mean()),
-        "changed_per_reply": float(changed.sum() / len(rows)),
+        "changed_per_response": float(changed.sum() / len(rows)),
         "length": len(changed) / len(rows),
     }
 
@@ -202,7 +202,7 @@ def _outcome(found: Sequence[dict[str, Any]], rule: Rule) -> dict[str, Any]:
 def _printed(summary: dict[str, Any], settings: Shift) -> Table:
     shifted = summary["shifted"]
     table = Table(
-        *("writes", "other above", "cap", "accuracy", "±", "swapped", "changed", "per reply"),
+        *("writes", "other above", "cap", "accuracy", "±", "swapped", "changed", "per response"),
         title=f"{summary['tokens']} tokens of {settings.tuned}: {shifted['share']:.1%} diverge from {settings.base} by "
         f"JS > {settings.threshold:g}",
         title_justify="left",
@@ -217,7 +217,7 @@ def _printed(summary: dict[str, Any], settings: Shift) -> Table:
             "" if line["error"] is None else f"{line['error']:.3f}",
             "" if alone else f"{line['swapped_share']:.1%}",
             "" if alone else f"{line['changed_share']:.1%}",
-            "" if alone else f"{line['changed_per_reply']:.2f}",
+            "" if alone else f"{line['changed_per_response']:.2f}",
         )
     return table
 
@@ -245,7 +245,7 @@ def _picture(found: Sequence[dict[str, Any]], summary: dict[str, Any], settings:
             label=f"{name}, {other} above",
         )
         by_count.scatter(
-            [line["changed_per_reply"] for line in lines],
+            [line["changed_per_response"] for line in lines],
             [line["accuracy"] for line in lines],
             color=f"C{i}",
             s=12,
@@ -261,9 +261,9 @@ def _picture(found: Sequence[dict[str, Any]], summary: dict[str, Any], settings:
     along.stairs(above / np.maximum(total, 1), edges, color="C1", fill=True)
     for axes, title, x in (
         (by_threshold, "accuracy", "the other model chooses above this divergence, nats"),
-        (by_count, "accuracy", "changed tokens per reply"),
+        (by_count, "accuracy", "changed tokens per response"),
         (spread, "fraction of the tuned model's tokens", "Jensen-Shannon divergence, nats"),
-        (along, f"fraction of tokens with divergence > {settings.threshold:g}", "position in the reply"),
+        (along, f"fraction of tokens with divergence > {settings.threshold:g}", "position in the response"),
     ):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(x)

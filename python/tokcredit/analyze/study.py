@@ -32,7 +32,7 @@ class Pair(NamedTuple):
         second: A causal language model.
         tokenizer: Tokenizer of the second. If it has a chat template, questions are wrapped in it.
         vocabulary: Number of tokens that both models predict. Further logits are padding and are not read.
-        ends: int64 ``[E]``, tokens with which one of the models ends a reply.
+        ends: int64 ``[E]``, tokens with which one of the models ends a response.
     """
 
     first: Any

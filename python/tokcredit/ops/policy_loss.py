@@ -88,15 +88,15 @@ def _scale_rows(x: Tensor, factor: Tensor, begin: Tensor, end: Tensor, threads: 
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, log_probs: Tensor, arguments: tuple[Any, ...], total: bool) -> tuple[Tensor, Tensor]:
         values, stats, slopes = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
         ctx.save_for_backward(log_probs)
         ctx.mark_non_differentiable(stats)
         ctx.slopes, ctx.arguments = slopes, arguments
-        return values, stats
+        return values.sum() if total else values, stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (log_probs,) = ctx.saved_tensors
         slopes, ctx.slopes = ctx.slopes, None
         # The first pass wrote them, so they are scaled where they lie and given away: no second buffer.
@@ -105,8 +105,8 @@ class _PolicyLoss(torch.autograd.Function):
         elif torch.compiler.is_compiling():
             slopes = slopes.clone()
         begin, end = ctx.arguments[3:5]
-        torch.ops.tokcredit.scale_rows_(slopes, grad, begin, end, num_threads())
-        return slopes.to(log_probs.dtype), None
+        torch.ops.tokcredit.scale_rows_(slopes, grad.expand(begin.shape), begin, end, num_threads())
+        return slopes.to(log_probs.dtype), None, None
 
 
 def _index(names: tuple[str, ...], argument: str, name: str) -> int:
@@ -139,6 +139,7 @@ def policy_loss(
     power: float = 0.0,
     limit: float = inf,
     clamp: tuple[float, float] = (-inf, inf),
+    total: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted surrogate summed over each row, and statistics of each row.
 
@@ -169,9 +170,10 @@ def policy_loss(
         power: Bounds grow with the token's position to this power.
         limit: Where a KL estimate exceeds it, the estimate is held there and has no slope.
         clamp: Smallest and largest log-ratio.
+        total: Whether to return the sum over rows, which saves a node of the graph.
 
     Returns:
-        Values ``[R]`` with a gradient to ``log_probs``, and statistics float64 ``[R, len(LOSS_STATS)]`` without one.
+        Values ``[R]``, or their sum 0-d, with a gradient to ``log_probs``, and statistics float64 ``[R, len(LOSS_STATS)]`` without one.
 
     Raises:
         ValueError: An unknown name, tensors of other shapes or dtypes, or ``cumulative`` with a ``log_ratio``.
@@ -214,6 +216,6 @@ def policy_loss(
         num_threads(),
     )
     if differentiate:
-        return _PolicyLoss.apply(log_probs, arguments)  # as one argument: autograd looks at each
+        return _PolicyLoss.apply(log_probs, arguments, total)
     values, stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
-    return values, stats
+    return values.sum() if total else values, stats

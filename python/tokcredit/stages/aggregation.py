@@ -102,8 +102,8 @@ class sequence_mean(Aggregation):
 
     def __call__(self, counts: Counts) -> Tensor:
         assert counts.rows is not None
-        tokens = counts.lengths.clamp(min=1) * counts.rows.clamp(min=1)
-        return (counts.dp_size / tokens.double())[:, None]
+        tokens = counts.lengths.double().clamp_(min=1) * counts.rows.double().clamp_(min=1)
+        return (counts.dp_size / tokens)[:, None]
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,6 @@ template <class T> T atomicAdd(T *address, T value) {
                                ::emulation::Order::relaxed));
 }
 inline unsigned atomicOr(unsigned *address, unsigned value) {
-  return unsigned(
-      ::emulation::atomic(::emulation::Atomic::bit_or, address, sizeof value, value, ::emulation::Order::relaxed));
+  return unsigned(::emulation::atomic(::emulation::Atomic::bit_or, address, sizeof value, value,
+                                      ::emulation::Order::relaxed));
 }
