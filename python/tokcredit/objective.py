@@ -193,7 +193,7 @@ class Objective(ObjectiveStage):
             terms.append((None if term.where is None else own_spans.mask, term_weights))
         return {"lengths": lengths, "row_weights": weights, "terms": tuple(terms)}
 
-    def loss(self, prepared: Prepared, log_probs: Tensor, **variables: Tensor) -> Loss:
+    def loss(self, prepared: Prepared, log_probs: Tensor, /, **variables: Tensor) -> Loss:
         """Return the loss of a prepared batch, or of a part of it, with its gradient to ``log_probs``.
 
         Without ``old_log_probs`` in the batch the ratio is exactly 1 (on policy), with the gradient it has there. On

@@ -96,7 +96,7 @@ class Preference(ObjectiveStage):
             multiplier = w if multiplier is None else product(multiplier, w, batch.spans)
         return PreparedPairs(objective, batch, pairs, multiplier, _pair_weight(denominators, len(pairs)))
 
-    def loss(self, prepared: PreparedPairs, per_token: Tensor, **variables: Tensor) -> Loss:
+    def loss(self, prepared: PreparedPairs, per_token: Tensor, /, **variables: Tensor) -> Loss:
         """Return the loss of prepared pairs, with its gradient to ``per_token``.
 
         Args:

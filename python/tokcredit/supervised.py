@@ -139,7 +139,7 @@ class Supervised(ObjectiveStage):
         weights = denominators.row_weights(objective.aggregation, batch, kept.lengths)
         return PreparedSupervised(objective, batch, kept.spans, multiplier, kept.lengths, weights)
 
-    def loss(self, prepared: PreparedSupervised, per_token: Tensor, **variables: Tensor) -> Loss:
+    def loss(self, prepared: PreparedSupervised, per_token: Tensor, /, **variables: Tensor) -> Loss:
         """Return the loss of a prepared batch, or of a part of it, with its gradient to ``per_token``.
 
         Args:

@@ -175,7 +175,7 @@ def canon(
     return Objective(
         conditional(
             length() if by_length else mean_entropy(),
-            by_mean_reward() if between is None else between,  # type: ignore[arg-type]
+            by_mean_reward() if between is None else between,
             high=alpha if by_length else 1.0,
             low=1.0 if by_length else alpha,
             offset=offset,

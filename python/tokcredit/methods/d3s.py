@@ -84,10 +84,10 @@ def d3s(
     return Objective(
         credit.group_normalized(epsilon=epsilon),
         filters=(
-            varied_rows(linear(rows_start, rows_end)),  # type: ignore[arg-type]
+            varied_rows(linear(rows_start, rows_end)),
             filters.nonzero_advantage(),
             filters.top_share(
-                linear(tokens_start, tokens_end),  # type: ignore[arg-type]
+                linear(tokens_start, tokens_end),
                 entropies,
                 times_advantage=True,
             ),

@@ -173,7 +173,8 @@ def policy_loss(
         total: Whether to return the sum over rows, which saves a node of the graph.
 
     Returns:
-        Values ``[R]``, or their sum 0-d, with a gradient to ``log_probs``, and statistics float64 ``[R, len(LOSS_STATS)]`` without one.
+        Values ``[R]``, or their sum 0-d, with a gradient to ``log_probs``, and statistics float64
+        ``[R, len(LOSS_STATS)]`` without one.
 
     Raises:
         ValueError: An unknown name, tensors of other shapes or dtypes, or ``cumulative`` with a ``log_ratio``.
