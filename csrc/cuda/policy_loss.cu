@@ -281,16 +281,11 @@ __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Cha
       chain->publish(place, Chain<Running>::carry, Running{});
 }
 
-// Blocks per multiprocessor: few enough that what a token needs fits the registers but for some words, and
-// enough to keep the memory busy. A gate has the most operands; chained tiles also carry sums.
-template <Surrogate kind, class T, bool running>
-constexpr int blocks_at_once = sizeof(T) == 8                        ? 1
-                               : kind == Surrogate::gated && running ? 1
-                               : kind == Surrogate::gated || running ? 2
-                                                                     : 3;
+// Blocks per multiprocessor: few enough that what a token needs fits the registers. Chained tiles also carry sums.
+template <class T, bool running> constexpr int blocks_at_once = sizeof(T) == 8 || running ? 1 : 2;
 
 template <Surrogate kind, class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once<kind, T, false>)
+__global__ void __launch_bounds__(block_threads, blocks_at_once<T, false>)
     policy_loss_tiles(PolicyLoss p, int64_t tiles, Stats *parts) {
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (place < tiles)
@@ -298,7 +293,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_once<kind, T, false>)
 }
 
 template <Surrogate kind, class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once<kind, T, true>)
+__global__ void __launch_bounds__(block_threads, blocks_at_once<T, true>)
     policy_loss_chained(PolicyLoss p, int64_t tiles, Stats *parts, Chain<Running> chain) {
   const int64_t place = chain.turn() * warps_per_block + threadIdx.x / 32;
   if (place < tiles)

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(block_threads, 2)
 }
 
 template <class A, Reduction kind>
-__global__ void __launch_bounds__(block_threads) merge_parts(SegmentRows s, const Moments<kind> *parts) {
+__global__ void __launch_bounds__(block_threads, 1) merge_parts(SegmentRows s, const Moments<kind> *parts) {
   const int64_t r = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (r >= s.rows.count)
     return;
