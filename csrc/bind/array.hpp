@@ -64,9 +64,11 @@ public:
 
   // A number as a member of an enumeration.
   template <class E> E one_of(const char *name, int number, const char *words) const {
-    const auto names = split(words);
-    if (number < 0 || number >= int(names.size()))
-      fail(name, "0 to " + std::to_string(names.size() - 1) + " (" + words + ")", std::to_string(number));
+    int last = 0;
+    for (const char *c = words; *c; ++c)
+      last += *c == ',';
+    if (number < 0 || number > last)
+      fail(name, "0 to " + std::to_string(last) + " (" + words + ")", std::to_string(number));
     return E(number);
   }
 

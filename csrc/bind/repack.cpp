@@ -10,12 +10,14 @@ void check_rows(const Call &call, const Repack &p, int64_t source_size) {
   int64_t last = 0;
   for (int64_t r = 0; r < p.rows; ++r) {
     const int64_t from = p.from[r], to = p.to[r], length = p.length[r];
-    const std::string got = std::to_string(length) + " from " + std::to_string(from) + " to " +
-                            std::to_string(to) + " at " + std::to_string(r);
+    const auto got = [&] {
+      return std::to_string(length) + " from " + std::to_string(from) + " to " + std::to_string(to) + " at " +
+             std::to_string(r);
+    };
     if (from < 0 || length < 0 || length > source_size || from > source_size - length)
-      call.fail("from, length", "spans inside [0, " + std::to_string(source_size) + "]", got);
+      call.fail("from, length", "spans inside [0, " + std::to_string(source_size) + "]", got());
     if (to < last || to > p.size - length)
-      call.fail("to, length", "ascending, disjoint spans inside [0, " + std::to_string(p.size) + "]", got);
+      call.fail("to, length", "ascending, disjoint spans inside [0, " + std::to_string(p.size) + "]", got());
     last = to + length;
   }
 }

@@ -383,7 +383,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
             value = term(variables, batch, spans, term_weights)
             values[term.metric] = term.metric_sign * value.detach()
             total = total + term.coefficient * value
-    loss = total.detach()
+    loss = total.detach() if objective.terms else policy_loss
 
     def metrics() -> dict[str, Tensor]:
         totals = dict(zip(ops.LOSS_STATS, stats.sum(0), strict=True))

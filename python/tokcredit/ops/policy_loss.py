@@ -92,11 +92,14 @@ class _PolicyLoss(torch.autograd.Function):
         values, stats, slopes = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
         ctx.save_for_backward(log_probs)
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
         ctx.slopes, ctx.arguments = slopes, arguments
         return values.sum() if total else values, stats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
         (log_probs,) = ctx.saved_tensors
         slopes, ctx.slopes = ctx.slopes, None
         # The first pass wrote them, so they are scaled where they lie and given away: no second buffer.

@@ -80,7 +80,8 @@ class token_mean(Aggregation):
 
     def __call__(self, counts: Counts) -> Tensor:
         assert counts.tokens is not None
-        return counts.dp_size / counts.tokens.clamp(min=1).double()
+        weight = counts.tokens.clamp(min=1).double().reciprocal_()
+        return weight if counts.dp_size == 1 else weight.mul_(counts.dp_size)
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class sequence_mean(Aggregation):
 
     def __call__(self, counts: Counts) -> Tensor:
         assert counts.rows is not None
-        tokens = counts.lengths.double().clamp_(min=1) * counts.rows.double().clamp_(min=1)
-        return (counts.dp_size / tokens)[:, None]
+        weights = (counts.lengths.clamp(min=1) * counts.rows.clamp(min=1)).double().reciprocal_()
+        return (weights if counts.dp_size == 1 else weights.mul_(counts.dp_size))[:, None]
 
 
 @dataclass(frozen=True)
