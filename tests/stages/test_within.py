@@ -88,16 +88,21 @@ def test_filter_weight_and_scale_against_loops(statistic, over, signs):
 
 def test_bounds_are_inclusive_and_nan_lies_outside():
     batch = tc.Rollouts(
-        torch.arange(3),
-        torch.tensor([0, 3]),
+        torch.arange(4),
+        torch.tensor([0, 4]),
         torch.tensor([0]),
         torch.tensor([1.0]),
-        old_log_probs=torch.tensor([0.5, 0.25, 0.0]),
-        rollout_log_probs=torch.tensor([0.0, 0.0, math.nan]),
+        old_log_probs=torch.tensor([0.5, 0.25, math.nan, -7.0]),
+        rollout_log_probs=torch.tensor([0.0, 0.0, 0.0, math.nan]),
     )
-    inside = tc.filters.within("difference", "token", 0.25, 0.5)(batch, torch.ones(1, 1))
-    assert inside.tolist() == [True, True, False]
-    assert not tc.filters.within("difference", "sum", -9, 9)(batch, torch.ones(1, 1)).any()
+    one = torch.ones(1, 1)
+    # The engine did not report the last token: its log-ratio counts as 0, as in TRL's off-policy mask.
+    assert tc.filters.within("difference", "token", 0.25, 0.5)(batch, one).tolist() == [True, True, False, False]
+    assert tc.filters.within("difference", "token", -1, 1)(batch, one).tolist() == [True, True, False, True]
+    assert not tc.filters.within("difference", "sum", -9, 9)(batch, one).any()
+    known = batch.with_inputs(old_log_probs=torch.tensor([0.5, 0.25, 0.25, -7.0]))
+    assert tc.filters.within("difference", "sum", 1.0, 1.0)(known, one).all()
+    assert tc.token_weights.within("difference", "mean", 0.25, 0.25)(known, one).tolist() == [[1.0]]
 
 
 def test_a_scale_changes_the_gradient_and_no_denominator():

@@ -162,7 +162,7 @@ class within(Filter):
 
     def __call__(self, batch: Rollouts, advantages: Tensor | None) -> Tensor:
         assert advantages is not None
-        difference = batch.input(self.of) - batch.input(self.to)
+        difference = predicate.log_ratio(batch.input(self.of), batch.input(self.to))
         inside = predicate.within(difference, batch.spans, self.statistic, self.over, self.low, self.high)
         return predicate.of_sign(self.signs, advantages, inside, batch.spans)
 

@@ -123,7 +123,7 @@ class within(TokenWeight):
         return frozenset({self.of, self.to})
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        difference = batch.input(self.of) - batch.input(self.to)
+        difference = predicate.log_ratio(batch.input(self.of), batch.input(self.to))
         inside = predicate.within(difference, batch.spans, self.statistic, self.over, self.low, self.high)
         return predicate.of_sign(self.signs, advantages, inside, batch.spans).to(difference.dtype)
 

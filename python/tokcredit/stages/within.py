@@ -14,6 +14,16 @@ OVER = ("token", "sum", "mean", "max", "min")
 SIGNS = ("any", "positive", "negative")
 
 
+def log_ratio(log_probs: Tensor, reference: Tensor) -> Tensor:
+    """Return ``log_probs - reference``, and 0 where the reference is NaN: an engine did not report the token.
+
+    Args:
+        log_probs: float ``[N]``.
+        reference: float ``[N]``.
+    """
+    return (log_probs - reference).masked_fill_(reference.isnan(), 0)
+
+
 def within(log_ratio: Tensor, spans: Spans, statistic: str, over: str, low: float, high: float) -> Tensor:
     """Return whether a statistic of the log-ratios lies in ``[low, high]``.
 
@@ -25,7 +35,7 @@ def within(log_ratio: Tensor, spans: Spans, statistic: str, over: str, low: floa
         k2          x^2 / 2
         k3          exp(x) - 1 - x
 
-    A NaN log-ratio lies outside.
+    A NaN log-ratio lies outside; see :func:`log_ratio` for tokens without a reference.
 
     Args:
         log_ratio: float ``[N]``.
