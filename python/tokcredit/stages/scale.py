@@ -110,7 +110,9 @@ class within(Scale):
         signal: Tensor | None,
     ) -> Tensor:
         assert signal is not None
-        inside = predicate.within(predicate.log_ratio(log_probs, signal), spans, self.statistic, self.over, self.low, self.high)
+        inside = predicate.within(
+            predicate.log_ratio(log_probs, signal), spans, self.statistic, self.over, self.low, self.high
+        )
         return predicate.of_sign(self.signs, advantages, inside, spans).to(log_ratio.dtype)
 
 
