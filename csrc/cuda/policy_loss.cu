@@ -281,7 +281,8 @@ __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Cha
       chain->publish(place, Chain<Running>::carry, Running{});
 }
 
-// Blocks per multiprocessor: few enough that what a token needs fits the registers. Chained tiles also carry sums.
+// Blocks per multiprocessor: few enough that what a token needs fits the registers. Chained tiles also carry
+// sums.
 template <class T, bool running> constexpr int blocks_at_once = sizeof(T) == 8 || running ? 1 : 2;
 
 template <Surrogate kind, class T>
