@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(config, items):
         left_out = [
             item
             for item in items
-            if item.get_closest_marker("gpu") and not (emulated and "device" in item.fixturenames)
+            if item.get_closest_marker("gpu") and not (emulated and {"device", "emulator"} & set(item.fixturenames))
         ]
         if left_out:
             gone = set(left_out)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from tokcredit import ops
-from tokcredit.ops import Rows
+from tokcredit import Spans, ops
 
 pytestmark = pytest.mark.gpu
 
@@ -25,40 +24,41 @@ def emulator(request):
     return plugin.emulator
 
 
-def rows_of(lengths, stride):
+def spans_of(lengths, stride):
     lengths = torch.tensor(lengths)
     begin = torch.arange(len(lengths)) * stride if stride else lengths.cumsum(0) - lengths
-    return Rows(begin, begin + lengths), int((begin + lengths)[-1])
+    end = begin + lengths
+    return Spans(begin, end, int(end[-1]))
 
 
-def waits_of_scan(emulator, rows, size, reverse=False):
-    x, y, last = torch.ones(size), torch.empty(size), torch.empty(len(rows.begin))
+def waits_of_scan(emulator, spans, reverse=False):
+    x, y, last = torch.ones(spans.size), torch.empty(spans.size), torch.empty(spans.num_rows)
 
     def run():
-        emulator.module.scan(x, rows.begin, rows.end, None, 1.0, None, reverse, False, y, last, 1)
+        emulator.module.scan(x, spans.begin, spans.end, None, 1.0, None, reverse, False, y, last, 1)
 
     waits = emulator.longest_chain(run)
-    assert torch.equal(last, (rows.end - rows.begin).float())
+    assert torch.equal(last, spans.lengths.float())
     return waits
 
 
-def waits_of_policy_loss(emulator, rows, size):
-    x = torch.ones(size)
-    return emulator.longest_chain(lambda: ops.policy_loss(x, rows, "k1", reference=x, cumulative=True))
+def waits_of_policy_loss(emulator, spans):
+    x = torch.ones(spans.size)
+    return emulator.longest_chain(lambda: ops.policy_loss(x, spans, "k1", reference=x, cumulative=True))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_scan_does_not_wait_for_rows_that_end(emulator, case, reverse):
-    assert waits_of_scan(emulator, *rows_of(*CASES[case]), reverse) <= MOST
+    assert waits_of_scan(emulator, spans_of(*CASES[case]), reverse) <= MOST
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_policy_loss_does_not_wait_for_rows_that_end(emulator, case):
-    assert waits_of_policy_loss(emulator, *rows_of(*CASES[case])) <= MOST
+    assert waits_of_policy_loss(emulator, spans_of(*CASES[case])) <= MOST
 
 
 # Long rows are scaled down from 10^6 tokens: with all blocks resident the emulator takes a second for 20,000.
 def test_a_long_row_is_a_chain_of_look_backs(emulator):
-    assert waits_of_scan(emulator, *rows_of([400_000], None)) <= 400_000 // (REACH * 4096) + 2
-    assert waits_of_policy_loss(emulator, *rows_of([100_000], None)) <= 100_000 // (REACH * 512) + 2
+    assert waits_of_scan(emulator, spans_of([400_000], None)) <= 400_000 // (REACH * 4096) + 2
+    assert waits_of_policy_loss(emulator, spans_of([100_000], None)) <= 100_000 // (REACH * 512) + 2
