@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import tokcredit as tc
-from tokcredit.adapters import capabilities  # noqa: F401 - registers the inputs that hosts pass on
 
 ROOT = Path(__file__).parents[1]
 PLAIN = {tc.Objective: "grpo", tc.Preference: "dpo", tc.Supervised: "sft"}

@@ -96,6 +96,7 @@ COLLECTORS = {
     "replay": "the replay buffer",
     "environment": "the task, or the tools it offers",
     "length_head": "a value head that predicts remaining tokens",
+    "host": "another trainer, or the file that a trainer wrote",
     "user": "whoever makes the batch",
 }
 """Every collector, and what it does."""
@@ -261,6 +262,16 @@ for _entry in (
         "-(1 - gamma^l), with l the remaining tokens predicted before the token",
         "length_head",
     ),
+    Input("advantages", "token", "float", "advantage of the token, as a host passes it on", "host"),
+    Input("weights", "token", "float", "factor of the token's loss, as a host passes it on", "host"),
+    Input(
+        "importance_sampling_ratio",
+        "token",
+        "float",
+        "probability under the trainer over that under the engine, corrected by a host",
+        "host",
+    ),
+    Input("recorded_advantages", "token", "float", "advantages that a trainer wrote into the file of a report", "host"),
     Input("prompt_tokens", "row", "integer", "token ids of the prompt, -1 on the left as padding", "sampler", ("P",)),
 ):
     _REGISTRY[_entry.name] = _entry

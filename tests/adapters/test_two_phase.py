@@ -165,7 +165,7 @@ def test_inputs_are_those_of_the_registry():
         host_fields(entropys="entropy")
     x = torch.zeros(3)
     assert arguments({"old_log_probs": x, "weights": x}) == {"old_log_probs": x, "extras": {"weights": x}}
-    assert {"advantages", "weights", "importance_sampling_ratio"} <= tc.inputs.names("user")
+    assert {"advantages", "weights", "importance_sampling_ratio"} <= tc.inputs.names("host")
 
 
 def test_methods_of_hosts_are_policy_gradients():

@@ -104,6 +104,7 @@ CALLS = {
             segment.moments,
         )
     },
+    "segment.weighted_sum": (segment.weighted_sum, {"x": floats(N), "spans": spans(), "weights": floats(N)}),
     "segment.count": (segment.count, {"by": PER_ROW["by"]}),
     "segment.keys": (segment.keys, {"ids": torch.tensor([0, 1, 1]), "others": torch.tensor([2, 2, 0])}),
     "segment.pieces": (segment.pieces, {"marks": spans().mask & (torch.arange(N) % 3 == 0), "spans": spans()}),

@@ -19,15 +19,6 @@ from tokcredit.stages.base import input_name
 from tokcredit.stages.credit import Credit
 from tokcredit.stages.token_weights import TokenWeight
 
-inputs.register("advantages", per="token", dtype="float", meaning="advantage of the token, as the host passes it on")
-inputs.register("weights", per="token", dtype="float", meaning="factor of the token's loss, from the host")
-inputs.register(
-    "importance_sampling_ratio",
-    per="token",
-    dtype="float",
-    meaning="probability under the trainer over that under the engine, corrected by the host",
-)
-
 
 @dataclass(frozen=True)
 class given_advantages(Credit):

@@ -221,7 +221,7 @@ def _progress(file: Path, step: int | None) -> float | None:
 def _inputs(rows: list[dict[str, Any]], lengths: list[int]) -> dict[str, Tensor]:
     """Return the registered inputs without further axes that every row has."""
     found: dict[str, Tensor] = {}
-    for name in sorted(inputs.names() - {RECORDED}):
+    for name in sorted(inputs.names() - inputs.names("host")):
         entry = inputs.get(name)
         if entry.axes or any(row.get(name) is None for row in rows):
             continue

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokcredit import inputs
 from tokcredit.report.readers import RECORDED, Run
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import clip
@@ -91,8 +90,3 @@ def as_recorded(name: str, objective: Any, run: Run) -> tuple[Any, list[str]]:
     note = f"{name} reads {', '.join(sorted(lacks))}, which the file does not have: it is shown with the advantages "
     note += "that the trainer wrote" + (f", and without its own {', '.join(left_out)}." if left_out else ".")
     return replace(objective, **changes), [note]
-
-
-inputs.register(
-    RECORDED, per="token", dtype="float", meaning="advantages that the trainer wrote into the file of a report"
-)

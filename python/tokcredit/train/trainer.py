@@ -64,7 +64,9 @@ def _corrected(objective: Any) -> Any:
 def _check_collected(objective: Any, method: str) -> None:
     by_forward = collectors.collected()
     wanted = objective.required_inputs
-    missing = wanted & inputs.names("user") | {x for x in wanted & by_forward if not collectors.computes(x)}
+    missing = wanted & (inputs.names("user") | inputs.names("host")) | {
+        x for x in wanted & by_forward if not collectors.computes(x)
+    }
     if missing:
         raise ValueError(
             f"method: expected an objective whose inputs the trainer collects, got {method}, "
