@@ -1,6 +1,6 @@
 #include "ops/repack.hpp"
 #include "cpu/parallel.hpp"
-#include <cstring>
+#include <algorithm>
 
 namespace tokcredit::cpu {
 void repack(const Repack &p, int threads) {
@@ -11,10 +11,10 @@ void repack(const Repack &p, int threads) {
     for (int64_t r = first; r < last; ++r) {
       // Zeros up to the next row belong to this one, those before the first row to the first.
       if (r == 0)
-        std::memset(y, 0, p.to[0] * bytes);
+        std::fill(y, y + p.to[0] * bytes, 0);
       const int64_t end = p.to[r] + p.length[r], next = r + 1 < p.rows ? p.to[r + 1] : p.size;
-      std::memmove(y + p.to[r] * bytes, x + p.from[r] * bytes, p.length[r] * bytes);
-      std::memset(y + end * bytes, 0, (next - end) * bytes);
+      std::copy_n(x + p.from[r] * bytes, p.length[r] * bytes, y + p.to[r] * bytes);
+      std::fill(y + end * bytes, y + next * bytes, 0);
     }
   });
 }
