@@ -242,6 +242,10 @@ def rows(architecture, folder):
             stream = next((s for s in STREAMS.get(source.stem, []) if s.kernel == names[name]), None)
             if stream:
                 path = hot_path(*code[name], stream)
+                if not path:
+                    raise SystemExit(
+                        f"sm_{architecture} {source.stem}: {names[name]}: expected a loop over tokens, found none"
+                    )
                 loads, stores = (sum(wide(i, kind) for i in path) for kind in ("LDG", "STG"))
                 rate = stream.items * stream.bytes / (len(path) / IPC) * sms * clock * 1e9
                 row += [len(path) * 128 / stream.items, loads, stores, min(rate / copy, 1)]
@@ -250,7 +254,7 @@ def rows(architecture, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--architectures", nargs="+", default=["80", "90", "100"], choices=list(DEVICES))
+    parser.add_argument("--architectures", nargs="+", default=["80", "90"], choices=list(DEVICES))
     parser.add_argument("--check", action="store_true")
     a = parser.parse_args()
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
