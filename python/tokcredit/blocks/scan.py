@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import FLOATS, per_token, tensor
+from tokcredit.arguments import FLOATS, instance, per_token, tensor
 from tokcredit.spans import Spans, require_spans
 
 
@@ -116,6 +116,7 @@ def generalized_advantages(
     """
     require_spans("spans", spans)
     per_token("values", values, spans.size, spans.device)
+    instance("rewards", rewards, Tensor)
     tensor("rewards", rewards, FLOATS, () if rewards.dim() == 0 else (spans.size,), spans.device)
     values = values.to(torch.promote_types(rewards.dtype, values.dtype))
     delta = following(values, spans, bootstrap).mul_(discount).add_(rewards).sub_(values)
