@@ -136,9 +136,14 @@ def weighted_sum(x: Tensor, spans: Spans, weights: Tensor | None = None) -> Tens
 
     Returns:
         float ``[R]``.
+
+    Raises:
+        TypeError: ``x`` or ``weights`` is not a float tensor.
     """
     require_spans("spans", spans)
     per_token("x", x, spans.size, spans.device)
+    if weights is not None:
+        float_tensor("weights", weights)
     rows, _ = ops.policy_loss(x, spans, "k1", reference=torch.zeros_like(x, requires_grad=False), weights=weights)
     return rows
 
