@@ -17,7 +17,7 @@ from tokcredit import ops
 from tokcredit.blocks import segment, select
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import within as predicate
-from tokcredit.stages.base import Stage, flag, input_name, number, option, part
+from tokcredit.stages.base import Stage, flag, number, part
 from tokcredit.stages.token_score import TokenScore
 
 
@@ -132,7 +132,7 @@ class top_share(Filter):
 
 
 @dataclass(frozen=True)
-class within(Filter):
+class within(predicate.Recorded, Filter):
     """The tokens, or rows, where a statistic of the log-ratio between two recorded policies lies in ``[low, high]``.
 
     Statistics are those of :func:`tokcredit.stages.within.within`, on the input ``of`` minus the input ``to``.
@@ -147,24 +147,9 @@ class within(Filter):
         to: Input with the log-probs that made the data.
     """
 
-    statistic: str = option(*predicate.STATISTICS)
-    over: str = option(*predicate.OVER)
-    low: float = number(-math.inf)
-    high: float = number(math.inf)
-    signs: str = option(*predicate.SIGNS)
-    of: str = input_name("old_log_probs")
-    to: str = input_name("rollout_log_probs")
-
-    @property
-    def required_inputs(self) -> frozenset[str]:
-        """The two inputs that are compared."""
-        return frozenset({self.of, self.to})
-
     def __call__(self, batch: Rollouts, advantages: Tensor | None) -> Tensor:
         assert advantages is not None
-        difference = predicate.log_ratio(batch.input(self.of), batch.input(self.to))
-        inside = predicate.within(difference, batch.spans, self.statistic, self.over, self.low, self.high)
-        return predicate.of_sign(self.signs, advantages, inside, batch.spans)
+        return self.inside(batch, advantages)
 
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from tokcredit.blocks import segment
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import within as predicate
-from tokcredit.stages.base import Stage, flag, input_name, number, option, part
+from tokcredit.stages.base import Stage, flag, number, part
 from tokcredit.stages.token_score import TokenScore
 
 
@@ -94,7 +93,7 @@ class importance_masked(TokenWeight):
 
 
 @dataclass(frozen=True)
-class within(TokenWeight):
+class within(predicate.Recorded, TokenWeight):
     """1 where a statistic of the log-ratio between two recorded policies lies in ``[low, high]``, else 0.
 
     The same predicate as :class:`tokcredit.filters.within`, without changing a denominator.
@@ -109,23 +108,9 @@ class within(TokenWeight):
         to: Input with the log-probs that made the data.
     """
 
-    statistic: str = option(*predicate.STATISTICS)
-    over: str = option(*predicate.OVER)
-    low: float = number(-math.inf)
-    high: float = number(math.inf)
-    signs: str = option(*predicate.SIGNS)
-    of: str = input_name("old_log_probs")
-    to: str = input_name("rollout_log_probs")
-
-    @property
-    def required_inputs(self) -> frozenset[str]:
-        """The two inputs that are compared."""
-        return frozenset({self.of, self.to})
-
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        difference = predicate.log_ratio(batch.input(self.of), batch.input(self.to))
-        inside = predicate.within(difference, batch.spans, self.statistic, self.over, self.low, self.high)
-        return predicate.of_sign(self.signs, advantages, inside, batch.spans).to(difference.dtype)
+        of, to = batch.input(self.of), batch.input(self.to)
+        return self.inside(batch, advantages).to(torch.promote_types(of.dtype, to.dtype))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from tokcredit import ops
 from tokcredit.blocks import segment
+from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
+from tokcredit.stages.base import input_name, number, option
 
 STATISTICS = ("ratio", "difference", "k1", "k2", "k3")
 OVER = ("token", "sum", "mean", "max", "min")
@@ -82,3 +87,45 @@ def of_sign(signs: str, advantages: Tensor, inside: Tensor, spans: Spans) -> Ten
         return inside | free
     per_token = [x if x.dim() == 1 else ops.spread(x[:, 0], spans) for x in (inside, free)]
     return torch.logical_or(*per_token)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The predicate on the log-ratio between two recorded policies, for the stages that read no current policy.
+
+    Args:
+        statistic: One of :data:`STATISTICS`.
+        over: One of :data:`OVER`.
+        low: Lower bound.
+        high: Upper bound.
+        signs: One of :data:`SIGNS`; advantages the bounds hold for.
+        of: Input with the log-probs of the trainer.
+        to: Input with the log-probs that made the data.
+    """
+
+    statistic: str = option(*STATISTICS)
+    over: str = option(*OVER)
+    low: float = number(-math.inf)
+    high: float = number(math.inf)
+    signs: str = option(*SIGNS)
+    of: str = input_name("old_log_probs")
+    to: str = input_name("rollout_log_probs")
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """The two inputs that are compared."""
+        return frozenset({self.of, self.to})
+
+    def inside(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        """Return whether the statistic lies in ``[low, high]``; True where the advantage has another sign.
+
+        Args:
+            batch: The rollouts.
+            advantages: float ``[R, 1]`` or ``[N]``.
+
+        Returns:
+            bool ``[R, 1]`` over rows or ``[N]`` over tokens.
+        """
+        difference = log_ratio(batch.input(self.of), batch.input(self.to))
+        inside = within(difference, batch.spans, self.statistic, self.over, self.low, self.high)
+        return of_sign(self.signs, advantages, inside, batch.spans)
