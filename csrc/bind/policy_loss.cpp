@@ -92,8 +92,11 @@ void scale_rows(const py::object &x, const py::object &factor, const py::object 
   if (slopes.type != Type::f32 && slopes.type != Type::f64)
     call.fail("x", "float32 or float64", name_of(slopes.type));
   const Rows rows = call.rows(begin, end, py::none(), slopes.size);
-  const ScaleRows s{rows, slopes.type, slopes.data,
-                    call.read("factor", factor, slopes.type, rows.count).data};
+  const Array factors = call.read("factor", factor);
+  if (factors.type != slopes.type || (factors.size != 1 && factors.size != rows.count))
+    call.fail("factor", name_of(slopes.type) + " [" + std::to_string(rows.count) + "] or one number",
+              text(factors));
+  const ScaleRows s{rows, slopes.type, slopes.data, factors.data, factors.dimensions > 0};
   call.run([&] { cpu::scale_rows(s, threads); }, [&](auto &queue) { cuda::scale_rows(s, queue); });
 }
 

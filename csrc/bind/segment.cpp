@@ -44,13 +44,43 @@ void segment_ids(const py::object &x, const py::object &ids, const py::object &m
   call.run([&] { cpu::segment_ids(s); }, [&](auto &queue) { cuda::segment_ids(s, queue); });
 }
 
+void standardize(const py::object &x, const py::object &group, const py::object &moments, int standard,
+                 double epsilon, const py::object &y) {
+  Call call("standardize");
+  const Array values = call.read("x", x), all = call.read("moments", moments), out = call.read("y", y);
+  for (const auto &[name, array] : {std::pair{"x", values}, std::pair{"y", out}})
+    if (array.type != Type::f32 && array.type != Type::f64)
+      call.fail(name, "float32 or float64", name_of(array.type));
+  constexpr int64_t width = width_of(Reduction::moments);
+  if (all.type != Type::f64 || all.size % width != 0)
+    call.fail("moments", "float64 [groups, " + std::to_string(width) + "]", text(all));
+  if (out.size != values.size)
+    call.fail("y", "[" + std::to_string(values.size) + "]", text(out));
+  const int64_t groups = all.size / width;
+  const Standardize s{values.type,
+                      values.data,
+                      call.groups(group, groups, values.size),
+                      all.as<double>(),
+                      values.size,
+                      groups,
+                      call.one_of<Standard>("standard", standard, Standard_words),
+                      epsilon,
+                      out.type,
+                      out.data};
+  if (groups == 0)
+    return;
+  call.run([&] { cpu::standardize(s); }, [&](auto &queue) { cuda::standardize(s, queue); });
+}
+
 } // namespace
 
 void bind_segment(py::module_ &m) {
   m.attr("REDUCTIONS") = words(Reduction_words);
   m.attr("MOMENTS") = words(Moment_words);
+  m.attr("STANDARDS") = words(Standard_words);
   m.def("segment_rows", &segment_rows);
   m.def("segment_ids", &segment_ids);
+  m.def("standardize", &standardize);
 }
 
 } // namespace tokcredit::bind

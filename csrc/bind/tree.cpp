@@ -63,6 +63,29 @@ void tree_fold(const py::object &leaf, const py::object &parent, const py::objec
   call.run([&] { cpu::tree_fold(f); }, [&](auto &queue) { cuda::tree_fold(f, queue); });
 }
 
+void tree_mean(const py::object &leaf, const py::object &parent, const py::object &counts,
+               const py::object &x, bool change, const py::object &y) {
+  Call call("tree_mean");
+  const Array values = call.read("x", x), up = call.read("parent", parent);
+  if (values.type != Type::f32 && values.type != Type::f64)
+    call.fail("x", "float32 or float64", name_of(values.type));
+  if (up.type != Type::i64)
+    call.fail("parent", "int64", name_of(up.type));
+  const int64_t V = up.size, R = values.size;
+  const TreeMean f{values.type,
+                   call.read_as<int64_t>("leaf", leaf, Type::i64, R),
+                   up.as<int64_t>(),
+                   call.optional("counts", counts, Type::b8, R).as<bool>(),
+                   values.data,
+                   change,
+                   call.read("y", y, Type::f64, V).as<double>(),
+                   R,
+                   V};
+  call.check_range("leaf", f.leaf, R, 0, V);
+  check_parents(call, f.parent, V);
+  call.run([&] { cpu::tree_mean(f); }, [&](auto &queue) { cuda::tree_mean(f, queue); });
+}
+
 // Along every walk from a row's leaf to its root, nodes begin inside the row and ever earlier.
 void check_depths(const Call &call, const Expand &e, int64_t nodes) {
   if (call.on_cuda())
@@ -115,6 +138,7 @@ void expand(const py::object &begin, const py::object &end, const py::object &ma
 void bind_tree(py::module_ &m) {
   m.def("tree_build", &tree_build);
   m.def("tree_fold", &tree_fold);
+  m.def("tree_mean", &tree_mean);
   m.def("expand", &expand);
 }
 

@@ -249,8 +249,8 @@ template <class A> void scale(A *x, int64_t n, A factor) {
 template <class A> void scale_all(const ScaleRows &s, int64_t first, int64_t last) {
   const A *factor = static_cast<const A *>(s.factor);
   for (int64_t r = first; r < last; ++r)
-    if (factor[r] != A(1))
-      scale(static_cast<A *>(s.x) + s.rows.begin[r], s.rows.end[r] - s.rows.begin[r], factor[r]);
+    if (const A by = factor[s.per_row ? r : 0]; by != A(1))
+      scale(static_cast<A *>(s.x) + s.rows.begin[r], s.rows.end[r] - s.rows.begin[r], by);
 }
 
 } // namespace

@@ -3,6 +3,7 @@
 #include "cpu/segment_rows.hpp"
 #include "math/dispatch.hpp"
 #include "math/moments.hpp"
+#include "math/standard.hpp"
 #include <vector>
 
 namespace tokcredit::cpu {
@@ -93,6 +94,16 @@ void segment_rows(const SegmentRows &s, int threads) {
 void segment_ids(const SegmentIds &s) {
   dispatch(s.type, s.reduction, [&](auto t, auto moments) {
     reduce_ids<typename decltype(t)::type, decltype(moments)::reduction>(s);
+  });
+}
+
+void standardize(const Standardize &s) {
+  constexpr int64_t width = width_of(Reduction::moments);
+  with_types(s, [&](auto from, auto to) {
+    const auto *x = static_cast<const decltype(from) *>(s.x);
+    auto *y = static_cast<decltype(to) *>(s.y);
+    for (int64_t i = 0; i < s.size; ++i)
+      y[i] = decltype(to)(standardized(double(x[i]), s.moments + s.group[i] * width, s.standard, s.epsilon));
   });
 }
 

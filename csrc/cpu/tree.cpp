@@ -3,6 +3,7 @@
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
 #include "math/dispatch.hpp"
+#include "math/mean.hpp"
 #include <cstring>
 #include <vector>
 
@@ -105,7 +106,7 @@ template <class Token> void build_all(const TreeBuild &b, int threads) {
       order[next[b.group[r]]++] = r;
   }
   std::vector<GroupTree<Token>> trees(b.groups, {b, static_cast<const Token *>(b.tokens), {}});
-  parallel(b.groups, 1, threads, [&](int64_t first, int64_t last) {
+  parallel(b.groups, row_grain(b.groups, b.rows.size), threads, [&](int64_t first, int64_t last) {
     for (int64_t g = first; g < last; ++g) {
       trees[g].nodes.reserve(2 * (start[g + 1] - start[g]));
       for (int64_t k = start[g]; k < start[g + 1]; ++k)
@@ -147,6 +148,21 @@ template <class Token> void build_all(const TreeBuild &b, int threads) {
   }
 }
 
+template <class T> void mean(const TreeMean &f) {
+  const T *x = static_cast<const T *>(f.x);
+  std::vector<Mean> means(f.capacity);
+  for (int64_t r = 0; r < f.rows; ++r)
+    if (!f.counts || f.counts[r])
+      means[f.leaf[r]].add(double(x[r]));
+  for (int64_t v = f.capacity; v-- > 0;)
+    if (f.parent[v] >= 0)
+      means[f.parent[v]].merge(means[v]);
+  for (int64_t v = 0; v < f.capacity; ++v) {
+    const double own = means[v].value();
+    f.y[v] = !f.change ? own : f.parent[v] < 0 ? 0 : own - means[f.parent[v]].value();
+  }
+}
+
 template <class T> void fold(const TreeFold &f) {
   const T *x = static_cast<const T *>(f.x), *scale = static_cast<const T *>(f.scale);
   T *y = static_cast<T *>(f.y);
@@ -169,6 +185,8 @@ void tree_build(const TreeBuild &b, int threads) {
 }
 
 void tree_fold(const TreeFold &f) { f.type == Type::f64 ? fold<double>(f) : fold<float>(f); }
+
+void tree_mean(const TreeMean &f) { f.type == Type::f64 ? mean<double>(f) : mean<float>(f); }
 
 void expand(const Expand &e, int threads) {
   const auto rows = TOKCREDIT_CHOOSE(expand_rows);

@@ -343,7 +343,7 @@ template <class A> __global__ void __launch_bounds__(block_threads) scale_tiles(
   each_piece<false>(
       s.rows, from, to,
       [&](int64_t r, int64_t first, int64_t last, bool, bool) {
-        const A factor = static_cast<const A *>(s.factor)[r];
+        const A factor = static_cast<const A *>(s.factor)[s.per_row ? r : 0];
         if (factor == A(1))
           return;
         each_step<false>(first, last, [&](int64_t t) {

@@ -6,6 +6,7 @@
 #include "math/dispatch.hpp"
 #include "math/exponential.hpp"
 #include "math/moments.hpp"
+#include "math/standard.hpp"
 #include "ops/segment.hpp"
 
 namespace tokcredit::cuda {
@@ -151,6 +152,16 @@ __global__ void make_keys(SegmentIds s, uint32_t *keys) {
   }
 }
 
+template <class X, class Y> __global__ void standardize_each(Standardize s) {
+  constexpr int64_t width = width_of(Reduction::moments);
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i >= s.size)
+    return;
+  const int64_t group = min(max(s.group[i], int64_t(0)), s.groups - 1);
+  const double x = double(static_cast<const X *>(s.x)[i]);
+  static_cast<Y *>(s.y)[i] = Y(standardized(x, s.moments + group * width, s.standard, s.epsilon));
+}
+
 // The values by id, as bits.
 template <class Bits> const void *sorted_values(const SegmentIds &s, const uint32_t **keys, Queue &queue) {
   const auto sorted = sort_pairs("segment", queue, *keys, static_cast<const Bits *>(s.x), s.size,
@@ -180,6 +191,13 @@ void segment_ids(const SegmentIds &s, Queue &queue) {
   const int64_t *starts = starts_of("segment", queue, keys, s.size, s.segments);
   segment_rows({{starts, starts + 1, nullptr, s.segments, s.size}, s.type, values, s.reduction, s.ddof, s.y},
                queue);
+}
+
+void standardize(const Standardize &s, Queue &queue) {
+  with_types(s, [&](auto x, auto y) {
+    launch("standardize", queue, standardize_each<decltype(x), decltype(y)>, ceil_div(s.size, block_threads),
+           block_threads, s);
+  });
 }
 
 } // namespace tokcredit::cuda

@@ -112,7 +112,8 @@ struct ScaleRows {
   Rows rows; // the mask is not read
   Type type; // f32 or f64, of x and factor
   void *x;
-  const void *factor; // [R]
+  const void *factor; // [R], or one number
+  bool per_row;
 };
 
 namespace cpu {

@@ -46,14 +46,40 @@ struct SegmentIds {
   void *y; // [segments], or [segments, 5], as above
 };
 
+// Each row's number held against the moments of its group, mean m, standard deviation s and size n, all in
+// double:
+//     centred        x - m
+//     normalized     (x - m) / (s + epsilon)
+//     scaled         x / (s + epsilon)
+//     leave_one_out  (x - m) n / (n - 1)
+// In a group of fewer than two rows m is 0, s is 1, and leave_one_out is 0.
+//
+//     x 1 3 5   groups 0 0 1   centred -1 1 5   leave_one_out -2 2 0
+TOKCREDIT_ENUM(Standard, centred, normalized, scaled, leave_one_out)
+
+struct Standardize {
+  Type type; // f32 or f64, of x
+  const void *x;
+  const int64_t *group;  // [M], below `groups`
+  const double *moments; // [groups, 5], in the order of Moment
+  int64_t size;
+  int64_t groups;
+  Standard standard;
+  double epsilon;
+  Type result; // f32 or f64, of y
+  void *y;     // [M]
+};
+
 namespace cpu {
 void segment_rows(const SegmentRows &, int threads);
 void segment_ids(const SegmentIds &);
+void standardize(const Standardize &);
 } // namespace cpu
 namespace cuda {
 class Queue;
 void segment_rows(const SegmentRows &, Queue &);
 void segment_ids(const SegmentIds &, Queue &);
+void standardize(const Standardize &, Queue &);
 } // namespace cuda
 
 } // namespace tokcredit

@@ -48,6 +48,23 @@ struct TreeFold {
   int64_t capacity;
 };
 
+// The mean of x over the rows through each node that count, in double; 0 where none does. With `change` the
+// mean of the parent's rows is taken away, and a root has 0. The mean of equal numbers is exactly that
+// number.
+//
+//     x 1 0 1, rows as above, all counted   2/3 1/2 1 0 1   change 0 -1/6 1/2 -1/2 1/3
+struct TreeMean {
+  Type type; // f32 or f64, of x
+  const int64_t *leaf;
+  const int64_t *parent;
+  const bool *counts; // [R], or null for all
+  const void *x;      // [R]
+  bool change;
+  double *y; // [capacity]
+  int64_t rows;
+  int64_t capacity;
+};
+
 // Run-length decoding. For token t of row r inside node v:
 //     y[t] = row[r] + body[v] + (t is the first token of v ? head[v] : 0)
 // and 0 where masked or padded. Without a tree only row is used. All of one type: f32, f64, i64 or b8 (where
@@ -68,12 +85,14 @@ struct Expand {
 namespace cpu {
 void tree_build(const TreeBuild &, int threads);
 void tree_fold(const TreeFold &);
+void tree_mean(const TreeMean &);
 void expand(const Expand &, int threads);
 } // namespace cpu
 namespace cuda {
 class Queue;
 void tree_build(const TreeBuild &, Queue &);
 void tree_fold(const TreeFold &, Queue &);
+void tree_mean(const TreeMean &, Queue &);
 void expand(const Expand &, Queue &);
 } // namespace cuda
 

@@ -255,9 +255,14 @@ class Rollouts:
         return Groups.of(self.group_ids)
 
     @cached_property
+    def nonempty(self) -> Tensor:
+        """Rows with a token that the policy chose; bool ``[R]``."""
+        return self.lengths > 0
+
+    @cached_property
     def nonempty_groups(self) -> Groups:
         """The groups, in which only rows with a token that the policy chose count."""
-        return self.groups.counting(self.lengths > 0)
+        return self.groups.counting(self.nonempty)
 
     @property
     def group_index(self) -> Tensor:
@@ -452,7 +457,8 @@ class Rollouts:
         """
         made, spans = object.__new__(Rollouts), self.spans.with_mask(response_mask)
         made.__dict__.update(self.__dict__)
-        made.__dict__.pop("nonempty_groups", None)
+        for name in ("nonempty", "nonempty_groups"):
+            made.__dict__.pop(name, None)
         made.__dict__.update(response_mask=response_mask, spans=spans, lengths=ops.count(spans))
         return made
 

@@ -124,6 +124,36 @@ def test_moments_of_groups_in_one_operation():
     assert (low.tolist(), high.tolist()) == ([2, 1, math.inf], [2, 4, -math.inf])
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=20),
+    st.sampled_from(ops.STANDARDS),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_standardized_matches_definition(rows, standard, dtype):
+    ids = torch.tensor([g for g, _ in rows], dtype=torch.int64)
+    counts = torch.tensor([c for _, c in rows], dtype=torch.bool)
+    x = ragged.values(len(rows)).to(dtype)
+    moments = segment.moment_table(x, segment.Ids(ids, 4, counts))
+    ours = segment.standardize(x, ids, moments, standard, 0.25)
+    expected = []
+    for value, (g, _) in zip(x.tolist(), rows, strict=True):
+        own = [v for v, (h, c) in zip(x.tolist(), rows, strict=True) if h == g and c]
+        expected.append(reference.standardize(standard, value, own, 0.25))
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=dtype))
+
+
+def test_standardized_of_equal_numbers_is_0():
+    x = torch.full((7,), 0.1, dtype=torch.float64)
+    group = torch.zeros(7, dtype=torch.int64)
+    moments = segment.moment_table(x, segment.Ids(group, 1))
+    for standard in ("centred", "normalized", "leave_one_out"):
+        assert segment.standardize(x, group, moments, standard, 1e-6).tolist() == [0.0] * 7
+    wide = segment.standardize(x.float(), group, moments, "centred", dtype=torch.float64)
+    assert wide.dtype == torch.float64 and wide[0] == torch.tensor(0.1).double() - 0.1
+    with pytest.raises(ValueError, match="standard: expected one of centred"):
+        segment.standardize(x, group, moments, "ranked")
+
+
 def test_infinities_in_logsumexp():
     spans = ragged.packed(2, 2)
     x = torch.tensor([-math.inf, 1.0, -math.inf, -math.inf])
@@ -137,6 +167,8 @@ def test_opcheck_and_compile():
     x = ragged.values(6)
     spans = ragged.packed(2, 4, mask=torch.tensor([True, False] * 3))
     torch.library.opcheck(torch.ops.tokcredit.segment_rows.default, (x, *spans.arrays, 1, 0.0, 1))
+    call = (x, torch.zeros(6, dtype=torch.int64), segment.moment_table(x, Spans.single(6)), 1, 1e-6, torch.float32)
+    torch.library.opcheck(torch.ops.tokcredit.standardize.default, call)
     ids = torch.tensor([0, 1, 1, 0, 2, -1])
     torch.library.opcheck(torch.ops.tokcredit.segment_ids.default, (x, ids, None, 3, 2, 1.0))
 

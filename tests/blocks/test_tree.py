@@ -85,6 +85,37 @@ def test_values(data, padded):
             assert others[i][k] == pytest.approx(sum(rest) / len(rest) if rest else 0.0)
 
 
+@given(ragged.grouped(), st.integers(0, 9), st.sampled_from([torch.float32, torch.float64]))
+def test_values_over_rows_that_count(data, seed, dtype):
+    sequences, groups, rewards = data
+    counted = torch.rand(len(groups), generator=ragged.generator(seed), device="cpu") < 0.6
+    t = tree.build(ragged.batch(*data))
+    given = torch.tensor(rewards, dtype=dtype)
+    mean = values.monte_carlo(t, given, counted.to(given.device))
+    change = values.monte_carlo_change(t, given, counted.to(given.device))
+    assert mean.dtype == dtype and change.dtype == torch.float64
+    at = per_row(t.batch, t.expand(body=mean.double(), head=None))
+    moved = per_row(t.batch, t.expand(head=change))
+
+    def expected(i, k):
+        own = [rewards[j] for j in reference.sharers(sequences, groups, i, k) if counted[j]]
+        return sum(own) / len(own) if own else 0.0
+
+    for i, s in enumerate(sequences):
+        for k in range(len(s)):
+            assert at[i][k] == pytest.approx(expected(i, k + 1), rel=1e-6, abs=1e-7)
+            assert moved[i][k] == pytest.approx(expected(i, k + 1) - expected(i, k), abs=1e-6)
+
+
+def test_the_mean_of_equal_rewards_is_exact():
+    sequences = [[1, 2, 3], [1, 2, 4], [1, 5], [6]] * 3
+    t = tree.build(ragged.batch(sequences, [0] * 12, [0.1] * 12))
+    rewards = torch.full((12,), 0.1, dtype=torch.float64)
+    size = int(t.size)
+    assert values.monte_carlo(t, rewards)[:size].tolist() == [0.1] * size
+    assert values.monte_carlo_change(t, rewards).tolist() == [0.0] * 24
+
+
 @given(ragged.grouped())
 def test_changes_cancel_over_children(data):
     t = tree.build(ragged.batch(*data))
@@ -144,6 +175,7 @@ def test_opcheck():
     call = (b.tokens, b.begin, b.end, b.group_index, b.num_groups, 1)
     torch.library.opcheck(torch.ops.tokcredit.tree_build.default, call)
     torch.library.opcheck(torch.ops.tokcredit.tree_fold.default, (t.leaf, t.parent, None, b.rewards))
+    torch.library.opcheck(torch.ops.tokcredit.tree_mean.default, (t.leaf, t.parent, None, b.rewards, True))
     head = values.monte_carlo(t)
     torch.library.opcheck(
         torch.ops.tokcredit.expand.default,

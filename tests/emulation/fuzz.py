@@ -31,7 +31,8 @@ def accumulated(dtype):
 class Draw:
     """What cases are made of. Arrays lie at odd places of larger ones, so that no alignment is given."""
 
-    def __init__(self, number):
+    def __init__(self, number, long=False):
+        self.long = long
         self.random = random.Random(number)
         self.torch = torch.Generator().manual_seed(number)
         self.choice, self.integer = self.random.choice, self.random.randint
@@ -72,6 +73,8 @@ class Draw:
         return self.placed(torch.rand(size, generator=self.torch) < {"dense": 0.9, "sparse": 0.05, "none": 0}[kind])
 
     def lengths(self, most=20_000):
+        if self.long:
+            return [140_000]
         kind = self.choice(["few", "few", "many", "tile", "padded", "long"])
         if kind == "few":
             return [self.integer(0, 40) for _ in range(self.integer(1, 8))]
@@ -173,6 +176,34 @@ def tree_fold(d):
         "scale": d.choice([None, d.normal(dtype, 2 * count)]),
         "x": d.normal(dtype, count),
         "y": d.empty(dtype, 2 * count),
+    }
+
+
+def tree_mean(d):
+    batch, dtype = built(d), d.choice(FLOATS[:2])
+    count = batch["leaf"].numel()
+    return {
+        "leaf": batch["leaf"],
+        "parent": batch["parent"],
+        "counts": d.choice([None, d.bools(count)]),
+        "x": d.normal(dtype, count),
+        "change": d.chance(0.5),
+        "y": d.empty(torch.float64, 2 * count),
+    }
+
+
+def standardize(d):
+    dtype, groups, count = d.choice(FLOATS[:2]), d.integer(1, 300), d.integer(0, 3000)
+    moments = d.normal(torch.float64, groups, len(_C.MOMENTS))
+    moments[:, 0] = torch.randint(0, 5, (groups,), generator=d.torch)
+    moments[:, 2].abs_()
+    return {
+        "x": d.normal(dtype, count),
+        "group": d.index([d.integer(0, groups - 1) for _ in range(count)]),
+        "moments": moments,
+        "standard": d.integer(0, len(_C.STANDARDS) - 1),
+        "epsilon": d.choice([1e-6, 1.0]),
+        "y": d.empty(d.choice(FLOATS[:2]), count),
     }
 
 
@@ -304,8 +335,8 @@ def policy_loss(d):
 def scale_rows(d):
     rows, count, size = d.rows()
     dtype = d.choice(FLOATS[:2])
-    factor = d.normal(dtype, count)
-    factor[torch.rand(count, generator=d.torch) < 0.5] = 1.0
+    factor = d.normal(dtype, *d.choice([(count,), ()]))
+    factor[torch.rand(factor.shape, generator=d.torch) < 0.5] = 1.0
     return {"begin": rows["begin"], "end": rows["end"], "x": d.normal(dtype, size), "factor": factor}
 
 
@@ -380,6 +411,8 @@ GENERATORS = {
     "scan": scan,
     "tree_build": tree,
     "tree_fold": tree_fold,
+    "tree_mean": tree_mean,
+    "standardize": standardize,
     "expand": expand,
     "segment_rows": segment_rows,
     "segment_ids": segment_ids,
@@ -423,9 +456,9 @@ def junk(d, op, case):
         case[name] = x.where(torch.rand(x.shape, generator=d.torch) < d.choice([0.0, 0.5, 0.9]), wrong)
 
 
-def run_case(emulator, number, ops, with_junk=True):
+def run_case(emulator, number, ops, with_junk=True, long=False):
     """Runs case ``number``; returns its operation and what was found."""
-    d = Draw(number)
+    d = Draw(number, long)
     op = d.choice(ops)
     case = GENERATORS[op](d)
     case.setdefault("threads", 1)
@@ -460,6 +493,7 @@ def main():
     parser.add_argument("--ops", nargs="+", default=sorted(GENERATORS), choices=sorted(GENERATORS))
     parser.add_argument("--verbose", action="store_true", help="the number of each case before it runs")
     parser.add_argument("--no-junk", action="store_true")
+    parser.add_argument("--long", action="store_true", help="one row, longer than the look-back of a scan sees")
     parser.add_argument("--most", type=int, default=10, help="stop after so many findings")
     a = parser.parse_args()
     emulator = Emulator(a.flavour, a.module)
@@ -470,7 +504,7 @@ def main():
             break
         if a.verbose:
             print(number, flush=True)
-        op, found = run_case(emulator, number, a.ops, not a.no_junk)
+        op, found = run_case(emulator, number, a.ops, not a.no_junk, a.long)
         done[op] += 1
         findings += bool(found)
         for line in found:

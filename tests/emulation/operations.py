@@ -10,9 +10,11 @@ SIGNATURES = {
     "scan": "x begin end mask decay carry_in reverse exclusive =y =carry_out threads",
     "tree_build": "tokens begin end group groups =leaf =parent =group_of =depth =length =count =degree =size threads",
     "tree_fold": "leaf parent scale x =y",
+    "tree_mean": "leaf parent counts x change =y",
     "expand": "begin end mask row leaf parent depth body head =y threads",
     "segment_rows": "x begin end mask reduction ddof =y threads",
     "segment_ids": "x ids mask reduction ddof =y",
+    "standardize": "x group moments standard epsilon =y",
     "select": "x begin end mask scope wanted ranks =y threads",
     "maximum_variance": "x scope wanted =chosen",
     "policy_loss": "log_probs reference operands numbers begin end mask trains surrogate source on value both_sides "

@@ -18,7 +18,7 @@ from .build import ROOT, build, build_kernels
 
 @dataclass
 class Bug:
-    """``old`` occurs once in ``file``, and becomes ``new``; the fuzz of ``ops`` must see it."""
+    """``old`` occurs once in ``file``, and becomes ``new``; the fuzz of ``ops``, with its options, must see it."""
 
     name: str
     file: str
@@ -39,7 +39,7 @@ BUGS = [
         "scan.cu",
         "        chain.publish(turn, Chain<Affine>::carry, {1, in.then(all.affine).shift});\n",
         "        (void)in;\n",
-        "scan",
+        "scan --long",
     ),
     Bug(
         "totals of warps are read too soon",

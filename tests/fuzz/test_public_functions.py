@@ -104,6 +104,18 @@ CALLS = {
             segment.moments,
         )
     },
+    "segment.moment_table": (segment.moment_table, PER_ROW),
+    "segment.standardize": (
+        segment.standardize,
+        {
+            "x": floats(R),
+            "group": torch.zeros(R, dtype=torch.int64),
+            "moments": floats(2, 5).double(),
+            "standard": "normalized",
+            "epsilon": 1e-6,
+            "dtype": torch.float32,
+        },
+    ),
     "segment.weighted_sum": (segment.weighted_sum, {"x": floats(N), "spans": spans(), "weights": floats(N)}),
     "segment.count": (segment.count, {"by": PER_ROW["by"]}),
     "segment.keys": (segment.keys, {"ids": torch.tensor([0, 1, 1]), "others": torch.tensor([2, 2, 0])}),
@@ -128,6 +140,10 @@ CALLS = {
     ),
     "values.monte_carlo": (
         lambda **x: values.monte_carlo(tree.build(rollouts()), **x),
+        {"rewards": floats(R), "counted": torch.ones(R, dtype=torch.bool)},
+    ),
+    "values.monte_carlo_change": (
+        lambda **x: values.monte_carlo_change(tree.build(rollouts()), **x),
         {"rewards": floats(R), "counted": torch.ones(R, dtype=torch.bool)},
     ),
     "values.mean_of_children": (

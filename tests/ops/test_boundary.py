@@ -79,6 +79,14 @@ VALID = {
         "ddof": 1.0,
         "y": floats(4),
     },
+    "standardize": lambda: {
+        "x": floats(R),
+        "group": integers(0, 1, 0),
+        "moments": floats(2, 5).double(),
+        "standard": 1,
+        "epsilon": 1e-6,
+        "y": floats(R),
+    },
     "select": lambda: {
         "x": floats(N),
         **spans(),
@@ -120,6 +128,14 @@ VALID = {
         "scale": floats(V),
         "x": floats(R),
         "y": floats(V),
+    },
+    "tree_mean": lambda: {
+        "leaf": tree()["leaf"],
+        "parent": tree()["parent"],
+        "counts": torch.tensor([True, False, True]),
+        "x": floats(R),
+        "change": True,
+        "y": floats(V).double(),
     },
     "expand": lambda: {
         "begin": integers(0, 4, 6),
@@ -228,6 +244,21 @@ WRONG = {
         ("parent", {"parent": integers(-1, 0, 2, 1, -1, -1)}),  # its own parent
         ("parent", {"parent": integers(-2, 0, 0, 1, -1, -1)}),
         ("x", {"x": floats(R).bfloat16(), "y": floats(V)}),
+    ],
+    "tree_mean": [
+        ("leaf", {"leaf": integers(0, -1, 0)}),
+        ("parent", {"parent": integers(-1, 0, 2, 1, -1, -1)}),
+        ("counts", {"counts": torch.tensor([True, False])}),
+        ("y", {"y": floats(V)}),
+    ],
+    "standardize": [
+        ("group", {"group": integers(0, 2, 0)}),
+        ("group", {"group": integers(0, -1, 0)}),
+        ("moments", {"moments": floats(2, 5)}),
+        ("moments", {"moments": floats(2, 4).double()}),
+        ("standard", {"standard": 9}),
+        ("x", {"x": floats(R).bfloat16()}),
+        ("y", {"y": floats(R + 1)}),
     ],
     "expand": [
         ("leaf", {"leaf": integers(0, 1, FAR)}),

@@ -3,6 +3,19 @@
 import math
 
 
+def standardize(standard, x, own, epsilon):
+    """``x`` held against the numbers of its group that count."""
+    n, mean, deviation = len(own), 0.0, 1.0
+    if n > 1:
+        mean, deviation = sum(own) / n, math.sqrt(reduce("var", own))
+    return {
+        "centred": x - mean,
+        "normalized": (x - mean) / (deviation + epsilon),
+        "scaled": x / (deviation + epsilon),
+        "leave_one_out": (x - mean) * n / (n - 1) if n > 1 else 0.0,
+    }[standard]
+
+
 def reduce(name, xs, ddof=1.0):
     n = len(xs)
     if name == "count":

@@ -65,10 +65,10 @@ def _reduce(name: str, x: Tensor, by: By, ddof: float = 0.0) -> Tensor:
     kind = ops.REDUCTIONS.index(name)
     if isinstance(by, Ids):
         tensor("ids", by.ids, (torch.int64,), (size,), x.device)
-        return torch.ops.tokcredit.segment_ids(x, by.ids, by.mask, by.segments, kind, ddof)
+        return ops.segment_ids(x, by.ids, by.mask, by.segments, kind, ddof)
     if isinstance(by, Groups):
         x, by = by.sorted(x), by.spans
-    return torch.ops.tokcredit.segment_rows(x, *by.arrays, kind, ddof, ops.num_threads())
+    return ops.segment_rows(x, *by.arrays, kind, ddof, ops.num_threads())
 
 
 def _to_elements(per_segment: Tensor, by: By) -> Tensor:
@@ -215,7 +215,62 @@ def moments(x: Tensor, by: By, ddof: float = 1.0) -> Moments:
         by: What belongs together; see the module.
         ddof: Subtracted from the number of elements in the variance.
     """
-    return Moments(*_reduce("moments", float_tensor("x", x), by, ddof).unbind(1))
+    return Moments(*moment_table(x, by, ddof).unbind(1))
+
+
+def moment_table(x: Tensor, by: By, ddof: float = 1.0) -> Tensor:
+    """Return the moments of each segment as one tensor, float64 ``[segments, 5]``, columns as in :class:`Moments`.
+
+    Args:
+        x: float ``[N]``, ``[R]`` or ``[M]``.
+        by: What belongs together; see the module.
+        ddof: Subtracted from the number of elements in the variance.
+    """
+    return _reduce("moments", float_tensor("x", x), by, ddof)
+
+
+def standardize(
+    x: Tensor,
+    group: Tensor,
+    moments: Tensor,
+    standard: str = "normalized",
+    epsilon: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return numbers relative to the mean ``m`` and the standard deviation ``s`` of their groups of size ``n``.
+
+    ====================  =======================
+    ``standard``          result
+    ====================  =======================
+    ``"centred"``         ``x - m``
+    ``"normalized"``      ``(x - m) / (s + epsilon)``
+    ``"scaled"``          ``x / (s + epsilon)``
+    ``"leave_one_out"``   ``(x - m) * n / (n - 1)``
+    ====================  =======================
+
+    In a group of fewer than two rows ``m`` is 0, ``s`` is 1, and ``"leave_one_out"`` gives 0. Computed in float64.
+
+    Args:
+        x: float32 or float64 ``[M]``.
+        group: int64 ``[M]``, the group of each number, for example ``batch.groups.index``.
+        moments: float64 ``[groups, 5]``, from :func:`moment_table`.
+        standard: Which result.
+        epsilon: Added to the standard deviation.
+        dtype: float32 or float64, of the result; that of ``x`` if None.
+
+    Returns:
+        float ``[M]``.
+
+    Raises:
+        TypeError: A tensor has the wrong dtype.
+        ValueError: ``standard`` is unknown, a shape is wrong, or a group is out of range.
+    """
+    if standard not in ops.STANDARDS:
+        raise ValueError(f"standard: expected one of {', '.join(ops.STANDARDS)}, got {standard!r}")
+    instance("x", x, Tensor)
+    for name, found in (("group", group), ("moments", moments)):
+        instance(name, found, Tensor)
+    return ops.standardize(x, group, moments, ops.STANDARDS.index(standard), epsilon, dtype or x.dtype)
 
 
 def minimum(x: Tensor, by: By) -> Tensor:

@@ -79,7 +79,7 @@ def top_k(score: Tensor, k: int | Tensor, spans: Spans, by: Ids | Groups | None 
     by = _scopes(spans, by)
     per_token("score", score, spans.size, spans.device)
     wanted = _per_scope("k", k, by)
-    return torch.ops.tokcredit.select(score, *spans.arrays, by.ids, wanted, False, ops.num_threads())
+    return ops.select(score, *spans.arrays, by.ids, wanted, False, ops.num_threads())
 
 
 def kth(x: Tensor, rank: int | Tensor, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
@@ -97,7 +97,7 @@ def kth(x: Tensor, rank: int | Tensor, spans: Spans, by: Ids | Groups | None = N
     by = _scopes(spans, by)
     per_token("x", x, spans.size, spans.device)
     wanted = _per_scope("rank", rank, by)
-    return torch.ops.tokcredit.select(x, *spans.arrays, by.ids, wanted, True, ops.num_threads())
+    return ops.select(x, *spans.arrays, by.ids, wanted, True, ops.num_threads())
 
 
 def _place(q: float, spans: Spans, by: Ids) -> Tensor:
@@ -165,4 +165,4 @@ def maximum_variance(x: Tensor, k: int | Tensor, by: Ids | Groups | None = None)
         by = Ids(by.index, by.count)
     instance("by", by, Ids)
     tensor("by.ids", by.ids, (torch.int64,), tuple(x.shape), x.device)
-    return torch.ops.tokcredit.maximum_variance(x, by.ids, _per_scope("k", k, by))
+    return ops.maximum_variance(x, by.ids, _per_scope("k", k, by))

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tokcredit import ops
 from tokcredit.arguments import FLOATS, instance, tensor
-from tokcredit.blocks import segment
 from tokcredit.blocks.tree import PrefixTree
 
 
@@ -29,20 +28,30 @@ def monte_carlo(tree: PrefixTree, rewards: Tensor | None = None, counted: Tensor
     Returns:
         float ``[V]``, 0 in unused slots and where no row counts.
     """
-    rewards, groups = _rewards(tree, rewards), tree.batch.groups
-    count = tree.count
+    rewards = _rewards(tree, rewards)
+    return _mean(tree, rewards, counted, change=False).to(rewards.dtype)
+
+
+def monte_carlo_change(tree: PrefixTree, rewards: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+    """Return the mean reward of the rows through each node minus that of the rows through its parent.
+
+    It is what :func:`temporal_difference` gives for the values of :func:`monte_carlo`, in one operation and in float64.
+
+    Args:
+        tree: The prefix trees.
+        rewards: float ``[R]``, or None for the rewards of the batch.
+        counted: bool ``[R]``, rows that count, or None for all.
+
+    Returns:
+        float64 ``[V]``, 0 at roots and in unused slots.
+    """
+    return _mean(tree, _rewards(tree, rewards), counted, change=True)
+
+
+def _mean(tree: PrefixTree, rewards: Tensor, counted: Tensor | None, change: bool) -> Tensor:
     if counted is not None:
         tensor("counted", counted, (torch.bool,), tuple(tree.leaf.shape), tree.leaf.device)
-        groups = groups.counting(counted)
-        count = ops.tree_fold(tree.leaf, tree.parent, None, counted.double())
-    # Sums of equal float32 numbers are exact in double, and of equal doubles once the group's least is taken away.
-    least = segment.minimum(rewards, groups)
-    above = (rewards - groups.per_row(least)).double()
-    if counted is not None:
-        above = torch.where(counted, above, 0)
-    total = ops.tree_fold(tree.leaf, tree.parent, None, above)
-    mean = (total / count.clamp(min=1)).to(rewards.dtype)
-    return torch.where(count > 0, mean + least[tree.group.clamp(min=0)], 0) if least.numel() else mean
+    return ops.tree_mean(tree.leaf, tree.parent, counted, rewards, change)
 
 
 def mean_of_children(tree: PrefixTree, rewards: Tensor | None = None) -> Tensor:

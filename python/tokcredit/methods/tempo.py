@@ -40,18 +40,16 @@ class tempo_credit(Credit):
     count_empty: bool = flag(False)
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        groups = counted(batch, self.count_empty)
-        statistics = segment.moments(batch.rewards, groups)
-        alone = statistics.size < 2
+        groups, rewards = counted(batch, self.count_empty), batch.rewards
         trees = tree.build(batch)
-        counts = None if self.count_empty else batch.lengths > 0
-        change = values.temporal_difference(trees, values.monte_carlo(trees, batch.rewards.double(), counts))
-        centred = batch.rewards - groups.per_row(statistics.mean.masked_fill(alone, 0))
-        if self.scale:
-            scale = statistics.var.sqrt().masked_fill(alone, 1).add_(self.epsilon)
-            centred, change = centred / groups.per_row(scale), change / scale[trees.group]
-        dtype = batch.rewards.dtype
-        return trees.expand(row=centred.to(dtype), head=change.to(dtype))
+        change = values.monte_carlo_change(trees, counted=None if self.count_empty else batch.nonempty)
+        moments = segment.moment_table(rewards, groups)
+        if not self.scale:
+            centred = segment.standardize(rewards, groups.index, moments, "centred")
+            return trees.expand(row=centred, head=change.to(rewards.dtype))
+        row = segment.standardize(rewards, groups.index, moments, "normalized", self.epsilon)
+        head = segment.standardize(change, trees.group, moments, "scaled", self.epsilon, rewards.dtype)
+        return trees.expand(row=row, head=head)
 
 
 def tempo(

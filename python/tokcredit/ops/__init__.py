@@ -4,15 +4,15 @@ Private: users call the stage modules. Every operation is defined in ``torch.lib
 that also allocates its outputs, so it composes with ``torch.compile`` and is checked by ``opcheck``.
 """
 
-from tokcredit.ops import select
 from tokcredit.ops.baseline import baseline
 from tokcredit.ops.call import empty_cache, num_threads, set_num_threads
 from tokcredit.ops.logits import logits
 from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss
 from tokcredit.ops.repack import repack
 from tokcredit.ops.scan import scan
-from tokcredit.ops.segment import MOMENTS, REDUCTIONS, count
-from tokcredit.ops.tree import expand, spread, tree_build, tree_fold
+from tokcredit.ops.segment import MOMENTS, REDUCTIONS, STANDARDS, count, segment_ids, segment_rows, standardize
+from tokcredit.ops.select import maximum_variance, select
+from tokcredit.ops.tree import expand, spread, tree_build, tree_fold, tree_mean
 
 __all__ = [
     "COORDINATES",
@@ -20,19 +20,25 @@ __all__ = [
     "LOSS_STATS",
     "MOMENTS",
     "REDUCTIONS",
+    "STANDARDS",
     "SURROGATES",
     "baseline",
     "count",
     "empty_cache",
     "expand",
     "logits",
+    "maximum_variance",
     "num_threads",
     "policy_loss",
     "repack",
     "scan",
+    "segment_ids",
+    "segment_rows",
     "select",
     "set_num_threads",
     "spread",
+    "standardize",
     "tree_build",
     "tree_fold",
+    "tree_mean",
 ]

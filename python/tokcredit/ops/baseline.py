@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain, result
+from tokcredit.ops.call import accumulated, num_threads, operation, plain, result
 from tokcredit.spans import Spans
 
-define(
-    "tokcredit::baseline",
-    "(Tensor log_probs, Tensor squares, Tensor rewards, Tensor begin, Tensor end, Tensor? mask, Tensor group, "
-    "int groups, float epsilon, bool with_returns, int threads) -> (Tensor, Tensor)",
-)
 
-
-@register_fake("tokcredit::baseline")
 def _baseline_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     with_returns, dtype = arguments[8], accumulated(log_probs.dtype)
     return (
@@ -28,7 +19,11 @@ def _baseline_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
     )
 
 
-@impl("tokcredit::baseline", DEVICES)
+@operation(
+    "baseline(Tensor log_probs, Tensor squares, Tensor rewards, Tensor begin, Tensor end, Tensor? mask, Tensor group, "
+    "int groups, float epsilon, bool with_returns, int threads) -> (Tensor, Tensor)",
+    _baseline_outputs,
+)
 def _baseline(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     advantages, returns = _baseline_outputs(log_probs, *arguments)
     squares, rewards, begin, end, mask, group, groups, epsilon, with_returns, threads = arguments
@@ -65,7 +60,7 @@ def baseline(
 
     ``rewards`` is ``[N]`` or one per row, ``[R, 1]``; see ``csrc/ops/baseline.hpp``.
     """
-    advantages, returns = torch.ops.tokcredit.baseline(
+    advantages, returns = _baseline(
         log_probs, squares, rewards, *spans.arrays, group, groups, epsilon, with_returns, num_threads()
     )
     return advantages, returns

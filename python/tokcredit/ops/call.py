@@ -1,16 +1,18 @@
-"""How operations are called: over which rows, with how many threads, and with results of which dtype."""
+"""How operations are called: through torch or directly, with how many threads, with results of which dtype."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import define, impl, register_fake
 
 from tokcredit import _C
 
-DEVICES: tuple[str, ...] = ("cpu", "cuda")
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
@@ -32,6 +34,57 @@ def set_num_threads(count: int) -> None:
         raise ValueError(f"count: expected at least 1, got {count}")
     global _threads
     _threads = count
+
+
+def _watched(arguments: tuple[Any, ...]) -> bool:
+    """Return whether torch must see a call: it compiles, traces, transforms or profiles, or a tensor is special."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+        or not (arguments[0].is_cpu or arguments[0].is_cuda)
+        or any(type(x) is not Tensor for x in arguments if isinstance(x, Tensor))
+    )
+
+
+class Operation:
+    """A native operation that is registered with torch as ``torch.ops.tokcredit.<name>``.
+
+    A call goes through torch only where torch must see it, for example under ``torch.compile``. Otherwise it runs
+    directly, because torch's dispatcher takes longer than the work on a small batch.
+
+    Args:
+        schema: Name, arguments and results as ``torch.library.define`` takes them; the first argument is a tensor.
+        outputs: Returns results of the right shape and dtype; called with the arguments of the operation.
+        run: Computes the results.
+    """
+
+    def __init__(self, schema: str, outputs: Callable[..., Any], run: Callable[..., Any]) -> None:
+        name = schema.partition("(")[0]
+        define(f"tokcredit::{name}", schema[len(name) :])
+        register_fake(f"tokcredit::{name}", outputs)
+        impl(f"tokcredit::{name}", ("cpu", "cuda"), run)
+        self._dispatched = getattr(torch.ops.tokcredit, name).default
+        self._run = run
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Return the results.
+
+        Args:
+            arguments: Those of the schema, by position.
+        """
+        return self._dispatched(*arguments) if _watched(arguments) else self._run(*arguments)
+
+
+def operation(schema: str, outputs: Callable[..., Any]) -> Callable[[Callable[..., Any]], Operation]:
+    """Return a decorator that makes an :class:`Operation` of the function that computes it.
+
+    Args:
+        schema: As in :class:`Operation`.
+        outputs: As in :class:`Operation`.
+    """
+    return lambda run: Operation(schema, outputs, run)
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:

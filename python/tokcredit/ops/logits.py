@@ -7,28 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain, result
-
-define(
-    "tokcredit::logits",
-    "(Tensor logits, Tensor tokens, float temperature, int threads) -> (Tensor, Tensor, Tensor)",
-)
-define(
-    "tokcredit::logits_gradient",
-    "(Tensor logits, Tensor tokens, float temperature, Tensor logsumexp, Tensor entropies, "
-    "Tensor? grad_log_probs, Tensor? grad_entropies, int threads) -> Tensor",
-)
-define(
-    "tokcredit::logits_gradient_",
-    "(Tensor(a!) logits, Tensor tokens, float temperature, Tensor logsumexp, Tensor entropies, "
-    "Tensor? grad_log_probs, Tensor? grad_entropies, int threads) -> ()",
-)
+from tokcredit.ops.call import accumulated, num_threads, operation, plain, result
 
 
-@register_fake("tokcredit::logits")
 def _logits_outputs(logits: Tensor, tokens: Tensor, temperature: float, threads: int) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulated(logits.dtype)
     return (
@@ -38,14 +21,15 @@ def _logits_outputs(logits: Tensor, tokens: Tensor, temperature: float, threads:
     )
 
 
-@impl("tokcredit::logits", DEVICES)
+@operation(
+    "logits(Tensor logits, Tensor tokens, float temperature, int threads) -> (Tensor, Tensor, Tensor)", _logits_outputs
+)
 def _logits(logits: Tensor, tokens: Tensor, temperature: float, threads: int) -> tuple[Tensor, Tensor, Tensor]:
     outputs: tuple[Tensor, Tensor, Tensor] = _logits_outputs(logits, tokens, temperature, threads)
     _C.logits(logits.contiguous(), tokens.contiguous(), temperature, *outputs, threads)
     return outputs
 
 
-@register_fake("tokcredit::logits_gradient")
 def _logits_gradient_output(logits: Tensor, *arguments: Any) -> Tensor:
     return result(logits, logits.shape)
 
@@ -65,19 +49,26 @@ def _write_gradient(
     _C.logits_gradient(logits, tokens.contiguous(), temperature, logsumexp, entropies, *gradients, grad, threads)
 
 
-@impl("tokcredit::logits_gradient", DEVICES)
+@operation(
+    "logits_gradient(Tensor logits, Tensor tokens, float temperature, Tensor logsumexp, Tensor entropies, "
+    "Tensor? grad_log_probs, Tensor? grad_entropies, int threads) -> Tensor",
+    _logits_gradient_output,
+)
 def _logits_gradient(logits: Tensor, *arguments: Any) -> Tensor:
     grad = _logits_gradient_output(logits)
     _write_gradient(grad, logits.contiguous(), *arguments)
     return grad
 
 
-@register_fake("tokcredit::logits_gradient_")
 def _logits_gradient_in_place_outputs(*arguments: Any) -> None:
     return None
 
 
-@impl("tokcredit::logits_gradient_", DEVICES)
+@operation(
+    "logits_gradient_(Tensor(a!) logits, Tensor tokens, float temperature, Tensor logsumexp, Tensor entropies, "
+    "Tensor? grad_log_probs, Tensor? grad_entropies, int threads) -> ()",
+    _logits_gradient_in_place_outputs,
+)
 def _logits_gradient_in_place(logits: Tensor, *arguments: Any) -> None:
     _write_gradient(logits, logits, *arguments)
 
@@ -86,7 +77,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, overwrite: bool) -> tuple[Tensor, Tensor]:
         logits, tokens = logits.contiguous(), tokens.contiguous()
-        log_probs, entropies, logsumexp = torch.ops.tokcredit.logits(logits, tokens, temperature, num_threads())
+        log_probs, entropies, logsumexp = _logits(logits, tokens, temperature, num_threads())
         ctx.save_for_backward(logits, tokens, logsumexp, entropies)
         ctx.temperature, ctx.overwrite = temperature, overwrite
         ctx.set_materialize_grads(False)
@@ -103,10 +94,10 @@ class _Logits(torch.autograd.Function):
         arguments = (tokens, ctx.temperature, *sums, grad_log_probs, grad_entropies, num_threads())
         if ctx.overwrite:
             grad = logits.detach()
-            torch.ops.tokcredit.logits_gradient_(grad, *arguments)
+            _logits_gradient_in_place(grad, *arguments)
             torch.autograd.graph.increment_version(grad)  # a second backward pass would read the gradient as logits
         else:
-            grad = torch.ops.tokcredit.logits_gradient(logits, *arguments)
+            grad = _logits_gradient(logits, *arguments)
         return grad, None, None, None
 
 
@@ -114,5 +105,5 @@ def logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0, overwrite: 
     """Log-probabilities ``[N]`` and entropies ``[N]`` of ``csrc/ops/logits.hpp``."""
     if logits.requires_grad:
         return _Logits.apply(logits, tokens, temperature, overwrite)
-    log_probs, entropies, _ = torch.ops.tokcredit.logits(logits, tokens, temperature, num_threads())
+    log_probs, entropies, _ = _logits(logits, tokens, temperature, num_threads())
     return log_probs, entropies

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain, result
+from tokcredit.ops.call import accumulated, num_threads, operation, plain, result
 from tokcredit.spans import Spans
 
 SURROGATES: tuple[str, ...] = _C.SURROGATES
@@ -19,19 +18,7 @@ GATED_VALUES: tuple[str, ...] = _C.GATED_VALUES
 LOSS_STATS: tuple[str, ...] = _C.LOSS_STATS
 _SOURCES: tuple[str, ...] = _C.SOURCES
 
-define(
-    "tokcredit::policy_loss",
-    # `operands` and `numbers` are in the order of _C.OPERANDS; a number stands where the tensor is None.
-    "(Tensor log_probs, Tensor? reference, Tensor?[] operands, float[] numbers, "
-    "Tensor begin, Tensor end, Tensor? mask, Tensor? trains, "
-    "int surrogate, int source, int on, int value, bool both_sides, "
-    "float bound, float power, float limit, float clamp_low, float clamp_high, bool differentiate, int threads) "
-    "-> (Tensor values, Tensor stats, Tensor slopes)",
-)
-define("tokcredit::scale_rows_", "(Tensor(a!) x, Tensor factor, Tensor begin, Tensor end, int threads) -> ()")
 
-
-@register_fake("tokcredit::policy_loss")
 def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     begin, differentiate, dtype = arguments[3], arguments[17], accumulated(log_probs.dtype)
     return (
@@ -41,7 +28,15 @@ def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Te
     )
 
 
-@impl("tokcredit::policy_loss", DEVICES)
+# `operands` and `numbers` are in the order of _C.OPERANDS; a number stands where the tensor is None.
+@operation(
+    "policy_loss(Tensor log_probs, Tensor? reference, Tensor?[] operands, float[] numbers, "
+    "Tensor begin, Tensor end, Tensor? mask, Tensor? trains, "
+    "int surrogate, int source, int on, int value, bool both_sides, "
+    "float bound, float power, float limit, float clamp_low, float clamp_high, bool differentiate, int threads) "
+    "-> (Tensor values, Tensor stats, Tensor slopes)",
+    _policy_loss_outputs,
+)
 def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     values, stats, slopes = _policy_loss_outputs(log_probs, *arguments)
     reference, operands, numbers, begin, end, mask, trains = arguments[:7]
@@ -75,12 +70,11 @@ def _policy_loss(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Te
     return values, stats, slopes
 
 
-@register_fake("tokcredit::scale_rows_")
 def _scale_rows_outputs(*arguments: Any) -> None:
     return None
 
 
-@impl("tokcredit::scale_rows_", DEVICES)
+@operation("scale_rows_(Tensor(a!) x, Tensor factor, Tensor begin, Tensor end, int threads) -> ()", _scale_rows_outputs)
 def _scale_rows(x: Tensor, factor: Tensor, begin: Tensor, end: Tensor, threads: int) -> None:
     if begin.numel():
         _C.scale_rows(x, factor.contiguous(), begin, end, threads)
@@ -89,7 +83,7 @@ def _scale_rows(x: Tensor, factor: Tensor, begin: Tensor, end: Tensor, threads: 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, arguments: tuple[Any, ...], total: bool) -> tuple[Tensor, Tensor]:
-        values, stats, slopes = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
+        values, stats, slopes = _policy_loss(log_probs, *arguments)
         ctx.save_for_backward(log_probs)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -104,11 +98,11 @@ class _PolicyLoss(torch.autograd.Function):
         slopes, ctx.slopes = ctx.slopes, None
         # The first pass wrote them, so they are scaled where they lie and given away: no second buffer.
         if slopes is None:  # a second time through the same graph
-            slopes = torch.ops.tokcredit.policy_loss(log_probs, *ctx.arguments)[2]
+            slopes = _policy_loss(log_probs, *ctx.arguments)[2]
         elif torch.compiler.is_compiling():
             slopes = slopes.clone()
         begin, end = ctx.arguments[3:5]
-        torch.ops.tokcredit.scale_rows_(slopes, grad.expand(begin.shape), begin, end, num_threads())
+        _scale_rows(slopes, grad, begin, end, num_threads())
         return slopes.to(log_probs.dtype), None, None
 
 
@@ -221,5 +215,5 @@ def policy_loss(
     )
     if differentiate:
         return _PolicyLoss.apply(log_probs, arguments, total)
-    values, stats, _ = torch.ops.tokcredit.policy_loss(log_probs, *arguments)
+    values, stats, _ = _policy_loss(log_probs, *arguments)
     return values.sum() if total else values, stats

@@ -6,22 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, num_threads, result
-
-define(
-    "tokcredit::repack", "(Tensor x, Tensor source, Tensor target, Tensor length, SymInt size, int threads) -> Tensor"
-)
+from tokcredit.ops.call import num_threads, operation, result
 
 
-@register_fake("tokcredit::repack")
 def _repack_output(x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int, threads: int) -> Tensor:
     return result(x, (size,))
 
 
-@impl("tokcredit::repack", DEVICES)
+@operation(
+    "repack(Tensor x, Tensor source, Tensor target, Tensor length, SymInt size, int threads) -> Tensor", _repack_output
+)
 def _repack(x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int, threads: int) -> Tensor:
     y = _repack_output(x, source, target, length, size, threads)
     if source.numel() == 0:
@@ -34,7 +30,7 @@ class _Repack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int) -> Tensor:
         ctx.source, ctx.target, ctx.length, ctx.size = source, target, length, x.numel()
-        return torch.ops.tokcredit.repack(x, source, target, length, size, num_threads())
+        return _repack(x, source, target, length, size, num_threads())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -45,4 +41,4 @@ def repack(x: Tensor, source: Tensor, target: Tensor, length: Tensor, size: int)
     """Rows of tokens moved from one layout to another, 0 elsewhere; see ``csrc/ops/repack.hpp``."""
     if x.requires_grad:
         return _Repack.apply(x, source, target, length, size)
-    return torch.ops.tokcredit.repack(x, source, target, length, size, num_threads())
+    return _repack(x, source, target, length, size, num_threads())

@@ -6,26 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain, result
+from tokcredit.ops.call import accumulated, num_threads, operation, plain, result
 from tokcredit.spans import Spans
 
-define(
-    "tokcredit::scan",
-    "(Tensor x, Tensor begin, Tensor end, Tensor? mask, float decay, Tensor? carry, bool reverse, bool exclusive, "
-    "int threads) -> (Tensor, Tensor)",
-)
 
-
-@register_fake("tokcredit::scan")
 def _scan_outputs(x: Tensor, begin: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulated(x.dtype)
     return result(x, x.shape, dtype), result(x, begin.shape, dtype)
 
 
-@impl("tokcredit::scan", DEVICES)
+@operation(
+    "scan(Tensor x, Tensor begin, Tensor end, Tensor? mask, float decay, Tensor? carry, bool reverse, bool exclusive, "
+    "int threads) -> (Tensor, Tensor)",
+    _scan_outputs,
+)
 def _scan(
     x: Tensor,
     begin: Tensor,
@@ -52,15 +48,13 @@ class _Scan(torch.autograd.Function):
         ctx.spans, ctx.decay, ctx.reverse, ctx.exclusive, ctx.dtype = spans, decay, reverse, exclusive, x.dtype
         ctx.set_materialize_grads(False)
         ctx.shape = x.shape
-        return torch.ops.tokcredit.scan(x, *spans.arrays, decay, carry, reverse, exclusive, num_threads())
+        return _scan(x, *spans.arrays, decay, carry, reverse, exclusive, num_threads())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor | None, ...]:
         # The adjoint of a decayed recurrence is the same recurrence walked the other way.
         def adjoint(g: Tensor, carry: Tensor | None, exclusive: bool) -> tuple[Tensor, Tensor]:
-            return torch.ops.tokcredit.scan(
-                g, *ctx.spans.arrays, ctx.decay, carry, not ctx.reverse, exclusive, num_threads()
-            )
+            return _scan(g, *ctx.spans.arrays, ctx.decay, carry, not ctx.reverse, exclusive, num_threads())
 
         gx = gcarry = None
         if grad is not None:
@@ -85,4 +79,4 @@ def scan(
     """Outputs and last states of the masked recurrence of ``csrc/ops/scan.hpp``."""
     if x.requires_grad or (carry is not None and carry.requires_grad):
         return _Scan.apply(x, carry, spans, decay, reverse, exclusive)
-    return torch.ops.tokcredit.scan(x, *spans.arrays, decay, carry, reverse, exclusive, num_threads())
+    return _scan(x, *spans.arrays, decay, carry, reverse, exclusive, num_threads())

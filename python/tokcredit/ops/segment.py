@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, accumulated, num_threads, plain
+from tokcredit.ops.call import accumulated, num_threads, operation, plain
 from tokcredit.spans import Spans
 
 REDUCTIONS: tuple[str, ...] = _C.REDUCTIONS
+STANDARDS: tuple[str, ...] = _C.STANDARDS
 MOMENTS: tuple[str, ...] = _C.MOMENTS
 _MOMENTS, _COUNT = REDUCTIONS.index("moments"), REDUCTIONS.index("count")
-
-define(
-    "tokcredit::segment_rows",
-    "(Tensor x, Tensor begin, Tensor end, Tensor? mask, int reduction, float ddof, int threads) -> Tensor",
-)
-define(
-    "tokcredit::segment_ids",
-    "(Tensor x, Tensor ids, Tensor? mask, int segments, int reduction, float ddof) -> Tensor",
-)
 
 
 def _outputs(x: Tensor, segments: int, reduction: int) -> Tensor:
@@ -30,7 +21,6 @@ def _outputs(x: Tensor, segments: int, reduction: int) -> Tensor:
     return x.new_empty((segments,), dtype=accumulated(x.dtype))
 
 
-@register_fake("tokcredit::segment_rows")
 def _segment_rows_output(
     x: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, reduction: int, ddof: float, threads: int
 ) -> Tensor:
@@ -39,28 +29,53 @@ def _segment_rows_output(
     return _outputs(x, begin.shape[0], reduction)
 
 
-@impl("tokcredit::segment_rows", DEVICES)
-def _segment_rows(
+@operation(
+    "segment_rows(Tensor x, Tensor begin, Tensor end, Tensor? mask, int reduction, float ddof, int threads) -> Tensor",
+    _segment_rows_output,
+)
+def segment_rows(
     x: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, reduction: int, ddof: float, threads: int
 ) -> Tensor:
+    """Return the reduction of each row, ``[R]``, or of moments ``[R, 5]``; see ``csrc/ops/segment.hpp``."""
     y = _segment_rows_output(x, begin, end, mask, reduction, ddof, threads)
     if begin.numel():
         _C.segment_rows(x.contiguous(), begin, end, plain(mask), reduction, ddof, y, threads)
     return y
 
 
-@register_fake("tokcredit::segment_ids")
 def _segment_ids_output(
     x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float
 ) -> Tensor:
     return _outputs(x, segments, reduction)
 
 
-@impl("tokcredit::segment_ids", DEVICES)
-def _segment_ids(x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float) -> Tensor:
+@operation(
+    "segment_ids(Tensor x, Tensor ids, Tensor? mask, int segments, int reduction, float ddof) -> Tensor",
+    _segment_ids_output,
+)
+def segment_ids(x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float) -> Tensor:
+    """Return the reduction of each segment; see ``csrc/ops/segment.hpp``."""
     y = _segment_ids_output(x, ids, mask, segments, reduction, ddof)
     if segments:
         _C.segment_ids(x.contiguous(), ids.contiguous(), plain(mask), reduction, ddof, y)
+    return y
+
+
+def _standardize_output(
+    x: Tensor, group: Tensor, moments: Tensor, standard: int, epsilon: float, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@operation(
+    "standardize(Tensor x, Tensor group, Tensor moments, int standard, float epsilon, ScalarType dtype) -> Tensor",
+    _standardize_output,
+)
+def standardize(x: Tensor, group: Tensor, moments: Tensor, standard: int, epsilon: float, dtype: torch.dtype) -> Tensor:
+    """Return numbers held against the moments of their groups, ``[M]``; see ``csrc/ops/segment.hpp``."""
+    y = _standardize_output(x, group, moments, standard, epsilon, dtype)
+    if x.numel():
+        _C.standardize(x.contiguous(), group, moments, standard, epsilon, y)
     return y
 
 
@@ -72,5 +87,5 @@ def count(spans: Spans) -> Tensor:
     """
     if spans.mask is None:
         return spans.lengths
-    counts = torch.ops.tokcredit.segment_rows(spans.mask, *spans.arrays, _COUNT, 0.0, num_threads())
+    counts = segment_rows(spans.mask, *spans.arrays, _COUNT, 0.0, num_threads())
     return counts.long()

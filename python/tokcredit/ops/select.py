@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, accumulated, plain, result
-
-define(
-    "tokcredit::select",
-    "(Tensor x, Tensor begin, Tensor end, Tensor? mask, Tensor scope, Tensor wanted, bool ranks, int threads) "
-    "-> Tensor",
-)
+from tokcredit.ops.call import accumulated, operation, plain, result
 
 
-@register_fake("tokcredit::select")
 def _select_output(
     x: Tensor,
     begin: Tensor,
@@ -32,8 +24,12 @@ def _select_output(
     return result(x, x.shape, torch.bool)
 
 
-@impl("tokcredit::select", DEVICES)
-def _select(
+@operation(
+    "select(Tensor x, Tensor begin, Tensor end, Tensor? mask, Tensor scope, Tensor wanted, bool ranks, int threads) "
+    "-> Tensor",
+    _select_output,
+)
+def select(
     x: Tensor,
     begin: Tensor,
     end: Tensor,
@@ -43,6 +39,7 @@ def _select(
     ranks: bool,
     threads: int,
 ) -> Tensor:
+    """Return the wanted ranks, or which tokens are above them; see ``csrc/ops/select.hpp``."""
     y = _select_output(x, begin, end, mask, scope, wanted, ranks, threads)
     if begin.numel() == 0 or wanted.numel() == 0:
         return y.fill_(float("nan")) if ranks else y.fill_(False)
@@ -50,16 +47,13 @@ def _select(
     return y
 
 
-define("tokcredit::maximum_variance", "(Tensor x, Tensor scope, Tensor wanted) -> Tensor")
-
-
-@register_fake("tokcredit::maximum_variance")
 def _maximum_variance_output(x: Tensor, scope: Tensor, wanted: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.bool)
 
 
-@impl("tokcredit::maximum_variance", DEVICES)
-def _maximum_variance(x: Tensor, scope: Tensor, wanted: Tensor) -> Tensor:
+@operation("maximum_variance(Tensor x, Tensor scope, Tensor wanted) -> Tensor", _maximum_variance_output)
+def maximum_variance(x: Tensor, scope: Tensor, wanted: Tensor) -> Tensor:
+    """Return the subset of each scope with the largest variance, bool; see ``csrc/ops/select.hpp``."""
     chosen = _maximum_variance_output(x, scope, wanted)
     _C.maximum_variance(x.double().contiguous(), scope.contiguous(), wanted.contiguous(), chosen)
     return chosen

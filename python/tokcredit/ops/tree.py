@@ -6,26 +6,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import define, impl, register_fake
 
 from tokcredit import _C
-from tokcredit.ops.call import DEVICES, num_threads, plain, result
+from tokcredit.ops.call import num_threads, operation, plain, result
 from tokcredit.spans import Spans
 
-define(
-    "tokcredit::tree_build",
-    "(Tensor tokens, Tensor begin, Tensor end, Tensor group, int groups, int threads) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
 
-
-@register_fake("tokcredit::tree_build")
 def _tree_outputs(tokens: Tensor, begin: Tensor, *others: Any) -> tuple[Tensor, ...]:
     nodes = [begin.new_empty(2 * begin.shape[0]) for _ in range(6)]
     return begin.new_empty(begin.shape), *nodes, begin.new_zeros(())
 
 
-@impl("tokcredit::tree_build", DEVICES)
+@operation(
+    "tree_build(Tensor tokens, Tensor begin, Tensor end, Tensor group, int groups, int threads) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _tree_outputs,
+)
 def _tree_build(
     tokens: Tensor, begin: Tensor, end: Tensor, group: Tensor, groups: int, threads: int
 ) -> tuple[Tensor, ...]:
@@ -46,18 +42,14 @@ def tree_build(tokens: Tensor, spans: Spans, group: Tensor, groups: int) -> tupl
         group: int64 ``[R]``, in ``[0, groups)``.
         groups: Number of groups.
     """
-    return torch.ops.tokcredit.tree_build(tokens, spans.begin, spans.end, group, groups, num_threads())
+    return _tree_build(tokens, spans.begin, spans.end, group, groups, num_threads())
 
 
-define("tokcredit::tree_fold", "(Tensor leaf, Tensor parent, Tensor? scale, Tensor x) -> Tensor")
-
-
-@register_fake("tokcredit::tree_fold")
 def _fold_output(leaf: Tensor, parent: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
     return x.new_empty(parent.shape)
 
 
-@impl("tokcredit::tree_fold", DEVICES)
+@operation("tree_fold(Tensor leaf, Tensor parent, Tensor? scale, Tensor x) -> Tensor", _fold_output)
 def _fold(leaf: Tensor, parent: Tensor, scale: Tensor | None, x: Tensor) -> Tensor:
     y = _fold_output(leaf, parent, scale, x)
     if x.numel():
@@ -74,24 +66,33 @@ def tree_fold(leaf: Tensor, parent: Tensor, scale: Tensor | None, x: Tensor) -> 
         scale: float ``[V]``, multiplies what a node hands to its parent, or None for 1.
         x: float ``[M]``.
     """
-    return torch.ops.tokcredit.tree_fold(leaf, parent, scale, x)
+    return _fold(leaf, parent, scale, x)
 
 
-define(
-    "tokcredit::expand",
-    "(Tensor begin, Tensor end, Tensor? mask, SymInt size, ScalarType dtype, Tensor? row, Tensor? leaf, "
-    "Tensor? parent, Tensor? depth, Tensor? body, Tensor? head, int threads) -> Tensor",
-)
+def _mean_output(leaf: Tensor, parent: Tensor, counts: Tensor | None, x: Tensor, change: bool) -> Tensor:
+    return x.new_empty(parent.shape, dtype=torch.float64)
 
 
-@register_fake("tokcredit::expand")
+@operation("tree_mean(Tensor leaf, Tensor parent, Tensor? counts, Tensor x, bool change) -> Tensor", _mean_output)
+def tree_mean(leaf: Tensor, parent: Tensor, counts: Tensor | None, x: Tensor, change: bool) -> Tensor:
+    """Return the mean over the rows through each node that count, float64 ``[V]``; see ``csrc/ops/tree.hpp``."""
+    y = _mean_output(leaf, parent, counts, x, change)
+    if x.numel():
+        _C.tree_mean(leaf, parent, plain(counts), x.contiguous(), change, y)
+    return y
+
+
 def _expand_output(
     begin: Tensor, end: Tensor, mask: Tensor | None, size: int, dtype: torch.dtype, *others: Any
 ) -> Tensor:
     return result(begin, (size,), dtype)
 
 
-@impl("tokcredit::expand", DEVICES)
+@operation(
+    "expand(Tensor begin, Tensor end, Tensor? mask, SymInt size, ScalarType dtype, Tensor? row, Tensor? leaf, "
+    "Tensor? parent, Tensor? depth, Tensor? body, Tensor? head, int threads) -> Tensor",
+    _expand_output,
+)
 def _expand(
     begin: Tensor,
     end: Tensor,
@@ -135,9 +136,7 @@ def expand(
         body: ``[V]`` or None.
         head: ``[V]`` or None.
     """
-    return torch.ops.tokcredit.expand(
-        *spans.arrays, spans.size, dtype, row, leaf, parent, depth, body, head, num_threads()
-    )
+    return _expand(*spans.arrays, spans.size, dtype, row, leaf, parent, depth, body, head, num_threads())
 
 
 def spread(row: Tensor, spans: Spans) -> Tensor:
@@ -149,6 +148,4 @@ def spread(row: Tensor, spans: Spans) -> Tensor:
     """
     if row.dtype not in (torch.float32, torch.float64, torch.int64, torch.bool):
         row = row.float()
-    return torch.ops.tokcredit.expand(
-        *spans.arrays, spans.size, row.dtype, row, None, None, None, None, None, num_threads()
-    )
+    return _expand(*spans.arrays, spans.size, row.dtype, row, None, None, None, None, None, num_threads())

@@ -54,9 +54,7 @@ def outcome(batch: Rollouts, count_empty: bool = False) -> Tensor:
         batch: The rollouts.
         count_empty: Whether rows without a token that the policy chose count.
     """
-    groups = counted(batch, count_empty)
-    statistics = segment.moments(batch.rewards, groups)
-    return batch.rewards - groups.per_row(statistics.mean.masked_fill(statistics.size < 2, 0))
+    return standardized(batch, "centred", count_empty=count_empty, dtype=torch.float64)
 
 
 def deviation(batch: Rollouts, epsilon: float, count_empty: bool = False) -> Tensor:
@@ -73,6 +71,27 @@ def deviation(batch: Rollouts, epsilon: float, count_empty: bool = False) -> Ten
     groups = counted(batch, count_empty)
     statistics = segment.moments(batch.rewards, groups)
     return groups.per_row(statistics.var.sqrt().masked_fill(statistics.size < 2, 1) + epsilon)
+
+
+def standardized(
+    batch: Rollouts,
+    standard: str,
+    epsilon: float = 0.0,
+    count_empty: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the rewards relative to those of their groups, ``[R]``; see ``tokcredit.blocks.segment.standardize``.
+
+    Args:
+        batch: The rollouts.
+        standard: Which result.
+        epsilon: Added to the standard deviation.
+        count_empty: Whether rows without a token that the policy chose count.
+        dtype: dtype of the result; that of the rewards if None.
+    """
+    groups = counted(batch, count_empty)
+    moments = segment.moment_table(batch.rewards, groups)
+    return segment.standardize(batch.rewards, groups.index, moments, standard, epsilon, dtype)
 
 
 def per_token(x: Tensor, spans: Spans) -> Tensor:
@@ -115,13 +134,8 @@ class group_normalized(Credit):
     count_empty: bool = flag(False)
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        groups = counted(batch, self.count_empty)
-        statistics = segment.moments(batch.rewards, groups)
-        alone = statistics.size < 2
-        advantages = batch.rewards - groups.per_row(statistics.mean.masked_fill(alone, 0))
-        if self.scale:
-            advantages /= groups.per_row(statistics.var.sqrt().masked_fill(alone, 1).add_(self.epsilon))
-        return advantages.to(batch.rewards.dtype)[:, None]
+        standard = "normalized" if self.scale else "centred"
+        return standardized(batch, standard, self.epsilon, self.count_empty)[:, None]
 
 
 @dataclass(frozen=True)
@@ -135,12 +149,7 @@ class leave_one_out(Credit):
     count_empty: bool = flag(False)
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        groups = counted(batch, self.count_empty)
-        statistics = segment.moments(batch.rewards, groups)
-        factor = statistics.size / (statistics.size - 1).clamp(min=1)
-        advantages = batch.rewards - groups.per_row(statistics.mean)
-        advantages *= groups.per_row(factor.masked_fill(statistics.size < 2, 0))
-        return advantages.to(batch.rewards.dtype)[:, None]
+        return standardized(batch, "leave_one_out", count_empty=self.count_empty)[:, None]
 
 
 @dataclass(frozen=True)
