@@ -22,6 +22,10 @@ def describe(x: Any) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
+def _either(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
 def tensor(
     name: str,
     x: Any,
@@ -44,13 +48,12 @@ def tensor(
         TypeError: ``x`` is not a tensor or has another dtype.
         ValueError: Its shape or device is wrong.
     """
-    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected torch.Tensor, {names} {list(shape)}, got {type(x).__name__}")
+        raise TypeError(f"{name}: expected torch.Tensor, {_either(dtypes)} {list(shape)}, got {type(x).__name__}")
     if x.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {names} {list(shape)}, got {describe(x)}{hint}")
+        raise TypeError(f"{name}: expected {_either(dtypes)} {list(shape)}, got {describe(x)}{hint}")
     if x.shape != shape:
-        raise ValueError(f"{name}: expected {names} {list(shape)}, got {describe(x)}")
+        raise ValueError(f"{name}: expected {_either(dtypes)} {list(shape)}, got {describe(x)}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
     if x.layout != torch.strided:

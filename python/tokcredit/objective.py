@@ -337,8 +337,7 @@ class Prepared:
 
 def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tensor]) -> Loss:
     objective, batch = prepared.objective, prepared.batch
-    flat = batch.flat(log_probs, "log_probs")
-    current = flat.detach()
+    current = batch.flat(log_probs, "log_probs").detach()
     to = objective.ratio.to if hasattr(objective.ratio, "to") else "old_log_probs"
     on_policy = to == "old_log_probs" and batch.old_log_probs is None
     reference = current if on_policy else batch.input(to)
@@ -356,7 +355,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
     # Along a row, tokens that do not train still count in sums and positions.
     along = (log_ratio.cumulative or window.power != 0) and prepared.spans.mask is not batch.response_mask
     total, stats = ops.policy_loss(
-        flat,
+        log_probs,
         batch.spans if along else prepared.spans,
         window.surrogate,
         reference=log_ratio.reference,
@@ -377,7 +376,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
     policy_loss = total.detach()
     values = {}
     if objective.terms:
-        variables = {"log_probs": flat, **{name: batch.flat(x, name) for name, x in further.items()}}
+        variables = {name: batch.flat(x, name) for name, x in {"log_probs": log_probs, **further}.items()}
         for term, (mask, term_weights) in zip(objective.terms, prepared.terms, strict=True):
             spans = prepared.spans if mask is None else prepared.spans.with_mask(mask)
             value = term(variables, batch, spans, term_weights)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import instance, tensor
+from tokcredit.arguments import describe, instance
 from tokcredit.rollouts import Rollouts
+from tokcredit.spans import Spans
 
 _EXPANDED = (torch.float32, torch.float64, torch.int64, torch.bool)
 
@@ -63,13 +64,13 @@ class PrefixTree:
             TypeError: The dtypes differ, or are not supported.
             ValueError: Nothing is given, or a shape is wrong.
         """
-        return self._expand(self.batch.response_mask, body, head, row)
+        return self._expand(self.batch.spans, body, head, row)
 
     @property
     def node(self) -> Tensor:
         """Node of each token, masked tokens included; int64 ``[N]``, -1 outside of rows."""
         numbers = torch.arange(1, self.parent.numel() + 1, device=self.parent.device)
-        return self._expand(None, numbers, None, None) - 1
+        return self._expand(self.batch.all_spans, numbers, None, None) - 1
 
     @property
     def is_branch(self) -> Tensor:
@@ -77,7 +78,7 @@ class PrefixTree:
 
         Masked tokens count as well, because the state differs there too.
         """
-        return self._expand(None, None, self.parent >= 0, None)
+        return self._expand(self.batch.all_spans, None, self.parent >= 0, None)
 
     @property
     def runs(self) -> tuple[Tensor, Tensor]:
@@ -94,18 +95,16 @@ class PrefixTree:
         nodes = torch.tensor([v for path in paths for v in path], dtype=torch.int64)
         return lengths.cumsum(0).to(self.leaf.device), nodes.to(self.leaf.device)
 
-    def _expand(self, mask: Tensor | None, body: Tensor | None, head: Tensor | None, row: Tensor | None) -> Tensor:
+    def _expand(self, spans: Spans, body: Tensor | None, head: Tensor | None, row: Tensor | None) -> Tensor:
         given = {name: x for name, x in (("body", body), ("head", head), ("row", row)) if x is not None}
         if not given:
             raise ValueError("body, head, row: expected at least one of them, got none")
+        dtype = None
         for name, x in given.items():
             instance(name, x, Tensor)
-        dtype = next(iter(given.values())).dtype
-        for name, x in given.items():
-            tensor(name, x, _EXPANDED, tuple((self.leaf if name == "row" else self.parent).shape), self.leaf.device)
-            if x.dtype != dtype:
-                raise TypeError(f"{name}: expected {dtype}, the dtype of the others, got {x.dtype}")
-        spans = self.batch.all_spans.with_mask(mask)
+            if x.dtype not in _EXPANDED or x.dtype != (dtype := dtype or x.dtype):
+                raise TypeError(f"{name}: expected {dtype or 'float32, float64, int64 or bool'}, got {describe(x)}")
+        assert dtype is not None
         return ops.expand(spans, dtype, self.leaf, self.parent, self.depth, row, body, head)
 
 

@@ -143,8 +143,8 @@ def policy_loss(
     Definition: ``csrc/ops/policy_loss.hpp``.
 
     Args:
-        log_probs: Log-probs of the tokens ``[N]``, any float dtype. Values and slopes are float32, or float64 for
-            float64.
+        log_probs: Log-probs of the N tokens in any shape, of any float dtype. Values and slopes are float32, or float64
+            for float64.
         spans: The rows; tokens under a False mask take no part.
         surrogate: One of ``SURROGATES``.
         reference: Log-probs of another policy ``[N]``.

@@ -13,8 +13,9 @@ from tokcredit.spans import Spans
 
 
 def _tree_outputs(tokens: Tensor, begin: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    nodes = [begin.new_empty(2 * begin.shape[0]) for _ in range(6)]
-    return begin.new_empty(begin.shape), *nodes, begin.new_zeros(())
+    rows = begin.shape[0]
+    nodes = [begin.new_empty(2 * rows) for _ in range(6)]
+    return begin.new_empty(rows), *nodes, begin.new_empty(()) if rows else begin.new_zeros(())
 
 
 @operation(
