@@ -25,7 +25,7 @@ void select(const py::object &x, const py::object &begin, const py::object &end,
       [&](auto &queue) { ranks ? cuda::kth(s, out.data, queue) : cuda::top_k(s, out.as<bool>(), queue); });
 }
 
-void maximum_variance(const py::object &x, const py::object &scope, const py::object &wanted,
+void maximum_variance(const py::object &x, const py::object &scope, const py::object &wanted, bool largest,
                       const py::object &chosen) {
   Call call("maximum_variance");
   const Array values = call.read("x", x), counts = call.read("k", wanted);
@@ -33,10 +33,13 @@ void maximum_variance(const py::object &x, const py::object &scope, const py::ob
     call.fail("x", "float64", name_of(values.type));
   if (counts.type != Type::i64)
     call.fail("k", "int64", name_of(counts.type));
-  const MaximumVariance m{
-      values.as<double>(),  call.read_as<int64_t>("scope", scope, Type::i64, values.size),
-      counts.as<int64_t>(), values.size,
-      counts.size,          call.read("chosen", chosen, Type::b8, values.size).as<bool>()};
+  const MaximumVariance m{values.as<double>(),
+                          call.read_as<int64_t>("scope", scope, Type::i64, values.size),
+                          counts.as<int64_t>(),
+                          values.size,
+                          counts.size,
+                          largest,
+                          call.read("chosen", chosen, Type::b8, values.size).as<bool>()};
   call.run([&] { cpu::maximum_variance(m); }, [&](auto &queue) { cuda::maximum_variance(m, queue); });
 }
 

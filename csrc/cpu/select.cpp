@@ -248,7 +248,7 @@ void maximum_variance(const MaximumVariance &m) {
       continue;
     std::stable_sort(row, row + size,
                      [&](int64_t a, int64_t b) { return order_key(m.x[a]) > order_key(m.x[b]); });
-    const int64_t best = most_varied(size, keep, [&](int64_t i) { return m.x[row[i]]; });
+    const int64_t best = most_varied(size, keep, m.largest, [&](int64_t i) { return m.x[row[i]]; });
     for (int64_t i = 0; i < size; ++i)
       m.chosen[row[i]] = i < best || i >= size - (keep - best);
   }

@@ -32,7 +32,7 @@ __global__ void choose(MaximumVariance m, const uint32_t *rows, const int64_t *s
   const int64_t size = starts[g + 1] - starts[g], keep = min(m.wanted[g], size);
   if (keep <= 0)
     return;
-  const int64_t best = most_varied(size, keep, [&](int64_t i) { return m.x[row[i]]; });
+  const int64_t best = most_varied(size, keep, m.largest, [&](int64_t i) { return m.x[row[i]]; });
   for (int64_t i = 0; i < size; ++i)
     m.chosen[row[i]] = i < best || i >= size - (keep - best);
 }

@@ -24,13 +24,15 @@ struct Select {
 };
 
 // The subset of `wanted` rows of each scope whose population variance is largest: for some i the first i and
-// the last wanted - i in descending order of x, the smallest such i among equals.
+// the last wanted - i in descending order of x. Among equals the smallest such i, or with `largest` the first
+// `wanted` if these are among them.
 struct MaximumVariance {
   const double *x;       // [R]
   const int64_t *scope;  // [R]
   const int64_t *wanted; // [scopes]
   int64_t rows;
   int64_t scopes;
+  bool largest;
   bool *chosen; // [R]
 };
 

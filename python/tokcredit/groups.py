@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,6 +55,37 @@ class Groups:
             rows: bool ``[R]``, True for the rows that count.
         """
         return Groups(self.index, self.count, self.order, self.spans.with_mask(self.sorted(rows)))
+
+    def subset(self, rows: Tensor) -> Groups:
+        """Return the groups of some of the rows. On CUDA this waits for the device.
+
+        Args:
+            rows: int64 ``[M]``, ascending.
+        """
+        index = self.index.index_select(0, rows)
+        sizes = torch.bincount(index, minlength=self.count)
+        present = sizes > 0
+        if not bool(present.all()):
+            index, sizes = (present.cumsum(0) - 1).index_select(0, index), sizes[present]
+        end = sizes.cumsum(0)
+        spans = Spans.trusted(end - sizes, end, index.numel())
+        return Groups(index, sizes.numel(), None if self.order is None else index.argsort(stable=True), spans)
+
+    @cached_property
+    def scope(self) -> Tensor:
+        """The group of each row that counts, and -1 for the others; int64 ``[R]``."""
+        mask = self.spans.mask
+        if mask is None:
+            return self.index
+        if self.order is not None:
+            mask = torch.empty_like(mask).index_copy_(0, self.order, mask)
+        return self.index.masked_fill(~mask, -1)
+
+    @cached_property
+    def rows(self) -> Spans:
+        """Each row as a span of its own, for selections among per-row numbers ``[R]``."""
+        begin = torch.arange(self.index.numel(), device=self.index.device)
+        return Spans.trusted(begin, begin + 1, begin.numel())
 
     @property
     def sizes(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -66,7 +66,6 @@ class Rollouts:
     trajectory_ids: Tensor | None = field(default=None, kw_only=True)
     shape: tuple[int, int] | None = field(default=None, repr=False, kw_only=True)
     spans: Spans = field(init=False, repr=False)
-    lengths: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, Tensor):
@@ -92,15 +91,17 @@ class Rollouts:
         if self.response_mask is None:
             self._set("response_mask", torch.ones(n, dtype=torch.bool, device=device))
         tensor("response_mask", self.response_mask, (torch.bool,), (n,), device)
-        for name in FIELDS:
-            if (x := getattr(self, name)) is not None:
-                tensor(name, x, FLOATS, (n,), device)
-        for name, x in self.extras.items():
-            if name in FIELDS:
-                raise ValueError(f"extras: expected {name} as the argument of that name, got it in extras")
-            inputs.get(name).check(x, n, rows, self.shape, device)
+        if doubled := sorted(self.extras.keys() & set(FIELDS)):
+            raise ValueError(f"extras: expected {doubled[0]} as the argument of that name, got it in extras")
+        self._check_inputs({name: getattr(self, name) for name in FIELDS} | dict(self.extras), rows)
         self._set("spans", spans.with_mask(self.response_mask))
-        self._set("lengths", ops.count(self.spans))
+
+    def _check_inputs(self, named: Mapping[str, Tensor | None], rows: int) -> None:
+        for name, x in named.items():
+            if name not in FIELDS:
+                inputs.get(name).check(x, self.num_tokens, rows, self.shape, self.device)
+            elif x is not None:
+                tensor(name, x, FLOATS, (self.num_tokens,), self.device)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -255,6 +256,11 @@ class Rollouts:
         return Groups.of(self.group_ids)
 
     @cached_property
+    def lengths(self) -> Tensor:
+        """Tokens of each row that the policy chose; int64 ``[R]``."""
+        return ops.count(self.spans)
+
+    @cached_property
     def nonempty(self) -> Tensor:
         """Rows with a token that the policy chose; bool ``[R]``."""
         return self.lengths > 0
@@ -322,7 +328,8 @@ class Rollouts:
         own = {name: self._one_axis(x) for name, x in named.items() if name in FIELDS}
         extras = {**self.extras, **{name: x for name, x in named.items() if name not in FIELDS}}
         extras = {name: x for name, x in extras.items() if x is not None}
-        return replace(self, **own, extras=extras)  # type: ignore[arg-type]
+        self._check_inputs(own | {name: extras[name] for name in named if name in extras}, self.num_rows)
+        return self._derived((), **own, extras=extras)
 
     def _one_axis(self, x: Tensor | None) -> Tensor | None:
         """Return a tensor in the layout of the batch as ``[N]``, and anything else as it is."""
@@ -443,7 +450,7 @@ class Rollouts:
         named = {name: x for name in FIELDS if (x := getattr(self, name)) is not None} | dict(self.extras)
         attached = {name: x.detach() for name, x in named.items() if x.requires_grad}
         batch = self.with_inputs(**attached) if attached else self
-        return replace(batch, rewards=self.rewards.detach()) if self.rewards.requires_grad else batch
+        return batch.with_rewards(self.rewards.detach()) if self.rewards.requires_grad else batch
 
     def with_mask(self, response_mask: Tensor) -> Rollouts:
         """Return the batch with another response mask. Nothing waits for the device.
@@ -455,11 +462,29 @@ class Rollouts:
             TypeError: The mask is not bool.
             ValueError: Its shape or device is wrong.
         """
-        made, spans = object.__new__(Rollouts), self.spans.with_mask(response_mask)
+        stale = ("lengths", "nonempty", "nonempty_groups")
+        return self._derived(stale, response_mask=response_mask, spans=self.spans.with_mask(response_mask))
+
+    def with_rewards(self, rewards: Tensor) -> Rollouts:
+        """Return the batch with other rewards. Nothing waits for the device; that they are finite is not checked.
+
+        Args:
+            rewards: float ``[R]``.
+
+        Raises:
+            TypeError: The rewards are not float.
+            ValueError: Their shape or device is wrong.
+        """
+        tensor("rewards", rewards, FLOATS, (self.num_rows,), self.device)
+        return self._derived((), rewards=rewards if rewards.dtype == torch.float64 else rewards.float())
+
+    def _derived(self, stale: tuple[str, ...], **changes: Any) -> Rollouts:
+        """Return a batch with other attributes that are right by construction, without the stale cached ones."""
+        made = object.__new__(Rollouts)
         made.__dict__.update(self.__dict__)
-        for name in ("nonempty", "nonempty_groups"):
+        for name in stale:
             made.__dict__.pop(name, None)
-        made.__dict__.update(response_mask=response_mask, spans=spans, lengths=ops.count(spans))
+        made.__dict__.update(changes)
         return made
 
     def keeping(self, rows: Tensor) -> Rollouts:
@@ -471,12 +496,16 @@ class Rollouts:
             rows: bool ``[R]``.
         """
         kept = tensor("rows", rows, (torch.bool,), (self.num_rows,), self.device).nonzero()[:, 0]
-        return replace(
-            self,
-            cu_seqlens=Spans.trusted(self.begin[kept], self.end[kept], self.num_tokens),
+        mask = ops.spread(rows, self.spans)
+        spans = Spans.trusted(self.begin[kept], self.end[kept], self.num_tokens, mask)
+        return self._derived(
+            ("sizes", "lengths", "nonempty", "nonempty_groups"),
+            cu_seqlens=spans,
+            spans=spans,
             group_ids=self.group_ids[kept],
+            groups=self.groups.subset(kept),
             rewards=self.rewards[kept],
-            response_mask=ops.spread(rows, self.spans),
+            response_mask=mask,
             extras={name: x if inputs.get(name).per == "token" else x[kept] for name, x in self.extras.items()},
             trajectory_ids=None if self.trajectory_ids is None else self.trajectory_ids[kept],
         )

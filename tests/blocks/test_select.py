@@ -111,6 +111,15 @@ def test_maximum_variance(values, k, grouped):
         assert reference.variance(picked) == pytest.approx(best, abs=1e-12)
 
 
+def test_the_largest_win_a_tie_if_preferred():
+    x = torch.tensor([0.0, 1.0, 0.0, 0.0, 2.0, 1.0])
+    assert select.maximum_variance(x[:4], 3).tolist() == [False, True, True, True]
+    assert select.maximum_variance(x[:4], 3, prefer_largest=True).tolist() == [True, True, True, False]
+    # {2, 0} has no rival.
+    for prefer in (False, True):
+        assert sorted(x[select.maximum_variance(x, 2, prefer_largest=prefer)].tolist()) == [0.0, 2.0]
+
+
 def test_maximum_variance_by_hand():
     x = torch.tensor([1.5, 0.5, 0.4, 0.3, -0.2, -2.5])
     assert x[select.maximum_variance(x, 3)].tolist() == pytest.approx([1.5, 0.5, -2.5])
@@ -124,7 +133,7 @@ def test_opcheck_and_compile():
         call = (x, *spans.arrays, torch.tensor([0, 0]), torch.tensor([2]), ranks, 1)
         torch.library.opcheck(torch.ops.tokcredit.select.default, call)
     ids = torch.tensor([0, 0, 1, 1, 0, 1])
-    torch.library.opcheck(torch.ops.tokcredit.maximum_variance.default, (x, ids, torch.tensor([2, 1])))
+    torch.library.opcheck(torch.ops.tokcredit.maximum_variance.default, (x, ids, torch.tensor([2, 1]), True))
 
     def f(x):
         return select.top_k(x, 1, spans), select.quantile(x, 0.5, spans)

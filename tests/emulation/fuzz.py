@@ -272,6 +272,7 @@ def maximum_variance(d):
         "x": d.normal(torch.float64, size),
         "scope": d.index([d.integer(-1, scopes) for _ in range(size)]),
         "wanted": d.index([d.integer(-1, 12) for _ in range(scopes)]),
+        "largest": d.chance(0.5),
         "chosen": d.empty(torch.bool, size),
     }
 

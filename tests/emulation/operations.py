@@ -16,7 +16,7 @@ SIGNATURES = {
     "segment_ids": "x ids mask reduction ddof =y",
     "standardize": "x group moments standard epsilon =y",
     "select": "x begin end mask scope wanted ranks =y threads",
-    "maximum_variance": "x scope wanted =chosen",
+    "maximum_variance": "x scope wanted largest =chosen",
     "policy_loss": "log_probs reference operands numbers begin end mask trains surrogate source on value both_sides "
     "bound power limit clamp_low clamp_high =values =stats =slopes threads",
     "scale_rows": "=x factor begin end threads",

@@ -109,6 +109,7 @@ VALID = {
         "x": floats(N, dtype=torch.float64),
         "scope": torch.arange(N) % 3,
         "k": integers(2, 3),
+        "largest": True,
         "chosen": torch.zeros(N, dtype=torch.bool),
     },
     "tree_build": lambda: {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, per_token, tensor
+from tokcredit.arguments import FLOATS, INTEGERS, describe, instance, per_token, tensor
 from tokcredit.blocks import segment
 from tokcredit.blocks.segment import Ids
 from tokcredit.groups import Groups
@@ -43,6 +43,8 @@ def _scopes(spans: Spans, by: Ids | Groups | None) -> Ids:
 
 
 def _per_scope(name: str, x: int | Tensor, by: Ids) -> Tensor:
+    if isinstance(x, int) and not isinstance(x, bool):
+        return by.ids.new_full((by.segments,), x)
     x = torch.as_tensor(x, device=by.ids.device)
     if x.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected integers, got {describe(x)}")
@@ -141,16 +143,19 @@ def quantile_nearest(x: Tensor, q: float, spans: Spans, by: Ids | Groups | None 
     return kth(x, _place(q, spans, by).round().long(), spans, by)
 
 
-def maximum_variance(x: Tensor, k: int | Tensor, by: Ids | Groups | None = None) -> Tensor:
+def maximum_variance(
+    x: Tensor, k: int | Tensor, by: Ids | Groups | None = None, *, prefer_largest: bool = False
+) -> Tensor:
     """Return a mask of the k rows of each scope whose values have the largest population variance as a set.
 
     That set is the first i and the last k - i values in descending order for some i. Every i is tried; the smallest
-    wins a tie.
+    wins a tie. Variances that differ by less than a share of 1e-12 are a tie.
 
     Args:
         x: float ``[R]``, one value per row.
         k: How many, for all scopes or int64 ``[scopes]``. A scope with fewer rows is taken whole.
-        by: The scopes, or None for a single one.
+        by: The scopes, or None for a single one. A row with an id outside of them takes no part.
+        prefer_largest: Whether the k largest values win a tie in which they take part.
 
     Returns:
         bool ``[R]``.
@@ -158,11 +163,11 @@ def maximum_variance(x: Tensor, k: int | Tensor, by: Ids | Groups | None = None)
     References:
         arXiv 2504.13818 (the algorithm), arXiv 2509.22115 (over groups).
     """
-    tensor("x", float_tensor("x", x), FLOATS, (x.numel(),))
+    tensor("x", x, FLOATS, (x.numel() if isinstance(x, Tensor) else 0,))
     if by is None:
         by = Ids(torch.zeros(x.shape, dtype=torch.int64, device=x.device), 1)
     if isinstance(by, Groups):
         by = Ids(by.index, by.count)
     instance("by", by, Ids)
     tensor("by.ids", by.ids, (torch.int64,), tuple(x.shape), x.device)
-    return ops.maximum_variance(x, by.ids, _per_scope("k", k, by))
+    return ops.maximum_variance(x, by.ids, _per_scope("k", k, by), prefer_largest)

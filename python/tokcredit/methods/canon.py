@@ -13,7 +13,6 @@ from tokcredit.blocks.segment import Ids
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import Adjustable
-from tokcredit.spans import Spans
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import Stage, flag, number, part
 from tokcredit.stages.credit import Credit
@@ -106,24 +105,22 @@ class conditional(Credit):
     count_empty: bool = flag(False)
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        groups = counted(batch, self.count_empty)
-        r, index = batch.rewards.double(), groups.index
-        taken = torch.ones_like(batch.lengths, dtype=torch.bool) if self.count_empty else batch.lengths > 0
-        scope = Ids(torch.where(taken, index, -1), groups.count)
-        each = torch.arange(batch.num_rows, device=r.device)
+        groups, r = counted(batch, self.count_empty), batch.rewards.double()
         count = segment.count(groups)
-        rows = Spans.trusted(each, each + 1, batch.num_rows)
-        is_low = select.top_k(-self.metric(batch), count // 2, rows, scope)
-        half = 2 * index + is_low
-        means = segment.mean(r, Ids(half, 2 * groups.count, taken))
+        is_low = select.top_k(-self.metric(batch), count // 2, groups.rows, Ids(groups.scope, groups.count))
+        half = groups.scope * 2 + is_low  # negative for rows that do not count
+        means = segment.mean(r, Ids(half, 2 * groups.count))
+        half = groups.index * 2 + is_low
+        mean_of_own, mean_of_other = means[half], means[half ^ 1]
 
-        def by_half(low: float, high: float) -> Tensor:
-            return torch.full_like(r, high).masked_fill_(is_low, low)
+        def by_half(low: float, high: float) -> Tensor | float:
+            return high if low == high else torch.full_like(r, high).masked_fill_(is_low, low)
 
         between = self.between(batch) if isinstance(self.between, by_mean_reward) else self.between
-        inter = by_half(self.low, self.high) * r - by_half(self.high, self.low) * means[half ^ 1]
-        inter += by_half(-self.offset, self.offset)
-        intra = r - torch.where(groups.per_row(count) > 1, means[half], 0)
+        inter = by_half(self.low, self.high) * r - by_half(self.high, self.low) * mean_of_other
+        if self.offset:
+            inter += by_half(-self.offset, self.offset)
+        intra = r - mean_of_own.masked_fill_(groups.per_row(count < 2), 0)
         return (between * inter + (1 - between) * intra).to(batch.rewards.dtype)[:, None]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tokcredit.blocks import segment, select
@@ -38,9 +37,9 @@ class varied_rows(Filter):
     def __call__(self, batch: Rollouts, advantages: Tensor | None) -> Tensor:
         assert advantages is not None
         of_row = advantages[:, 0] if advantages.dim() == 2 else segment.mean(advantages, batch.spans)
-        candidates = batch.lengths > 0
-        count = (candidates.sum().double() * self.share).round().long().clamp(min=2).reshape(1)
-        return select.maximum_variance(of_row, count, Ids(torch.where(candidates, 0, -1), 1))[:, None]
+        candidates = batch.nonempty
+        count = (candidates.sum().double() * self.share).round().long().clamp(min=2)
+        return select.maximum_variance(of_row, count, Ids(candidates.long() - 1, 1))[:, None]
 
 
 def d3s(

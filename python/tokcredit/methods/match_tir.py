@@ -56,24 +56,19 @@ class turns(Credit):
         number = torch.arange(each.numel(), device=mask.device) - ops.spread(turn.offsets[:-1], turn.of_row())
         most = int(number.max()) + 1 if number.numel() else 1
         scope = ops.spread(batch.group_index, turn.of_row()) * most + number
-        local = self._normalized(later, torch.where(turn.marked, scope, -1))
-        whole = self._normalized(
-            segment.sum(reward, batch.spans), torch.where(batch.lengths > 0, batch.group_index, -1)
-        )
+        local = self._normalized(later, scope.masked_fill(~turn.marked, -1), most * batch.num_groups)
+        whole = self._normalized(segment.sum(reward, batch.spans), batch.nonempty_groups.scope, batch.num_groups)
         total = ops.spread(whole, turn.of_row()) + local
         return ops.spread(total / 2 if self.halve else total, turn.spans)
 
-    def _normalized(self, x: Tensor, scope: Tensor) -> Tensor:
-        by = segment.Ids(scope, int(scope.max()) + 1 if scope.numel() else 0)
-        if by.segments <= 0:
+    def _normalized(self, x: Tensor, scope: Tensor, scopes: int) -> Tensor:
+        if scopes == 0:
             return torch.zeros_like(x)
-        index = scope.clamp(min=0)
-        alone = segment.count(by)[index] < 2
-        mean = segment.mean(x, by)[index]
-        std = torch.where(alone, 1, segment.var(x, by).sqrt()[index])
-        if not self.center_alone:
-            mean = torch.where(alone, 0, mean)
-        return torch.where(scope >= 0, (x - mean) / (std + self.epsilon), 0)
+        moments, index = segment.moment_table(x, segment.Ids(scope, scopes)), scope.clamp(min=0)
+        normalized = segment.standardize(x, index, moments, "normalized", self.epsilon)
+        if self.center_alone:
+            normalized = normalized.masked_fill(moments[:, 0][index] < 2, 0)
+        return normalized.masked_fill(scope < 0, 0)
 
 
 def match_tir(

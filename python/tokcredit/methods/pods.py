@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from tokcredit.blocks import segment, select
+from tokcredit.blocks import select
 from tokcredit.blocks.segment import Ids
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
-from tokcredit.spans import Spans
 from tokcredit.stages import clip, credit
 from tokcredit.stages.base import whole_number
 from tokcredit.stages.filters import Filter
@@ -37,18 +35,9 @@ class most_varied(Filter):
     before_credit: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts, advantages: Tensor | None) -> Tensor:
-        groups, rewards = batch.groups, batch.rewards.double()
-        scope = Ids(torch.where(batch.lengths > 0, groups.index, -1), groups.count)
-        each = torch.arange(batch.num_rows, device=rewards.device)
-        rows = Spans.trusted(each, each + 1, batch.num_rows)
-        highest = select.top_k(rewards, self.count, rows, scope)
-        varied = select.maximum_variance(rewards, self.count, scope)
-
-        def variance(chosen: Tensor) -> Tensor:
-            return segment.var(rewards, scope._replace(mask=chosen), ddof=0)
-
-        ties = variance(highest) >= variance(varied) * (1 - 1e-12)
-        return torch.where(groups.per_row(ties), highest, varied)[:, None]
+        groups = batch.nonempty_groups
+        scope = Ids(groups.scope, groups.count)
+        return select.maximum_variance(batch.rewards, self.count, scope, prefer_largest=True)[:, None]
 
 
 def pods(count: int = 16, clip_low: float = 0.2, clip_high: float = 0.2, epsilon: float = 1e-4) -> Objective:

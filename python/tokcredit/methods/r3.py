@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from tokcredit.spans import Spans
 from tokcredit.stages import clip
 from tokcredit.stages.base import Stage, number, parts, whole_number
 from tokcredit.stages.credit import Credit, outcome
-from tokcredit.stages.credit.group import deviation
+from tokcredit.stages.credit.group import deviation, standardized
 
 
 class Bonus(Stage):
@@ -76,7 +76,7 @@ class dominance(Bonus):
         groups = batch.groups
         fresh, truncated = ~batch.input("replayed"), batch.input("truncated")
         solved = groups.per_row(segment.maximum(batch.rewards, groups.counting(fresh)) > self.threshold)
-        failed = fresh & ~solved & (batch.lengths > 0)
+        failed = fresh & ~solved & batch.nonempty
         rows = (failed & truncated).nonzero()[:, 0]
         n = torch.bincount(groups.index[rows], minlength=groups.count)
         out = torch.zeros_like(batch.rewards)
@@ -138,7 +138,9 @@ class pooled(Credit):
         rewards = batch.rewards
         for bonus in self.bonuses:
             rewards = rewards + bonus(batch)
-        shaped, groups = replace(batch, rewards=rewards), batch.groups
+        shaped, groups = batch.with_rewards(rewards), batch.groups
+        if self.scale == 1:
+            return standardized(shaped, "normalized", self.epsilon)[:, None]
         joined = segment.count(groups.counting(batch.input("replayed"))) > 0
         scale = groups.per_row(torch.full_like(joined, self.scale, dtype=torch.float64).masked_fill_(~joined, 1))
         return (outcome(shaped) / (scale * deviation(shaped, 0.0) + self.epsilon)).to(rewards.dtype)[:, None]

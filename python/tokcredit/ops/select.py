@@ -47,13 +47,13 @@ def select(
     return y
 
 
-def _maximum_variance_output(x: Tensor, scope: Tensor, wanted: Tensor) -> Tensor:
+def _maximum_variance_output(x: Tensor, scope: Tensor, wanted: Tensor, largest: bool) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.bool)
 
 
-@operation("maximum_variance(Tensor x, Tensor scope, Tensor wanted) -> Tensor", _maximum_variance_output)
-def maximum_variance(x: Tensor, scope: Tensor, wanted: Tensor) -> Tensor:
+@operation("maximum_variance(Tensor x, Tensor scope, Tensor wanted, bool largest) -> Tensor", _maximum_variance_output)
+def maximum_variance(x: Tensor, scope: Tensor, wanted: Tensor, largest: bool) -> Tensor:
     """Return the subset of each scope with the largest variance, bool; see ``csrc/ops/select.hpp``."""
-    chosen = _maximum_variance_output(x, scope, wanted)
-    _C.maximum_variance(x.double().contiguous(), scope.contiguous(), wanted.contiguous(), chosen)
+    chosen = _maximum_variance_output(x, scope, wanted, largest)
+    _C.maximum_variance(x.double().contiguous(), scope.contiguous(), wanted.contiguous(), largest, chosen)
     return chosen
