@@ -25,7 +25,7 @@ from tokcredit.stages import scale as scales
 from tokcredit.stages import term as term_stages
 from tokcredit.stages import token_weights as weight_stages
 from tokcredit.stages.base import part, parts
-from tokcredit.stages.credit.group import per_token, product
+from tokcredit.stages.credit.group import per_token, product, within
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Objective(ObjectiveStage):
         for stage in objective.filters:
             if not stage.before_credit:
                 rows_or_tokens = stage(kept, advantages)
-                kept = kept.with_mask(kept.response_mask & per_token(rows_or_tokens, kept.spans))
+                kept = kept.with_mask(within(rows_or_tokens, kept.spans))
         multiplier = None
         for weight in objective.token_weights:
             w = weight(kept, advantages)
@@ -183,8 +183,7 @@ class Objective(ObjectiveStage):
                 own, own_spans, own_lengths = denominators, spans, lengths
             else:
                 mask = spans.mask if spans.mask is not None else batch.response_mask
-                chosen = per_token(term.where(batch.with_mask(mask), advantages), spans)
-                own_spans = spans.with_mask(mask & chosen)
+                own_spans = spans.with_mask(within(term.where(batch.with_mask(mask), advantages), spans))
                 own_lengths, own = ops.count(own_spans), Denominators(dp_size=denominators.dp_size)
             if not self.compares_groups:
                 own.require(aggregation)

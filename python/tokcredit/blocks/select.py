@@ -149,7 +149,7 @@ def maximum_variance(
     """Return a mask of the k rows of each scope whose values have the largest population variance as a set.
 
     That set is the first i and the last k - i values in descending order for some i. Every i is tried; the smallest
-    wins a tie. Variances that differ by less than a share of 1e-12 are a tie.
+    wins a tie. Variances are a tie where they differ by less than 1e-12 times that of all values.
 
     Args:
         x: float ``[R]``, one value per row.

@@ -46,8 +46,7 @@ class entropy_deviation(TokenScore):
     def __call__(self, batch: Rollouts) -> Tensor:
         x, pivot, _, low, high = self._measured(batch)
         x.sub_(pivot)
-        h = x.clamp(min=0).div_(high).add_(x.clamp(max=0).div_(low if self.literal_sign else -low))
-        return h.masked_fill_(~batch.response_mask, 0)
+        return x.clamp(min=0).div_(high).add_(x.clamp(max=0).div_(low if self.literal_sign else -low))
 
     def statistics(self, batch: Rollouts) -> tuple[float, float, float, float]:
         """Return ``Q``, ``s`` and the smallest and largest ``h``, from which other tokens get the same score.
@@ -64,12 +63,13 @@ class entropy_deviation(TokenScore):
         spans, entropies = batch.spans, batch.input("entropies")
         x = (entropies if entropies.dtype == torch.float64 else entropies.float()).clamp(min=1e-8).log_()
         pivot = select.quantile_nearest(x, self.pivot, spans, select.everything(spans))[0]
-        square = segment.sum((x - pivot).square_(), spans).sum() / batch.lengths.sum().clamp(min=1)
-        spread = square.clamp(min=1e-8).sqrt()
-        none = x.new_zeros(1)
-        low = torch.cat([none, segment.minimum(x, spans) - pivot]).amin()
-        high = torch.cat([none, segment.maximum(x, spans) - pivot]).amax()
-        return x, pivot, spread, torch.minimum(low, -1e-8 * spread), torch.maximum(high, 1e-8 * spread)
+        # The second moment about the pivot, from those about the mean.
+        all_tokens = Spans.single(batch.num_tokens, batch.device, batch.response_mask)
+        _, mean, var, lowest, highest = segment.moment_table(x, all_tokens, ddof=0)[0].unbind()
+        spread = (var + (mean - pivot).square()).clamp(min=1e-8).sqrt()
+        low = torch.minimum(lowest - pivot, -1e-8 * spread).to(x.dtype)
+        high = torch.maximum(highest - pivot, 1e-8 * spread).to(x.dtype)
+        return x, pivot, spread, low, high
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokcredit.blocks import segment, values
+from tokcredit import ops
+from tokcredit.blocks import segment
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip, filters, ratio
@@ -73,17 +74,16 @@ class edges(Credit):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         number, parents = _forest(batch)
-        inner = torch.zeros(parents.shape, dtype=torch.bool, device=parents.device)
-        inner[parents[parents >= 0]] = True
-        ends = ~inner[number]
-        value = values.fold_means(parents, number[ends], batch.rewards.double()[ends])
         above = parents[number]
+        children = torch.bincount(above, minlength=parents.numel())
+        ends = batch.rewards.double().masked_fill(children[number] > 0, 0)  # rewards of inner nodes are not read
+        value = ops.tree_fold(number, parents, 1 / children.clamp(min=1).double(), ends)
         siblings = segment.Ids(above, parents.numel())
         own = value[number]
         change = own - value[above]
         size = segment.maximum(own.abs(), siblings)[above]
         rounding = 8 * torch.finfo(batch.rewards.dtype).eps * size
-        change = torch.where(change.abs() <= rounding, 0, change)
+        change = change.masked_fill(change.abs() <= rounding, 0)
         if self.scale:
             change = change / (segment.var(own, siblings, ddof=0).sqrt()[above] + self.epsilon)
         return change.to(batch.rewards.dtype)[:, None]

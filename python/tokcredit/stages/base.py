@@ -246,18 +246,19 @@ class Stage:
     reads_rollouts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        name = f"{self.kind}.{type(self).__name__}" if self.kind else type(self).__name__
         for f in fields(self):  # type: ignore[arg-type]
-            rule: Range | None = f.metadata.get("range")
-            if rule is None:
-                continue
-            value = getattr(self, f.name)
-            try:
-                object.__setattr__(self, f.name, rule.checked(value))
-            except (TypeError, ValueError) as error:
-                if str(error):
-                    raise type(error)(f"{name}: {f.name}: {error}") from None
-                raise type(error)(f"{name}: {f.name}: expected {rule}, got {value!r}") from None
+            self._check(f, getattr(self, f.name))
+
+    def _check(self, setting: dataclasses.Field[Any], value: Any) -> None:
+        """Set a setting to a value after checking it."""
+        rule: Range | None = setting.metadata.get("range")
+        try:
+            object.__setattr__(self, setting.name, value if rule is None else rule.checked(value))
+        except (TypeError, ValueError) as error:
+            name = f"{self.kind}.{type(self).__name__}" if self.kind else type(self).__name__
+            if str(error):
+                raise type(error)(f"{name}: {setting.name}: {error}") from None
+            raise type(error)(f"{name}: {setting.name}: expected {rule}, got {value!r}") from None
 
     def _settings(self) -> Iterator[Any]:
         """Yield the settings, and the elements of those that are tuples."""
@@ -309,10 +310,18 @@ class Stage:
             if isinstance(x, Adjustable):
                 return number(x)
             if isinstance(x, tuple):
-                return tuple(of(part) for part in x)
-            return x.resolved(number) if isinstance(x, Stage) and x.adjustables else x
+                found = tuple(of(part) for part in x)
+                return x if all(a is b for a, b in zip(x, found, strict=True)) else found
+            return x.resolved(number) if isinstance(x, Stage) else x
 
-        if not self.adjustables:
-            return self
-        changes = {f.name: of(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        made = None
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if (found := of(value)) is not value:
+                if made is None:
+                    # What was remembered of the stage holds of this one as well, but for its schedules.
+                    made = object.__new__(type(self))
+                    made.__dict__.update(self.__dict__)
+                    made.__dict__.pop("adjustables", None)
+                made._check(f, found)
+        return self if made is None else made

@@ -104,6 +104,17 @@ def per_token(x: Tensor, spans: Spans) -> Tensor:
     return x if x.dim() == 1 else ops.spread(x[:, 0], spans)
 
 
+def within(chosen: Tensor, spans: Spans) -> Tensor:
+    """Return the tokens under the mask of the spans that a filter chose, bool ``[N]``.
+
+    Args:
+        chosen: bool ``[R, 1]`` or ``[N]``.
+        spans: The rows, with a mask.
+    """
+    assert spans.mask is not None
+    return spans.mask & chosen if chosen.dim() == 1 else ops.spread(chosen[:, 0], spans)
+
+
 def product(a: Tensor, b: Tensor, spans: Spans) -> Tensor:
     """Return the product of two results of stages, each 0-d, ``[R, 1]`` or ``[N]``.
 
