@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tokcredit import ops
 from tokcredit.blocks import segment
+from tokcredit.prepared import PreparedTokens, filtered, multiplied
 from tokcredit.protocol import Denominators, Loss, Metrics, ObjectiveStage, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
@@ -126,14 +127,8 @@ class Objective(ObjectiveStage):
         signs = None
         if objective.aggregation.reads_signs:
             signs = advantages.sign() if advantages.dim() == 2 else credits.outcome(kept)[:, None].sign()
-        for stage in objective.filters:
-            if not stage.before_credit:
-                rows_or_tokens = stage(kept, advantages)
-                kept = kept.with_mask(within(rows_or_tokens, kept.spans))
-        multiplier = None
-        for weight in objective.token_weights:
-            w = weight(kept, advantages)
-            multiplier = w if multiplier is None else product(multiplier, w, kept.spans)
+        kept = filtered((stage for stage in objective.filters if not stage.before_credit), kept, advantages)
+        multiplier = multiplied(objective.token_weights, kept, advantages)
         window = objective.clip(batch, advantages)
         return Prepared(
             objective,
@@ -212,7 +207,7 @@ class Objective(ObjectiveStage):
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class Prepared(PreparedTokens):
     """A batch with everything that does not depend on the current policy.
 
     Attributes:
@@ -242,12 +237,6 @@ class Prepared:
     terms: tuple[tuple[Tensor | None, Tensor], ...]
 
     @property
-    def mask(self) -> Tensor:
-        """The tokens that train; bool ``[N]``."""
-        assert self.spans.mask is not None
-        return self.spans.mask
-
-    @property
     def advantages(self) -> Tensor:
         """Advantage of each token, in the layout of the batch; 0 where the policy did not choose the token."""
         return self.batch.shaped(per_token(self.credit, self.batch.spans))
@@ -263,40 +252,9 @@ class Prepared:
         moves = moves[:, 0] if moves.dim() == 2 else segment.maximum(moves.float(), self.spans) > 0
         return trains & moves & (self.row_weights != 0).expand(len(trains), 1)[:, 0]
 
-    def with_denominators(
-        self,
-        *,
-        batch_num_tokens: int | None = None,
-        global_batch_size: int | None = None,
-        global_num_groups: int | None = None,
-        dp_size: int = 1,
-    ) -> Prepared:
-        """Return the same with row weights for other denominators; those left out are counted from these rows.
-
-        Args:
-            batch_num_tokens: As in :meth:`Objective.prepare`.
-            global_batch_size: As in :meth:`Objective.prepare`.
-            global_num_groups: As in :meth:`Objective.prepare`.
-            dp_size: As in :meth:`Objective.prepare`.
-
-        Raises:
-            TypeError: A number is not a whole number.
-            ValueError: A number is missing or too small.
-        """
-        denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
+    def _with(self, denominators: Denominators) -> Prepared:
         weights = self.objective._weights(self.batch, self.spans, self.lengths, self.signs, self.credit, denominators)
         return dataclasses.replace(self, **weights)
-
-    def minibatch(self, rows: Any, **denominators: int) -> Prepared:
-        """Return these rows as a batch of their own, for one optimizer step.
-
-        Advantages stay; denominators count these rows only.
-
-        Args:
-            rows: Integers ``[M]`` or bool ``[R]``; see :meth:`select`.
-            denominators: As in :meth:`with_denominators`.
-        """
-        return self.select(rows).with_denominators(**denominators)
 
     def select(self, rows: Any) -> Prepared:
         """Return these rows as a micro-batch. Losses of micro-batches of all rows add up to the loss of the batch.

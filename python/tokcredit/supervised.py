@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokcredit.blocks import segment
+from tokcredit.prepared import PreparedTokens, filtered, multiplied
 from tokcredit.protocol import Denominators, Loss, Metrics, ObjectiveStage, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
@@ -126,14 +127,9 @@ class Supervised(ObjectiveStage):
         for name in objective.required_inputs:
             batch.input(name)
         batch = batch.detached()
-        kept, advantages = batch, torch.ones_like(batch.rewards)[:, None]
-        for stage in objective.filters:
-            chosen = per_token(stage(kept, advantages), kept.spans)
-            kept = kept.with_mask(kept.response_mask & chosen)
-        multiplier = None
-        for weight in objective.token_weights:
-            w = weight(kept, advantages)
-            multiplier = w if multiplier is None else product(multiplier, w, kept.spans)
+        ones = torch.ones_like(batch.rewards)[:, None]
+        kept = filtered(objective.filters, batch, ones)
+        multiplier = multiplied(objective.token_weights, kept, ones)
         if not objective.compares_groups:
             denominators.require(objective.aggregation)
         weights = denominators.row_weights(objective.aggregation, batch, kept.lengths)
@@ -169,7 +165,7 @@ class Supervised(ObjectiveStage):
 
 
 @dataclass(frozen=True, eq=False)
-class PreparedSupervised:
+class PreparedSupervised(PreparedTokens):
     """A batch with everything that does not depend on the current policy.
 
     Attributes:
@@ -189,12 +185,6 @@ class PreparedSupervised:
     row_weights: Tensor
 
     @property
-    def mask(self) -> Tensor:
-        """The tokens that train; bool ``[N]``."""
-        assert self.spans.mask is not None
-        return self.spans.mask
-
-    @property
     def advantages(self) -> Tensor:
         """Weight of each token that trains, in the layout of the batch; 0 at the other tokens."""
         weight = torch.ones_like(self.batch.rewards)[:, None] if self.multiplier is None else self.multiplier
@@ -205,40 +195,11 @@ class PreparedSupervised:
         """Rows that can have a gradient; bool ``[R]``."""
         return self.lengths > 0
 
-    def with_denominators(
-        self,
-        *,
-        batch_num_tokens: int | None = None,
-        global_batch_size: int | None = None,
-        global_num_groups: int | None = None,
-        dp_size: int = 1,
-    ) -> PreparedSupervised:
-        """Return the same with row weights for other denominators; those left out are counted from these rows.
-
-        Args:
-            batch_num_tokens: As in :meth:`Supervised.prepare`.
-            global_batch_size: As in :meth:`Supervised.prepare`.
-            global_num_groups: As in :meth:`Supervised.prepare`.
-            dp_size: As in :meth:`Supervised.prepare`.
-
-        Raises:
-            TypeError: A number is not a whole number.
-            ValueError: A number is missing or too small.
-        """
-        denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
+    def _with(self, denominators: Denominators) -> PreparedSupervised:
         if not self.objective.compares_groups:
             denominators.require(self.objective.aggregation)
         weights = denominators.row_weights(self.objective.aggregation, self.batch, self.lengths)
         return dataclasses.replace(self, row_weights=weights)
-
-    def minibatch(self, rows: Any, **denominators: int) -> PreparedSupervised:
-        """Return these rows as an optimizer step of their own, with denominators over these rows only.
-
-        Args:
-            rows: Integers ``[M]`` or bool ``[R]``; see :meth:`select`.
-            denominators: As in :meth:`with_denominators`.
-        """
-        return self.select(rows).with_denominators(**denominators)
 
     def select(self, rows: Any) -> PreparedSupervised:
         """Return these rows as a micro-batch. Losses of micro-batches of all rows add up to the loss of the batch.

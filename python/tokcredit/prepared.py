@@ -1,0 +1,107 @@
+"""What the prepared batches of :class:`~tokcredit.Objective` and :class:`~tokcredit.Supervised` share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from tokcredit.protocol import Denominators
+from tokcredit.rollouts import Rollouts
+from tokcredit.spans import Spans
+from tokcredit.stages.credit.group import product, within
+from tokcredit.stages.filters import Filter
+from tokcredit.stages.token_weights import TokenWeight
+
+T = TypeVar("T", bound="PreparedTokens")
+
+
+def filtered(filters: Iterable[Filter], batch: Rollouts, advantages: Tensor) -> Rollouts:
+    """Return the batch in the mask of the tokens that all filters choose. Each filter sees what those before it chose.
+
+    Args:
+        filters: The filters, in order.
+        batch: The rollouts.
+        advantages: float ``[R, 1]`` or ``[N]``.
+    """
+    for stage in filters:
+        batch = batch.with_mask(within(stage(batch, advantages), batch.spans))
+    return batch
+
+
+def multiplied(token_weights: Iterable[TokenWeight], batch: Rollouts, advantages: Tensor) -> Tensor | None:
+    """Return the product of token weights, ``[R, 1]`` or ``[N]``, or None without any.
+
+    Args:
+        token_weights: The stages.
+        batch: The rollouts, with the mask of the tokens that train.
+        advantages: float ``[R, 1]`` or ``[N]``.
+    """
+    multiplier = None
+    for stage in token_weights:
+        weight = stage(batch, advantages)
+        multiplier = weight if multiplier is None else product(multiplier, weight, batch.spans)
+    return multiplier
+
+
+class PreparedTokens:
+    """A prepared batch whose rows are weighted by an aggregation.
+
+    Attributes:
+        batch: The rollouts.
+        spans: The rows, with the mask of the tokens that train.
+    """
+
+    batch: Rollouts
+    spans: Spans
+
+    @property
+    def mask(self) -> Tensor:
+        """The tokens that train; bool ``[N]``."""
+        assert self.spans.mask is not None
+        return self.spans.mask
+
+    def select(self: T, rows: Any) -> T:
+        """Return these rows as a micro-batch.
+
+        Args:
+            rows: Integers ``[M]`` or bool ``[R]``.
+        """
+        raise NotImplementedError
+
+    def _with(self: T, denominators: Denominators) -> T:
+        raise NotImplementedError
+
+    def with_denominators(
+        self: T,
+        *,
+        batch_num_tokens: int | None = None,
+        global_batch_size: int | None = None,
+        global_num_groups: int | None = None,
+        dp_size: int = 1,
+    ) -> T:
+        """Return the same with row weights for other denominators; those left out are counted from these rows.
+
+        Args:
+            batch_num_tokens: Training tokens over all ranks.
+            global_batch_size: Rows with a training token over all ranks; rows without one do not count.
+            global_num_groups: Groups with such a row over all ranks.
+            dp_size: Number of ranks whose gradients the host averages.
+
+        Raises:
+            TypeError: A number is not a whole number.
+            ValueError: A number is missing or too small.
+        """
+        return self._with(Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size))
+
+    def minibatch(self: T, rows: Any, **denominators: int) -> T:
+        """Return these rows as a batch of their own, for one optimizer step.
+
+        Advantages stay; denominators count these rows only.
+
+        Args:
+            rows: Integers ``[M]`` or bool ``[R]``; see :meth:`select`.
+            denominators: As in :meth:`with_denominators`.
+        """
+        return self.select(rows).with_denominators(**denominators)
