@@ -23,7 +23,7 @@ LAYERS = {
     "data": ("arguments", "spans", "groups", "selection", "inputs", "schedule", "ops", "rollouts"),
     "blocks": ("blocks",),
     "stages": ("stages",),
-    "objectives": ("protocol", "prepared", "objective", "preference", "supervised"),
+    "objectives": ("protocol", "from_hidden", "prepared", "objective", "preference", "supervised"),
     "methods": ("methods", "expression", "mixing"),
     "public": ("decoding", "rewards"),
     "applications": ("train", "report", "analyze", "adapters", "cli"),

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from tokcredit import ops
 from tokcredit.blocks import segment
+from tokcredit.from_hidden import FromHidden
 from tokcredit.prepared import PreparedTokens, filtered, multiplied
-from tokcredit.protocol import Denominators, Loss, Metrics, ObjectiveStage, check_variables
+from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
+from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans
 from tokcredit.stages import aggregation as aggregations
 from tokcredit.stages import clip as clips
@@ -30,7 +32,7 @@ from tokcredit.stages.credit.group import per_token, product, within
 
 
 @dataclass(frozen=True)
-class Objective(ObjectiveStage):
+class Objective(FromHidden):
     """A policy-gradient objective: one stage of each kind. The defaults are those of ``tokcredit.methods.grpo``.
 
     ``prepare`` decides everything that does not depend on the current policy; ``loss`` is evaluated per micro-batch::
@@ -81,6 +83,21 @@ class Objective(ObjectiveStage):
         """``log_probs``, then the further variables that terms differentiate."""
         further = sorted(frozenset().union(*(term.variables for term in self.terms)))
         return ("log_probs", *further)
+
+    def separable(self, prepared: Prepared) -> bool:
+        """Return whether the derivative of the loss at a token depends on the log-prob and entropy of that token alone.
+
+        A ratio of several tokens is 1 everywhere in a batch without ``old_log_probs``, so it does not stand against it.
+
+        Args:
+            prepared: A prepared batch of this objective.
+        """
+        objective = prepared.objective
+        on_policy = getattr(objective.ratio, "to", "old_log_probs") == "old_log_probs" and (
+            prepared.batch.old_log_probs is None
+        )
+        stages = (*objective.scales, *objective.terms, *(() if on_policy else (objective.ratio,)))
+        return not any(stage.couples_tokens for stage in stages)
 
     def prepare(
         self,
@@ -256,19 +273,11 @@ class Prepared(PreparedTokens):
         weights = self.objective._weights(self.batch, self.spans, self.lengths, self.signs, self.credit, denominators)
         return dataclasses.replace(self, **weights)
 
-    def select(self, rows: Any) -> Prepared:
-        """Return these rows as a micro-batch. Losses of micro-batches of all rows add up to the loss of the batch.
+    def by_token(self) -> Prepared:
+        """Return the same with the bounds of each token in place of bounds that grow along the row."""
+        return dataclasses.replace(self, window=self.window.per_token(self.batch.spans))
 
-        Nothing is checked again or sorted, and nothing waits for the device unless ``rows`` itself lies on CUDA.
-
-        Args:
-            rows: Integers ``[M]`` or bool ``[R]``: a tensor, an array or a sequence; best on the host.
-
-        Raises:
-            TypeError: ``rows`` holds neither integers nor bool.
-            ValueError: A row number is out of range.
-        """
-        chosen = self.batch.selection(rows)
+    def _part(self, chosen: Selection | Section) -> Prepared:
         part = self.batch.part(chosen)
         whole = self.mask is self.batch.response_mask
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from tokcredit import ops
 from tokcredit.arguments import row_numbers
 from tokcredit.blocks import segment
-from tokcredit.protocol import Denominators, Loss, Metrics, ObjectiveStage, check_variables
+from tokcredit.from_hidden import FromHidden
+from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
 from tokcredit.stages import link as links
@@ -25,7 +26,7 @@ from tokcredit.stages.credit.group import per_token, product
 
 
 @dataclass(frozen=True)
-class Preference(ObjectiveStage):
+class Preference(FromHidden):
     """Preference optimization of pairs: a score per row, and a link that makes a loss of the two scores of a pair.
 
     A pair is a group of two rows of which the one with the higher reward is chosen; see ``Rollouts.from_pairs``. With

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokcredit.protocol import Denominators
 from tokcredit.rollouts import Rollouts
+from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans
 from tokcredit.stages.credit.group import product, within
 from tokcredit.stages.filters import Filter
@@ -63,11 +64,33 @@ class PreparedTokens:
         return self.spans.mask
 
     def select(self: T, rows: Any) -> T:
-        """Return these rows as a micro-batch.
+        """Return these rows as a micro-batch. Losses of micro-batches of all rows add up to the loss of the batch.
+
+        Nothing is checked again or sorted, and nothing waits for the device unless ``rows`` itself lies on CUDA.
 
         Args:
-            rows: Integers ``[M]`` or bool ``[R]``.
+            rows: Integers ``[M]`` or bool ``[R]``: a tensor, an array or a sequence; best on the host.
+
+        Raises:
+            TypeError: ``rows`` holds neither integers nor bool.
+            ValueError: A row number is out of range.
         """
+        return self._part(self.batch.selection(rows))
+
+    def section(self: T, first: int, last: int) -> T:
+        """Return some tokens as a batch whose rows may be cut, for an objective that is separable over tokens.
+
+        Args:
+            first: First token.
+            last: One past the last token.
+        """
+        return self._part(self.batch.section(first, last))
+
+    def by_token(self: T) -> T:
+        """Return the same in a form that may be cut inside of rows."""
+        return self
+
+    def _part(self: T, chosen: Selection | Section) -> T:
         raise NotImplementedError
 
     def _with(self: T, denominators: Denominators) -> T:

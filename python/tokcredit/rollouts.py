@@ -15,7 +15,7 @@ from torch import Tensor
 from tokcredit import inputs, ops
 from tokcredit.arguments import FLOATS, INTEGERS, describe, row_numbers, tensor
 from tokcredit.groups import Groups
-from tokcredit.selection import Selection
+from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans
 
 
@@ -286,6 +286,12 @@ class Rollouts:
         sizes: NDArray[np.int64] = self.all_spans.lengths.cpu().numpy()
         return sizes
 
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """First token of each row on the host. On CUDA the first use waits for the device."""
+        starts: NDArray[np.int64] = self.begin.cpu().numpy()
+        return starts
+
     @property
     def width(self) -> int:
         """T of a padded batch, else the length of the longest row."""
@@ -402,6 +408,15 @@ class Rollouts:
         padded = self.shape is not None and self.shape[0] == self.num_rows
         return Selection.of(row_numbers(rows, self.num_rows), self.spans, self.sizes, self.shape if padded else None)
 
+    def section(self, first: int, last: int) -> Section:
+        """Return which rows have some of the tokens ``[first, last)``, and where.
+
+        Args:
+            first: First token.
+            last: One past the last token.
+        """
+        return Section.of(first, last, self.spans, self.starts, self.sizes)
+
     def select(self, rows: Any) -> Rollouts:
         """Return the batch of these rows, in this order, with their inputs.
 
@@ -414,11 +429,11 @@ class Rollouts:
         """
         return self.part(self.selection(rows))
 
-    def part(self, chosen: Selection) -> Rollouts:
+    def part(self, chosen: Selection | Section) -> Rollouts:
         """Return the batch of a selection of rows.
 
         Args:
-            chosen: From :meth:`selection`.
+            chosen: From :meth:`selection` or :meth:`section`.
         """
         made = object.__new__(Rollouts)
         mask = chosen.of_tokens(self.response_mask)
@@ -499,7 +514,7 @@ class Rollouts:
         mask = ops.spread(rows, self.spans)
         spans = Spans.trusted(self.begin[kept], self.end[kept], self.num_tokens, mask)
         return self._derived(
-            ("sizes", "lengths", "nonempty", "nonempty_groups"),
+            ("sizes", "starts", "lengths", "nonempty", "nonempty_groups"),
             cu_seqlens=spans,
             spans=spans,
             group_ids=self.group_ids[kept],

@@ -75,3 +75,59 @@ class Selection(NamedTuple):
         width = self.shape[1]
         by_row = x.reshape(x.shape[0] // width if width else 0, width, *x.shape[1:])
         return by_row.index_select(0, self.rows).flatten(0, 1) if width else x
+
+
+class Section(NamedTuple):
+    """The tokens ``[first, last)`` of a batch, with the rows that have some of them, which may be cut.
+
+    Attributes:
+        first: First token.
+        last: One past the last token.
+        first_row: First of the rows.
+        last_row: One past the last of the rows.
+        sizes: Tokens of each row in the section, on the host.
+        spans: The rows in the section.
+        shape: None; part of what :class:`Selection` has.
+    """
+
+    first: int
+    last: int
+    first_row: int
+    last_row: int
+    sizes: NDArray[np.int64]
+    spans: Spans
+    shape: None = None
+
+    @classmethod
+    def of(cls, first: int, last: int, spans: Spans, begin: NDArray[np.int64], sizes: NDArray[np.int64]) -> Section:
+        """Return the section of some tokens. Nothing waits for the device.
+
+        Args:
+            first: First token.
+            last: One past the last token.
+            spans: Rows of the whole batch.
+            begin: First token of each of them, on the host.
+            sizes: Tokens of each of them, on the host.
+        """
+        end = begin + sizes
+        low, high = int(np.searchsorted(end, first, "right")), int(np.searchsorted(begin, last, "left"))
+        high = max(low, high)
+        own = np.clip(end[low:high], first, last) - np.clip(begin[low:high], first, last)
+        begins, ends = (x[low:high].clamp(first, last) - first for x in (spans.begin, spans.end))
+        return cls(first, last, low, high, own, Spans.trusted(begins, ends, last - first))
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """Return the rows of a per-row tensor.
+
+        Args:
+            x: ``[R, ...]``.
+        """
+        return x[self.first_row : self.last_row]
+
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """Return the tokens of a per-token tensor.
+
+        Args:
+            x: ``[N, ...]``.
+        """
+        return x[self.first : self.last]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tokcredit.blocks import segment
+from tokcredit.from_hidden import FromHidden
 from tokcredit.prepared import PreparedTokens, filtered, multiplied
-from tokcredit.protocol import Denominators, Loss, Metrics, ObjectiveStage, check_variables
+from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
+from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans
 from tokcredit.stages import aggregation as aggregations
 from tokcredit.stages import filters as filter_stages
@@ -65,7 +67,7 @@ class forward_kl(TokenLoss):
 
 
 @dataclass(frozen=True)
-class Supervised(ObjectiveStage):
+class Supervised(FromHidden):
     """Imitation of a text or of a teacher: a token loss, which tokens train, their weights, and how they are averaged.
 
     The defaults are plain supervised fine-tuning. Rewards and groups of the batch are not read.
@@ -94,6 +96,14 @@ class Supervised(ObjectiveStage):
     def variables(self) -> tuple[str, ...]:
         """The variable of the token loss."""
         return (self.token_loss.variable,)
+
+    def separable(self, prepared: PreparedSupervised) -> bool:
+        """Return True: the loss is a weighted sum of token losses.
+
+        Args:
+            prepared: A prepared batch of this objective.
+        """
+        return True
 
     def prepare(
         self,
@@ -201,17 +211,7 @@ class PreparedSupervised(PreparedTokens):
         weights = denominators.row_weights(self.objective.aggregation, self.batch, self.lengths)
         return dataclasses.replace(self, row_weights=weights)
 
-    def select(self, rows: Any) -> PreparedSupervised:
-        """Return these rows as a micro-batch. Losses of micro-batches of all rows add up to the loss of the batch.
-
-        Args:
-            rows: Integers ``[M]`` or bool ``[R]``: a tensor, an array or a sequence; best on the host.
-
-        Raises:
-            TypeError: ``rows`` holds neither integers nor bool.
-            ValueError: A row number is out of range.
-        """
-        chosen = self.batch.selection(rows)
+    def _part(self, chosen: Selection | Section) -> PreparedSupervised:
         multiplier = self.multiplier
         if multiplier is not None:
             multiplier = chosen.of_tokens(multiplier) if multiplier.dim() == 1 else chosen.of_rows(multiplier)

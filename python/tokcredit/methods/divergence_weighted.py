@@ -29,6 +29,11 @@ class divergence(Scale):
     strength: float = number(1.0)
     slope: float = number(10.0)
 
+    @property
+    def couples_tokens(self) -> bool:
+        """False."""
+        return False
+
     def __call__(
         self,
         log_probs: Tensor,

@@ -6,7 +6,7 @@ that also allocates its outputs, so it composes with ``torch.compile`` and is ch
 
 from tokcredit.ops.baseline import baseline
 from tokcredit.ops.call import empty_cache, num_threads, set_num_threads
-from tokcredit.ops.logits import logits
+from tokcredit.ops.logits import logits, logits_forward, logits_gradient_
 from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss
 from tokcredit.ops.repack import repack
 from tokcredit.ops.scan import scan
@@ -27,6 +27,8 @@ __all__ = [
     "empty_cache",
     "expand",
     "logits",
+    "logits_forward",
+    "logits_gradient_",
     "maximum_variance",
     "num_threads",
     "policy_loss",

@@ -24,7 +24,8 @@ def _logits_outputs(logits: Tensor, tokens: Tensor, temperature: float, threads:
 @operation(
     "logits(Tensor logits, Tensor tokens, float temperature, int threads) -> (Tensor, Tensor, Tensor)", _logits_outputs
 )
-def _logits(logits: Tensor, tokens: Tensor, temperature: float, threads: int) -> tuple[Tensor, Tensor, Tensor]:
+def logits_forward(logits: Tensor, tokens: Tensor, temperature: float, threads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probs, entropies and log-normalizers ``[N]`` without gradient; see ``csrc/ops/logits.hpp``."""
     outputs: tuple[Tensor, Tensor, Tensor] = _logits_outputs(logits, tokens, temperature, threads)
     _C.logits(logits.contiguous(), tokens.contiguous(), temperature, *outputs, threads)
     return outputs
@@ -69,7 +70,8 @@ def _logits_gradient_in_place_outputs(*arguments: Any) -> None:
     "Tensor? grad_log_probs, Tensor? grad_entropies, int threads) -> ()",
     _logits_gradient_in_place_outputs,
 )
-def _logits_gradient_in_place(logits: Tensor, *arguments: Any) -> None:
+def logits_gradient_(logits: Tensor, *arguments: Any) -> None:
+    """Write the gradient over the logits; see ``csrc/ops/logits.hpp``."""
     _write_gradient(logits, logits, *arguments)
 
 
@@ -77,7 +79,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, overwrite: bool) -> tuple[Tensor, Tensor]:
         logits, tokens = logits.contiguous(), tokens.contiguous()
-        log_probs, entropies, logsumexp = _logits(logits, tokens, temperature, num_threads())
+        log_probs, entropies, logsumexp = logits_forward(logits, tokens, temperature, num_threads())
         ctx.save_for_backward(logits, tokens, logsumexp, entropies)
         ctx.temperature, ctx.overwrite = temperature, overwrite
         ctx.set_materialize_grads(False)
@@ -94,7 +96,7 @@ class _Logits(torch.autograd.Function):
         arguments = (tokens, ctx.temperature, *sums, grad_log_probs, grad_entropies, num_threads())
         if ctx.overwrite:
             grad = logits.detach()
-            _logits_gradient_in_place(grad, *arguments)
+            logits_gradient_(grad, *arguments)
             torch.autograd.graph.increment_version(grad)  # a second backward pass would read the gradient as logits
         else:
             grad = _logits_gradient(logits, *arguments)
@@ -105,5 +107,5 @@ def logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0, overwrite: 
     """Log-probabilities ``[N]`` and entropies ``[N]`` of ``csrc/ops/logits.hpp``."""
     if logits.requires_grad:
         return _Logits.apply(logits, tokens, temperature, overwrite)
-    log_probs, entropies, _ = _logits(logits, tokens, temperature, num_threads())
+    log_probs, entropies, _ = logits_forward(logits, tokens, temperature, num_threads())
     return log_probs, entropies

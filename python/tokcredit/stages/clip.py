@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokcredit.blocks import scan
 from tokcredit.rollouts import Rollouts
-from tokcredit.selection import Selection
+from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans
 from tokcredit.stages.base import Stage, flag, number, option
 
@@ -42,7 +42,7 @@ class Window:
     gate: Mapping[str, Any] = field(default_factory=dict)
     score: Tensor | None = None
 
-    def part(self, chosen: Selection) -> Window:
+    def part(self, chosen: Selection | Section) -> Window:
         """Return the window of the tokens of some rows.
 
         Args:

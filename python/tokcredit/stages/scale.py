@@ -30,6 +30,11 @@ class Scale(Stage):
     kind: ClassVar[str] = "scale"
     needs_bounds: ClassVar[bool] = False
 
+    @property
+    def couples_tokens(self) -> bool:
+        """Whether the factor of a token depends on current log-probs of other tokens. True unless a class says no."""
+        return True
+
     def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
         """Return what the scale needs beside the current policy, float ``[N]``, or None.
 
@@ -85,6 +90,11 @@ class within(Scale):
     high: float = number(math.inf)
     signs: str = option(*predicate.SIGNS)
     to: str = input_name("old_log_probs")
+
+    @property
+    def couples_tokens(self) -> bool:
+        """Whether a statistic of the row is compared."""
+        return self.over != "token"
 
     @property
     def required_inputs(self) -> frozenset[str]:

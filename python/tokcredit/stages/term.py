@@ -39,6 +39,11 @@ class Term(Stage):
     aggregation: Aggregation | None = None
     where: Filter | None = None
 
+    @property
+    def couples_tokens(self) -> bool:
+        """Whether the derivative at a token depends on variables of other tokens. True unless a class says no."""
+        return True
+
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
         """Return the weighted sum over tokens, 0-d and without the coefficient, with its gradient.
 
@@ -85,6 +90,11 @@ class kl(Term):
         """The input that ``to`` names."""
         return super().required_inputs | {self.to}
 
+    @property
+    def couples_tokens(self) -> bool:
+        """False."""
+        return False
+
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
         rows, _ = ops.policy_loss(
             variables["log_probs"],
@@ -115,6 +125,11 @@ class entropy(Term):
     metric_sign: ClassVar[float] = -1.0
     variables: ClassVar[frozenset[str]] = frozenset({"entropies"})
 
+    @property
+    def couples_tokens(self) -> bool:
+        """False."""
+        return False
+
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
         return -segment.weighted_sum(variables["entropies"], spans, weights).sum()
 
@@ -133,6 +148,11 @@ class nll(Term):
     where: Filter | None = part(Filter, None, optional=True)
     aggregation: Aggregation | None = part(Aggregation, None, optional=True)
     metric: ClassVar[str] = "nll"
+
+    @property
+    def couples_tokens(self) -> bool:
+        """False."""
+        return False
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
         return -segment.weighted_sum(variables["log_probs"], spans, weights).sum()

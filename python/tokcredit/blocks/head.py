@@ -1,0 +1,424 @@
+"""Log-probs and entropies from hidden states: the output layer of a language model, without its ``(N, V)`` logits.
+
+The logits exist one tile at a time. With ``h`` a hidden state, ``W`` and ``b`` the output layer's weight and bias::
+
+    x = scale * (W @ h + b)
+    z = softcap * tanh(x / softcap) / temperature        # x / temperature without softcap
+    log_probs = log softmax(z)[token]
+    entropies = -sum(p * log(p) for p in softmax(z))
+
+Positions without a token (-1) are taken out before the first product: what their hidden states hold, NaN included,
+reaches neither result nor gradient. All products are those of torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tokcredit import ops
+from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, tensor, whole_number
+
+_TILE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The output layer of a language model and how its logits become probabilities.
+
+    Args:
+        weight: float ``[V, d]``.
+        bias: float ``[V]`` of the same dtype, or None. A bias of -inf forbids an id.
+        temperature: Positive; a number, or float ``[N]`` for one per position.
+        softcap: Positive bound of the logits, as in Gemma 2, or None.
+        scale: Factor of the logits before the softcap, as in Cohere's models.
+        vocabulary: Number of ids, at most V; further rows of the weight are padding and are left out. None for V.
+        logits_dtype: dtype of a tile of logits. None takes float32 on CUDA and the dtype of the weight on the CPU,
+            where float32 takes a float32 copy of a bfloat16 weight.
+        tile_bytes: Memory for logits and their gradient; 256 MiB on the CPU and 2 GiB on CUDA if None.
+
+    Raises:
+        TypeError: A tensor has the wrong dtype.
+        ValueError: A shape is wrong, or a number out of range.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    scale: float = 1.0
+    vocabulary: int | None = None
+    logits_dtype: torch.dtype = None  # type: ignore[assignment]
+    tile_bytes: int = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if float_tensor("weight", self.weight).dim() != 2:
+            raise ValueError(f"weight: expected float [V, d], got {describe(self.weight)}")
+        if self.bias is not None:
+            tensor("bias", self.bias, (self.weight.dtype,), (self.weight.shape[0],), self.weight.device)
+        for name in ("temperature", "softcap"):
+            x = getattr(self, name)
+            if isinstance(x, Tensor):
+                tensor(name, x, FLOATS, (x.numel(),), self.weight.device)
+            elif x is not None and not (x > 0 and math.isfinite(x)):
+                raise ValueError(f"{name}: expected a positive number, got {x}")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale: expected a finite number, got {self.scale}")
+        ids = self.weight.shape[0] if self.vocabulary is None else whole_number("vocabulary", self.vocabulary)
+        if not 0 < ids <= self.weight.shape[0]:
+            raise ValueError(f"vocabulary: expected 1 to {self.weight.shape[0]}, the rows of the weight, got {ids}")
+        dtype = self.logits_dtype or (torch.float32 if self.weight.is_cuda else self.weight.dtype)
+        if self.weight.dtype == torch.float64:
+            dtype = torch.float64
+        if dtype not in FLOATS:
+            raise TypeError(f"logits_dtype: expected a float dtype, got {dtype}")
+        object.__setattr__(self, "vocabulary", ids)
+        object.__setattr__(self, "logits_dtype", dtype)
+        own = _TILE_BYTES.get(self.weight.device.type, _TILE_BYTES["cuda"])
+        given = own if self.tile_bytes is None else whole_number("tile_bytes", self.tile_bytes, at_least=1)
+        object.__setattr__(self, "tile_bytes", given)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the gradient of the logits lies over them."""
+        return self.logits_dtype == self.weight.dtype
+
+    @property
+    def block_rows(self) -> int:
+        """Positions whose gradients are multiplied at once."""
+        assert self.vocabulary is not None
+        # With a softcap its slope lies beside the logits.
+        numbers = self.weight.dtype.itemsize * (1 + (self.softcap is not None) if self.in_place else 1.5)
+        return max(1, int(self.tile_bytes / (numbers * self.vocabulary)))
+
+    @property
+    def tile_rows(self) -> int:
+        """Positions whose logits exist at once."""
+        share = 1 if self.in_place else self.weight.dtype.itemsize / self.logits_dtype.itemsize / 2
+        return max(1, int(self.block_rows * share))
+
+
+def _pieces(size: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Yield ``[first, last)`` of pieces of about equal size, at most ``rows`` each."""
+    count = -(-size // rows)
+    for k in range(count):
+        yield size * k // count, size * (k + 1) // count
+
+
+class _Tiles:
+    """The products of one call.
+
+    Attributes:
+        head: The output layer.
+        hidden: ``[n, d]``, hidden states of the positions with a token.
+        tokens: int64 ``[n]``.
+        temperature: ``[n, 1]``, or None where all positions share one.
+    """
+
+    def __init__(self, head: Head, hidden: Tensor, tokens: Tensor, temperature: Tensor | None) -> None:
+        self.head, self.hidden, self.tokens, self.temperature = head, hidden, tokens, temperature
+        self.weight = head.weight.detach()[: head.vocabulary]
+        self.bias = None if head.bias is None else head.bias.detach()[: head.vocabulary].to(head.logits_dtype)
+        self.common = 1.0 if temperature is not None else float(head.temperature)
+        # Without a product that widens, the operands are widened.
+        self.widens = not head.in_place and hidden.is_cuda
+        self.operand = self.weight if head.in_place or self.widens else self.weight.to(head.logits_dtype)
+
+    def logits(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+        """Return the logits of some positions before the common temperature, and the slope of the softcap or None."""
+        head, h = self.head, self.hidden[first:last]
+        if self.widens:
+            z = torch.mm(h, self.operand.t(), out_dtype=head.logits_dtype)
+            z = z if self.bias is None else z.add_(self.bias)
+        else:
+            h = h.to(self.operand.dtype)
+            transposed = self.operand.t()
+            z = torch.mm(h, transposed) if self.bias is None else torch.addmm(self.bias, h, transposed)
+        slope = None
+        if head.scale != 1:
+            z.mul_(head.scale)
+        if head.softcap is not None:
+            # 1 - tanh(y) ** 2 without the cancellation near its bounds.
+            u = (z.abs() * (-2 / head.softcap)).exp_()
+            slope = u.mul(4).div_((1 + u).square_())
+            z.div_(head.softcap).tanh_().mul_(head.softcap)
+        if self.temperature is not None:
+            z.div_(self.temperature[first:last])
+        return z, slope
+
+    def statistics(self, z: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probs, entropies and log-normalizers from logits."""
+        return ops.logits_forward(z, self.tokens[first:last], self.common, ops.num_threads())
+
+    def gradient(self, z: Tensor, slope: Tensor | None, first: int, last: int, *sums: Tensor | None) -> Tensor:
+        """Return the gradient to the product of hidden states and weight, written over the logits."""
+        ops.logits_gradient_(z, self.tokens[first:last], self.common, *sums, ops.num_threads())
+        if slope is not None:
+            z.mul_(slope)
+        if self.temperature is not None:
+            z.div_(self.temperature[first:last])
+        return z if self.head.scale == 1 else z.mul_(self.head.scale)
+
+    def blocks(self, gradient: Callable[[int, int], Tensor]) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield blocks of positions with the gradient of their logits in the dtype of the weight.
+
+        Args:
+            gradient: Gives that of the positions ``[first, last)`` of one tile.
+        """
+        head, memory = self.head, None
+        for first, last in _pieces(self.hidden.shape[0], head.block_rows):
+            if head.in_place:
+                yield first, last, gradient(first, last)
+                continue
+            if memory is None:
+                memory = self.weight.new_empty(min(head.block_rows, self.hidden.shape[0]), self.weight.shape[0])
+            for low, high in _pieces(last - first, head.tile_rows):
+                memory[low:high].copy_(gradient(first + low, first + high))
+            yield first, last, memory[: last - first]
+
+
+class _Sums:
+    """Gradients of hidden states, weight and bias, each or None where it is not wanted."""
+
+    def __init__(self, tiles: _Tiles, wanted: tuple[bool, bool, bool]) -> None:
+        head, hidden = tiles.head, tiles.hidden
+        self.tiles, wide = tiles, torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
+        # One block needs no wider sum: it is rounded once.
+        whole = hidden.shape[0] <= head.block_rows
+        dtype = head.weight.dtype if whole else wide
+        self.weight = torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None
+        self.bias = torch.zeros_like(head.weight[:, 0], dtype=wide) if wanted[2] else None
+
+    def add(self, first: int, last: int, gradient: Tensor) -> None:
+        """Add the products of a block's gradient.
+
+        Args:
+            first: First position of the block.
+            last: One past its last position.
+            gradient: ``[last - first, vocabulary]``, in the dtype of the weight.
+        """
+        tiles, ids = self.tiles, gradient.shape[1]
+        if self.hidden is not None:
+            torch.mm(gradient, tiles.weight, out=self.hidden[first:last])
+        if self.weight is not None:
+            own, h = self.weight[:ids], tiles.hidden[first:last]
+            if own.dtype == h.dtype:
+                own.addmm_(gradient.t(), h)
+            elif h.is_cuda:
+                own.add_(torch.mm(gradient.t(), h, out_dtype=own.dtype))
+            else:
+                own.add_(torch.mm(gradient.t(), h))
+        if self.bias is not None:
+            self.bias[:ids] += gradient.sum(0, dtype=self.bias.dtype)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients in the dtypes of hidden states, weight and bias."""
+        dtype = self.tiles.head.weight.dtype
+        weight, bias = (None if x is None else x.to(dtype) for x in (self.weight, self.bias))
+        return self.hidden, weight, bias
+
+
+def _joined(results: Sequence[tuple[Tensor, ...]], count: int, hidden: Tensor) -> list[Tensor]:
+    """Return the results of tiles as one, or ``count`` empty tensors without any tile."""
+    if results:
+        return [torch.cat(x) for x in zip(*results, strict=True)]
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return [hidden.new_empty(0, dtype=dtype)] * count
+
+
+class _TwoPasses(torch.autograd.Function):
+    """Four products: the logits are computed again in the backward pass, only of positions with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tiles: _Tiles) -> tuple[Tensor, Tensor]:
+        results = [tiles.statistics(tiles.logits(*at)[0], *at) for at in _pieces(hidden.shape[0], tiles.head.tile_rows)]
+        log_probs, entropies, normalizers = _joined(results, 3, hidden)
+        ctx.save_for_backward(hidden, weight, bias, entropies, normalizers)
+        ctx.tiles = tiles
+        ctx.set_materialize_grads(False)
+        return log_probs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
+        tiles, (hidden, *_, entropies, normalizers) = ctx.tiles, ctx.saved_tensors
+        given = [x for x in (grad_log_probs, grad_entropies) if x is not None]
+        moves = torch.stack([x != 0 for x in given]).any(0).nonzero()[:, 0] if given else hidden.new_empty(0).long()
+        chosen = tiles
+        numbers = [normalizers, entropies, grad_log_probs, grad_entropies]
+        if moves.numel() < hidden.shape[0]:
+            temperature = None if tiles.temperature is None else tiles.temperature[moves]
+            chosen = _Tiles(tiles.head, hidden[moves], tiles.tokens[moves], temperature)
+            numbers = [None if x is None else x[moves] for x in numbers]
+        sums = _Sums(chosen, ctx.needs_input_grad[:3])
+
+        def gradient(first: int, last: int) -> Tensor:
+            own = [None if x is None else x[first:last].contiguous() for x in numbers]
+            return chosen.gradient(*chosen.logits(first, last), first, last, *own)
+
+        for block in chosen.blocks(gradient):
+            sums.add(*block)
+        of_hidden, of_weight, of_bias = sums.results()
+        if of_hidden is not None and chosen is not tiles:
+            of_hidden = torch.zeros_like(hidden).index_copy_(0, moves, of_hidden)
+        return of_hidden, of_weight, of_bias, None
+
+
+Slopes = Callable[[int, int, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
+Total = Callable[[Tensor, Tensor], Tensor]
+
+
+class _OnePass(torch.autograd.Function):
+    """Three products: the gradients are computed in the forward pass and multiplied in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tiles: _Tiles, slopes: Slopes, total: Total
+    ) -> Tensor:
+        sums, results = _Sums(tiles, ctx.needs_input_grad[:3]), []
+
+        def gradient(first: int, last: int) -> Tensor:
+            z, slope = tiles.logits(first, last)
+            log_probs, entropies, normalizers = tiles.statistics(z, first, last)
+            results.append((log_probs, entropies))
+            a, e = slopes(first, last, log_probs, entropies)
+            return tiles.gradient(z, slope, first, last, normalizers, entropies, a, e)
+
+        for block in tiles.blocks(gradient):
+            sums.add(*block)
+        ctx.gradients = sums.results()
+        return total(*_joined(results, 2, hidden))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("loss_from_hidden: expected one backward pass, got a second one through the same loss")
+        return (*(None if x is None else x.mul_(grad.to(x.dtype)) for x in gradients), None, None, None)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _positions(hidden: Tensor, head: Head, tokens: Tensor, rows: Tensor | None) -> tuple[Tensor, _Tiles, Tensor]:
+    """Return the hidden states of positions with a token, their tiles, and these positions."""
+    float_tensor("hidden", hidden)
+    if hidden.dim() < 2 or hidden.shape[:-1] != tokens.shape or hidden.shape[-1] != head.weight.shape[1]:
+        raise ValueError(f"hidden: expected {[*tokens.shape, head.weight.shape[1]]}, got {describe(hidden)}")
+    if hidden.dtype != head.weight.dtype or hidden.device != head.weight.device:
+        raise TypeError(
+            f"hidden: expected {head.weight.dtype} on {head.weight.device} as the weight, "
+            f"got {hidden.dtype} on {hidden.device}"
+        )
+    tensor("tokens", tokens, INTEGERS, tuple(tokens.shape), hidden.device)
+    flat = tokens.reshape(-1)
+    if rows is None:
+        rows = (flat >= 0).nonzero()[:, 0]
+    else:
+        tensor("rows", rows, (torch.int64,), (rows.numel(),), hidden.device)
+    h, temperature = hidden.reshape(flat.numel(), hidden.shape[-1]), None
+    if isinstance(head.temperature, Tensor):
+        if head.temperature.numel() != flat.numel():
+            raise ValueError(f"temperature: expected a number or [{flat.numel()}], got {describe(head.temperature)}")
+        temperature = head.temperature.detach().reshape(-1)[rows, None]
+    if rows.numel() < flat.numel():
+        h, flat = h.index_select(0, rows), flat.index_select(0, rows)
+    h = h.contiguous()
+    return h, _Tiles(head, h.detach(), flat.long().contiguous(), temperature), rows
+
+
+def _scattered(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    size = math.prod(shape)
+    return (x if rows.numel() == size else x.new_zeros(size).index_copy(0, rows, x)).view(shape)
+
+
+def log_probs_and_entropies(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return the log-prob of each token and the entropy of its distribution, with gradients.
+
+    The backward pass computes the logits again, tile by tile, and only of positions that have a gradient: four matrix
+    products in all. A second derivative is not available. Under autocast, hidden states, weight and bias are cast to
+    its dtype.
+
+    Args:
+        hidden: float ``(..., d)``, the hidden state from which each token is predicted.
+        weight: float ``[V, d]``, the output layer's weight.
+        tokens: int32 or int64 ``(...)``; -1 where a position takes no part: its results and gradients are 0.
+        bias: float ``[V]`` or None.
+        rows: int64, the positions with a token, ascending, in ``tokens`` as one axis. None finds them, which on CUDA
+            waits for the device.
+        settings: ``temperature``, ``softcap``, ``scale``, ``vocabulary``, ``logits_dtype`` and ``tile_bytes`` of
+            :class:`Head`.
+
+    Returns:
+        Two tensors ``(...)``: float32, or float64 for float64 hidden states.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape or number is wrong, or on the CPU a token is out of range.
+    """
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    bias = None if bias is None else _autocast(bias)
+    head = Head(weight, bias, **settings)
+    h, tiles, rows = _positions(hidden, head, tokens, rows)
+    log_probs, entropies = _TwoPasses.apply(h, weight, bias, tiles)
+    return _scattered(log_probs, rows, tokens.shape), _scattered(entropies, rows, tokens.shape)
+
+
+def separable_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    slopes: Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]],
+    total: Callable[[Tensor, Tensor], Tensor],
+    bias: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Return a loss whose derivative at a token depends on that token alone, with gradients, in three matrix products.
+
+    The gradients are computed together with the loss, so one backward pass is possible.
+
+    Args:
+        hidden: As in :func:`log_probs_and_entropies`.
+        weight: As in :func:`log_probs_and_entropies`.
+        tokens: As in :func:`log_probs_and_entropies`.
+        slopes: Called for one tile after another with the positions int64 ``[m]`` and their log-probs and entropies;
+            returns the derivatives of the loss to both, ``[m]`` each or None for 0.
+        total: Called once with all log-probs and entropies, in the shape of ``tokens``; returns the loss, 0-d.
+        bias: float ``[V]`` or None.
+        settings: As in :func:`log_probs_and_entropies`.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: A shape or number is wrong, or on the CPU a token is out of range.
+    """
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    bias = None if bias is None else _autocast(bias)
+    head = Head(weight, bias, **settings)
+    h, tiles, rows = _positions(hidden, head, tokens, None)
+
+    def of_tile(first: int, last: int, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return slopes(rows[first:last], log_probs, entropies)
+
+    def of_all(log_probs: Tensor, entropies: Tensor) -> Tensor:
+        return total(_scattered(log_probs, rows, tokens.shape), _scattered(entropies, rows, tokens.shape))
+
+    loss: Tensor = _OnePass.apply(h, weight, bias, tiles, of_tile, of_all)
+    return loss

@@ -1,0 +1,93 @@
+"""The loss of an objective from hidden states, without the logits of the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokcredit.blocks import head
+from tokcredit.protocol import Loss, ObjectiveStage
+
+_VARIABLES = ("log_probs", "entropies")
+
+
+class FromHidden(ObjectiveStage):
+    """Base of objectives whose loss can be computed from hidden states and the output layer of the model."""
+
+    def loss(self, prepared: Any, per_token: Tensor, /, **variables: Tensor) -> Loss:
+        """Return the loss of a prepared batch.
+
+        Args:
+            prepared: From ``prepare`` or ``select``.
+            per_token: The first of the objective's variables.
+            variables: The further ones by name.
+        """
+        raise NotImplementedError
+
+    def separable(self, prepared: Any) -> bool:
+        """Return whether the derivative of the loss at a token depends on the log-prob and entropy of that token alone.
+
+        Args:
+            prepared: A prepared batch of this objective.
+        """
+        return False
+
+    def loss_from_hidden(
+        self, prepared: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any
+    ) -> Loss:
+        """Return the loss with its gradient to hidden states, weight and bias. The logits exist in tiles only.
+
+        Where the objective is :meth:`separable`, loss and gradients are computed together, in three matrix products,
+        and one backward pass is possible. Otherwise the backward pass computes the logits again: four products.
+
+        Args:
+            prepared: From ``prepare`` or ``select``.
+            hidden: float ``(B, T, d)`` or ``[N, d]``, for each token the hidden state from which it is predicted, which
+                is that of the token before it.
+            weight: float ``[V, d]``, weight of the output layer.
+            bias: float ``[V]`` or None.
+            settings: ``temperature``, ``softcap``, ``scale``, ``vocabulary``, ``logits_dtype`` and ``tile_bytes``; see
+                :class:`tokcredit.blocks.head.Head`.
+
+        Raises:
+            TypeError: The objective differentiates other variables than log-probs and entropies, or a dtype is wrong.
+            ValueError: A shape or number is wrong, or on the CPU a token is out of range.
+
+        Example:
+            >>> loss = objective.loss_from_hidden(prepared, hidden, model.lm_head.weight)
+            >>> loss.loss.backward()
+        """
+        objective, batch = prepared.objective, prepared.batch
+        for name in objective.variables:
+            if name not in _VARIABLES:
+                raise TypeError(f"objective: expected a loss of log-probs and entropies, got one of {name}")
+        separable = self.separable(prepared)
+        mask = prepared.mask if separable else batch.response_mask
+        tokens = batch.shaped(batch.tokens.masked_fill(~mask, -1))
+
+        def evaluate(part: Any, log_probs: Tensor, entropies: Tensor) -> Loss:
+            further = {"entropies": entropies} if "entropies" in objective.variables else {}
+            found: Loss = self.loss(part, log_probs, **further)
+            return found
+
+        if not separable:
+            return evaluate(prepared, *head.log_probs_and_entropies(hidden, weight, tokens, bias, **settings))
+        by_token, whole = prepared.by_token(), []
+
+        def slopes(at: Tensor, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            first, last = int(at[0]), int(at[-1]) + 1
+            at = at - first
+            leaves = [x.new_zeros(last - first).index_copy_(0, at, x) for x in (log_probs, entropies)]
+            with torch.enable_grad():
+                loss = evaluate(by_token.section(first, last), *(x.requires_grad_() for x in leaves)).loss
+            a, e = torch.autograd.grad(loss, leaves, allow_unused=True)
+            return None if a is None else a.index_select(0, at), None if e is None else e.index_select(0, at)
+
+        def total(log_probs: Tensor, entropies: Tensor) -> Tensor:
+            whole.append(evaluate(prepared, log_probs, entropies))
+            return whole[0].loss
+
+        loss = head.separable_loss(hidden, weight, tokens, slopes, total, bias, **settings)
+        return Loss(loss, whole[0].metrics)
