@@ -44,7 +44,7 @@ build/sanitize/site: .venv/tools $(SOURCES)
 	$(BIN)/pip install -q -c constraints.txt cmake ninja pybind11
 	cmake --preset sanitize -DPython_EXECUTABLE=$(abspath $(BIN)/python) >/dev/null
 	cmake --build --preset sanitize
-	rm -rf $@ && mkdir $@ && cp -r python/tokcredit $@
+	rm -rf $@ && mkdir $@ && cp -r python/tokcredit $@ && rm -f $@/tokcredit/_C.*.so
 	cmake --install build/sanitize --prefix $@ >/dev/null
 
 sanitize: export PATH := $(abspath $(BIN)):$(PATH)
