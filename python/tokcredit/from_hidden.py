@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,22 @@ from tokcredit.blocks import head
 from tokcredit.protocol import Loss, ObjectiveStage
 
 _VARIABLES = ("log_probs", "entropies")
+
+
+class HiddenLoss(NamedTuple):
+    """The loss of a batch or of a part of it, from hidden states.
+
+    Attributes:
+        loss: 0-d, with gradient.
+        metrics: 0-d tensors by name, without gradient.
+        log_probs: Log-probs in the layout of the batch, without gradient; 0 where no token was read.
+        entropies: Entropies in the layout of the batch, nats, without gradient; 0 where no token was read.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+    log_probs: Tensor
+    entropies: Tensor
 
 
 class FromHidden(ObjectiveStage):
@@ -36,7 +53,7 @@ class FromHidden(ObjectiveStage):
 
     def loss_from_hidden(
         self, prepared: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any
-    ) -> Loss:
+    ) -> HiddenLoss:
         """Return the loss with its gradient to hidden states, weight and bias. The logits exist in tiles only.
 
         Where the objective is :meth:`separable`, loss and gradients are computed together, in three matrix products,
@@ -64,8 +81,7 @@ class FromHidden(ObjectiveStage):
             if name not in _VARIABLES:
                 raise TypeError(f"objective: expected a loss of log-probs and entropies, got one of {name}")
         separable = self.separable(prepared)
-        mask = prepared.mask if separable else batch.response_mask
-        tokens = batch.shaped(batch.tokens.masked_fill(~mask, -1))
+        tokens = batch.shaped(batch.tokens.masked_fill(~batch.response_mask, -1))
 
         def evaluate(part: Any, log_probs: Tensor, entropies: Tensor) -> Loss:
             further = {"entropies": entropies} if "entropies" in objective.variables else {}
@@ -73,8 +89,10 @@ class FromHidden(ObjectiveStage):
             return found
 
         if not separable:
-            return evaluate(prepared, *head.log_probs_and_entropies(hidden, weight, tokens, bias, **settings))
-        by_token, whole = prepared.by_token(), []
+            log_probs, entropies = head.log_probs_and_entropies(hidden, weight, tokens, bias, **settings)
+            out = evaluate(prepared, log_probs, entropies)
+            return HiddenLoss(*out, log_probs.detach(), entropies.detach())
+        by_token, whole = prepared.by_token(), list[HiddenLoss]()
 
         def slopes(at: Tensor, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor | None, Tensor | None]:
             first, last = int(at[0]), int(at[-1]) + 1
@@ -86,8 +104,9 @@ class FromHidden(ObjectiveStage):
             return None if a is None else a.index_select(0, at), None if e is None else e.index_select(0, at)
 
         def total(log_probs: Tensor, entropies: Tensor) -> Tensor:
-            whole.append(evaluate(prepared, log_probs, entropies))
-            return whole[0].loss
+            out = evaluate(prepared, log_probs, entropies)
+            whole.append(HiddenLoss(*out, log_probs, entropies))
+            return out.loss
 
         loss = head.separable_loss(hidden, weight, tokens, slopes, total, bias, **settings)
-        return Loss(loss, whole[0].metrics)
+        return whole[0]._replace(loss=loss)

@@ -110,6 +110,7 @@ class Labeller:
             extras={"prompt_tokens": left_padded([prompt], -1, made.tokens.device)[0]},
         )
         seen = predict(self._pair.first, row, hidden_states=top > 0)
+        assert seen.logits is not None
         logits = seen.logits[0, :, : self._pair.vocabulary].float()
         response, small, finished = made.tokens.tolist(), logits.argmax(-1).tolist(), bool(made.finished)
         different = [t for t, token in enumerate(response) if small[t] != token]

@@ -126,6 +126,7 @@ class _Tiles:
         self.weight = head.weight.detach()[: head.vocabulary]
         self.bias = None if head.bias is None else head.bias.detach()[: head.vocabulary].to(head.logits_dtype)
         self.common = 1.0 if temperature is not None else float(head.temperature)
+        self.idle: Tensor | None = None  # positions without a gradient, whose hidden states must not reach the weight's
         # Without a product that widens, the operands are widened.
         self.widens = not head.in_place and hidden.is_cuda
         self.operand = self.weight if head.in_place or self.widens else self.weight.to(head.logits_dtype)
@@ -161,6 +162,8 @@ class _Tiles:
         ops.logits_gradient_(z, self.tokens[first:last], self.common, *sums, ops.num_threads())
         if slope is not None:
             z.mul_(slope)
+            if self.idle is not None:
+                z.masked_fill_(self.idle[first:last, None], 0)
         if self.temperature is not None:
             z.div_(self.temperature[first:last])
         return z if self.head.scale == 1 else z.mul_(self.head.scale)
@@ -209,6 +212,8 @@ class _Sums:
             torch.mm(gradient, tiles.weight, out=self.hidden[first:last])
         if self.weight is not None:
             own, h = self.weight[:ids], tiles.hidden[first:last]
+            if tiles.idle is not None:
+                h = h.masked_fill(tiles.idle[first:last, None], 0)
             if own.dtype == h.dtype:
                 own.addmm_(gradient.t(), h)
             elif h.is_cuda:
@@ -283,12 +288,15 @@ class _OnePass(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tiles: _Tiles, slopes: Slopes, total: Total
     ) -> Tensor:
         sums, results = _Sums(tiles, ctx.needs_input_grad[:3]), []
+        tiles.idle = idle = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
 
         def gradient(first: int, last: int) -> Tensor:
             z, slope = tiles.logits(first, last)
             log_probs, entropies, normalizers = tiles.statistics(z, first, last)
             results.append((log_probs, entropies))
             a, e = slopes(first, last, log_probs, entropies)
+            moves = torch.stack([x != 0 for x in (a, e) if x is not None]).any(0)
+            torch.logical_not(moves, out=idle[first:last])
             return tiles.gradient(z, slope, first, last, normalizers, entropies, a, e)
 
         for block in tiles.blocks(gradient):
@@ -400,7 +408,8 @@ def separable_loss(
         weight: As in :func:`log_probs_and_entropies`.
         tokens: As in :func:`log_probs_and_entropies`.
         slopes: Called for one tile after another with the positions int64 ``[m]`` and their log-probs and entropies;
-            returns the derivatives of the loss to both, ``[m]`` each or None for 0.
+            returns the derivatives of the loss to both, ``[m]`` each, one of which may be None for 0. Where both are 0,
+            the hidden state does not reach the gradient of the weight.
         total: Called once with all log-probs and entropies, in the shape of ``tokens``; returns the loss, 0-d.
         bias: float ``[V]`` or None.
         settings: As in :func:`log_probs_and_entropies`.

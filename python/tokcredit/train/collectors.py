@@ -12,7 +12,12 @@ from torch import Tensor
 from tokcredit import inputs, ops
 from tokcredit.blocks import divergence, log_probs
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.scoring import Predicted, predict, scores_of
+from tokcredit.train.output_layer import OutputLayer, output_layer
+from tokcredit.train.scoring import Predicted, predict, score, scores_of
+
+_OF_LOGITS = frozenset(
+    {"squared_probs", "token_probs", "disagreement", "padded_disagreement", "reverse_kl", "forward_kl"}
+)
 
 
 class ForwardPass:
@@ -43,18 +48,36 @@ class ForwardPass:
         self._policy, self._reference, self._teacher = policy, reference, teacher
 
     @cached_property
+    def layer(self) -> OutputLayer | None:
+        """Output layer of the policy, or None if something that is read needs the logits."""
+        return None if self._names & _OF_LOGITS else output_layer(self._policy)
+
+    @cached_property
     def _predicted(self) -> Predicted:
-        return predict(self._policy, self._batch, hidden_states="hidden_states" in self._names)
+        apart = self.layer is not None
+        wanted = apart or "hidden_states" in self._names
+        return predict(self._policy, self._batch, hidden_states=wanted, logits=not apart)
 
     @cached_property
     def _scores(self) -> tuple[Tensor, Tensor]:
         # A divergence reads the logits again in its backward pass.
         overwrite = not self._names & inputs.names("teacher")
-        return scores_of(self._predicted, self._temperature, overwrite)
+        return scores_of(self._predicted, self.layer, self._temperature, overwrite)
+
+    @property
+    def final_hidden_states(self) -> Tensor:
+        """Final hidden states that predict the tokens, ``[N, d]``, in the dtype of the model and with gradient."""
+        assert self._predicted.hidden_states is not None
+        return self._predicted.hidden_states[self._predicted.inside]
+
+    @property
+    def _all_logits(self) -> Tensor:
+        assert self._predicted.logits is not None
+        return self._predicted.logits
 
     @property
     def _logits(self) -> Tensor:
-        return self._predicted.logits[self._predicted.inside]
+        return self._all_logits[self._predicted.inside]
 
     @cached_property
     def _scaled_logits(self) -> Tensor:
@@ -64,6 +87,7 @@ class ForwardPass:
     def _teacher_logits(self) -> Tensor:
         with torch.no_grad():
             predicted = predict(self._teacher, self._batch)
+        assert predicted.logits is not None
         return predicted.logits[predicted.inside]
 
     @property
@@ -85,18 +109,17 @@ class ForwardPass:
     def squared_probs(self) -> Tensor:
         """Sums over the vocabulary of squared probabilities."""
         seen = self._predicted
-        return log_probs.squared_probs(seen.logits, seen.tokens, self._temperature)[seen.inside]
+        return log_probs.squared_probs(self._all_logits, seen.tokens, self._temperature)[seen.inside]
 
     @property
     def hidden_states(self) -> Tensor:
         """Final hidden states that predict the tokens, ``[N, d]``."""
-        assert self._predicted.hidden_states is not None
-        return self._predicted.hidden_states[self._predicted.inside].float()
+        return self.final_hidden_states.float()
 
     @property
     def ref_log_probs(self) -> Tensor:
         """Log-probs under the reference policy, nats."""
-        return scores_of(predict(self._reference, self._batch), self._temperature)[0]
+        return score(self._reference, self._batch, self._temperature)[0]
 
     @property
     def token_probs(self) -> Tensor:

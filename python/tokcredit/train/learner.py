@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokcredit import inputs
+from tokcredit.from_hidden import FromHidden
 from tokcredit.protocol import PreparedBatch, TrainingObjective
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State
@@ -167,17 +168,21 @@ class Learner:
 
     def _backward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, dict[str, float]]:
         """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
-        first, *others = self._objective.variables
+        names, temperature = self._objective.variables, self._settings.sampling.temperature
+        forward = collectors.ForwardPass(names, part.batch, self._model, None, self._teacher, temperature)
         with self._accelerator.autocast():
-            names, temperature = self._objective.variables, self._settings.sampling.temperature
-            forward = collectors.ForwardPass(names, part.batch, self._model, None, self._teacher, temperature)
-            variable, further = forward.read(first), {name: forward.read(name) for name in others}
-            entropy = forward.entropies.detach()[part.batch.response_mask].mean()
-        with clock("credit"):
-            out = self._objective.loss(part, variable, **further)
-        log_probs = forward.log_probs.detach()
-        out.loss.backward()
-        metrics = {**out.metrics, "entropy_mean": entropy}
+            if forward.layer is not None and isinstance(self._objective, FromHidden):
+                weight, bias, settings = forward.layer
+                hidden, settings = forward.final_hidden_states, {"temperature": temperature, **settings}
+                whole = self._objective.loss_from_hidden(part, hidden, weight, bias, **settings)
+                loss, found, log_probs, entropies = whole
+            else:
+                log_probs, entropies = forward.log_probs.detach(), forward.entropies.detach()
+                variable, further = forward.read(names[0]), {name: forward.read(name) for name in names[1:]}
+                with clock("credit"):
+                    loss, found = self._objective.loss(part, variable, **further)
+        loss.backward()
+        metrics = {**found, "entropy_mean": entropies[part.batch.response_mask].mean()}
         values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
         return log_probs, dict(zip(metrics, values, strict=True))
 
