@@ -20,7 +20,7 @@ NAMES = {
         *(
             f"{o}.{m}"
             for o in ("Objective", "Preference", "Supervised")
-            for m in ("prepare", "loss", "required_inputs")
+            for m in ("prepare", "loss", "loss_from_hidden", "required_inputs")
         ),
     ],
     "blocks": [
@@ -28,6 +28,7 @@ NAMES = {
             "tree.build",
             "tree.PrefixTree.expand",
             "values.monte_carlo",
+            "head.log_probs_and_entropies",
             "values.mean_of_children",
             "values.leave_one_out",
         ),
