@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from tokcredit import ops
 from tokcredit.spans import Spans
 
 
@@ -86,6 +87,11 @@ class Groups:
         """Each row as a span of its own, for selections among per-row numbers ``[R]``."""
         begin = torch.arange(self.index.numel(), device=self.index.device)
         return Spans.trusted(begin, begin + 1, begin.numel())
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Number of rows of each group that count; int64 ``[count]``."""
+        return self.sizes if self.spans.mask is None else ops.count(self.spans)
 
     @property
     def sizes(self) -> Tensor:

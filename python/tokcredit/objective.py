@@ -171,8 +171,7 @@ class Objective(FromHidden):
         part = batch.keeping(taken)
         advantages = self.credit(part)
         if advantages.dim() == 2:
-            chosen = taken.nonzero()[:, 0]
-            advantages = advantages.new_zeros(batch.num_rows, 1).index_put((chosen,), advantages)
+            advantages = advantages.new_zeros(batch.num_rows, 1).masked_scatter_(taken[:, None], advantages)
         return batch.with_mask(part.response_mask), advantages
 
     def _weights(

@@ -512,17 +512,21 @@ class Rollouts:
         """
         kept = tensor("rows", rows, (torch.bool,), (self.num_rows,), self.device).nonzero()[:, 0]
         mask = ops.spread(rows, self.spans)
-        spans = Spans.trusted(self.begin[kept], self.end[kept], self.num_tokens, mask)
+
+        def of_rows(x: Tensor) -> Tensor:
+            return x.index_select(0, kept)
+
+        spans = Spans.trusted(of_rows(self.begin), of_rows(self.end), self.num_tokens, mask)
         return self._derived(
             ("sizes", "starts", "lengths", "nonempty", "nonempty_groups"),
             cu_seqlens=spans,
             spans=spans,
-            group_ids=self.group_ids[kept],
+            group_ids=of_rows(self.group_ids),
             groups=self.groups.subset(kept),
-            rewards=self.rewards[kept],
+            rewards=of_rows(self.rewards),
             response_mask=mask,
-            extras={name: x if inputs.get(name).per == "token" else x[kept] for name, x in self.extras.items()},
-            trajectory_ids=None if self.trajectory_ids is None else self.trajectory_ids[kept],
+            extras={name: x if inputs.get(name).per == "token" else of_rows(x) for name, x in self.extras.items()},
+            trajectory_ids=None if self.trajectory_ids is None else of_rows(self.trajectory_ids),
         )
 
 

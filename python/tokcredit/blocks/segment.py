@@ -157,7 +157,7 @@ def count(by: By) -> Tensor:
     if isinstance(by, Spans):
         return ops.count(by)
     if isinstance(by, Groups):
-        return ops.count(by.spans)
+        return by.counts
     _length(by)
     ones = torch.ones(by.ids.shape, dtype=torch.float64, device=by.ids.device)
     return _reduce("count", ones, by).long()

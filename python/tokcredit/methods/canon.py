@@ -106,8 +106,7 @@ class conditional(Credit):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         groups, r = counted(batch, self.count_empty), batch.rewards.double()
-        count = segment.count(groups)
-        is_low = select.top_k(-self.metric(batch), count // 2, groups.rows, Ids(groups.scope, groups.count))
+        is_low = select.top_k(-self.metric(batch), groups.counts // 2, groups.rows, Ids(groups.scope, groups.count))
         half = groups.scope * 2 + is_low  # negative for rows that do not count
         means = segment.mean(r, Ids(half, 2 * groups.count))
         half = groups.index * 2 + is_low
@@ -120,7 +119,7 @@ class conditional(Credit):
         inter = by_half(self.low, self.high) * r - by_half(self.high, self.low) * mean_of_other
         if self.offset:
             inter += by_half(-self.offset, self.offset)
-        intra = r - mean_of_own.masked_fill_(groups.per_row(count < 2), 0)
+        intra = r - mean_of_own.masked_fill_(groups.per_row(groups.counts < 2), 0)
         return (between * inter + (1 - between) * intra).to(batch.rewards.dtype)[:, None]
 
 
