@@ -126,21 +126,31 @@ class _Tiles:
         self.weight = head.weight.detach()[: head.vocabulary]
         self.bias = None if head.bias is None else head.bias.detach()[: head.vocabulary].to(head.logits_dtype)
         self.common = 1.0 if temperature is not None else float(head.temperature)
+        self.memory: Tensor | None = None  # the logits of a tile, one after the other: fresh memory is slow to write
         self.idle: Tensor | None = None  # positions without a gradient, whose hidden states must not reach the weight's
         # Without a product that widens, the operands are widened.
         self.widens = not head.in_place and hidden.is_cuda
         self.operand = self.weight if head.in_place or self.widens else self.weight.to(head.logits_dtype)
 
     def logits(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
-        """Return the logits of some positions before the common temperature, and the slope of the softcap or None."""
+        """Return the logits of some positions before the common temperature, and the slope of the softcap or None.
+
+        They lie where those of the tile before lay.
+        """
         head, h = self.head, self.hidden[first:last]
         if self.widens:
             z = torch.mm(h, self.operand.t(), out_dtype=head.logits_dtype)
             z = z if self.bias is None else z.add_(self.bias)
         else:
             h = h.to(self.operand.dtype)
-            transposed = self.operand.t()
-            z = torch.mm(h, transposed) if self.bias is None else torch.addmm(self.bias, h, transposed)
+            if self.memory is None:
+                rows = min(head.tile_rows, self.hidden.shape[0])
+                self.memory = self.operand.new_empty(rows, self.operand.shape[0])
+            z, transposed = self.memory[: last - first], self.operand.t()
+            if self.bias is None:
+                torch.mm(h, transposed, out=z)
+            else:
+                torch.addmm(self.bias, h, transposed, out=z)
         slope = None
         if head.scale != 1:
             z.mul_(head.scale)
@@ -244,6 +254,7 @@ class _TwoPasses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tiles: _Tiles) -> tuple[Tensor, Tensor]:
         results = [tiles.statistics(tiles.logits(*at)[0], *at) for at in _pieces(hidden.shape[0], tiles.head.tile_rows)]
+        tiles.memory = None
         log_probs, entropies, normalizers = _joined(results, 3, hidden)
         ctx.save_for_backward(hidden, weight, bias, entropies, normalizers)
         ctx.tiles = tiles
@@ -301,6 +312,7 @@ class _OnePass(torch.autograd.Function):
 
         for block in tiles.blocks(gradient):
             sums.add(*block)
+        tiles.memory = None
         ctx.gradients = sums.results()
         return total(*_joined(results, 2, hidden))
 
