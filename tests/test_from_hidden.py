@@ -1,7 +1,7 @@
 """Losses from hidden states equal those from logits: values, gradients and metrics, for every method."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import naive
 import pytest
@@ -146,6 +146,75 @@ def test_one_pass_has_one_backward_pass():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward pass"):
         loss.backward()
+
+
+def test_golden_numbers():
+    """GRPO over two tokens, the first of which is clipped: its hidden state does not reach the weight."""
+    hidden = torch.tensor([[1.0, -1], [0.5, 2], [-1, 0.5]], dtype=torch.float64, requires_grad=True)
+    weight = torch.tensor([[0.5, -0.5], [1, 0.25], [-0.75, 1], [0.25, 0.1]], dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor([0.1, -0.2, 0, 0.3], dtype=torch.float64)
+    batch = tc.Rollouts(
+        torch.tensor([0, 2, 1]),
+        torch.tensor([0, 1, 2, 3]),
+        torch.zeros(3, dtype=torch.long),
+        torch.zeros(3, dtype=torch.float64),
+        response_mask=torch.tensor([True, True, False]),
+        old_log_probs=torch.tensor([-0.9, -0.3, math.nan], dtype=torch.float64),
+    )
+    prepared = tc.methods.grpo().prepare(batch)
+    prepared = replace(prepared, credit=torch.tensor([[1.5], [-0.5], [0.0]], dtype=torch.float64))
+    settings = {"temperature": 0.8, "softcap": 3.0, "scale": 1.5}
+    out = tc.methods.grpo().loss_from_hidden(prepared, hidden, weight, bias, **settings)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(-0.6906532511, abs=1e-9)
+    assert out.log_probs.tolist() == pytest.approx([-0.57684976, -0.477468955, 0], abs=1e-8)
+    assert hidden.grad.flatten().tolist() == pytest.approx([0, 0, -0.148036943, 0.061613956, 0, 0], abs=1e-8)
+    expected = [
+        [-0.002730441, -0.010921764],
+        [-0.03497941, -0.139917639],
+        [0.040966267, 0.163865066],
+        [-0.027796565, -0.11118626],
+    ]
+    torch.testing.assert_close(weight.grad, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_autocast_and_a_scaled_loss():
+    objective = tc.methods.dapo()
+    prepared = prepared_of(objective)
+    leaves = [x.detach().float().requires_grad_() for x in model(prepared.batch)]
+    exact = [x.detach().bfloat16().double().requires_grad_() for x in leaves]
+    expected = torch.autograd.grad(from_logits(objective, prepared, *exact).loss / 3, exact)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            out = objective.loss_from_hidden(prepared, *leaves, logits_dtype=torch.float32)
+        for a, b in zip(torch.autograd.grad(out.loss / 3, leaves), expected, strict=True):
+            assert a.dtype == torch.float32 and (a.double() - b).norm() <= 2e-2 * b.norm()
+
+
+def test_without_grad_nothing_is_differentiated():
+    objective = tc.methods.grpo()
+    prepared = prepared_of(objective)
+    leaves = model(prepared.batch)
+    expected = from_logits(objective, prepared, *leaves)
+    with torch.no_grad():
+        out = objective.loss_from_hidden(prepared, *leaves)
+    torch.testing.assert_close(out.loss, expected.loss.detach())
+    assert not out.loss.requires_grad
+
+
+def test_gaps_between_rows_are_not_read():
+    objective = tc.methods.grpo()
+    spans = tc.Spans(torch.tensor([1, 4]), torch.tensor([3, 6]), 7)
+    tokens = torch.tensor([99, 0, 1, 99, 2, 1, 99])  # 99 is no id of the model
+    batch = tc.Rollouts(tokens, spans, torch.zeros(2, dtype=torch.long), torch.tensor([1.0, 0.0], dtype=torch.float64))
+    prepared = objective.prepare(batch)
+    hidden, weight, bias = model(batch)
+    with torch.no_grad():
+        hidden[[0, 3, 6]] = math.nan
+    out = objective.loss_from_hidden(prepared, hidden, weight, bias, tile_bytes=8 * V)
+    out.loss.backward()
+    assert out.log_probs[[0, 3, 6]].tolist() == [0.0] * 3 and weight.grad.isfinite().all()
+    assert (hidden.grad[[1, 2, 4, 5]] != 0).any(1).all() and (hidden.grad[[0, 3, 6]] == 0).all()
 
 
 def test_no_token_trains():

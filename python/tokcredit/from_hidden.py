@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokcredit import ops
 from tokcredit.blocks import head
 from tokcredit.protocol import Loss, ObjectiveStage
 
@@ -57,12 +58,13 @@ class FromHidden(ObjectiveStage):
         """Return the loss with its gradient to hidden states, weight and bias. The logits exist in tiles only.
 
         Where the objective is :meth:`separable`, loss and gradients are computed together, in three matrix products,
-        and one backward pass is possible. Otherwise the backward pass computes the logits again: four products.
+        and one backward pass is possible. Otherwise, and in float16, whose gradients need the factor of a gradient
+        scaler, the backward pass computes the logits again: four products. On CUDA this waits for the device.
 
         Args:
             prepared: From ``prepare`` or ``select``.
-            hidden: float ``(B, T, d)`` or ``[N, d]``, for each token the hidden state from which it is predicted, which
-                is that of the token before it.
+            hidden: float ``(B, T, d)`` or ``[N, d]``. ``hidden[:, t]`` is the hidden state at the token before token t:
+                with ``ids = [prompt, response]`` it is ``last_hidden_state[:, prompt_length - 1 : -1]``.
             weight: float ``[V, d]``, weight of the output layer.
             bias: float ``[V]`` or None.
             settings: ``temperature``, ``softcap``, ``scale``, ``vocabulary``, ``logits_dtype`` and ``tile_bytes``; see
@@ -80,15 +82,21 @@ class FromHidden(ObjectiveStage):
         for name in objective.variables:
             if name not in _VARIABLES:
                 raise TypeError(f"objective: expected a loss of log-probs and entropies, got one of {name}")
-        separable = self.separable(prepared)
-        tokens = batch.shaped(batch.tokens.masked_fill(~batch.response_mask, -1))
+        one_pass = (
+            self.separable(prepared)
+            and head.dtype_of(hidden) != torch.float16
+            and torch.is_grad_enabled()
+            and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+        )
+        everything = torch.ones(batch.num_rows, dtype=torch.bool, device=batch.device)
+        tokens = batch.shaped(batch.tokens.masked_fill(~ops.spread(everything, batch.spans), -1))
 
         def evaluate(part: Any, log_probs: Tensor, entropies: Tensor) -> Loss:
             further = {"entropies": entropies} if "entropies" in objective.variables else {}
             found: Loss = self.loss(part, log_probs, **further)
             return found
 
-        if not separable:
+        if not one_pass:
             log_probs, entropies = head.log_probs_and_entropies(hidden, weight, tokens, bias, **settings)
             out = evaluate(prepared, log_probs, entropies)
             return HiddenLoss(*out, log_probs.detach(), entropies.detach())

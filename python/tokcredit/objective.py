@@ -87,7 +87,7 @@ class Objective(FromHidden):
     def separable(self, prepared: Prepared) -> bool:
         """Return whether the derivative of the loss at a token depends on the log-prob and entropy of that token alone.
 
-        A ratio of several tokens is 1 everywhere in a batch without ``old_log_probs``, so it does not stand against it.
+        In a batch without ``old_log_probs`` every ratio is 1, so ratios of several tokens do not prevent this.
 
         Args:
             prepared: A prepared batch of this objective.

@@ -108,7 +108,7 @@ def test_only_positions_with_a_gradient_are_computed_again(monkeypatch):
     seen = []
     original = head._Tiles.logits
     monkeypatch.setattr(
-        head._Tiles, "logits", lambda self, low, high: seen.append(high - low) or original(self, low, high)
+        head._Tiles, "logits", lambda self, low, high, **x: seen.append(high - low) or original(self, low, high, **x)
     )
     hidden.requires_grad_()
     log_probs, _ = head.log_probs_and_entropies(hidden, weight, tokens)
@@ -248,7 +248,11 @@ def test_second_derivative_is_refused():
         (ValueError, {"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         (ValueError, {"temperature": torch.ones(2)}, r"temperature: expected a number or \[3\]"),
         (ValueError, {"softcap": -1.0}, "softcap: expected a positive number"),
-        (ValueError, {"scale": math.nan}, "scale: expected a finite number"),
+        (ValueError, {"scale": math.nan}, "scale: expected a positive number"),
+        (TypeError, {"softcap": torch.ones(4)}, r"softcap: expected a positive number, got float32 \[4\]"),
+        (TypeError, {"temperature": None}, "temperature: expected a positive number, got NoneType"),
+        (ValueError, {"temperature": torch.ones(3, requires_grad=True)}, "temperature: expected a tensor without grad"),
+        (TypeError, {"logits_dtype": torch.float32}, "logits_dtype: expected torch.float64 for this weight"),
         (ValueError, {"vocabulary": 5}, "vocabulary: expected 1 to 4"),
         (ValueError, {"tile_bytes": 0}, "tile_bytes"),
         (TypeError, {"unknown": 1}, "unknown"),
@@ -270,3 +274,58 @@ def test_a_token_out_of_range():
             head.log_probs_and_entropies(hidden, weight, torch.tensor([0, 4, 1]), bias)
         with pytest.raises(ValueError, match="tokens"):
             head.log_probs_and_entropies(hidden, weight, torch.tensor([0, 3, 1]), bias, vocabulary=3)
+        with pytest.raises(ValueError, match="tokens"):  # other libraries' mark for no token
+            head.log_probs_and_entropies(hidden, weight, torch.tensor([0, -100, 1]), bias)
+        with pytest.raises(ValueError, match=r"temperature: expected positive numbers, got \[0.0\]"):
+            head.log_probs_and_entropies(
+                hidden, weight, torch.tensor([0, 1, 1]), bias, temperature=torch.tensor([1.0, 0.0, 2.0])
+            )
+
+
+def test_half_precision_with_a_scaled_loss():
+    """The factor of a gradient scaler reaches float16 gradients before they are rounded."""
+    hidden, weight, _, tokens = random(50, 8, 400, dtype=torch.float16)
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    log_probs, _ = head.log_probs_and_entropies(*leaves, tokens)
+    found = torch.autograd.grad(log_probs.mean() * 2e-4 * 2**16, leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    expected = torch.autograd.grad(naive(*exact, tokens)[0].mean() * 2e-4 * 2**16, exact)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() <= 5e-3 * b.norm()
+
+
+def test_confident_tokens_keep_their_gradient():
+    """Where p is close to 1 the gradient comes from 1 - p, which bfloat16 cannot tell from 0 after p is rounded."""
+    hidden, weight, _, _ = random(40, 8, 30, dtype=torch.bfloat16)
+    hidden *= 6
+    tokens = (hidden.float() @ weight.float().t()).argmax(1)
+    exact = [x.double() for x in (hidden, weight)]
+    sure = naive(*exact, tokens)[0] > math.log(0.99)
+    tokens = tokens.masked_fill(~sure, -1)
+    assert int(sure.sum()) > 10
+    settings = {"logits_dtype": torch.float32}
+    ours = gradients(lambda h, w: head.log_probs_and_entropies(h, w, tokens, **settings), hidden, weight)
+    for a, b in zip(ours, gradients(lambda h, w: naive(h, w, tokens), *exact), strict=True):
+        assert (a.double() - b).norm() <= 8e-3 * b.norm()
+
+
+def test_a_forbidden_id_under_a_softcap_has_probability_0():
+    hidden, weight, bias, tokens = random()
+    bias[4] = -math.inf
+    tokens[tokens == 4] = 5
+    others = torch.arange(13) != 4
+    ours = head.log_probs_and_entropies(hidden, weight, tokens, bias, softcap=2.0)
+    expected = naive(hidden, weight[others], tokens - (tokens > 4).long(), bias[others], softcap=2.0)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_a_tile_is_let_go_after_its_pass():
+    hidden, weight, _, tokens = random()
+    tokens = tokens.abs()
+    hidden.requires_grad_()
+    log_probs, _ = head.log_probs_and_entropies(hidden, weight, tokens)
+    tiles = log_probs.grad_fn.next_functions[0][0].next_functions
+    made = [x for x, _ in tiles if hasattr(x, "tiles")]
+    assert len(made) == 1 and made[0].tiles.memory is None
+    log_probs.sum().backward(retain_graph=True)
+    assert made[0].tiles.memory is None and made[0].tiles.operand is None

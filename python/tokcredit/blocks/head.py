@@ -34,14 +34,16 @@ class Head:
 
     Args:
         weight: float ``[V, d]``.
-        bias: float ``[V]`` of the same dtype, or None. A bias of -inf forbids an id.
-        temperature: Positive; a number, or float ``[N]`` for one per position.
+        bias: float ``[V]`` of the same dtype, or None. An id with a bias of -inf has probability 0.
+        temperature: Positive; a number, or float ``[N]`` without gradient for one per position.
         softcap: Positive bound of the logits, as in Gemma 2, or None.
-        scale: Factor of the logits before the softcap, as in Cohere's models.
+        scale: Positive factor of the logits before the softcap, as in Cohere's models.
         vocabulary: Number of ids, at most V; further rows of the weight are padding and are left out. None for V.
-        logits_dtype: dtype of a tile of logits. None takes float32 on CUDA and the dtype of the weight on the CPU,
-            where float32 takes a float32 copy of a bfloat16 weight.
-        tile_bytes: Memory for logits and their gradient; 256 MiB on the CPU and 2 GiB on CUDA if None.
+        logits_dtype: dtype of a tile of logits: that of the weight or, for a weight in half precision, float32. None
+            takes float32 on CUDA and the dtype of the weight on the CPU, where float32 takes a float32 copy of the
+            weight.
+        tile_bytes: Largest memory for one tile of logits and its gradient; 256 MiB on the CPU and 2 GiB on CUDA if
+            None. Gradients of hidden states and weight are not counted.
 
     Raises:
         TypeError: A tensor has the wrong dtype.
@@ -62,22 +64,28 @@ class Head:
             raise ValueError(f"weight: expected float [V, d], got {describe(self.weight)}")
         if self.bias is not None:
             tensor("bias", self.bias, (self.weight.dtype,), (self.weight.shape[0],), self.weight.device)
-        for name in ("temperature", "softcap"):
+        for name in ("temperature", "softcap", "scale"):
             x = getattr(self, name)
-            if isinstance(x, Tensor):
+            if name == "temperature" and isinstance(x, Tensor):
                 tensor(name, x, FLOATS, (x.numel(),), self.weight.device)
-            elif x is not None and not (x > 0 and math.isfinite(x)):
+                if x.requires_grad:
+                    raise ValueError("temperature: expected a tensor without gradient, got one that requires it")
+                if x.is_cpu and not bool((x > 0).all()):
+                    raise ValueError(f"temperature: expected positive numbers, got {x[~(x > 0)].tolist()[:4]}")
+            elif x is None and name == "softcap":
+                continue
+            elif isinstance(x, bool) or not isinstance(x, int | float):
+                raise TypeError(f"{name}: expected a positive number, got {describe(x)}")
+            elif not (x > 0 and math.isfinite(x)):
                 raise ValueError(f"{name}: expected a positive number, got {x}")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale: expected a finite number, got {self.scale}")
         ids = self.weight.shape[0] if self.vocabulary is None else whole_number("vocabulary", self.vocabulary)
         if not 0 < ids <= self.weight.shape[0]:
             raise ValueError(f"vocabulary: expected 1 to {self.weight.shape[0]}, the rows of the weight, got {ids}")
-        dtype = self.logits_dtype or (torch.float32 if self.weight.is_cuda else self.weight.dtype)
-        if self.weight.dtype == torch.float64:
-            dtype = torch.float64
-        if dtype not in FLOATS:
-            raise TypeError(f"logits_dtype: expected a float dtype, got {dtype}")
+        half = self.weight.dtype.itemsize == 2
+        dtype = self.logits_dtype or (torch.float32 if half and self.weight.is_cuda else self.weight.dtype)
+        if dtype != self.weight.dtype and not (half and dtype == torch.float32):
+            allowed = f"{self.weight.dtype}{' or torch.float32' if half else ''}"
+            raise TypeError(f"logits_dtype: expected {allowed} for this weight, got {dtype}")
         object.__setattr__(self, "vocabulary", ids)
         object.__setattr__(self, "logits_dtype", dtype)
         own = _TILE_BYTES.get(self.weight.device.type, _TILE_BYTES["cuda"])
@@ -90,18 +98,19 @@ class Head:
         return self.logits_dtype == self.weight.dtype
 
     @property
-    def block_rows(self) -> int:
-        """Positions whose gradients are multiplied at once."""
+    def tile_rows(self) -> int:
+        """Positions whose logits exist at once. With a softcap its slope lies beside them."""
         assert self.vocabulary is not None
-        # With a softcap its slope lies beside the logits.
-        numbers = self.weight.dtype.itemsize * (1 + (self.softcap is not None) if self.in_place else 1.5)
-        return max(1, int(self.tile_bytes / (numbers * self.vocabulary)))
+        numbers = self.logits_dtype.itemsize * (1 if self.softcap is None else 2)
+        return max(1, self.tile_bytes // (1 if self.in_place else 2) // (numbers * self.vocabulary))
 
     @property
-    def tile_rows(self) -> int:
-        """Positions whose logits exist at once."""
-        share = 1 if self.in_place else self.weight.dtype.itemsize / self.logits_dtype.itemsize / 2
-        return max(1, int(self.block_rows * share))
+    def block_rows(self) -> int:
+        """Positions whose gradients are multiplied at once: a tile, or several in half of the memory."""
+        assert self.vocabulary is not None
+        if self.in_place:
+            return self.tile_rows
+        return max(self.tile_rows, self.tile_bytes // 2 // (self.weight.dtype.itemsize * self.vocabulary))
 
 
 def _pieces(size: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -126,22 +135,35 @@ class _Tiles:
         self.weight = head.weight.detach()[: head.vocabulary]
         self.bias = None if head.bias is None else head.bias.detach()[: head.vocabulary].to(head.logits_dtype)
         self.common = 1.0 if temperature is not None else float(head.temperature)
-        self.memory: Tensor | None = None  # the logits of a tile, one after the other: fresh memory is slow to write
+        # A cap would make a finite number of the logit of a forbidden id.
+        self.forbidden = None if head.softcap is None or self.bias is None else self.bias.isneginf()
         self.idle: Tensor | None = None  # positions without a gradient, whose hidden states must not reach the weight's
-        # Without a product that widens, the operands are widened.
         self.widens = not head.in_place and hidden.is_cuda
-        self.operand = self.weight if head.in_place or self.widens else self.weight.to(head.logits_dtype)
+        self.free()
 
-    def logits(self, first: int, last: int) -> tuple[Tensor, Tensor | None]:
+    def free(self) -> None:
+        """Let go of what lives only while tiles are computed."""
+        self.memory: Tensor | None = None  # the logits of a tile, one after the other: fresh memory is slow to write
+        self.operand: Tensor | None = None
+
+    def logits(self, first: int, last: int, sloped: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return the logits of some positions before the common temperature, and the slope of the softcap or None.
 
         They lie where those of the tile before lay.
+
+        Args:
+            first: First position.
+            last: One past the last position.
+            sloped: Whether the slope is wanted.
         """
         head, h = self.head, self.hidden[first:last]
         if self.widens:
-            z = torch.mm(h, self.operand.t(), out_dtype=head.logits_dtype)
+            z = torch.mm(h, self.weight.t(), out_dtype=head.logits_dtype)
             z = z if self.bias is None else z.add_(self.bias)
         else:
+            # Without a product that widens, the operands are widened.
+            if self.operand is None:
+                self.operand = self.weight.to(head.logits_dtype)
             h = h.to(self.operand.dtype)
             if self.memory is None:
                 rows = min(head.tile_rows, self.hidden.shape[0])
@@ -155,10 +177,12 @@ class _Tiles:
         if head.scale != 1:
             z.mul_(head.scale)
         if head.softcap is not None:
+            z.div_(head.softcap)
             # 1 - tanh(y) ** 2 without the cancellation near its bounds.
-            u = (z.abs() * (-2 / head.softcap)).exp_()
-            slope = u.mul(4).div_((1 + u).square_())
-            z.div_(head.softcap).tanh_().mul_(head.softcap)
+            slope = z.cosh().square_().reciprocal_() if sloped else None
+            z.tanh_().mul_(head.softcap)
+            if self.forbidden is not None:
+                z.masked_fill_(self.forbidden, -math.inf)
         if self.temperature is not None:
             z.div_(self.temperature[first:last])
         return z, slope
@@ -253,8 +277,9 @@ class _TwoPasses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tiles: _Tiles) -> tuple[Tensor, Tensor]:
-        results = [tiles.statistics(tiles.logits(*at)[0], *at) for at in _pieces(hidden.shape[0], tiles.head.tile_rows)]
-        tiles.memory = None
+        pieces = _pieces(hidden.shape[0], tiles.head.tile_rows)
+        results = [tiles.statistics(tiles.logits(*at, sloped=False)[0], *at) for at in pieces]
+        tiles.free()
         log_probs, entropies, normalizers = _joined(results, 3, hidden)
         ctx.save_for_backward(hidden, weight, bias, entropies, normalizers)
         ctx.tiles = tiles
@@ -279,8 +304,10 @@ class _TwoPasses(torch.autograd.Function):
             own = [None if x is None else x[first:last].contiguous() for x in numbers]
             return chosen.gradient(*chosen.logits(first, last), first, last, *own)
 
-        for block in chosen.blocks(gradient):
-            sums.add(*block)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for block in chosen.blocks(gradient):
+                sums.add(*block)
+        chosen.free()
         of_hidden, of_weight, of_bias = sums.results()
         if of_hidden is not None and chosen is not tiles:
             of_hidden = torch.zeros_like(hidden).index_copy_(0, moves, of_hidden)
@@ -306,13 +333,13 @@ class _OnePass(torch.autograd.Function):
             log_probs, entropies, normalizers = tiles.statistics(z, first, last)
             results.append((log_probs, entropies))
             a, e = slopes(first, last, log_probs, entropies)
-            moves = torch.stack([x != 0 for x in (a, e) if x is not None]).any(0)
-            torch.logical_not(moves, out=idle[first:last])
+            given = [x == 0 for x in (a, e) if x is not None]
+            idle[first:last] = torch.stack(given).all(0) if given else True
             return tiles.gradient(z, slope, first, last, normalizers, entropies, a, e)
 
         for block in tiles.blocks(gradient):
             sums.add(*block)
-        tiles.memory = None
+        tiles.free()
         ctx.gradients = sums.results()
         return total(*_joined(results, 2, hidden))
 
@@ -322,12 +349,18 @@ class _OnePass(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("loss_from_hidden: expected one backward pass, got a second one through the same loss")
-        return (*(None if x is None else x.mul_(grad.to(x.dtype)) for x in gradients), None, None, None)
+        return (*(None if x is None else x.mul_(grad) for x in gradients), None, None, None)
 
 
-def _autocast(x: Tensor) -> Tensor:
+def dtype_of(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a float tensor enters a matrix product: that of autocast where it is on.
+
+    Args:
+        x: A tensor.
+    """
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    cast = torch.is_autocast_enabled(kind) and x.dtype in FLOATS and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 def _positions(hidden: Tensor, head: Head, tokens: Tensor, rows: Tensor | None) -> tuple[Tensor, _Tiles, Tensor]:
@@ -343,23 +376,24 @@ def _positions(hidden: Tensor, head: Head, tokens: Tensor, rows: Tensor | None) 
     tensor("tokens", tokens, INTEGERS, tuple(tokens.shape), hidden.device)
     flat = tokens.reshape(-1)
     if rows is None:
-        rows = (flat >= 0).nonzero()[:, 0]
+        rows = (flat != -1).nonzero()[:, 0]
+        every = rows.numel() == flat.numel()
     else:
         tensor("rows", rows, (torch.int64,), (rows.numel(),), hidden.device)
+        every = False
     h, temperature = hidden.reshape(flat.numel(), hidden.shape[-1]), None
     if isinstance(head.temperature, Tensor):
         if head.temperature.numel() != flat.numel():
             raise ValueError(f"temperature: expected a number or [{flat.numel()}], got {describe(head.temperature)}")
         temperature = head.temperature.detach().reshape(-1)[rows, None]
-    if rows.numel() < flat.numel():
+    if not every:
         h, flat = h.index_select(0, rows), flat.index_select(0, rows)
     h = h.contiguous()
     return h, _Tiles(head, h.detach(), flat.long().contiguous(), temperature), rows
 
 
 def _scattered(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    size = math.prod(shape)
-    return (x if rows.numel() == size else x.new_zeros(size).index_copy(0, rows, x)).view(shape)
+    return x.new_zeros(math.prod(shape)).index_copy(0, rows, x).view(shape)
 
 
 def log_probs_and_entropies(
@@ -382,8 +416,8 @@ def log_probs_and_entropies(
         weight: float ``[V, d]``, the output layer's weight.
         tokens: int32 or int64 ``(...)``; -1 where a position takes no part: its results and gradients are 0.
         bias: float ``[V]`` or None.
-        rows: int64, the positions with a token, ascending, in ``tokens`` as one axis. None finds them, which on CUDA
-            waits for the device.
+        rows: int64, indices into ``tokens.reshape(-1)`` of the positions that take part. None takes all whose token is
+            not -1, and on CUDA waits for the device to find them.
         settings: ``temperature``, ``softcap``, ``scale``, ``vocabulary``, ``logits_dtype`` and ``tile_bytes`` of
             :class:`Head`.
 
@@ -394,11 +428,12 @@ def log_probs_and_entropies(
         TypeError: A dtype is wrong.
         ValueError: A shape or number is wrong, or on the CPU a token is out of range.
     """
-    hidden, weight = _autocast(hidden), _autocast(weight)
-    bias = None if bias is None else _autocast(bias)
+    hidden, weight = hidden.to(dtype_of(hidden)), weight.to(dtype_of(weight))
+    bias = None if bias is None else bias.to(dtype_of(bias))
     head = Head(weight, bias, **settings)
     h, tiles, rows = _positions(hidden, head, tokens, rows)
-    log_probs, entropies = _TwoPasses.apply(h, weight, bias, tiles)
+    with torch.autocast(hidden.device.type, enabled=False):
+        log_probs, entropies = _TwoPasses.apply(h, weight, bias, tiles)
     return _scattered(log_probs, rows, tokens.shape), _scattered(entropies, rows, tokens.shape)
 
 
@@ -430,8 +465,8 @@ def separable_loss(
         TypeError: A dtype is wrong.
         ValueError: A shape or number is wrong, or on the CPU a token is out of range.
     """
-    hidden, weight = _autocast(hidden), _autocast(weight)
-    bias = None if bias is None else _autocast(bias)
+    hidden, weight = hidden.to(dtype_of(hidden)), weight.to(dtype_of(weight))
+    bias = None if bias is None else bias.to(dtype_of(bias))
     head = Head(weight, bias, **settings)
     h, tiles, rows = _positions(hidden, head, tokens, None)
 
@@ -441,5 +476,6 @@ def separable_loss(
     def of_all(log_probs: Tensor, entropies: Tensor) -> Tensor:
         return total(_scattered(log_probs, rows, tokens.shape), _scattered(entropies, rows, tokens.shape))
 
-    loss: Tensor = _OnePass.apply(h, weight, bias, tiles, of_tile, of_all)
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss: Tensor = _OnePass.apply(h, weight, bias, tiles, of_tile, of_all)
     return loss

@@ -232,7 +232,7 @@ def _print_summary(folder: Path) -> None:
     table.add_row("seconds of training", f"{summary['seconds']:.0f}")
     table.add_row("tokens per second", f"{summary['tokens_per_second']:.0f}")
     table.add_row("time spent sampling", f"{summary['sampling_fraction']:.1%}")
-    table.add_row("time spent on credit and loss", f"{summary['credit_fraction']:.2%}")
+    table.add_row("time spent on credit", f"{summary['credit_fraction']:.2%}")
     table.add_row("peak memory", f"{summary['peak_memory_gib']:.1f} GiB")
     table.add_row("curve", str(folder / "curve.png"))
     table.add_row("advantages of the tokens", str(folder / "report.html"))

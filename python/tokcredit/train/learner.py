@@ -101,7 +101,7 @@ class Learner:
         Args:
             batch: The rollouts of this process, whole groups, with the inputs that the objective requires.
             number: Number of the step, from 1.
-            clock: Adds up the time spent on credit and loss.
+            clock: Adds up the time spent on credit, and on losses that are computed apart from the output layer.
         """
         with clock("credit"):
             prepared = self._over_ranks(self._prepare(batch, (number - 1) / max(self._settings.steps - 1, 1)))
@@ -170,17 +170,18 @@ class Learner:
         """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
         names, temperature = self._objective.variables, self._settings.sampling.temperature
         forward = collectors.ForwardPass(names, part.batch, self._model, None, self._teacher, temperature)
-        with self._accelerator.autocast():
-            if forward.layer is not None and isinstance(self._objective, FromHidden):
+        if forward.layer is not None and isinstance(self._objective, FromHidden):
+            with self._accelerator.autocast():
                 weight, bias, settings = forward.layer
                 hidden, settings = forward.final_hidden_states, {"temperature": temperature, **settings}
                 whole = self._objective.loss_from_hidden(part, hidden, weight, bias, **settings)
-                loss, found, log_probs, entropies = whole
-            else:
+            loss, found, log_probs, entropies = whole
+        else:
+            with self._accelerator.autocast():
                 log_probs, entropies = forward.log_probs.detach(), forward.entropies.detach()
                 variable, further = forward.read(names[0]), {name: forward.read(name) for name in names[1:]}
-                with clock("credit"):
-                    loss, found = self._objective.loss(part, variable, **further)
+            with clock("credit"):
+                loss, found = self._objective.loss(part, variable, **further)
         loss.backward()
         metrics = {**found, "entropy_mean": entropies[part.batch.response_mask].mean()}
         values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()

@@ -31,7 +31,8 @@ _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 def output_layer(model: Any) -> OutputLayer | None:
     """Return the output layer of a model, or None if its logits are not those of a linear layer on its hidden states.
 
-    The first time, the logits of a few tokens are compared with those of the model itself.
+    The first time, the logits of a few tokens are compared with those of the model itself, and again with hidden states
+    that are many times as large, where an unknown cap would show.
 
     Args:
         model: Causal language model of transformers.
@@ -63,16 +64,27 @@ def body(model: Any) -> Any:
 
 @torch.no_grad()
 def _agrees(model: Any, layer: OutputLayer) -> bool:
-    training, device = model.training, layer.weight.device
+    trained, device = [part for part in model.modules() if part.training], layer.weight.device
+    ids = torch.arange(4, device=device)[None] % layer.weight.shape[0]
     model.eval()
     try:
         with torch.autocast(device.type, enabled=False):
-            ids = torch.arange(4, device=device)[None] % layer.weight.shape[0]
-            hidden, logits = body(model)(ids, use_cache=False)[0], model(ids, use_cache=False).logits.float()
-            ours = head.log_probs_and_entropies(hidden, layer.weight, ids, layer.bias, **layer.settings)
+            return all(_agree_on(model, layer, ids, factor) for factor in (1.0, 64.0))
     finally:
-        model.train(training)
-    log_p = logits.log_softmax(-1)
-    expected = log_p.gather(-1, ids[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+        for part in trained:
+            part.training = True
+
+
+def _agree_on(model: Any, layer: OutputLayer, ids: Tensor, factor: float) -> bool:
+    hidden = body(model)(ids, use_cache=False)[0]
+    if hidden.shape != (*ids.shape, layer.weight.shape[1]) or hidden.dtype != layer.weight.dtype:
+        return False
+    enlarged = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0] * factor,))
+    try:
+        log_p = model(ids, use_cache=False).logits.float().log_softmax(-1)
+    finally:
+        enlarged.remove()
+    ours, _ = head.log_probs_and_entropies(hidden * factor, layer.weight, ids, layer.bias, **layer.settings)
+    expected = log_p.gather(-1, ids[..., None])[..., 0]
     tolerance = 1e-3 if layer.weight.dtype in (torch.float32, torch.float64) else 0.1
-    return all(torch.allclose(a.float(), b, tolerance, tolerance) for a, b in zip(ours, expected, strict=True))
+    return torch.allclose(ours.float(), expected, tolerance, tolerance)
