@@ -76,13 +76,16 @@ def targets(spans: Spans, gamma: float, values: Tensor | None = None, trace: flo
         float32, or float64 when ``values`` is, ``[N]``; 0 where masked.
 
     Raises:
-        ValueError: gamma is out of range, or values are missing.
+        TypeError: ``values`` is not a float tensor.
+        ValueError: gamma is out of range, values are missing, or their shape is wrong.
     """
     check_gamma(gamma)
+    require_spans("spans", spans)
+    if values is not None:
+        per_token("values", values, spans.size, spans.device)
     if trace == 1:
         exact = torch.expm1(remaining(spans) * math.log(gamma))
         return exact.to(torch.float32 if values is None or values.dtype != torch.float64 else torch.float64)
-    require_spans("spans", spans)
     if values is None:
         raise ValueError(f"values: expected float [{spans.size}] because trace is {trace}, got None")
     return torch.where(_inside(spans), values, 0) + advantages(values, spans, gamma, trace)
