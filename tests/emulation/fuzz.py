@@ -120,6 +120,9 @@ def sequences(d):
     count, longest = d.choice([(5, 6), (30, 40), (600, 5), (4, 3000)])
     count = d.integer(1, count)
     groups = d.integer(1, max(1, count // d.choice([1, 4, 600])))
+    if d.chance(0.02):  # about as many rows, and a third as many, as one block sorts
+        count, longest = d.choice([4096, 12_288]) + d.integer(-8, 8), 3
+        groups = d.integer(1, count // d.choice([16, 600]))
     big = d.choice([0, 2**33])
     texts = []
     for _ in range(count):

@@ -1,0 +1,54 @@
+"""What operations cost the host, counted on the emulator: launches, and pieces of scratch."""
+
+import pytest
+import torch
+
+from .fuzz import NODES
+from .operations import names
+
+pytestmark = pytest.mark.gpu
+
+ROWS, GROUP, LENGTH = 1024, 16, 8
+MOST = {"tree_build": (4, 1), "tree_fold": (1, 1), "tree_mean": (1, 1), "expand": (1, 0)}
+
+
+@pytest.fixture(scope="module")
+def emulator(request):
+    plugin = request.config.pluginmanager.get_plugin("tests.emulation.plugin")
+    if plugin is None:
+        pytest.skip("counted on the emulator: make test-emulated")
+    return plugin.emulator
+
+
+def batch(emulator):
+    """Arguments of all operations on the trees of groups of rows that share prefixes."""
+    numbers, nodes = torch.arange(ROWS), 2 * ROWS
+    arguments = {
+        "tokens": torch.randint(0, 2, (ROWS * LENGTH,)),
+        "begin": numbers * LENGTH,
+        "end": (numbers + 1) * LENGTH,
+        "group": numbers // GROUP,
+        "groups": ROWS // GROUP,
+        "leaf": torch.empty(ROWS, dtype=torch.int64),
+        **{k: torch.empty(nodes, dtype=torch.int64) for k in NODES},
+        "size": torch.empty((), dtype=torch.int64),
+        "x": torch.ones(ROWS),
+        "row": torch.ones(ROWS),
+        "body": torch.ones(nodes),
+        "change": True,
+        "threads": 1,
+    }
+    emulator.module.tree_build(*(arguments[name] for name in names("tree_build")))
+    return arguments
+
+
+@pytest.mark.parametrize("op", MOST)
+def test_trees_of_a_batch_take_few_launches(emulator, op):
+    arguments = batch(emulator)
+    shapes = {"tree_fold": ((2 * ROWS,), torch.float32), "tree_mean": ((2 * ROWS,), torch.float64)}
+    shape, dtype = shapes.get(op, ((ROWS * LENGTH,), torch.float32))
+    arguments["y"] = torch.empty(shape, dtype=dtype)
+    given = [arguments.get(name) for name in names(op)]
+    launches, allocations = emulator.work_of_host(lambda: getattr(emulator.module, op)(*given))
+    assert launches <= MOST[op][0]
+    assert allocations <= MOST[op][1]
