@@ -267,7 +267,7 @@ __device__ void find_nodes(Order &order, const Places &places, int64_t first, in
     return i == 0 || paths.owner[before] != owner || paths.depth[before] != depth;
   });
   const int64_t *names = paths.order;
-  // The node that a row parts from or ends with: of nodes that end before `depth`, those from `owner` on.
+  // How many named nodes come before one that ends at `depth` of `owner`.
   const auto count = [&](int64_t owner, int64_t depth) {
     return order.count_before(names, named, {owner, depth, 0, -1});
   };
