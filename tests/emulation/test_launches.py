@@ -9,7 +9,7 @@ from .operations import names
 pytestmark = pytest.mark.gpu
 
 ROWS, GROUP, LENGTH = 1024, 16, 8
-MOST = {"tree_build": (4, 1), "tree_fold": (1, 1), "tree_mean": (1, 1), "expand": (1, 0)}
+MOST = {"tree_build": (4, 1), "tree_fold": (1, 1), "tree_mean": (1, 1), "expand": (1, 0), "repack": (1, 0)}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,8 @@ def batch(emulator):
         "row": torch.ones(ROWS),
         "body": torch.ones(nodes),
         "change": True,
+        "source": numbers,
+        "target": numbers * LENGTH,
         "threads": 1,
     }
     emulator.module.tree_build(*(arguments[name] for name in names("tree_build")))
@@ -43,11 +45,13 @@ def batch(emulator):
 
 
 @pytest.mark.parametrize("op", MOST)
-def test_trees_of_a_batch_take_few_launches(emulator, op):
+def test_a_batch_takes_few_launches(emulator, op):
     arguments = batch(emulator)
     shapes = {"tree_fold": ((2 * ROWS,), torch.float32), "tree_mean": ((2 * ROWS,), torch.float64)}
     shape, dtype = shapes.get(op, ((ROWS * LENGTH,), torch.float32))
     arguments["y"] = torch.empty(shape, dtype=dtype)
+    if op == "repack":  # of rows; that of a tree is of nodes
+        arguments["length"] = torch.ones(ROWS, dtype=torch.int64)
     given = [arguments.get(name) for name in names(op)]
     launches, allocations = emulator.work_of_host(lambda: getattr(emulator.module, op)(*given))
     assert launches <= MOST[op][0]
