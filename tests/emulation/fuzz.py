@@ -261,7 +261,7 @@ def segment_ids(d):
 
 def select(d):
     rows, count, size = d.rows(most=3000)
-    dtype, ranks, scopes = d.choice(FLOATS), d.chance(0.5), d.choice([1, 2, 7])
+    dtype, ranks, scopes = d.choice(FLOATS), d.chance(0.5), d.choice([1, 2, 7, 40])
     return {
         **rows,
         "x": d.values(dtype, size),

@@ -111,8 +111,22 @@ BUGS = [
     Bug(
         "histograms start with what was there",
         "select.cu",
-        "  clear(op, queue, counts, most * bins * int64_t(sizeof *counts));\n",
+        "  if (i < size)\n    counts[i] = 0;\n",
         "",
+        "select",
+    ),
+    Bug(
+        "a digit is chosen before all blocks have counted",
+        "select.cu",
+        "memory_order_acq_rel",
+        "memory_order_relaxed",
+        "select",
+    ),
+    Bug(
+        "blocks that have counted are not forgotten",
+        "select.cu",
+        "pass, counts);\n  if (threadIdx.x == 0)\n    *finished = 0;\n",
+        "pass, counts);\n",
         "select",
     ),
     Bug(

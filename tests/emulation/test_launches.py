@@ -56,3 +56,16 @@ def test_a_batch_takes_few_launches(emulator, op):
     launches, allocations = emulator.work_of_host(lambda: getattr(emulator.module, op)(*given))
     assert launches <= MOST[op][0]
     assert allocations <= MOST[op][1]
+
+
+@pytest.mark.parametrize(("dtype", "ranks", "most"), [(torch.float32, False, 8), (torch.bfloat16, True, 4)])
+def test_a_selection_takes_a_launch_for_each_digit(emulator, dtype, ranks, most):
+    """Digits of eight bits: of the values, and of the places that decide ties; and a launch to begin and to end."""
+    size = ROWS * LENGTH
+    x, begin = torch.randn(size).to(dtype), torch.arange(ROWS) * LENGTH
+    scope, wanted = torch.zeros(ROWS, dtype=torch.int64), torch.tensor([size // 3])
+    y = torch.empty(1) if ranks else torch.empty(size, dtype=torch.bool)
+    given = [x, begin, begin + LENGTH, None, scope, wanted, ranks, y, 1]
+    launches, allocations = emulator.work_of_host(lambda: emulator.module.select(*given))
+    assert launches <= most
+    assert allocations <= 1
