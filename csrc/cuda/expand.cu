@@ -15,13 +15,13 @@ template <int width> struct alignas(width) Flags {
   bool item[width];
 };
 
-// `value` where the mask is true, else 0.
-template <class T> __device__ Vector<T> masked_vector(const bool *mask, T value) {
+// Stores `value` where the mask is true, else 0.
+template <class T> __device__ void store_masked(T *y, const bool *mask, T value) {
   constexpr int width = Vector<T>::width;
   const bool aligned = reinterpret_cast<uintptr_t>(mask) % width == 0;
   if constexpr (std::is_same_v<T, bool>)
-    if (aligned || !value)
-      return value ? load_vector(mask) : Vector<T>{};
+    if (aligned) // and `value` is true
+      return copy_vector(y, mask);
   Flags<width> kept;
   if (aligned) {
     kept = *reinterpret_cast<const Flags<width> *>(mask);
@@ -34,12 +34,14 @@ template <class T> __device__ Vector<T> masked_vector(const bool *mask, T value)
 #pragma unroll
   for (int k = 0; k < width; ++k)
     out.item[k] = kept.item[k] ? value : T{};
-  return out;
+  store_vector(y, out);
 }
 
 // y[first, last) = value, 0 where masked; by a warp.
 template <class T> __device__ void fill(T *y, const bool *mask, int64_t first, int64_t last, T value) {
   constexpr int width = Vector<T>::width;
+  if (std::is_same_v<T, bool> && !value)
+    mask = nullptr; // false everywhere
   const auto one = [&](int64_t t) { y[t] = !mask || mask[t] ? value : T{}; };
   // Up to the first aligned address, then whole vectors, then what is left.
   const int misplaced = int(reinterpret_cast<uintptr_t>(y + first) % 16 / sizeof(T));
@@ -50,7 +52,7 @@ template <class T> __device__ void fill(T *y, const bool *mask, int64_t first, i
   if (mask) {
 #pragma unroll 4
     for (int64_t t = body + lane_id() * width; t < end; t += 32 * width)
-      store_vector(y + t, masked_vector(mask + t, value));
+      store_masked(y + t, mask + t, value);
   } else {
     Vector<T> all;
 #pragma unroll

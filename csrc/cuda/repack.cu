@@ -8,30 +8,24 @@
 namespace tokcredit::cuda {
 namespace {
 
-using Bytes = Vector<uint8_t>;
-constexpr int width = Bytes::width;
+constexpr int width = 16;
 constexpr int64_t tile_bytes = 4096;
 
 __device__ int misplaced(const uint8_t *p) { return int(reinterpret_cast<uintptr_t>(p) % width); }
 
-// The sixteen bytes from `by` on, of the thirty-two at an aligned address.
-__device__ Bytes cut(const uint8_t *p, int by) {
-  const Bytes loaded[] = {load_vector(p), load_vector(p + width)};
-  uint64_t words[4], out[2];
-  memcpy(words, loaded, sizeof words);
+// Stores the sixteen bytes from `by` on, of the thirty-two at an aligned address.
+__device__ void cut_vector(uint8_t *to, const uint8_t *from, int by) {
+  const Vector<uint64_t> one = load_vector(reinterpret_cast<const uint64_t *>(from)),
+                         two = load_vector(reinterpret_cast<const uint64_t *>(from + width));
+  const uint64_t first = by < 8 ? one.item[0] : one.item[1], second = by < 8 ? one.item[1] : two.item[0],
+                 third = by < 8 ? two.item[0] : two.item[1];
   const int shift = by % 8 * 8;
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const uint64_t low = by < 8 ? words[k] : words[k + 1], high = by < 8 ? words[k + 1] : words[k + 2];
-    // Two shifts: one by the whole width would be undefined.
-    out[k] = low >> shift | high << 1 << (63 - shift);
-  }
-  Bytes bytes;
-  memcpy(&bytes, out, sizeof bytes);
-  return bytes;
+  // Two shifts to the left: one by the whole width would be undefined.
+  store_vector(reinterpret_cast<uint64_t *>(to), {{first >> shift | second << 1 << (63 - shift),
+                                                   second >> shift | third << 1 << (63 - shift)}});
 }
 
-// y[first, last) by a warp: one(t) is a byte, and all(t) those of [t, t + 16) if whole(t).
+// y[first, last) by a warp: one(t) is a byte, and all(t) stores those of [t, t + 16), if whole(t).
 template <class One, class Whole, class All>
 __device__ void write(uint8_t *y, int64_t first, int64_t last, One &&one, Whole &&whole, All &&all) {
   int64_t body = min(last, first + (width - misplaced(y + first)) % width);
@@ -45,7 +39,7 @@ __device__ void write(uint8_t *y, int64_t first, int64_t last, One &&one, Whole 
     y[first + lane_id()] = one(first + lane_id());
 #pragma unroll 4
   for (int64_t t = body + lane_id() * width; t < end; t += 32 * width)
-    store_vector(y + t, all(t));
+    all(t);
   if (end + lane_id() < last)
     y[end + lane_id()] = one(end + lane_id());
 }
@@ -53,7 +47,7 @@ __device__ void write(uint8_t *y, int64_t first, int64_t last, One &&one, Whole 
 __device__ void zero(uint8_t *y, int64_t first, int64_t last) {
   write(
       y, first, last, [](int64_t) { return uint8_t(0); }, [](int64_t) { return true; },
-      [](int64_t) { return Bytes{}; });
+      [&](int64_t t) { store_vector(reinterpret_cast<uint64_t *>(y + t), {}); });
 }
 
 // y[t] = x[t + moved] for t in [first, last); x has `size` bytes.
@@ -64,12 +58,12 @@ __device__ void copy(uint8_t *y, int64_t first, int64_t last, const uint8_t *x, 
   if (by == 0)
     write(
         y, first, last, one, [](int64_t) { return true; },
-        [&](int64_t t) { return load_vector(x + t + moved); });
+        [&](int64_t t) { copy_vector(y + t, x + t + moved); });
   else
     write(
         y, first, last, one,
         [&](int64_t t) { return t + moved - by >= 0 && t + moved - by + 2 * width <= size; },
-        [&](int64_t t) { return cut(x + t + moved - by, by); });
+        [&](int64_t t) { cut_vector(y + t, x + t + moved - by, by); });
 }
 
 __global__ void __launch_bounds__(block_threads) repack_tiles(Repack p, int64_t bytes, int64_t tiles) {
