@@ -133,6 +133,13 @@ __global__ void __launch_bounds__(block_threads, 6)
     count_digits(Select s, Goal<Key> *goals, Pass<Key> pass, int64_t span, unsigned long long *counts,
                  unsigned *finished) {
   const T *x = static_cast<const T *>(s.x);
+  if (pass.index && finished) { // few scopes: often none of them has ties to place
+    bool any = false;
+    for (int g = 0; g < int(pass.scopes); ++g)
+      any |= goals[g].status == by_index;
+    if (!any)
+      return;
+  }
   __shared__ unsigned shared[warps_per_block][bins];
   unsigned *own = shared[threadIdx.x / 32];
   for (int b = lane_id(); b < bins; b += 32)

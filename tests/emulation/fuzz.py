@@ -124,7 +124,7 @@ def sequences(d):
     groups = d.integer(1, max(1, count // d.choice([1, 4, 600])))
     if d.chance(0.01):  # about as many rows, and a third as many, as one block sorts
         count, longest = d.choice([4096, 12_288]) + d.integer(-8, 8), 3
-        groups = d.integer(count // 100, count // 16)
+        groups = d.integer(count // 600, count // 100)
     big = d.choice([0, 2**33])
     texts = []
     for _ in range(count):
