@@ -58,12 +58,12 @@ __global__ void find_starts(const Key *sorted, int64_t size, int64_t *starts, in
 }
 
 // Keys and values of one block's sort are 16 bits wide, which holds them in its shared memory.
-constexpr int sorting_threads = 1024, sorted_per_thread = 12;
+constexpr int sorting_threads = 512, sorted_per_thread = 24;
 constexpr int64_t most_sorted_by_block = sorting_threads * sorted_per_thread;
 
 __device__ inline void sort_blocked_to_striped(uint16_t (&key)[sorted_per_thread],
                                                uint16_t (&value)[sorted_per_thread], int bits) {
-  // Four bits in each pass. Counters are read twice (false): so many threads have no registers to keep them.
+  // Four bits in each pass. Counters are read twice (false): there are no registers to keep them.
   using Sort = cub::BlockRadixSort<uint16_t, sorting_threads, sorted_per_thread, uint16_t, 4, false>;
   __shared__ typename Sort::TempStorage scratch;
   Sort(scratch).SortBlockedToStriped(key, value, 0, bits);

@@ -306,7 +306,7 @@ __device__ void sum_nodes(const Numbers &numbers, int64_t rows) {
 
 // A block per group. With `finished`, which counts blocks, the last of them sums the nodes of all rows.
 template <class Token>
-__global__ void __launch_bounds__(most_threads)
+__global__ void __launch_bounds__(most_threads, 2)
     search_groups(TreeBuild b, Places places, Numbers numbers, unsigned *finished) {
   __shared__ int64_t near[Paths::arrays * near_rows];
   __shared__ bool is_last;
