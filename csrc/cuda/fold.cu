@@ -1,6 +1,6 @@
 // From the leaves to the roots, in the order of the CPU: to a node come first the rows that end there, then
 // its children from the last number to the first. Sorting rows and children by where they go gives each node
-// its list; the thread that finishes a node's last child goes on with the node.
+// its list; the thread that finishes a node's last child goes on with the node. Few nodes take one block.
 #include "cuda/sort.cuh"
 #include "math/mean.hpp"
 #include "ops/tree.hpp"
@@ -14,6 +14,13 @@ struct Forest {
   int64_t rows, capacity;
 };
 
+// Items are rows, then nodes from the last to the first. An item's key is the node it goes to, or V for none.
+struct Lists {
+  const uint32_t *items;
+  const int64_t *starts;
+  unsigned *finished; // children of each node that are
+};
+
 template <class T> struct Scaled {
   using Sum = double;
   const T *x, *scale;
@@ -21,11 +28,12 @@ template <class T> struct Scaled {
 
   __device__ void add(Sum &sum, int64_t row) const { sum += double(x[row]); }
   __device__ void merge(Sum &sum, const Sum &child) const { sum += child; }
-  __device__ void finish(Sum &sum, int64_t v) const {
+  __device__ void finish(Sum &sum, int64_t v, bool) const {
     if (scale)
       sum *= double(scale[v]);
     y[v] = T(sum);
   }
+  __device__ void finish_child(const Sum &, int64_t, const Sum &) const {}
 };
 
 template <class T> struct Average {
@@ -33,74 +41,116 @@ template <class T> struct Average {
   const T *x;
   const bool *counts;
   double *y;
+  bool change;
 
   __device__ void add(Sum &sum, int64_t row) const {
     if (!counts || counts[row])
       sum.add(double(x[row]));
   }
   __device__ void merge(Sum &sum, const Sum &child) const { sum.merge(child); }
-  __device__ void finish(Sum &sum, int64_t v) const { y[v] = sum.value(); }
+  // A change from the parent's mean is known with the parent.
+  __device__ void finish(const Sum &sum, int64_t v, bool is_root) const {
+    if (!change || is_root)
+      y[v] = change ? 0 : sum.value();
+  }
+  __device__ void finish_child(const Sum &child, int64_t v, const Sum &sum) const {
+    if (change)
+      y[v] = child.value() - sum.value();
+  }
 };
 
-// Items: rows, then nodes from the last to the first. An item's key is the node it goes to, or V for none.
-__global__ void make_items(Forest f, uint32_t *keys, uint32_t *items) {
-  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, R = f.rows, V = f.capacity;
-  if (i >= R + V)
-    return;
+__device__ uint32_t key_of(const Forest &f, int64_t i) {
+  const int64_t R = f.rows, V = f.capacity;
   const int64_t to = i < R ? f.leaf[i] : f.parent[R + V - 1 - i];
-  keys[i] = uint32_t(to < 0 || to >= V ? V : to);
-  items[i] = uint32_t(i);
+  return uint32_t(to < 0 || to >= V ? V : to);
 }
 
-template <class Body>
-__global__ void __launch_bounds__(block_threads)
-    fold(Forest f, Body body, const uint32_t *items, const int64_t *starts, typename Body::Sum *sums,
-         unsigned *finished) {
+__global__ void make_items(Forest f, uint32_t *keys, uint32_t *items, unsigned *finished) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i >= f.rows + f.capacity)
+    return;
+  keys[i] = key_of(f, i);
+  items[i] = uint32_t(i);
+  if (i < f.capacity)
+    finished[i] = 0;
+}
+
+// Goes up from node v, if it has no children, as far as this thread is the last to come.
+template <::cuda::thread_scope scope, class Body>
+__device__ void climb(const Forest &f, const Body &body, const Lists &lists, typename Body::Sum *sums,
+                      int64_t v) {
   const int64_t R = f.rows, V = f.capacity;
-  int64_t v = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  const uint32_t *items = lists.items;
   // Rows come before children in a node's list, so one look at its end tells a node without children.
-  if (v >= V || (starts[v] < starts[v + 1] && items[starts[v + 1] - 1] >= R))
+  if (lists.starts[v] < lists.starts[v + 1] && items[lists.starts[v + 1] - 1] >= R)
     return;
   while (v >= 0) {
+    const int64_t first = lists.starts[v], last = lists.starts[v + 1], parent = f.parent[v];
+    const bool is_root = parent < 0 || parent >= V;
     typename Body::Sum sum{};
-    for (int64_t k = starts[v]; k < starts[v + 1]; ++k)
-      items[k] < R ? body.add(sum, items[k]) : body.merge(sum, sums[R + V - 1 - items[k]]);
-    body.finish(sum, v);
-    sums[v] = sum;
-    v = f.parent[v];
-    if (v < 0 || v >= V)
+    int64_t k = first;
+    for (; k < last && items[k] < R; ++k)
+      body.add(sum, items[k]);
+    const int64_t children = k;
+    for (; k < last; ++k)
+      body.merge(sum, sums[R + V - 1 - items[k]]);
+    body.finish(sum, v, is_root);
+    for (k = children; k < last; ++k)
+      body.finish_child(sums[R + V - 1 - items[k]], R + V - 1 - items[k], sum);
+    if (is_root)
       return;
-    unsigned children = 0;
-    for (int64_t k = starts[v + 1]; k-- > starts[v] && items[k] >= R;)
-      ++children;
+    sums[v] = sum;
+    v = parent;
+    unsigned siblings = 0;
+    for (k = lists.starts[v + 1]; k-- > lists.starts[v] && items[k] >= R;)
+      ++siblings;
     // Releases this node's sum, and acquires those of its siblings if it is the last.
-    const unsigned before = ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device>(finished[v])
+    const unsigned before = ::cuda::atomic_ref<unsigned, scope>(lists.finished[v])
                                 .fetch_add(1u, ::cuda::std::memory_order_acq_rel);
-    if (before + 1 != children)
+    if (before + 1 != siblings)
       return;
   }
 }
 
-template <class Body> void fold_all(const char *op, const Forest &f, const Body &body, Queue &queue) {
-  const int64_t V = f.capacity, items = f.rows + V;
-  check_fits(op, "rows and nodes", items);
-  uint32_t *keys = queue.allocate_array<uint32_t>(items), *made = queue.allocate_array<uint32_t>(items);
-  launch(op, queue, make_items, ceil_div(items, block_threads), block_threads, f, keys, made);
-  const auto sorted = sort_pairs(op, queue, static_cast<const uint32_t *>(keys),
-                                 static_cast<const uint32_t *>(made), items, bits_of(uint64_t(V)));
-  const int64_t *starts = starts_of(op, queue, sorted.keys, items, V);
-  auto *sums = queue.allocate_array<typename Body::Sum>(V);
-  unsigned *finished = queue.allocate_array<unsigned>(V);
-  clear(op, queue, finished, V * int64_t(sizeof *finished));
-  launch(op, queue, fold<Body>, ceil_div(V, block_threads), block_threads, f, body, sorted.values, starts,
-         sums, finished);
+template <class Body>
+__global__ void __launch_bounds__(block_threads)
+    fold(Forest f, Body body, Lists lists, typename Body::Sum *sums) {
+  const int64_t v = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (v < f.capacity)
+    climb<::cuda::thread_scope_device>(f, body, lists, sums, v);
 }
 
-// A parent's mean is taken away; a root has 0.
-__global__ void subtract_parents(const int64_t *parent, const double *mean, double *y, int64_t nodes) {
-  const int64_t v = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (v < nodes)
-    y[v] = parent[v] < 0 || parent[v] >= nodes ? 0 : mean[v] - mean[parent[v]];
+template <class Body>
+__global__ void __launch_bounds__(sorting_threads)
+    fold_by_block(Forest f, Body body, int bits, uint32_t *keys, uint32_t *items, int64_t *starts,
+                  unsigned *finished, typename Body::Sum *sums) {
+  for (int64_t v = threadIdx.x; v < f.capacity; v += sorting_threads)
+    finished[v] = 0;
+  sort_by_block(
+      f.rows + f.capacity, bits, [&](int64_t i) { return key_of(f, i); }, keys, items, starts, f.capacity);
+  for (int64_t v = threadIdx.x; v < f.capacity; v += sorting_threads)
+    climb<::cuda::thread_scope_block>(f, body, {items, starts, finished}, sums, v);
+}
+
+template <class Body> void fold_all(const char *op, const Forest &f, const Body &body, Queue &queue) {
+  const int64_t V = f.capacity, size = f.rows + V;
+  const int bits = bits_of(uint64_t(V));
+  check_fits(op, "rows and nodes", size);
+  uint32_t *keys, *items;
+  int64_t *starts;
+  unsigned *finished;
+  typename Body::Sum *sums;
+  allocate_together(queue, Wanted{keys, size}, Wanted{items, size}, Wanted{starts, V + 1},
+                    Wanted{finished, V}, Wanted{sums, V});
+  if (size <= most_sorted_by_block) {
+    launch(op, queue, fold_by_block<Body>, 1, sorting_threads, f, body, bits, keys, items, starts, finished,
+           sums);
+    return;
+  }
+  launch(op, queue, make_items, ceil_div(size, block_threads), block_threads, f, keys, items, finished);
+  const auto sorted = sort_pairs<uint32_t, uint32_t>(op, queue, keys, items, size, bits);
+  const Lists lists{sorted.values, starts_of(op, queue, sorted.keys, size, V), finished};
+  launch(op, queue, fold<Body>, ceil_div(V, block_threads), block_threads, f, body, lists, sums);
 }
 
 template <class T> void fold_scaled(const TreeFold &f, Queue &queue) {
@@ -108,8 +158,8 @@ template <class T> void fold_scaled(const TreeFold &f, Queue &queue) {
   fold_all("tree_fold", {f.leaf, f.parent, f.rows, f.capacity}, body, queue);
 }
 
-template <class T> void fold_average(const TreeMean &f, double *y, Queue &queue) {
-  const Average<T> body{static_cast<const T *>(f.x), f.counts, y};
+template <class T> void fold_average(const TreeMean &f, Queue &queue) {
+  const Average<T> body{static_cast<const T *>(f.x), f.counts, f.y, f.change};
   fold_all("tree_mean", {f.leaf, f.parent, f.rows, f.capacity}, body, queue);
 }
 
@@ -120,11 +170,7 @@ void tree_fold(const TreeFold &f, Queue &queue) {
 }
 
 void tree_mean(const TreeMean &f, Queue &queue) {
-  double *mean = f.change ? queue.allocate_array<double>(f.capacity) : f.y;
-  f.type == Type::f64 ? fold_average<double>(f, mean, queue) : fold_average<float>(f, mean, queue);
-  if (f.change)
-    launch("tree_mean", queue, subtract_parents, ceil_div(f.capacity, block_threads), block_threads, f.parent,
-           static_cast<const double *>(mean), f.y, f.capacity);
+  f.type == Type::f64 ? fold_average<double>(f, queue) : fold_average<float>(f, queue);
 }
 
 } // namespace tokcredit::cuda

@@ -1,56 +1,99 @@
 // Each warp writes a tile of the target: the rows that lie there, from wherever they were, and zeros between.
+// Types do not matter, so bytes are moved. Sixteen are stored at once; where the source lies at another
+// distance from an address that allows it, they are cut out of two loads.
 #include "cuda/tile.cuh"
+#include "cuda/vector.cuh"
 #include "ops/repack.hpp"
 
 namespace tokcredit::cuda {
 namespace {
 
-__global__ void find_ends(Repack p, int64_t *end) {
-  const int64_t r = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (r < p.rows)
-    end[r] = p.to[r] + p.length[r];
+constexpr int width = 16;
+constexpr int64_t tile_bytes = 4096;
+
+__device__ int misplaced(const uint8_t *p) { return int(reinterpret_cast<uintptr_t>(p) % width); }
+
+// Stores the sixteen bytes from `by` on, of the thirty-two at an aligned address.
+__device__ void cut_vector(uint8_t *to, const uint8_t *from, int by) {
+  const Vector<uint64_t> one = load_vector(reinterpret_cast<const uint64_t *>(from)),
+                         two = load_vector(reinterpret_cast<const uint64_t *>(from + width));
+  const uint64_t first = by < 8 ? one.item[0] : one.item[1], second = by < 8 ? one.item[1] : two.item[0],
+                 third = by < 8 ? two.item[0] : two.item[1];
+  const int shift = by % 8 * 8;
+  // Two shifts to the left: one by the whole width would be undefined.
+  store_vector(reinterpret_cast<uint64_t *>(to), {{first >> shift | second << 1 << (63 - shift),
+                                                   second >> shift | third << 1 << (63 - shift)}});
 }
 
-template <class T>
-__global__ void __launch_bounds__(block_threads) repack_tiles(Repack p, Rows target, int64_t tiles) {
-  const T *x = static_cast<const T *>(p.x);
-  T *y = static_cast<T *>(p.y);
+// y[first, last) by a warp: one(t) is a byte, and all(t) stores those of [t, t + 16), if whole(t).
+template <class One, class Whole, class All>
+__device__ void write(uint8_t *y, int64_t first, int64_t last, One &&one, Whole &&whole, All &&all) {
+  int64_t body = min(last, first + (width - misplaced(y + first)) % width);
+  int64_t end = body + (last - body) / width * width;
+  if (body < end && !whole(body))
+    body += width;
+  if (body < end && !whole(end - width))
+    end -= width;
+  // On either side of the whole vectors are fewer bytes than lanes.
+  if (first + lane_id() < body)
+    y[first + lane_id()] = one(first + lane_id());
+#pragma unroll 4
+  for (int64_t t = body + lane_id() * width; t < end; t += 32 * width)
+    all(t);
+  if (end + lane_id() < last)
+    y[end + lane_id()] = one(end + lane_id());
+}
+
+__device__ void zero(uint8_t *y, int64_t first, int64_t last) {
+  write(
+      y, first, last, [](int64_t) { return uint8_t(0); }, [](int64_t) { return true; },
+      [&](int64_t t) { store_vector(reinterpret_cast<uint64_t *>(y + t), {}); });
+}
+
+// y[t] = x[t + moved] for t in [first, last); x has `size` bytes.
+__device__ void copy(uint8_t *y, int64_t first, int64_t last, const uint8_t *x, int64_t size, int64_t moved) {
+  const auto one = [&](int64_t t) { return x[t + moved]; };
+  // The same for all vectors, which are sixteen bytes apart in y.
+  const int by = misplaced(x + first + moved + (width - misplaced(y + first)));
+  if (by == 0)
+    write(
+        y, first, last, one, [](int64_t) { return true; },
+        [&](int64_t t) { copy_vector(y + t, x + t + moved); });
+  else
+    write(
+        y, first, last, one,
+        [&](int64_t t) { return t + moved - by >= 0 && t + moved - by + 2 * width <= size; },
+        [&](int64_t t) { cut_vector(y + t, x + t + moved - by, by); });
+}
+
+__global__ void __launch_bounds__(block_threads) repack_tiles(Repack p, int64_t bytes, int64_t tiles) {
+  const auto *x = static_cast<const uint8_t *>(p.x);
+  auto *y = static_cast<uint8_t *>(p.y);
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (place >= tiles)
     return;
-  const int64_t from = place * tile_size, to = min(from + tile_size, p.size);
-  each_piece<false>(
-      target, from, to,
-      [&](int64_t r, int64_t first, int64_t last, bool, bool) {
-        const int64_t moved = p.from[r] - p.to[r];
-#pragma unroll 4
-        for (int64_t t = first + lane_id(); t < last; t += 32)
-          y[t] = t + moved >= 0 && t + moved < p.source ? x[t + moved] : T{};
-      },
-      [&](int64_t first, int64_t last) { fill_zero(y, first, last); });
-}
-
-template <class T> void repack_as(const Repack &p, const Rows &target, Queue &queue) {
-  const int64_t tiles = tiles_of(p.size);
-  launch("repack", queue, repack_tiles<T>, ceil_div(tiles, warps_per_block), block_threads, p, target, tiles);
+  const int64_t tile = tile_bytes / bytes, low = place * tile, high = min(low + tile, p.size);
+  int64_t done = low;
+  // From the last row that begins before the tile or with it.
+  for (int64_t r = max(count_at_most(p.to, p.rows, low) - 1, int64_t(0)); r < p.rows && p.to[r] < high; ++r) {
+    const int64_t to = max(p.to[r], int64_t(0)), length = min(max(p.length[r], int64_t(0)), p.size - to);
+    const int64_t moved = min(max(p.from[r], -p.size), p.source) - to;
+    // Inside the tile and inside the source.
+    const int64_t first = max(max(to, done), -moved), last = min(min(to + length, high), p.source - moved);
+    if (first >= last)
+      continue;
+    zero(y, done * bytes, first * bytes);
+    copy(y, first * bytes, last * bytes, x, p.source * bytes, moved * bytes);
+    done = last;
+  }
+  zero(y, done * bytes, high * bytes);
 }
 
 } // namespace
 
 void repack(const Repack &p, Queue &queue) {
-  int64_t *end = queue.allocate_array<int64_t>(p.rows);
-  launch("repack", queue, find_ends, ceil_div(p.rows, block_threads), block_threads, p, end);
-  const Rows target{p.to, end, nullptr, p.rows, p.size};
-  switch (bytes_of(p.type)) {
-  case 8:
-    return repack_as<uint64_t>(p, target, queue);
-  case 4:
-    return repack_as<uint32_t>(p, target, queue);
-  case 2:
-    return repack_as<uint16_t>(p, target, queue);
-  default:
-    return repack_as<uint8_t>(p, target, queue);
-  }
+  const int64_t bytes = bytes_of(p.type), tiles = ceil_div(p.size * bytes, tile_bytes);
+  launch("repack", queue, repack_tiles, ceil_div(tiles, warps_per_block), block_threads, p, bytes, tiles);
 }
 
 } // namespace tokcredit::cuda

@@ -5,12 +5,14 @@
 #include "math/dispatch.hpp"
 #include "math/order.hpp"
 #include "ops/select.hpp"
+#include <cuda/atomic>
 
 namespace tokcredit::cuda {
 namespace {
 
 constexpr int bins = 256;
-constexpr int64_t batch = 65536; // scopes that have histograms at one time: 128 MiB of them
+constexpr int64_t batch = 65536;             // scopes that have histograms at one time: 128 MiB of them
+constexpr int64_t few = 2 * warps_per_block; // scopes that the last block to count can go on with
 
 enum Status : int32_t { nothing, everything, by_key, by_index, found };
 
@@ -23,10 +25,14 @@ template <class Key> struct Goal {
 };
 
 template <class Key> struct Pass {
-  bool index;   // of the index, else of the key
-  bool crowded; // neighbours often agree: the leading digits of the key
+  bool index; // of the index, else of the key
+  bool ranks;
+  bool first; // of the key, or of the index
   int shift;
   int64_t first_scope, scopes; // the batch
+
+  // Neighbours often agree in the leading digits of the key.
+  __device__ bool crowded() const { return first && !index; }
 
   // The eight bits that this pass counts, or -1 for a token that no longer competes.
   __device__ int digit(const Goal<Key> &goal, Key key, int64_t t) const {
@@ -39,10 +45,101 @@ template <class Key> struct Pass {
 
 template <class T> using key_t = decltype(order_key(T()));
 
-template <class T, class Key = key_t<T>>
+template <class Key>
+__global__ void start(Goal<Key> *goals, int64_t scopes, unsigned long long *counts, int64_t size,
+                      unsigned *finished) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i < scopes)
+    goals[i] = {0, 0, 0, by_key};
+  if (i < size)
+    counts[i] = 0;
+  if (i == 0)
+    *finished = 0;
+}
+
+// Finds the digit in which the wanted rank of a scope of the batch falls, and clears its counts for the next
+// pass; by a warp.
+template <class Key>
+__device__ void choose_digit(int64_t place, Goal<Key> *goals, const int64_t *wanted, const Pass<Key> &pass,
+                             unsigned long long *counts) {
+  const int64_t g = pass.first_scope + place;
+  Goal<Key> goal = goals[g];
+  if (goal.status != (pass.index ? by_index : by_key))
+    return;
+  __syncwarp(); // all lanes have read the goal that one of them will change
+  // Keys from the largest digit down, indices from the smallest up; eight digits per lane.
+  constexpr int own = bins / 32;
+  const auto digit = [&](int b) {
+    const int walk = lane_id() * own + b;
+    return pass.index ? walk : bins - 1 - walk;
+  };
+  counts += place * bins;
+  long long sum = 0;
+#pragma unroll
+  for (int b = 0; b < own; ++b)
+    sum += static_cast<long long>(counts[digit(b)]);
+  long long upto = sum;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const long long before = __shfl_sync(all_lanes, upto, lane_id() >= step ? lane_id() - step : lane_id());
+    upto += lane_id() >= step ? before : 0;
+  }
+  if (pass.first && !pass.index) {
+    const int64_t total = __shfl_sync(all_lanes, upto, 31), k = wanted[g];
+    const bool inside = k >= 0 && k < total;
+    goal.rank = pass.ranks ? total - 1 - k : k - 1;
+    if (pass.ranks ? !inside : k <= 0 || k >= total) {
+      goal.rank = -1; // in no digit
+      if (lane_id() == 0)
+        goals[g].status = !pass.ranks && k > 0 ? everything : nothing;
+    }
+  }
+  long long before = upto - sum;
+  for (int b = 0; b < own; ++b) {
+    const int d = digit(b);
+    const long long count = static_cast<long long>(counts[d]);
+    counts[d] = 0;
+    if (goal.rank >= before && goal.rank < before + count) {
+      Goal<Key> next = goal;
+      next.rank = goal.rank - before;
+      if (pass.index)
+        next.index |= int64_t(d) << pass.shift;
+      else
+        next.key |= Key(d) << pass.shift;
+      if (pass.shift == 0) {
+        const bool all = pass.index || pass.ranks || next.rank + 1 == count;
+        next.status = all ? found : by_index;
+        if (!pass.index)
+          next.index = all ? INT64_MAX : 0;
+      }
+      goals[g] = next;
+    }
+    before += count;
+  }
+}
+
+template <class Key>
 __global__ void __launch_bounds__(block_threads)
-    count_digits(Select s, const Goal<Key> *goals, Pass<Key> pass, int64_t span, unsigned long long *counts) {
+    choose_digits(Goal<Key> *goals, const int64_t *wanted, Pass<Key> pass, unsigned long long *counts) {
+  const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
+  if (place < pass.scopes)
+    choose_digit(place, goals, wanted, pass, counts);
+}
+
+// Six blocks at once on a multiprocessor, so that enough loads are on their way: what the last block does
+// must not take registers from that.
+template <class T, class Key = key_t<T>>
+__global__ void __launch_bounds__(block_threads, 6)
+    count_digits(Select s, Goal<Key> *goals, Pass<Key> pass, int64_t span, unsigned long long *counts,
+                 unsigned *finished) {
   const T *x = static_cast<const T *>(s.x);
+  if (pass.index && finished) { // few scopes: often none of them has ties to place
+    bool any = false;
+    for (int g = 0; g < int(pass.scopes); ++g)
+      any |= goals[g].status == by_index;
+    if (!any)
+      return;
+  }
   __shared__ unsigned shared[warps_per_block][bins];
   unsigned *own = shared[threadIdx.x / 32];
   for (int b = lane_id(); b < bins; b += 32)
@@ -59,10 +156,8 @@ __global__ void __launch_bounds__(block_threads)
     __syncwarp();
   };
   const int64_t from = (blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32) * span;
-  if (from >= s.rows.size)
-    return;
   each_piece<false>(
-      s.rows, from, min(from + span, s.rows.size),
+      s.rows, min(from, s.rows.size), min(from + span, s.rows.size),
       [&](int64_t r, int64_t first, int64_t last, bool, bool) {
         const int64_t g = s.scope[r];
         if (g < pass.first_scope || g >= pass.first_scope + pass.scopes)
@@ -81,7 +176,7 @@ __global__ void __launch_bounds__(block_threads)
           for (int k = 0; k < quad; ++k) {
             const Key key = order_key(values.item[k]);
             const int d = live.item[k] ? pass.digit(goal, key, t + k) : -1;
-            if (!pass.crowded) {
+            if (!pass.crowded()) {
               if (d >= 0)
                 atomicAdd(own + d, 1u);
               continue;
@@ -96,76 +191,23 @@ __global__ void __launch_bounds__(block_threads)
       },
       [](int64_t, int64_t) {});
   flush();
-}
-
-template <class Key> __global__ void start(Goal<Key> *goals, int64_t scopes) {
-  const int64_t g = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  if (g < scopes)
-    goals[g] = {0, 0, 0, by_key};
-}
-
-// A warp per scope finds the digit in which the wanted rank falls, and clears the counts for the next pass.
-template <class Key>
-__global__ void __launch_bounds__(block_threads)
-    choose_digits(Goal<Key> *goals, const int64_t *wanted, bool ranks, Pass<Key> pass, bool first, bool last,
-                  unsigned long long *counts) {
-  const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
-  if (place >= pass.scopes)
+  if (!finished)
     return;
-  const int64_t g = pass.first_scope + place;
-  Goal<Key> goal = goals[g];
-  if (goal.status != (pass.index ? by_index : by_key))
+  // The last block has all counts, and goes on with them.
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0)
+    is_last = ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device>(*finished).fetch_add(
+                  1u, ::cuda::std::memory_order_acq_rel) +
+                  1 ==
+              gridDim.x;
+  __syncthreads();
+  if (!is_last)
     return;
-  __syncwarp(); // all lanes have read the goal that one of them will change
-  // Keys from the largest digit down, indices from the smallest up; eight digits per lane.
-  constexpr int own = bins / 32;
-  long long count[own], sum = 0;
-#pragma unroll
-  for (int b = 0; b < own; ++b) {
-    const int walk = lane_id() * own + b, digit = pass.index ? walk : bins - 1 - walk;
-    count[b] = static_cast<long long>(counts[place * bins + digit]);
-    counts[place * bins + digit] = 0;
-    sum += count[b];
-  }
-  long long upto = sum;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const long long before = __shfl_sync(all_lanes, upto, lane_id() >= step ? lane_id() - step : lane_id());
-    upto += lane_id() >= step ? before : 0;
-  }
-  if (first && !pass.index) {
-    const int64_t total = __shfl_sync(all_lanes, upto, 31), k = wanted[g];
-    const bool inside = k >= 0 && k < total;
-    if (ranks ? !inside : k <= 0 || k >= total) {
-      if (lane_id() == 0)
-        goals[g].status = !ranks && k > 0 ? everything : nothing;
-      return;
-    }
-    goal.rank = ranks ? total - 1 - k : k - 1;
-  }
-  long long before = upto - sum;
-  if (goal.rank < before || goal.rank >= upto)
-    return; // another lane's digits
-#pragma unroll
-  for (int b = 0; b < own; ++b) {
-    if (goal.rank >= before && goal.rank < before + count[b]) {
-      const int walk = lane_id() * own + b;
-      Goal<Key> next = goal;
-      next.rank = goal.rank - before;
-      if (pass.index)
-        next.index |= int64_t(walk) << pass.shift;
-      else
-        next.key |= Key(bins - 1 - walk) << pass.shift;
-      if (last) {
-        const bool all = pass.index || ranks || next.rank + 1 == count[b];
-        next.status = all ? found : by_index;
-        if (!pass.index)
-          next.index = all ? INT64_MAX : 0;
-      }
-      goals[g] = next;
-    }
-    before += count[b];
-  }
+  for (int64_t place = threadIdx.x / 32; place < pass.scopes; place += warps_per_block)
+    choose_digit(place, goals, s.wanted, pass, counts);
+  if (threadIdx.x == 0)
+    *finished = 0;
 }
 
 template <class T, class Key = key_t<T>>
@@ -212,11 +254,15 @@ __global__ void write_values(const Goal<key_t<T>> *goals, accumulate_t<T> *value
 // The thresholds of all scopes. For values of a rank (`ranks`) ties do not matter.
 template <class T> const Goal<key_t<T>> *find(const char *op, const Select &s, bool ranks, Queue &queue) {
   using Key = key_t<T>;
-  auto *goals = queue.allocate_array<Goal<Key>>(s.scopes);
-  const int64_t most = s.scopes < batch ? s.scopes : batch;
-  auto *counts = queue.allocate_array<unsigned long long>(most * bins);
-  clear(op, queue, counts, most * bins * int64_t(sizeof *counts));
-  launch(op, queue, start<Key>, ceil_div(s.scopes, block_threads), block_threads, goals, s.scopes);
+  const int64_t most = s.scopes < batch ? s.scopes : batch, size = most * bins;
+  Goal<Key> *goals;
+  unsigned long long *counts;
+  unsigned *finished;
+  allocate_together(queue, Wanted{goals, s.scopes}, Wanted{counts, size}, Wanted{finished, 1});
+  launch(op, queue, start<Key>, ceil_div(size > s.scopes ? size : s.scopes, block_threads), block_threads,
+         goals, s.scopes, counts, size, finished);
+  if (s.scopes > few)
+    finished = nullptr;
   // Long spans empty the shared counts less often; short ones keep a whole device busy.
   int64_t span = tile_size;
   while (span < 16 * tile_size && s.rows.size / span > 16384)
@@ -229,10 +275,11 @@ template <class T> const Goal<key_t<T>> *find(const char *op, const Select &s, b
     const int64_t scopes = s.scopes - low < batch ? s.scopes - low : batch;
     const auto run = [&](bool index, int bits) {
       for (int shift = bits - 8; shift >= 0; shift -= 8) {
-        const Pass<Key> pass{index, !index && shift == bits - 8, shift, low, scopes};
-        launch(op, queue, count_digits<T>, blocks, block_threads, s, goals, pass, span, counts);
-        launch(op, queue, choose_digits<Key>, ceil_div(scopes, warps_per_block), block_threads, goals,
-               s.wanted, ranks, pass, shift == bits - 8, shift == 0, counts);
+        const Pass<Key> pass{index, ranks, shift == bits - 8, shift, low, scopes};
+        launch(op, queue, count_digits<T>, blocks, block_threads, s, goals, pass, span, counts, finished);
+        if (!finished)
+          launch(op, queue, choose_digits<Key>, ceil_div(scopes, warps_per_block), block_threads, goals,
+                 s.wanted, pass, counts);
       }
     };
     run(false, int(sizeof(Key)) * 8);

@@ -13,7 +13,8 @@
 //     all in one group    node  3: "d E"           row 1        parent 1     leaf of row 1
 //                         node  4: "e E"           row 2        parent 0     leaf of row 2
 //
-// Time: one comparison per token of the shared prefixes, plus O(G) child look-ups per row.
+// Time: one comparison per token of the shared prefixes, plus on the CPU O(G) child look-ups per row, and on
+// CUDA one sort of a group's rows for each branching that follows another along a path.
 #pragma once
 #include "ops/array.hpp"
 

@@ -2,6 +2,7 @@
 #include "state.hpp"
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 namespace emulation {
 namespace {
@@ -121,6 +122,18 @@ int reduce_add(int x, Site site) {
   for (unsigned l = 0; l < 32; ++l)
     sum += all.valid >> l & 1 ? unsigned(all.slot[l]) : 0;
   return int(sum);
+}
+
+void sort_pairs(uint16_t *keys, uint16_t *values, size_t count, int low, int high) {
+  std::vector<std::pair<uint16_t, uint16_t>> pairs(count);
+  for (size_t i = 0; i < count; ++i)
+    pairs[i] = {keys[i], values[i]};
+  const unsigned mask = (1u << (high - low)) - 1;
+  std::stable_sort(pairs.begin(), pairs.end(), [&](const auto &a, const auto &b) {
+    return (unsigned(a.first) >> low & mask) < (unsigned(b.first) >> low & mask);
+  });
+  for (size_t i = 0; i < count; ++i)
+    std::tie(keys[i], values[i]) = pairs[i];
 }
 
 void sync_warp(Site site) { exchange(0, site, true); }

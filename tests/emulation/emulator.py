@@ -19,7 +19,8 @@ class Emulator:
         self._library = str(path.with_name(f"libkernels_{flavour}.so"))
         self._control = ctypes.CDLL(self._library)
         self._control.emulation_reports.restype = ctypes.c_char_p
-        self._control.emulation_accesses.restype = ctypes.c_uint64
+        for count in ("accesses", "launches", "allocations"):
+            getattr(self._control, f"emulation_{count}").restype = ctypes.c_uint64
 
     def seed(self, number):
         """Whose turn it is in the launches that follow is a function of this number."""
@@ -42,6 +43,13 @@ class Emulator:
         finally:
             self._control.emulation_lockstep(0)
         return self._control.emulation_longest_chain()
+
+    def work_of_host(self, call):
+        """How many kernels and fills ``call()`` launches, a primitive of CUB as one, and how often it takes scratch."""
+        self._control.emulation_launches()
+        self._control.emulation_allocations()
+        call()
+        return self._control.emulation_launches(), self._control.emulation_allocations()
 
     def _symbolised(self, line):
         offset, what = line.split(" ", 1)

@@ -72,9 +72,11 @@ class Draw:
             return self.placed(edges.cumsum(0) % 2 == 1)
         return self.placed(torch.rand(size, generator=self.torch) < {"dense": 0.9, "sparse": 0.05, "none": 0}[kind])
 
-    def lengths(self, most=20_000):
+    def lengths(self, most=20_000, huge=False):
         if self.long:
             return [140_000]
+        if huge:  # more tokens than tiles of the smallest size
+            return [self.integer(0, 50), self.integer(4_190_000, 4_200_000), self.integer(0, 3000)]
         kind = self.choice(["few", "few", "many", "tile", "padded", "long"])
         if kind == "few":
             return [self.integer(0, 40) for _ in range(self.integer(1, 8))]
@@ -120,6 +122,9 @@ def sequences(d):
     count, longest = d.choice([(5, 6), (30, 40), (600, 5), (4, 3000)])
     count = d.integer(1, count)
     groups = d.integer(1, max(1, count // d.choice([1, 4, 600])))
+    if d.chance(0.01):  # about as many rows, and a third as many, as one block sorts
+        count, longest = d.choice([4096, 12_288]) + d.integer(-8, 8), 3
+        groups = d.integer(count // 600, count // 100)
     big = d.choice([0, 2**33])
     texts = []
     for _ in range(count):
@@ -208,14 +213,15 @@ def standardize(d):
 
 
 def expand(d):
-    dtype = d.choice([torch.float32, torch.float64, torch.int64, torch.bool])
+    dtype, huge = d.choice([torch.float32, torch.float64, torch.int64, torch.bool]), d.chance(0.005)
+    dtype = torch.bool if huge else dtype  # the smallest
 
     def numbers(size):
         x = d.normal(torch.float64, size, scale=3)
         return d.placed(x > 0 if dtype == torch.bool else x.to(dtype))
 
-    if d.chance(0.5):
-        rows, count, size = d.rows()
+    if huge or d.chance(0.5):
+        rows, count, size = d.rows(huge=huge)
         return {**rows, "row": numbers(count), "y": d.empty(dtype, size)}
     batch = built(d)
     count, size = batch["leaf"].numel(), batch["tokens"].numel()
@@ -255,7 +261,7 @@ def segment_ids(d):
 
 def select(d):
     rows, count, size = d.rows(most=3000)
-    dtype, ranks, scopes = d.choice(FLOATS), d.chance(0.5), d.choice([1, 2, 7])
+    dtype, ranks, scopes = d.choice(FLOATS), d.chance(0.5), d.choice([1, 2, 7, 40])
     return {
         **rows,
         "x": d.values(dtype, size),

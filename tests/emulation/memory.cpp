@@ -43,7 +43,7 @@ std::unordered_map<const void *, unsigned> chains;
 
 std::set<std::pair<std::string, const void *>> seen;
 std::string reports;
-uint64_t accesses = 0;
+uint64_t accesses = 0, allocations = 0;
 int64_t until_yield = 1;
 
 Region *region_of(uintptr_t address) {
@@ -221,6 +221,7 @@ void check_access(const void *address, size_t bytes, bool write, bool is_atomic,
 }
 
 void host_clears(void *memory, size_t bytes) {
+  host_launches();
   memset(memory, 0, bytes);
   host_writes(memory, bytes);
 }
@@ -276,6 +277,7 @@ void Queue::know(void *array, int64_t bytes) {
 }
 
 void *Queue::allocate(int64_t bytes) {
+  ++allocations;
   const size_t rounded = (size_t(bytes) + 511) / 512 * 512;
   void *memory = aligned_alloc(512, std::max(rounded, size_t(512)));
   static const unsigned char garbage[] = {0xff, 0x5a, 0x7f, 0xa5};
@@ -308,6 +310,7 @@ const char *emulation_reports() {
   return taken.c_str();
 }
 uint64_t emulation_accesses() { return emulation::accesses; }
+uint64_t emulation_allocations() { return std::exchange(emulation::allocations, 0u); }
 
 static void accessed(const void *address, size_t bytes, bool write, const void *pc) {
   using namespace emulation;

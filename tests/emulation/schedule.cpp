@@ -62,6 +62,7 @@ struct Policy {
 uint64_t seed = 1, state = 1;
 bool lockstep = false;
 unsigned longest_chain = 0;
+uint64_t launches = 0; // kernels, and what the host does between them
 
 void *host_stack = nullptr;
 std::vector<char *> free_stacks;
@@ -262,6 +263,8 @@ void abandon(const std::string &why) {
   __builtin_unreachable();
 }
 
+void host_launches() { ++launches; }
+
 uint64_t atomic(Atomic what, void *address, size_t bytes, uint64_t operand, Order order) {
   yield(32); // a spinner soon gives way to other blocks
   check_access(address, bytes, what != Atomic::load, true, __builtin_return_address(0));
@@ -285,6 +288,7 @@ void run_grid(const char *op, void (*body)(const void *), const void *context, s
               unsigned blocks, unsigned threads) {
   [[maybe_unused]] static thread_local volatile char touched; // the segment is made when it is first used
   touched = 0;
+  ++launches;
   dl_iterate_phdr(find_segments, nullptr);
   grid = {op, body, context, context_bytes, blocks, threads};
   state = (seed += 0x9e3779b97f4a7c15ull) | 1;
@@ -338,5 +342,6 @@ void emulation_seed(uint64_t seed) { emulation::seed = seed; }
 // All blocks at once, each thread one step at a time: waits are then as long as on a device that holds the
 // grid.
 void emulation_lockstep(int on) { emulation::lockstep = on != 0; }
+uint64_t emulation_launches() { return std::exchange(emulation::launches, 0u); }
 unsigned emulation_longest_chain() { return std::exchange(emulation::longest_chain, 0u); }
 }

@@ -39,6 +39,9 @@ enum class Atomic { load, store, add, bit_or };
 uint64_t atomic(Atomic, void *address, size_t bytes, uint64_t operand, Order);
 void fence(Order);
 
+// Sorts pairs by the bits [low, high) of their keys, stably; not checked as accesses of the thread that asks.
+void sort_pairs(uint16_t *keys, uint16_t *values, size_t count, int low, int high);
+
 // Runs `body(context)` once for each thread of the grid, and returns when all have ended.
 void run_grid(const char *op, void (*body)(const void *), const void *context, size_t context_bytes,
               unsigned blocks, unsigned threads);
@@ -46,5 +49,8 @@ void run_grid(const char *op, void (*body)(const void *), const void *context, s
 // What the host does to device memory between kernels: the bytes count as written.
 void host_writes(const void *memory, size_t bytes);
 void host_clears(void *memory, size_t bytes);
+
+// A primitive of CUB, which launches one kernel at least.
+void host_launches();
 
 } // namespace emulation

@@ -15,6 +15,7 @@ struct DeviceRadixSort {
       bytes = 64;
       return 0;
     }
+    ::emulation::host_launches();
     memset(scratch, 0x5a, bytes);
     const uint64_t mask = high - low < 64 ? (uint64_t(1) << (high - low)) - 1 : ~uint64_t(0);
     std::vector<int64_t> order(static_cast<size_t>(size));

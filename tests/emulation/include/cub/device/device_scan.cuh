@@ -20,6 +20,7 @@ private:
       bytes = 64;
       return 0;
     }
+    ::emulation::host_launches();
     memset(scratch, 0x5a, bytes);
     Out total = 0;
     for (int64_t i = 0; i < size; ++i) {
