@@ -244,7 +244,14 @@ def seen(bug, binding, seconds):
         command = [sys.executable, "-m", "tests.emulation.fuzz", "--no-junk", "--most", "1", "--module", str(module)]
         command += ["--seconds", str(seconds), "--ops", *bug.ops.split()]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        return None if done.returncode == 0 else (done.stdout.splitlines() or [f"exit status {done.returncode}"])[0]
+        if done.returncode == 0:
+            return None
+        if done.returncode < 0:
+            return f"killed by signal {-done.returncode}"
+        findings = [line for line in done.stdout.splitlines() if line.startswith("case")]
+        if not findings:
+            raise SystemExit(f"{bug.name}: the fuzz did not run:\n{done.stderr}")
+        return findings[0]
 
 
 def main():
