@@ -27,6 +27,14 @@ template <class A> TOKCREDIT_FN A bounded(A x, A low, A high) {
   x = choose(x < low, low, x);
   return choose(x > high, high, x);
 }
+#ifdef __CUDA_ARCH__
+TOKCREDIT_FN float bounded(float x, float low, float high) { // two instructions
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(low));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(y), "f"(high));
+  return x;
+}
+#endif
 
 template <class A> TOKCREDIT_FN A sign(A x) {
   const A positive = choose(x > A{}, A(1), x); // NaN stays
@@ -38,14 +46,13 @@ template <class A> TOKCREDIT_FN A growth(A position, A power) {
   return power == A(0) ? A(1) : power == A(0.5) ? std::sqrt(position) : std::pow(position, power);
 }
 
-// A log-ratio within the clamp of the call, and where the clamp holds it.
+// A log-ratio within the clamp of the call, and where the clamp holds it; NaN counts as held.
 template <class A> struct Clamped {
   A x;
   mask_t<A> held;
 
-  TOKCREDIT_FN Clamped(A raw, const PolicyLoss &p)
-      : x(bounded(raw, A(p.clamp_low), A(p.clamp_high))),
-        held((raw < A(p.clamp_low)) | (raw > A(p.clamp_high))) {}
+  TOKCREDIT_FN Clamped(A raw, A low, A high) : x(bounded(raw, low, high)), held(x != raw) {}
+  TOKCREDIT_FN Clamped(A raw, const PolicyLoss &p) : Clamped(raw, A(p.clamp_low), A(p.clamp_high)) {}
 };
 
 // Which bound stops a token under `clip`, if one does.
@@ -83,6 +90,33 @@ template <class A> TOKCREDIT_FN Outcome<A> clip(const Token<A> &t, const PolicyL
   const Stop<A> stop(t, c.x);
   return clipped(t, c, stop, q, any(stop.stops()) ? exponential(stop.pick(c.x, t.low, t.high, t.cap)) : q);
 }
+
+// `clip` where all tokens of a row have one advantage and the same bounds: for its sign one lower and one
+// upper bound can stop a token.
+template <class A> struct RowClip {
+  A advantage, low, high;
+  A at_low, at_high; // the ratios there
+  bool caps;         // `high` is the cap
+
+  TOKCREDIT_FN RowClip(A advantage, A bound_low, A bound_high, A cap)
+      : advantage(advantage), low(advantage < A{} ? bound_low : -A(INFINITY)),
+        high(advantage < A{}   ? cap
+             : advantage > A{} ? bound_high
+                               : A(INFINITY)),
+        at_low(exponential(low)), at_high(exponential(high)), caps(advantage < A{}) {}
+
+  // `above` where `high` stops the token.
+  TOKCREDIT_FN Outcome<A> operator()(const Clamped<A> &c) const {
+    const A q = exponential(c.x);
+    A stopped = q, slope = -advantage * q;
+    const bool below = c.x<low, above = c.x> high;
+    stopped = choose(below, at_low, stopped);
+    slope = choose(below, A{}, slope);
+    stopped = choose(above, at_high, stopped);
+    slope = choose(above, A{}, slope);
+    return {-advantage * stopped, choose(c.held, A{}, slope), c.x, q, below, above, false};
+  }
+};
 
 template <class A> TOKCREDIT_FN Outcome<A> soft(const Token<A> &t, const PolicyLoss &p) {
   const Clamped<A> c(t.log_ratio, p);
