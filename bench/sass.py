@@ -60,9 +60,9 @@ STREAMS = {
         Stream("reduce_tiles<bf16, 0>", 512, 3, False, False, "DADD|DFMA"),
     ],
     "policy_loss": [
-        Stream("policy_loss_tiles<0, float>", 512, 13, True, True, "FFMA|DADD|LDG.E R", 4, "POPC"),
-        Stream("policy_loss_tiles<0, bf16>", 512, 9, True, True, "FFMA|DADD|LDG.E R", 4, "POPC"),
-        Stream("policy_loss_chained<0, float>", 512, 13, True, True, "FFMA|DADD|LDG.E R", 4, "POPC"),
+        Stream("policy_loss_tiles<0, float, true>", 512, 13, True, True, "FFMA|MUFU.EX2|DADD|LDG.E R", 4, "POPC"),
+        Stream("policy_loss_tiles<0, bf16, true>", 512, 9, True, True, "FFMA|MUFU.EX2|DADD|LDG.E R", 4, "POPC"),
+        Stream("policy_loss_chained<0, float>", 512, 13, True, True, "FFMA|MUFU.EX2|DADD|LDG.E R", 4, "POPC"),
     ],
     "scan": [
         Stream("scan_tiles<float, false>", 512, 9, False),

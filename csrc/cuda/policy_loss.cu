@@ -71,26 +71,55 @@ template <class A> struct RowOperand {
   int64_t rows;  // all bits, or none: then there is one number for all rows
   A value;
 
-  RowOperand(const Operand &o)
+  RowOperand() = default;
+  explicit RowOperand(const Operand &o)
       : data(per_token(o) ? nullptr : static_cast<const A *>(o.data)),
         rows(o.per == Per::row ? ~int64_t(0) : 0), value(A(o.value)) {}
   __device__ A at(int64_t row) const { return data ? data[row & rows] : value; }
 };
 
+constexpr Operand PolicyLoss::*operands[] = {
+    &PolicyLoss::advantages,  &PolicyLoss::weights,      &PolicyLoss::log_ratio,
+    &PolicyLoss::low,         &PolicyLoss::high,         &PolicyLoss::cap,
+    &PolicyLoss::outside_low, &PolicyLoss::outside_high, &PolicyLoss::given};
+constexpr int varying_count = 3; // the first, which may be per token where four tokens are taken at once
+constexpr int operand_count = int(sizeof operands / sizeof *operands);
+
+// Whether a token's ratio or window depends on the tokens before it.
+inline bool chained(const PolicyLoss &p) { return p.source == Source::cumulative || p.power != 0; }
+
 // What holds for all tokens of a call, in the type it is used in.
 template <class A> struct Call {
-  RowOperand<A> log_ratio, advantages, weights, low, high, cap, outside_low, outside_high, given;
+  RowOperand<A> rows[operand_count];
   A bound, clamp_low, clamp_high;
-  bool plain; // four tokens may be taken at once
+  bool rowwise; // no operand is per token
+  bool plain;   // four tokens may be taken at once
 
   Call(const PolicyLoss &p, bool aligned)
-      : log_ratio(p.log_ratio), advantages(p.advantages), weights(p.weights), low(p.low), high(p.high),
-        cap(p.cap), outside_low(p.outside_low), outside_high(p.outside_high), given(p.given),
-        bound(A(p.bound)), clamp_low(A(p.clamp_low)), clamp_high(A(p.clamp_high)),
-        plain(aligned && quads_aligned(static_cast<const A *>(p.slopes)) && p.reference && p.power == 0) {
-    for (const Operand *o : {&p.log_ratio, &p.advantages, &p.weights, &p.low, &p.high, &p.cap, &p.outside_low,
-                             &p.outside_high, &p.given})
-      plain &= !per_token(*o);
+      : bound(A(p.bound)), clamp_low(A(p.clamp_low)), clamp_high(A(p.clamp_high)), rowwise(true),
+        plain(aligned && quads_aligned(static_cast<const A *>(p.slopes)) && p.reference) {
+    for (int i = 0; i < operand_count; ++i) {
+      const Operand &o = p.*operands[i];
+      rows[i] = RowOperand<A>(o);
+      if (per_token(o)) {
+        rowwise = false;
+        plain &= quads_aligned(static_cast<const A *>(o.data)) && i < varying_count;
+      }
+    }
+    if (chained(p))
+      plain &= rowwise && p.power == 0;
+  }
+};
+
+// The operands of a row; a lane reads one of them.
+template <class A> struct OfRow {
+  A advantage, weight, low, high, cap, log_ratio, outside_low, outside_high, given;
+
+  __device__ OfRow(const Call<A> &call, int64_t row) {
+    const A own = lane_id() < operand_count ? call.rows[lane_id()].at(row) : A(0);
+    const auto from = [&](int lane) { return __shfl_sync(all_lanes, own, lane); };
+    advantage = from(0), weight = from(1), log_ratio = from(2), low = from(3), high = from(4), cap = from(5),
+    outside_low = from(6), outside_high = from(7), given = from(8);
   }
 };
 
@@ -120,10 +149,10 @@ struct Taking {
   static_assert(2 * tile_lane <= 32, "live and trained share a register");
 };
 
-// Tokens of a lane. Four neighbours in a plain step, in which all tokens of the warp train, lie in one row
-// and have the operands of the row, so that nothing is asked for each; else one of 32 that the warp takes at
-// once.
+// Tokens of a lane. Four neighbours in a plain step, in which all tokens of the warp train and lie in one
+// row, so that nothing is asked for each; else one of 32 that the warp takes at once.
 template <int n> struct Own {
+  static constexpr int count = n;
   static constexpr bool plain = n == quad;
   int64_t t; // the first
   bool here; // in the row
@@ -136,8 +165,8 @@ template <class A, int n> struct Pairs {
   A difference[n]{}; // the given log-ratio where there is no reference
 };
 
-// The tokens of one row in one tile.
-template <Surrogate kind, class T, bool running> struct Piece {
+// The tokens of one row in one tile. With `rowwise` no operand is per token in a plain step.
+template <Surrogate kind, class T, bool running, bool rowwise> struct Piece {
   using A = accumulate_t<T>;
   const PolicyLoss &p;
   const Call<A> &call;
@@ -145,16 +174,20 @@ template <Surrogate kind, class T, bool running> struct Piece {
   const int64_t from;    // of the tile
   const int first, last; // in it
   const unsigned plain;  // steps, as bits
-  const A advantage, weight, low, high, cap, log_ratio, outside_low, outside_high, given;
-  const RowClip<A> clip;
+  const OfRow<A> row;
+  const std::conditional_t<rowwise, SignedClip<A>, Bounds<A>> clip;
 
   __device__ Piece(const PolicyLoss &p, const Call<A> &call, const Taking &taking, int64_t r, int64_t from,
                    int first, int last)
       : p(p), call(call), taking(taking), from(from), first(first), last(last),
-        plain(call.plain ? taking.whole & inside(first, last) : 0), advantage(call.advantages.at(r)),
-        weight(call.weights.at(r)), low(call.low.at(r)), high(call.high.at(r)), cap(call.cap.at(r)),
-        log_ratio(call.log_ratio.at(r)), outside_low(call.outside_low.at(r)),
-        outside_high(call.outside_high.at(r)), given(call.given.at(r)), clip(advantage, low, high, cap) {}
+        plain(call.plain ? taking.whole & inside(first, last) : 0), row(call, r), clip(clip_of(row)) {}
+
+  static __device__ auto clip_of(const OfRow<A> &row) {
+    if constexpr (rowwise)
+      return SignedClip<A>(row.advantage, row.low, row.high, row.cap);
+    else
+      return Bounds<A>(row.low, row.high, row.cap);
+  }
 
   // The steps that lie in [first, last) with all their tokens, as bits.
   static __device__ unsigned inside(int first, int last) {
@@ -166,10 +199,10 @@ template <Surrogate kind, class T, bool running> struct Piece {
   template <class Body> __device__ void each(Body &&body) const {
     constexpr int size = int(step_size);
     int step = first / size;
-    int64_t t = from + step * size;
+    int64_t t = from + step * size + quad * lane_id();
     for (; step * size < last; ++step, t += size) {
       if (plain >> step & 1) {
-        body(Own<quad>{t + quad * lane_id(), true, true, true});
+        body(Own<quad>{t, true, true, true});
         continue;
       }
       for (int token = step * size; token < min((step + 1) * size, last); token += 32) {
@@ -180,17 +213,26 @@ template <Surrogate kind, class T, bool running> struct Piece {
     }
   }
 
-  template <int n> static __device__ void load_items(const void *x, int64_t t, A (&out)[n]) {
-    const T *at = static_cast<const T *>(x) + t;
+  template <class X, int n> static __device__ void load_items(const void *x, int64_t t, A (&out)[n]) {
+    const X *at = static_cast<const X *>(x) + t;
     if constexpr (n == 1) {
       out[0] = load(*at);
     } else {
-      const Quad<T> four = *reinterpret_cast<const Quad<T> *>(at);
+      const Quad<X> four = *reinterpret_cast<const Quad<X> *>(at);
 #pragma unroll
       for (int k = 0; k < n; ++k)
         out[k] = load(four.item[k]);
     }
   }
+  template <int n>
+  __device__ void read(const Operand &operand, A of_row, const Own<n> &own, A (&out)[n]) const {
+    if (!(rowwise && own.plain) && per_token(operand))
+      return load_items<A>(operand.data, own.t, out);
+#pragma unroll
+    for (int k = 0; k < n; ++k)
+      out[k] = of_row;
+  }
+  // In a plain step these are the same for all tokens.
   template <int n> __device__ A read(const Operand &operand, A of_row, const Own<n> &own) const {
     return !own.plain && per_token(operand) ? static_cast<const A *>(operand.data)[own.t] : of_row;
   }
@@ -199,13 +241,15 @@ template <Surrogate kind, class T, bool running> struct Piece {
     Pairs<A, n> out;
     if (!own.live)
       return out;
-    load_items(p.log_probs, own.t, out.log_prob);
-    if (own.plain || p.reference)
-      load_items(p.reference, own.t, out.reference);
-    const A absent = p.source == Source::given ? read(p.log_ratio, log_ratio, own) : A(0);
+    load_items<T>(p.log_probs, own.t, out.log_prob);
+    if (own.plain || p.reference) {
+      load_items<T>(p.reference, own.t, out.reference);
 #pragma unroll
-    for (int k = 0; k < n; ++k)
-      out.difference[k] = own.plain || p.reference ? out.log_prob[k] - out.reference[k] : absent;
+      for (int k = 0; k < n; ++k)
+        out.difference[k] = out.log_prob[k] - out.reference[k];
+    } else if (p.source == Source::given) {
+      read(p.log_ratio, row.log_ratio, own, out.difference);
+    }
     return out;
   }
 
@@ -226,7 +270,7 @@ template <Surrogate kind, class T, bool running> struct Piece {
     double log_ratio = 0;
     unsigned position = 0;
     each([&](auto own) {
-      constexpr int n = own.plain ? quad : 1;
+      constexpr int n = own.count;
       position += own.live ? n : 0;
       if (p.source == Source::cumulative) {
         double upto[n];
@@ -262,23 +306,24 @@ template <Surrogate kind, class T, bool running> struct Piece {
       }
     }
     if (own.trained) {
-      const A a = read(p.advantages, advantage, own), w = read(p.weights, weight, own),
-              l = read(p.low, low, own) * width, h = read(p.high, high, own) * width,
-              c = read(p.cap, cap, own) * width;
+      A advantages[n], weights[n];
+      read(p.advantages, row.advantage, own, advantages);
+      read(p.weights, row.weight, own, weights);
+      const A low = read(p.low, row.low, own) * width, high = read(p.high, row.high, own) * width,
+              cap = read(p.cap, row.cap, own) * width;
       A share_low = 0, share_high = 0, divergence_given = 0;
       if constexpr (kind == Surrogate::gated) {
-        share_low = read(p.outside_low, outside_low, own);
-        share_high = read(p.outside_high, outside_high, own);
-        divergence_given = read(p.given, given, own);
+        share_low = read(p.outside_low, row.outside_low, own);
+        share_high = read(p.outside_high, row.outside_high, own);
+        divergence_given = read(p.given, row.given, own);
       }
-      const A given_ratio = read(p.log_ratio, log_ratio, own);
+      if (p.source == Source::given)
+        read(p.log_ratio, row.log_ratio, own, raw);
       A loss = 0, ratio = 0, divergence = 0, finite = 0;
       unsigned sides = 0, capped = 0;
 #pragma unroll
-      for (int k = 0; k < n; ++k) {
-        raw[k] = p.source == Source::given ? given_ratio : raw[k];
+      for (int k = 0; k < n; ++k)
         finite += (own.plain ? pairs.difference[k] : pairs.log_prob[k]) * A(0);
-      }
       if (finite != A(0)) { // rarely: infinity or NaN
 #pragma unroll
         for (int k = 0; k < n; ++k) {
@@ -292,16 +337,25 @@ template <Surrogate kind, class T, bool running> struct Piece {
       for (int k = 0; k < n; ++k) {
         Outcome<A> out;
         if constexpr (own.plain && kind == Surrogate::clip) {
-          out = clip(Clamped<A>(raw[k], call.clamp_low, call.clamp_high));
+          const Clamped<A> c(raw[k], call.clamp_low, call.clamp_high);
+          if constexpr (rowwise) {
+            out = clip(c);
+          } else {
+            const SignedClip<A> of_token(advantages[k], clip);
+            out = of_token(c);
+            out.capped = out.above && of_token.caps;
+            out.above &= !of_token.caps;
+          }
           out.slope = choose(out.value == out.value, out.slope, out.value);
         } else {
           out = surrogate<kind>(Token<A>{raw[k], pairs.difference[k], pairs.log_prob[k], pairs.reference[k],
-                                         a, l, h, c, share_low, share_high, divergence_given},
+                                         advantages[k], low, high, cap, share_low, share_high,
+                                         divergence_given},
                                 p);
           spread_nan(out, own.plain || p.reference ? pairs.difference[k] : pairs.log_prob[k]);
         }
-        slope[k] = w * out.slope;
-        loss += w * out.value;
+        slope[k] = weights[k] * out.slope;
+        loss += weights[k] * out.value;
         ratio += out.ratio;
         divergence += out.ratio - A(1) - out.log_ratio;
         if (out.below)
@@ -311,7 +365,8 @@ template <Surrogate kind, class T, bool running> struct Piece {
         if (out.capped)
           capped += 1u;
       }
-      if (own.plain && kind == Surrogate::clip && clip.caps) {
+      if (rowwise && own.plain && kind == Surrogate::clip &&
+          row.advantage < A(0)) { // `above` were stopped by the cap
         capped += sides >> 16;
         sides &= 0xffff;
       }
@@ -345,7 +400,7 @@ template <class A> __device__ void write_row(const PolicyLoss &p, int64_t r, con
   static_cast<A *>(p.values)[r] = A(stats.sum[int(LossStat::loss)]);
 }
 
-template <Surrogate kind, class T, bool running>
+template <Surrogate kind, class T, bool running, bool rowwise>
 __device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int64_t place, Stats *parts,
                      const Chain<Running> *chain) {
   using A = accumulate_t<T>;
@@ -361,7 +416,8 @@ __device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int
         [&](int64_t r, int64_t first, int64_t last, bool starts, bool ends) {
           if (running && (starts && !ends) != (turn == 0))
             return;
-          const Piece<kind, T, running> piece(p, call, taking, r, from, int(first - from), int(last - from));
+          const Piece<kind, T, running, rowwise> piece(p, call, taking, r, from, int(first - from),
+                                                       int(last - from));
           Running in;
           if constexpr (running) {
             if (!starts && !ends) {
@@ -396,25 +452,27 @@ __device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int
       chain->publish(place, Chain<Running>::carry, Running{});
 }
 
-// Blocks per multiprocessor: few enough that what a token needs fits the registers. Chained tiles also carry
-// sums.
-template <class T, bool running> constexpr int blocks_at_once = sizeof(T) == 8 ? 1 : running ? 2 : 3;
+// Blocks per multiprocessor: as many as what a token needs leaves registers for.
+template <Surrogate kind, class T, bool running, bool rowwise>
+constexpr int resident = sizeof(T) == 8 ? (running || kind == Surrogate::gated || !rowwise ? 1 : 2)
+                         : running      ? 2
+                                        : (kind == Surrogate::gated || !rowwise ? 3 : 4);
 
-template <Surrogate kind, class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once<T, false>)
+template <Surrogate kind, class T, bool rowwise>
+__global__ void __launch_bounds__(block_threads, resident<kind, T, false, rowwise>)
     policy_loss_tiles(PolicyLoss p, Call<accumulate_t<T>> call, int64_t tiles, Stats *parts) {
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (place < tiles)
-    tile<kind, T, false>(p, call, place, parts, nullptr);
+    tile<kind, T, false, rowwise>(p, call, place, parts, nullptr);
 }
 
 template <Surrogate kind, class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once<T, true>)
+__global__ void __launch_bounds__(block_threads, resident<kind, T, true, true>)
     policy_loss_chained(PolicyLoss p, Call<accumulate_t<T>> call, int64_t tiles, Stats *parts,
                         Chain<Running> chain) {
   const int64_t place = chain.turn() * warps_per_block + threadIdx.x / 32;
   if (place < tiles)
-    tile<kind, T, true>(p, call, place, parts, &chain);
+    tile<kind, T, true, true>(p, call, place, parts, &chain);
 }
 
 // The sums of rows that are not inside one tile, a warp per row.
@@ -442,12 +500,14 @@ template <Surrogate kind, class T> void run(const PolicyLoss &p, Queue &queue) {
   Stats *parts = queue.allocate_array<Stats>(2 * tiles);
   const Call<accumulate_t<T>> call(p, quads_aligned(static_cast<const T *>(p.log_probs)) &&
                                           quads_aligned(static_cast<const T *>(p.reference)));
-  if (p.source == Source::cumulative || p.power != 0) {
+  if (chained(p)) {
     const Chain<Running> chain("policy_loss", queue, tiles);
     launch("policy_loss", queue, policy_loss_chained<kind, T>, blocks, block_threads, p, call, tiles, parts,
            chain);
   } else {
-    launch("policy_loss", queue, policy_loss_tiles<kind, T>, blocks, block_threads, p, call, tiles, parts);
+    launch("policy_loss", queue,
+           call.rowwise ? policy_loss_tiles<kind, T, true> : policy_loss_tiles<kind, T, false>, blocks,
+           block_threads, p, call, tiles, parts);
   }
   launch("policy_loss", queue, merge_parts<accumulate_t<T>>, ceil_div(p.rows.count, warps_per_block),
          block_threads, p, parts);
