@@ -328,7 +328,7 @@ template <Surrogate kind, class T, bool running, bool rowwise> struct Piece {
 #pragma unroll
         for (int k = 0; k < n; ++k) {
           if (pairs.difference[k] != pairs.difference[k])
-            raw[k] = pairs.difference[k];
+            weights[k] = pairs.difference[k]; // NaN, also where the log-ratio is given
           if (pairs.log_prob[k] - pairs.log_prob[k] != A(0))
             capped += 1u << 16;
         }
