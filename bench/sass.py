@@ -153,7 +153,9 @@ class Graph:
     """Basic blocks of a function, and where each goes on."""
 
     def __init__(self, instructions, labels):
-        branches = [bool(re.search(r"\b(BRA|EXIT|RET)\b", x.text)) for x in instructions]
+        # Without a condition the label is all that a branch names; a call of a label is a far branch.
+        jump = r"(BRA\S* `|EXIT\b|RET\b|CALL\.REL\.NOINC `\(\.L)"
+        branches = [bool(re.search(rf"\b(BRA\b|{jump})", x.text)) for x in instructions]
         starts = sorted({0, *labels.values(), *(i + 1 for i, branch in enumerate(branches) if branch)})
         starts = [i for i in starts if i < len(instructions)]
         self.blocks = [instructions[a:b] for a, b in zip(starts, [*starts[1:], len(instructions)], strict=True)]
@@ -161,9 +163,9 @@ class Graph:
         self.after = []
         for n, block in enumerate(self.blocks):
             last = block[-1]
-            always = re.match(r"(BRA(?!\.DIV)|EXIT|RET)\b", last.text)
+            always = re.match(jump, last.text)
             after = [] if always or n + 1 == len(self.blocks) else [n + 1]
-            if last.target and re.search(r"\bBRA\b", last.text):
+            if last.target and re.search(r"\b(BRA|CALL)\b", last.text):
                 after.append(number[labels[last.target]])
             self.after.append(after)
         self._order()
@@ -243,7 +245,8 @@ def hot_path(instructions, labels, stream):
     before = graph.best(0, rest | {first}, [first], stream.work)[: -len(graph.blocks[first])]
     left = {step for block in members for step in graph.after[block]} & rest
     ends = [n for n, block in enumerate(graph.blocks) if "EXIT" in block[-1].text]
-    after = max((graph.best(block, rest, ends, stream.work) for block in left), key=lambda p: worth(p, stream.work))
+    ways = [graph.best(block, rest, ends, stream.work) for block in left]
+    after = max(ways, key=lambda way: worth(way, stream.work), default=[])
     return [*before, *path * stream.turns, *after]
 
 
