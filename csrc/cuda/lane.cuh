@@ -45,7 +45,7 @@ __device__ inline unsigned load_bits(const bool *p, int64_t t, int64_t size) {
   for (int w = 0; w < own_tokens / 4; ++w) {
     unsigned four;
     memcpy(&four, bytes.item + 4 * w, 4);
-    bits |= (four & 0x01010101u) * 0x10204080u >> 28 << 4 * w; // the lowest bit of each byte
+    bits |= low_bits(four) << 4 * w;
   }
   return bits;
 }

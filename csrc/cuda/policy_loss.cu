@@ -5,6 +5,7 @@
 #include "math/dispatch.hpp"
 #include "math/surrogate.hpp"
 #include "ops/policy_loss.hpp"
+#include <type_traits>
 
 namespace tokcredit::cuda {
 namespace {
@@ -29,203 +30,369 @@ struct Stats {
   }
 };
 
-struct Sums {
-  double loss = 0, ratio = 0, divergence = 0;
-
-  __device__ void merge(const Sums &other) {
-    loss += other.loss;
-    ratio += other.ratio;
-    divergence += other.divergence;
-  }
-};
-
-// Five counts in one register: a lane sees at most 16 tokens of a piece.
-struct Counts {
-  static constexpr int bits = 6;
-  unsigned packed = 0;
-
-  __device__ void add(bool below, bool above, bool capped, bool nonfinite) {
-    packed += 1u + (unsigned(below) << bits) + (unsigned(above) << 2 * bits) +
-              (unsigned(capped) << 3 * bits) + (unsigned(nonfinite) << 4 * bits);
-  }
-  // Over all lanes.
-  __device__ double total(int which) const {
-    constexpr unsigned one = (1u << bits) - 1;
-    return double(__reduce_add_sync(all_lanes, int(packed >> (bits * which) & one)));
-  }
-};
-static_assert(tile_size / 32 < 1 << Counts::bits, "a count fits its bits");
-
-// One operand seen from one row: a number per token, or one for all of them.
-template <class A> struct Lane {
-  const A *data; // null: `value` for every token
-  A value;
-
-  __device__ Lane(const Operand &o, int64_t row) : data(nullptr), value(A(o.value)) {
-    const A *given = static_cast<const A *>(o.data);
-    if (given && o.per == Per::token)
-      data = given;
-    else if (given)
-      value = given[o.per == Per::row ? row : 0];
-  }
-
-  __device__ Quad<A> read(int64_t t, int64_t size) const {
-    if (data)
-      return load_quad(data, t, size, quads_aligned(data));
-    return {value, value, value, value};
-  }
-};
-
-// Four tokens of two policies.
-template <class T> struct Pairs {
-  Quad<T> log_probs, references;
-
-  __device__ Pairs(const PolicyLoss &p, int64_t t, bool any) : log_probs{}, references{} {
-    const T *one = static_cast<const T *>(p.log_probs), *other = static_cast<const T *>(p.reference);
-    if (any)
-      log_probs = load_quad(one, t, p.rows.size, quads_aligned(one));
-    if (any && other)
-      references = load_quad(other, t, p.rows.size, quads_aligned(other));
-  }
-};
-
-// The differences of four tokens within the bound, and 0 where masked.
-template <class T, class A>
-__device__ Quad<A> differences(const PolicyLoss &p, const Quad<bool> &live, const Pairs<T> &pairs) {
-  Quad<A> out{};
+// Over all lanes, the same number in each.
+__device__ inline unsigned sum_lanes(unsigned x) { return unsigned(__reduce_add_sync(all_lanes, int(x))); }
+__device__ inline double sum_lanes(double x) {
 #pragma unroll
-  for (int k = 0; k < quad; ++k)
-    if (live.item[k])
-      out.item[k] =
-          bounded(A(load(pairs.log_probs.item[k]) - load(pairs.references.item[k])), A(-p.bound), A(p.bound));
-  return out;
+  for (int step = 1; step < 32; step *= 2)
+    x += __shfl_xor_sync(all_lanes, x, step);
+  return x;
 }
 
-// The sums of a lane's four tokens; and, over the warp, those up to and including each lane.
-template <class A> __device__ Running sums(const Quad<bool> &live, const Quad<A> &difference) {
-  Running own;
-#pragma unroll
-  for (int k = 0; k < quad; ++k)
-    own = own.then({double(difference.item[k]), live.item[k]});
-  return own;
-}
-__device__ Running scan_lanes(Running upto) {
+// Up to and including each lane.
+template <class N> __device__ N scan_lanes(N upto) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const Running before = from_lane(upto, lane_id() >= step ? lane_id() - step : lane_id());
+    const N before = __shfl_up_sync(all_lanes, upto, unsigned(step));
     if (lane_id() >= step)
-      upto = before.then(upto);
+      upto += before;
   }
   return upto;
 }
 
-// What the piece adds to the row's sums.
-template <class T> __device__ Running total(const PolicyLoss &p, int64_t first, int64_t last) {
-  using A = accumulate_t<T>;
-  Running all;
-  each_step<false>(first, last, [&](int64_t t) {
-    const Quad<bool> live = live_quad(p.rows, t, first, last);
-    Quad<A> difference{};
-    if (p.source == Source::cumulative)
-      difference = differences<T, A>(p, live, Pairs<T>(p, t, true));
-    all = all.then(from_lane(scan_lanes(sums(live, difference)), 31));
-  });
-  return all;
-}
+// The stats of a lane. Counts share registers in pairs: those of a tile fit 16 bits.
+struct Tally {
+  double loss = 0, ratio = 0, divergence = 0;
+  unsigned tokens = 0, below_above = 0, capped_nonfinite = 0;
 
-// Evaluates tokens [first, last) of row r, whose sums before them are `in`; leaves those after them there.
-template <Surrogate kind, class T, bool running>
-__device__ Stats evaluate(const PolicyLoss &p, int64_t r, int64_t first, int64_t last, Running &in) {
-  using A = accumulate_t<T>;
-  A *slopes = static_cast<A *>(p.slopes);
-  const Lane<A> advantages(p.advantages, r), weights(p.weights, r), low(p.low, r), high(p.high, r),
-      cap(p.cap, r), outside_low(p.outside_low, r), outside_high(p.outside_high, r), other(p.given, r);
-  const bool cumulative = running && p.source == Source::cumulative;
-  const Lane<A> log_ratio(p.log_ratio, r);
-  const int64_t size = p.rows.size;
-  Sums sum;
-  Counts counts;
-  each_step<false>(first, last, [&](int64_t t) {
-    const Quad<bool> live = live_quad(p.rows, t, first, last);
-    const bool any = live.item[0] | live.item[1] | live.item[2] | live.item[3];
-    const Pairs<T> pairs(p, t, any);
-    Quad<A> step{}; // what each token adds to a cumulative log-ratio
-    Running at;
-    if constexpr (running) {
-      if (cumulative)
-        step = differences<T, A>(p, live, pairs);
-      const Running upto = scan_lanes(sums(live, step));
-      const Running before = from_lane(upto, lane_id() ? lane_id() - 1 : 0);
-      at = lane_id() ? in.then(before) : in;
-      in = in.then(from_lane(upto, 31));
+  __device__ Stats total() const {
+    const unsigned sides = sum_lanes(below_above), others = sum_lanes(capped_nonfinite);
+    return {{sum_lanes(loss), double(sum_lanes(tokens)), double(sides & 0xffff), double(sides >> 16),
+             double(others & 0xffff), sum_lanes(ratio), sum_lanes(divergence), double(others >> 16)}};
+  }
+};
+static_assert(tile_size < 1 << 16, "counts do not run into each other");
+
+__host__ __device__ inline bool per_token(const Operand &o) { return o.data && o.per == Per::token; }
+
+// An operand that is the same along a row; of one per token nothing is read.
+template <class A> struct RowOperand {
+  const A *data; // null: `value` for every row
+  int64_t rows;  // all bits, or none: then there is one number for all rows
+  A value;
+
+  RowOperand() = default;
+  explicit RowOperand(const Operand &o)
+      : data(per_token(o) ? nullptr : static_cast<const A *>(o.data)),
+        rows(o.per == Per::row ? ~int64_t(0) : 0), value(A(o.value)) {}
+  __device__ A at(int64_t row) const { return data ? data[row & rows] : value; }
+};
+
+constexpr Operand PolicyLoss::*operands[] = {
+    &PolicyLoss::advantages,  &PolicyLoss::weights,      &PolicyLoss::log_ratio,
+    &PolicyLoss::low,         &PolicyLoss::high,         &PolicyLoss::cap,
+    &PolicyLoss::outside_low, &PolicyLoss::outside_high, &PolicyLoss::given};
+constexpr int varying_count = 3; // the first, which may be per token where four tokens are taken at once
+constexpr int operand_count = int(sizeof operands / sizeof *operands);
+
+// Whether a token's ratio or window depends on the tokens before it.
+inline bool chained(const PolicyLoss &p) { return p.source == Source::cumulative || p.power != 0; }
+
+// What holds for all tokens of a call, in the type it is used in.
+template <class A> struct Call {
+  RowOperand<A> rows[operand_count];
+  A bound, clamp_low, clamp_high;
+  bool rowwise; // no operand is per token
+  bool plain;   // four tokens may be taken at once
+
+  Call(const PolicyLoss &p, bool aligned)
+      : bound(A(p.bound)), clamp_low(A(p.clamp_low)), clamp_high(A(p.clamp_high)), rowwise(true),
+        plain(aligned && quads_aligned(static_cast<const A *>(p.slopes)) && p.reference) {
+    for (int i = 0; i < operand_count; ++i) {
+      const Operand &o = p.*operands[i];
+      rows[i] = RowOperand<A>(o);
+      if (per_token(o)) {
+        rowwise = false;
+        plain &= quads_aligned(static_cast<const A *>(o.data)) && i < varying_count;
+      }
     }
-    Quad<A> slope{};
-    if (any) {
-      const Quad<A> advantage = advantages.read(t, size), weight = weights.read(t, size),
-                    lows = low.read(t, size), highs = high.read(t, size), caps = cap.read(t, size);
-      // Formed at once, so that fewer numbers are held in registers until a token's turn.
-      Quad<A> raw{}, difference{};
-      if (p.source == Source::given)
-        raw = log_ratio.read(t, size);
+    if (chained(p))
+      plain &= rowwise && p.power == 0;
+  }
+};
+
+// The operands of a row; a lane reads one of them.
+template <class A> struct OfRow {
+  A advantage, weight, low, high, cap, log_ratio, outside_low, outside_high, given;
+
+  __device__ OfRow(const Call<A> &call, int64_t row) {
+    const A own = lane_id() < operand_count ? call.rows[lane_id()].at(row) : A(0);
+    const auto from = [&](int lane) { return __shfl_sync(all_lanes, own, lane); };
+    advantage = from(0), weight = from(1), log_ratio = from(2), low = from(3), high = from(4), cap = from(5),
+    outside_low = from(6), outside_high = from(7), given = from(8);
+  }
+};
+
+// Which tokens of a tile take part.
+struct Taking {
+  unsigned bits;  // of the lane's tokens as tile_bits has them: of those that are live, above them that train
+  unsigned whole; // a bit for each step of the warp: all its tokens train
+
+  __device__ Taking(const PolicyLoss &p, int64_t from) : whole(0) {
+    constexpr unsigned tile = (1u << tile_lane) - 1, four = (1u << quad) - 1;
+    const unsigned live = tile_bits(p.rows.mask, from, p.rows.size) & tile;
+    const unsigned trained = tile_bits(p.trains, from, p.rows.size) & live;
+    bits = live | trained << tile_lane;
 #pragma unroll
-      for (int k = 0; k < quad; ++k) {
-        difference.item[k] =
-            p.reference ? load(pairs.log_probs.item[k]) - load(pairs.references.item[k]) : raw.item[k];
-        if (p.source == Source::difference)
-          raw.item[k] = difference.item[k];
+    for (int step = 0; step < int(tile_size / step_size); ++step)
+      whole |= unsigned(__all_sync(all_lanes, (~trained >> step * quad & four) == 0)) << step;
+  }
+
+  // The bits of a token of the tile, which another lane may have: live, trained; by the whole warp.
+  __device__ unsigned of(int token) const {
+    const unsigned found = __shfl_sync(all_lanes, bits, token % int(step_size) / quad) >>
+                           (token / int(step_size) * quad + token % quad);
+    return (found & 1) | (found >> tile_lane & 1) << 1;
+  }
+
+  static constexpr int tile_lane = int(tile_size / 32); // tokens of a lane
+  static_assert(2 * tile_lane <= 32, "live and trained share a register");
+};
+
+// Tokens of a lane. Four neighbours in a plain step, in which all tokens of the warp train and lie in one
+// row, so that nothing is asked for each; else one of 32 that the warp takes at once.
+template <int n> struct Own {
+  static constexpr int count = n;
+  static constexpr bool plain = n == quad;
+  int64_t t; // the first
+  bool here; // in the row
+  bool live, trained;
+};
+
+// Their log-probs under two policies.
+template <class A, int n> struct Pairs {
+  A log_prob[n]{}, reference[n]{};
+  A difference[n]{}; // the given log-ratio where there is no reference
+};
+
+// The tokens of one row in one tile. With `rowwise` no operand is per token in a plain step.
+template <Surrogate kind, class T, bool running, bool rowwise> struct Piece {
+  using A = accumulate_t<T>;
+  const PolicyLoss &p;
+  const Call<A> &call;
+  const Taking &taking;
+  const int64_t from;    // of the tile
+  const int first, last; // in it
+  const unsigned plain;  // steps, as bits
+  const OfRow<A> row;
+  const std::conditional_t<rowwise, SignedClip<A>, Bounds<A>> clip;
+
+  __device__ Piece(const PolicyLoss &p, const Call<A> &call, const Taking &taking, int64_t r, int64_t from,
+                   int first, int last)
+      : p(p), call(call), taking(taking), from(from), first(first), last(last),
+        plain(call.plain ? taking.whole & inside(first, last) : 0), row(call, r), clip(clip_of(row)) {}
+
+  static __device__ auto clip_of(const OfRow<A> &row) {
+    if constexpr (rowwise)
+      return SignedClip<A>(row.advantage, row.low, row.high, row.cap);
+    else
+      return Bounds<A>(row.low, row.high, row.cap);
+  }
+
+  // The steps that lie in [first, last) with all their tokens, as bits.
+  static __device__ unsigned inside(int first, int last) {
+    const int from = (first + int(step_size) - 1) / int(step_size), to = last / int(step_size);
+    return from < to ? (1u << to) - (1u << from) : 0;
+  }
+
+  // Calls body(own) for all tokens in order.
+  template <class Body> __device__ void each(Body &&body) const {
+    constexpr int size = int(step_size);
+    int step = first / size;
+    int64_t t = from + step * size + quad * lane_id();
+    for (; step * size < last; ++step, t += size) {
+      if (plain >> step & 1) {
+        body(Own<quad>{t, true, true, true});
+        continue;
       }
-      Quad<A> shares_low{}, shares_high{}, divergences{};
+      for (int token = step * size; token < min((step + 1) * size, last); token += 32) {
+        const unsigned bits = taking.of(token + lane_id());
+        const bool here = token + lane_id() >= first && token + lane_id() < last;
+        body(Own<1>{from + token + lane_id(), here, here && bits & 1, here && bits & 2});
+      }
+    }
+  }
+
+  template <class X, int n> static __device__ void load_items(const void *x, int64_t t, A (&out)[n]) {
+    const X *at = static_cast<const X *>(x) + t;
+    if constexpr (n == 1) {
+      out[0] = load(*at);
+    } else {
+      const Quad<X> four = *reinterpret_cast<const Quad<X> *>(at);
+#pragma unroll
+      for (int k = 0; k < n; ++k)
+        out[k] = load(four.item[k]);
+    }
+  }
+  template <int n>
+  __device__ void read(const Operand &operand, A of_row, const Own<n> &own, A (&out)[n]) const {
+    if (!(rowwise && own.plain) && per_token(operand))
+      return load_items<A>(operand.data, own.t, out);
+#pragma unroll
+    for (int k = 0; k < n; ++k)
+      out[k] = of_row;
+  }
+  // In a plain step these are the same for all tokens.
+  template <int n> __device__ A read(const Operand &operand, A of_row, const Own<n> &own) const {
+    return !own.plain && per_token(operand) ? static_cast<const A *>(operand.data)[own.t] : of_row;
+  }
+
+  template <int n> __device__ Pairs<A, n> pairs_of(const Own<n> &own) const {
+    Pairs<A, n> out;
+    if (!own.live)
+      return out;
+    load_items<T>(p.log_probs, own.t, out.log_prob);
+    if (own.plain || p.reference) {
+      load_items<T>(p.reference, own.t, out.reference);
+#pragma unroll
+      for (int k = 0; k < n; ++k)
+        out.difference[k] = out.log_prob[k] - out.reference[k];
+    } else if (p.source == Source::given) {
+      read(p.log_ratio, row.log_ratio, own, out.difference);
+    }
+    return out;
+  }
+
+  // The sums within the lane's tokens, each difference within the bound.
+  template <int n>
+  __device__ void sum_bounded(const Own<n> &own, const Pairs<A, n> &pairs, double (&upto)[n]) const {
+    double sum = 0;
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      if (own.live)
+        sum += double(bounded(pairs.difference[k], -call.bound, call.bound));
+      upto[k] = sum;
+    }
+  }
+
+  // What the piece adds to the row's sums.
+  __device__ Running total() const {
+    double log_ratio = 0;
+    unsigned position = 0;
+    each([&](auto own) {
+      constexpr int n = own.count;
+      position += own.live ? n : 0;
+      if (p.source == Source::cumulative) {
+        double upto[n];
+        sum_bounded(own, pairs_of(own), upto);
+        log_ratio += upto[n - 1];
+      }
+    });
+    return {sum_lanes(log_ratio), int64_t(sum_lanes(position))};
+  }
+
+  // Evaluates tokens, up to which the row has the sums `in`.
+  template <int n> __device__ void take(const Own<n> &own, Running &in, Tally &tally) const {
+    const Pairs<A, n> pairs = pairs_of(own);
+    A raw[n], width = 1, slope[n]{};
+#pragma unroll
+    for (int k = 0; k < n; ++k)
+      raw[k] = pairs.difference[k];
+    if constexpr (running) {
+      if (p.source == Source::cumulative) {
+        double upto[n];
+        sum_bounded(own, pairs, upto);
+        const double through = scan_lanes(upto[n - 1]), before = __shfl_up_sync(all_lanes, through, 1u);
+        const double start = lane_id() ? in.log_ratio + before : in.log_ratio;
+#pragma unroll
+        for (int k = 0; k < n; ++k)
+          raw[k] = A(start + upto[k]);
+        in.log_ratio += __shfl_sync(all_lanes, through, 31);
+      }
+      if (!own.plain && p.power != 0) {
+        const unsigned live = __ballot_sync(all_lanes, own.live);
+        width = growth(A(in.position + __popc(live & ((2u << lane_id()) - 1))), A(p.power));
+        in.position += __popc(live);
+      }
+    }
+    if (own.trained) {
+      A advantages[n], weights[n];
+      read(p.advantages, row.advantage, own, advantages);
+      read(p.weights, row.weight, own, weights);
+      const A low = read(p.low, row.low, own) * width, high = read(p.high, row.high, own) * width,
+              cap = read(p.cap, row.cap, own) * width;
+      A share_low = 0, share_high = 0, divergence_given = 0;
       if constexpr (kind == Surrogate::gated) {
-        shares_low = outside_low.read(t, size);
-        shares_high = outside_high.read(t, size);
-        divergences = other.read(t, size);
+        share_low = read(p.outside_low, row.outside_low, own);
+        share_high = read(p.outside_high, row.outside_high, own);
+        divergence_given = read(p.given, row.given, own);
       }
-      Quad<bool> trains{};
-      if (p.trains)
-        trains = load_quad(p.trains, t, size, quads_aligned(p.trains));
-      A loss = 0, ratio = 0, divergence = 0;
+      if (p.source == Source::given)
+        read(p.log_ratio, row.log_ratio, own, raw);
+      A loss = 0, ratio = 0, divergence = 0, finite = 0;
+      unsigned sides = 0, capped = 0;
 #pragma unroll
-      for (int k = 0; k < quad; ++k) {
-        if (!live.item[k])
-          continue;
-        A width = 1;
-        if constexpr (running) {
-          at = at.then({double(step.item[k]), 1});
-          width = growth(A(at.position), A(p.power));
-          if (cumulative)
-            raw.item[k] = A(at.log_ratio);
+      for (int k = 0; k < n; ++k)
+        finite += (own.plain ? pairs.difference[k] : pairs.log_prob[k]) * A(0);
+      if (finite != A(0)) { // rarely: infinity or NaN
+#pragma unroll
+        for (int k = 0; k < n; ++k) {
+          if (pairs.difference[k] != pairs.difference[k])
+            weights[k] = pairs.difference[k]; // NaN, also where the log-ratio is given
+          if (pairs.log_prob[k] - pairs.log_prob[k] != A(0))
+            capped += 1u << 16;
         }
-        if (p.trains && !trains.item[k])
-          continue;
-        const A log_prob = load(pairs.log_probs.item[k]);
-        const Token<A> token{raw.item[k],
-                             difference.item[k],
-                             log_prob,
-                             A(load(pairs.references.item[k])),
-                             advantage.item[k],
-                             lows.item[k] * width,
-                             highs.item[k] * width,
-                             caps.item[k] * width,
-                             shares_low.item[k],
-                             shares_high.item[k],
-                             divergences.item[k]};
-        Outcome<A> out = surrogate<kind>(token, p);
-        spread_nan(out, p.reference ? difference.item[k] : log_prob);
-        slope.item[k] = weight.item[k] * out.slope;
-        loss += weight.item[k] * out.value;
+      }
+#pragma unroll
+      for (int k = 0; k < n; ++k) {
+        Outcome<A> out;
+        if constexpr (own.plain && kind == Surrogate::clip) {
+          const Clamped<A> c(raw[k], call.clamp_low, call.clamp_high);
+          if constexpr (rowwise) {
+            out = clip(c);
+          } else {
+            const SignedClip<A> of_token(advantages[k], clip);
+            out = of_token(c);
+            out.capped = out.above && of_token.caps;
+            out.above &= !of_token.caps;
+          }
+          out.slope = choose(out.value == out.value, out.slope, out.value);
+        } else {
+          out = surrogate<kind>(Token<A>{raw[k], pairs.difference[k], pairs.log_prob[k], pairs.reference[k],
+                                         advantages[k], low, high, cap, share_low, share_high,
+                                         divergence_given},
+                                p);
+          spread_nan(out, own.plain || p.reference ? pairs.difference[k] : pairs.log_prob[k]);
+        }
+        slope[k] = weights[k] * out.slope;
+        loss += weights[k] * out.value;
         ratio += out.ratio;
         divergence += out.ratio - A(1) - out.log_ratio;
-        counts.add(out.below, out.above, out.capped, log_prob - log_prob != A(0));
+        if (out.below)
+          sides += 1u;
+        if (out.above)
+          sides += 1u << 16;
+        if (out.capped)
+          capped += 1u;
       }
-      sum.merge({double(loss), double(ratio), double(divergence)});
+      if (rowwise && own.plain && kind == Surrogate::clip &&
+          row.advantage < A(0)) { // `above` were stopped by the cap
+        capped += sides >> 16;
+        sides &= 0xffff;
+      }
+      tally.tokens += n;
+      tally.below_above += sides;
+      tally.capped_nonfinite += capped;
+      tally.loss += double(loss);
+      tally.ratio += double(ratio);
+      tally.divergence += double(divergence);
     }
-    if (slopes)
-      store_quad(slopes, t, first, last, quads_aligned(slopes), slope);
-  });
-  sum = merge_lanes(sum);
-  return {{sum.loss, counts.total(0), counts.total(1), counts.total(2), counts.total(3), sum.ratio,
-           sum.divergence, counts.total(4)}};
-}
+    A *slopes = static_cast<A *>(p.slopes);
+    if constexpr (own.plain) {
+      if (slopes)
+        store_whole(slopes + own.t, Quad<A>{{slope[0], slope[1], slope[2], slope[3]}});
+    } else if (slopes && own.here) {
+      slopes[own.t] = slope[0];
+    }
+  }
+
+  // Evaluates the tokens, before which the row has the sums `in`; leaves those after them there.
+  __device__ Stats evaluate(Running &in) const {
+    Tally tally;
+    each([&](auto own) { take(own, in, tally); });
+    return tally.total();
+  }
+};
 
 // By one lane.
 template <class A> __device__ void write_row(const PolicyLoss &p, int64_t r, const Stats &stats) {
@@ -233,11 +400,13 @@ template <class A> __device__ void write_row(const PolicyLoss &p, int64_t r, con
   static_cast<A *>(p.values)[r] = A(stats.sum[int(LossStat::loss)]);
 }
 
-template <Surrogate kind, class T, bool running>
-__device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Chain<Running> *chain) {
+template <Surrogate kind, class T, bool running, bool rowwise>
+__device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int64_t place, Stats *parts,
+                     const Chain<Running> *chain) {
   using A = accumulate_t<T>;
   A *slopes = static_cast<A *>(p.slopes);
   const int64_t from = place * tile_size, to = min(from + tile_size, p.rows.size);
+  const Taking taking(p, from);
   bool published = false;
   // The row that begins here and goes on comes first: the next tile waits for its sums, and they wait for
   // nothing.
@@ -245,12 +414,14 @@ __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Cha
     each_piece<false>(
         p.rows, from, to,
         [&](int64_t r, int64_t first, int64_t last, bool starts, bool ends) {
+          if (running && (starts && !ends) != (turn == 0))
+            return;
+          const Piece<kind, T, running, rowwise> piece(p, call, taking, r, from, int(first - from),
+                                                       int(last - from));
           Running in;
           if constexpr (running) {
-            if ((starts && !ends) != (turn == 0))
-              return;
             if (!starts && !ends) {
-              const Running own = total<T>(p, first, last);
+              const Running own = piece.total();
               chain->publish(place, Chain<Running>::total, own);
               in = chain->arriving(place);
               chain->publish(place, Chain<Running>::carry, in.then(own));
@@ -258,7 +429,7 @@ __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Cha
               in = chain->arriving(place);
             }
           }
-          const Stats stats = evaluate<kind, T, running>(p, r, first, last, in);
+          const Stats stats = piece.evaluate(in);
           if constexpr (running) {
             if (starts && !ends)
               chain->publish(place, Chain<Running>::carry, in);
@@ -281,24 +452,27 @@ __device__ void tile(const PolicyLoss &p, int64_t place, Stats *parts, const Cha
       chain->publish(place, Chain<Running>::carry, Running{});
 }
 
-// Blocks per multiprocessor: few enough that what a token needs fits the registers. Chained tiles also carry
-// sums.
-template <class T, bool running> constexpr int blocks_at_once = sizeof(T) == 8 || running ? 1 : 2;
+// Blocks per multiprocessor: as many as what a token needs leaves registers for.
+template <Surrogate kind, class T, bool running, bool rowwise>
+constexpr int resident = sizeof(T) == 8 ? (running || kind == Surrogate::gated || !rowwise ? 1 : 2)
+                         : running      ? 2
+                                        : (kind == Surrogate::gated || !rowwise ? 3 : 4);
 
-template <Surrogate kind, class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once<T, false>)
-    policy_loss_tiles(PolicyLoss p, int64_t tiles, Stats *parts) {
+template <Surrogate kind, class T, bool rowwise>
+__global__ void __launch_bounds__(block_threads, resident<kind, T, false, rowwise>)
+    policy_loss_tiles(PolicyLoss p, Call<accumulate_t<T>> call, int64_t tiles, Stats *parts) {
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (place < tiles)
-    tile<kind, T, false>(p, place, parts, nullptr);
+    tile<kind, T, false, rowwise>(p, call, place, parts, nullptr);
 }
 
 template <Surrogate kind, class T>
-__global__ void __launch_bounds__(block_threads, blocks_at_once<T, true>)
-    policy_loss_chained(PolicyLoss p, int64_t tiles, Stats *parts, Chain<Running> chain) {
+__global__ void __launch_bounds__(block_threads, resident<kind, T, true, true>)
+    policy_loss_chained(PolicyLoss p, Call<accumulate_t<T>> call, int64_t tiles, Stats *parts,
+                        Chain<Running> chain) {
   const int64_t place = chain.turn() * warps_per_block + threadIdx.x / 32;
   if (place < tiles)
-    tile<kind, T, true>(p, place, parts, &chain);
+    tile<kind, T, true, true>(p, call, place, parts, &chain);
 }
 
 // The sums of rows that are not inside one tile, a warp per row.
@@ -324,11 +498,16 @@ __global__ void __launch_bounds__(block_threads) merge_parts(PolicyLoss p, const
 template <Surrogate kind, class T> void run(const PolicyLoss &p, Queue &queue) {
   const int64_t tiles = tiles_of(p.rows.size), blocks = ceil_div(tiles, warps_per_block);
   Stats *parts = queue.allocate_array<Stats>(2 * tiles);
-  if (p.source == Source::cumulative || p.power != 0) {
+  const Call<accumulate_t<T>> call(p, quads_aligned(static_cast<const T *>(p.log_probs)) &&
+                                          quads_aligned(static_cast<const T *>(p.reference)));
+  if (chained(p)) {
     const Chain<Running> chain("policy_loss", queue, tiles);
-    launch("policy_loss", queue, policy_loss_chained<kind, T>, blocks, block_threads, p, tiles, parts, chain);
+    launch("policy_loss", queue, policy_loss_chained<kind, T>, blocks, block_threads, p, call, tiles, parts,
+           chain);
   } else {
-    launch("policy_loss", queue, policy_loss_tiles<kind, T>, blocks, block_threads, p, tiles, parts);
+    launch("policy_loss", queue,
+           call.rowwise ? policy_loss_tiles<kind, T, true> : policy_loss_tiles<kind, T, false>, blocks,
+           block_threads, p, call, tiles, parts);
   }
   launch("policy_loss", queue, merge_parts<accumulate_t<T>>, ceil_div(p.rows.count, warps_per_block),
          block_threads, p, parts);

@@ -92,11 +92,24 @@ template <class T> __device__ Quad<T> load_quad(const T *p, int64_t t, int64_t s
   return out;
 }
 
+// Sixteen bytes as one number: a struct of narrow items would be taken apart into narrow stores.
+template <class T> __device__ void store_whole(T *p, const Quad<T> &x) {
+  if constexpr (sizeof x % sizeof(uint4) == 0) {
+    uint4 words[sizeof x / sizeof(uint4)];
+    memcpy(words, &x, sizeof x);
+#pragma unroll
+    for (int i = 0; i < int(sizeof x / sizeof(uint4)); ++i)
+      __stwb(reinterpret_cast<uint4 *>(p) + i, words[i]);
+  } else {
+    *reinterpret_cast<Quad<T> *>(p) = x;
+  }
+}
+
 // Stores those of [t, t + 4) that lie in [first, last).
 template <class T>
 __device__ void store_quad(T *p, int64_t t, int64_t first, int64_t last, bool aligned, const Quad<T> &x) {
   if (aligned && t >= first && t + quad <= last) {
-    *reinterpret_cast<Quad<T> *>(p + t) = x;
+    store_whole(p + t, x);
     return;
   }
 #pragma unroll
@@ -116,6 +129,30 @@ __device__ inline Quad<bool> live_quad(const Rows &rows, int64_t t, int64_t firs
   for (int k = 0; k < quad; ++k)
     out.item[k] = (!rows.mask || out.item[k]) && t + k >= first && t + k < last;
   return out;
+}
+
+// The lowest bit of each of four bytes, the first in the lowest bit.
+__device__ inline unsigned low_bits(unsigned bytes) { return (bytes & 0x01010101u) * 0x10204080u >> 28; }
+
+// Which tokens of the tile at `from` are set, four bits for each step of a lane; all where there is no mask.
+__device__ inline unsigned tile_bits(const bool *mask, int64_t from, int64_t size) {
+  constexpr int steps = int(tile_size / step_size);
+  if (!mask)
+    return ~0u;
+  const int64_t own = from + quad * lane_id();
+  unsigned bits = 0;
+  if (quads_aligned(mask) && from + tile_size <= size) {
+    const unsigned *words = reinterpret_cast<const unsigned *>(mask + own);
+#pragma unroll
+    for (int step = 0; step < steps; ++step)
+      bits |= low_bits(words[step * 32]) << step * quad;
+  } else {
+    for (int k = 0; k < steps * quad; ++k) {
+      const int64_t t = own + k / quad * step_size + k % quad;
+      bits |= unsigned(t < size && mask[t]) << k;
+    }
+  }
+  return bits;
 }
 
 template <class T> __device__ void fill_zero(T *y, int64_t first, int64_t last) {

@@ -1,5 +1,5 @@
 // exp without branches or tables: a loop over it becomes vector code on any compiler, and because it needs no
-// fused multiply-add it gives the same bits at every vector width.
+// fused multiply-add it gives the same bits at every vector width. A device has an instruction for 2^f.
 #pragma once
 #include "math/number.hpp"
 #include <cmath>
@@ -12,6 +12,13 @@ template <class A> TOKCREDIT_FN A exponential_from(A x) {
   // Adding 1.5 * 2^23 leaves the nearest integer n in the low bits.
   const A shifted = x * 1.44269504f + 12582912.0f;
   const A n = shifted - 12582912.0f;
+#ifdef __CUDA_ARCH__
+  // f = x / ln(2) - n, 1 / ln(2) in two parts; the instruction is within 2^-22.5 for |f| <= 1/2.
+  const A f = fmaf(x, 1.92596299e-8f, fmaf(x, 1.44269504f, -n));
+  A power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(f));
+  return power * from_bits((bits(shifted) << 23) + 0x3f800000u);
+#else
   // ln 2 in two parts; n times the first, which has 9 bits, is exact.
   const A r = (x - n * 0.693359375f) - n * -2.1219444005e-4f;
   // (exp(r) - 1 - r) / r^2, minimax for |r| <= ln(2) / 2, in pairs so that fewer steps wait for each other.
@@ -20,6 +27,7 @@ template <class A> TOKCREDIT_FN A exponential_from(A x) {
               (r * 1.6666666e-1f + 5.0000001e-1f);
   // 2^n from its exponent; at n = -127 it is 0, at n = 128 infinity.
   return ((q * square + r) + 1.0f) * from_bits((bits(shifted) << 23) + 0x3f800000u);
+#endif
 }
 
 // Within 2 ulp where the result is a normal number below 2^127.5; above infinity, below -87.7 exactly 0; NaN

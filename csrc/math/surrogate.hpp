@@ -27,6 +27,14 @@ template <class A> TOKCREDIT_FN A bounded(A x, A low, A high) {
   x = choose(x < low, low, x);
   return choose(x > high, high, x);
 }
+#ifdef __CUDA_ARCH__
+TOKCREDIT_FN float bounded(float x, float low, float high) { // two instructions
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(low));
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(y), "f"(high));
+  return x;
+}
+#endif
 
 template <class A> TOKCREDIT_FN A sign(A x) {
   const A positive = choose(x > A{}, A(1), x); // NaN stays
@@ -38,14 +46,13 @@ template <class A> TOKCREDIT_FN A growth(A position, A power) {
   return power == A(0) ? A(1) : power == A(0.5) ? std::sqrt(position) : std::pow(position, power);
 }
 
-// A log-ratio within the clamp of the call, and where the clamp holds it.
+// A log-ratio within the clamp of the call, and where the clamp holds it; NaN counts as held.
 template <class A> struct Clamped {
   A x;
   mask_t<A> held;
 
-  TOKCREDIT_FN Clamped(A raw, const PolicyLoss &p)
-      : x(bounded(raw, A(p.clamp_low), A(p.clamp_high))),
-        held((raw < A(p.clamp_low)) | (raw > A(p.clamp_high))) {}
+  TOKCREDIT_FN Clamped(A raw, A low, A high) : x(bounded(raw, low, high)), held(x != raw) {}
+  TOKCREDIT_FN Clamped(A raw, const PolicyLoss &p) : Clamped(raw, A(p.clamp_low), A(p.clamp_high)) {}
 };
 
 // Which bound stops a token under `clip`, if one does.
@@ -83,6 +90,47 @@ template <class A> TOKCREDIT_FN Outcome<A> clip(const Token<A> &t, const PolicyL
   const Stop<A> stop(t, c.x);
   return clipped(t, c, stop, q, any(stop.stops()) ? exponential(stop.pick(c.x, t.low, t.high, t.cap)) : q);
 }
+
+// The bounds of `clip` and the ratios at them, for tokens that share them.
+template <class A> struct Bounds {
+  A low, high, cap, at_low, at_high, at_cap;
+
+  TOKCREDIT_FN Bounds(A low, A high, A cap)
+      : low(low), high(high), cap(cap), at_low(exponential(low)), at_high(exponential(high)),
+        at_cap(exponential(cap)) {}
+};
+
+// `clip` for an advantage: by its sign one lower and one upper bound can stop a token.
+template <class A> struct SignedClip {
+  A advantage, low, high, at_low, at_high;
+  bool caps; // `high` is the cap
+
+  TOKCREDIT_FN SignedClip(A advantage, A below, A above, A cap)
+      : advantage(advantage), low(pick(below, -A(INFINITY), -A(INFINITY))),
+        high(pick(cap, above, A(INFINITY))), at_low(exponential(low)), at_high(exponential(high)),
+        caps(advantage < A{}) {}
+  TOKCREDIT_FN SignedClip(A advantage, const Bounds<A> &b)
+      : advantage(advantage), low(pick(b.low, -A(INFINITY), -A(INFINITY))),
+        high(pick(b.cap, b.high, A(INFINITY))), at_low(b.at_low),
+        at_high(pick(b.at_cap, b.at_high, b.at_high)), caps(advantage < A{}) {}
+
+  TOKCREDIT_FN A pick(A negative, A positive, A other) const {
+    return advantage < A{} ? negative : advantage > A{} ? positive : other;
+  }
+
+  // `above` where `high` stops the token.
+  TOKCREDIT_FN Outcome<A> operator()(const Clamped<A> &c) const {
+    const A q = exponential(c.x);
+    A stopped = q, slope = -advantage * q;
+    const bool below = c.x < low;
+    stopped = choose(below, at_low, stopped);
+    slope = choose(below, A{}, slope);
+    const bool above = c.x > high;
+    stopped = choose(above, at_high, stopped);
+    slope = choose(above, A{}, slope);
+    return {-advantage * stopped, choose(c.held, A{}, slope), c.x, q, below, above, false};
+  }
+};
 
 template <class A> TOKCREDIT_FN Outcome<A> soft(const Token<A> &t, const PolicyLoss &p) {
   const Clamped<A> c(t.log_ratio, p);

@@ -97,7 +97,7 @@ BUGS = [
         "tile.cuh",
         "if (aligned && t + quad <= size)",
         "if (aligned && t < size)",
-        "policy_loss",
+        "scale_rows",
     ),
     Bug("counts of a histogram are lost", "select.cu", "            __syncwarp();\n", "", "select"),
     Bug(
