@@ -1,7 +1,6 @@
 // What a CUDA operation runs on: a device, a stream, and scratch memory.
 #pragma once
 #include <cstdint>
-#include <type_traits>
 
 namespace tokcredit::cuda {
 
@@ -40,18 +39,19 @@ private:
 template <class T> struct Wanted {
   T *&array;
   int64_t count;
+
+  int64_t bytes() const { return (count * int64_t(sizeof(T)) + 255) / 256 * 256; }
+  void place(char *&memory) const {
+    array = reinterpret_cast<T *>(memory);
+    memory += bytes();
+  }
 };
 template <class T> Wanted(T *&, int64_t) -> Wanted<T>;
 
 // Several arrays in one piece of scratch: an allocation costs the host about as much as a launch.
 template <class... T> void allocate_together(Queue &queue, Wanted<T>... wanted) {
-  const auto bytes_of = [](int64_t count, int64_t size) { return (count * size + 255) / 256 * 256; };
-  char *memory = static_cast<char *>(queue.allocate((bytes_of(wanted.count, sizeof(T)) + ...)));
-  const auto place = [&](auto &one, int64_t size) {
-    one.array = reinterpret_cast<std::remove_reference_t<decltype(one.array)>>(memory);
-    memory += bytes_of(one.count, size);
-  };
-  (place(wanted, sizeof(T)), ...);
+  char *memory = static_cast<char *>(queue.allocate((wanted.bytes() + ...)));
+  (wanted.place(memory), ...);
 }
 
 } // namespace tokcredit::cuda
