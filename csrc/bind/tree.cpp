@@ -41,49 +41,51 @@ void check_parents(const Call &call, const int64_t *parent, int64_t nodes) {
                 std::to_string(parent[v]) + " at " + std::to_string(v));
 }
 
+// Where numbers enter a forest, checked.
+struct Forest {
+  const int64_t *leaf, *parent;
+  int64_t rows, nodes;
+};
+
+Forest forest(Call &call, const py::handle &leaf, const py::handle &parent, const Array &x) {
+  if (x.type != Type::f32 && x.type != Type::f64)
+    call.fail("x", "float32 or float64", name_of(x.type));
+  const Array up = call.read("parent", parent);
+  if (up.type != Type::i64)
+    call.fail("parent", "int64", name_of(up.type));
+  const Forest f{call.read_as<int64_t>("leaf", leaf, Type::i64, x.size), up.as<int64_t>(), x.size, up.size};
+  call.check_range("leaf", f.leaf, f.rows, 0, f.nodes);
+  check_parents(call, f.parent, f.nodes);
+  return f;
+}
+
 void tree_fold(const py::object &leaf, const py::object &parent, const py::object &scale, const py::object &x,
                const py::object &y) {
   Call call("tree_fold");
-  const Array values = call.read("x", x), up = call.read("parent", parent);
-  if (values.type != Type::f32 && values.type != Type::f64)
-    call.fail("x", "float32 or float64", name_of(values.type));
-  if (up.type != Type::i64)
-    call.fail("parent", "int64", name_of(up.type));
-  const int64_t V = up.size, R = values.size;
-  const TreeFold f{values.type,
-                   call.read_as<int64_t>("leaf", leaf, Type::i64, R),
-                   up.as<int64_t>(),
-                   call.optional("scale", scale, values.type, V).data,
-                   values.data,
-                   call.read("y", y, values.type, V).data,
-                   R,
-                   V};
-  call.check_range("leaf", f.leaf, R, 0, V);
-  check_parents(call, f.parent, V);
-  call.run([&] { cpu::tree_fold(f); }, [&](auto &queue) { cuda::tree_fold(f, queue); });
+  const Array values = call.read("x", x);
+  const Forest f = forest(call, leaf, parent, values);
+  const TreeFold t{values.type, f.leaf,
+                   f.parent,    call.optional("scale", scale, values.type, f.nodes).data,
+                   values.data, call.read("y", y, values.type, f.nodes).data,
+                   f.rows,      f.nodes};
+  call.run([&] { cpu::tree_fold(t); }, [&](auto &queue) { cuda::tree_fold(t, queue); });
 }
 
 void tree_mean(const py::object &leaf, const py::object &parent, const py::object &counts,
                const py::object &x, bool change, const py::object &y) {
   Call call("tree_mean");
-  const Array values = call.read("x", x), up = call.read("parent", parent);
-  if (values.type != Type::f32 && values.type != Type::f64)
-    call.fail("x", "float32 or float64", name_of(values.type));
-  if (up.type != Type::i64)
-    call.fail("parent", "int64", name_of(up.type));
-  const int64_t V = up.size, R = values.size;
-  const TreeMean f{values.type,
-                   call.read_as<int64_t>("leaf", leaf, Type::i64, R),
-                   up.as<int64_t>(),
-                   call.optional("counts", counts, Type::b8, R).as<bool>(),
+  const Array values = call.read("x", x);
+  const Forest f = forest(call, leaf, parent, values);
+  const TreeMean t{values.type,
+                   f.leaf,
+                   f.parent,
+                   call.optional("counts", counts, Type::b8, f.rows).as<bool>(),
                    values.data,
                    change,
-                   call.read("y", y, Type::f64, V).as<double>(),
-                   R,
-                   V};
-  call.check_range("leaf", f.leaf, R, 0, V);
-  check_parents(call, f.parent, V);
-  call.run([&] { cpu::tree_mean(f); }, [&](auto &queue) { cuda::tree_mean(f, queue); });
+                   call.read("y", y, Type::f64, f.nodes).as<double>(),
+                   f.rows,
+                   f.nodes};
+  call.run([&] { cpu::tree_mean(t); }, [&](auto &queue) { cuda::tree_mean(t, queue); });
 }
 
 // Along every walk from a row's leaf to its root, nodes begin inside the row and ever earlier.

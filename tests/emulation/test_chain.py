@@ -16,14 +16,6 @@ MOST = 6
 REACH = 32  # places that a look-back sees; 4,096 tokens each in scan, 512 in policy_loss
 
 
-@pytest.fixture(scope="module")
-def emulator(request):
-    plugin = request.config.pluginmanager.get_plugin("tests.emulation.plugin")
-    if plugin is None:
-        pytest.skip("counted on the emulator: make test-emulated")
-    return plugin.emulator
-
-
 def spans_of(lengths, stride):
     lengths = torch.tensor(lengths)
     begin = torch.arange(len(lengths)) * stride if stride else lengths.cumsum(0) - lengths

@@ -12,14 +12,6 @@ ROWS, GROUP, LENGTH = 1024, 16, 8
 MOST = {"tree_build": (4, 1), "tree_fold": (1, 1), "tree_mean": (1, 1), "expand": (1, 0), "repack": (1, 0)}
 
 
-@pytest.fixture(scope="module")
-def emulator(request):
-    plugin = request.config.pluginmanager.get_plugin("tests.emulation.plugin")
-    if plugin is None:
-        pytest.skip("counted on the emulator: make test-emulated")
-    return plugin.emulator
-
-
 def batch(emulator):
     """Arguments of all operations on the trees of groups of rows that share prefixes."""
     numbers, nodes = torch.arange(ROWS), 2 * ROWS

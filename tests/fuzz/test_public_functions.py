@@ -12,7 +12,7 @@ import tokcredit as tc
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokcredit.blocks import divergence, length, log_probs, scan, segment, select, tree, values
+from tokcredit.blocks import divergence, head, length, log_probs, scan, segment, select, tree, values
 
 RAISED = (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError, OverflowError)
 N, R, G, V = 12, 4, 2, 5
@@ -120,6 +120,21 @@ CALLS = {
     "segment.count": (segment.count, {"by": PER_ROW["by"]}),
     "segment.keys": (segment.keys, {"ids": torch.tensor([0, 1, 1]), "others": torch.tensor([2, 2, 0])}),
     "segment.pieces": (segment.pieces, {"marks": spans().mask & (torch.arange(N) % 3 == 0), "spans": spans()}),
+    "head.log_probs_and_entropies": (
+        head.log_probs_and_entropies,
+        {
+            "hidden": floats(N, 3),
+            "weight": floats(V, 3),
+            "tokens": torch.arange(N) % V,
+            "bias": floats(V),
+            "rows": torch.arange(N),
+            "temperature": 0.7,
+            "softcap": 5.0,
+            "scale": 1.5,
+            "vocabulary": V,
+            "tile_bytes": 100,
+        },
+    ),
     "select.sizes": (select.sizes, {"spans": spans(), "by": PER_ROW["by"]}),
     "select.everything": (select.everything, {"spans": spans()}),
     "select.top_k": (

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokcredit import ops
-from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, tensor, whole_number
+from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, tensor, whole_number
 
 _TILE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
@@ -363,9 +363,20 @@ def dtype_of(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
-def _positions(hidden: Tensor, head: Head, tokens: Tensor, rows: Tensor | None) -> tuple[Tensor, _Tiles, Tensor]:
-    """Return the hidden states of positions with a token, their tiles, and these positions."""
-    float_tensor("hidden", hidden)
+def _positions(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    rows: Tensor | None,
+    settings: dict[str, Any],
+) -> tuple[Tensor, Head, _Tiles, Tensor]:
+    """Return the hidden states of positions with a token, the output layer, its tiles, and these positions."""
+    hidden, weight = (float_tensor(name, x) for name, x in (("hidden", hidden), ("weight", weight)))
+    hidden, weight = hidden.to(dtype_of(hidden)), weight.to(dtype_of(weight))
+    bias = None if bias is None else float_tensor("bias", bias).to(dtype_of(bias))
+    head = Head(weight, bias, **settings)
+    instance("tokens", tokens, Tensor)
     if hidden.dim() < 2 or hidden.shape[:-1] != tokens.shape or hidden.shape[-1] != head.weight.shape[1]:
         raise ValueError(f"hidden: expected {[*tokens.shape, head.weight.shape[1]]}, got {describe(hidden)}")
     if hidden.dtype != head.weight.dtype or hidden.device != head.weight.device:
@@ -389,7 +400,7 @@ def _positions(hidden: Tensor, head: Head, tokens: Tensor, rows: Tensor | None) 
     if not every:
         h, flat = h.index_select(0, rows), flat.index_select(0, rows)
     h = h.contiguous()
-    return h, _Tiles(head, h.detach(), flat.long().contiguous(), temperature), rows
+    return h, head, _Tiles(head, h.detach(), flat.long().contiguous(), temperature), rows
 
 
 def _scattered(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
@@ -428,12 +439,9 @@ def log_probs_and_entropies(
         TypeError: A dtype is wrong.
         ValueError: A shape or number is wrong, or on the CPU a token is out of range.
     """
-    hidden, weight = hidden.to(dtype_of(hidden)), weight.to(dtype_of(weight))
-    bias = None if bias is None else bias.to(dtype_of(bias))
-    head = Head(weight, bias, **settings)
-    h, tiles, rows = _positions(hidden, head, tokens, rows)
+    h, head, tiles, rows = _positions(hidden, weight, bias, tokens, rows, settings)
     with torch.autocast(hidden.device.type, enabled=False):
-        log_probs, entropies = _TwoPasses.apply(h, weight, bias, tiles)
+        log_probs, entropies = _TwoPasses.apply(h, head.weight, head.bias, tiles)
     return _scattered(log_probs, rows, tokens.shape), _scattered(entropies, rows, tokens.shape)
 
 
@@ -465,10 +473,7 @@ def separable_loss(
         TypeError: A dtype is wrong.
         ValueError: A shape or number is wrong, or on the CPU a token is out of range.
     """
-    hidden, weight = hidden.to(dtype_of(hidden)), weight.to(dtype_of(weight))
-    bias = None if bias is None else bias.to(dtype_of(bias))
-    head = Head(weight, bias, **settings)
-    h, tiles, rows = _positions(hidden, head, tokens, None)
+    h, head, tiles, rows = _positions(hidden, weight, bias, tokens, None, settings)
 
     def of_tile(first: int, last: int, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return slopes(rows[first:last], log_probs, entropies)
@@ -477,5 +482,5 @@ def separable_loss(
         return total(_scattered(log_probs, rows, tokens.shape), _scattered(entropies, rows, tokens.shape))
 
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _OnePass.apply(h, weight, bias, tiles, of_tile, of_all)
+        loss: Tensor = _OnePass.apply(h, head.weight, head.bias, tiles, of_tile, of_all)
     return loss
