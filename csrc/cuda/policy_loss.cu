@@ -78,12 +78,8 @@ template <class A> struct RowOperand {
   __device__ A at(int64_t row) const { return data ? data[row & rows] : value; }
 };
 
-constexpr Operand PolicyLoss::*operands[] = {
-    &PolicyLoss::advantages,  &PolicyLoss::weights,      &PolicyLoss::log_ratio,
-    &PolicyLoss::low,         &PolicyLoss::high,         &PolicyLoss::cap,
-    &PolicyLoss::outside_low, &PolicyLoss::outside_high, &PolicyLoss::given};
 constexpr int varying_count = 3; // the first, which may be per token where four tokens are taken at once
-constexpr int operand_count = int(sizeof operands / sizeof *operands);
+constexpr int operand_count = 9;
 
 // Whether a token's ratio or window depends on the tokens before it.
 inline bool chained(const PolicyLoss &p) { return p.source == Source::cumulative || p.power != 0; }
@@ -98,8 +94,11 @@ template <class A> struct Call {
   Call(const PolicyLoss &p, bool aligned)
       : bound(A(p.bound)), clamp_low(A(p.clamp_low)), clamp_high(A(p.clamp_high)), rowwise(true),
         plain(aligned && quads_aligned(static_cast<const A *>(p.slopes)) && p.reference) {
+    const Operand *const operands[operand_count] = {&p.advantages,  &p.weights,      &p.log_ratio,
+                                                    &p.low,         &p.high,         &p.cap,
+                                                    &p.outside_low, &p.outside_high, &p.given};
     for (int i = 0; i < operand_count; ++i) {
-      const Operand &o = p.*operands[i];
+      const Operand &o = *operands[i];
       rows[i] = RowOperand<A>(o);
       if (per_token(o)) {
         rowwise = false;
