@@ -1,7 +1,8 @@
 """Torch registrations of the native operations: shapes, devices and gradients. Contracts are in ``csrc/ops``.
 
-Private: users call the stage modules. Every operation is defined in ``torch.library`` with a fake implementation
-that also allocates its outputs, so it composes with ``torch.compile`` and is checked by ``opcheck``.
+Private: users call the modules of ``tokcredit.blocks``. Every operation is registered in ``torch.library`` with a fake
+implementation that also allocates its outputs, so it composes with ``torch.compile`` and is checked by ``opcheck``. A
+call goes through torch's dispatcher only where torch must see it; see :class:`tokcredit.ops.call.Operation`.
 """
 
 from tokcredit.ops.baseline import baseline
