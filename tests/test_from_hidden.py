@@ -239,3 +239,15 @@ def test_shapes_are_checked():
     hidden, weight, bias = model(prepared.batch)
     with pytest.raises(ValueError, match=r"hidden: expected \[12, 7, 4\], got float64 \[84, 4\]"):
         objective.loss_from_hidden(prepared, hidden.reshape(84, 4), weight, bias)
+
+
+def test_a_token_out_of_range_on_the_cpu():
+    hidden, weight = torch.ones(3, 2, dtype=torch.float64), torch.ones(4, 2, dtype=torch.float64)
+    # -100 is other libraries' mark for no token.
+    for tokens, vocabulary in (([0, 4, 1], None), ([0, 3, 1], 3), ([0, -100, 1], None)):
+        with pytest.raises(ValueError, match="tokens"):
+            tc.head.log_probs_and_entropies(hidden, weight, torch.tensor(tokens), vocabulary=vocabulary)
+    with pytest.raises(ValueError, match=r"temperature: expected positive numbers, got \[0.0\]"):
+        tc.head.log_probs_and_entropies(
+            hidden, weight, torch.tensor([0, 1, 1]), temperature=torch.tensor([1.0, 0.0, 2.0])
+        )

@@ -267,21 +267,6 @@ def test_errors(error, change, message):
         head.log_probs_and_entropies(**arguments | change)
 
 
-def test_a_token_out_of_range():
-    hidden, weight, bias, _ = example()
-    if hidden.is_cpu:
-        with pytest.raises(ValueError, match="tokens"):
-            head.log_probs_and_entropies(hidden, weight, torch.tensor([0, 4, 1]), bias)
-        with pytest.raises(ValueError, match="tokens"):
-            head.log_probs_and_entropies(hidden, weight, torch.tensor([0, 3, 1]), bias, vocabulary=3)
-        with pytest.raises(ValueError, match="tokens"):  # other libraries' mark for no token
-            head.log_probs_and_entropies(hidden, weight, torch.tensor([0, -100, 1]), bias)
-        with pytest.raises(ValueError, match=r"temperature: expected positive numbers, got \[0.0\]"):
-            head.log_probs_and_entropies(
-                hidden, weight, torch.tensor([0, 1, 1]), bias, temperature=torch.tensor([1.0, 0.0, 2.0])
-            )
-
-
 def test_half_precision_with_a_scaled_loss():
     """The factor of a gradient scaler reaches float16 gradients before they are rounded."""
     hidden, weight, _, tokens = random(50, 8, 400, dtype=torch.float16)
