@@ -42,13 +42,6 @@ def test_methods_page(tmp_path):
     run("\n".join(blocks("docs/methods.md")), tmp_path)
 
 
-def test_page_of_the_hosts(tmp_path):
-    """The loop without logits; the recipes for hosts run in the tests of the adapters."""
-    pytest.importorskip("transformers")
-    (block,) = (block for block in blocks("docs/hosts.md") if "loss_from_hidden" in block)
-    assert f"# {run(block, tmp_path).strip()}" in block
-
-
 def test_report_page(tmp_path):
     pytest.importorskip("pyarrow")
     pytest.importorskip("transformers")

@@ -34,6 +34,7 @@ RUN_BY = {
     "slime": "test_slime",
     "prime-rl": "test_recipes",
     "NeMo-RL": "test_recipes",
+    "A loop of your own": "test_recipes",
 }
 
 
@@ -42,6 +43,17 @@ def test_every_block_is_run():
     assert [name for name in recipes.sections() if recipes.blocks(name)] == list(RUN_BY)
     for section, module in RUN_BY.items():
         assert f'recipes.run("{section}")' in (Path(__file__).parent / f"{module}.py").read_text(), section
+
+
+def test_a_loop_without_logits(capsys):
+    """The block prints what its last comment says, and its log-probs are those of all logits."""
+    names = recipes.run("A loop of your own")
+    (block,) = recipes.blocks("A loop of your own")
+    assert f"# {capsys.readouterr().out.strip()}\n" in block
+    prompts, responses = names["prompts"], names["responses"]
+    logits = names["model"](names["ids"][:, :-1]).logits[:, prompts.shape[1] - 1 :]
+    expected = logits.log_softmax(-1).gather(-1, responses[..., None])[..., 0]
+    torch.testing.assert_close(names["out"].log_probs, expected.detach())
 
 
 NUMBERS = {
