@@ -28,7 +28,7 @@ from tokcredit.stages import scale as scales
 from tokcredit.stages import term as term_stages
 from tokcredit.stages import token_weights as weight_stages
 from tokcredit.stages.base import part, parts
-from tokcredit.stages.credit.group import per_token, product, within
+from tokcredit.stages.credit.group import chosen_tokens, per_token, product
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,8 @@ class Objective(FromHidden):
             prepared: A prepared batch of this objective.
         """
         objective = prepared.objective
-        on_policy = getattr(objective.ratio, "to", "old_log_probs") == "old_log_probs" and (
-            prepared.batch.old_log_probs is None
-        )
-        stages = (*objective.scales, *objective.terms, *(() if on_policy else (objective.ratio,)))
+        ratio = () if _on_policy(objective, prepared.batch) else (objective.ratio,)
+        stages = (*objective.scales, *objective.terms, *ratio)
         return not any(stage.couples_tokens for stage in stages)
 
     def prepare(
@@ -194,7 +192,7 @@ class Objective(FromHidden):
                 own, own_spans, own_lengths = denominators, spans, lengths
             else:
                 mask = spans.mask if spans.mask is not None else batch.response_mask
-                own_spans = spans.with_mask(within(term.where(batch.with_mask(mask), advantages), spans))
+                own_spans = spans.with_mask(chosen_tokens(term.where(batch.with_mask(mask), advantages), spans))
                 own_lengths, own = ops.count(own_spans), Denominators(dp_size=denominators.dp_size)
             if not self.compares_groups:
                 own.require(aggregation)
@@ -300,12 +298,20 @@ class Prepared(PreparedTokens):
         )
 
 
+def _divisor(objective: Objective) -> str:
+    """Return the name of the input with the log-probs that the ratio divides by."""
+    return getattr(objective.ratio, "to", "old_log_probs")
+
+
+def _on_policy(objective: Objective, batch: Rollouts) -> bool:
+    """Return whether every ratio is 1, because the batch has no log-probs to divide by."""
+    return _divisor(objective) == "old_log_probs" and batch.old_log_probs is None
+
+
 def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tensor]) -> Loss:
     objective, batch = prepared.objective, prepared.batch
     current = batch.flat(log_probs, "log_probs").detach()
-    to = objective.ratio.to if hasattr(objective.ratio, "to") else "old_log_probs"
-    on_policy = to == "old_log_probs" and batch.old_log_probs is None
-    reference = current if on_policy else batch.input(to)
+    reference = current if _on_policy(objective, batch) else batch.input(_divisor(objective))
     log_ratio, window = objective.ratio(batch.spans, current, reference, prepared.credit), prepared.window
     advantages = prepared.credit
     if objective.scales:

@@ -11,7 +11,7 @@ from tokcredit.protocol import Denominators
 from tokcredit.rollouts import Rollouts
 from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans
-from tokcredit.stages.credit.group import product, within
+from tokcredit.stages.credit.group import chosen_tokens, product
 from tokcredit.stages.filters import Filter
 from tokcredit.stages.token_weights import TokenWeight
 
@@ -27,7 +27,7 @@ def filtered(filters: Iterable[Filter], batch: Rollouts, advantages: Tensor) -> 
         advantages: float ``[R, 1]`` or ``[N]``.
     """
     for stage in filters:
-        batch = batch.with_mask(within(stage(batch, advantages), batch.spans))
+        batch = batch.with_mask(chosen_tokens(stage(batch, advantages), batch.spans))
     return batch
 
 

@@ -56,6 +56,7 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
     vocabulary: int | None = None
+    # None stands for a default that depends on the weight, and is replaced by it.
     logits_dtype: torch.dtype = None  # type: ignore[assignment]
     tile_bytes: int = None  # type: ignore[assignment]
 
@@ -226,7 +227,7 @@ class _Sums:
     def __init__(self, tiles: _Tiles, wanted: tuple[bool, bool, bool]) -> None:
         head, hidden = tiles.head, tiles.hidden
         self.tiles, wide = tiles, torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.hidden = torch.zeros_like(hidden) if wanted[0] else None
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
         # One block needs no wider sum: it is rounded once.
         whole = hidden.shape[0] <= head.block_rows
         dtype = head.weight.dtype if whole else wide

@@ -29,10 +29,7 @@ class divergence(Scale):
     strength: float = number(1.0)
     slope: float = number(10.0)
 
-    @property
-    def couples_tokens(self) -> bool:
-        """False."""
-        return False
+    couples_tokens = False
 
     def __call__(
         self,

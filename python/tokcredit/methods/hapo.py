@@ -165,10 +165,7 @@ class outside_center(Scale):
     strength: float = number(1.0)
     needs_bounds: ClassVar[bool] = True
 
-    @property
-    def couples_tokens(self) -> bool:
-        """False."""
-        return False
+    couples_tokens = False
 
     def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
         """Return the score of each token, float ``[N]``.

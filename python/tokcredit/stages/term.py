@@ -90,10 +90,7 @@ class kl(Term):
         """The input that ``to`` names."""
         return super().required_inputs | {self.to}
 
-    @property
-    def couples_tokens(self) -> bool:
-        """False."""
-        return False
+    couples_tokens = False
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
         rows, _ = ops.policy_loss(
@@ -125,10 +122,7 @@ class entropy(Term):
     metric_sign: ClassVar[float] = -1.0
     variables: ClassVar[frozenset[str]] = frozenset({"entropies"})
 
-    @property
-    def couples_tokens(self) -> bool:
-        """False."""
-        return False
+    couples_tokens = False
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
         return -segment.weighted_sum(variables["entropies"], spans, weights).sum()
@@ -149,10 +143,7 @@ class nll(Term):
     aggregation: Aggregation | None = part(Aggregation, None, optional=True)
     metric: ClassVar[str] = "nll"
 
-    @property
-    def couples_tokens(self) -> bool:
-        """False."""
-        return False
+    couples_tokens = False
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
         return -segment.weighted_sum(variables["log_probs"], spans, weights).sum()

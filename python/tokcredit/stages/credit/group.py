@@ -104,7 +104,7 @@ def per_token(x: Tensor, spans: Spans) -> Tensor:
     return x if x.dim() == 1 else ops.spread(x[:, 0], spans)
 
 
-def within(chosen: Tensor, spans: Spans) -> Tensor:
+def chosen_tokens(chosen: Tensor, spans: Spans) -> Tensor:
     """Return the tokens under the mask of the spans that a filter chose, bool ``[N]``.
 
     Args:
