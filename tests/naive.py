@@ -47,7 +47,7 @@ def synthetic(name, batch, g):
         "old_log_probs": -x,
         "rollout_log_probs": -x,
         "ref_log_probs": -x,
-        "entropies": 2 * x,
+        "entropies": 1.2 * x,
         # Between what one probability and one other token of the rest's make.
         "squared_probs": chosen**2 + x * (1 - chosen) ** 2,
         "reverse_kl": x**2,
@@ -66,6 +66,8 @@ def synthetic(name, batch, g):
         "turn_rewards": x,
         "prompt_tokens": rows[:, None],
         "replayed": rows % 4 == 3,
+        "expert": rows % 4 == 2,
+        "planning_tokens": torch.arange(n) % 3 == 1,
         "truncated": rows % 3 != 1,
         "length_values": -x,
     }[name]
@@ -154,6 +156,62 @@ def ppo(batch, log_probs, advantages, low, high, cap=None):
         [clipped(advantages[r], (log_probs[t] - old[t]).exp(), low, high, cap) for t in tokens]
         for r, tokens in enumerate(rows_of(batch))
     ]
+
+
+def scores(batch, log_probs, weight, advantages=None, to="old_log_probs"):
+    """Token losses ``-A * w * log p``, row by row, with ``w = weight(l, o, A)`` of three floats held fixed."""
+    advantages = group_advantages(batch) if advantages is None else advantages
+    reference = batch.input(to)
+    return [
+        [
+            -advantages[r] * weight(log_probs[t].item(), reference[t].item(), advantages[r]) * log_probs[t]
+            for t in tokens
+        ]
+        for r, tokens in enumerate(rows_of(batch))
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class fixed(tc.credit.Credit):
+    """Advantages that a test chooses: the rewards, or the token rewards of the batch."""
+
+    tokens: bool = False
+
+    def __call__(self, batch):
+        return batch.input("turn_rewards") if self.tokens else batch.rewards[:, None]
+
+
+def two_rows(**extras):
+    """Two rows of four and three tokens with advantages 1 and -1, with NaN beneath a masked token of each.
+
+    Returns the batch with all log-probs, and those of the current policy.
+    """
+
+    def logs(a, b):
+        return torch.tensor([[*a, math.nan], [b[0], math.nan, *b[1:], math.nan]], dtype=torch.float64).log()
+
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 1, 1, 0]]).bool()
+    batch = tc.Rollouts.from_padded(
+        torch.arange(10).view(2, 5),
+        mask,
+        torch.zeros(2, dtype=torch.long),
+        torch.tensor([1.0, -1.0], dtype=torch.float64),
+        old_log_probs=logs([0.5, 0.05, 0.9, 0.2], [0.5, 0.05, 0.9]),
+        rollout_log_probs=logs([0.45, 0.06, 0.9, 0.25], [0.5, 0.2, 0.95]),
+        ref_log_probs=logs([0.4, 0.3, 0.8, 0.1], [0.5, 0.1, 0.6]),
+        extras=extras,
+    )
+    return batch, logs([0.55, 0.25, 0.7, 0.2], [0.3, 0.01, 0.97])
+
+
+def slopes(objective, batch=None, current=None, credit=None):
+    """Derivative of each token's loss, without weights of rows, for the seven tokens of :func:`two_rows`."""
+    if batch is None:
+        batch, current = two_rows()
+    objective = dataclasses.replace(objective, credit=credit or fixed(), aggregation=tc.aggregation.token_sum())
+    current = current.clone().requires_grad_()
+    objective.loss(objective.prepare(batch, progress=0.5), current).loss.backward()
+    return current.grad[batch.shaped(batch.response_mask)].tolist()
 
 
 def influence(batch, tokens, weights):

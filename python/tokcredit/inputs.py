@@ -253,6 +253,8 @@ for _entry in (
         nan_means_absent=True,
     ),
     Input("turn_rewards", "token", "float", "reward of a turn at its last token, 0 elsewhere", "environment"),
+    Input("expert", "row", "bool", "True for a row that an expert wrote, which the policy did not sample", "user"),
+    Input("planning_tokens", "token", "bool", "True for a token of a planning phrase", "user"),
     Input("replayed", "row", "bool", "True for a row sampled at an earlier step, by an older policy", "replay"),
     Input("truncated", "row", "bool", "True for a row cut at the length limit, not ended by the policy", "sampler"),
     Input(

@@ -191,9 +191,11 @@ class Objective(FromHidden):
             if term.where is None:
                 own, own_spans, own_lengths = denominators, spans, lengths
             else:
-                mask = spans.mask if spans.mask is not None else batch.response_mask
-                own_spans = spans.with_mask(chosen_tokens(term.where(batch.with_mask(mask), advantages), spans))
-                own_lengths, own = ops.count(own_spans), Denominators(dp_size=denominators.dp_size)
+                within = spans if term.after_filters and spans.mask is not None else batch.spans
+                own_spans = spans.with_mask(chosen_tokens(term.where(batch.with_mask(within.mask), advantages), within))
+                own_lengths, own = lengths, denominators
+                if not term.over_all:
+                    own_lengths, own = ops.count(own_spans), Denominators(dp_size=denominators.dp_size)
             if not self.compares_groups:
                 own.require(aggregation)
             same = aggregation is self.aggregation and own is denominators
@@ -260,6 +262,9 @@ class Prepared(PreparedTokens):
         """Rows that can have a gradient; bool ``[R]``. The others need neither a forward nor a backward pass."""
         trains = self.lengths > 0
         if any(term.coefficient for term in self.objective.terms):
+            for term, (mask, _) in zip(self.objective.terms, self.terms, strict=True):
+                if term.coefficient and not term.after_filters:
+                    trains = trains | (ops.count(self.spans.with_mask(mask)) > 0)
             return trains
         size = self.credit if self.multiplier is None else product(self.credit, self.multiplier, self.batch.spans)
         moves = size != 0

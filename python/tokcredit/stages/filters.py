@@ -13,11 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokcredit import ops
+from tokcredit import inputs, ops
 from tokcredit.blocks import segment, select
 from tokcredit.rollouts import Rollouts
+from tokcredit.spans import Spans
 from tokcredit.stages import within as predicate
-from tokcredit.stages.base import Stage, flag, number, part
+from tokcredit.stages.base import Stage, flag, input_name, number, part
 from tokcredit.stages.token_score import TokenScore
 
 
@@ -71,6 +72,28 @@ class nonzero_advantage(Filter):
 
 
 @dataclass(frozen=True)
+class marked(Filter):
+    """The rows or tokens where a bool input is True.
+
+    Args:
+        name: Name of the input.
+        inverted: Whether to take those where it is False instead.
+    """
+
+    name: str = input_name()
+    inverted: bool = flag(False)
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """The named input."""
+        return super().required_inputs | {self.name}
+
+    def __call__(self, batch: Rollouts, advantages: Tensor | None) -> Tensor:
+        chosen = batch.input(self.name) != self.inverted
+        return chosen if inputs.get(self.name).per == "token" else chosen[:, None]
+
+
+@dataclass(frozen=True)
 class improbable(Filter):
     """The tokens to which the old policy gave a probability of less than ``below``.
 
@@ -93,6 +116,23 @@ def improbable_tokens(batch: Rollouts, below: float) -> Tensor:
         below: Probability.
     """
     return batch.input("old_log_probs") < (math.log(below) if below > 0 else -math.inf)
+
+
+def covariance(batch: Rollouts, advantages: Tensor) -> Tensor:
+    """Return ``(A - mean(A)) * (log p_old - mean(log p_old))`` of each token, with means over the training tokens.
+
+    Args:
+        batch: The rollouts, with ``old_log_probs``.
+        advantages: float ``[R, 1]`` or ``[N]``.
+
+    Returns:
+        float ``[N]``; its value at masked tokens means nothing.
+    """
+    log_probs = batch.input("old_log_probs")
+    log_probs = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
+    own = advantages if advantages.dim() == 1 else ops.spread(advantages[:, 0], batch.spans)
+    tokens = Spans.single(batch.num_tokens, batch.device, batch.response_mask)
+    return (own - segment.mean(own, tokens)) * (log_probs - segment.mean(log_probs, tokens))
 
 
 @dataclass(frozen=True)
@@ -135,7 +175,7 @@ class top_share(Filter):
 class within(predicate.Recorded, Filter):
     """The tokens, or rows, where a statistic of the log-ratio between two recorded policies lies in ``[low, high]``.
 
-    Statistics are those of :func:`tokcredit.stages.within.within`, on the input ``of`` minus the input ``to``.
+    Statistics are those of :func:`tokcredit.stages.within.measured`, on the input ``of`` minus the input ``to``.
 
     Args:
         statistic: ``ratio``, ``difference``, ``k1``, ``k2`` or ``k3``.
@@ -154,8 +194,10 @@ class within(predicate.Recorded, Filter):
 
 __all__ = [
     "Filter",
+    "covariance",
     "improbable",
     "improbable_tokens",
+    "marked",
     "mixed_groups",
     "nonzero_advantage",
     "top_share",

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokcredit import ops
 from tokcredit.blocks import scan, segment
 from tokcredit.spans import Spans
-from tokcredit.stages.base import Stage, input_name, number
+from tokcredit.stages.base import Stage, input_name, number, option
 
 
 class LogRatio(NamedTuple):
@@ -101,24 +101,29 @@ class token(Ratio):
 
 @dataclass(frozen=True)
 class sequence(Ratio):
-    """The geometric mean of the row's ratios, the same at every token: ``log q = mean_t(log p[t] - log p_old[t])``.
+    """One ratio per row, the same at every token: ``log q = mean_t(log p[t] - log p_old[t])``, or the sum.
+
+    The mean gives the geometric mean of the ratios of the row's tokens, the sum their product.
 
     Args:
-        bound: Differences are clamped to ``[-bound, bound]`` before the mean; above 0.
+        bound: Differences are clamped to ``[-bound, bound]`` before they are combined; above 0.
         high: The log-ratio is at most this; at least 0.
         to: Input with the log-probs that the ratio divides by.
+        over: ``mean`` or ``sum``.
     """
 
     bound: float = number(math.inf, above=0)
     high: float = number(10.0, at_least=0)
     to: str = input_name("old_log_probs")
+    over: str = option("mean", "sum")
     couples_tokens: ClassVar[bool] = True
 
     def __call__(self, spans: Spans, log_probs: Tensor, reference: Tensor, advantages: Tensor) -> LogRatio:
         difference = (log_probs.float() if log_probs.dtype.itemsize < 4 else log_probs) - reference
         if self.bound < math.inf:
             difference = difference.clamp_(-self.bound, self.bound)
-        return LogRatio(segment.mean(difference, spans)[:, None], None, (-math.inf, self.high))
+        combined = (segment.mean if self.over == "mean" else segment.sum)(difference, spans)
+        return LogRatio(combined[:, None], None, (-math.inf, self.high))
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,9 @@ class Scale(Stage):
 
 @dataclass(frozen=True)
 class within(Scale):
-    """1 where a statistic of the current log-ratio lies in ``[low, high]``, else 0.
+    """1 where a statistic of the current log-ratio lies in ``[low, high]``, else 0; NaN where the statistic is NaN.
 
-    Statistics are those of :func:`tokcredit.stages.within.within`, on ``log_probs`` minus the input ``to``.
+    Statistics are those of :func:`tokcredit.stages.within.measured`, on ``log_probs`` minus the input ``to``.
 
     Args:
         statistic: ``ratio``, ``difference``, ``k1``, ``k2`` or ``k3``.
@@ -120,10 +120,10 @@ class within(Scale):
         signal: Tensor | None,
     ) -> Tensor:
         assert signal is not None
-        inside = predicate.within(
-            predicate.log_ratio(log_probs, signal), spans, self.statistic, self.over, self.low, self.high
-        )
-        return predicate.of_sign(self.signs, advantages, inside, spans).to(log_ratio.dtype)
+        x = predicate.measured(predicate.log_ratio(log_probs, signal), spans, self.statistic, self.over)
+        inside = predicate.of_sign(self.signs, advantages, (x >= self.low) & (x <= self.high), spans)
+        known = predicate.of_sign(self.signs, advantages, ~x.isnan(), spans)
+        return inside.to(log_ratio.dtype).masked_fill_(~known, math.nan)
 
 
 __all__ = ["Scale", "within"]

@@ -14,7 +14,7 @@ from tokcredit.blocks import segment
 from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
 from tokcredit.stages.aggregation import Aggregation
-from tokcredit.stages.base import Stage, input_name, number, option, part
+from tokcredit.stages.base import Stage, flag, input_name, number, option, part
 from tokcredit.stages.filters import Filter
 
 
@@ -25,19 +25,23 @@ class Term(Stage):
         kind: ``"term"``.
         metric: Name of its metric, the mean over its tokens without the coefficient.
         metric_sign: Sign of the metric relative to the term.
+        after_filters: Whether it acts on tokens that pass the filters of the objective only.
         variables: Per-token variables it needs beside ``log_probs``, given to ``loss`` by name, with gradient.
         coefficient: Factor of the term.
         aggregation: How its tokens are averaged, or None for the aggregation of the objective.
         where: Filter of the tokens it acts on, or None for all that train.
+        over_all: Whether the average is over all tokens that train, also those that ``where`` rejects.
     """
 
     kind: ClassVar[str] = "term"
     metric: ClassVar[str] = ""
     metric_sign: ClassVar[float] = 1.0
+    after_filters: ClassVar[bool] = True
     variables: ClassVar[frozenset[str]] = frozenset()
     coefficient: float
     aggregation: Aggregation | None = None
     where: Filter | None = None
+    over_all: bool = False
 
     @property
     def couples_tokens(self) -> bool:
@@ -66,23 +70,30 @@ class kl(Term):
         k2            u^2 / 2
         k3            exp(-u) + u - 1
         abs           |u|
+        k3_corrected  sg(q) (exp(-u) + u - 1), with the gradient sg(q) u
 
-    The gradient of k2 is an unbiased estimate of the gradient of the KL. k3 is never negative and has low variance.
+    The gradient of k2 is an unbiased estimate of the gradient of the KL if the tokens come from the current policy.
+    ``k3_corrected`` has an unbiased gradient also if they come from the old one: ``q = p / p_old``, 1 in a batch
+    without ``old_log_probs``. k3 is never negative and has low variance.
 
     Args:
         coefficient: Factor of the term, at least 0; may be a schedule or a controller.
-        estimator: ``k3``, ``k1``, ``k2`` or ``abs``.
+        estimator: ``k3``, ``k1``, ``k2``, ``abs`` or ``k3_corrected``.
         to: Input with the log-probs of the reference policy.
         limit: Largest estimate of a token, nats. A token with a larger estimate counts as this much and has no
             gradient. verl uses 10.
         aggregation: How tokens are averaged, or None for the aggregation of the objective.
+        where: Filter of the tokens it acts on, or None for all that train.
+        over_all: Whether the average is over all tokens that train, also those that ``where`` rejects.
     """
 
     coefficient: float = number(0.001, at_least=0, scheduled=True)
-    estimator: str = option("k3", "k1", "k2", "abs")
+    estimator: str = option("k3", "k1", "k2", "abs", "k3_corrected")
     to: str = input_name("ref_log_probs")
     limit: float = number(math.inf, above=0)
     aggregation: Aggregation | None = part(Aggregation, None, optional=True)
+    where: Filter | None = part(Filter, None, optional=True)
+    over_all: bool = flag(False)
     metric: ClassVar[str] = "kl"
 
     @property
@@ -93,11 +104,15 @@ class kl(Term):
     couples_tokens = False
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
+        log_probs, log_ratio = variables["log_probs"], None
+        if self.estimator == "k3_corrected" and batch.old_log_probs is not None:
+            log_ratio = (log_probs.detach() - batch.old_log_probs).clamp_(-20.0, 20.0)
         rows, _ = ops.policy_loss(
-            variables["log_probs"],
+            log_probs,
             spans,
             self.estimator,
             reference=batch.input(self.to),
+            log_ratio=log_ratio,
             weights=weights,
             clamp=(-20.0, 20.0),
             limit=self.limit,

@@ -29,8 +29,8 @@ def log_ratio(log_probs: Tensor, reference: Tensor) -> Tensor:
     return (log_probs - reference).masked_fill_(reference.isnan(), 0)
 
 
-def within(log_ratio: Tensor, spans: Spans, statistic: str, over: str, low: float, high: float) -> Tensor:
-    """Return whether a statistic of the log-ratios lies in ``[low, high]``.
+def measured(log_ratio: Tensor, spans: Spans, statistic: str, over: str) -> Tensor:
+    """Return a statistic of the log-ratios.
 
     With ``x`` the log-ratio of a token::
 
@@ -40,18 +40,14 @@ def within(log_ratio: Tensor, spans: Spans, statistic: str, over: str, low: floa
         k2          x^2 / 2
         k3          exp(x) - 1 - x
 
-    A NaN log-ratio lies outside; see :func:`log_ratio` for tokens without a reference.
-
     Args:
         log_ratio: float ``[N]``.
         spans: The rows, with the mask of the tokens that count.
         statistic: One of :data:`STATISTICS`.
         over: ``token`` for each token by itself, else how the tokens of a row are combined.
-        low: Lower bound.
-        high: Upper bound.
 
     Returns:
-        bool ``[N]`` over tokens, else ``[R, 1]``.
+        float ``[N]`` over tokens, else ``[R, 1]``.
     """
     x = log_ratio
     if statistic == "k1":
@@ -63,9 +59,7 @@ def within(log_ratio: Tensor, spans: Spans, statistic: str, over: str, low: floa
     if over != "token":
         reduce = {"sum": segment.sum, "mean": segment.mean, "max": segment.maximum, "min": segment.minimum}[over]
         x = reduce(x, spans)[:, None]
-    if statistic == "ratio":
-        x = x.exp()
-    return (x >= low) & (x <= high)
+    return x.exp() if statistic == "ratio" else x
 
 
 def of_sign(signs: str, advantages: Tensor, inside: Tensor, spans: Spans) -> Tensor:
@@ -119,6 +113,8 @@ class Recorded:
     def inside(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         """Return whether the statistic lies in ``[low, high]``; True where the advantage has another sign.
 
+        A NaN log-ratio lies outside; see :func:`log_ratio` for tokens without a reference.
+
         Args:
             batch: The rollouts.
             advantages: float ``[R, 1]`` or ``[N]``.
@@ -127,5 +123,5 @@ class Recorded:
             bool ``[R, 1]`` over rows or ``[N]`` over tokens.
         """
         difference = log_ratio(batch.input(self.of), batch.input(self.to))
-        inside = within(difference, batch.spans, self.statistic, self.over, self.low, self.high)
-        return of_sign(self.signs, advantages, inside, batch.spans)
+        x = measured(difference, batch.spans, self.statistic, self.over)
+        return of_sign(self.signs, advantages, (x >= self.low) & (x <= self.high), batch.spans)

@@ -1,0 +1,113 @@
+"""GTPO: token rewards shaped by entropy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokcredit import ops
+from tokcredit.blocks import scan, segment
+from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages import aggregation, clip
+from tokcredit.stages.base import number
+from tokcredit.stages.credit import Credit
+
+
+@dataclass(frozen=True)
+class entropy_shaped(Credit):
+    """Rewards of tokens that grow with their entropy in correct rows, and fall with its inverse in wrong rows.
+
+    With ``H`` the entropy of a token and sums over the rows of the group on the same side (correct or wrong) that have
+    a token at the same position::
+
+        x = H if correct else 1 / (H + 1e-8)
+        r = base + bonus * (number of these rows) * x / (sum of x)      and -r in wrong rows
+        A = (r - mean(r)) / std(r)      over all tokens of the group on the same side
+
+    ``std`` is the population standard deviation. The advantage is 0 where all ``r`` are equal. Positions count the
+    tokens of the row that the policy chose.
+
+    Args:
+        base: Share of the reward that does not depend on entropy.
+        bonus: Share of the reward that does.
+        threshold: A row is correct if its reward exceeds it.
+    """
+
+    base: float = number(1.0)
+    bonus: float = number(0.1)
+    threshold: float = number(0.5)
+    reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        mask, spans = batch.response_mask, batch.spans
+        correct = batch.rewards > self.threshold
+        # Group and side in one number; -1 at tokens that do not count.
+        side = ops.spread(2 * batch.group_index + correct + 1, spans) - 1
+        x = torch.where(mask, batch.input("entropies").double(), 1)
+        wrong = side % 2 == 0
+        x = torch.where(wrong, 1 / (x + 1e-8), x)
+        position = scan.positions(spans, torch.float64).long()
+        alive = segment.keys(side, position)
+        if alive.segments == 0:
+            return torch.zeros_like(x).to(batch.rewards.dtype)
+        own = alive.ids.clamp(min=0)
+        share = x * segment.count(alive)[own] / segment.sum(x, alive)[own]
+        rewards = torch.where(wrong, -1, 1) * (self.base + self.bonus * share)
+        return normalized(rewards, segment.keys(side)).to(batch.rewards.dtype)
+
+
+def normalized(x: Tensor, by: segment.Ids) -> Tensor:
+    """Return ``(x - mean) / std`` with the population statistics of each segment; 0 where all its numbers are equal.
+
+    Args:
+        x: float64 ``[M]``.
+        by: Segments; elements of none of them are 0.
+    """
+    own = by.ids.clamp(min=0)
+    centred = x - segment.mean(x, by)[own]
+    std = segment.var(x, by, ddof=0.0).sqrt()[own]
+    return torch.where((by.ids >= 0) & (std > 0), centred / std, 0)
+
+
+def gtpo(
+    base: float = 1.0,
+    bonus: float = 0.1,
+    threshold: float = 0.5,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+) -> Objective:
+    """GTPO: tokens of correct responses share an extra reward by entropy, those of wrong ones blame by its inverse.
+
+    With ``H`` the entropy of a token, ``d`` the number of correct responses of the group that have a position ``t``,
+    ``h`` that of wrong ones, and sums over them::
+
+        r[i, t] =  base + bonus * d * H[i, t] / sum(H[., t])              correct
+        r[j, t] = -base - bonus * h * (1 / H[j, t]) / sum(1 / H[., t])    wrong
+        A = (r - mean(r)) / std(r)      over all tokens of correct, and of wrong, responses of the group
+        loss = mean over all tokens of max(-A * q, -A * clip(q, 1 - clip_low, 1 + clip_high))
+
+    Each side is centred at 0 by itself, so that tokens with low entropy in correct responses have a negative advantage.
+
+    Args:
+        base: Share of the reward that does not depend on entropy.
+        bonus: Share of the reward that does.
+        threshold: A response is correct if its reward exceeds it.
+        clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
+        clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
+
+    Cost: GRPO plus the entropies of the forward pass for the old log-probs.
+    References: arXiv 2508.04349.
+    Differences from the paper:
+        - The scope of mean and standard deviation is not stated where it was read; here it is one side of a group, and
+          the standard deviation is that of the population.
+        - Tokens that the policy did not choose have no position.
+    """
+    return Objective(
+        entropy_shaped(base, bonus, threshold),
+        clip=clip.ppo(clip_low, clip_high),
+        aggregation=aggregation.token_mean(),
+    )

@@ -1,0 +1,118 @@
+"""GTPO: tokens that good and bad responses share are not blamed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokcredit import ops
+from tokcredit.blocks import segment, tree, values
+from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages import aggregation, clip, ratio
+from tokcredit.stages.base import flag, number, part
+from tokcredit.stages.credit import Credit, group_normalized
+from tokcredit.stages.token_weights import TokenWeight
+
+
+@dataclass(frozen=True)
+class entropy_penalized(Credit):
+    """Another credit minus ``penalty`` times the mean entropy of the row; 0 in rows with a larger mean than ``limit``.
+
+    Args:
+        of: The other credit.
+        penalty: Factor of the mean entropy, at least 0.
+        limit: Largest mean entropy of a row that trains, nats.
+    """
+
+    of: Credit = part(Credit, group_normalized)
+    penalty: float = number(0.1, at_least=0)
+    limit: float = number(0.7, at_least=0)
+    reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        advantages = self.of(batch)
+        mean = segment.mean(batch.input("entropies").double(), batch.spans)
+        penalty = (self.penalty * mean).to(advantages.dtype)
+        inside = mean <= self.limit
+        if advantages.dim() == 1:
+            penalty, inside = ops.spread(penalty, batch.spans), ops.spread(inside, batch.spans)
+        else:
+            penalty, inside = penalty[:, None], inside[:, None]
+        return torch.where(inside, advantages - penalty, 0)
+
+
+@dataclass(frozen=True)
+class conflict(TokenWeight):
+    """2 in good rows and 0 in bad ones at tokens that rows of both kinds share, at the start or at the end; else 1.
+
+    A token is shared at the start if a row of the group with ``A > 0`` and one with ``A < 0`` begin with the same
+    prefix up to and including it, and at the end if they end alike from it on. Where both hold, the weight is 4 or 0.
+
+    Args:
+        divided: Whether the weights of a row are divided by the number of its shared tokens, if there are any.
+    """
+
+    divided: bool = flag(False)
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        sign = advantages[:, 0] if advantages.dim() == 2 else segment.sum(advantages, batch.spans)
+        # The token at the other end of the row, as far from it.
+        mirrored = ops.spread(batch.begin + batch.end, batch.all_spans) - 1
+        here = torch.arange(batch.num_tokens, device=batch.device)
+        mirrored = torch.where(mirrored >= 0, mirrored - here, here)
+        backward = Rollouts(
+            batch.tokens[mirrored], batch.all_spans, batch.group_ids, batch.rewards, batch.response_mask[mirrored]
+        )
+        start, end = _shared(batch, sign), _shared(backward, sign)[mirrored]
+        factor = torch.where(ops.spread(sign > 0, batch.spans), 2, 0).to(advantages.dtype)
+        one = torch.ones_like(factor)
+        weights = torch.where(start, factor, one) * torch.where(end, factor, one)
+        if self.divided:
+            count = ops.count(batch.spans.with_mask(batch.response_mask & (start | end))).clamp(min=1)
+            weights = weights / ops.spread(count, batch.spans).clamp(min=1)
+        return weights
+
+
+def _shared(batch: Rollouts, sign: Tensor) -> Tensor:
+    """Return the tokens whose prefix rows of both signs have, bool ``[N]``."""
+    trees = tree.build(batch)
+    good, bad = (values.monte_carlo(trees, side.to(sign.dtype)) > 0 for side in (sign > 0, sign < 0))
+    return trees.expand(body=good & bad)
+
+
+def gtpo_conflict(penalty: float = 0.1, limit: float = 0.7, divided: bool = False) -> Objective:
+    """GTPO: tokens that good and bad responses of a group share at their start or end are raised twice, never lowered.
+
+    With ``A`` the advantage of GRPO and ``H`` the mean entropy of the response::
+
+        A'[i] = A[i] - penalty * H[i] if H[i] <= limit else 0
+        w = 2 if A' > 0 else 0      at tokens of a prefix that responses with A' > 0 and with A' < 0 share
+        w = the same                at tokens of a suffix that they share; the two are multiplied
+        w = 1                       elsewhere
+        loss = mean over i, then t, of -A'[i] * w[i, t] * log p
+
+    Args:
+        penalty: Factor of the mean entropy.
+        limit: Largest mean entropy of a response that trains, nats.
+        divided: Whether the loss of a response is divided by the number of its shared tokens, as in the released code.
+
+    Cost: GRPO plus the entropies of the forward pass for the old log-probs, and two prefix trees per group.
+    References: arXiv 2508.03772.
+    Differences from the paper:
+        - The paper's README filters responses by another rule, from ln 2 and the initial entropy.
+    Differences from the released code:
+        - A token is shared if the whole prefix, or suffix, is. The release also takes a token that responses with
+          different beginnings have at the same position.
+        - The release divides by the number of shared tokens; see ``divided``.
+    """
+    return Objective(
+        entropy_penalized(penalty=penalty, limit=limit),
+        token_weights=(conflict(divided),),
+        ratio=ratio.one(),
+        clip=clip.unclipped(),
+        aggregation=aggregation.sequence_mean(),
+    )

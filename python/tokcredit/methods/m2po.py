@@ -1,0 +1,94 @@
+"""M2PO: second-moment trust policy optimization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokcredit.objective import Objective
+from tokcredit.rollouts import Rollouts
+from tokcredit.stages import aggregation, clip, ratio
+from tokcredit.stages.base import flag, input_name, number
+from tokcredit.stages.credit.group import per_token
+from tokcredit.stages.token_weights import TokenWeight
+from tokcredit.stages.within import log_ratio
+
+
+@dataclass(frozen=True)
+class second_moment(TokenWeight):
+    """0 at the tokens with the largest squared log-ratio, so that the mean square of the others is within a budget.
+
+    Only tokens whose log-ratio has the sign of their advantage compete, and only they are dropped::
+
+        x = log p_old - log p_behaviour;   v = sorted x^2 of the tokens with A * x > 0
+        dropped: v[k], v[k + 1], ...  with k the smallest number for which mean(v[0], ..., v[k]) > budget
+
+    Args:
+        budget: Largest mean square of the log-ratios that remain, above 0.
+        every_token: Whether all tokens compete, whatever their advantage; at least one is kept. This is AReaL's rule.
+        of: Input with the log-probs of the trainer.
+        to: Input with the log-probs that made the data.
+    """
+
+    budget: float = number(0.04, above=0, scheduled=True)
+    every_token: bool = flag(False)
+    of: str = input_name("old_log_probs")
+    to: str = input_name("rollout_log_probs")
+    whole_batch: ClassVar[bool] = True
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """The two inputs that are compared."""
+        return frozenset({self.of, self.to})
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        x = log_ratio(batch.input(self.of).double(), batch.input(self.to).double())
+        competes = batch.response_mask
+        if not self.every_token:
+            competes = competes & (per_token(advantages, batch.spans) * x > 0)
+        at = competes.nonzero()[:, 0]
+        square, order = x.index_select(0, at).square().sort(stable=True)
+        count = torch.arange(1, len(square) + 1, device=x.device)
+        above = square.cumsum(0) / count > self.budget
+        if self.every_token:
+            above[:1] = False
+        weights = torch.ones_like(x)
+        weights[at[order]] = 1 - above.to(x.dtype)
+        return weights.to(batch.input(self.of).dtype)
+
+
+def m2po(budget: float = 0.04, every_token: bool = False, of: str = "old_log_probs") -> Objective:
+    """M2PO: GRPO on stale rollouts that drops the few tokens whose squared log-ratios are largest, and clips nothing.
+
+    With ``x = log p_old - log p_behaviour``, ``q = p / p_behaviour`` and ``A`` the advantage of GRPO::
+
+        harmful = A * x > 0
+        loss = mean over all tokens, with 0 for dropped ones, of -A * q
+
+    The harmful tokens with the largest ``x^2`` are dropped until the mean of ``x^2`` over the other harmful tokens is
+    at most ``budget``.
+
+    Args:
+        budget: Largest mean square of the log-ratios of the harmful tokens that remain.
+        every_token: Whether all tokens compete, whatever their advantage, as in AReaL.
+        of: Input with the log-probs that are compared with the behaviour policy's.
+
+    Cost: GRPO plus one sort per batch.
+    References: arXiv 2510.01161.
+    Differences from the paper:
+        - Tokens are dropped once per batch, by the policy that the update starts from, so that the result does not
+          depend on how the batch is cut into micro-batches. The paper compares the current policy.
+    Differences from the released code:
+        - The release turns the budget into the bounds of a clipped loss. Here tokens are dropped, which is the rule of
+          the final paper as Trinity-RFT has it.
+        - A token whose engine log-prob is NaN counts as equal.
+    """
+    return Objective(
+        token_weights=(second_moment(budget, every_token, of),),
+        ratio=ratio.token(to="rollout_log_probs"),
+        clip=clip.unclipped(),
+        aggregation=aggregation.token_mean(),
+    )
