@@ -214,6 +214,15 @@ def slopes(objective, batch=None, current=None, credit=None):
     return current.grad[batch.shaped(batch.response_mask)].tolist()
 
 
+def is_integral(prepared):
+    """Whether the value of the loss is the integral of its slope, with nothing held fixed."""
+    objective = prepared.objective
+    if not isinstance(objective, tc.Objective):
+        return True
+    held = prepared.window.surrogate == "gated" or isinstance(objective.ratio, tc.ratio.one)
+    return not (held or objective.scales or any(getattr(term, "uncertain", False) for term in objective.terms))
+
+
 def influence(batch, tokens, weights):
     """Both sums as they are written, over whole distributions restricted to the group's tokens."""
     column = tc.log_probs.group_vocabulary(batch)[1]

@@ -52,7 +52,7 @@ def test_stages_are_options_by_method_name_or_expression(monkeypatch):
     given = []
     monkeypatch.setattr("tokcredit.train.run", given.append)
     options = "--method dapo --set clip_high=0.3 --credit tempo --ratio ctpo --clip ppo(0.1,high=0.3) --aggregation ba"
-    options += " --filters --token-weights importance_truncated(high=2.0) --terms kl(0.01) entropy --scales"
+    options += " --filters --token-weights importance(high=2.0) --terms kl(0.01) entropy --scales"
     main(["train", *options.split(), "divergence_weighted"])
     assert given[0].objective.build() == tc.mix(
         "dapo(clip_high=0.3)",
@@ -61,7 +61,7 @@ def test_stages_are_options_by_method_name_or_expression(monkeypatch):
         clip=tc.clip.ppo(0.1, 0.3),
         aggregation="ba",
         filters=(),
-        token_weights=tc.token_weights.importance_truncated(2.0),
+        token_weights=tc.token_weights.importance(high=2.0),
         terms=(tc.term.kl(0.01), tc.term.entropy()),
         scales="divergence_weighted",
     )

@@ -11,7 +11,9 @@ from tokcredit.stages.scale import Scale
 
 D, V = 4, 3  # tokens of `naive.random_batch` are below 3
 METHODS = [name for name in tc.methods.names() if set(tc.methods.load(name).variables) <= {"log_probs", "entropies"}]
-COUPLED = {"ctpo", "gspo", "gspo_n", "dpo"}
+COUPLED = {
+    *("ctpo", "deepseek_v32", "dpo", "fipo", "gmpo", "gspo", "gspo_n", "gspo_token", "luspo", "topr", "vespo"),
+}
 
 
 def prepared_of(objective, on_policy=False, padded=True):

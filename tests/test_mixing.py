@@ -115,14 +115,14 @@ def test_the_command_line_mixes_the_same():
         ratio="cumulative(high=5.0)",
         clip="growing(0.025, 0.05)",
         aggregation="ba",
-        token_weights=("importance_truncated(high=2.0)",),
+        token_weights=("importance(high=2.0)",),
         filters=("nonzero_advantage()",),
         terms=("kl(0.01)",),
     )
     assert settings.build() == tc.Objective(
         credit=tempo_credit(scale=False),
         filters=(tc.filters.nonzero_advantage(),),
-        token_weights=(tc.token_weights.importance_truncated(2.0),),
+        token_weights=(tc.token_weights.importance(high=2.0),),
         ratio=tc.ratio.cumulative(high=5.0),
         clip=tc.clip.growing(0.025, 0.05),
         aggregation=balanced(),

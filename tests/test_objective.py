@@ -109,9 +109,9 @@ def test_rollout_importance_weights(whole_rows, masked):
     engine[0, 0] = float("nan")
     batch, current = naive.random_batch(rollout_log_probs=engine)
     if masked:
-        stage = tc.token_weights.importance_masked(0.5, 1.5, whole_rows)
+        stage = tc.token_weights.importance("sum" if whole_rows else "token", 0.5, 1.5, "zero")
     else:
-        stage = tc.token_weights.importance_truncated(1.3, whole_rows)
+        stage = tc.token_weights.importance("sum" if whole_rows else "token", high=1.3)
 
     def formula(batch, log_probs):
         losses = naive.ppo(batch, log_probs, naive.group_advantages(batch), 0.8, 1.2)
@@ -133,7 +133,7 @@ def test_rollout_importance_weights(whole_rows, masked):
 def test_row_and_token_weights_multiply():
     engine = -torch.rand(12, 7, dtype=torch.float64, generator=ragged.generator(3))
     batch, _ = naive.random_batch(rollout_log_probs=engine)
-    row, token = tc.token_weights.importance_truncated(1.3, True), tc.token_weights.importance_truncated(1.3, False)
+    row, token = tc.token_weights.importance("sum", high=1.3), tc.token_weights.importance(high=1.3)
     both = dataclasses.replace(tc.methods.grpo(), token_weights=(row, token)).prepare(batch).multiplier
     expected = row(batch, None) * batch.shaped(token(batch, None))
     mask = batch.shaped(batch.response_mask)

@@ -44,7 +44,7 @@ NAMES = {
             f"credit.{name}"
             for name in ("group_normalized", "leave_one_out", "constant", "sum", "whitened", "value_changes")
         ),
-        *(f"token_weights.{name}" for name in ("importance_truncated", "importance_masked", "within", "raised")),
+        *(f"token_weights.{name}" for name in ("importance", "tis", "mis", "icepop", "within", "raised")),
         *(f"ratio.{name}" for name in ("token", "sequence", "cumulative", "one")),
         *(f"clip.{name}" for name in ("ppo", "growing", "gated", "soft", "unclipped")),
         *("scale.Scale", "scale.within", "term.kl", "term.entropy", "term.nll", "link.logistic"),

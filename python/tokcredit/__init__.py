@@ -13,7 +13,7 @@ if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
 
 from tokcredit import decoding, inputs, methods, rewards, schedule
 from tokcredit._C import build_info
-from tokcredit.blocks import divergence, head, length, log_probs, scan, segment, select, tree, values
+from tokcredit.blocks import divergence, head, length, log_probs, mismatch, scan, segment, select, tree, values
 from tokcredit.mixing import mix
 from tokcredit.objective import Objective, Prepared
 from tokcredit.ops import num_threads, set_num_threads
@@ -56,6 +56,7 @@ __all__ = [
     "link",
     "log_probs",
     "methods",
+    "mismatch",
     "mix",
     "num_threads",
     "ratio",

@@ -192,6 +192,7 @@ class Objective(FromHidden):
                 own, own_spans, own_lengths = denominators, spans, lengths
             else:
                 within = spans if term.after_filters and spans.mask is not None else batch.spans
+                assert within.mask is not None
                 own_spans = spans.with_mask(chosen_tokens(term.where(batch.with_mask(within.mask), advantages), within))
                 own_lengths, own = lengths, denominators
                 if not term.over_all:

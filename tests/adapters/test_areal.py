@@ -140,7 +140,7 @@ def test_training_equals_areal():
 
 
 def test_weights_correct_for_the_engine():
-    objective = replace(TEMPO_CTPO, token_weights=(tc.token_weights.importance_truncated(1.1),))
+    objective = replace(TEMPO_CTPO, token_weights=(tc.token_weights.importance(high=1.1),))
     engine = Engine(1)
     advantages, *_ = stepped(CreditActor(config(), engine, objective=objective), engine)
     data = rr.rollouts(ROWS)

@@ -268,7 +268,7 @@ def test_recipe():
 
 
 def test_inputs_that_the_batch_lacks():
-    weighted = replace(TEMPO_CTPO, token_weights=(tc.token_weights.importance_truncated(2.0),))
+    weighted = replace(TEMPO_CTPO, token_weights=(tc.token_weights.importance(high=2.0),))
     adapter.install(weighted)
     rows = experiences(arguments())
     for row in rows:

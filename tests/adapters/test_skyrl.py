@@ -38,7 +38,7 @@ adapter.register("as_gspo", tc.methods.gspo(0.2, 0.2))
 adapter.register("as_cispo", tc.methods.cispo(0.0, 5.0))
 adapter.register("unclipped", tc.mix("dapo", clip="unclipped()"))
 adapter.register("summed", replace(tc.methods.dr_grpo(), aggregation=SUMMED))
-adapter.register("weighted", tc.Objective(token_weights=(tc.token_weights.importance_truncated(1.1),)))
+adapter.register("weighted", tc.Objective(token_weights=(tc.token_weights.importance(high=1.1),)))
 
 
 class CreditTrainer(adapter.Credit, RayPPOTrainer):

@@ -121,7 +121,7 @@ def test_samples_of_several_rows():
     ("objective", "message"),
     [
         (tc.methods.pods(), "expected no filters"),
-        (tc.Objective(token_weights=(tc.token_weights.importance_truncated(2.0),)), "requires old_log_probs"),
+        (tc.Objective(token_weights=(tc.token_weights.importance(high=2.0),)), "requires old_log_probs"),
     ],
 )
 def test_methods_that_slime_cannot_carry(objective, message):

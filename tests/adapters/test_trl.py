@@ -318,7 +318,7 @@ class weight_from_hidden_states(tc.token_weights.TokenWeight):
         ),
         (
             {},
-            dict(objective=tc.Objective(token_weights=(tc.token_weights.importance_truncated(),))),
+            dict(objective=tc.Objective(token_weights=(tc.token_weights.importance(),))),
             "token_weight stage .* requires rollout_log_probs",
         ),
         ({}, dict(method="gppo"), "name: expected one of"),
@@ -331,7 +331,7 @@ def test_refuses_what_would_be_ignored(settings, keywords, message, tmp_path):
 
 def test_refuses_to_correct_for_the_engine_twice(tmp_path, monkeypatch):
     scripted.with_scripted_engine(monkeypatch)
-    objective = tc.Objective(token_weights=(tc.token_weights.importance_truncated(),))
+    objective = tc.Objective(token_weights=(tc.token_weights.importance(),))
     with pytest.raises(ValueError, match="vllm_importance_sampling_correction: expected False"):
         CreditGRPOTrainer(
             tiny.model(), scripted.reward, scripted.arguments(tmp_path, use_vllm=True), objective=objective

@@ -58,7 +58,7 @@ def both_parts(objective, **denominators):
     [
         tc.methods.tempo(),
         tc.mix("ctpo", credit="tempo"),
-        tc.mix("gspo", token_weights="importance_truncated(1.1)"),
+        tc.mix("gspo", token_weights="importance(high=1.1)"),
         tc.mix("grpo", scales="divergence(strength=2.0)"),
     ],
     ids=["tempo", "tempo_ctpo", "gspo_weighted", "grpo_scaled"],

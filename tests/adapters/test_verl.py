@@ -128,7 +128,7 @@ def test_padding_rows_change_nothing():
 
 
 def test_multiplying_weights_are_part_of_the_advantage():
-    adapter.register("weighted", lambda: tc.Objective(token_weights=(tc.token_weights.importance_truncated(1.1),)))
+    adapter.register("weighted", lambda: tc.Objective(token_weights=(tc.token_weights.importance(high=1.1),)))
     plain, weighted = estimated("grpo"), estimated("weighted")
     fields = vb.fields(ROWS)
     ratio = (fields["old_log_probs"] - fields["rollout_log_probs"]).exp().clamp(max=1.1)

@@ -95,7 +95,7 @@ def test_weights_turn_draws_of_the_engine_into_draws_of_the_model():
         old_log_probs=new.log().float()[made.tokens],
         rollout_log_probs=made.log_probs,
     )
-    weights = tc.token_weights.importance_truncated(high=1e6)(batch, torch.zeros(count, 1)).double()
+    weights = tc.token_weights.importance(high=1e6)(batch, torch.zeros(count, 1)).double()
     frequencies = torch.zeros(16, dtype=torch.float64).index_add(0, made.tokens, weights) / count
     deviation = ((new.square() / old - new.square()) / count).sqrt()
     assert ((frequencies - new).abs() < 6 * deviation + 1e-5).all()
@@ -114,8 +114,8 @@ def test_chosen_token_weights_are_left_alone(half, tmp_path, monkeypatch):
 
     own = tc.methods.tw_grpo().token_weights
     assert built("tw_grpo", sampler="transformers") == own and own
-    assert built("tw_grpo") == (*own, tc.token_weights.importance_truncated())
-    assert built("tw_grpo", "importance_masked()") == (tc.token_weights.importance_masked(),)
+    assert built("tw_grpo") == (*own, tc.token_weights.tis())
+    assert built("tw_grpo", "mis()") == (tc.token_weights.mis(),)
     assert built("tw_grpo", "tw_grpo") == own
 
 

@@ -425,9 +425,8 @@ def is_differentiated(name):
     objective = tc.methods.load(name)
     if not isinstance(objective, tc.Objective):
         return True
-    window = prepare(objective, carried(objective)[0]).window
-    held = window.surrogate == "gated" or isinstance(objective.ratio, tc.ratio.cumulative | tc.ratio.one)
-    return not held and not objective.scales and not any(getattr(term, "uncertain", False) for term in objective.terms)
+    cumulative = isinstance(getattr(objective, "ratio", None), tc.ratio.cumulative)
+    return naive.is_integral(prepare(objective, carried(objective)[0])) and not cumulative
 
 
 @pytest.mark.parametrize("name", list(filter(is_differentiated, METHODS)))
@@ -658,12 +657,6 @@ def test_settings_inside_the_range_are_taken(cls, field):
 def test_combinations_and_settings_that_mean_nothing(make, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make()
-
-
-def test_defaults_of_stages_that_no_method_has():
-    truncated, masked = tc.token_weights.importance_truncated(), tc.token_weights.importance_masked()
-    assert (truncated.high, truncated.whole_rows) == (2.0, False)
-    assert (masked.low, masked.high, masked.whole_rows) == (0.0, 3.0, True)
 
 
 def test_unknown_names_and_settings_are_errors():

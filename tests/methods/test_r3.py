@@ -53,7 +53,7 @@ def mixed_batch(seed):
     batch = naive.with_inputs(batch, {"entropies", "replayed", "truncated"}, seed)
     # A larger power raises peaks beside the mean, so that rows dominate others.
     power = (1 + torch.arange(24) % 5).repeat_interleave(9)
-    batch = dataclasses.replace(batch, entropies=(batch.entropies / 2) ** power * (power + 1) ** 0.6)
+    batch = dataclasses.replace(batch, entropies=(batch.entropies / 1.2) ** power * (power + 1) ** 0.6)
     index, replayed = batch.group_index, torch.zeros(24, dtype=torch.bool)
     for group in (0, 3):
         replayed[(index == group).nonzero()[-1]] = True

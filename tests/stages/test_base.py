@@ -153,7 +153,11 @@ def test_schedules_become_numbers():
             ValueError,
             r"term\.kl: coefficient: expected a number at least 0 \(or a schedule\), got nan",
         ),
-        (lambda: tc.term.kl(0.1, "k4"), ValueError, "kl: estimator: expected one of 'k3', 'k1', 'k2', 'abs', got 'k4'"),
+        (
+            lambda: tc.term.kl(0.1, "k4"),
+            ValueError,
+            "kl: estimator: expected one of 'k3', 'k1', 'k2', 'abs', 'k3_corrected', got 'k4'",
+        ),
         (lambda: tc.term.nll(0.1, where=tc.clip.ppo()), TypeError, "nll: where: expected a filter stage or None"),
         (lambda: tc.link.logistic(label_smoothing=0.5), ValueError, "at least 0 and below 0.5, got 0.5"),
         (

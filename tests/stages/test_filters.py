@@ -146,3 +146,44 @@ def test_kept_tokens_have_the_ratio_of_their_whole_row():
         return sum(losses) / len(losses)
 
     naive.check(objective, batch, current, formula)
+
+
+def test_marked_rows_and_tokens():
+    batch, _ = naive.random_batch()
+    batch = naive.with_inputs(batch, {"expert", "planning_tokens"})
+    rows = tc.filters.marked("expert")(batch, None)
+    assert rows.shape == (12, 1) and torch.equal(rows[:, 0], batch.input("expert"))
+    assert torch.equal(tc.filters.marked("expert", inverted=True)(batch, None), ~rows)
+    tokens = tc.filters.marked("planning_tokens")(batch, None)
+    assert torch.equal(tokens, batch.input("planning_tokens"))
+    assert tc.filters.marked("expert").required_inputs == {"expert"}
+    with pytest.raises(ValueError, match="marked: name: input: expected a registered name"):
+        tc.filters.marked("experts")
+
+
+def test_rejection_of_verl():
+    within = tc.filters.within
+    assert tc.filters.from_verl({}) == ()
+    config = {"rollout_rs": "seq_mean_k1, token_k3", "rollout_rs_threshold": "0.8_1.6, 0.1"}
+    # verl looks at the engine's probability over the trainer's.
+    assert tc.filters.from_verl(config) == (within("ratio", "mean", 1 / 1.6, 1 / 0.8), within("k3", "token", high=0.1))
+    (one,) = tc.filters.from_verl({"rollout_rs": "token_k1", "rollout_rs_threshold": 1.25})
+    assert (one.low, one.high) == pytest.approx((0.8, 1.25))
+    for wrong, message in (
+        ({"rollout_rs": "seq_max_k1", "rollout_rs_threshold": 1.0}, "rollout_rs: expected .* got 'seq_max_k1'"),
+        ({"rollout_rs": "mean_k1", "rollout_rs_threshold": 1.0}, "rollout_rs: expected .* got 'mean_k1'"),
+        ({"rollout_rs": "seq_token_k1", "rollout_rs_threshold": 1.0}, "rollout_rs: expected .* got 'seq_token_k1'"),
+        ({"rollout_rs": "token_k2"}, "rollout_rs_threshold: expected one threshold"),
+        ({"rollout_rs": "token_k2", "rollout_rs_threshold": "1, 2"}, "rollout_rs_threshold: expected one threshold"),
+        ({"rollout_rs": "token_k2", "rollout_rs_threshold": "1_2"}, "rollout_rs_threshold: expected one number"),
+        ({"rollout_rs": "token_k2", "rollout_rs_threshold": "x"}, "threshold: expected .*, got 'x'"),
+        ({"rollout_rs": "token_k2", "rollout_rs_threshold": 1, "bypass_mode": True}, "bypass_mode: expected False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tc.filters.from_verl(wrong)
+
+
+def test_geometric_rejection():
+    batch, _ = naive.two_rows()
+    assert tc.filters.geo_rs(low=0.9)(batch, batch.rewards[:, None])[:, 0].tolist() == [True, False]
+    assert not tc.filters.geo_rs()(batch, batch.rewards[:, None]).any()

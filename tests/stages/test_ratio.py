@@ -29,6 +29,8 @@ def test_bounds_of_the_log_ratio():
         (tc.ratio.token(bound=0.25), [0.25, -0.1, 0.2, 0.25]),
         (tc.ratio.sequence(bound=0.25), [0.075, 0.075, 0.225, 0.225]),
         (tc.ratio.sequence(high=0.05), [0.05, 0.05, 0.05, 0.05]),
+        (tc.ratio.sequence(over="sum"), [0.2, 0.2, 10.0, 10.0]),
+        (tc.ratio.sequence(0.25, 0.3, over="sum"), [0.15, 0.15, 0.3, 0.3]),
         (tc.ratio.cumulative(bound=0.25, high=0.3), [0.25, 0.15, 0.2, 0.3]),
     ):
         seen = ratio(SPANS, log_probs, old, torch.ones(2, 1)).per_token(SPANS, log_probs)[SPANS.mask]

@@ -177,3 +177,49 @@ def test_rows_without_advantage_have_a_gradient_from_terms():
     assert not tc.methods.grpo().prepare(batch).has_gradient.any()
     assert torch.equal(tc.mix("grpo", terms="kl(0.1)").prepare(batch).has_gradient, batch.lengths > 0)
     assert not tc.mix("grpo", terms="kl(0.0)").prepare(batch).has_gradient.any()
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_corrected_kl(on_policy):
+    """The value is q k3, and the gradient q u, that of the KL if tokens come from the old policy."""
+    batch, current = batch_with_reference()
+    old = batch.old_log_probs
+    if on_policy:
+        batch = dataclasses.replace(batch, old_log_probs=None)
+
+    def formula(batch, log_probs):
+        u = log_probs - batch.ref_log_probs
+        q = 1.0 if on_policy else (log_probs - old).exp().detach()
+        value, pull = q * ((-u).exp() + u - 1).detach(), q * u**2 / 2
+        each = value + pull - pull.detach()
+        return 0.7 * naive.token_mean(batch, [[each[t] for t in tokens] for tokens in naive.rows_of(batch)])
+
+    naive.check(only(tc.term.kl(0.7, "k3_corrected"), aggregation=tc.aggregation.token_mean()), batch, current, formula)
+
+
+def test_corrected_kl_by_hand():
+    batch, current = naive.two_rows()
+    variable = current.clone().requires_grad_()
+    objective = only(tc.term.kl(1.0, "k3_corrected"), aggregation=tc.aggregation.token_sum())
+    out = objective.loss(objective.prepare(batch), variable)
+    out.loss.backward()
+    values = [0.050299, 0.088392, 0.007253, 0.193147, 0.093505, 1.339483, 0.106617]
+    assert out.loss.item() == pytest.approx(sum(values), abs=1e-5)
+    slopes = [0.350299, -0.911608, -0.103858, 0.693147, -0.306495, -0.460517, 0.517728]
+    assert variable.grad[batch.shaped(batch.response_mask)].tolist() == pytest.approx(slopes, abs=1e-6)
+
+
+@pytest.mark.parametrize("over_all", [False, True])
+def test_kl_of_some_tokens(over_all):
+    """A filter decides where it acts; the mean is over these tokens, or over all that train."""
+    batch, current = batch_with_reference()
+    batch = naive.with_inputs(batch, {"planning_tokens"})
+    term = tc.term.kl(0.7, "k2", where=tc.filters.marked("planning_tokens"), over_all=over_all)
+
+    def formula(batch, log_probs):
+        tokens = [t for row in naive.rows_of(batch) for t in row]
+        chosen = [t for t in tokens if batch.input("planning_tokens")[t]]
+        total = sum((log_probs[t] - batch.ref_log_probs[t]) ** 2 / 2 for t in chosen)
+        return 0.7 * total / len(tokens if over_all else chosen)
+
+    naive.check(only(term, aggregation=tc.aggregation.token_mean()), batch, current, formula)

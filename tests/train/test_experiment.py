@@ -52,7 +52,7 @@ def test_a_run_leaves_everything_behind(settings):
 def test_recorded_rollouts_hold_the_advantages(settings):
     from transformers import AutoTokenizer
 
-    s = settings(objective=ObjectiveSettings("tempo", token_weights=("importance_truncated(high=2.0)",)))
+    s = settings(objective=ObjectiveSettings("tempo", token_weights=("importance(high=2.0)",)))
     run(s)
     table = pq.read_table(s.output / "rollouts-000005.parquet")
     header = json.loads(table.schema.metadata[b"tokcredit"])
@@ -156,7 +156,7 @@ def even(prompt, response, answer):
 
 MIXTURES = [
     ObjectiveSettings("grpo", credit="tempo", ratio="ctpo", clip="ctpo", aggregation="ba"),
-    ObjectiveSettings("dapo", terms=("kl(0.01)", "entropy(0.001)"), token_weights=("importance_truncated(high=2.0)",)),
+    ObjectiveSettings("dapo", terms=("kl(0.01)", "entropy(0.001)"), token_weights=("importance(high=2.0)",)),
     ObjectiveSettings("tip", aggregation="sequence_mean", filters=("top_share(0.5, score=given('forward_kl'))",)),
 ]
 
@@ -294,7 +294,7 @@ def test_a_folder_is_not_overwritten(settings):
 def test_a_correction_for_the_engine_is_added_once():
     """Without vllm installed, the objective that ``--sampler vllm`` trains is built by the same function."""
     added = trainer_module._corrected(tc.methods.grpo())
-    assert added == tc.mix("grpo", token_weights="importance_truncated")
+    assert added == tc.mix("grpo", token_weights="tis")
     assert trainer_module._corrected(added) == added
     to_engine = tc.mix("grpo", ratio="token(to='rollout_log_probs')")
     assert trainer_module._corrected(to_engine) == to_engine

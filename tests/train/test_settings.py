@@ -11,7 +11,7 @@ def test_stages_are_mixed_by_method_name_or_expression():
         ratio="cumulative(high=5.0)",
         aggregation="ba",
         filters=("nonzero_advantage", "top_share(linear(0.2, 1.0), score=given('entropies'))"),
-        token_weights=("importance_truncated(high=2.0)",),
+        token_weights=("importance(high=2.0)",),
         scales=("divergence_weighted",),
         terms=("kl(0.01, estimator='k1')", "entropy(target_entropy())"),
     )
@@ -22,7 +22,7 @@ def test_stages_are_mixed_by_method_name_or_expression():
             tc.filters.nonzero_advantage(),
             tc.filters.top_share(tc.schedule.linear(0.2, 1.0), tc.token_score.given("entropies")),
         ),
-        token_weights=(tc.token_weights.importance_truncated(2.0),),
+        token_weights=(tc.token_weights.importance(high=2.0),),
         ratio=tc.ratio.cumulative(high=5.0),
         clip=grpo.clip,
         scales=other.divergence_weighted().scales,

@@ -41,7 +41,7 @@ def ctpo(
           The objective as it is written would also send gradient to the earlier tokens.
     Differences from the released code:
         - The truncated importance weight of whole rows (5.0), which its script uses, is a stage of its own:
-          ``tokcredit.mix("ctpo", token_weights="importance_truncated(5.0, whole_rows=True)")``.
+          ``tokcredit.mix("ctpo", token_weights="importance('sum', high=5.0)")``.
         - The power is 0.5 as in its script; its configuration file has 0, with which it fails.
     """
     return Objective(

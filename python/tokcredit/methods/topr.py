@@ -12,7 +12,7 @@ from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, ratio
 from tokcredit.stages.clip import Clip, Window
-from tokcredit.stages.credit import Credit
+from tokcredit.stages.credit import Credit, group_normalized
 from tokcredit.stages.credit.group import per_token
 
 
@@ -57,7 +57,7 @@ def topr(baseline: bool = True, token_ratio: bool = False, to: str = "old_log_pr
         - ROLL and Trinity-RFT have the ratio of the token; see ``token_ratio``.
     """
     return Objective(
-        *(() if baseline else (reward(),)),
+        group_normalized() if baseline else reward(),
         ratio=ratio.token(to=to) if token_ratio else ratio.sequence(bound=20.0, high=20.0, to=to, over="sum"),
         clip=tapered(),
         aggregation=aggregation.token_mean(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from tokcredit.blocks import segment, select
 from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
 from tokcredit.stages import within as predicate
-from tokcredit.stages.base import Stage, flag, input_name, number, part
+from tokcredit.stages.base import Stage, flag, input_name, number, option, part
 from tokcredit.stages.token_score import TokenScore
 
 
@@ -192,9 +192,77 @@ class within(predicate.Recorded, Filter):
         return self.inside(batch, advantages)
 
 
+@dataclass(frozen=True)
+class geo_rs(within):
+    """Geometric rejection: the rows whose mean ratio ``exp(mean(log p_old - log p_engine))`` is close to 1.
+
+    The stage is :class:`within` with the defaults of verl's preset.
+
+    Args:
+        statistic: ``ratio``; see :class:`within`.
+        over: ``mean``.
+        low: Lower bound of the ratio.
+        high: Upper bound of the ratio.
+    """
+
+    statistic: str = option(*predicate.STATISTICS)
+    over: str = option("mean", "token", "sum", "max", "min")
+    low: float = number(0.999)
+    high: float = number(1.001)
+
+
+def from_verl(config: Any) -> tuple[Filter, ...]:
+    """Return the filters of verl's ``algorithm.rollout_correction``, one for each option of ``rollout_rs``.
+
+    The settings that make token weights are read by :func:`tokcredit.token_weights.from_verl`. In bypass mode, where
+    verl compares the current policy with the engine, use :class:`tokcredit.scale.within` instead.
+
+    Args:
+        config: A mapping or an object with ``rollout_rs`` and ``rollout_rs_threshold``.
+
+    Raises:
+        ValueError: An option is unknown, a threshold is missing or has the wrong form, or ``bypass_mode`` is on.
+
+    Example:
+        >>> from_verl({"rollout_rs": "seq_mean_k1, token_k3", "rollout_rs_threshold": "0.99_1.01, 0.1"})
+    """
+    wanted = predicate.setting(config, "rollout_rs", None)
+    if not wanted:
+        return ()
+    if predicate.setting(config, "bypass_mode", False):
+        raise ValueError(
+            "bypass_mode: expected False, got True; use tokcredit.scale.within with to='rollout_log_probs'"
+        )
+    names = list(dict.fromkeys(x.strip() for x in wanted.split(",") if x.strip()))
+    given = predicate.setting(config, "rollout_rs_threshold", None)
+    texts = [x.strip() for x in given.split(",")] if isinstance(given, str) else [given]
+    texts = texts * len(names) if len(texts) == 1 else texts
+    if given is None or len(texts) != len(names):
+        raise ValueError(f"rollout_rs_threshold: expected one threshold, or one for each of {names}, got {given!r}")
+    return tuple(_rejection(name, threshold) for name, threshold in zip(names, texts, strict=True))
+
+
+def _rejection(name: str, threshold: str | float) -> Filter:
+    over, _, statistic = name.removeprefix("seq_").rpartition("_")
+    known = over in ("token", "sum", "mean", "max") and statistic in ("k1", "k2", "k3")
+    if not known or (over == "token") == name.startswith("seq_") or (over, statistic) == ("max", "k1"):
+        raise ValueError(
+            f"rollout_rs: expected token_k1, seq_sum_k2, seq_mean_k3, seq_max_k2 or the like, got {name!r}"
+        )
+    low, high = predicate.thresholds(threshold)
+    if statistic != "k1":
+        if low is not None:
+            raise ValueError(f"rollout_rs_threshold: expected one number for {name}, got {threshold!r}")
+        return within(statistic, over, high=high)
+    # verl compares log p_engine - log p_old, so the bounds hold for the inverse of the ratio.
+    return within("ratio", over, 1 / high, 1 / (1 / high if low is None else low))
+
+
 __all__ = [
     "Filter",
     "covariance",
+    "from_verl",
+    "geo_rs",
     "improbable",
     "improbable_tokens",
     "marked",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tokcredit.blocks import segment
 from tokcredit.rollouts import Rollouts
+from tokcredit.spans import Spans
 from tokcredit.stages import within as predicate
-from tokcredit.stages.base import Stage, flag, number, part
+from tokcredit.stages.base import Stage, flag, input_name, number, option, part
 from tokcredit.stages.token_score import TokenScore
 
 
@@ -37,59 +39,158 @@ class TokenWeight(Stage):
         raise NotImplementedError
 
 
-_ENGINE = frozenset({"old_log_probs", "rollout_log_probs"})
-
-
-def _importance(batch: Rollouts, whole_rows: bool) -> Tensor:
-    """Return the probability under the trainer over that under the engine, of each token or of the whole row.
-
-    A log-prob that the engine did not report (NaN) counts as equal.
-    """
-    difference = batch.input("old_log_probs") - batch.input("rollout_log_probs")
-    difference = difference.double() if difference.dtype == torch.float64 else difference.float()
-    difference = difference.masked_fill(~batch.response_mask | batch.input("rollout_log_probs").isnan(), 0)
-    if whole_rows:
-        difference = segment.sum(difference, batch.spans)[:, None]
-    return difference.clamp(-20, 20).exp()
-
-
 @dataclass(frozen=True)
-class importance_truncated(TokenWeight):
-    """Correct rollouts of an engine whose probabilities differ from the trainer's: ``min(p_old / p_engine, high)``.
+class importance(TokenWeight):
+    """The ratio ``p_old / p_engine``, bounded: a correction of rollouts whose engine has other probabilities.
 
-    This is the truncated importance sampling of verl and TRL.
+    With ``y = log p_old - log p_engine``, 0 where the engine did not report a log-prob (NaN)::
+
+        w = exp(y), or exp of the sum or mean of y over the row, with the exponent held within 20 nats
+        w = clip(w, low, high)                    with outside="clamp"
+        w = w if low <= w <= high else 0          with outside="zero"
+        w = w / mean(w)                           with normalize
+
+    :class:`tis`, :class:`mis` and :class:`icepop` are this stage with the settings of those methods.
 
     Args:
+        over: ``token`` for the token's own ratio, ``sum`` for that of the whole row, ``mean`` for its geometric mean.
+        low: Smallest weight, at least 0.
         high: Largest weight, above 0.
-        whole_rows: Whether the ratio is that of the whole row instead of the token's.
+        outside: ``clamp`` or ``zero``.
+        normalize: Whether weights are divided by their mean over the training tokens of the batch, or over its rows if
+            there is one weight per row; not if the mean is at most 1e-8.
+        of: Input with the log-probs of the trainer.
+        to: Input with the log-probs of the engine.
+
+    Raises:
+        ValueError: ``low`` exceeds ``high``.
     """
 
+    over: str = option("token", "sum", "mean")
+    low: float = number(0.0, at_least=0)
     high: float = number(2.0, above=0)
-    whole_rows: bool = flag(False)
-    reads: ClassVar[frozenset[str]] = _ENGINE
+    outside: str = option("clamp", "zero")
+    normalize: bool = flag(False)
+    of: str = input_name("old_log_probs")
+    to: str = input_name("rollout_log_probs")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low > self.high:
+            raise ValueError(f"token_weight.importance: low: expected at most high, {self.high}, got {self.low}")
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """The two inputs that are compared."""
+        return frozenset({self.of, self.to})
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether weights are divided by their mean over the batch."""
+        return self.normalize
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        return _importance(batch, self.whole_rows).clamp(max=self.high)
+        y = batch.input(self.of) - batch.input(self.to)
+        y = y.double() if y.dtype == torch.float64 else y.float()
+        y = y.masked_fill(~batch.response_mask | batch.input(self.to).isnan(), 0)
+        if self.over != "token":
+            y = (segment.sum if self.over == "sum" else segment.mean)(y, batch.spans)[:, None]
+        ratio = y.clamp(-20, 20).exp()
+        if self.outside == "clamp":
+            weights = ratio.clamp(self.low, self.high)
+        else:
+            weights = torch.where((ratio < self.low) | (ratio > self.high), 0, ratio)
+        if self.normalize:
+            counted = batch.response_mask if self.over == "token" else batch.nonempty
+            mean = segment.mean(weights.view(-1), Spans.single(counted.numel(), batch.device, counted))
+            weights = weights / torch.where(mean > 1e-8, mean, 1)
+        return weights
 
 
 @dataclass(frozen=True)
-class importance_masked(TokenWeight):
-    """The ratio ``p_old / p_engine`` where it lies in ``[low, high]``, else 0.
+class tis(importance):
+    """Truncated importance sampling: ``min(p_old / p_engine, high)`` of each token, as in verl and slime.
 
-    Args:
-        low: Smallest ratio that counts, at least 0.
-        high: Largest ratio that counts, above 0.
-        whole_rows: Whether the ratio is that of the whole row instead of the token's.
+    The stage is :class:`importance` with its own defaults.
     """
 
-    low: float = number(0.0, at_least=0)
-    high: float = number(3.0, above=0)
-    whole_rows: bool = flag(True)
-    reads: ClassVar[frozenset[str]] = _ENGINE
 
-    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        ratio = _importance(batch, self.whole_rows)
-        return torch.where((ratio < self.low) | (ratio > self.high), 0, ratio)
+@dataclass(frozen=True)
+class mis(importance):
+    """Masked importance sampling: the ratio of the whole row where it is at most ``high``, else 0, as in TRL.
+
+    The stage is :class:`importance` with other defaults.
+
+    Args:
+        over: ``sum``, the ratio of the whole row.
+        high: Largest ratio.
+        outside: ``zero``.
+    """
+
+    over: str = option("sum", "token", "mean")
+    high: float = number(3.0, above=0)
+    outside: str = option("zero", "clamp")
+
+
+@dataclass(frozen=True)
+class icepop(importance):
+    """IcePop: the ratio of each token where it lies in ``[low, high]``, else 0, as in slime, NeMo-RL and OpenRLHF.
+
+    The stage is :class:`importance` with other defaults.
+
+    Args:
+        low: Smallest ratio that counts.
+        high: Largest ratio that counts.
+        outside: ``zero``.
+    """
+
+    low: float = number(0.5, at_least=0)
+    high: float = number(5.0, above=0)
+    outside: str = option("zero", "clamp")
+
+
+def from_verl(config: Any) -> tuple[TokenWeight, ...]:
+    """Return the token weight of verl's ``algorithm.rollout_correction``, or nothing if ``rollout_is`` is None.
+
+    The settings that reject tokens and rows are read by :func:`tokcredit.filters.from_verl`.
+
+    Args:
+        config: A mapping or an object with ``rollout_is``, ``rollout_is_threshold`` and ``rollout_is_batch_normalize``.
+
+    Raises:
+        ValueError: A setting has no such value.
+    """
+    level = predicate.setting(config, "rollout_is", None)
+    if level is None:
+        return ()
+    if level not in ("token", "sequence"):
+        raise ValueError(f"rollout_is: expected token, sequence or None, got {level!r}")
+    low, high = predicate.thresholds(predicate.setting(config, "rollout_is_threshold", 2.0))
+    outside = "clamp" if low is None else "zero"
+    normalize = bool(predicate.setting(config, "rollout_is_batch_normalize", False))
+    return (importance("token" if level == "token" else "sum", low or 0.0, high, outside, normalize),)
+
+
+def from_trl(config: Any) -> tuple[TokenWeight, ...]:
+    """Return the token weight of the settings ``vllm_importance_sampling_*`` of TRL's ``GRPOConfig``.
+
+    Args:
+        config: A mapping or an object with ``vllm_importance_sampling_correction``, ``_mode``, ``_clip_max`` and
+            ``_clip_min``, whose defaults are those of TRL: True, ``sequence_mask``, 3.0 and None.
+
+    Raises:
+        ValueError: The mode is unknown.
+    """
+    name = "vllm_importance_sampling_"
+    if not predicate.setting(config, f"{name}correction", True):
+        return ()
+    mode = predicate.setting(config, f"{name}mode", "sequence_mask")
+    level, _, action = str(mode).partition("_")
+    if level not in ("token", "sequence") or action not in ("mask", "truncate"):
+        raise ValueError(f"{name}mode: expected token or sequence, then _mask or _truncate, got {mode!r}")
+    low, high = (predicate.setting(config, f"{name}clip_{end}", x) for end, x in (("min", None), ("max", 3.0)))
+    over, outside = "token" if level == "token" else "sum", "zero" if action == "mask" else "clamp"
+    return (importance(over, low or 0.0, math.inf if high is None else high, outside),)
 
 
 @dataclass(frozen=True)
@@ -129,4 +230,4 @@ class raised(TokenWeight):
         return 1 + self.strength * self.score(batch)
 
 
-__all__ = ["TokenWeight", "importance_masked", "importance_truncated", "raised", "within"]
+__all__ = ["TokenWeight", "from_trl", "from_verl", "icepop", "importance", "mis", "raised", "tis", "within"]

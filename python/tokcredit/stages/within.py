@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,36 @@ def log_ratio(log_probs: Tensor, reference: Tensor) -> Tensor:
         reference: float ``[N]``.
     """
     return (log_probs - reference).masked_fill_(reference.isnan(), 0)
+
+
+def thresholds(given: str | float) -> tuple[float | None, float]:
+    """Return the lower and upper bound that verl writes as one number or as ``"low_high"``.
+
+    Args:
+        given: A number, its text, or two numbers joined by ``_``.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    texts = str(given).split("_")
+    try:
+        found = [float(x) for x in texts]
+    except ValueError:
+        found = []
+    if len(found) not in (1, 2) or not all(x > 0 for x in found):
+        raise ValueError(f"threshold: expected a number above 0 or two joined by _, got {given!r}")
+    return (None, found[0]) if len(found) == 1 else (found[0], found[1])
+
+
+def setting(config: Any, name: str, default: Any) -> Any:
+    """Return a setting of a host's configuration, a mapping or an object.
+
+    Args:
+        config: The configuration.
+        name: Name of the setting.
+        default: Its value where the configuration has none.
+    """
+    return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
 
 
 def measured(log_ratio: Tensor, spans: Spans, statistic: str, over: str) -> Tensor:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokcredit import inputs
+from tokcredit import inputs, mismatch
 from tokcredit.from_hidden import FromHidden
 from tokcredit.protocol import PreparedBatch, TrainingObjective
 from tokcredit.rollouts import Rollouts
@@ -109,7 +109,15 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         metrics, log_probs = self._optimize(prepared, number, clock)
-        return Update(prepared, log_probs, metrics | {"lr": lr})
+        return Update(prepared, log_probs, metrics | {"lr": lr} | self._mismatch(batch))
+
+    def _mismatch(self, batch: Rollouts) -> dict[str, float]:
+        """Return how far the engine that sampled is from the policy, if that is known; means over processes."""
+        if batch.old_log_probs is None or batch.rollout_log_probs is None:
+            return {}
+        found = mismatch.statistics(batch.old_log_probs, batch.rollout_log_probs, batch.spans)
+        sums = self._ranks.sum({name: x.cpu() for name, x in found.items()})
+        return {f"mismatch_{name}": float(x) / self._ranks.count for name, x in sums.items()}
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Move the controllers of the objective by the metrics of a step.

@@ -30,7 +30,7 @@ class ObjectiveSettings:
     filters: tuple[str, ...] | None = None
     """Filters, which select the rows and tokens that train, for example "dapo" or "nonzero_advantage()"."""
     token_weights: tuple[str, ...] | None = None
-    """Token weights, which multiply the loss of each token, for example "importance_truncated(high=2.0)"."""
+    """Token weights, which multiply the loss of each token, for example "tis(high=2.0)"."""
     ratio: str | None = None
     """Importance ratio, for example "ctpo" or "cumulative()"."""
     clip: str | None = None
@@ -61,7 +61,7 @@ class SamplingSettings:
     """How rollouts are sampled."""
 
     sampler: Literal["transformers", "vllm"] = "transformers"
-    """Engine that samples. With vllm the token weight importance_truncated() is added unless the objective already
+    """Engine that samples. With vllm the token weight tis() is added unless the objective already
     corrects for the engine or token weights are given, because the engine's probabilities differ from the trainer's."""
     prompts: int = 0
     """Number of prompts per step; 0 takes the number that suits the model."""

@@ -16,7 +16,7 @@ from tokcredit.groups import Groups
 from tokcredit.methods.hapo import entropy_deviation
 from tokcredit.mixing import mix
 from tokcredit.rollouts import Rollouts
-from tokcredit.stages.token_weights import importance_truncated
+from tokcredit.stages.token_weights import tis
 from tokcredit.train import collectors, models, tasks
 from tokcredit.train.clock import Clock
 from tokcredit.train.conversations import Conversations
@@ -58,7 +58,7 @@ def _corrected(objective: Any) -> Any:
     corrections = (x for x in objective.stages() if x.kind in ("token_weight", "ratio"))
     if any("rollout_log_probs" in x.required_inputs for x in corrections):
         return objective
-    return mix(objective, token_weights=(*objective.token_weights, importance_truncated()))
+    return mix(objective, token_weights=(*objective.token_weights, tis()))
 
 
 def _check_collected(objective: Any, method: str) -> None:

@@ -1,0 +1,144 @@
+"""Trust regions and rollout corrections against verl's own functions, values and gradients."""
+
+import math
+
+import pytest
+import tokcredit as tc
+import torch
+
+pytest.importorskip("verl", reason="verl is not installed; make test-verl")
+
+from verl.trainer.config.algorithm import RolloutCorrectionConfig
+from verl.trainer.ppo import rollout_corr_helper as theirs
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.workers.config import ActorConfig
+from verl.workers.config.actor import PolicyLossConfig
+
+ROWS, WIDTH = 6, 9
+
+
+def batch(seed=0):
+    """Rows of different lengths, with holes in the mask; the engine differs from the trainer, and no row is empty."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, WIDTH + 1, (ROWS,), generator=g)
+    mask = (torch.arange(WIDTH) < lengths[:, None]) & (torch.rand(ROWS, WIDTH, generator=g) > 0.2)
+    mask[:, 0] = True
+    old = -0.1 - torch.rand(ROWS, WIDTH, generator=g, dtype=torch.float64)
+    engine = old + 0.3 * torch.randn(ROWS, WIDTH, generator=g, dtype=torch.float64)
+    current = (old + 0.4 * torch.randn(ROWS, WIDTH, generator=g, dtype=torch.float64)).clamp(max=-0.01)
+    rewards = torch.randn(ROWS, generator=g, dtype=torch.float64)
+    rollouts = tc.Rollouts.from_padded(
+        torch.zeros(ROWS, WIDTH, dtype=torch.long),
+        mask,
+        torch.zeros(ROWS, dtype=torch.long),
+        rewards,
+        old_log_probs=old,
+        rollout_log_probs=engine.masked_fill(~mask, 0.0),
+    )
+    return rollouts, current
+
+
+def gradient(loss, variable):
+    return torch.autograd.grad(loss, variable)[0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "objective", "settings", "policy_loss"),
+    [
+        ("geo_mean", tc.methods.gmpo(0.3, 0.2), {"clip_ratio_low": 0.3, "clip_ratio_high": 0.2}, {}),
+        ("dro", tc.methods.dro(0.7), {}, {"dro_beta": 0.7}),
+        (
+            "dppo_tv",
+            tc.mix(tc.methods.dppo_tv(0.05, 0.08, 1.2, to="old_log_probs"), aggregation="token_mean"),
+            {"clip_ratio_low": 0.05, "clip_ratio_high": 0.08, "clip_ratio_c": 1.2},
+            {},
+        ),
+        (
+            "dppo_kl",
+            tc.mix(tc.methods.dppo_kl(0.01, 0.02, 1.2, to="old_log_probs"), aggregation="token_mean"),
+            {"clip_ratio_low": 0.01, "clip_ratio_high": 0.02, "clip_ratio_c": 1.2},
+            {},
+        ),
+    ],
+)
+def test_gradients_of_losses(mode, objective, settings, policy_loss):
+    rollouts, current = batch()
+    mask = rollouts.shaped(rollouts.response_mask)
+    prepared = objective.prepare(rollouts)
+    config = ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=ROWS,
+        policy_loss=PolicyLossConfig(loss_mode=mode, **policy_loss),
+        loss_agg_mode="token-mean",
+        **settings,
+    )
+    config.global_batch_info.update(dp_size=1, batch_num_tokens=int(mask.sum()), global_batch_size=ROWS)
+    ours, his = current.clone().requires_grad_(), current.clone().requires_grad_()
+    expected, _ = get_policy_loss_fn(mode)(
+        rollouts.shaped(rollouts.old_log_probs), his, prepared.advantages, mask.double(), "token-mean", config
+    )
+    found, wanted = gradient(objective.loss(prepared, ours).loss, ours), gradient(expected, his)
+    # verl adds 1e-8 to numbers of tokens and to 1 - p.
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
+    stopped = (wanted == 0) & mask & (prepared.advantages != 0)
+    assert mode == "dro" or (0 < stopped.sum() < mask.sum())
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("threshold", [1.1, "0.8_1.2"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_weights(level, threshold, normalize):
+    config = RolloutCorrectionConfig(
+        rollout_is=level, rollout_is_threshold=threshold, rollout_is_batch_normalize=normalize
+    )
+    rollouts, _ = batch()
+    mask = rollouts.shaped(rollouts.response_mask)
+    y = rollouts.shaped(rollouts.old_log_probs - rollouts.rollout_log_probs)
+    expected, _ = theirs.compute_rollout_correction_weights(y, mask.double(), level, threshold, normalize)
+    (stage,) = tc.token_weights.from_verl(config)
+    found = stage(rollouts, rollouts.rewards[:, None])
+    found = found.expand(ROWS, WIDTH) if found.dim() == 2 else rollouts.shaped(found)
+    torch.testing.assert_close(found[mask], expected.double()[mask], rtol=1e-6, atol=1e-8)
+    assert len(set(found[mask].tolist())) > 3
+
+
+@pytest.mark.parametrize(
+    ("options", "thresholds"),
+    [
+        ("token_k1", "0.8_1.3"),
+        ("token_k1", "1.25"),
+        ("token_k2", "0.02"),
+        ("token_k3", "0.03"),
+        ("seq_sum_k1", "0.9_1.6"),
+        ("seq_mean_k1", "0.95_1.2"),
+        ("seq_sum_k2", "0.2"),
+        ("seq_mean_k3", "0.05"),
+        ("seq_max_k2", "0.1"),
+        ("seq_max_k3", "0.1"),
+        ("seq_mean_k1,token_k3", "0.9_1.2,0.05"),
+        ("token_k2,token_k3", "0.03"),
+    ],
+)
+def test_rejection(options, thresholds):
+    rollouts, _ = batch(1)
+    mask = rollouts.shaped(rollouts.response_mask)
+    y = rollouts.shaped(rollouts.old_log_probs - rollouts.rollout_log_probs)
+    expected, _ = theirs.compute_rollout_rejection_mask(y, mask.double(), options, thresholds)
+    config = RolloutCorrectionConfig(rollout_rs=options, rollout_rs_threshold=thresholds)
+    kept = mask
+    for stage in tc.filters.from_verl(config):
+        inside = stage(rollouts, rollouts.rewards[:, None])
+        kept = kept & (inside if inside.dim() == 2 else rollouts.shaped(inside))
+    assert torch.equal(kept, expected.bool()) and 0 < kept.sum() < mask.sum()
+
+
+def test_statistics():
+    rollouts, _ = batch()
+    mask = rollouts.shaped(rollouts.response_mask)
+    old, engine = (rollouts.shaped(x) for x in (rollouts.old_log_probs, rollouts.rollout_log_probs))
+    expected = theirs.compute_offpolicy_metrics(old, engine, mask.double())
+    found = tc.mismatch.statistics(rollouts.old_log_probs, rollouts.rollout_log_probs, rollouts.spans)
+    for name, x in found.items():
+        assert x.item() == pytest.approx(expected[name], rel=1e-6, abs=1e-9), name
+    assert found["kl"] != 0 and math.isfinite(found["chi2_seq"])
