@@ -37,9 +37,10 @@ PARITY = {
     ),
     "sapo": (replace(tc.methods.sapo(), credit=AS_TRL), dict(loss_type="sapo")),
     "luspo": (
-        replace(tc.methods.gspo(), credit=AS_TRL, aggregation=tc.aggregation.sequence_sum(1)),
+        replace(tc.methods.luspo(3e-4, 4e-4), credit=AS_TRL),
         dict(loss_type="luspo", importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4),
     ),
+    "vespo": (replace(tc.methods.vespo(), credit=AS_TRL), dict(loss_type="vespo")),
     "delta": (
         tc.Objective(AS_TRL, clip=tc.clip.ppo(0.2, 0.2, 1.5), aggregation=tc.aggregation.token_mean()),
         dict(loss_type="dapo", delta=1.5),
@@ -74,7 +75,9 @@ def test_equals_stock_trl(name, tmp_path):
     # TRL counts a sequence-level clip once per row, and bounds no ratio of cispo and sapo under these names.
     counted = name in ("grpo", "dapo", "dr_grpo", "delta")
     clips = ["clip_ratio/low_mean", "clip_ratio/high_mean"] if counted else []
-    assert name == "sapo" or ours[0].state.log_history[2]["clip_ratio/region_mean"] > 0, "nothing was clipped"
+    assert name in ("sapo", "vespo") or ours[0].state.log_history[2]["clip_ratio/region_mean"] > 0, (
+        "nothing was clipped"
+    )
     equal(ours, theirs, ("loss", "grad_norm", "reward", "entropy", *clips))
 
 
@@ -100,15 +103,42 @@ def test_off_policy_mask(tmp_path, monkeypatch):
     assert not torch.allclose(unmasked[1][0], ours[1][0], rtol=0.1), "nothing was masked"
 
 
+@pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("name", ["grpo", "dapo"])
-def test_reference_penalty(name, tmp_path):
+def test_reference_penalty(name, corrected, tmp_path):
     objective, settings = PARITY[name]
-    kl = dict(beta=0.3, use_bias_correction_kl=False)
+    kl = dict(beta=0.3, use_bias_correction_kl=corrected)
     ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **kl), objective=objective)
     theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **kl, **settings))
     assert ours[0].state.log_history[3]["kl"] > 0
     # TRL logs the mean over tokens whatever the loss averages.
     equal(ours, theirs, [key for key in SHARED if name == "dapo" or key != "kl"])
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo"])
+def test_entropy_bonus(name, tmp_path):
+    """One micro-batch per optimizer step, so that both take the mean over the same tokens."""
+    objective, settings = PARITY[name]
+    bonus = dict(entropy_coef=0.5, per_device_train_batch_size=8, gradient_accumulation_steps=1, steps_per_generation=1)
+    ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **bonus), objective=objective)
+    theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **bonus, **settings))
+    equal(ours, theirs, ("loss", "grad_norm", "reward", "entropy"))
+    without = scripted.train(
+        CreditGRPOTrainer, scripted.arguments(tmp_path, **bonus | {"entropy_coef": 0.0}), objective=objective
+    )
+    assert not torch.allclose(without[1][0], ours[1][0], rtol=0.1), "no bonus"
+
+
+def test_adaptive_entropy(tmp_path):
+    """The coefficient moves as in TRL, and is off until a step has measured the entropy."""
+    objective, settings = PARITY["dapo"]
+    bonus = dict(use_adaptive_entropy=True, entropy_target=100.0, entropy_coef_delta=0.3, entropy_coef_max=0.5)
+    bonus |= dict(per_device_train_batch_size=8, gradient_accumulation_steps=1, steps_per_generation=1)
+    ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **bonus), objective=objective)
+    theirs = scripted.train(trl.GRPOTrainer, scripted.arguments(tmp_path, **bonus, **settings))
+    equal(ours, theirs, ("loss", "grad_norm", "reward", "entropy"))
+    assert ours[0].entropy_coef == theirs[0].entropy_coef == 0.5
+    assert ours[0]._last_world_entropy == pytest.approx(theirs[0]._last_world_entropy, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["sequence_mask", "sequence_truncate", "token_truncate", "token_mask"])
@@ -300,15 +330,13 @@ class weight_from_hidden_states(tc.token_weights.TokenWeight):
         (dict(importance_sampling_level="sequence"), dict(method="gspo"), "importance_sampling_level: .* ratio stage"),
         (dict(scale_rewards="none"), dict(method="dr_grpo"), "scale_rewards: .* credit stage"),
         (dict(top_entropy_quantile=0.2), dict(method="grpo"), "top_entropy_quantile: .* choose tokens"),
-        (dict(entropy_coef=0.1), dict(method="grpo"), "entropy_coef: .* entropy bonus"),
-        (dict(beta=0.1), dict(method="grpo"), "use_bias_correction_kl: expected False"),
+        (dict(entropy_coef=0.1), dict(objective=tc.mix("grpo", terms="entropy(0.1)")), "entropy_coef: expected 0"),
         ({}, dict(objective=tc.Objective(terms=(tc.term.kl(0.1, estimator="k2"),))), "beta: expected 0.1"),
         (
             {},
             dict(objective=tc.Objective(terms=(tc.term.kl(tc.schedule.linear(0.1, 0.2)),))),
             "beta: expected a number other than 0",
         ),
-        ({}, dict(objective=tc.mix("grpo", terms="entropy(0.1)")), "terms that differentiate log-probs only"),
         ({}, dict(objective=tc.mix("grpo", terms="entropy(target_entropy(0.1))")), "expected no controller"),
         ({}, dict(objective=tc.Objective(credit_from_hidden_states())), "credit stage .* requires hidden_states"),
         (

@@ -120,23 +120,26 @@ def chosen(method: str | None, objective: Objective | None) -> Objective:
     return found
 
 
-def require(objective: Objective, carries: Collection[str], host: str) -> None:
+def require(
+    objective: Objective, carries: Collection[str], host: str, variables: Collection[str] = ("log_probs",)
+) -> None:
     """Check that a host carries everything that an objective reads.
 
     Args:
         objective: The objective.
         carries: Names of the inputs that the host carries.
         host: Name of the host for the error.
+        variables: What the host passes to the loss.
 
     Raises:
-        ValueError: A stage reads an input that the host does not carry, or differentiates more than log-probs. The
-            message names the stage.
+        ValueError: A stage reads an input that the host does not carry, or differentiates what it does not pass to the
+            loss. The message names the stage.
     """
     for term in objective.terms:
-        if term.variables:
+        if further := term.variables - set(variables):
             raise ValueError(
-                f"objective: expected terms that differentiate log-probs only, because {host} passes nothing else to "
-                f"the loss, got {term!r}, which differentiates {', '.join(sorted(term.variables))}"
+                f"objective: expected terms that differentiate {', '.join(variables)} only, because {host} passes "
+                f"nothing else to the loss, got {term!r}, which differentiates {', '.join(sorted(further))}"
             )
     for setting in fields(objective):
         value = getattr(objective, setting.name)

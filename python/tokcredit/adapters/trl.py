@@ -30,8 +30,9 @@ from tokcredit.adapters.capabilities import (
 from tokcredit.blocks import segment
 from tokcredit.objective import Objective, Prepared
 from tokcredit.rollouts import Rollouts
-from tokcredit.schedule import Adjustable
-from tokcredit.stages.term import Term, kl
+from tokcredit.schedule import Adjustable, target_entropy
+from tokcredit.stages.aggregation import token_mean
+from tokcredit.stages.term import Term, entropy, kl
 
 FIELDS = host_fields(
     old_log_probs="old_per_token_logps",
@@ -42,7 +43,6 @@ FIELDS = host_fields(
 """TRL's field of each input that it can carry."""
 _CORRECTION = "importance_sampling_ratio"
 _CLIP = "the objective's clip stage bounds the ratio"
-_NO_ENTROPY = "the objective has no entropy bonus inside TRL yet"
 _DECIDED = {
     "loss_type": "the objective's clip and aggregation stages make the loss",
     "importance_sampling_level": "the objective's ratio stage makes the ratio",
@@ -59,8 +59,6 @@ _DECIDED = {
     "vespo_lambda_neg": _CLIP,
     "top_entropy_quantile": "the objective's filters and token weights choose tokens",
     "off_policy_mask_threshold": "the objective's filters and scales choose rows",
-    "entropy_coef": _NO_ENTROPY,
-    "use_adaptive_entropy": _NO_ENTROPY,
 }
 _METRICS = {
     "entropy": "entropy",
@@ -88,7 +86,7 @@ def _resolved(objective: Objective, args: GRPOConfig) -> Objective:
         aggregation=with_length(objective.aggregation, length),
         terms=tuple(_with_length(term, length) for term in objective.terms),
     )
-    objective = _with_reference(objective, args)
+    objective = _with_entropy(_with_reference(objective, args), args)
     carries = {"old_log_probs", "entropies"}
     if args.beta:
         carries.add("ref_log_probs")
@@ -103,7 +101,7 @@ def _resolved(objective: Objective, args: GRPOConfig) -> Objective:
             carries.add(_CORRECTION)
             weights = (*objective.token_weights, given_weights(_CORRECTION))
             objective = replace(objective, token_weights=weights)
-    require(objective, carries, "TRL with these settings")
+    require(objective, carries, "TRL with these settings", ("log_probs", "entropies"))
     return objective
 
 
@@ -115,11 +113,12 @@ def _with_length(term: Term, length: int) -> Any:
 
 def _with_reference(objective: Objective, args: GRPOConfig) -> Objective:
     """Return the objective with the KL term that ``beta`` asks for; raise where the two contradict each other."""
-    if args.beta and getattr(args, "use_bias_correction_kl", False):
-        raise ValueError("use_bias_correction_kl: expected False, because term.kl has no ratio, got True")
     terms = [term for term in objective.terms if "ref_log_probs" in term.required_inputs]
     if not terms:
-        return replace(objective, terms=(*objective.terms, kl(args.beta))) if args.beta else objective
+        if not args.beta:
+            return objective
+        estimator = "k3_corrected" if getattr(args, "use_bias_correction_kl", False) else "k3"
+        return replace(objective, terms=(*objective.terms, kl(args.beta, estimator)))
     # TRL loads the reference model where beta is not 0.
     coefficient: Any = terms[0].coefficient
     if isinstance(coefficient, Adjustable):
@@ -130,18 +129,32 @@ def _with_reference(objective: Objective, args: GRPOConfig) -> Objective:
     return objective
 
 
+def _with_entropy(objective: Objective, args: GRPOConfig) -> Objective:
+    """Return the objective with the entropy bonus that ``entropy_coef`` asks for: a mean over the training tokens."""
+    coefficient, adaptive = getattr(args, "entropy_coef", 0.0), getattr(args, "use_adaptive_entropy", False)
+    if not coefficient and not adaptive:
+        return objective
+    for term in objective.terms:
+        if isinstance(term, entropy):
+            raise ValueError(f"entropy_coef: expected 0 and no use_adaptive_entropy, because of {term!r}")
+    return replace(objective, terms=(*objective.terms, entropy(coefficient, token_mean())))
+
+
 class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     """``GRPOTrainer`` with the advantages and the loss of an objective.
 
     Generation, rewards, vLLM and its importance-sampling correction, the reference model, gradient accumulation,
     evaluation and logging stay TRL's. Settings of ``GRPOConfig`` that the objective decides must have their defaults.
 
-    ``beta`` adds :class:`tokcredit.term.kl` to an objective without it. ``max_completion_length`` is the length of
-    :class:`tokcredit.aggregation.sequence_sum` where that has none. A completion that no reward function scored has
-    advantage 0.
+    ``beta`` adds :class:`tokcredit.term.kl` to an objective without it, in the form that ``use_bias_correction_kl``
+    says; ``entropy_coef`` and ``use_adaptive_entropy`` add :class:`tokcredit.term.entropy`. ``max_completion_length``
+    is the length of :class:`tokcredit.aggregation.sequence_sum` where that has none. A completion that no reward
+    function scored has advantage 0.
 
     Differences from TRL:
         - A row without a training token does not count in the mean over rows.
+        - The entropy bonus is a mean over the training tokens of the generation batch, not of the micro-batch.
+        - The corrected KL term has the ratio of the token, also with ratios of whole rows.
         - Such a row does not count in group statistics either, unless the credit stage has ``count_empty=True``.
 
     Args:
@@ -285,7 +298,11 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         )
         # Where rows of all ranks were prepared together, they are as wide as the widest rank's.
         surplus = (0, prepared.batch.width - log_probs.shape[1])
-        out = self.credit_objective.loss(prepared, pad(log_probs, surplus))
+        adapts = getattr(self.args, "use_adaptive_entropy", False)
+        if adapts:
+            prepared = self._with_current_bonus(prepared)
+        further = {"entropies": pad(entropies, surplus)} if "entropies" in prepared.objective.variables else {}
+        out = self.credit_objective.loss(prepared, pad(log_probs, surplus), **further)
         # The weights of the rows are those of the whole generation batch, of which an optimizer step may be a part.
         parts = self.args.steps_per_generation if mode == "train" else 1
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
@@ -293,8 +310,34 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if aux is not None and self.aux_loss_enabled:
             total = total + self.router_aux_loss_coef * aux / accumulated
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux.detach()).mean().item())
-        self._log_metrics(mode, out.metrics, prepared, pad(entropies.detach(), surplus).reshape(-1), parts)
+        entropies = pad(entropies.detach(), surplus).reshape(-1)
+        self._log_metrics(mode, out.metrics, prepared, entropies, parts)
+        if adapts and mode == "train":
+            self._adapt_bonus(entropies, prepared)
         return total
+
+    def _with_current_bonus(self, prepared: Prepared) -> Prepared:
+        """Return the micro-batch with TRL's present coefficient, which is 0 above the target entropy."""
+        used = self.entropy_coef if self._last_world_entropy <= self.args.entropy_target else 0.0
+        terms = tuple(
+            replace(term, coefficient=used) if isinstance(term, entropy) else term for term in prepared.objective.terms
+        )
+        return replace(prepared, objective=replace(prepared.objective, terms=terms))
+
+    def _adapt_bonus(self, entropies: Tensor, prepared: Prepared) -> None:
+        """Move the coefficient after an optimizer step. Its state is TRL's own, so that TRL saves it."""
+        sums = torch.stack([segment.sum(entropies.double(), prepared.spans).sum(), prepared.lengths.sum().double()])
+        before = self._entropy_window_stats
+        self._entropy_window_stats = sums if before is None else before + sums
+        if not self.accelerator.sync_gradients:
+            return
+        args, total = self.args, self.accelerator.reduce(self._entropy_window_stats, reduction="sum")
+        rule = target_entropy(
+            args.entropy_target, args.entropy_coef_delta, low=args.entropy_coef_min, high=args.entropy_coef_max
+        )
+        state = (self.entropy_coef, self._last_world_entropy)
+        self.entropy_coef, self._last_world_entropy = rule.updated(state, float(total[0] / total[1].clamp(min=1)))
+        self._entropy_window_stats = None
 
     def _log_metrics(
         self, mode: str, found: Mapping[str, Tensor], prepared: Prepared, entropies: Tensor, parts: int
