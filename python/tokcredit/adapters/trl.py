@@ -171,6 +171,11 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         RuntimeError: This version of TRL lacks a hook.
     """
 
+    # State of the adaptive entropy bonus, which TRL makes and saves.
+    entropy_coef: float
+    _last_world_entropy: float
+    _entropy_window_stats: Tensor | None
+
     def __init__(
         self,
         model: Any,
