@@ -324,10 +324,15 @@ def keys(*ids: Tensor) -> Ids:
         tensor("ids", x, INTEGERS, (ids[0].numel(),), ids[0].device)
     combined = torch.stack([x.long() for x in ids])
     inside = (combined >= 0).all(0)
-    names, index = torch.unique(combined[:, inside], dim=1, return_inverse=True)
+    # Dense numbers are below M, so that the product of two of them cannot overflow.
+    count, index = 1, torch.zeros_like(combined[0, inside])
+    for x in combined:
+        names, own = torch.unique(x[inside], return_inverse=True)
+        names, index = torch.unique(index * names.numel() + own, return_inverse=True)
+        count = names.numel()
     dense = torch.full_like(combined[0], -1)
     dense[inside] = index
-    return Ids(dense, names.shape[1])
+    return Ids(dense, count)
 
 
 class Pieces(NamedTuple):

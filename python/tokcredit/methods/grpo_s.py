@@ -44,7 +44,8 @@ class mean_entropy_shaped(Credit):
         correct = batch.rewards > self.threshold
         x = segment.mean(batch.input("entropies").double(), batch.spans)
         x = torch.where(correct, x, 1 / (x + 1e-8))
-        side = segment.keys((2 * batch.group_index + correct).masked_fill(~batch.nonempty, -1))
+        ids = (2 * batch.group_index + correct).masked_fill_(~batch.nonempty, -1)
+        side = segment.Ids(ids, 2 * batch.num_groups)
         own = side.ids.clamp(min=0)
         if side.segments == 0:
             return torch.zeros_like(batch.rewards)[:, None]

@@ -50,14 +50,15 @@ class entropy_shaped(Credit):
         x = torch.where(mask, batch.input("entropies").double(), 1)
         wrong = side % 2 == 0
         x = torch.where(wrong, 1 / (x + 1e-8), x)
-        position = scan.positions(spans, torch.float64).long()
-        alive = segment.keys(side, position)
+        position, width = scan.positions(spans, torch.float64).long(), max(batch.width, 1)
+        sides = segment.Ids(side, 2 * batch.num_groups)
+        alive = segment.Ids((side * width + position - 1).masked_fill_(side < 0, -1), sides.segments * width)
         if alive.segments == 0:
             return torch.zeros_like(x).to(batch.rewards.dtype)
         own = alive.ids.clamp(min=0)
         share = x * segment.count(alive)[own] / segment.sum(x, alive)[own]
         rewards = torch.where(wrong, -1, 1) * (self.base + self.bonus * share)
-        return normalized(rewards, segment.keys(side)).to(batch.rewards.dtype)
+        return normalized(rewards, sides).to(batch.rewards.dtype)
 
 
 def normalized(x: Tensor, by: segment.Ids) -> Tensor:
