@@ -1,9 +1,10 @@
 """Against stock TRL: the same rollouts through both trainers give the same losses, gradients and metrics."""
 
 import os
+import re
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import recipes
 import scripted
 import tiny
+import transformers
 import trl
 from datasets import Dataset
 from tokcredit.adapters.trl import CreditGRPOTrainer
@@ -355,6 +357,13 @@ class weight_from_hidden_states(tc.token_weights.TokenWeight):
 def test_refuses_what_would_be_ignored(settings, keywords, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         CreditGRPOTrainer(tiny.model(), scripted.reward, scripted.arguments(tmp_path, **settings), **keywords)
+
+
+def test_every_option_is_in_the_table():
+    """An option that a later TRL adds fails here until docs/hosts.md says what it is."""
+    own = {f.name for f in fields(trl.GRPOConfig)} - {f.name for f in fields(transformers.TrainingArguments)}
+    table = (Path(__file__).parents[2] / "docs/hosts.md").read_text().split("\n### TRL\n")[1].split("\n### ")[0]
+    assert len(own) > 50 and not {name for name in own if not re.search(rf"\b{name}\b", table)}
 
 
 def test_refuses_to_correct_for_the_engine_twice(tmp_path, monkeypatch):
