@@ -72,7 +72,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
         ValueError: Neither the generation configuration of the model nor the tokenizer has one.
     """
     ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
+    ends = tokenizer.eos_token_id if ends in (None, []) else ends
     ends = [ends] if isinstance(ends, int) else list(ends or ())
     if not ends:
         raise ValueError(
