@@ -96,7 +96,7 @@ def test_commands_are_understood(arguments, monkeypatch):
 
     called = []
     for module, name in ((train, "run"), (train, "compare"), (analyze, "run"), (report, "run")):
-        monkeypatch.setattr(module, name, lambda *given: called.extend(given))
+        monkeypatch.setattr(module, name, lambda *given: called.extend(given) or {})
     cli.main(arguments)
     assert called
     for settings in called:

@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import derivations
 import numpy as np
 import pytest
 import tokcredit as tc
+from hypothesis import given, strategies
 from tokcredit import report
 from tokcredit.report.vocabulary import load_tokenizer
 
@@ -200,8 +202,10 @@ def test_bytes_that_are_not_utf8(tokenizer, tmp_path):
     path.write_bytes(b'{"prompt": "caf\xe9 \\ud800", "tokens": [5], "reward": 1}\n')
     assert report.read(path).prompts == ["caf\udce9 \ud800"]
     pytest.importorskip("jinja2")
-    report.run(path, ["grpo"], tmp_path / "r.html", tokenizer)
-    assert "caf" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    from tokcredit.report.page import render
+
+    page = render(report.compute(report.read(path), ["grpo"]))
+    assert r"caf\\u{dce9} \\u{d800}" in page and page.encode()
     path.write_bytes(b'{"prompt": "p", "text": "caf\xe9", "reward": 1}\n')
     with pytest.raises(ValueError, match=r"text: expected .* U\+DCE9 at character 3"):
         report.read(path, tokenizer)
@@ -334,6 +338,7 @@ NUMBER, TOKENS, FLAGS = "expected a number", "tokens: expected whole numbers", "
         ({"response_mask": [True]}, "response_mask: expected 2 values in row 1 of .*, got 1"),
         ({"log_probs": ["-1", "-2"]}, "log_probs: expected numbers in row 1 of .*, got '-1'"),
         ({"log_probs": [True, False]}, "log_probs: expected numbers in row 1 of .*, got True"),
+        ({"log_probs": [-1e300, -1.0]}, r"log_probs: expected numbers in row 1 of .*, got -1e\+300"),
         ({"log_probs": [-1.0]}, "log_probs: expected 2 values in row 1 of .*, got 1"),
         ({"advantages": ["1", "2"]}, "advantages: expected numbers in row 1 of .*, got '1'"),
         ({"entropies": [[0.1], [0.2]]}, r"entropies: expected numbers in row 1 of .*, got \[0\.1\]"),
@@ -412,3 +417,62 @@ def test_files_that_are_something_else(tmp_path, name, content, message):
 def test_nothing_to_read(tmp_path):
     with pytest.raises(ValueError, match="got nothing in"):
         report.read(tmp_path)
+
+
+VALUES = strategies.recursive(
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers()
+    | strategies.floats()
+    | strategies.sampled_from(["", "a", "1.0", "\ud800", "p_0_0", "assistant", 10**400]),
+    lambda x: (
+        strategies.lists(x, max_size=3)
+        | strategies.dictionaries(strategies.sampled_from(["role", "content", "text", "tool_calls", "function"]), x)
+    ),
+    max_leaves=6,
+)
+GOOD = {
+    "prompt": "p",
+    "input": "p",
+    "tokens": [1, 2],
+    "text": "a",
+    "completion": [{"role": "assistant", "content": "a"}],
+    "output": "a",
+    "reward": 1.0,
+    "score": 1.0,
+    "advantage": 0.5,
+    "group": 1,
+    "uid": "p_0_0",
+    "step": 1,
+    "response_mask": [True, True],
+    "log_probs": [-1.0, -1.0],
+    "entropies": [0.1, 0.2],
+    "truncated": False,
+}
+
+
+@strategies.composite
+def spoiled(draw):
+    """Rows of verl, of TRL or plain ones, that are right but for a few values and a few columns."""
+    rows = [{**GOOD, "uid": f"p_{session}_0"} for session in range(draw(strategies.integers(1, 3)))]
+    trainer = draw(strategies.sampled_from([set(), {"output", "score"}, {"output", "score", "advantage"}]))
+    for name in trainer | draw(strategies.sets(strategies.sampled_from([*GOOD]), max_size=5)):
+        for row in rows:
+            del row[name]
+    for row in rows:
+        row.update(draw(strategies.dictionaries(strategies.sampled_from([*GOOD]), VALUES, max_size=2)))
+    return rows
+
+
+@given(spoiled())
+def test_anything_is_read_or_refused(tmp_path_factory, records):
+    path = tmp_path_factory.getbasetemp() / "anything.jsonl"
+    tokenizer = path.parent / "words"
+    if not tokenizer.exists():
+        derivations.tokenizer(["ab"]).save_pretrained(tokenizer)
+    try:
+        run = report.read(lines(path, records), str(tokenizer))
+    except ValueError as error:
+        assert re.match(r"[\w ]+: expected .*, got ", str(error), re.DOTALL), error
+    else:
+        assert 1 <= run.batch.num_rows <= len(records) and run.batch.num_groups <= run.batch.num_rows

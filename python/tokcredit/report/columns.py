@@ -15,7 +15,8 @@ _DTYPES = {"float": np.float32, "integer": np.int64, "bool": np.bool_}
 def array(name: str, values: Any, kind: str, where: str) -> Any:
     """Return the values of one row as an array ``[n]`` of float32, int64 or bool.
 
-    A null among floats becomes NaN. Whole numbers may be written as ``6.0``, and flags as 0 and 1.
+    A null among floats becomes NaN, and finite floats must be in the range of float32. Whole numbers may be written as
+    ``6.0``, and flags as 0 and 1.
 
     Args:
         name: Name of the column, for errors.
@@ -78,7 +79,9 @@ def _fits(x: Any, kind: str) -> Any:
         return np.zeros(x.shape, dtype=bool)
     if kind == "bool":
         return (x == 0) | (x == 1)
-    return np.ones(x.shape, dtype=bool) if kind == "float" else (x == np.floor(x)) & (np.abs(x) < 2.0**63)
+    if kind == "float":
+        return ~np.isfinite(x) | (np.abs(x) <= np.finfo(np.float32).max)
+    return (x == np.floor(x)) & (np.abs(x) < 2.0**63)
 
 
 def _shown(value: Any) -> str:
