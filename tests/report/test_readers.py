@@ -57,6 +57,16 @@ def test_reads_what_the_trainer_wrote(folder):
         assert "".join(run.vocabulary.texts(row["tokens"][:-1])) == row["completion"]
 
 
+def test_a_row_for_which_the_trainer_computed_no_log_probs(folder, tmp_path):
+    """It writes null there, and the log-probs of the other rows alone say nothing about clipping."""
+    table = pq.read_table(folder / "rollouts-000010.parquet")
+    column = table.column_names.index("log_probs")
+    some = pa.array([None, *table["log_probs"].to_pylist()[1:]], table.schema.field(column).type)
+    pq.write_table(table.set_column(column, "log_probs", some), tmp_path / "rollouts-000010.parquet")
+    run = report.read(tmp_path)
+    assert run.log_probs is None and run.advantages is not None
+
+
 def test_the_last_step_or_the_one_asked_for(tmp_path):
     for step in (9, 10):
         derivations.write(tmp_path, step=step, groups=1, rollouts=2, length=40, seed=step)

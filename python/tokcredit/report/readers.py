@@ -132,6 +132,8 @@ def _run(rows: list[Row], vocabulary: Vocabulary, file: Path, step: int | None, 
         prompts[group] = prompts[group] or row.prompt
     tokens, chosen = zip(*(_tokens(row, vocabulary.tokenizer) for row in rows), strict=True)
     lengths = [len(ids) for ids in tokens]
+    if not settings:  # this trainer writes null for what it did not compute, for example in rows that do not train
+        _check_whole(rows)
     mask, log_probs, advantages = (
         _column(name, kind, rows, lengths)
         for name, kind in (("response_mask", "bool"), ("log_probs", "float"), ("advantages", "float"))
@@ -174,8 +176,16 @@ def _tokens(row: Row, tokenizer: Any) -> tuple[Any, Any]:
     return np.asarray([*chain(*pieces)], dtype=np.int64), np.asarray([*chain(*chosen)], dtype=bool)
 
 
+def _check_whole(rows: Sequence[Row]) -> None:
+    """Raise if some rows have a column and others lack it."""
+    for name in ("response_mask", "log_probs", "advantages", *sorted(inputs.names() - inputs.names("host"))):
+        lacking = [row for row in rows if row.columns.get(name) is None]
+        if 0 < len(lacking) < len(rows):
+            raise ValueError(f"{name}: expected in every row of the file or in none, got none in {lacking[0].where}")
+
+
 def _inputs(rows: Sequence[Row], lengths: Sequence[int]) -> dict[str, Tensor]:
-    """Return the registered inputs without further axes that the file has."""
+    """Return the registered inputs without further axes that every row has."""
     found: dict[str, Tensor] = {}
     for name in sorted(inputs.names() - inputs.names("host")):
         entry = inputs.get(name)
@@ -188,13 +198,10 @@ def _inputs(rows: Sequence[Row], lengths: Sequence[int]) -> dict[str, Tensor]:
 
 
 def _column(name: str, kind: str, rows: Sequence[Row], lengths: Sequence[int] | None) -> Tensor | None:
-    """Return a column of all rows, or None where none has it: a list of each length per row, or one value per row."""
+    """Return a column of all rows, or None where a row lacks it: a list of each length, or one value, per row."""
     cells = [row.columns.get(name) for row in rows]
-    if all(cell is None for cell in cells):
+    if any(cell is None for cell in cells):
         return None
-    for row, cell in zip(rows, cells, strict=True):
-        if cell is None:
-            raise ValueError(f"{name}: expected in every row of the file or in none, got none in {row.where}")
     if lengths is None:
         values = [scalar(name, cell, kind, row.where) for row, cell in zip(rows, cells, strict=True)]
         return torch.from_numpy(array(name, values, kind, "the file"))
