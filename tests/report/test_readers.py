@@ -102,7 +102,7 @@ def test_trl_columns_of_log_extra_are_no_rewards(tokenizer):
     assert run.batch.rewards.tolist() == [row["right"] for row in rows]
     assert run.batch.group_index.tolist() == [row // 4 for row in range(16)]
     assert texts(run) == [row["completion"] for row in rows]
-    message = r"rewards: expected a weight .* right, confidence, extracted, tokens of .*; for example --rewards right 1"
+    message = r"rewards: expected a weight .* right, confidence of .*; for example --rewards right 1"
     with pytest.raises(ValueError, match=message):
         report.read(file, tokenizer)
 
@@ -402,6 +402,10 @@ def test_text_is_no_input(tmp_path, name):
         (
             [{"prompt": None, "completion": "a", "right": 1.0, "advantage": 0.0}],
             "group or prompt: expected one of them in row 0 of .*, got neither",
+        ),
+        (
+            [{"prompt": "p", "completion": "a", "right": None, "length": 3, "advantage": 0.0}],
+            "rewards: expected a column of floats between completion and advantage in .*, got none",
         ),
         ([[1]], "path: expected an object in line 1 of .*, got list"),
         ([], "path: expected rollouts in .*, got an empty file"),

@@ -102,10 +102,12 @@ def _reward_column(records: Sequence[Record], file: Path) -> str:
     between = names[names.index("completion") + 1 : names.index("advantage")]
     types = {name: {type(record.get(name)) for record in records} - {type(None)} for name in between}
     numbers = [name for name in between if types[name] == {float}]
-    if len(numbers) != 1:
+    if not numbers:
+        raise ValueError(f"rewards: expected a column of floats between completion and advantage in {file}, got none")
+    if len(numbers) > 1:
         raise ValueError(
-            f"rewards: expected a weight for each reward function among the columns {', '.join(between)} of {file}, "
-            f"because TRL does not mark them, got none; for example --rewards {(numbers or between or ['NAME'])[0]} 1"
+            f"rewards: expected a weight for each reward function among the columns {', '.join(numbers)} of {file}, "
+            f"because TRL does not mark them, got none; for example --rewards {numbers[0]} 1"
         )
     return numbers[0]
 
