@@ -1,22 +1,28 @@
-"""The Python blocks of README, CONTRIBUTING and two pages run as they are printed, and print what they say."""
+"""The Python blocks of all pages run as they are printed, and print what they say; their commands have such options.
+
+Blocks for a host trainer run in the tests of its adapter, in the environment of the host.
+"""
 
 import os
 import re
+import shlex
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import derivations
 import pytest
+from pages import PAGES, ROOT, blocks
 
-ROOT = Path(__file__).parents[1]
 
-
-def blocks(document, language="python"):
-    """Code blocks of a document, those in lists included."""
-    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", (ROOT / document).read_text(), re.M | re.S)
-    return [textwrap.dedent(block) for kind, block in found if kind == language]
+def test_every_page_is_run():
+    """No page has a Python block that no test runs, or one that is not marked as Python."""
+    run_here = set(re.findall(r'blocks\("([\w./]+)"\)', Path(__file__).read_text()))
+    assert {page for page in PAGES if blocks(page)} == run_here | {"docs/hosts.md"}  # adapters/test_recipes.py
+    for page in PAGES:
+        for fence in re.findall(r"^ *(```.*|~~~.*)$", (ROOT / page).read_text(), re.M):
+            assert fence in ("```", "```python"), page
+        assert not any(re.search(r"^(import|from) ", block, re.M) for block in blocks(page, "")), page
 
 
 def run(code, folder):
@@ -29,8 +35,9 @@ def run(code, folder):
 
 
 def test_readme(tmp_path):
-    own = [block for block in blocks("README.md") if "CreditGRPOTrainer" not in block]
-    assert len(own) == 5
+    (of_trl,) = (block for block in blocks("README.md") if "CreditGRPOTrainer" in block)
+    assert '"CreditGRPOTrainer" in block' in (ROOT / "tests/adapters/test_trl.py").read_text()
+    own = [block for block in blocks("README.md") if block != of_trl]
     printed = run("\n".join(own), tmp_path)
     (shown,) = (block for block in blocks("README.md", "") if block.startswith("tensor("))
     assert printed.startswith(shown)
@@ -72,3 +79,26 @@ exec({of_stage!r})
 test_decayed()
 """
     run(code, tmp_path)
+
+
+def commands():
+    """The commands of this package in the blocks of all pages, as lists of arguments."""
+    printed = (line for page in PAGES for block in blocks(page, "") for line in block.splitlines())
+    matched = (re.match(r"(?:accelerate launch -m )?tokcredit (.*)", line) for line in printed)
+    return [shlex.split(found[1], comments=True) for found in matched if found]
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_commands_are_understood(arguments, monkeypatch):
+    """Each reaches its function with settings of the right types, and objectives that can be made."""
+    pytest.importorskip("tyro")
+    from tokcredit import analyze, cli, report, train
+
+    called = []
+    for module, name in ((train, "run"), (train, "compare"), (analyze, "run"), (report, "run")):
+        monkeypatch.setattr(module, name, lambda *given: called.extend(given) or {})
+    cli.main(arguments)
+    assert called
+    for settings in called:
+        if isinstance(settings, train.Settings):
+            settings.objective.build()

@@ -101,6 +101,7 @@ def _inspect(
     tokenizer: str | None = None,
     step: int | None = None,
     prompt: int = 1,
+    rewards: dict[str, float] | None = None,
 ) -> None:
     """Show the advantage of every token and where it comes from: one prompt in the terminal, or all in an HTML page.
 
@@ -111,10 +112,12 @@ def _inspect(
         tokenizer: Folder or name of a tokenizer, for files with text and without token ids.
         step: Step to show; the default is the last.
         prompt: Number of the prompt to print, from 1.
+        rewards: Columns whose weighted sum is the reward, as NAME WEIGHT NAME WEIGHT; for TRL with several reward
+            functions.
     """
     from tokcredit.report import run
 
-    written = run(path, method, output, tokenizer, step, prompt)
+    written = run(path, method, output, tokenizer, step, prompt, rewards)
     if written is not None:
         _print({"report": str(written)})
 

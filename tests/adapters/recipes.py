@@ -1,10 +1,10 @@
 """The Python blocks of ``docs/hosts.md``, run as printed."""
 
 import re
-import textwrap
-from pathlib import Path
 
-HOSTS = Path(__file__).parents[2] / "docs/hosts.md"
+from pages import ROOT, blocks_of
+
+HOSTS = ROOT / "docs/hosts.md"
 
 
 def sections():
@@ -15,8 +15,7 @@ def sections():
 
 def blocks(section):
     """The code of the Python blocks of a section."""
-    found = re.findall(r"^( *)```python\n(.*?)^ *```$", sections()[section], re.MULTILINE | re.DOTALL)
-    return [textwrap.dedent(code) for _, code in found]
+    return blocks_of(sections()[section])
 
 
 def run(section):

@@ -16,12 +16,16 @@ pytest.importorskip("trl", reason="TRL is not installed; make test-trl")
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import completions
+import pyarrow.parquet as pq
 import recipes
 import scripted
 import tiny
 import transformers
 import trl
 from datasets import Dataset
+from pages import blocks
+from tokcredit import report
 from tokcredit.adapters.trl import CreditGRPOTrainer
 
 AS_TRL = tc.credit.group_normalized(epsilon=1e-4)
@@ -468,6 +472,42 @@ def test_recipe(tmp_path):
     assert trainer.credit_objective == tc.mix("ctpo", credit="tempo", aggregation="tempo")
     trainer.train()
     assert trainer.state.log_history[0]["tokcredit/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_readme(tmp_path):
+    """The block of the README runs with the names that a user of TRL has."""
+    (code,) = (block for block in blocks("README.md") if "CreditGRPOTrainer" in block)
+    data = Dataset.from_dict({"prompt": scripted.PROMPTS * 8})
+    args = scripted.arguments(tmp_path, max_steps=1)
+    tiny.model().save_pretrained(tmp_path / "start")
+    tiny.tokenizer().save_pretrained(tmp_path / "start")
+    names = {"model": str(tmp_path / "start"), "reward_funcs": scripted.reward, "args": args, "data": data}
+    exec(code, names)
+    names["trainer"].train()
+    assert names["trainer"].credit_objective.credit == tc.methods.tempo().credit
+
+
+@pytest.mark.parametrize("name", completions.TABLES)
+def test_tables_that_reports_read(tmp_path, name):
+    """``tests/report`` reads what this version of TRL writes."""
+    functions, chat = completions.TABLES[name]
+    written, kept = (
+        pq.read_table(file).drop_columns("advantage")  # which rounds otherwise on another processor
+        for file in (completions.write(tmp_path, name, functions, chat), completions.FILES / name)
+    )
+    assert written.schema.equals(kept.schema) and written.to_pylist() == kept.to_pylist()
+
+
+def test_reports_read_tables_of_our_trainer(tmp_path):
+    """The sum of the weighted reward functions is the reward that TRL trained with."""
+    functions, _ = completions.TABLES["trl-chat.parquet"]
+    weights = {"right": 2.0, "reward": -1.0}
+    file = completions.write(tmp_path, "x.parquet", functions, True, CreditGRPOTrainer, method="grpo")
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    run = report.read(file, rewards=weights)
+    rows = pq.read_table(file).to_pylist()
+    assert run.batch.rewards.tolist() == [2 * row["right"] - (row["reward"] or 0) for row in rows]
+    assert len({row["completion"][0]["content"] for row in rows}) > 8 and run.batch.response_mask.all()
 
 
 def test_example(tmp_path):

@@ -6,12 +6,16 @@ import math
 import pyarrow.parquet as pq
 import pytest
 from bigrams import TOKENIZER
-from tokcredit.analyze import Shift, StudySettings, run
+from tokcredit.analyze import Divergent, Shift, StudySettings, run
 from tokcredit.analyze.crossing import Rule
+from tokcredit.analyze.divergent import Labeller
 from tokcredit.analyze.shift import rules, summarize
-from tokcredit.analyze.study import resolved
+from tokcredit.analyze.study import load_pair, resolved
 from tokcredit.cli import main
 from tokcredit.train import models, tasks, tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 
 def digits(prompt, response, answer):
@@ -219,6 +223,26 @@ def test_padding_of_the_vocabulary_is_not_drawn(tmp_path):
     run(Shift(s.base, str(tmp_path / "wide"), s.study, rollouts=2))
     rows = pq.read_table(tmp_path / "run" / "problem-000000.parquet").to_pylist()
     assert max(t for row in rows for t in row["tokens"]) < len(TOKENIZER)
+
+
+def test_models_without_an_end_token(tmp_path):
+    words, model = tiny.tokenizer(), tiny.model(TOKENIZER)
+    words.eos_token = model.generation_config.eos_token_id = model.config.eos_token_id = None
+    for thing in (model, words):
+        thing.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match=r"eos_token_id: expected a token .*, got none"):
+        load_pair(*((name, str(tmp_path / "endless")) for name in ("base", "tuned")))
+
+
+def test_ids_above_the_length_of_the_tokenizer(tmp_path):
+    """A vocabulary with gaps, as reserved ids leave them: its last token can be drawn, and ends a sentence."""
+    inner = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "<end>": 2, "b.": 40}, unk_token="<unk>"))
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    for thing in (tiny.model(TOKENIZER), words):
+        thing.save_pretrained(tmp_path / "model")
+    pair = load_pair(*((name, str(tmp_path / "model")) for name in ("small", "large")))
+    assert len(pair.tokenizer) == 4 and pair.vocabulary == 41 <= pair.first.config.vocab_size
+    assert Labeller(Divergent("", "", verifier=""), pair, list)._stops == {40}
 
 
 def test_the_recipe_of_either_model(tmp_path):

@@ -28,128 +28,6 @@ def lines(path, records):
     return path
 
 
-# -- readers -------------------------------------------------------------------------------------------------------
-
-
-def test_reads_what_the_trainer_wrote(folder):
-    rows = pq.read_table(folder / "rollouts-000010.parquet").to_pylist()
-    run = report.read(folder)
-    batch = run.batch
-    assert run.step == 10 and run.settings["method"] == "tempo" and run.name.endswith("/rollouts-000010.parquet")
-    assert batch.num_rows == 18 and batch.num_groups == 3
-    for r, row in enumerate(rows):
-        span = slice(int(batch.begin[r]), int(batch.end[r]))
-        assert batch.tokens[span].tolist() == row["tokens"]
-        assert batch.rewards[r].item() == row["reward"]
-        assert run.prompts[int(batch.group_index[r])] == row["prompt"]
-        for name, x in [
-            ("old_log_probs", batch.old_log_probs),
-            ("log_probs", run.log_probs),
-            ("advantages", run.advantages),
-        ]:
-            assert x[span].tolist() == row[name], name
-        assert "".join(run.vocabulary.texts(row["tokens"][:-1])) == row["completion"]
-
-
-def test_the_last_step_or_the_one_asked_for(tmp_path):
-    for step in (9, 10):
-        derivations.write(tmp_path, step=step, groups=1, rollouts=2, length=40, seed=step)
-    assert report.read(tmp_path).step == 10
-    assert report.read(tmp_path, step=9).prompts != report.read(tmp_path).prompts
-    with pytest.raises(ValueError, match=r"step: expected one of 9, 10, got 8"):
-        report.read(tmp_path, step=8)
-
-
-def test_verl_jsonl(folder, tmp_path):
-    record = {"gts": "4", "step": 3, "acc": 1.0}
-    said = [("2+2", "The product of 2", 1.0), ("1+1", "So 2", 0.0), ("2+2", "First, 4", 0.0)]
-    lines(tmp_path / "3.jsonl", [{"input": i, "output": o, "score": s, **record} for i, o, s in said])
-    run = report.read(tmp_path, tokenizer=str(folder / "tokenizer"))
-    assert run.step == 3 and run.prompts == ["2+2", "1+1"]
-    assert run.batch.group_index.tolist() == [0, 1, 0] and run.batch.rewards.tolist() == [1, 0, 0]
-    texts = [
-        "".join(run.vocabulary.texts(run.batch.tokens[a:b].tolist()))
-        for a, b in zip(run.batch.begin, run.batch.end, strict=True)
-    ]
-    assert texts == ["The product of 2", "So 2", "First, 4"]
-
-
-def test_trl_completions(folder, tmp_path):
-    chat = [[{"role": "user", "content": "2+2"}]] * 2
-    answers = [[{"role": "assistant", "content": "First, 4"}], [{"role": "assistant", "content": "So 2"}]]
-    table = {
-        "step": [7, 7],
-        "prompt": chat,
-        "completion": answers,
-        "right": [1.0, 0.0],
-        "form": [0.5, math.nan],
-        "advantage": [1.0, -1.0],
-    }
-    (tmp_path / "completions").mkdir()
-    pq.write_table(pa.table(table), tmp_path / "completions" / "completions_00007.parquet")
-    run = report.read(tmp_path, tokenizer=str(folder / "tokenizer"))
-    assert run.step == 7 and run.prompts == ["user: 2+2"]
-    assert run.batch.rewards.tolist() == [1.5, 0.0]
-
-
-def test_plain_jsonl(tmp_path):
-    rows = [
-        {
-            "group": "b",
-            "prompt": "p",
-            "tokens": [1, 2, 3],
-            "reward": 1,
-            "log_probs": [-1, None, -0.5],
-            "response_mask": [True, False, True],
-        },
-        {"group": "a", "prompt": "q", "tokens": [], "reward": 0, "log_probs": [], "response_mask": []},
-        {
-            "group": "b",
-            "prompt": "p",
-            "tokens": [1, 4],
-            "reward": 0,
-            "log_probs": [-1, -2],
-            "response_mask": [True, True],
-        },
-    ]
-    run = report.read(lines(tmp_path / "x.jsonl", rows))
-    assert run.batch.group_index.tolist() == [0, 1, 0] and run.prompts == ["p", "q"]
-    assert run.log_probs is None and run.batch.old_log_probs[[0, 2]].tolist() == [-1, -0.5]
-    assert run.batch.response_mask.tolist() == [True, False, True, True, True]
-    assert run.vocabulary.texts([1]) == ["⟨1⟩"]
-
-
-@pytest.mark.parametrize(
-    "records, message",
-    [
-        (
-            [{"group": 0, "text": "a", "reward": 1}],
-            r"tokenizer: expected one because .* holds text and no token ids, got None",
-        ),
-        ([{"group": 0, "tokens": [1]}], "reward: expected in every row of .*, got none in row 0"),
-        ([{"group": 0, "reward": 1}], "tokens or text: expected in every row of .*, got none in row 0"),
-        (
-            [{"group": 0, "tokens": [1, 2], "reward": 1, "log_probs": [0.5]}],
-            "log_probs: expected 2 numbers in row 0, got 1",
-        ),
-        ([{"group": 0, "tokens": [1], "reward": math.inf}], "rewards: expected finite numbers"),
-        ([[1]], "path: expected an object in line 1 of .*, got list"),
-        ([], "path: expected rollouts in .*, got an empty file"),
-    ],
-)
-def test_refused(tmp_path, records, message):
-    with pytest.raises(ValueError, match=message):
-        report.read(lines(tmp_path / "x.jsonl", records))
-
-
-def test_nothing_to_read(tmp_path):
-    with pytest.raises(ValueError, match="got nothing in"):
-        report.read(tmp_path)
-    (tmp_path / "x.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="path: expected JSON in line 1"):
-        report.read(tmp_path)
-
-
 def test_text_that_would_act_is_written_out():
     from tokcredit.report.vocabulary import Vocabulary, visible
 
@@ -161,8 +39,8 @@ def test_text_that_would_act_is_written_out():
     class SentencePiece:
         pieces = ("▁the", "the", "<0xF0>", "", "\u202e")
 
-        def __len__(self):
-            return len(self.pieces)
+        def get_vocab(self):
+            return {piece: i for i, piece in enumerate(self.pieces)}
 
         def convert_ids_to_tokens(self, i):
             return self.pieces[i]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tokcredit import Rollouts
 from tokcredit.train import tiny
-from tokcredit.train.sampler import TransformersSampler
+from tokcredit.train.sampler import TransformersSampler, end_tokens
 from tokcredit.train.scoring import left_padded, score
 
 WORDS = tiny.tokenizer()
@@ -55,6 +55,16 @@ def test_rows_end_at_end_tokens_and_have_the_log_probs_of_the_model(model, batch
         assert not places[:-1].any() and places[-1] == end and (end or len(row) == 12)
         expected, _ = naive(exact, PROMPTS[i // 4], row.tolist(), 0.7)
         torch.testing.assert_close(own.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ends", [None, []])
+def test_a_model_without_an_end_token(model, ends):
+    words = tiny.tokenizer()
+    model.generation_config.eos_token_id = ends
+    assert end_tokens(model, words) == [words.eos_token_id]
+    words.eos_token = None
+    with pytest.raises(ValueError, match=r"eos_token_id: expected a token .* LlamaForCausalLM .*, got none"):
+        TransformersSampler(model, words)
 
 
 @pytest.mark.parametrize("padding_is_end", [False, True])

@@ -86,8 +86,9 @@ class Labeller:
 
     def __init__(self, settings: Divergent, pair: Pair, verify: Verifier) -> None:
         self._settings, self._pair, self._verify, tokenizer = settings, pair, verify, pair.tokenizer
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        self._stops = {i for i, text in enumerate(texts) if text.rstrip(" ").endswith(settings.sentence_ends)}
+        ids = sorted(tokenizer.get_vocab().values())
+        texts = zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True)
+        self._stops = {i for i, text in texts if text.rstrip(" ").endswith(settings.sentence_ends)}
         self._responses = TransformersSampler(pair.second, tokenizer)
         self._sentences = TransformersSampler(pair.second, tokenizer, batch=settings.batch, stops=sorted(self._stops))
 

@@ -59,7 +59,7 @@ def load_pair(first: tuple[str, str], second: tuple[str, str], precision: str = 
     device, dtype = PartialState().device, torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (x.to(device, dtype) for x in (a, b))
     ends = sorted({*end_tokens(a, tokenizer_a), *end_tokens(b, tokenizer_b)})
-    vocabulary = min(len(tokenizer_b), a.config.vocab_size, b.config.vocab_size)
+    vocabulary = min(max(tokenizer_b.get_vocab().values()) + 1, a.config.vocab_size, b.config.vocab_size)
     return Pair(a, b, tokenizer_b, vocabulary, torch.tensor(ends, device=device))
 
 

@@ -6,7 +6,7 @@ stages and losses. The page and the terminal show those tables. Needs ``pip inst
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ def run(
     tokenizer: str | None = None,
     step: int | None = None,
     prompt: int = 1,
+    rewards: Mapping[str, float] | None = None,
 ) -> Path | None:
     """Write the report to ``output`` and return its path, or print one prompt if there is no ``output``.
 
@@ -36,13 +37,14 @@ def run(
         tokenizer: Folder or name of a tokenizer, for files that hold text and no token ids.
         step: Training step, the last by default.
         prompt: Prompt that the terminal shows, from 1.
+        rewards: Weights of the columns whose sum is the reward; see :func:`read`.
 
     Raises:
         ModuleNotFoundError: A package of the extra ``report`` is missing.
         ValueError: The file cannot be read, lacks an input that a method reads, or has no such prompt.
     """
     try:
-        found = read(path, tokenizer, step)
+        found = read(path, tokenizer, step, rewards)
         data = compute(found, list(methods)) if methods else _usual(found)
         if output is not None:
             return _write(data, Path(output))

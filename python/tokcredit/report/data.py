@@ -27,7 +27,7 @@ INSIDE, CLIPPED, BOUNDED = 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Tables of a run: dictionaries of NumPy columns, or lists for text. ``pandas.DataFrame(data.tokens)`` works.
+    """Tables of a run: dictionaries of NumPy columns, or lists for text.
 
     Attributes:
         run: The run that was read.

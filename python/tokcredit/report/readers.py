@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from tokcredit import inputs
+from tokcredit.report import formats, records
+from tokcredit.report.columns import array, scalar
+from tokcredit.report.formats import Row
+from tokcredit.report.records import Record
 from tokcredit.report.vocabulary import Vocabulary, load_tokenizer
 from tokcredit.rollouts import FIELDS, Rollouts
 
-Record = Mapping[str, Any]
-
 RECORDED = "recorded_advantages"
 """Input that holds the advantages that the trainer wrote."""
-
-_DTYPES = {"float": np.float32, "integer": np.int64, "bool": np.bool_}
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,41 +52,57 @@ class Run:
     settings: Mapping[str, str]
 
 
-def read(path: str | Path, tokenizer: str | None = None, step: int | None = None) -> Run:
+def read(
+    path: str | Path,
+    tokenizer: str | None = None,
+    step: int | None = None,
+    rewards: Mapping[str, float] | None = None,
+) -> Run:
     """Return the rollouts of one step of a file or of a run folder.
 
     Readable files are ``rollouts-*.parquet`` of this trainer, the completions of TRL (``log_completions``), the JSONL
     of verl (``rollout_data_dir``), and JSONL of ``{"group", "prompt", "tokens" or "text", "reward"}``. Parquet and
     JSONL may carry ``response_mask``, ``log_probs`` (of the updated policy), ``advantages`` and any registered input
-    without further axes by its name. TRL's reward is the sum of its reward functions.
+    without further axes by its name, each in every row or in none.
+
+    Rows of a group have the same ``group``, or the same ``uid`` in verl's files, or else the same prompt. A row whose
+    ``group`` is null is a group of its own. Responses that are chat messages become the texts of their messages, and
+    only those of the assistant count as the policy's.
 
     Args:
         path: A file, or a folder with such files, of which the one of ``step`` is taken.
         tokenizer: Folder or name of a ``transformers`` tokenizer, or None for the ``tokenizer`` folder beside the file.
         step: Training step, or None for the last.
+        rewards: Weights of the columns whose sum is the reward, or None for ``reward``, ``score`` in verl's files, and
+            the only reward function in TRL's. A row in which all of them are null has no reward: it does not train
+            and does not count in its group.
 
     Raises:
-        ValueError: There is no readable file, a row lacks something, or text has no tokenizer.
+        ValueError: There is no readable file, a row lacks something or holds a value of the wrong kind, text has no
+            tokenizer, or TRL had several reward functions and ``rewards`` is None.
     """
     file = _file(Path(path), step)
-    records, settings = _parquet(file) if file.suffix == ".parquet" else (_jsonl(file), {})
-    steps = sorted({int(r["step"]) for r in records if r.get("step") is not None})
-    wanted = step if step is not None else steps[-1] if steps else None
-    if steps:
-        if wanted not in steps:
-            raise ValueError(f"step: expected one of {', '.join(map(str, steps))} in {file}, got {wanted}")
-        records = [r for r in records if r.get("step") is not None and int(r["step"]) == wanted]
-    if not records:
+    found, settings = records.load(file)
+    found, wanted = _of_step(found, step, file)
+    if not found:
         raise ValueError(f"path: expected rollouts in {file}, got an empty file")
     beside = file.parent / "tokenizer"
     loaded = load_tokenizer(tokenizer or str(beside)) if tokenizer or beside.is_dir() else None
-    rows = [_row(record, number, file) for number, record in enumerate(records)]
-    for row in rows:
-        if "tokens" not in row:
-            if loaded is None:
-                raise ValueError(f"tokenizer: expected one because {file} holds text and no token ids, got None")
-            row["tokens"] = loaded.encode(row["text"], add_special_tokens=False)
+    rows = formats.rows(found, file, rewards)
+    if loaded is None and any(row.pieces is not None for row in rows):
+        raise ValueError(f"tokenizer: expected one because {file} holds text and no token ids, got None")
     return _run(rows, Vocabulary(loaded), file, wanted, settings)
+
+
+def _of_step(found: list[Record], step: int | None, file: Path) -> tuple[list[Record], int | None]:
+    """Return the records of a step, the last by default, and its number."""
+    if all(record.get("step") is None for record in found):
+        return found, step
+    of_record = [scalar("step", r.get("step"), "integer", f"row {n} of {file}") for n, r in enumerate(found)]
+    wanted = max(of_record) if step is None else step
+    if wanted not in of_record:
+        raise ValueError(f"step: expected one of {', '.join(map(str, sorted(set(of_record))))} in {file}, got {wanted}")
+    return [record for record, number in zip(found, of_record, strict=True) if number == wanted], wanted
 
 
 def _file(path: Path, step: int | None) -> Path:
@@ -108,87 +124,19 @@ def _number(file: Path) -> int:
     return int(digits[-1]) if digits else -1
 
 
-def _parquet(file: Path) -> tuple[list[Record], dict[str, str]]:
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.read_table(file)
-    settings = json.loads((table.schema.metadata or {}).get(b"tokcredit", b"{}"))
-    columns = [_cells(column.combine_chunks()) for column in table.columns]
-    records: list[Record] = [dict(zip(table.column_names, cells, strict=True)) for cells in zip(*columns, strict=True)]
-    return records, {key: str(value) for key, value in settings.items() if value is not None}
-
-
-def _cells(column: Any) -> list[Any]:
-    """Return the cells of an Arrow column; lists of numbers stay arrays."""
-    from pyarrow import types
-
-    if not types.is_list(column.type) or not (
-        types.is_primitive(column.type.value_type) or types.is_boolean(column.type.value_type)
-    ):
-        return column.to_pylist()
-    offsets, values = column.offsets.to_numpy(), column.values.to_numpy(zero_copy_only=False)
-    present = column.is_valid().to_numpy(zero_copy_only=False)
-    return [values[a:b] if there else None for a, b, there in zip(offsets[:-1], offsets[1:], present, strict=True)]
-
-
-def _jsonl(file: Path) -> list[Record]:
-    records: list[Record] = []
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"path: expected JSON in line {number} of {file}, got {error}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"path: expected an object in line {number} of {file}, got {type(record).__name__}")
-            records.append(record)
-    return records
-
-
-def _row(record: Record, number: int, file: Path) -> dict[str, Any]:
-    """Return a record of any of the formats under the names of this package."""
-    row = dict(record)
-    if "output" in row and "score" in row:  # verl
-        row = {"prompt": row["input"], "text": row["output"], "reward": row["score"]}
-    elif "advantage" in row and "reward" not in row:  # TRL: reward functions lie between completion and advantage
-        names = list(row)[list(row).index("completion") + 1 : list(row).index("advantage")]
-        rewards = [row[name] for name in names if isinstance(row[name], (int, float))]
-        row = {"prompt": row["prompt"], "text": row["completion"], "reward": sum(r for r in rewards if r == r)}
-    elif row.get("text") is None and row.get("tokens") is None and "completion" in row:
-        row["text"] = row["completion"]
-    missing = [name for name in ("reward",) if not isinstance(row.get(name), (int, float))]
-    if row.get("tokens") is None:
-        row.pop("tokens", None)
-        missing += [] if "text" in row else ["tokens or text"]
-    if missing:
-        raise ValueError(f"{missing[0]}: expected in every row of {file}, got none in row {number}")
-    row["text"], row["prompt"] = _text(row.get("text", "")), _text(row.get("prompt", ""))
-    row.setdefault("group", row["prompt"])
-    return row
-
-
-def _text(said: Any) -> str:
-    """Return the text of a string or of chat messages."""
-    if isinstance(said, str):
-        return said
-    if isinstance(said, Sequence):
-        return "\n".join(f"{m.get('role', '')}: {_text(m.get('content', ''))}" for m in said if isinstance(m, Mapping))
-    return "" if said is None else str(said)
-
-
-def _run(
-    rows: list[dict[str, Any]], vocabulary: Vocabulary, file: Path, step: int | None, settings: Mapping[str, str]
-) -> Run:
-    groups: dict[str, int] = {}
-    group_ids = [groups.setdefault(repr(row["group"]), len(groups)) for row in rows]
+def _run(rows: list[Row], vocabulary: Vocabulary, file: Path, step: int | None, settings: Mapping[str, str]) -> Run:
+    groups: dict[Any, int] = {}
+    group_ids = [groups.setdefault(row.group, len(groups)) for row in rows]
     prompts = [""] * len(groups)
     for row, group in zip(rows, group_ids, strict=True):
-        prompts[group] = prompts[group] or row["prompt"]
-    lengths = [len(row["tokens"]) for row in rows]
+        prompts[group] = prompts[group] or row.prompt
+    tokens, chosen = zip(*(_tokens(row, vocabulary.tokenizer) for row in rows), strict=True)
+    lengths = [len(ids) for ids in tokens]
+    if not settings:  # this trainer writes null for what it did not compute, for example in rows that do not train
+        _check_whole(rows)
     mask, log_probs, advantages = (
-        _column(name, rows, lengths, np.float32) for name in ("response_mask", "log_probs", "advantages")
+        _column(name, kind, rows, lengths)
+        for name, kind in (("response_mask", "bool"), ("log_probs", "float"), ("advantages", "float"))
     )
     named = _inputs(rows, lengths)
     if settings == {} and log_probs is not None and "old_log_probs" not in named:
@@ -197,11 +145,11 @@ def _run(
     if advantages is not None:
         named[RECORDED] = advantages
     batch = Rollouts(
-        torch.from_numpy(_joined((row["tokens"] for row in rows), np.int64)),
+        _joined(tokens),
         torch.tensor([0, *lengths]).cumsum(0),
         torch.tensor(group_ids),
-        torch.tensor([float(row["reward"]) for row in rows]),
-        None if mask is None else mask.bool(),  # type: ignore[arg-type]
+        torch.tensor([row.reward for row in rows]),
+        _joined(chosen) if mask is None else _joined(chosen) & mask,
         **{name: x for name, x in named.items() if name in FIELDS},  # type: ignore[arg-type]
         extras={name: x for name, x in named.items() if name not in FIELDS},
     )
@@ -214,34 +162,55 @@ def _progress(file: Path, step: int | None) -> float | None:
     settings = file.parent / "settings.json"
     if step is None or not settings.exists():
         return None
-    steps = json.loads(settings.read_text()).get("steps")
+    steps = records.parsed(settings.read_bytes(), str(settings)).get("steps")
     return min(1.0, max(0, step - 1) / max(steps - 1, 1)) if isinstance(steps, int) else None
 
 
-def _inputs(rows: list[dict[str, Any]], lengths: list[int]) -> dict[str, Tensor]:
+def _tokens(row: Row, tokenizer: Any) -> tuple[Any, Any]:
+    """Return the token ids of a row, int64 ``[T]``, and which of them the policy chose and is rewarded for, bool."""
+    if row.pieces is None:
+        ids = array("tokens", row.columns["tokens"], "integer", row.where)
+        return ids, np.full(len(ids), row.scored)
+    pieces = [tokenizer.encode(text, add_special_tokens=False) for text, _ in row.pieces]
+    chosen = [[by_policy and row.scored] * len(ids) for ids, (_, by_policy) in zip(pieces, row.pieces, strict=True)]
+    return np.asarray([*chain(*pieces)], dtype=np.int64), np.asarray([*chain(*chosen)], dtype=bool)
+
+
+def _check_whole(rows: Sequence[Row]) -> None:
+    """Raise if some rows have a column and others lack it."""
+    for name in ("response_mask", "log_probs", "advantages", *sorted(inputs.names() - inputs.names("host"))):
+        lacking = [row for row in rows if row.columns.get(name) is None]
+        if 0 < len(lacking) < len(rows):
+            raise ValueError(f"{name}: expected in every row of the file or in none, got none in {lacking[0].where}")
+
+
+def _inputs(rows: Sequence[Row], lengths: Sequence[int]) -> dict[str, Tensor]:
     """Return the registered inputs without further axes that every row has."""
     found: dict[str, Tensor] = {}
     for name in sorted(inputs.names() - inputs.names("host")):
         entry = inputs.get(name)
-        if entry.axes or any(row.get(name) is None for row in rows):
+        if entry.axes:
             continue
-        if entry.per == "token":
-            found[name] = _column(name, rows, lengths, _DTYPES[entry.dtype])  # type: ignore[assignment]
-        else:
-            found[name] = torch.from_numpy(np.asarray([row[name] for row in rows], dtype=_DTYPES[entry.dtype]))
+        column = _column(name, entry.dtype, rows, lengths if entry.per == "token" else None)
+        if column is not None:
+            found[name] = column
     return found
 
 
-def _column(name: str, rows: list[dict[str, Any]], lengths: list[int], dtype: Any) -> Tensor | None:
-    """Return a per-token column of all rows, or None where a row lacks it."""
-    lists = [row.get(name) for row in rows]
-    if any(values is None for values in lists):
+def _column(name: str, kind: str, rows: Sequence[Row], lengths: Sequence[int] | None) -> Tensor | None:
+    """Return a column of all rows, or None where a row lacks it: a list of each length, or one value, per row."""
+    cells = [row.columns.get(name) for row in rows]
+    if any(cell is None for cell in cells):
         return None
-    for number, (values, length) in enumerate(zip(lists, lengths, strict=True)):
-        if len(values) != length:  # type: ignore[arg-type]
-            raise ValueError(f"{name}: expected {length} numbers in row {number}, got {len(values)}")  # type: ignore[arg-type]
-    return torch.from_numpy(_joined(lists, dtype))
+    if lengths is None:
+        values = [scalar(name, cell, kind, row.where) for row, cell in zip(rows, cells, strict=True)]
+        return torch.from_numpy(array(name, values, kind, "the file"))
+    lists = [array(name, cell, kind, row.where) for row, cell in zip(rows, cells, strict=True)]
+    for row, values, length in zip(rows, lists, lengths, strict=True):
+        if len(values) != length:
+            raise ValueError(f"{name}: expected {length} values in {row.where}, got {len(values)}")
+    return _joined(lists)
 
 
-def _joined(lists: Iterable[Any], dtype: Any) -> Any:
-    return np.concatenate([np.asarray(values, dtype=dtype) for values in lists])
+def _joined(arrays: Iterable[Any]) -> Tensor:
+    return torch.from_numpy(np.concatenate(list(arrays)))

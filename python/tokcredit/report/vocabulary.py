@@ -48,6 +48,8 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any = None) -> None:
         self.tokenizer = tokenizer
+        # Not up to len(tokenizer): ids of added and reserved tokens may lie above it.
+        self._known = frozenset(tokenizer.get_vocab().values()) if tokenizer is not None else frozenset()
 
     def texts(self, ids: Iterable[int]) -> list[str]:
         """Return the visible text of each id.
@@ -58,11 +60,7 @@ class Vocabulary:
         Args:
             ids: Token ids.
         """
-        ids = list(ids)
-        if self.tokenizer is None:
-            return [f"⟨{i}⟩" for i in ids]
-        known = len(self.tokenizer)
-        return [self._text(i) if 0 <= i < known else f"⟨{i}⟩" for i in ids]
+        return [self._text(i) if i in self._known else f"⟨{i}⟩" for i in ids]
 
     def _text(self, token: int) -> str:
         piece = self.tokenizer.convert_ids_to_tokens(token)

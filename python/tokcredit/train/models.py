@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 
 from tokcredit.expression import construct, parse
 from tokcredit.train import tiny as tiny_model
@@ -90,11 +90,26 @@ def load(model: str) -> tuple[Any, Any]:
             folder or hub name for ``from_pretrained``.
 
     Raises:
-        ValueError: The settings of a built-in model are wrong.
+        ValueError: The settings of a built-in model are wrong, or the cache of the model holds something else than keys
+            and values.
     """
     source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else model
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), tokenizer
+    network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    _check_cache(model, network)
+    return network, tokenizer
+
+
+@torch.no_grad()
+def _check_cache(model: str, network: Any) -> None:
+    """Raise if the rows of a prompt cannot share its cache, which mixtures with recurrent layers may not tell later."""
+    out = network(torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
+    cache: Any = getattr(out, "past_key_values", None)
+    if type(cache) is not DynamicCache or any(hasattr(layer, "recurrent_states") for layer in cache.layers):
+        raise ValueError(
+            f"model: expected a model whose cache holds keys and values only, because the rows of a prompt share it, "
+            f"got {model} ({network.config.model_type})"
+        )
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:

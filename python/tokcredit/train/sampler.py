@@ -62,15 +62,24 @@ class Sampler(Protocol):
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a response.
+    """Return the tokens that end a response, at least one.
 
     Args:
         model: Causal language model.
         tokenizer: Its tokenizer.
+
+    Raises:
+        ValueError: Neither the generation configuration of the model nor the tokenizer has one.
     """
     ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return [ends] if isinstance(ends, int) else list(ends)
+    ends = tokenizer.eos_token_id if ends in (None, []) else ends
+    ends = [ends] if isinstance(ends, int) else list(ends or ())
+    if not ends:
+        raise ValueError(
+            f"eos_token_id: expected a token that ends responses in the generation configuration of "
+            f"{type(model).__name__} or in its tokenizer, got none"
+        )
+    return ends
 
 
 class TransformersSampler:
