@@ -281,7 +281,7 @@ class Prepared(PreparedTokens):
         return dataclasses.replace(self, window=self.window.per_token(self.batch.spans))
 
     def _part(self, chosen: Selection | Section) -> Prepared:
-        part = self.batch.part(chosen)
+        part = self.batch.take(chosen)
         whole = self.mask is self.batch.response_mask
 
         def pick(x: Tensor | None) -> Any:
@@ -296,7 +296,7 @@ class Prepared(PreparedTokens):
             part.spans if whole else part.spans.with_mask(chosen.of_tokens(self.mask)),
             pick(self.multiplier),
             pick(self.signs),
-            self.window.part(chosen),
+            self.window.take(chosen),
             tuple(pick(signal) for signal in self.signals),
             chosen.of_rows(self.lengths),
             pick(self.row_weights),

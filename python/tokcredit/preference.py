@@ -285,4 +285,4 @@ class PreparedPairs:
         multiplier = self.multiplier
         if multiplier is not None:
             multiplier = chosen.of_tokens(multiplier) if multiplier.dim() == 1 else chosen.of_rows(multiplier)
-        return PreparedPairs(self.objective, self.batch.part(chosen), inside[whole], multiplier, self.pair_weight)
+        return PreparedPairs(self.objective, self.batch.take(chosen), inside[whole], multiplier, self.pair_weight)

@@ -427,9 +427,9 @@ class Rollouts:
             TypeError: ``rows`` holds neither integers nor bool.
             ValueError: A row number is out of range.
         """
-        return self.part(self.selection(rows))
+        return self.take(self.selection(rows))
 
-    def part(self, chosen: Selection | Section) -> Rollouts:
+    def take(self, chosen: Selection | Section) -> Rollouts:
         """Return the batch of a selection of rows.
 
         Args:

@@ -217,7 +217,7 @@ class PreparedSupervised(PreparedTokens):
             multiplier = chosen.of_tokens(multiplier) if multiplier.dim() == 1 else chosen.of_rows(multiplier)
         return PreparedSupervised(
             self.objective,
-            self.batch.part(chosen),
+            self.batch.take(chosen),
             chosen.spans.with_mask(chosen.of_tokens(self.mask)),
             multiplier,
             chosen.of_rows(self.lengths),

@@ -45,5 +45,5 @@ def test_reads_the_score_that_widened_the_window():
     assert scale.signal(batch, shared) is shared.score
     assert torch.equal(scale.signal(batch, plain), batch.entropies)
     chosen = batch.selection(torch.tensor([3]))
-    assert torch.equal(shared.part(chosen).score, batch.entropies[21:28])
-    assert torch.equal(shared.part(chosen).low, shared.low[21:28])
+    assert torch.equal(shared.take(chosen).score, batch.entropies[21:28])
+    assert torch.equal(shared.take(chosen).low, shared.low[21:28])

@@ -106,9 +106,9 @@ def test_a_window_of_some_rows():
     batch, _ = naive.random_batch()
     window = tc.clip.growing(0.1, 0.2, 1.0, 0.3)(batch, batch.rewards[:, None])
     chosen = batch.selection([2, 0])
-    assert window.part(chosen) is window
+    assert window.take(chosen) is window
     wide = window.per_token(batch.spans)
-    assert wide.power == 0 and torch.equal(wide.part(chosen).high, chosen.of_tokens(wide.high))
+    assert wide.power == 0 and torch.equal(wide.take(chosen).high, chosen.of_tokens(wide.high))
     assert wide.high[batch.response_mask].unique().numel() > 2
 
 

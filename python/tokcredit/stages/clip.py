@@ -42,7 +42,7 @@ class Window:
     gate: Mapping[str, Any] = field(default_factory=dict)
     score: Tensor | None = None
 
-    def part(self, chosen: Selection | Section) -> Window:
+    def take(self, chosen: Selection | Section) -> Window:
         """Return the window of the tokens of some rows.
 
         Args:

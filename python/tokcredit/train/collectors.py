@@ -209,7 +209,7 @@ def collect(
         chosen = batch.selection(rows)
         assert chosen.tokens is not None
         places.append(chosen.tokens)
-        forward = ForwardPass(names, batch.part(chosen), policy, reference, teacher, temperature)
+        forward = ForwardPass(names, batch.take(chosen), policy, reference, teacher, temperature)
         for name in names:
             values[name].append(forward.read(name))
     back = torch.cat(places).argsort()
