@@ -145,6 +145,7 @@ class Objective(FromHidden):
         kept = filtered((stage for stage in objective.filters if not stage.before_credit), kept, advantages)
         multiplier = multiplied(objective.token_weights, kept, advantages)
         window = objective.clip(batch, advantages)
+        masks = tuple(objective._mask(term, batch, kept.spans, advantages) for term in objective.terms)
         return Prepared(
             objective,
             batch,
@@ -154,7 +155,7 @@ class Objective(FromHidden):
             signs,
             window,
             tuple(scale.signal(batch, window) for scale in objective.scales),
-            **objective._weights(batch, kept.spans, kept.lengths, signs, advantages, denominators),
+            **objective._weights(batch, masks, kept.lengths, signs, denominators, whole=True),
         )
 
     def _credit(self, batch: Rollouts) -> tuple[Rollouts, Tensor]:
@@ -172,36 +173,43 @@ class Objective(FromHidden):
             advantages = advantages.new_zeros(batch.num_rows, 1).masked_scatter_(taken[:, None], advantages)
         return batch.with_mask(part.response_mask), advantages
 
+    def _mask(self, term: term_stages.Term, batch: Rollouts, spans: Spans, advantages: Tensor) -> Tensor | None:
+        """Return the tokens that a term acts on, or None for those that train."""
+        if term.where is None:
+            return None
+        within = spans if term.after_filters and spans.mask is not None else batch.spans
+        assert within.mask is not None
+        return chosen_tokens(term.where(batch.with_mask(within.mask), advantages), within)
+
     def _weights(
         self,
         batch: Rollouts,
-        spans: Spans,
+        masks: tuple[Tensor | None, ...],
         lengths: Tensor,
         signs: Tensor | None,
-        advantages: Tensor,
         denominators: Denominators,
+        whole: bool = False,
     ) -> dict[str, Any]:
-        """Return the weights of rows and terms for these denominators."""
+        """Return the weights of rows and terms for these denominators; ``whole`` in the batch of all groups."""
         if not self.compares_groups:
             denominators.require(self.aggregation)
         weights = denominators.row_weights(self.aggregation, batch, lengths, signs)
         terms = []
-        for term in self.terms:
+        for term, mask in zip(self.terms, masks, strict=True):
             aggregation = term.aggregation or self.aggregation.for_terms
-            if term.where is None:
-                own, own_spans, own_lengths = denominators, spans, lengths
-            else:
-                within = spans if term.after_filters and spans.mask is not None else batch.spans
-                assert within.mask is not None
-                own_spans = spans.with_mask(chosen_tokens(term.where(batch.with_mask(within.mask), advantages), within))
-                own_lengths, own = lengths, denominators
-                if not term.over_all:
-                    own_lengths, own = ops.count(own_spans), Denominators(dp_size=denominators.dp_size)
-            if not self.compares_groups:
+            own, own_lengths = denominators, lengths
+            if mask is not None and not term.over_all:
+                if aggregation.counts and denominators.dp_size > 1 and not (whole and self.compares_groups):
+                    raise ValueError(
+                        f"terms: expected over_all=True or an aggregation without counts, because dp_size is "
+                        f"{denominators.dp_size} and the tokens of other ranks that {term!r} acts on are not known"
+                    )
+                own_lengths = ops.count(batch.spans.with_mask(mask))
+                own = Denominators(dp_size=denominators.dp_size)
+            elif not self.compares_groups:
                 own.require(aggregation)
             same = aggregation is self.aggregation and own is denominators
-            term_weights = weights if same else own.row_weights(aggregation, batch, own_lengths, signs)
-            terms.append((None if term.where is None else own_spans.mask, term_weights))
+            terms.append((mask, weights if same else own.row_weights(aggregation, batch, own_lengths, signs)))
         return {"lengths": lengths, "row_weights": weights, "terms": tuple(terms)}
 
     def loss(self, prepared: Prepared, log_probs: Tensor, /, **variables: Tensor) -> Loss:
@@ -262,18 +270,18 @@ class Prepared(PreparedTokens):
     def has_gradient(self) -> Tensor:
         """Rows that can have a gradient; bool ``[R]``. The others need neither a forward nor a backward pass."""
         trains = self.lengths > 0
-        if any(term.coefficient for term in self.objective.terms):
-            for term, (mask, _) in zip(self.objective.terms, self.terms, strict=True):
-                if term.coefficient and not term.after_filters:
-                    trains = trains | (ops.count(self.spans.with_mask(mask)) > 0)
-            return trains
         size = self.credit if self.multiplier is None else product(self.credit, self.multiplier, self.batch.spans)
         moves = size != 0
         moves = moves[:, 0] if moves.dim() == 2 else segment.maximum(moves.float(), self.spans) > 0
-        return trains & moves & (self.row_weights != 0).expand(len(trains), 1)[:, 0]
+        found = trains & moves & (self.row_weights != 0).expand(len(trains), 1)[:, 0]
+        for term, (mask, _) in zip(self.objective.terms, self.terms, strict=True):
+            if term.coefficient:
+                found = found | (trains if mask is None else ops.count(self.spans.with_mask(mask)) > 0)
+        return found
 
     def _with(self, denominators: Denominators) -> Prepared:
-        weights = self.objective._weights(self.batch, self.spans, self.lengths, self.signs, self.credit, denominators)
+        masks = tuple(mask for mask, _ in self.terms)
+        weights = self.objective._weights(self.batch, masks, self.lengths, self.signs, denominators)
         return dataclasses.replace(self, **weights)
 
     def by_token(self) -> Prepared:

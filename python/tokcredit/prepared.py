@@ -27,7 +27,7 @@ def filtered(filters: Iterable[Filter], batch: Rollouts, advantages: Tensor) -> 
         advantages: float ``[R, 1]`` or ``[N]``.
     """
     for stage in filters:
-        batch = batch.with_mask(chosen_tokens(stage(batch, advantages), batch.spans))
+        batch = batch.filtered(chosen_tokens(stage(batch, advantages), batch.spans))
     return batch
 
 

@@ -480,6 +480,20 @@ class Rollouts:
         stale = ("lengths", "nonempty", "nonempty_groups")
         return self._derived(stale, response_mask=response_mask, spans=self.spans.with_mask(response_mask))
 
+    def filtered(self, response_mask: Tensor) -> Rollouts:
+        """Return the batch in the mask of a filter. ``policy_spans`` still has the tokens that it rejects.
+
+        Args:
+            response_mask: bool ``[N]``.
+        """
+        return self.with_mask(response_mask)._derived((), _policy_spans=self.policy_spans)
+
+    @property
+    def policy_spans(self) -> Spans:
+        """The rows with the mask of all tokens that the policy chose, also of those that filters rejected."""
+        spans: Spans = self.__dict__.get("_policy_spans", self.spans)
+        return spans
+
     def with_rewards(self, rewards: Tensor) -> Rollouts:
         """Return the batch with other rewards. Nothing waits for the device; that they are finite is not checked.
 
@@ -518,7 +532,7 @@ class Rollouts:
 
         spans = Spans.trusted(of_rows(self.begin), of_rows(self.end), self.num_tokens, mask)
         return self._derived(
-            ("sizes", "starts", "lengths", "nonempty", "nonempty_groups"),
+            ("sizes", "starts", "lengths", "nonempty", "nonempty_groups", "_policy_spans"),
             cu_seqlens=spans,
             spans=spans,
             group_ids=of_rows(self.group_ids),

@@ -39,11 +39,19 @@ def test_draws():
     assert len(found) == int(0.05 * len(cov)) and found < candidates
     # The same batch gives the same draw, another batch another one.
     assert torch.equal(stage(batch, advantages), stage(batch, advantages))
-    other = torch.where(torch.arange(batch.num_tokens) == 0, batch.tokens + 1, batch.tokens)
-    moved = tc.Rollouts(
-        other, batch.spans, batch.group_ids, batch.rewards, batch.response_mask, old_log_probs=batch.old_log_probs
-    )
-    assert not torch.equal(stage(batch, advantages), stage(moved, advantages))
+    for masked in (True, False):
+        changed = batch.response_mask & (batch.response_mask.cumsum(0) == 1)
+        if masked:
+            changed = ~batch.response_mask
+        moved = tc.Rollouts(
+            torch.where(changed, batch.tokens + 1, batch.tokens),
+            batch.spans,
+            batch.group_ids,
+            batch.rewards,
+            batch.response_mask,
+            old_log_probs=batch.old_log_probs,
+        )
+        assert torch.equal(stage(batch, advantages), stage(moved, advantages)) == masked
 
 
 def test_by_hand():

@@ -6,12 +6,10 @@ import tokcredit as tc
 
 
 def test_formula():
-    """The score function has the value -A, and the gradient of -A log p."""
-
     def formula(batch, log_probs):
         advantages, losses = naive.group_advantages(batch), []
         for r, tokens in enumerate(naive.rows_of(batch)):
-            score = [-advantages[r] * (1 + log_probs[t] - log_probs[t].detach()) for t in tokens]
+            score = [-advantages[r] * log_probs[t] for t in tokens]
             pull = [0.25 * (log_probs[t] - batch.old_log_probs[t]) ** 2 for t in tokens]
             losses.append([a + b for a, b in zip(score, pull, strict=True)])
         return naive.token_mean(batch, losses)
@@ -30,7 +28,7 @@ def test_by_hand():
 def test_defaults():
     assert tc.methods.dro() == tc.Objective(
         ratio=tc.ratio.one(),
-        clip=tc.clip.unclipped(),
+        clip=tc.clip.gated(),
         aggregation=tc.aggregation.token_mean(),
         terms=(tc.term.kl(0.1, "k2", to="old_log_probs"),),
     )

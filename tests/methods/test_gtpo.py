@@ -1,3 +1,5 @@
+import math
+
 import naive
 import pytest
 import tokcredit as tc
@@ -61,6 +63,31 @@ def test_equal_rewards_of_a_side_have_no_advantage():
     batch = hand()
     same = batch.with_inputs(entropies=torch.full((16,), 0.3, dtype=torch.float64))
     assert not tc.methods.gtpo().prepare(same).advantages.any()
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32])
+def test_rounding_is_no_advantage(rows):
+    """Equal rows: shares differ from one in the last digit, which must not be divided by its own size."""
+    tokens = torch.zeros(rows, 20, dtype=torch.long)
+    entropies = torch.linspace(0.1, 0.9, 20, dtype=torch.float64).expand(rows, 20)
+    rewards = torch.zeros(rows, dtype=torch.float64)
+    batch = tc.Rollouts.from_padded(tokens, tokens == 0, tokens[:, 0], rewards, entropies=entropies)
+    for name in ("gtpo", "grpo_s"):
+        assert not tc.methods.load(name).prepare(batch).advantages.any()
+
+
+def test_entropies_of_0_and_nan():
+    batch = hand()
+    certain = batch.entropies.clone()
+    certain[[2, 3]] = 0.0  # the only correct token at the third position
+    advantages = tc.methods.gtpo().prepare(batch.with_inputs(entropies=certain)).advantages
+    assert advantages[0, :3].count_nonzero() > 1 and advantages.isfinite().all()
+    for name in ("gtpo", "grpo_s"):
+        unknown = batch.entropies.clone()
+        unknown[0] = math.nan
+        found = tc.methods.load(name).prepare(batch.with_inputs(entropies=unknown)).advantages
+        assert found[:2][batch.shaped(batch.response_mask)[:2]].isnan().all()
+        assert found[2:].isfinite().all(), "the other side does not depend on it"
 
 
 def test_defaults():

@@ -159,6 +159,8 @@ def test_marked_rows_and_tokens():
     assert tc.filters.marked("expert").required_inputs == {"expert"}
     with pytest.raises(ValueError, match="marked: name: input: expected a registered name"):
         tc.filters.marked("experts")
+    with pytest.raises(TypeError, match="marked: name: expected a bool input, got old_log_probs, a float"):
+        tc.filters.marked("old_log_probs")(batch, None)
 
 
 def test_rejection_of_verl():
@@ -181,6 +183,21 @@ def test_rejection_of_verl():
     ):
         with pytest.raises(ValueError, match=message):
             tc.filters.from_verl(wrong)
+
+
+def test_rows_are_judged_with_the_tokens_that_filters_rejected():
+    """So the order of rules does not matter, and a row's ratio is that of all its tokens, as in verl."""
+    batch, _ = naive.random_batch()
+    batch = naive.with_inputs(batch, {"rollout_log_probs"})
+    some = tc.filters.within("ratio", "token", 0.7, 1.4)
+    whole = tc.filters.within("ratio", "mean", 0.9, 1.2)
+    orders = [tc.Objective(filters=order).prepare(batch) for order in ((some, whole), (whole, some))]
+    assert torch.equal(orders[0].mask, orders[1].mask) and orders[0].mask.any()
+    weight = tc.token_weights.importance("sum")
+    alone = weight(batch, None)
+    filtered = tc.Objective(filters=(some,), token_weights=(weight,)).prepare(batch)
+    assert filtered.lengths.sum() < batch.lengths.sum()
+    assert torch.equal(filtered.multiplier, alone)
 
 
 def test_geometric_rejection():

@@ -223,3 +223,46 @@ def test_kl_of_some_tokens(over_all):
         return 0.7 * total / len(tokens if over_all else chosen)
 
     naive.check(only(term, aggregation=tc.aggregation.token_mean()), batch, current, formula)
+
+
+def test_tokens_of_a_term_are_chosen_once():
+    """In a mini-batch the term acts on the tokens chosen in the whole batch; denominators are the mini-batch's."""
+    batch, current = naive.random_batch()
+    objective = tc.methods.kl_cov(1.0, 0.1)
+    whole = objective.prepare(batch)
+    for rows in ([0, 3, 5], [2, 7]):
+        selected, own = whole.select(rows), whole.minibatch(rows)
+        assert torch.equal(selected.terms[0][0], own.terms[0][0])
+        losses = [objective.loss(part, current[rows]).metrics["kl_old"] for part in (selected, own)]
+        share = selected.lengths.sum() / whole.lengths.sum()
+        torch.testing.assert_close(losses[0], losses[1] * share)
+    assert sum(int(whole.select([r]).terms[0][0].sum()) for r in range(12)) == 6
+
+
+def test_terms_on_some_tokens_over_several_ranks():
+    """How many of these tokens other ranks have is known in the whole batch only."""
+    batch, _ = batch_with_reference()
+    batch = naive.with_inputs(batch, {"expert"})
+    term = tc.term.nll(0.1, where=tc.filters.marked("expert"))
+    with pytest.raises(ValueError, match=r"terms: expected over_all=True .* dp_size is 2 .* nll"):
+        tc.Objective(terms=(term,)).prepare(batch, dp_size=2, batch_num_tokens=48, global_batch_size=11)
+    chord = tc.methods.chord()
+    prepared = chord.prepare(batch, dp_size=2)
+    with pytest.raises(ValueError, match="dp_size is 2"):
+        prepared.select([0, 1, 2]).with_denominators(dp_size=2, batch_num_tokens=48, global_batch_size=11)
+
+
+def test_two_kl_terms():
+    batch, current = batch_with_reference()
+    objective = dataclasses.replace(tc.methods.dro(), terms=(*tc.methods.dro().terms, tc.term.kl(0.1)))
+    metrics = objective.loss(objective.prepare(batch), current).metrics
+    assert metrics["kl"] > 0 and metrics["kl_old"] > 0 and metrics["kl"] != metrics["kl_old"]
+
+
+def test_rows_that_only_a_term_moves():
+    """Rows without advantage need a pass if a term acts on one of their tokens, and only then."""
+    batch, _ = naive.random_batch()
+    batch = batch.with_rewards(torch.ones(12, dtype=torch.float64))
+    prepared = tc.methods.kl_cov(1.0, 0.05).prepare(batch)
+    chosen = batch.shaped(prepared.terms[0][0]).any(1)
+    assert torch.equal(prepared.has_gradient, chosen) and 0 < chosen.sum() < 12

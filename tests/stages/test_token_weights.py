@@ -97,6 +97,7 @@ def test_presets():
 def test_settings_of_hosts():
     weights, importance = tc.token_weights, tc.token_weights.importance
     assert weights.from_verl({"rollout_is": None}) == weights.from_verl({}) == ()
+    assert weights.from_verl({"rollout_is": "token", "rollout_is_threshold": None}) == ()
     assert weights.from_verl({"rollout_is": "token"}) == (importance("token", 0.0, 2.0, "clamp"),)
     both = {"rollout_is": "sequence", "rollout_is_threshold": "0.5_5", "rollout_is_batch_normalize": True}
     assert weights.from_verl(both) == (importance("sum", 0.5, 5.0, "zero", True),)
@@ -104,6 +105,8 @@ def test_settings_of_hosts():
         ({"rollout_is": "row"}, "rollout_is: expected token, sequence or None, got 'row'"),
         ({"rollout_is": "token", "rollout_is_threshold": "1_2_3"}, "threshold: expected .*, got '1_2_3'"),
         ({"rollout_is": "token", "rollout_is_threshold": -1}, "threshold: expected .*, got -1"),
+        ({"rollout_is": "token", "rollout_is_threshold": "2_1"}, "threshold: expected .*, got '2_1'"),
+        ({"rollout_is": "token", "bypass_mode": True}, "bypass_mode: expected False"),
     ):
         with pytest.raises(ValueError, match=message):
             weights.from_verl(wrong)

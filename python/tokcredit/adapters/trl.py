@@ -343,6 +343,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         state = (self.entropy_coef, self._last_world_entropy)
         self.entropy_coef, self._last_world_entropy = rule.updated(state, float(total[0] / total[1].clamp(min=1)))
         self._entropy_window_stats = None
+        self._metrics["train"]["entropy_coef"].append(self.entropy_coef)
 
     def _log_metrics(
         self, mode: str, found: Mapping[str, Tensor], prepared: Prepared, entropies: Tensor, parts: int

@@ -14,7 +14,7 @@ from tokcredit.spans import Spans, require_spans
 def statistics(
     log_probs: Tensor, engine_log_probs: Tensor, spans: Spans, weights: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return statistics of the log-ratio between a trainer and an engine, the names being those of verl.
+    """Return statistics of the log-ratio between a trainer and an engine, with the names of verl.
 
     With ``o`` and ``b`` the log-probs under the trainer and the engine, and ``y = o - b``, held within 20 nats and 0
     where ``b`` is NaN; means over the tokens, or over the rows that have a token::
@@ -24,7 +24,7 @@ def statistics(
         training_ppl   mean over rows of exp(-mean o)
         rollout_ppl    mean over rows of exp(-mean b)
         log_ppl_diff, log_ppl_abs_diff, log_ppl_diff_max, log_ppl_diff_min
-                       mean, mean size, largest and smallest, over rows, of mean(b) - mean(o)
+                       mean, mean absolute value, largest and smallest, over rows, of mean(b) - mean(o)
         ppl_ratio      mean over rows of exp(mean(b) - mean(o))
         chi2_token     mean over tokens of exp(2 y) - 1
         chi2_seq       mean over rows of exp(2 sum(y)) - 1, the sum held within 20
@@ -40,7 +40,7 @@ def statistics(
             :class:`tokcredit.token_weights.importance`.
 
     Returns:
-        float64 0-d tensors by name; all are 0 without tokens.
+        float64 0-d tensors by name. Without tokens perplexities and their ratio are 1, and the others 0.
 
     Raises:
         TypeError: A tensor has the wrong dtype.

@@ -22,15 +22,15 @@ class dropped(TokenWeight):
     """0 at tokens drawn among those with a covariance between two bounds, 1 elsewhere.
 
     ``max(floor(share * N), 1)`` tokens are drawn without replacement, or all candidates if there are fewer. The seed of
-    the draw is the sum of the token ids, so that every rank draws the same tokens.
+    the draw is the sum of the ids of the training tokens, so that every rank draws the same tokens.
 
     Args:
-        share: Share of the training tokens of the batch, from 0 to 1.
+        share: Share of the training tokens of the batch, above 0 and at most 1.
         low: Candidates have a larger covariance than this.
         high: Candidates have a smaller covariance than this.
     """
 
-    share: float = number(2e-4, at_least=0, at_most=1, scheduled=True)
+    share: float = number(2e-4, above=0, at_most=1, scheduled=True)
     low: float = number(1.0)
     high: float = number(5.0)
     reads: ClassVar[frozenset[str]] = frozenset({"old_log_probs"})
@@ -40,7 +40,7 @@ class dropped(TokenWeight):
         cov = covariance(batch, advantages)
         at = (batch.response_mask & (cov > self.low) & (cov < self.high)).nonzero()[:, 0]
         wanted = max(math.floor(self.share * int(batch.lengths.sum()) + 1e-9), 1)
-        seeded = torch.Generator().manual_seed(int(batch.tokens.sum()))
+        seeded = torch.Generator().manual_seed(int(batch.tokens.masked_fill(~batch.response_mask, 0).sum()))
         drawn = at[torch.randperm(len(at), generator=seeded).to(at.device)[:wanted]]
         return torch.ones_like(batch.input("old_log_probs")).index_fill_(0, drawn, 0)
 

@@ -17,13 +17,14 @@ def deepseek_v32(
 ) -> Objective:
     """DeepSeek-V3.2: GRPO without bad responses that became improbable, and an unbiased KL term.
 
-    With ``A`` the advantage of GRPO, ``q`` the ratio, ``u = log p - log p_ref`` and ``sg`` the stop-gradient::
+    With ``A`` the advantage of GRPO, ``q`` the ratio and ``u = log p - log p_ref``::
 
         dropped = A < 0 and mean over t of (log p_to - log p) > delta
         loss = mean over i, then t, of
                (0 if dropped else max(-A * q, -A * clip(q, 1 - clip_low, 1 + clip_high)))
-               + beta * sg(q) * (exp(-u) + u - 1), whose gradient is that of beta * sg(q) * u^2 / 2
+               + beta * q * (exp(-u) + u - 1)
 
+    The gradient of the last term is ``beta * q * u``, an unbiased estimate of that of the KL.
     Dropped responses stay in the denominators and in the KL term.
 
     Args:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from tokcredit.objective import Objective
 from tokcredit.stages import aggregation, clip, ratio
+from tokcredit.stages.clip import log_cap
 
 
 def dppo_kl(
@@ -20,7 +19,7 @@ def dppo_kl(
     With ``A`` the advantage of GRPO, ``q = p / p_to`` and ``sg`` the stop-gradient::
 
         kl = p_to * log(p_to / p) + (1 - p_to) * log((1 - p_to) / (1 - p))
-        stopped = kl > high if A > 0 and p > p_to else kl > low if A < 0 and p < p_to else False
+        stopped = (A > 0 and p > p_to and kl > high) or (A < 0 and p < p_to and kl > low)
         loss = mean over i of (sum over t, not stopped, of -A * sg(min(q, cap)) * log p) / max_length
 
     Args:
@@ -35,8 +34,9 @@ def dppo_kl(
     References: arXiv 2602.04879.
     Differences from the released code:
         - verl's default configuration has a cap of 3, whatever its function says. SkyRL and prime-rl have none.
-        - ``1 - p`` is computed without cancellation, so that probabilities near 1 are exact.
+        - ``1 - p`` is computed without cancellation. As in the release, 1e-8 is added to both numbers of the second
+          logarithm.
         - The variants that compare the most probable tokens of both distributions are not offered.
     """
-    gate = clip.gated("binary_kl", 0.0 - low, high, cap=None if cap is None else math.log(cap))
+    gate = clip.gated("binary_kl", 0.0 - low, high, cap=log_cap(cap))
     return Objective(ratio=ratio.token(to=to), clip=gate, aggregation=aggregation.sequence_sum(max_length))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from tokcredit.objective import Objective
 from tokcredit.stages import aggregation, clip, ratio
+from tokcredit.stages.clip import log_cap
 
 
 def dppo_tv(
@@ -40,5 +39,5 @@ def dppo_tv(
           bounds of 0.2.
         - The variants that compare the most probable tokens of both distributions are not offered.
     """
-    gate = clip.gated("probability", 0.0 - low, high, cap=None if cap is None else math.log(cap))
+    gate = clip.gated("probability", 0.0 - low, high, cap=log_cap(cap))
     return Objective(ratio=ratio.token(to=to), clip=gate, aggregation=aggregation.sequence_sum(max_length))

@@ -23,7 +23,7 @@ def dro(beta: float = 0.1) -> Objective:
     """
     return Objective(
         ratio=ratio.one(),
-        clip=clip.unclipped(),
+        clip=clip.gated(),
         aggregation=aggregation.token_mean(),
         terms=(term.kl(beta, "k2", to="old_log_probs"),),
     )

@@ -59,7 +59,8 @@ class future_kl(Scale):
         x = log_ratio.clamp(-20.0, 20.0)
         far = log_ratio > (math.inf if self.cap is None else math.log(self.cap))
         future = scan.returns(x.masked_fill(far, 0), spans, 2 ** (-1 / self.half_life))
-        low, high = (1.0 if self.upward else 1 - self.width, 1 + self.width) if self.width else (0.0, 10.0)
+        low = 1.0 if self.upward else 1 - self.width if self.width else 0.0
+        high = 1 + self.width if self.width else 10.0
         factor = future.exp_().clamp_(low, high)
         factor = torch.where(negative & (x > math.log(self.safe)), factor.clamp(0.8, 1.0), factor)
         if self.drop_rows:

@@ -14,6 +14,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import number
 from tokcredit.stages.credit import Credit
+from tokcredit.stages.credit.group import standard_scores
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,17 @@ class mean_entropy_shaped(Credit):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         correct = batch.rewards > self.threshold
-        x = segment.mean(batch.input("entropies").double(), batch.spans)
+        x = segment.mean(batch.input("entropies").double(), batch.spans).clamp_(min=0)
         x = torch.where(correct, x, 1 / (x + 1e-8))
         ids = (2 * batch.group_index + correct).masked_fill_(~batch.nonempty, -1)
         side = segment.Ids(ids, 2 * batch.num_groups)
         own = side.ids.clamp(min=0)
         if side.segments == 0:
             return torch.zeros_like(batch.rewards)[:, None]
-        share = x * segment.count(side)[own] / segment.sum(x, side)[own]
+        total = segment.sum(x, side)[own]
+        share = torch.where(total == 0, 1, x * segment.count(side)[own] / total)
         rewards = torch.where(correct, 1, -1) * (self.base + self.bonus * share)
-        std = segment.var(rewards, side, ddof=0.0).sqrt()[own]
-        advantages = (rewards - segment.mean(rewards, side)[own]) / std
-        return torch.where(batch.nonempty & (std > 0), advantages, 0)[:, None].to(batch.rewards.dtype)
+        return standard_scores(rewards, side)[:, None].to(batch.rewards.dtype)
 
 
 def grpo_s(

@@ -15,8 +15,8 @@ def gspo_token(clip_low: float = 3e-4, clip_high: float = 4e-4) -> Objective:
         q[i, t] = sg(s[i]) * p[i, t] / sg(p[i, t])
         loss = mean over i, then t, of max(-A[i, t] * q, -A[i, t] * clip(q, 1 - clip_low, 1 + clip_high))
 
-    With the advantage of GRPO, which is that of this method, loss and gradient are those of :func:`gspo`. Another
-    credit makes the difference: ``tokcredit.mix("gspo_token", credit="tempo")``.
+    By default the advantage is GRPO's; loss and gradient are then those of :func:`gspo`. Another credit gives each
+    token its own advantage: ``tokcredit.mix("gspo_token", credit="tempo")``.
 
     Args:
         clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.

@@ -15,6 +15,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import number
 from tokcredit.stages.credit import Credit
+from tokcredit.stages.credit.group import standard_scores
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class entropy_shaped(Credit):
         r = base + bonus * (number of these rows) * x / (sum of x)      and -r in wrong rows
         A = (r - mean(r)) / std(r)      over all tokens of the group on the same side
 
-    ``std`` is the population standard deviation. The advantage is 0 where all ``r`` are equal. Positions count the
+    ``std`` is the population standard deviation. The advantage is 0 where all ``r`` are equal up to rounding, and
+    ``x / (sum of x)`` is the same for all rows where the sum is 0. Positions count the
     tokens of the row that the policy chose.
 
     Args:
@@ -47,7 +49,7 @@ class entropy_shaped(Credit):
         correct = batch.rewards > self.threshold
         # Group and side in one number; -1 at tokens that do not count.
         side = ops.spread(2 * batch.group_index + correct + 1, spans) - 1
-        x = torch.where(mask, batch.input("entropies").double(), 1)
+        x = torch.where(mask, batch.input("entropies").double(), 1).clamp_(min=0)
         wrong = side % 2 == 0
         x = torch.where(wrong, 1 / (x + 1e-8), x)
         position, width = scan.positions(spans, torch.float64).long(), max(batch.width, 1)
@@ -56,22 +58,10 @@ class entropy_shaped(Credit):
         if alive.segments == 0:
             return torch.zeros_like(x).to(batch.rewards.dtype)
         own = alive.ids.clamp(min=0)
-        share = x * segment.count(alive)[own] / segment.sum(x, alive)[own]
+        total = segment.sum(x, alive)[own]
+        share = torch.where(total == 0, 1, x * segment.count(alive)[own] / total)
         rewards = torch.where(wrong, -1, 1) * (self.base + self.bonus * share)
-        return normalized(rewards, sides).to(batch.rewards.dtype)
-
-
-def normalized(x: Tensor, by: segment.Ids) -> Tensor:
-    """Return ``(x - mean) / std`` with the population statistics of each segment; 0 where all its numbers are equal.
-
-    Args:
-        x: float64 ``[M]``.
-        by: Segments; elements of none of them are 0.
-    """
-    own = by.ids.clamp(min=0)
-    centred = x - segment.mean(x, by)[own]
-    std = segment.var(x, by, ddof=0.0).sqrt()[own]
-    return torch.where((by.ids >= 0) & (std > 0), centred / std, 0)
+        return standard_scores(rewards, sides).to(batch.rewards.dtype)
 
 
 def gtpo(

@@ -37,7 +37,7 @@ class entropy_penalized(Credit):
         advantages = self.of(batch)
         mean = segment.mean(batch.input("entropies").double(), batch.spans)
         penalty = (self.penalty * mean).to(advantages.dtype)
-        inside = mean <= self.limit
+        inside = ~(mean > self.limit)
         if advantages.dim() == 1:
             penalty, inside = ops.spread(penalty, batch.spans), ops.spread(inside, batch.spans)
         else:
@@ -85,7 +85,7 @@ def _shared(batch: Rollouts, sign: Tensor) -> Tensor:
 
 
 def gtpo_conflict(penalty: float = 0.1, limit: float = 0.7, divided: bool = False) -> Objective:
-    """GTPO: tokens that good and bad responses of a group share at their start or end are raised twice, never lowered.
+    """GTPO: tokens that good and bad responses share at their start or end are raised twice as much, never lowered.
 
     With ``A`` the advantage of GRPO and ``H`` the mean entropy of the response::
 
@@ -103,7 +103,7 @@ def gtpo_conflict(penalty: float = 0.1, limit: float = 0.7, divided: bool = Fals
     Cost: GRPO plus the entropies of the forward pass for the old log-probs, and two prefix trees per group.
     References: arXiv 2508.03772.
     Differences from the paper:
-        - The paper's README filters responses by another rule, from ln 2 and the initial entropy.
+        - The README of the repository filters responses by another rule, from ln 2 and the initial entropy.
     Differences from the released code:
         - A token is shared if the whole prefix, or suffix, is. The release also takes a token that responses with
           different beginnings have at the same position.
@@ -113,6 +113,6 @@ def gtpo_conflict(penalty: float = 0.1, limit: float = 0.7, divided: bool = Fals
         entropy_penalized(penalty=penalty, limit=limit),
         token_weights=(conflict(divided),),
         ratio=ratio.one(),
-        clip=clip.unclipped(),
+        clip=clip.gated(),
         aggregation=aggregation.sequence_mean(),
     )

@@ -47,7 +47,10 @@ class sampled_baseline(Credit):
 
 @dataclass(frozen=True)
 class ratio_of_samples(Clip):
-    """No bounds; the weight is the ratio in sampled rows and 1 in expert rows, which have no old policy."""
+    """No bounds; the weight is the ratio in sampled rows and 1 in expert rows.
+
+    Old log-probs of expert rows have no effect, but must be there and finite.
+    """
 
     reads: ClassVar[frozenset[str]] = frozenset({"expert"})
     has_bounds: ClassVar[bool] = False
@@ -115,7 +118,8 @@ def luffy(shift: float = 0.1, scale: bool = False, max_length: int | None = None
         max_length: Constant that replaces the length of the response, at least 1; the authors take 8192. None takes the
             longest row.
 
-    Cost: The same as GRPO. The caller adds the expert's responses and marks them by the input ``expert``.
+    Cost: The same as GRPO. The caller adds the expert's responses and marks them by the input ``expert``. Their old
+        log-probs have no effect, but must be finite.
     References: arXiv 2504.14945.
     Differences from the paper:
         - The value of the loss at an expert's token is that of the score function; its gradient is the paper's.

@@ -20,6 +20,8 @@ def luspo(clip_low: float = 0.002, clip_high: float = 0.0025) -> Objective:
 
     Cost: The same as GRPO.
     References: arXiv 2602.05261.
+    Differences from the paper:
+        - The logarithm of the ratio is at most 10.
     Differences from the released code:
         - Rows without a token that the policy chose do not count in the mean; TRL counts them.
     """

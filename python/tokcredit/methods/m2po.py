@@ -28,7 +28,8 @@ class second_moment(TokenWeight):
 
     Args:
         budget: Largest mean square of the log-ratios that remain, above 0.
-        every_token: Whether all tokens compete, whatever their advantage; at least one is kept. This is AReaL's rule.
+        every_token: Whether all tokens compete, whatever their advantage; at least one is kept. AReaL has this rule,
+            with a mean square below the budget, and leaves dropped tokens out of denominators.
         of: Input with the log-probs of the trainer.
         to: Input with the log-probs that made the data.
     """
@@ -55,7 +56,7 @@ class second_moment(TokenWeight):
         above = square.cumsum(0) / count > self.budget
         if self.every_token:
             above[:1] = False
-        weights = torch.ones_like(x)
+        weights = torch.ones_like(x).masked_fill_(x.isnan(), torch.nan)
         weights[at[order]] = 1 - above.to(x.dtype)
         return weights.to(batch.input(self.of).dtype)
 
@@ -84,7 +85,6 @@ def m2po(budget: float = 0.04, every_token: bool = False, of: str = "old_log_pro
     Differences from the released code:
         - The release turns the budget into the bounds of a clipped loss. Here tokens are dropped, which is the rule of
           the final paper as Trinity-RFT has it.
-        - A token whose engine log-prob is NaN counts as equal.
     """
     return Objective(
         token_weights=(second_moment(budget, every_token, of),),

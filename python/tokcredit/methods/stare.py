@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,8 +43,8 @@ class surprising(TokenWeight):
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         own, mask = per_token(advantages, batch.spans), batch.response_mask
         everything = Spans.single(batch.num_tokens, batch.device, mask)
-        low = segment.mean(batch.input("entropies").double(), everything) < self.target
-        weights = torch.ones_like(own)
+        entropy = segment.mean(batch.input("entropies").double(), everything)
+        low, weights = entropy < self.target, torch.ones_like(own).masked_fill_(entropy.isnan(), math.nan)
         for side, factor in ((own > 0, self.positive), (own < 0, self.negative)):
             spans = batch.spans.with_mask(mask & side)
             scope = select.everything(spans)
@@ -74,8 +75,8 @@ def stare(
     Args:
         share: Share of the tokens of each sign.
         positive: Weight of surprising tokens with a positive advantage; 1.05 for 14B and 32B.
-        negative: Weight of surprising tokens with a negative advantage. 1 is variant O1, 0.9 the authors' value for
-            variant C2.
+        negative: Weight of surprising tokens with a negative advantage. 1 is variant O1; for variant C2 the authors
+            take 0.9, and 0.95 for 14B and 32B.
         target: Entropy below which the weights are used, nats.
         clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
         clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.

@@ -79,9 +79,8 @@ def vespo(
 
     Cost: The same as GRPO.
     References: arXiv 2602.10693.
-    Differences from the paper:
-        - The sign of the advantage is that of each token. The release takes that of the row's first token.
     Differences from the released code:
+        - The sign of the advantage is that of each token. The release takes that of the row's first token.
         - With ``to="rollout_log_probs"`` the ratio to the engine is one sum. The release adds the logarithms of clipped
           correction weights.
         - The mean is over the tokens of the whole batch; the release takes that of the micro-batch.

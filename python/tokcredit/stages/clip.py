@@ -98,6 +98,20 @@ def log_bound(ratio: float) -> float:
     return math.log(ratio) if ratio > 0 else -math.inf
 
 
+def log_cap(cap: float | None) -> float | None:
+    """Return the log of the largest ratio, or None without one.
+
+    Args:
+        cap: The largest ratio, above 0, or None.
+
+    Raises:
+        ValueError: It is not above 0.
+    """
+    if cap is not None and not cap > 0:
+        raise ValueError(f"clip: cap: expected a number above 0 or None, got {cap}")
+    return None if cap is None else math.log(cap)
+
+
 @dataclass(frozen=True)
 class ppo(Clip):
     """PPO's clipped surrogate, with an optional dual clip.

@@ -89,6 +89,8 @@ class marked(Filter):
         return super().required_inputs | {self.name}
 
     def __call__(self, batch: Rollouts, advantages: Tensor | None) -> Tensor:
+        if inputs.get(self.name).dtype != "bool":
+            raise TypeError(f"marked: name: expected a bool input, got {self.name}, a {inputs.get(self.name).dtype}")
         chosen = batch.input(self.name) != self.inverted
         return chosen if inputs.get(self.name).per == "token" else chosen[:, None]
 
@@ -174,6 +176,9 @@ class top_share(Filter):
 @dataclass(frozen=True)
 class within(predicate.Recorded, Filter):
     """The tokens, or rows, where a statistic of the log-ratio between two recorded policies lies in ``[low, high]``.
+
+    A NaN in the input ``to`` counts as a ratio of 1; a NaN in the input ``of`` lies outside. Sums and means of a row
+    contain tokens that earlier filters rejected.
 
     Statistics are those of :func:`tokcredit.stages.within.measured`, on the input ``of`` minus the input ``to``.
 

@@ -57,8 +57,8 @@ class Ratio(Stage):
     Attributes:
         kind: ``"ratio"``.
         couples_tokens: Whether the ratio of a token depends on other tokens of its row.
-        to: Input with the log-probs that the ratio divides by. If the batch has no ``old_log_probs``, the ratio is 1
-            and its gradient is that of the on-policy loss.
+        to: Input with the log-probs that the ratio divides by; NaN in it makes the loss NaN. With ``old_log_probs`` and
+            a batch that has none, the ratio is 1 and its gradient is that of the on-policy loss.
     """
 
     kind: ClassVar[str] = "ratio"
@@ -69,7 +69,7 @@ class Ratio(Stage):
     def required_inputs(self) -> frozenset[str]:
         """The input that ``to`` names, unless that is ``old_log_probs``."""
         to = getattr(self, "to", "old_log_probs")
-        return frozenset() if to == "old_log_probs" else frozenset({to})
+        return super().required_inputs | (frozenset() if to == "old_log_probs" else frozenset({to}))
 
     def __call__(self, spans: Spans, log_probs: Tensor, reference: Tensor, advantages: Tensor) -> LogRatio:
         """Return how the loss obtains the log-ratios.

@@ -73,6 +73,8 @@ class Scale(Stage):
 class within(Scale):
     """1 where a statistic of the current log-ratio lies in ``[low, high]``, else 0; NaN where the statistic is NaN.
 
+    A NaN in the input ``to`` counts as a ratio of 1.
+
     Statistics are those of :func:`tokcredit.stages.within.measured`, on ``log_probs`` minus the input ``to``.
 
     Args:

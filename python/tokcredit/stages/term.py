@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from tokcredit import ops
@@ -64,24 +65,26 @@ class Term(Stage):
 class kl(Term):
     """An estimate of the KL divergence from the reference policy, per token.
 
-    With ``u = log p - log p_ref``::
+    With ``u = log p - log p_ref``, held within 20 nats, beyond which a token has no gradient::
 
         k1            u
         k2            u^2 / 2
         k3            exp(-u) + u - 1
         abs           |u|
-        k3_corrected  sg(q) (exp(-u) + u - 1), with the gradient sg(q) u
+        k3_corrected  q (exp(-u) + u - 1)
 
     The gradient of k2 is an unbiased estimate of the gradient of the KL if the tokens come from the current policy.
-    ``k3_corrected`` has an unbiased gradient also if they come from the old one: ``q = p / p_old``, 1 in a batch
-    without ``old_log_probs``. k3 is never negative and has low variance.
+    ``k3_corrected``, whose gradient is ``q u``, is unbiased also if they come from the old one: ``q = p / p_old``, with
+    the value 1 in a batch without ``old_log_probs``. k3 is never negative and has low variance.
+
+    The metric is ``kl``, or ``kl_old`` and the like where ``to`` is not ``ref_log_probs``.
 
     Args:
         coefficient: Factor of the term, at least 0; may be a schedule or a controller.
         estimator: ``k3``, ``k1``, ``k2``, ``abs`` or ``k3_corrected``.
         to: Input with the log-probs of the reference policy.
         limit: Largest estimate of a token, nats. A token with a larger estimate counts as this much and has no
-            gradient. verl uses 10.
+            gradient. verl uses 10 for its ``low_var_kl``.
         aggregation: How tokens are averaged, or None for the aggregation of the objective.
         where: Filter of the tokens it acts on, or None for all that train.
         over_all: Whether the average is over all tokens that train, also those that ``where`` rejects.
@@ -94,7 +97,11 @@ class kl(Term):
     aggregation: Aggregation | None = part(Aggregation, None, optional=True)
     where: Filter | None = part(Filter, None, optional=True)
     over_all: bool = flag(False)
-    metric: ClassVar[str] = "kl"
+
+    @property
+    def metric(self) -> str:  # type: ignore[override]
+        """``kl``, with the name of the policy where it is not the reference."""
+        return "kl" if self.to == "ref_log_probs" else f"kl_{self.to.removesuffix('_log_probs')}"
 
     @property
     def required_inputs(self) -> frozenset[str]:
@@ -105,8 +112,9 @@ class kl(Term):
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
         log_probs, log_ratio = variables["log_probs"], None
+        rounded = torch.promote_types(log_probs.dtype, torch.float32)
         if self.estimator == "k3_corrected" and batch.old_log_probs is not None:
-            log_ratio = (log_probs.detach() - batch.old_log_probs).clamp_(-20.0, 20.0)
+            log_ratio = (log_probs.detach().to(rounded) - batch.old_log_probs).clamp_(-20.0, 20.0)
         rows, _ = ops.policy_loss(
             log_probs,
             spans,

@@ -50,6 +50,8 @@ class importance(TokenWeight):
         w = w if low <= w <= high else 0          with outside="zero"
         w = w / mean(w)                           with normalize
 
+    Sums and means of a row contain tokens that filters rejected, as the ratio of the whole row does.
+
     :class:`tis`, :class:`mis` and :class:`icepop` are this stage with the settings of those methods.
 
     Args:
@@ -90,18 +92,18 @@ class importance(TokenWeight):
         return self.normalize
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        y = batch.input(self.of) - batch.input(self.to)
-        y = y.double() if y.dtype == torch.float64 else y.float()
-        y = y.masked_fill(~batch.response_mask | batch.input(self.to).isnan(), 0)
+        y = predicate.log_ratio(batch.input(self.of), batch.input(self.to))
         if self.over != "token":
-            y = (segment.sum if self.over == "sum" else segment.mean)(y, batch.spans)[:, None]
+            y = (segment.sum if self.over == "sum" else segment.mean)(y, batch.policy_spans)[:, None]
+        else:
+            y = y.masked_fill_(~batch.response_mask, 0)
         ratio = y.clamp(-20, 20).exp()
         if self.outside == "clamp":
             weights = ratio.clamp(self.low, self.high)
         else:
             weights = torch.where((ratio < self.low) | (ratio > self.high), 0, ratio)
         if self.normalize:
-            counted = batch.response_mask if self.over == "token" else batch.nonempty
+            counted = batch.response_mask if self.over == "token" else segment.count(batch.policy_spans) > 0
             mean = segment.mean(weights.view(-1), Spans.single(counted.numel(), batch.device, counted))
             weights = weights / torch.where(mean > 1e-8, mean, 1)
         return weights
@@ -161,11 +163,14 @@ def from_verl(config: Any) -> tuple[TokenWeight, ...]:
         ValueError: A setting has no such value.
     """
     level = predicate.setting(config, "rollout_is", None)
-    if level is None:
+    threshold = predicate.setting(config, "rollout_is_threshold", 2.0)
+    if level is None or threshold is None:
         return ()
+    if predicate.setting(config, "bypass_mode", False):
+        raise ValueError("bypass_mode: expected False, got True; use tokcredit.ratio.token(to='rollout_log_probs')")
     if level not in ("token", "sequence"):
         raise ValueError(f"rollout_is: expected token, sequence or None, got {level!r}")
-    low, high = predicate.thresholds(predicate.setting(config, "rollout_is_threshold", 2.0))
+    low, high = predicate.thresholds(threshold)
     outside = "clamp" if low is None else "zero"
     normalize = bool(predicate.setting(config, "rollout_is_batch_normalize", False))
     return (importance("token" if level == "token" else "sum", low or 0.0, high, outside, normalize),)
@@ -196,6 +201,8 @@ def from_trl(config: Any) -> tuple[TokenWeight, ...]:
 @dataclass(frozen=True)
 class within(predicate.Recorded, TokenWeight):
     """1 where a statistic of the log-ratio between two recorded policies lies in ``[low, high]``, else 0.
+
+    A NaN in the input ``to`` counts as a ratio of 1. Sums and means of a row contain tokens that filters rejected.
 
     The same predicate as :class:`tokcredit.filters.within`, without changing a denominator.
 

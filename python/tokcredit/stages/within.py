@@ -28,7 +28,8 @@ def log_ratio(log_probs: Tensor, reference: Tensor) -> Tensor:
         log_probs: float ``[N]``.
         reference: float ``[N]``.
     """
-    return (log_probs - reference).masked_fill_(reference.isnan(), 0)
+    wide = log_probs.float() if log_probs.dtype.itemsize < 4 else log_probs
+    return (wide - reference).masked_fill_(reference.isnan(), 0)
 
 
 def thresholds(given: str | float) -> tuple[float | None, float]:
@@ -45,8 +46,8 @@ def thresholds(given: str | float) -> tuple[float | None, float]:
         found = [float(x) for x in texts]
     except ValueError:
         found = []
-    if len(found) not in (1, 2) or not all(x > 0 for x in found):
-        raise ValueError(f"threshold: expected a number above 0 or two joined by _, got {given!r}")
+    if len(found) not in (1, 2) or not all(x > 0 for x in found) or found != sorted(found):
+        raise ValueError(f"threshold: expected a number above 0 or two ascending ones joined by _, got {given!r}")
     return (None, found[0]) if len(found) == 1 else (found[0], found[1])
 
 
@@ -155,5 +156,5 @@ class Recorded:
             bool ``[R, 1]`` over rows or ``[N]`` over tokens.
         """
         difference = log_ratio(batch.input(self.of), batch.input(self.to))
-        x = measured(difference, batch.spans, self.statistic, self.over)
+        x = measured(difference, batch.policy_spans, self.statistic, self.over)
         return of_sign(self.signs, advantages, (x >= self.low) & (x <= self.high), batch.spans)
