@@ -215,7 +215,7 @@ def test_metrics_against_their_formulas():
     batch, current = naive.random_batch()
     objective = tc.mix("grpo", clip="ppo(0.1, 0.15, cap=1.3)", terms="kl(0.5, to='old_log_probs')")
     out = objective.loss(objective.prepare(batch), current.requires_grad_())
-    assert set(out.metrics) == METRICS | {"kl"}
+    assert set(out.metrics) == METRICS | {"kl_old"}
     assert all(m.dim() == 0 and not m.requires_grad for m in out.metrics.values())
     tokens = [t for row in naive.rows_of(batch) for t in row]
     advantages = dict(enumerate(naive.group_advantages(batch)))
@@ -235,7 +235,7 @@ def test_metrics_against_their_formulas():
     for name, value in expected.items():
         torch.testing.assert_close(out.metrics[name].double(), value.double(), rtol=1e-9, atol=1e-12, msg=name)
         assert name == "nonfinite_log_probs" or value > 0, f"{name}: 0 proves nothing"
-    torch.testing.assert_close(out.metrics["loss"], out.metrics["policy_loss"] + 0.5 * out.metrics["kl"])
+    torch.testing.assert_close(out.metrics["loss"], out.metrics["policy_loss"] + 0.5 * out.metrics["kl_old"])
     torch.testing.assert_close(out.metrics["loss"], out.loss.detach())
 
 

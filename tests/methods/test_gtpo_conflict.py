@@ -29,7 +29,7 @@ def test_formula(divided):
                 count = max(sum(map(any, found)), 1) if divided else 1
                 both += sum(map(any, found))
                 losses[r] = [
-                    -advantages[r] * factor ** sum(x) / count * log_probs[t]
+                    -advantages[r] * factor ** sum(x) / count * (log_probs[t] - log_probs[t].detach()).exp()
                     for t, x in zip(tokens[r], found, strict=True)
                 ]
         assert both > 10
@@ -71,6 +71,6 @@ def test_defaults():
         entropy_penalized(tc.credit.group_normalized(), 0.1, 0.7),
         token_weights=(conflict(False),),
         ratio=tc.ratio.one(),
-        clip=tc.clip.gated(),
+        clip=tc.clip.unclipped(),
         aggregation=tc.aggregation.sequence_mean(),
     )

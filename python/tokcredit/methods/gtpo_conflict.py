@@ -93,7 +93,7 @@ def gtpo_conflict(penalty: float = 0.1, limit: float = 0.7, divided: bool = Fals
         w = 2 if A' > 0 else 0      at tokens of a prefix that responses with A' > 0 and with A' < 0 share
         w = the same                at tokens of a suffix that they share; the two are multiplied
         w = 1                       elsewhere
-        loss = mean over i, then t, of -A'[i] * w[i, t] * log p
+        loss = mean over i, then t, of -A'[i] * w[i, t] * p / sg(p), with sg the stop-gradient
 
     Args:
         penalty: Factor of the mean entropy.
@@ -113,6 +113,6 @@ def gtpo_conflict(penalty: float = 0.1, limit: float = 0.7, divided: bool = Fals
         entropy_penalized(penalty=penalty, limit=limit),
         token_weights=(conflict(divided),),
         ratio=ratio.one(),
-        clip=clip.gated(),
+        clip=clip.unclipped(),
         aggregation=aggregation.sequence_mean(),
     )
