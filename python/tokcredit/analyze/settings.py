@@ -26,6 +26,7 @@ class StudySettings:
     max_tokens: int = 0
     """Largest number of tokens of a response. 0 takes that of the recipe."""
     chat: ChatSettings = field(default_factory=ChatSettings)
+    """How the chat template turns a question into a prompt, as in training."""
     precision: Literal["auto", "no", "bf16"] = "auto"
     """Precision of both models: bf16, no (float32), or auto for that of the recipe."""
     seed: int = 0

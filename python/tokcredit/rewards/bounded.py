@@ -36,7 +36,8 @@ class BoundedCalls:
     starts with the first call and ends with this process. It is in a session of its own: Ctrl-C does not reach it.
 
     Args:
-        file: Python file of the function. It should import little, because the worker imports it anew.
+        file: Python file of the function. It should import little, because the worker imports it anew. If it has a
+            function ``prepare``, the worker calls that first, without limits.
         function: Name of the function in the file. It returns a number.
         seconds: Limit of the processor time of a call, seconds.
         memory: Limit of the memory that a call allocates, bytes.

@@ -173,6 +173,7 @@ def main() -> None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         function = getattr(module, name)
+        getattr(module, "prepare", lambda: None)()
     except Exception:
         parent.send_bytes(json.dumps({"failure": traceback.format_exc()}).encode())
         return

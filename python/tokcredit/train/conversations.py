@@ -88,14 +88,15 @@ class Conversations(RolloutCollector):
             tokens,
             edges,
             group_ids=torch.tensor(groups, device=device).repeat_interleave(s.group),
-            rewards=rewards,
+            rewards=rewards.nan_to_num(),
             response_mask=torch.tensor([x for c in made for x in c.mask], device=device),
             rollout_log_probs=torch.tensor([x for c in made for x in c.log_probs], device=device),
             extras={"prompt_tokens": left_padded([c.prompt for c in made], -1, device)[0]},
         )
         batch = batch.with_inputs(turn_rewards=matching.turn_rewards(batch, [c.rewards(self._rule) for c in made]))
         finished = torch.tensor([c.finished for c in made])
-        return RolloutCollection([c.problem for c in made], texts, batch, rewards, batch.group_ids, finished)
+        problems, dropped = [c.problem for c in made], rewards.isnan()
+        return RolloutCollection(problems, texts, batch, rewards, batch.group_ids, finished, dropped)
 
     def attempt(self, problems: Sequence[Problem]) -> list[float]:
         """Return the reward of one greedy conversation about each problem.

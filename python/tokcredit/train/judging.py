@@ -92,10 +92,11 @@ class Judging:
         for calls, rows in together.items():
             results = calls([problems[i].reward.call(responses[i]) for i in rows])  # type: ignore[attr-defined]
             for i, result in zip(rows, results, strict=True):
-                failed = isinstance(result, Failure)
-                rewards[i] = 0.0 if failed else result
-                if failed:
-                    self._failed(f"{result.reason}; the reward is 0{_where(problems[i], responses[i])}")
+                if isinstance(result, Failure):
+                    self._failed(f"reward: {result.reason}; the reward is 0{_where(problems[i], responses[i])}")
+                    rewards[i] = 0.0
+                else:
+                    rewards[i] = result
         return rewards
 
     def failures(self) -> int:

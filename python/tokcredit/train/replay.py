@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -197,7 +196,7 @@ class Replay(SingleTurn):
         mean = self._buffer.mean_reward(_key(problem))
         if mean is not None and mean < self._settings.hard:
             for response in self._buffer.draw(_key(problem), False, 1, generator):
-                yield problem.again(*self._texts([response]), self._settings.reflection)
+                yield problem.again(self._texts([response])[0], self._settings.reflection)
 
     def _texts(self, responses: Sequence[StoredResponse]) -> list[str]:
         return [self._context.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses]
@@ -224,8 +223,12 @@ class Replay(SingleTurn):
                 "replayed": torch.arange(len(same), device=device) >= batch.num_rows,
             },
         )
-        problems = [*made.problems, *(made.problems[row] for row in rows)]
-        return made._replace(problems=problems, responses=[*made.responses, *self._texts(responses)], batch=joined)
+        return made._replace(
+            problems=[*made.problems, *(made.problems[row] for row in rows)],
+            responses=[*made.responses, *self._texts(responses)],
+            batch=joined,
+            dropped=torch.cat([made.dropped, made.dropped.new_zeros(len(rows))]),
+        )
 
 
 def _key(problem: Problem) -> str:
@@ -233,7 +236,7 @@ def _key(problem: Problem) -> str:
 
 
 def _new_responses(made: RolloutCollection) -> Iterator[tuple[str, StoredResponse]]:
-    """Yield the responses to the plain questions that have a reward, with the names of their prompts."""
+    """Return the responses to the plain questions that have a reward, with the names of their prompts."""
     batch, count = made.batch, len(made.outcomes)
     packed = {
         "lengths": batch.end - batch.begin,
@@ -244,6 +247,5 @@ def _new_responses(made: RolloutCollection) -> Iterator[tuple[str, StoredRespons
     }
     responses = _unpacked({name: x.cpu() for name, x in packed.items()})
     # The plain questions come first.
-    for problem, response in zip(made.problems[:count], responses[:count], strict=True):
-        if not math.isnan(response.reward):
-            yield _key(problem), response
+    rows = zip(made.problems[:count], responses[:count], made.dropped.tolist()[:count], strict=True)
+    return ((_key(problem), response) for problem, response, dropped in rows if not dropped)

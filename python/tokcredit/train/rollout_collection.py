@@ -25,7 +25,7 @@ class RolloutCollection(NamedTuple):
 
     ``outcomes``, ``outcome_groups`` and ``finished`` describe whole responses to the problems of the step; the metrics
     of a step are computed from them. They differ from the rows if rows are parts of responses, or were sampled earlier.
-    A reward is NaN where the reward function failed and such responses are dropped; see :meth:`judged`.
+    An outcome is NaN where the reward function failed and such responses are dropped; see :meth:`judged`.
 
     Attributes:
         problems: Problem of each row.
@@ -34,6 +34,7 @@ class RolloutCollection(NamedTuple):
         outcomes: float ``[M]``, rewards of whole responses.
         outcome_groups: Integers ``[M]``, group of each of these responses.
         finished: bool ``[M]``, whether the model ended each of these responses by itself.
+        dropped: bool ``[R]``, rows to drop because no response that they are part of has a reward.
     """
 
     problems: list[Problem]
@@ -42,19 +43,19 @@ class RolloutCollection(NamedTuple):
     outcomes: Tensor
     outcome_groups: Tensor
     finished: Tensor
+    dropped: Tensor
 
     def judged(self) -> RolloutCollection:
-        """Return the collection without the rows and the responses whose reward is NaN.
+        """Return the collection without dropped rows and without responses whose outcome is NaN.
 
         Raises:
             RewardError: No row is left.
         """
-        rows, responses = (x.isnan().logical_not().nonzero()[:, 0] for x in (self.batch.rewards, self.outcomes))
-        if len(rows) == self.batch.num_rows and len(responses) == len(self.outcomes):
+        kept, responses = (~self.dropped).nonzero()[:, 0].tolist(), (~self.outcomes.isnan()).nonzero()[:, 0]
+        if len(kept) == self.batch.num_rows and len(responses) == len(self.outcomes):
             return self
-        if not len(rows) or not len(responses):
+        if not kept or not len(responses):
             raise RewardError("on_reward_error: expected a reward of at least one response of the step, got none")
-        kept = rows.tolist()
         return RolloutCollection(
             [self.problems[row] for row in kept],
             [self.responses[row] for row in kept],
@@ -62,6 +63,7 @@ class RolloutCollection(NamedTuple):
             self.outcomes[responses],
             self.outcome_groups[responses],
             self.finished[responses.to(self.finished.device)],
+            self.dropped[kept],
         )
 
 
@@ -240,11 +242,12 @@ class SingleTurn(RolloutCollector):
             made.tokens,
             made.cu_seqlens,
             group_ids=torch.tensor(groups, device=device).repeat_interleave(count),
-            rewards=rewards,
+            rewards=rewards.nan_to_num(),
             rollout_log_probs=made.log_probs,
             extras={
                 "prompt_tokens": left_padded(prompts, -1, device)[0].repeat_interleave(count, 0),
                 "truncated": ~made.finished,
             },
         )
-        return RolloutCollection(problems, responses, batch, rewards, batch.group_ids, made.finished)
+        dropped = rewards.isnan()
+        return RolloutCollection(problems, responses, batch, rewards, batch.group_ids, made.finished, dropped)

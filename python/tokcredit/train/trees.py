@@ -77,14 +77,15 @@ class Trees(RolloutCollector):
         leaves = [e for e in edges if e.leaf]
         texts = context.tokenizer.batch_decode([e.path + e.own for e in leaves], skip_special_tokens=True)
         of_leaves = context.rewards([chosen[e.prompt] for e in leaves], texts)
-        reward = _rewards_of_edges(edges, dict(zip((e.node for e in leaves), of_leaves, strict=True)))
+        reward = dict(zip((e.node for e in leaves), of_leaves, strict=True))
         lengths = torch.tensor([len(e.path) + len(e.own) for e in edges])
         device = context.sampler.device
+        rewards = torch.tensor(_rewards_of_edges(edges, reward), device=device)
         batch = Rollouts(
             torch.tensor([t for e in edges for t in e.path + e.own], device=device),
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device),
             group_ids=torch.tensor([groups[e.prompt] for e in edges], device=device),
-            rewards=torch.tensor(reward, device=device),
+            rewards=rewards.nan_to_num(),
             response_mask=torch.tensor([x for e in edges for x in [False] * len(e.path) + [True] * len(e.own)]).to(
                 device
             ),
@@ -104,6 +105,7 @@ class Trees(RolloutCollector):
             torch.tensor([reward[e.node] for e in leaves]),
             torch.tensor([groups[e.prompt] for e in leaves]),
             torch.tensor([e.finished for e in leaves]),
+            rewards.isnan(),
         )
 
     def _grow(self, prompts: list[list[int]]) -> list[_Edge]:
