@@ -92,6 +92,11 @@ def test_policies(policy, instead, caplog):
     assert ["Traceback" in message for message in messages] == [True, False, False]
 
 
+def test_an_unknown_policy_is_named():
+    with pytest.raises(ValueError, match="on_reward_error: expected stop, zero, drop, got 'skip'"):
+        Judging("skip")
+
+
 def test_an_interrupt_is_no_failure_of_the_reward():
     def interrupted(response):
         raise KeyboardInterrupt

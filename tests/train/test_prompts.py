@@ -1,7 +1,15 @@
+import json
+
+import pyarrow.parquet as pq
 import pytest
-from tokcredit.train import ChatSettings, tiny
-from tokcredit.train.problems import Message, Problem
+from accelerate import Accelerator
+from tokcredit.cli import main
+from tokcredit.train import ChatSettings, models, tiny
+from tokcredit.train.problems import Message, Problem, Problems
 from tokcredit.train.prompts import Prompts
+from tokcredit.train.ranks import Ranks
+from tokcredit.train.rollout_collection import SamplingContext
+from transformers import AutoTokenizer
 
 TEMPLATE = """\
 {%- for m in messages %}<{{ m.role }}>{{ m.content }}
@@ -45,11 +53,24 @@ def test_a_chat_needs_a_template():
         Prompts(tokenizer(None))(CHAT)
 
 
+def test_chats_that_cannot_be_asked_are_refused_before_the_first_step(settings):
+    """Also if only a training problem that is asked late is one."""
+    plain = Problem("test", "x", "7", float)
+    problems = Problems([[plain, plain], [plain, CHAT]], [plain])
+    own = settings(chat=ChatSettings(system_prompt="Think."))
+    for chosen, template, message in (
+        (settings(), None, "tasks: expected"),
+        (own, TEMPLATE, "system_prompt: expected"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SamplingContext(chosen, problems, tokenizer(template), None, Ranks(Accelerator()))
+
+
 def test_the_system_prompt():
     chat = ChatSettings(system_prompt="Think.")
     assert text(tokenizer(), chat, "3+4=") == "<system>Think.\n<user>3+4=\n<assistant>"
     assert text(tokenizer(), chat, problem(("user", "x"))) == "<system>Think.\n<user>x\n<assistant>"
-    with pytest.raises(ValueError, match=r"system_prompt: expected none because the prompt has its own, got .*Be brief"):
+    with pytest.raises(ValueError, match=r"system_prompt: expected none because a prompt has its own, 'Be brief"):
         Prompts(tokenizer(), chat)(CHAT)
     with pytest.raises(ValueError, match="system_prompt, chat_template_args: expected a model with a chat template"):
         Prompts(tokenizer(None), chat)
@@ -81,13 +102,6 @@ def test_a_template_that_refuses_the_messages_is_named():
 
 def test_on_the_command_line(settings, tmp_path, uniform):
     """The settings reach the prompts of a run, which its rollouts show."""
-    import json
-
-    import pyarrow.parquet as pq
-    from tokcredit.cli import main
-    from tokcredit.train import models
-    from transformers import AutoTokenizer
-
     folder = tmp_path / "chat model"
     model, _ = models.load("tiny(steps=0)")
     model.save_pretrained(folder)

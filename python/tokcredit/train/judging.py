@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tokcredit.rewards.bounded import BoundedCalls, Failure
 from tokcredit.train.problems import Problem
@@ -65,9 +65,14 @@ class Judging:
         on_error: What happens where a reward function raises an error or returns no finite number: ``stop`` raises
             :class:`RewardError`, ``zero`` makes the reward 0, ``drop`` makes it NaN. A response that exceeds the limits
             of a :class:`BoundedReward` has reward 0 in any case.
+
+    Raises:
+        ValueError: ``on_error`` is another text.
     """
 
     def __init__(self, on_error: OnRewardError = "stop") -> None:
+        if on_error not in get_args(OnRewardError):
+            raise ValueError(f"on_reward_error: expected {', '.join(get_args(OnRewardError))}, got {on_error!r}")
         self._on_error = on_error
         self._failures = 0
         self._traceback_shown = False

@@ -38,20 +38,32 @@ class Prompts:
         Raises:
             ValueError: The problem is a chat and there is no chat template, or the chat template refuses it.
         """
-        messages = () if isinstance(problem, str) else problem.messages
-        question = problem if isinstance(problem, str) else problem.question
+        if isinstance(problem, str):
+            problem = Problem("", problem, "", float)
+        self.check(problem)
         if self._tokenizer.chat_template is None:
-            if messages:
-                raise ValueError(f"tasks: expected a model with a chat template for {question[:100]!r}, got none")
-            return list(self._tokenizer(question).input_ids)
-        return self._templated(messages or (Message("user", question),))
+            return list(self._tokenizer(problem.question).input_ids)
+        return self._templated(problem.messages or (Message("user", problem.question),))
+
+    def check(self, problem: Problem) -> None:
+        """Raise an error if the problem is a chat that does not fit the tokenizer or the settings.
+
+        Args:
+            problem: The problem.
+
+        Raises:
+            ValueError: There is no chat template, or there are two system prompts.
+        """
+        if problem.messages and self._tokenizer.chat_template is None:
+            raise ValueError(f"tasks: expected a model with a chat template for {problem.question[:100]!r}, got none")
+        own = [message.content for message in problem.messages if message.role == "system"]
+        if own and self._settings.system_prompt is not None:
+            raise ValueError(f"system_prompt: expected none because a prompt has its own, {own[0]!r:.100}")
 
     def _templated(self, messages: tuple[Message, ...]) -> list[int]:
         from jinja2 import TemplateError
 
         if self._settings.system_prompt is not None:
-            if any(message.role == "system" for message in messages):
-                raise ValueError(f"system_prompt: expected none because the prompt has its own, got {messages[0]}")
             messages = (Message("system", self._settings.system_prompt), *messages)
         try:
             text = self._tokenizer.apply_chat_template(

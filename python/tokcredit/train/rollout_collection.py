@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,6 +92,8 @@ class SamplingContext:
         self.settings, self.problems, self.ranks = settings, problems, ranks
         self.tokenizer, self.sampler = tokenizer, sampler
         self.prompt = Prompts(tokenizer, settings.chat)
+        for problem in (*problems.held_out, *(p for task in problems.train for p in task)):
+            self.prompt.check(problem)
         self.rewards = Judging(settings.on_reward_error)
 
     def chosen(self, number: int) -> tuple[list[int], list[Problem]]:
@@ -159,12 +160,17 @@ class SamplingContext:
 
         Args:
             attempt: Returns the reward of one response to each of some problems.
+
+        Raises:
+            RewardError: All rewards are NaN.
         """
         chosen = self.problems.measured(self.settings.eval_problems)[self.ranks.index :: self.ranks.count]
         self.sampler.sync()
         rewards = torch.tensor(attempt(chosen), dtype=torch.float64)
         total = self.ranks.sum({"reward": rewards.nansum(), "count": rewards.isnan().logical_not().sum()})
-        return total["reward"] / total["count"] if total["count"] else math.nan
+        if not total["count"]:
+            raise RewardError("on_reward_error: expected a reward of at least one held-out response, got none")
+        return total["reward"] / total["count"]
 
 
 class RolloutCollector:
