@@ -30,7 +30,7 @@ def test_the_table_is_large_and_even():
     kinds = Counter((row["kind"], row["right"]) for row in TABLE)
     assert len(TABLE) >= 200 and len({(row["gold"], row["reply"]) for row in TABLE}) == len(TABLE)
     assert 0.4 < sum(row["right"] for row in TABLE) / len(TABLE) < 0.6
-    for kind in ("number", "latex", "set", "interval", "equation", "choice", "unit", "text", "matrix"):
+    for kind in ("number", "latex", "set", "interval", "equation", "choice", "unit", "text", "matrix", "prose"):
         assert min(kinds[kind, True], kinds[kind, False]) >= 4
 
 

@@ -45,7 +45,9 @@ _MARKER = re.compile(
 _VERB = re.compile(r"\b(?:is|are|be|equals|get|gives|makes|was)\b:?|(?<![<>!\\=])=(?!=)", re.I)
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)|\n")
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$([^$]+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
-_NUMBER = r"\d+(?:,\d+)*(?:\.\d+)?|\.\d+"
+_NUMBER = r"\d+(?:[,:]\d+)*(?:\.\d+)?|\.\d+"
+_JOINT = re.compile(r"[\s$,;]*(?:and|or|\\text\{\s*(?:and|or)\s*\})?[\s$,;]*")
+_OPENING = re.compile(r"(?:(?:so|thus|hence|therefore|then|finally|and|we (?:get|have|find|obtain))\b[,:]?\s*)+", re.I)
 _FONT = r"\\(?:text|mathrm|textbf|mathbf|textit|mbox)"
 _COMMAND = re.compile(rf"\\(?:begin|end)\s*\{{\w*\}}|(?:{_FONT}|\\operatorname)\s*\{{[^{{}}]*\}}|\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{2,}")
@@ -138,15 +140,40 @@ def final(text: str) -> str:
             return _first_answer(tail)
     if not _prose(_without_unit(text)[0]):
         return text
-    clauses = [c for c in _SENTENCE_END.split(text) if c.strip()]
-    last = clauses[-1] if clauses else text
-    verbs = list(_VERB.finditer(last))
-    if verbs and (tail := last[verbs[-1].end() :].strip()) and not _prose(_without_unit(tail)[0]):
-        return tail
+    return _answer_in_prose(text)
+
+
+def _answer_in_prose(text: str) -> str:
+    sentences = [x.strip() for x in _SENTENCE_END.split(text) if x.strip()]
+    last = sentences[-1] if sentences else text
+    opening = _OPENING.match(last)
+    if opening and not _prose(_without_unit(rest := last[opening.end() :])[0]):
+        return rest
     formulas, numbers = list(_FORMULA.finditer(text)), list(_LAST_NUMBER.finditer(text))
-    if formulas and not (numbers and numbers[-1].start() >= formulas[-1].end()):
-        return str(next(group for group in formulas[-1].groups() if group))
+    if numbers and formulas and numbers[-1].start() >= formulas[-1].end():
+        formulas = []
+    if not (formulas and "$" in last):
+        verbs = list(_VERB.finditer(last))
+        if verbs and (tail := last[verbs[-1].end() :].strip()) and not _prose(_without_unit(tail)[0]):
+            return tail
+    if formulas:
+        return ", ".join(_last_joined(text, [(x.start(), x.end(), _content(x)) for x in formulas]))
     return numbers[-1].group() if numbers else text
+
+
+def _content(formula: re.Match[str]) -> str:
+    return next(group for group in formula.groups() if group)
+
+
+def _last_joined(text: str, found: list[tuple[int, int, str]]) -> list[str]:
+    """Return the last of some pieces of a text, after those before it that only commas and conjunctions separate."""
+    joined = found[-1:]
+    for piece in reversed(found[:-1]):
+        between = text[piece[1] : joined[0][0]]
+        if not _JOINT.fullmatch(between) or "\n\n" in between:
+            break
+        joined.insert(0, piece)
+    return list(dict.fromkeys(content for _, _, content in joined))
 
 
 def _translated(text: str) -> str:
@@ -165,13 +192,7 @@ def _boxes(text: str) -> list[str]:
         end = closings.get(match.end() - 1)
         if end is not None:
             found.append((match.start(), end + 1, text[match.end() : end]))
-    joined = found[-1:]
-    while len(joined) < len(found):
-        between = text[found[-len(joined) - 1][1] : joined[0][0]]
-        if not re.fullmatch(r"[\s$,;]*(?:and|or|\\text\{\s*(?:and|or)\s*\})?[\s$,;]*", between) or "\n\n" in between:
-            break
-        joined.insert(0, found[-len(joined) - 1])
-    return list(dict.fromkeys(content for _, _, content in joined))
+    return _last_joined(text, found)
 
 
 def _closings(text: str) -> dict[int, int]:
@@ -233,12 +254,12 @@ def _unwrapped(text: str) -> str:
     text = text.strip()
     for _ in range(4):
         text = re.sub(rf"^{_FONT}\s*\{{([^{{}}]*)\}}", r"\1", text.strip())
-        text = re.sub(r"^(?:\$+|\\\(|\\\[)|(?:(?<!\\)\$+|\\\)|\\\])$", "", text.strip()).rstrip(".,;:").strip()
+        text = re.sub(r"^(?:\$+|\\\(|\\\[)|(?:(?<!\\)\$+|\\\)|\\\])$", "", text.strip()).rstrip(".,;:").strip(" `*")
     return text
 
 
 def _read(text: str) -> _Answer:
-    text = _FORMULA.sub(lambda match: next(group for group in match.groups() if group), _unwrapped(text))
+    text = _FORMULA.sub(_content, _unwrapped(text))
     text = re.sub(r"\\(?:left|right|displaystyle|[!])(?![A-Za-z])", "", text)
     text = re.sub(r"(?<=\d)(?:\\[,; ]|\{,\}|~)(?=\d{3}(?!\d))", ",", text)
     text = re.sub(r"~|(?<!\\)\\(?:[,;: ]|quad)", " ", text)
@@ -256,6 +277,9 @@ def _read(text: str) -> _Answer:
 
 def _without_unit(text: str) -> tuple[str, str | None]:
     text = text.strip().rstrip(".,;")
+    based = re.fullmatch(r"([\dA-F]+)_\{?(?:\\text\{)?(\w+)\}*", text)
+    if based is not None:
+        return based[1], f"base {based[2]}"
     degree = re.sub(r"\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)$", "", text)
     if degree != text:
         return degree, "degree"
@@ -271,6 +295,8 @@ def _without_unit(text: str) -> tuple[str, str | None]:
 
 def _latex(text: str) -> str:
     text = re.sub(r"\*\*", "^", text)
+    text = re.sub(r"m?\\angle\s*(\w+)", r"a_{\1}", text)
+    text = re.sub(r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", _repeating, text)
     text = re.sub(r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)(?!\w)", r"\1\\cdot 10^{\2}", text)
     text = re.sub(r"(?<![\w.}])(-?)(\d+)\s+(\d+)/(\d+)(?![\w.])", r"\1(\2+\\frac{\3}{\4})", text)
     text = re.sub(r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty ", text)
@@ -295,11 +321,21 @@ _CONFIGURATION = [
 ]
 
 
+def _repeating(match: re.Match[str]) -> str:
+    """Return a repeating decimal as a fraction."""
+    whole, before, again = match.groups()
+    numerator = int(f"{whole}{before}{again}") - int(f"{whole}{before}" or "0")
+    return rf"\frac{{{numerator}}}{{{'9' * len(again)}{'0' * len(before)}}}"
+
+
 @functools.lru_cache(maxsize=4096)
 def _sympy(text: str) -> Any:
     """Return the value of a formula, or None if it cannot be parsed or is longer than any answer."""
     if len(text) > _LONGEST:
         return None
+    if r"\pm" in text:
+        both = [_sympy(text.replace(r"\pm", sign)) for sign in "+-"]
+        return None if None in both else sympy.FiniteSet(*both)
     latex = _latex(text)
     if not re.search(r"[(\[{]", latex):
         latex = re.sub(r"(?<![\d,.])(\d{1,3})((?:,\d{3})+)(?![\d,])", lambda m: m[1] + m[2].replace(",", ""), latex)
@@ -311,10 +347,14 @@ def _sympy(text: str) -> Any:
 
 def _same(gold: _Answer, response: _Answer) -> bool:
     units = {gold.unit, response.unit} - {None}
-    if len(units) == 2 and all(unit.rstrip("23") in _UNITS.values() for unit in units if unit):
+    known = (unit.rstrip("23") in _UNITS.values() or unit.startswith("base ") for unit in units if unit)
+    if len(units) == 2 and all(known):
         return False
     if gold.text == response.text:
         return bool(gold.text)
+    ratios = [x.text.split(":") for x in (gold, response)]
+    if max(map(len, ratios)) > 1:
+        return len(ratios[0]) == len(ratios[1]) and all(_same(_read(a), _read(b)) for a, b in zip(*ratios, strict=True))
     if re.fullmatch(r"[a-z]{2,}", gold.text) and re.fullmatch(r"[a-z]{2,}", response.text):
         return False
     own, theirs = gold.value, response.value
