@@ -1,6 +1,6 @@
 """The program behind :class:`tokcredit.rewards.bounded.BoundedCalls`: it calls one function, in processes with limits.
 
-It is started as a script, imports neither torch nor this package, and has one thread. It imports the function once and
+It is started as a script, does not import torch, and has one thread. It imports the function once and
 forks processes that call it, so a process that was killed is replaced at once. It ends when its connection closes.
 """
 
@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
+from types import ModuleType
 from typing import Any
 
 
@@ -166,6 +167,11 @@ def main() -> None:
     """Serve the connection whose file descriptor is the only argument."""
     parent = Connection(int(sys.argv[1]))
     sys.path[:], file, name, limits = parent.recv()
+    # Modules of this package are imported without the package itself, which imports torch.
+    here = os.path.dirname(os.path.abspath(__file__))
+    for package, folder in (("tokcredit", os.path.dirname(here)), ("tokcredit.rewards", here)):
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [folder]
     logging.disable(logging.CRITICAL)
     try:
         spec = importlib.util.spec_from_file_location("bounded_function", file)
