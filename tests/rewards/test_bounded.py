@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tokcredit.rewards import mathematics
+from tokcredit.rewards import answers
 from tokcredit.rewards.bounded import BoundedCalls, Failure
 
 FILE = Path(__file__).with_name("hostile_function.py")
@@ -150,6 +150,40 @@ def test_it_works_beside_many_threads_and_open_files(bounded, tmp_path):
             file.close()
 
 
+def test_several_threads_and_a_fork_can_call(bounded):
+    calls = bounded()
+    results = {}
+
+    def call(thread):
+        results[thread] = calls([("value", float(thread)), ("value", 7.0)])
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: [float(i), 7.0] for i in range(8)}
+    (worker,) = calls([("worker",)])
+    script = f"""
+import os
+from pathlib import Path
+from tokcredit.rewards.bounded import BoundedCalls
+calls = BoundedCalls(Path({str(FILE)!r}), "act")
+(before,) = calls([("worker",)])
+child = os.fork()
+(after,) = calls([("worker",)])
+calls.close()
+if child:
+    assert os.waitpid(child, 0)[1] == 0 and after == before
+else:
+    os._exit(int(after == before))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert calls([("worker",)]) == [worker]
+
+
 def test_the_worker_does_not_import_torch(bounded):
     calls = bounded("modules")
     assert calls([("torch",), ("numpy",), ("pickle",)]) == [0.0, 0.0, 1.0]
@@ -158,7 +192,7 @@ def test_the_worker_does_not_import_torch(bounded):
 def test_the_worker_of_mathematics_imports_no_torch(bounded, tmp_path):
     pytest.importorskip("math_verify")
     file = tmp_path / "probe.py"
-    file.write_text(f"{Path(mathematics.__file__).read_text()}\n\n{FILE.read_text()}")
+    file.write_text(f"{Path(answers.__file__).with_name('mathematics.py').read_text()}\n\n{FILE.read_text()}")
     torch_modules, package_modules, sympy_modules = bounded("modules", file)([("torch",), ("tokcredit",), ("sympy",)])
     # The package, its folder of rewards, and the module that mathematics imports.
     assert (torch_modules, package_modules) == (0.0, 3.0) and sympy_modules > 0

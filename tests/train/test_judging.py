@@ -59,6 +59,15 @@ def test_everything_else_is_named(value):
     assert "prompt: 'How much?'" in text and "reply: 'the reply'" in text
 
 
+def test_a_value_without_a_text_is_named():
+    class Silent:
+        def __repr__(self):
+            raise RuntimeError
+
+    with pytest.raises(RewardError, match="reward: expected one finite number, got a value of type Silent\n"):
+        Judging()([returning(Silent())], ["x"])
+
+
 def test_an_error_is_named_with_its_own_traceback():
     with pytest.raises(RewardError) as caught:
         Judging()([problem(failing)] * 2, ["good", "so bad"])

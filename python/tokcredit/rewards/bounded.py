@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe
@@ -37,7 +38,8 @@ class BoundedCalls:
 
     Args:
         file: Python file of the function. It should import little, because the worker imports it anew. If it has a
-            function ``prepare``, the worker calls that first, without limits.
+            function ``prepare``, the worker calls that first, without limits. Modules of this package that it imports
+            are loaded without the package itself, which would import torch.
         function: Name of the function in the file. It returns a number.
         seconds: Limit of the processor time of a call, seconds.
         memory: Limit of the memory that a call allocates, bytes.
@@ -50,6 +52,7 @@ class BoundedCalls:
         self._target = (str(file), function)
         # Time passes without processor time on a busy machine, and a result must not depend on how busy it is.
         self._limits = (seconds, 30 + 10 * seconds, memory, processes or min(4, os.cpu_count() or 1))
+        self._lock, self._owner = threading.Lock(), os.getpid()
         self._program: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         atexit.register(_close, weakref.ref(self))
@@ -65,7 +68,10 @@ class BoundedCalls:
         """
         keys = [pickle.dumps(call) for call in calls]
         distinct = dict(zip(keys, calls, strict=True))
-        found = dict(zip(distinct, self._results(list(distinct.values())), strict=True))
+        with self._lock:
+            if self._owner != os.getpid():  # a fork of this process needs a worker of its own
+                self._connection, self._program, self._owner = None, None, os.getpid()
+            found = dict(zip(distinct, self._results(list(distinct.values())), strict=True))
         return [found[key] for key in keys]
 
     def close(self) -> None:

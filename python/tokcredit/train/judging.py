@@ -88,15 +88,14 @@ class Judging:
             RewardError: A reward function failed and ``on_error`` is ``stop``.
         """
         rewards = [math.nan] * len(problems)
-        together: dict[BoundedCalls, list[int]] = {}
+        together: dict[BoundedCalls, dict[int, tuple[Any, ...]]] = {}
         for i, (problem, response) in enumerate(zip(problems, responses, strict=True)):
             if isinstance(problem.reward, BoundedReward):
-                together.setdefault(problem.reward.calls, []).append(i)
+                together.setdefault(problem.reward.calls, {})[i] = problem.reward.call(response)
             else:
                 rewards[i] = self._own(problem, response)
-        for calls, rows in together.items():
-            results = calls([problems[i].reward.call(responses[i]) for i in rows])  # type: ignore[attr-defined]
-            for i, result in zip(rows, results, strict=True):
+        for calls, arguments in together.items():
+            for i, result in zip(arguments, calls(list(arguments.values())), strict=True):
                 if isinstance(result, Failure):
                     self._failed(f"reward: {result.reason}; the reward is 0{_where(problems[i], responses[i])}")
                     rewards[i] = 0.0
@@ -120,7 +119,7 @@ class Judging:
             return self._replaced(message, trace)
         if (number := _number(value)) is not None:
             return number
-        message = f"reward: expected one finite number, got {value!r:.{_SHOWN}}{_where(problem, response)}"
+        message = f"reward: expected one finite number, got {_written(value)}{_where(problem, response)}"
         if self._on_error == "stop":
             raise RewardError(message)
         return self._replaced(message)
@@ -155,6 +154,14 @@ def _number(value: Any) -> float | None:
     except (OverflowError, ValueError):
         return None
     return number if math.isfinite(number) else None
+
+
+def _written(value: Any) -> str:
+    """Return the text of a value, or its type where it has none, as an integer of 10,000 digits."""
+    try:
+        return f"{value!r:.{_SHOWN}}"
+    except Exception:
+        return f"a value of type {type(value).__name__}"
 
 
 def _where(problem: Problem, response: str) -> str:
