@@ -40,6 +40,18 @@ def gone(pid):
     return False
 
 
+def ended(pid):
+    """Whether a process that is no child of this one's children has ended; nobody may have reaped it here."""
+    for _ in range(3000):
+        try:
+            if (Path("/proc") / pid / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
 def test_results_are_in_order(bounded):
     calls = bounded(processes=3)
     assert calls([("value", float(i)) for i in range(500)]) == [float(i) for i in range(500)]
@@ -101,9 +113,14 @@ def test_a_worker_that_is_killed_during_a_call(bounded):
     assert results == [[Failure("no result within 0.2 s of processor time"), 2.0]] and gone(worker)
 
 
-def test_a_call_that_kills_the_worker_ends(bounded):
+def test_a_call_that_kills_the_worker_ends_too(bounded, monkeypatch, tmp_path):
+    """So does its process, which hangs afterwards and which nobody watches."""
     calls = bounded()
-    assert calls([("kill the worker",)]) == [Failure("the worker died")]
+    monkeypatch.setattr(calls, "_limits", (0.1, 0.5, 1 << 30, 1))
+    file = tmp_path / "pids"
+    assert calls([("kill the worker", str(file))]) == [Failure("the worker died")]
+    pids = file.read_text().split()
+    assert len(pids) == 3 and all(map(ended, pids))
     assert calls([("value", 2.0)]) == [2.0]
 
 

@@ -75,19 +75,22 @@ class _Process:
 def _call_until_closed(function: Callable[..., float], connection: Connection, limits: Limits) -> None:
     """Answer the calls of a connection, then end the process."""
     try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPROF):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPROF, signal.SIGALRM):
             signal.signal(number, signal.SIG_DFL)
         _limit(resource.RLIMIT_AS, _address_space() + limits.memory)
         _limit(resource.RLIMIT_CORE, 0)
         while True:
             arguments = connection.recv()
-            # The default action of SIGPROF ends the process, also inside of a long C function.
+            # The default action of both signals ends the process, also inside of a long C function, and also if nobody
+            # watches it any more.
             signal.setitimer(signal.ITIMER_PROF, limits.seconds)
+            signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds)
             try:
                 answer: dict[str, Any] = {"value": float(function(*arguments))}
             except Exception as error:
                 answer = {"failure": f"{type(error).__name__}: {str(error)[:200]}"}
             signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             connection.send_bytes(json.dumps(answer).encode())
     except (EOFError, OSError):
         os._exit(0)
@@ -145,11 +148,8 @@ def _answer(parent: Connection, processes: list[_Process], limits: Limits) -> No
             try:
                 answer = json.loads(process.connection.recv_bytes())
             except (EOFError, OSError):
-                ended_by = process.reap()
+                answer = {"failure": _death(process.reap(), limits)}
                 processes.remove(process)
-                over = ended_by == signal.SIGPROF
-                reason = f"no result within {limits.seconds:g} s of processor time" if over else _death(ended_by)
-                answer = {"failure": reason}
         elif process.deadline <= time.monotonic():
             process.kill()
             processes.remove(process)
@@ -159,7 +159,11 @@ def _answer(parent: Connection, processes: list[_Process], limits: Limits) -> No
             process.number = None
 
 
-def _death(number: int) -> str:
+def _death(number: int, limits: Limits) -> str:
+    if number == signal.SIGPROF:
+        return f"no result within {limits.seconds:g} s of processor time"
+    if number == signal.SIGALRM:
+        return f"no result within {limits.wall_seconds:g} s"
     return f"the process died of {signal.Signals(number).name}" if number else "the process ended"
 
 
