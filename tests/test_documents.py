@@ -59,6 +59,20 @@ def test_report_page(tmp_path):
     assert abs(float(mean)) < 3
 
 
+def test_tasks_page(tmp_path):
+    pytest.importorskip("transformers")
+    (function,) = blocks("docs/tasks.md")
+    run(function, tmp_path)
+    (lines,) = (block for block in blocks("docs/tasks.md", "") if block.startswith("{"))
+    (tmp_path / "file.jsonl").write_text(lines)
+    from tokcredit.train import tasks
+
+    problems = tasks.load([f"jsonl({str(tmp_path / 'file.jsonl')!r})"], 0.5)
+    text, chat = sorted([*problems.held_out, *problems.train[0]], key=lambda p: len(p.messages))
+    assert text.answer == "42" and text.messages == () and chat.answer == "\\frac{5}{6}"
+    assert [m.role for m in chat.messages] == ["system", "user"]
+
+
 def test_contributing(tmp_path):
     """The method of the recipe passes its own test, and the stage of the recipe passes its own."""
     method, of_method, stage, of_stage = blocks("CONTRIBUTING.md")

@@ -166,8 +166,12 @@ def test_a_model_judges(pair):
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        *(("1", 1), ("0", 0), ("The answer is 1.", 1), ("**0**\n", 0), ("1, no: 0", 0), ("0 because 12 > 7", 0)),
-        *(("", -1), ("neither", -1), ("10", -1), ("7", -1), ("it is 1 because", 1)),
+        *(("1", 1), ("0", 0), ("The answer is 1.", 1), ("**0**\n", 0), ("0 because 12 > 7", 0)),
+        *(("", -1), ("neither", -1), ("10", -1), ("7", -1), ("it is 1 because", 1), ("output", -1)),
+        # The first number after "output", else the first number.
+        *(("1. The results differ: 10 versus 0.", 1), ("0. Both give 1.", 0), ("1, no: 0", 1)),
+        *(("Step 1: equal. Output: 0", 0), ("0 and 1 differ, so the output is **1**, not 0", 1), ("1 OUTPUT\n0", 0)),
+        *(("1, outputs are equal", 1), ("10 versus 1", -1), ("Output: 10, not 1", -1), ("Output: -1", -1), ("0.5", -1)),
     ],
 )
 def test_verdicts(answer, expected):

@@ -1,32 +1,15 @@
+import itertools
 import json
 import re
+from pathlib import Path
 
 import pytest
+import reasoning_gym
 from tokcredit.train import tasks
+from tokcredit.train.problems import Message
 
 SUMS = "chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=300)"
 PRODUCTS = "products(min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=300)"
-
-
-@pytest.mark.parametrize(
-    ("response", "answer"),
-    [
-        ("The answer is 12.", "12"),
-        ("3 + 4 = 7", "7"),
-        ("It is -4", "-4"),
-        ("9-4", "4"),
-        ("(2)-3", "3"),
-        ("1,234.50", "1234.50"),
-        ("<answer> 5 </answer> and 6", "5"),
-        ("none", None),
-    ],
-)
-def test_final_answer(response, answer):
-    assert tasks.final_answer(response, numeric=True) == answer
-
-
-def test_final_answer_of_words_is_the_reply():
-    assert tasks.final_answer(" yes \n", numeric=False) == "yes"
 
 
 def numbers(problem):
@@ -50,10 +33,28 @@ def test_reasoning_gym_rewards_by_the_data_set():
 
 
 def test_partial_credit_of_a_data_set_is_no_credit():
-    problems = tasks.load(["basic_arithmetic(max_terms=2, size=50)"], 0.3)
-    p = next(p for p in problems.held_out if len(p.answer) > 1)
-    assert p.reward(f"<answer>is {p.answer}</answer>") == 0.0
-    assert p.reward(f"<answer>{p.answer}</answer>") == 1.0
+    problems = tasks.load(["letter_counting(size=50)"], 0.3)
+    data_set = reasoning_gym.create_dataset("letter_counting", size=50, seed=0)
+    p, entry = problems.held_out[0], next(e for e in data_set if e["question"] == problems.held_out[0].question)
+    wrong = str(int(p.answer) + 1)
+    assert data_set.score_answer(wrong, entry) < 1 and p.reward(wrong) == 0.0
+    data_set = reasoning_gym.create_dataset("spell_backward", size=50, seed=0)
+    for p in tasks.load(["spell_backward(size=50, min_word_len=5)"], 0.3).held_out[:3]:
+        assert p.reward(p.answer) == 1.0 and p.reward(p.answer[:-1]) == 0.0
+
+
+@pytest.mark.parametrize("form", ["{}", "<answer>{}</answer>", "That makes {}.", "<answer>is {}</answer>"])
+@pytest.mark.parametrize("task", ["addition(digits=2)", "basic_arithmetic(max_terms=2, size=50)"])
+def test_a_number_is_judged_alike_inside_and_outside_of_tags(task, form):
+    p = next(p for p in tasks.load([task], 0.3).held_out if len(p.answer) > 1 and p.answer.isdigit())
+    q = next((p for p in tasks.load([task], 0.3).held_out if p.answer.startswith("-")), None)
+    assert p.reward(form.format(p.answer)) == 1.0
+    split = f"{p.answer[0]},{p.answer[1:]}"
+    assert split.replace(",", "") == p.answer and p.reward(form.format(split)) == 0.0
+    assert p.reward(form.format(f"\u2212{p.answer}")) == 0.0
+    if q is not None:
+        assert q.reward(form.format(q.answer.replace("-", "\u2212"))) == 1.0
+        assert q.reward(form.format(q.answer[1:])) == 0.0
 
 
 def test_tasks_take_turns_and_no_problem_is_skipped():
@@ -102,12 +103,133 @@ def test_choices_count_in_part(tmp_path):
     assert {response: p.reward(response) for response in responses} == responses
 
 
-@pytest.mark.parametrize("line", ["{", '{"prompt": "x"}', "[]"])
-def test_a_malformed_line_is_named(tmp_path, line):
+GOOD = '{"prompt": "1+1", "answer": "2"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "expected a JSON object {'prompt', 'answer'}, got JSONDecodeError"),
+        ("[" * 100000, "expected a JSON object {'prompt', 'answer'}, got RecursionError"),
+        *((line, "expected a JSON object {'prompt', 'answer'}, got '") for line in ('{"prompt": "x"}', "[]", "7")),
+        ('{"prompt": "x", "answer": null}', "expected an answer that is a text or a number, got None"),
+        *(
+            (f'{{"prompt": "x", "answer": {answer}}}', "expected an answer that is a text or a number, got ")
+            for answer in ("true", "[1]", '{"a": 1}', "NaN", "Infinity", '""', '" "')
+        ),
+        *(
+            (f'{{"prompt": {prompt}, "answer": "2"}}', "expected a prompt that is a text, or messages")
+            for prompt in (
+                *("null", "7", '""', "[]", '["x"]', '[{"role": "user"}]', '[{"role": 1, "content": "x"}]'),
+                *('[{"role": "user", "content": null}]', '[{"role": "user", "content": [{"type": "image"}]}]'),
+                '[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]',
+                '[{"role": "user", "content": "x", "tool_calls": []}]',
+            )
+        ),
+    ],
+)
+@pytest.mark.parametrize("task", ["jsonl", "choices"])
+def test_a_malformed_line_is_named(tmp_path, task, line, message):
     file = tmp_path / "bad.jsonl"
-    file.write_text('{"prompt": "1+1", "answer": "2"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"tasks: .*bad\.jsonl:2: expected"):
+    file.write_text(GOOD.replace("2", "B") + "\n\n" + line + "\n")
+    with pytest.raises(ValueError) as caught:
+        tasks.load([f"{task}({str(file)!r})"], 0.3)
+    assert str(caught.value).startswith(f"tasks: {file}:3: {message}")
+
+
+def test_an_answer_of_choices_has_letters(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(GOOD + "\n")
+    with pytest.raises(ValueError, match=r"bad\.jsonl:1: expected an answer of capital letters, got '2'"):
+        tasks.load([f"choices({str(file)!r})"], 0.3)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", "folder"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
+    file = tmp_path / "bad.jsonl"
+    if content == "folder":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"tasks: expected a JSONL file in UTF-8, got '.*bad\.jsonl'"):
         tasks.load([f"jsonl({str(file)!r})"], 0.3)
+
+
+SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"]
+
+
+@pytest.mark.parametrize("separator", SEPARATORS, ids=ascii)
+def test_only_a_line_feed_ends_a_line(tmp_path, separator):
+    """Also where the character stands in the file itself and not as an escape; JSON allows that above U+001F."""
+    file = tmp_path / "lines.jsonl"
+    texts = [f"Count to {i},{separator}then stop" for i in range(40)]
+    escaped = ord(separator) < 0x20
+    lines = [json.dumps({"prompt": text, "answer": i}, ensure_ascii=escaped) for i, text in enumerate(texts)]
+    assert escaped or separator in lines[0]
+    file.write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    problems = tasks.load([f"jsonl({str(file)!r})"], 0.3)
+    assert sorted(p.question for p in [*problems.train[0], *problems.held_out]) == sorted(texts)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    file = tmp_path / "marked.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"p{i}", "answer": i}) + "\n" for i in range(40)), "utf-8-sig")
+    problems = tasks.load([f"jsonl({str(file)!r})"], 0.3)
+    assert {p.answer for p in [*problems.train[0], *problems.held_out]} == set(map(str, range(40)))
+
+
+def test_no_reader_of_the_trainer_splits_lines_at_other_characters():
+    folder = Path(tasks.__file__).parent
+    for path in [*folder.glob("*.py"), *(folder.parent / "analyze").glob("*.py")]:
+        assert ".splitlines(" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    "prompt", ["In 2 steps: what is the colour of {}?", "Is {} prime? Answer 1 for yes, 0 for no."]
+)
+def test_prompts_that_hold_the_same_numbers_are_split_by_their_text(tmp_path, prompt):
+    file = tmp_path / "colours.jsonl"
+    names = ["".join(letters) for letters in itertools.product("abcdef", repeat=2)]
+    file.write_text("".join(json.dumps({"prompt": prompt.format(n), "answer": "7"}) + "\n" for n in names))
+    problems = tasks.load([f"jsonl({str(file)!r})"], 0.3)
+    assert len(problems.train[0]) + len(problems.held_out) == len(names)
+    assert 0 < len(problems.held_out) < len(names)
+
+
+def test_a_file_of_one_prompt_cannot_be_split(tmp_path):
+    file = tmp_path / "one.jsonl"
+    file.write_text(GOOD)
+    with pytest.raises(ValueError, match=r"held_out: expected a share that leaves problems on both sides, got 0\.3 of"):
+        tasks.load([f"jsonl({str(file)!r})"], 0.3)
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "1+1?"}]},
+]
+
+
+def test_chat_messages_are_messages(tmp_path):
+    file = tmp_path / "chat.jsonl"
+    chats = [
+        [CHAT[0], CHAT[1], {"role": "assistant", "content": str(i)}, {"role": "user", "content": "?"}]
+        for i in range(40)
+    ]
+    alone = [[{"role": "user", "content": f"Say {i}."}] for i in range(40)]
+    file.write_text("".join(json.dumps({"prompt": chat, "answer": 2}) + "\n" for chat in [*chats, *alone]))
+    problems = tasks.load([f"jsonl({str(file)!r})"], 0.3)
+    found = {p.question: p for p in [*problems.train[0], *problems.held_out]}
+    assert len(found) == 80
+    p = found["system: Be brief.\n\nuser: What is 1+1?\n\nassistant: 5\n\nuser: ?"]
+    roles = ("system", "user", "assistant", "user")
+    assert p.messages == tuple(map(Message, roles, ("Be brief.", "What is 1+1?", "5", "?")))
+    assert found["Say 5."].messages == (Message("user", "Say 5."),)
+    assert p.again("4", "Once more.").messages == (
+        *p.messages,
+        Message("assistant", "4"),
+        Message("user", "Once more."),
+    )
+    assert p._replace(messages=()).again("4", "Once more.").messages == ()
 
 
 def shortest(prompt, response, answer):
@@ -117,7 +239,7 @@ def shortest(prompt, response, answer):
 def test_another_reward():
     problems = tasks.load(["addition(digits=1)"], 0.2, reward="test_tasks:shortest")
     p = problems.held_out[0]
-    assert p.reward("abc") == -3.0
+    assert p.reward("abc") == -3
     assert p.reward(p.answer) == 1.0 - len(p.answer)
 
 
@@ -134,6 +256,8 @@ def test_another_reward():
         (["addition"], 0.0, "held_out: expected a share that leaves problems on both sides, got 0.0"),
         (["addition"], 1.0, "held_out: expected a share"),
         ([], 0.2, "held_out: expected a share"),
+        (["jsonl"], 0.2, r"tasks: expected jsonl\(path"),
+        (["addition(digit=2)"], 0.2, r"tasks: expected addition\(digits"),
     ],
 )
 def test_bad_tasks(chosen, share, message):
@@ -144,3 +268,5 @@ def test_bad_tasks(chosen, share, message):
 def test_a_reward_path_needs_a_colon():
     with pytest.raises(ValueError, match=r"reward: expected package\.module:function, got 'shortest'"):
         tasks.load(["addition"], 0.2, reward="shortest")
+    with pytest.raises(ValueError, match="reward: expected a function in test_tasks, got 'longest'"):
+        tasks.load(["addition"], 0.2, reward="test_tasks:longest")

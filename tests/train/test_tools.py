@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from tokcredit.rewards import matching
+from tokcredit.rewards.answers import tagged
 from tokcredit.rewards.matching import Call
 from tokcredit.train import tasks, tiny, tools
 
@@ -93,7 +94,7 @@ def test_warming_texts_are_right_but_for_the_noise():
             turns = re.findall(r"<tool>.*?</tool>", said)
             results = re.findall(r"<result>(.*?)</result>", said)
             assert [tools.result(tools.calls(turn)[0]) for turn in turns] == results and len(turns) == 2
-            assert tasks.tagged(said) == results[-1]
+            assert tagged(said) == results[-1]
             right[noise] += eval(question) == int(results[-1])
     assert right[0.0] == 200 and 30 < right[0.5] < 120
 

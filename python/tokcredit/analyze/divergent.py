@@ -15,10 +15,11 @@ from tokcredit.analyze.settings import Divergent
 from tokcredit.analyze.study import Pair, Study, load_pair, report, resolved
 from tokcredit.analyze.verifier import Case, Verifier, imported, judge
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.rollout_collection import prompt_tokens
+from tokcredit.train.judging import Judging
+from tokcredit.train.problems import Problem
+from tokcredit.train.prompts import Prompts
 from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.scoring import left_padded, predict
-from tokcredit.train.tasks import Problem
 
 _CASE = pa.struct([("position", pa.int32()), ("small", pa.string()), ("large", pa.string()), ("label", pa.int8())])
 _SCHEMA = pa.schema(
@@ -89,6 +90,7 @@ class Labeller:
         ids = sorted(tokenizer.get_vocab().values())
         texts = zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True)
         self._stops = {i for i, text in texts if text.rstrip(" ").endswith(settings.sentence_ends)}
+        self._prompt = Prompts(tokenizer, settings.study.chat)
         self._responses = TransformersSampler(pair.second, tokenizer)
         self._sentences = TransformersSampler(pair.second, tokenizer, batch=settings.batch, stops=sorted(self._stops))
 
@@ -101,7 +103,7 @@ class Labeller:
             problem: The problem.
         """
         tokenizer, top = self._pair.tokenizer, self._settings.top
-        prompt = prompt_tokens(tokenizer, problem.question)
+        prompt = self._prompt(problem)
         made = self._responses.sample([prompt], 1, self._settings.study.max_tokens, 0.0)
         row = Rollouts(
             made.tokens,
@@ -126,7 +128,7 @@ class Labeller:
             "task": problem.task,
             "prompt": problem.question,
             "completion": completion,
-            "reward": problem.reward(completion),
+            "reward": Judging()([problem], [completion])[0],
             "finished": finished,
             "prompt_tokens": prompt,
             "tokens": response,

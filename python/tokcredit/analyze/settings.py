@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from tokcredit.train.settings import ChatSettings
+
 
 @dataclass(frozen=True)
 class StudySettings:
@@ -23,6 +25,8 @@ class StudySettings:
     """Largest number of problems."""
     max_tokens: int = 0
     """Largest number of tokens of a response. 0 takes that of the recipe."""
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    """How the chat template turns a question into a prompt, as in training."""
     precision: Literal["auto", "no", "bf16"] = "auto"
     """Precision of both models: bf16, no (float32), or auto for that of the recipe."""
     seed: int = 0

@@ -15,8 +15,9 @@ from rich.table import Table
 from tokcredit.analyze.crossing import Crossed, Rule, cross
 from tokcredit.analyze.settings import Shift
 from tokcredit.analyze.study import Study, load_pair, report, resolved
-from tokcredit.train.rollout_collection import prompt_tokens
-from tokcredit.train.tasks import Problem
+from tokcredit.train.judging import Judging
+from tokcredit.train.problems import Problem
+from tokcredit.train.prompts import Prompts
 
 _NAMES = ("base", "tuned")
 _SCHEMA = pa.schema(
@@ -72,10 +73,10 @@ def shift(settings: Shift) -> dict[str, Any]:
     settings = dataclasses.replace(settings, study=resolved(settings.study, "shift", settings.base, settings.tuned))
     study = Study(settings)
     pair = load_pair(("base", settings.base), ("tuned", settings.tuned), settings.study.precision)
-    every_rule = rules(settings)
+    every_rule, prompts = rules(settings), Prompts(pair.tokenizer, settings.study.chat)
 
     def make(number: int, problem: Problem) -> pa.Table:
-        prompt = prompt_tokens(pair.tokenizer, problem.question)
+        prompt = prompts(problem)
         seed = np.random.SeedSequence([settings.study.seed, number]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
         made = cross(
@@ -130,7 +131,7 @@ def _table(
         "threshold": [rule.threshold for rule in of_row],
         "cap": [rule.cap for rule in of_row],
         "completion": responses,
-        "reward": [problem.reward(response) for response in responses],
+        "reward": Judging()([problem] * rows, responses),
         "finished": made.finished.tolist(),
         "prompt_tokens": [prompt] * rows,
         **{name: cut(getattr(made, name)) for name in ("tokens", "js", "swapped", "changed", "ranks")},

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tokcredit.analyze.settings import StudySettings
 from tokcredit.train import models, tasks
+from tokcredit.train.problems import Problem
 from tokcredit.train.record import claim, write, write_figure, write_table
 from tokcredit.train.sampler import end_tokens
 
@@ -118,7 +119,7 @@ class Study:
         chosen |= {"analysis": type(settings).__name__, **chosen.pop("study")}
         claim(self.folder, chosen, chosen.pop("resume"), free=("output",))
 
-    def tables(self, make: Callable[[int, tasks.Problem], pa.Table]) -> pa.Table:
+    def tables(self, make: Callable[[int, Problem], pa.Table]) -> pa.Table:
         """Return the tables of all problems, one after another.
 
         Args:

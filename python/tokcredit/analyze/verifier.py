@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tokcredit.train import models
-from tokcredit.train.rollout_collection import prompt_tokens
+from tokcredit.train.prompts import Prompts
 from tokcredit.train.sampler import TransformersSampler
 
 _QUESTION = """Two continuations of the same text begin with different tokens, marked by << >>.
@@ -25,6 +25,8 @@ Continuation B:
 Does the difference change the meaning, the reasoning or the result? Different wording of the same thought does not \
 count. Answer with one digit: 1 if it does, 0 if it does not."""
 _ANSWER_TOKENS = 128
+_NUMBER = re.compile(r"(?P<number>[-\u2212]?\d+(?:[.,]\d+)*)")
+_AFTER_OUTPUT = re.compile(rf"\boutput\b.*?{_NUMBER.pattern}", re.I | re.S)
 
 
 class Case(NamedTuple):
@@ -82,11 +84,12 @@ def judge(model: str, device: Any, dtype: Any, batch: int) -> Verifier:
     """
     network, tokenizer = models.load(model)
     sampler = TransformersSampler(network.to(device, dtype), tokenizer, batch=batch)
+    prompt = Prompts(tokenizer)
 
     def verify(cases: Sequence[Case]) -> list[int]:
         if not cases:
             return []
-        questions = [prompt_tokens(tokenizer, _QUESTION.format(**case._asdict())) for case in cases]
+        questions = [prompt(_QUESTION.format(**case._asdict())) for case in cases]
         made = sampler.sample(questions, 1, _ANSWER_TOKENS, 0.0)
         answers = made.tokens.split(made.cu_seqlens.diff().tolist())
         return [verdict(answer) for answer in tokenizer.batch_decode(answers, skip_special_tokens=True)]
@@ -95,10 +98,13 @@ def judge(model: str, device: Any, dtype: Any, batch: int) -> Verifier:
 
 
 def verdict(answer: str) -> int:
-    """Return the 0 or 1 that an answer ends with, else the first one that stands alone in it, else -1.
+    """Return the first number after the word ``output`` in an answer, else its first number; -1 unless it is 0 or 1.
 
     Args:
         answer: Answer of the language model.
+
+    References:
+        arXiv 2505.21600, the released code.
     """
-    found = re.search(r"(?<!\d)([01])\W*$", answer) or re.search(r"(?<!\d)([01])(?!\d)", answer)
-    return int(found[1]) if found else -1
+    found = _AFTER_OUTPUT.search(answer) or _NUMBER.search(answer)
+    return int(found["number"]) if found and found["number"] in ("0", "1") else -1

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokcredit.train.settings import (
+    ChatSettings,
     ObjectiveSettings,
     OptimizerSettings,
     ProbeSettings,
@@ -22,6 +23,7 @@ from tokcredit.train.settings import (
 )
 
 __all__ = [
+    "ChatSettings",
     "ObjectiveSettings",
     "OptimizerSettings",
     "ProbeSettings",

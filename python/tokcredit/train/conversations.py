@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import torch
 
 from tokcredit.rewards import matching
+from tokcredit.rewards.answers import tagged
 from tokcredit.rewards.matching import Similarities
 from tokcredit.rollouts import Rollouts
 from tokcredit.train import tools
+from tokcredit.train.problems import Problem
 from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext
 from tokcredit.train.scoring import left_padded
-from tokcredit.train.tasks import Problem, tagged
 
 
 @dataclass
@@ -82,19 +83,20 @@ class Conversations(RolloutCollector):
         edges = torch.tensor([0, *(len(c.tokens) for c in made)], device=device).cumsum(0)
         tokens = torch.tensor([t for c in made for t in c.tokens], device=device)
         texts = context.texts(tokens, edges)
-        rewards = torch.tensor([c.problem.reward(text) for c, text in zip(made, texts, strict=True)], device=device)
+        rewards = torch.tensor(context.rewards([c.problem for c in made], texts), device=device)
         batch = Rollouts(
             tokens,
             edges,
             group_ids=torch.tensor(groups, device=device).repeat_interleave(s.group),
-            rewards=rewards,
+            rewards=rewards.nan_to_num(),
             response_mask=torch.tensor([x for c in made for x in c.mask], device=device),
             rollout_log_probs=torch.tensor([x for c in made for x in c.log_probs], device=device),
             extras={"prompt_tokens": left_padded([c.prompt for c in made], -1, device)[0]},
         )
         batch = batch.with_inputs(turn_rewards=matching.turn_rewards(batch, [c.rewards(self._rule) for c in made]))
         finished = torch.tensor([c.finished for c in made])
-        return RolloutCollection([c.problem for c in made], texts, batch, rewards, batch.group_ids, finished)
+        problems, dropped = [c.problem for c in made], rewards.isnan()
+        return RolloutCollection(problems, texts, batch, rewards, batch.group_ids, finished, dropped)
 
     def attempt(self, problems: Sequence[Problem]) -> list[float]:
         """Return the reward of one greedy conversation about each problem.
@@ -104,11 +106,11 @@ class Conversations(RolloutCollector):
         """
         made = self._converse(problems, 1, 0.0)
         texts = self._context.tokenizer.batch_decode([c.tokens for c in made], skip_special_tokens=True)
-        return [c.problem.reward(text) for c, text in zip(made, texts, strict=True)]
+        return self._context.rewards(problems, texts)
 
     def _converse(self, problems: Sequence[Problem], count: int, temperature: float) -> list[_Conversation]:
         context = self._context
-        prompts = [context.prompt(self._question(p)) for p in problems]
+        prompts = [context.prompt(self._introduced(p)) for p in problems]
         pairs = zip(problems, prompts, strict=True)
         everything = [_Conversation(problem, prompt) for problem, prompt in pairs for _ in range(count)]
         going = everything
@@ -136,7 +138,7 @@ class Conversations(RolloutCollector):
                 break
         return everything
 
-    def _question(self, problem: Problem) -> str:
+    def _introduced(self, problem: Problem) -> Problem:
         if self._context.tokenizer.chat_template is None:
-            return problem.question
-        return f"{tools.INTRODUCTION}\n{problem.question}"
+            return problem
+        return problem._replace(question=f"{tools.INTRODUCTION}\n{problem.question}")

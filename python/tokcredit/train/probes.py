@@ -10,9 +10,9 @@ from torch import Tensor
 from tokcredit.blocks import segment
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import credit
+from tokcredit.train.problems import Problem
 from tokcredit.train.rollout_collection import SamplingContext
 from tokcredit.train.scoring import left_padded
-from tokcredit.train.tasks import Problem
 
 _END_OF_THOUGHT = "</think>"
 
@@ -68,17 +68,19 @@ class Prober:
             states.setdefault((*rows.prompt_of(t), *rows.before(t)), []).append(t)
         made = context.complete(list(states), count, s.temperature)
         parts = made.tokens.split(made.cu_seqlens.diff().tolist())
-        out = rows.without_values()
-        for i, places in enumerate(states.values()):
-            t = places[0]
+        responses: list[list[int]] = []
+        for i, (t, *_) in enumerate(states.values()):
             before = rows.before(t)
             # A continuation is cut where the whole response would have reached the length limit.
-            responses = [
+            responses += (
                 before + part.tolist()[: s.max_tokens - len(before)] for part in parts[i * count : (i + 1) * count]
-            ]
-            texts = context.tokenizer.batch_decode(responses, skip_special_tokens=True)
-            reward = problems[rows.row_of(t)].reward
-            out[places] = sum(map(reward, texts)) / count
+            )
+        asked = [problems[rows.row_of(places[0])] for places in states.values() for _ in range(count)]
+        texts = context.tokenizer.batch_decode(responses, skip_special_tokens=True) if responses else []
+        rewards = torch.tensor(context.rewards(asked, texts), dtype=torch.float64).view(-1, count)
+        out = rows.without_values()
+        for places, value in zip(states.values(), rewards.nanmean(1).to(out), strict=True):
+            out[places] = value
         return out
 
     def _answers(self, rows: _Rows, ends: list[int], problems: Sequence[Problem]) -> tuple[Tensor, Tensor]:

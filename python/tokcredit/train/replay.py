@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokcredit.rollouts import Rollouts
-from tokcredit.train import tasks
+from tokcredit.train.problems import Problem
 from tokcredit.train.rollout_collection import RolloutCollection, SamplingContext, SingleTurn
 
 _RIGHT = 0.5
@@ -163,11 +163,13 @@ class Replay(SingleTurn):
             outcome_groups=made.outcome_groups[:plain],
             finished=made.finished[:plain],
         )
-        right = (made.outcomes > _RIGHT).view(-1, sampling.group).sum(1).tolist()
+        right, judged = (
+            x.view(-1, sampling.group).sum(1).tolist() for x in (made.outcomes > _RIGHT, ~made.outcomes.isnan())
+        )
         joining = {
             i * sampling.group: self._buffer.draw(_key(p), right[i] == 0, self._settings.replayed, generator)
             for i, (p, generator) in enumerate(zip(chosen, generators, strict=True))
-            if right[i] in (0, sampling.group)
+            if judged[i] and right[i] in (0, judged[i])
         }
         for prompt, response in context.ranks.exchange(list(_new_responses(made))):
             self._buffer.add(prompt, response)
@@ -189,13 +191,12 @@ class Replay(SingleTurn):
         """
         self._buffer.load_state_dict(state)
 
-    def _reflections(self, problem: tasks.Problem, generator: np.random.Generator) -> Iterator[tasks.Problem]:
+    def _reflections(self, problem: Problem, generator: np.random.Generator) -> Iterator[Problem]:
         """Yield the problem with a wrong response to it, if it is hard."""
         mean = self._buffer.mean_reward(_key(problem))
         if mean is not None and mean < self._settings.hard:
             for response in self._buffer.draw(_key(problem), False, 1, generator):
-                parts = (problem.question, *self._texts([response]), self._settings.reflection)
-                yield problem._replace(question="\n\n".join(parts))
+                yield problem.again(self._texts([response])[0], self._settings.reflection)
 
     def _texts(self, responses: Sequence[StoredResponse]) -> list[str]:
         return [self._context.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in responses]
@@ -222,16 +223,20 @@ class Replay(SingleTurn):
                 "replayed": torch.arange(len(same), device=device) >= batch.num_rows,
             },
         )
-        problems = [*made.problems, *(made.problems[row] for row in rows)]
-        return made._replace(problems=problems, responses=[*made.responses, *self._texts(responses)], batch=joined)
+        return made._replace(
+            problems=[*made.problems, *(made.problems[row] for row in rows)],
+            responses=[*made.responses, *self._texts(responses)],
+            batch=joined,
+            dropped=torch.cat([made.dropped, made.dropped.new_zeros(len(rows))]),
+        )
 
 
-def _key(problem: tasks.Problem) -> str:
+def _key(problem: Problem) -> str:
     return f"{problem.task}: {problem.question}"
 
 
 def _new_responses(made: RolloutCollection) -> Iterator[tuple[str, StoredResponse]]:
-    """Return the responses to the plain questions, which come first, with the names of their prompts."""
+    """Return the responses to the plain questions that have a reward, with the names of their prompts."""
     batch, count = made.batch, len(made.outcomes)
     packed = {
         "lengths": batch.end - batch.begin,
@@ -241,4 +246,6 @@ def _new_responses(made: RolloutCollection) -> Iterator[tuple[str, StoredRespons
         "truncated": batch.input("truncated"),
     }
     responses = _unpacked({name: x.cpu() for name, x in packed.items()})
-    return zip(map(_key, made.problems[:count]), responses[:count], strict=True)
+    # The plain questions come first.
+    rows = zip(made.problems[:count], responses[:count], made.dropped.tolist()[:count], strict=True)
+    return ((_key(problem), response) for problem, response, dropped in rows if not dropped)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from tokcredit.rollouts import Rollouts
-from tokcredit.train import tasks
+from tokcredit.train.judging import Judging, RewardError
+from tokcredit.train.problems import Problem, Problems
+from tokcredit.train.prompts import Prompts
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.sampler import Completions, Sampler
 from tokcredit.train.scoring import left_padded
@@ -22,6 +24,7 @@ class RolloutCollection(NamedTuple):
 
     ``outcomes``, ``outcome_groups`` and ``finished`` describe whole responses to the problems of the step; the metrics
     of a step are computed from them. They differ from the rows if rows are parts of responses, or were sampled earlier.
+    An outcome is NaN where the reward function failed and such responses are dropped; see :meth:`judged`.
 
     Attributes:
         problems: Problem of each row.
@@ -30,32 +33,41 @@ class RolloutCollection(NamedTuple):
         outcomes: float ``[M]``, rewards of whole responses.
         outcome_groups: Integers ``[M]``, group of each of these responses.
         finished: bool ``[M]``, whether the model ended each of these responses by itself.
+        dropped: bool ``[R]``, rows to drop because no response that they are part of has a reward.
     """
 
-    problems: list[tasks.Problem]
+    problems: list[Problem]
     responses: list[str]
     batch: Rollouts
     outcomes: Tensor
     outcome_groups: Tensor
     finished: Tensor
+    dropped: Tensor
 
+    def judged(self) -> RolloutCollection:
+        """Return the collection without dropped rows and without responses whose outcome is NaN.
 
-def prompt_tokens(tokenizer: Any, question: str) -> list[int]:
-    """Return the token ids of a question, in the chat template if there is one, up to where the response begins.
-
-    Args:
-        tokenizer: Tokenizer of the model.
-        question: Text of the question.
-    """
-    if tokenizer.chat_template is None:
-        return list(tokenizer(question).input_ids)
-    messages = [{"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+        Raises:
+            RewardError: No row is left.
+        """
+        kept, responses = (~self.dropped).nonzero()[:, 0].tolist(), (~self.outcomes.isnan()).nonzero()[:, 0]
+        if len(kept) == self.batch.num_rows and len(responses) == len(self.outcomes):
+            return self
+        if not kept or not len(responses):
+            raise RewardError("on_reward_error: expected a reward of at least one response of the step, got none")
+        return RolloutCollection(
+            [self.problems[row] for row in kept],
+            [self.responses[row] for row in kept],
+            self.batch.select(kept),
+            self.outcomes[responses],
+            self.outcome_groups[responses],
+            self.finished[responses.to(self.finished.device)],
+            self.dropped[kept],
+        )
 
 
 class SamplingContext:
-    """What every rollout collector needs to sample: problems, prompts, the sampler, and random numbers of the step.
+    """What every rollout collector needs: problems, prompts, the sampler, rewards, and random numbers of the step.
 
     Args:
         settings: Settings of the run.
@@ -65,20 +77,26 @@ class SamplingContext:
         ranks: The processes, which share the problems of a step.
 
     Raises:
-        ValueError: The prompts of a step cannot be shared out evenly.
+        ValueError: The prompts of a step cannot be shared out evenly, or the chat template does not fit the settings.
+
+    Attributes:
+        prompt: Token ids of a problem up to where the response begins.
+        rewards: Rewards of responses to problems.
     """
 
-    def __init__(
-        self, settings: Settings, problems: tasks.Problems, tokenizer: Any, sampler: Sampler, ranks: Ranks
-    ) -> None:
+    def __init__(self, settings: Settings, problems: Problems, tokenizer: Any, sampler: Sampler, ranks: Ranks) -> None:
         if settings.sampling.prompts % ranks.count:
             raise ValueError(
                 f"prompts: expected a multiple of the {ranks.count} processes, got {settings.sampling.prompts}"
             )
         self.settings, self.problems, self.ranks = settings, problems, ranks
         self.tokenizer, self.sampler = tokenizer, sampler
+        self.prompt = Prompts(tokenizer, settings.chat)
+        for problem in (*problems.held_out, *(p for task in problems.train for p in task)):
+            self.prompt.check(problem)
+        self.rewards = Judging(settings.on_reward_error)
 
-    def chosen(self, number: int) -> tuple[list[int], list[tasks.Problem]]:
+    def chosen(self, number: int) -> tuple[list[int], list[Problem]]:
         """Return the problems of a step for this process, with their numbers among those of all processes.
 
         Args:
@@ -103,14 +121,6 @@ class SamplingContext:
         seed = np.random.SeedSequence([self.settings.seed, number, self.ranks.index], spawn_key=purpose)
         mixed = seed.generate_state(1, np.uint64)
         return torch.manual_seed(int(mixed[0]) >> 1)
-
-    def prompt(self, question: str) -> list[int]:
-        """Return the token ids of a question, up to where the response begins.
-
-        Args:
-            question: Text of the question.
-        """
-        return prompt_tokens(self.tokenizer, question)
 
     def complete(
         self,
@@ -145,16 +155,21 @@ class SamplingContext:
         rows = tokens.split(cu_seqlens.diff().tolist())
         return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
-    def evaluate(self, attempt: Callable[[Sequence[tasks.Problem]], list[float]]) -> float:
-        """Return the mean reward on held-out problems, over all processes.
+    def evaluate(self, attempt: Callable[[Sequence[Problem]], list[float]]) -> float:
+        """Return the mean reward on held-out problems, over all processes, without those whose reward is NaN.
 
         Args:
             attempt: Returns the reward of one response to each of some problems.
+
+        Raises:
+            RewardError: All rewards are NaN.
         """
         chosen = self.problems.measured(self.settings.eval_problems)[self.ranks.index :: self.ranks.count]
         self.sampler.sync()
-        rewards = attempt(chosen)
-        total = self.ranks.sum({"reward": torch.tensor(rewards).sum(), "count": torch.tensor(len(rewards))})
+        rewards = torch.tensor(attempt(chosen), dtype=torch.float64)
+        total = self.ranks.sum({"reward": rewards.nansum(), "count": rewards.isnan().logical_not().sum()})
+        if not total["count"]:
+            raise RewardError("on_reward_error: expected a reward of at least one held-out response, got none")
         return total["reward"] / total["count"]
 
 
@@ -176,16 +191,16 @@ class RolloutCollector:
         """
         raise NotImplementedError
 
-    def attempt(self, problems: Sequence[tasks.Problem]) -> list[float]:
+    def attempt(self, problems: Sequence[Problem]) -> list[float]:
         """Return the reward of one greedy response to each problem.
 
         Args:
             problems: The problems.
         """
-        prompts = [self._context.prompt(p.question) for p in problems]
+        prompts = [self._context.prompt(p) for p in problems]
         made = self._context.complete(prompts, 1, 0.0)
         responses = self._context.texts(made.tokens, made.cu_seqlens)
-        return [p.reward(response) for p, response in zip(problems, responses, strict=True)]
+        return self._context.rewards(problems, responses)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after a step, for a checkpoint."""
@@ -211,7 +226,7 @@ class SingleTurn(RolloutCollector):
         """
         return self.responses(number, *self._context.chosen(number))
 
-    def responses(self, number: int, groups: Sequence[int], chosen: Sequence[tasks.Problem]) -> RolloutCollection:
+    def responses(self, number: int, groups: Sequence[int], chosen: Sequence[Problem]) -> RolloutCollection:
         """Return rewarded responses to some problems.
 
         Args:
@@ -220,7 +235,7 @@ class SingleTurn(RolloutCollector):
             chosen: The problems.
         """
         context, count = self._context, self._context.settings.sampling.group
-        prompts = [context.prompt(p.question) for p in chosen]
+        prompts = [context.prompt(p) for p in chosen]
         context.sampler.sync()
         with torch.random.fork_rng():
             context.seeded(number)
@@ -228,16 +243,17 @@ class SingleTurn(RolloutCollector):
         responses = context.texts(made.tokens, made.cu_seqlens)
         problems = [p for p in chosen for _ in range(count)]
         device = made.tokens.device
-        rewards = torch.tensor([p.reward(r) for p, r in zip(problems, responses, strict=True)], device=device)
+        rewards = torch.tensor(context.rewards(problems, responses), device=device)
         batch = Rollouts(
             made.tokens,
             made.cu_seqlens,
             group_ids=torch.tensor(groups, device=device).repeat_interleave(count),
-            rewards=rewards,
+            rewards=rewards.nan_to_num(),
             rollout_log_probs=made.log_probs,
             extras={
                 "prompt_tokens": left_padded(prompts, -1, device)[0].repeat_interleave(count, 0),
                 "truncated": ~made.finished,
             },
         )
-        return RolloutCollection(problems, responses, batch, rewards, batch.group_ids, made.finished)
+        dropped = rewards.isnan()
+        return RolloutCollection(problems, responses, batch, rewards, batch.group_ids, made.finished, dropped)

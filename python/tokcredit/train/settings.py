@@ -119,6 +119,35 @@ class ReplaySettings:
 
 
 @dataclass(frozen=True)
+class ChatSettings:
+    """How a chat template turns a question into a prompt, for models that have one."""
+
+    system_prompt: str | None = None
+    """System message before every question."""
+    chat_template_args: tuple[str, ...] = ()
+    """Arguments of the chat template, name=value, for example enable_thinking=false."""
+
+    def __post_init__(self) -> None:
+        self.arguments()
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the chat template by name.
+
+        Raises:
+            ValueError: A text has another form, a name comes twice, or the name is one that the trainer sets.
+        """
+        pairs = [setting(text, "chat_template_args") for text in self.chat_template_args]
+        names = [name for name, _ in pairs]
+        if wrong := [name for name in names if name in _TEMPLATE_NAMES or names.count(name) > 1]:
+            expected = f"different names other than {', '.join(_TEMPLATE_NAMES)}"
+            raise ValueError(f"chat_template_args: expected {expected}, got {', '.join(wrong)}")
+        return dict(pairs)
+
+
+_TEMPLATE_NAMES = ("messages", "conversation", "chat_template", "add_generation_prompt", "tokenize")
+
+
+@dataclass(frozen=True)
 class ToolSettings:
     """How the model and its tools take turns, in tasks that have tools."""
 
@@ -162,16 +191,21 @@ class Settings:
     probes: ProbeSettings = field(default_factory=ProbeSettings)
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     tools: ToolSettings = field(default_factory=ToolSettings)
+    chat: ChatSettings = field(default_factory=ChatSettings)
     model: str = "smollm2"
     """Model to train: "smollm2", "tiny", "tiny_tools", or a folder or hub name of a causal language model."""
     tasks: tuple[str, ...] = ()
     """Tasks, in equal parts: a reasoning_gym data set with its configuration, for example "products(max_digits=1)";
-    "jsonl('file.jsonl')" with lines {"prompt", "answer"}; "choices('file.jsonl')" with letters as answers;
+    "jsonl('file.jsonl')" with lines {"prompt", "answer"}, where the prompt is a text or the messages of a chat;
+    "choices('file.jsonl')" with letters as answers;
     "addition(digits=2)"; "calculator(operations=2)", which has a tool. The default suits the model."""
     teacher: str | None = None
     """Teacher of a distilling method, with the same tokens; given like model."""
     reward: str | None = None
     """Reward function in place of the task's own: "package.module:function" of (prompt, response, answer) -> float."""
+    on_reward_error: Literal["stop", "zero", "drop"] = "stop"
+    """What happens to a response for which a reward function raises an error or returns no finite number: stop ends the
+    run with the traceback, zero makes the reward 0, drop leaves the response out of its group, so it trains nothing."""
     held_out: float = 0.2
     """Share of the problems that is kept from training and measured."""
     steps: int = 0

@@ -1,115 +1,31 @@
-"""Tasks with verifiable answers: reasoning_gym data sets, JSONL files, column addition, and chains for a calculator."""
+"""Sources of problems: reasoning_gym data sets, JSONL files, column addition, and chains for a calculator."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import json
+import math
 import random
-import re
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokcredit.expression import Call, parse
-from tokcredit.rewards import matching
+from tokcredit.expression import Call, call_with, parse
+from tokcredit.rewards import answers, matching
+from tokcredit.rewards.bounded import BoundedCalls
 from tokcredit.train import tools
+from tokcredit.train.judging import BoundedReward
+from tokcredit.train.problems import Message, Problem, Problems, split
 
-_NUMBER = re.compile(r"(?<![\w)])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
-_TAG = re.compile(r"<answer>(.*?)</answer>", re.S)
-_OPTION = re.compile(r"\b[A-Z]\b")
-_LAST_OPTIONS = re.compile(r"(?:\b[A-Z]\b[\s,;&]*(?:and\s+)?)+[.!)]*\s*$")
-_CORRECT = 0.99
+_REWARDS = Path(answers.__file__).parent
 
 
-class Problem(NamedTuple):
-    """A question with its answer.
-
-    Attributes:
-        task: Name of the task.
-        question: Text of the question.
-        answer: Text of the answer.
-        reward: Function from a response to its reward.
-        calls: Expected tool calls, or None for a task without tools.
-    """
-
-    task: str
-    question: str
-    answer: str
-    reward: Callable[[str], float]
-    calls: tuple[matching.Call, ...] | None = None
-
-
-class Problems(NamedTuple):
-    """The problems of a run.
-
-    Attributes:
-        train: Training problems of each task.
-        held_out: Problems that are kept from training.
-    """
-
-    train: list[list[Problem]]
-    held_out: list[Problem]
-
-    def step(self, step: int, count: int, seed: int) -> list[Problem]:
-        """Return the problems of a step. Tasks alternate, and each gives all its problems in random order, then again.
-
-        Args:
-            step: Number of the step, from 0.
-            count: Number of problems.
-            seed: Seed of the order.
-        """
-        return [self._nth(step * count + i, seed) for i in range(count)]
-
-    def measured(self, count: int) -> list[Problem]:
-        """Return held-out problems, evenly spaced.
-
-        Args:
-            count: Largest number of problems.
-        """
-        count = min(len(self.held_out), count)
-        return [self.held_out[i * len(self.held_out) // count] for i in range(count)]
-
-    def _nth(self, n: int, seed: int) -> Problem:
-        task, n = n % len(self.train), n // len(self.train)
-        problems = self.train[task]
-        turn, at = divmod(n, len(problems))
-        return problems[_order(len(problems), f"{seed}-{task}-{turn}")[at]]
-
-
-@functools.lru_cache(maxsize=64)
-def _order(size: int, seed: str) -> list[int]:
-    return random.Random(seed).sample(range(size), size)
-
-
-def tagged(response: str) -> str | None:
-    """Return the content of the last ``<answer>`` of a response, or None without one.
-
-    Args:
-        response: Text of the response.
-    """
-    tags = _TAG.findall(response)
-    return str(tags[-1]).strip() if tags else None
-
-
-def final_answer(response: str, numeric: bool) -> str | None:
-    """Return the final answer of a response: its last ``<answer>``, else its last number, or the whole response.
-
-    Args:
-        response: Text of the response.
-        numeric: Whether the answer is a number. Without ``<answer>`` the result is then the last number, or None.
-    """
-    if (answer := tagged(response)) is not None:
-        return answer
-    if not numeric:
-        return response.strip()
-    numbers = _NUMBER.findall(response)
-    return numbers[-1].replace(",", "") if numbers else None
-
-
-def _is_number(text: str) -> bool:
-    return _NUMBER.fullmatch(text.strip()) is not None
+@functools.cache
+def _bounded(file: str) -> BoundedCalls:
+    """Return the calls of the function ``reward`` of a file, which all tasks of this process share."""
+    return BoundedCalls(_REWARDS / file, "reward")
 
 
 def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
@@ -117,72 +33,115 @@ def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
     from reasoning_gym.factory import DATASETS
 
     if call.name not in DATASETS:
-        raise ValueError(
-            f"tasks: expected jsonl, choices, addition, calculator or a reasoning_gym data set, got {call.name!r}"
-        )
+        raise ValueError(f"tasks: expected {', '.join(_TASKS)} or a reasoning_gym data set, got {call.name!r}")
     if call.positional:
         raise ValueError(f"tasks: expected {call.name}(key=value, ...), got positional arguments")
+    configuration = {"size": 2000, "seed": seed, **call.named}
     try:
-        data = reasoning_gym.create_dataset(call.name, **{"size": 2000, "seed": seed, **call.named})
+        data = reasoning_gym.create_dataset(call.name, **configuration)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"tasks: {call.name}: {error}") from None
+    scored = functools.partial(BoundedReward, _bounded("gym_scores.py"))
 
-    def reward(entry: dict[str, Any], response: str) -> float:
-        answer = final_answer(response, _is_number(str(entry["answer"])))
-        return float(data.score_answer(answer, entry) >= _CORRECT)
+    def problem(entry: dict[str, Any]) -> Problem:
+        answer = str(entry["answer"])
+        said = _judged_number if answers.is_number(answer) else answers.judged
+        return Problem(call.name, entry["question"], answer, scored((call.name, configuration, entry), said))
 
-    return [
-        Problem(call.name, entry["question"], str(entry["answer"]), functools.partial(reward, entry)) for entry in data
-    ]
+    return [problem(entry) for entry in data]
 
 
-def _lines(path: str) -> list[tuple[str, str]]:
-    """Return the prompt and the answer of each line of a JSONL file."""
-    pairs = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            pairs.append((str(record["prompt"]), str(record["answer"])))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"tasks: {path}:{number}: expected {{'prompt', 'answer'}}, got {error!r}") from None
-    return pairs
+def _judged_number(response: str) -> str | None:
+    return answers.last_number(answers.judged(response))
+
+
+class _Line(NamedTuple):
+    """A line of a JSONL file: where it is, and its question and answer."""
+
+    place: str
+    question: str
+    answer: str
+    messages: tuple[Message, ...]
+
+    def problem(self, path: str, reward: Callable[[str], Any]) -> Problem:
+        return Problem(Path(path).stem, self.question, self.answer, reward, None, self.messages)
+
+
+def _lines(path: str) -> Iterator[_Line]:
+    """Yield the prompt and the answer of each line of a JSONL file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"tasks: expected a JSONL file in UTF-8, got {path!r}: {error}") from None
+    # Only a line feed ends a line of JSON. str.splitlines also splits at U+2028 and others, which a string may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _line(f"{path}:{number}", line)
+
+
+def _line(place: str, line: str) -> _Line:
+    def expected(what: str, got: Any) -> ValueError:
+        return ValueError(f"tasks: {place}: expected {what}, got {got}")
+
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise expected("a JSON object {'prompt', 'answer'}", repr(error)) from None
+    if not isinstance(record, dict) or not {"prompt", "answer"} <= record.keys():
+        raise expected("a JSON object {'prompt', 'answer'}", f"{line[:100]!r}")
+    prompt, answer = record["prompt"], record["answer"]
+    is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
+    if not (is_number or (isinstance(answer, str) and answer.strip())):
+        raise expected("an answer that is a text or a number", repr(answer))
+    if isinstance(prompt, str) and prompt.strip():
+        return _Line(place, prompt, str(answer), ())
+    messages = _messages(prompt)
+    if messages is None:
+        what = "a prompt that is a text, or messages [{'role', 'content'}, ...] of texts that do not end with assistant"
+        raise expected(what, f"{str(prompt)[:100]!r}")
+    question = messages[0].content if len(messages) == 1 else "\n\n".join(f"{m.role}: {m.content}" for m in messages)
+    return _Line(place, question, str(answer), messages)
+
+
+def _messages(prompt: Any) -> tuple[Message, ...] | None:
+    """Return the messages of a chat, or None if it is none."""
+    if not isinstance(prompt, list) or not prompt:
+        return None
+    messages = []
+    for message in prompt:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            return None
+        content = message["content"]
+        if isinstance(content, list):  # parts, as of multimodal chats
+            texts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in content]
+            content = "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
+        if not isinstance(message["role"], str) or not isinstance(content, str):
+            return None
+        messages.append(Message(message["role"], content))
+    return None if messages[-1].role == "assistant" else tuple(messages)
 
 
 def _jsonl(path: str) -> list[Problem]:
     """Return the problems of a JSONL file, whose answers are compared as mathematics: 1/2 equals 0.5."""
-    from math_verify import parse as parse_math
-    from math_verify import verify
-
-    def reward(gold: Any, response: str) -> float:
-        tag = tagged(response)
-        answer = parse_math(response if tag is None else tag, parsing_timeout=None)
-        return float(verify(gold, answer, timeout_seconds=None))
-
-    return [
-        Problem(
-            Path(path).stem,
-            question,
-            answer,
-            functools.partial(reward, parse_math(f"${answer}$", parsing_timeout=None)),
-        )
-        for question, answer in _lines(path)
-    ]
+    if find_spec("math_verify") is None:
+        raise ImportError('tasks: jsonl needs math-verify: pip install "tokcredit[train]"')
+    calls = _bounded("mathematics.py")
+    return [line.problem(path, BoundedReward(calls, (line.answer,), answers.judged)) for line in _lines(path)]
 
 
 def _choices(path: str) -> list[Problem]:
     """Return the problems of a JSONL file with capital letters as answers; see :func:`matching.options`."""
 
     def reward(true: frozenset[str], response: str) -> float:
-        tags = _TAG.findall(response)
-        last = _LAST_OPTIONS.search(tags[-1] if tags else response)
-        return matching.options(set(_OPTION.findall(last.group())) if last else set(), true)
+        return matching.options(answers.last_options(answers.judged(response)), true)
 
-    return [
-        Problem(Path(path).stem, question, answer, functools.partial(reward, frozenset(_OPTION.findall(answer))))
-        for question, answer in _lines(path)
-    ]
+    def problem(line: _Line) -> Problem:
+        true = answers.last_options(line.answer)
+        if not true:
+            raise ValueError(f"tasks: {line.place}: expected an answer of capital letters, got {line.answer!r}")
+        return line.problem(path, functools.partial(reward, true))
+
+    return [problem(line) for line in _lines(path)]
 
 
 def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]:
@@ -190,7 +149,7 @@ def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]
     generator = random.Random(seed)
 
     def reward(answer: str, response: str) -> float:
-        return float(final_answer(response, numeric=True) == answer)
+        return float(_judged_number(response) == answer)
 
     problems = []
     for _ in range(size):
@@ -205,7 +164,7 @@ def _calculator(operations: int = 2, digits: int = 1, size: int = 2000, seed: in
     generator = random.Random(seed)
 
     def reward(answer: str, response: str) -> float:
-        return float(tagged(response) == answer)
+        return float(answers.tagged(response) == answer)
 
     problems = []
     for _ in range(size):
@@ -214,39 +173,42 @@ def _calculator(operations: int = 2, digits: int = 1, size: int = 2000, seed: in
     return problems
 
 
+_TASKS: dict[str, Callable[..., list[Problem]]] = {
+    "jsonl": _jsonl,
+    "choices": _choices,
+    "addition": _addition,
+    "calculator": _calculator,
+}
+
+
 def _problems(text: str, seed: int) -> list[Problem]:
     call = parse(text, "tasks")
-    if call.name == "jsonl":
-        return _jsonl(*call.positional, **call.named)
-    if call.name == "choices":
-        return _choices(*call.positional, **call.named)
-    if call.name == "addition":
-        return _addition(*call.positional, **{"seed": seed, **call.named})
-    if call.name == "calculator":
-        return _calculator(*call.positional, **{"seed": seed, **call.named})
-    return _reasoning_gym(call, seed)
+    if call.name not in _TASKS:
+        return _reasoning_gym(call, seed)
+    seeded = {"seed": seed, **call.named} if call.name in ("addition", "calculator") else call.named
+    return list(call_with(_TASKS, call._replace(named=seeded), "tasks"))
 
 
-def imported_reward(path: str) -> Callable[[str, str, str], float]:
+def imported_reward(path: str) -> Callable[[str, str, str], Any]:
     """Return a reward function of (prompt, response, answer).
 
     Args:
         path: ``package.module:function``.
 
     Raises:
-        ValueError: The path has no colon.
+        ValueError: The path has no colon, or names no function.
     """
     module, separator, name = path.partition(":")
     if not separator:
         raise ValueError(f"reward: expected package.module:function, got {path!r}")
-    return getattr(importlib.import_module(module), name)
+    function = getattr(importlib.import_module(module), name, None)
+    if not callable(function):
+        raise ValueError(f"reward: expected a function in {module}, got {name!r}")
+    return function
 
 
 def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed: int = 0) -> Problems:
-    """Return the distinct problems of some tasks, split into training and held-out problems.
-
-    Problems with the same numbers, in any order and of any task, are on the same side: ``3 + 4`` is not measured after
-    ``4 + 3`` or ``3 * 4`` was trained. Questions without numbers are split by their text.
+    """Return the distinct problems of some tasks, split into training and held-out problems by :func:`split`.
 
     Args:
         tasks: Tasks with their settings, as in :class:`~tokcredit.train.settings.Settings`.
@@ -257,25 +219,20 @@ def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed:
     Raises:
         ValueError: A task is unknown, a file is malformed, or one side has no problems.
     """
+    function = None if reward is None else imported_reward(reward)
     train, measured = [], []
     for text in tasks:
         distinct = {p.question: p for p in _problems(text, seed)}
-        if reward is not None:
-            function = imported_reward(reward)
+        if function is not None:
             for question, p in distinct.items():
                 distinct[question] = p._replace(reward=functools.partial(_swapped, function, question, p.answer))
-        kept = {question for question in distinct if _share(question) < held_out}
-        train.append([p for question, p in distinct.items() if question not in kept])
-        measured += [distinct[question] for question in distinct if question in kept]
+        own, kept = split(list(distinct.values()), held_out)
+        train.append(own)
+        measured += kept
     if not tasks or not all(train) or not measured:
         raise ValueError(f"held_out: expected a share that leaves problems on both sides, got {held_out} of {tasks}")
     return Problems(train, measured)
 
 
-def _swapped(function: Callable[[str, str, str], float], question: str, answer: str, response: str) -> float:
-    return float(function(question, response, answer))
-
-
-def _share(question: str) -> float:
-    numbers = sorted(re.findall(r"\d+", question))
-    return zlib.crc32((" ".join(numbers) if numbers else question).encode()) / 2**32
+def _swapped(function: Callable[[str, str, str], Any], question: str, answer: str, response: str) -> Any:
+    return function(question, response, answer)

@@ -165,7 +165,7 @@ class Trainer:
         """
         clock = Clock()
         with clock("sample"):
-            collection = self.rollout_collector.collect(number)
+            collection = self.rollout_collector.collect(number).judged()
         with clock("train"):
             batch = self._with_inputs(collection, number)
             update = self.learner.update(batch, number, clock)
@@ -173,7 +173,8 @@ class Trainer:
             everything, _ = self.ranks.gather(batch, frozenset({"entropies"}))
             self.adaptive.statistics = self.deviation.statistics(everything)
         metrics = update.metrics | self.ranks.mean(self._measured(collection, update))
-        metrics |= self.ranks.sum({"tokens": batch.lengths.sum()})
+        failures = torch.tensor(self.context.rewards.failures())
+        metrics |= self.ranks.sum({"tokens": batch.lengths.sum(), "reward_failures": failures})
         self.learner.observe(metrics)
         if self.lengths:
             metrics["length_loss"] = self.lengths.update(batch, ~batch.input("truncated"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,18 @@ class _Edge(NamedTuple):
     log_probs: list[float]
     leaf: bool
     finished: bool
+
+
+def _rewards_of_edges(edges: list[_Edge], of_leaves: dict[int, float]) -> list[float]:
+    """Return the reward of each leaf, 0 for the edges above a leaf that has a reward, and NaN for other edges."""
+    reward = [math.nan] * len(edges)
+    # Edges come after the edge above them.
+    for edge in reversed(edges):
+        if edge.leaf:
+            reward[edge.node] = of_leaves[edge.node]
+        if edge.parent >= 0 and not math.isnan(reward[edge.node]):
+            reward[edge.parent] = 0.0
+    return reward
 
 
 class Trees(RolloutCollector):
@@ -56,21 +69,23 @@ class Trees(RolloutCollector):
         """
         context = self._context
         groups, chosen = context.chosen(number)
-        prompts = [context.prompt(p.question) for p in chosen]
+        prompts = [context.prompt(p) for p in chosen]
         context.sampler.sync()
         with torch.random.fork_rng():
             context.seeded(number)
             edges = self._grow(prompts)
         leaves = [e for e in edges if e.leaf]
         texts = context.tokenizer.batch_decode([e.path + e.own for e in leaves], skip_special_tokens=True)
-        reward = {e.node: chosen[e.prompt].reward(text) for e, text in zip(leaves, texts, strict=True)}
+        of_leaves = context.rewards([chosen[e.prompt] for e in leaves], texts)
+        reward = dict(zip((e.node for e in leaves), of_leaves, strict=True))
         lengths = torch.tensor([len(e.path) + len(e.own) for e in edges])
         device = context.sampler.device
+        rewards = torch.tensor(_rewards_of_edges(edges, reward), device=device)
         batch = Rollouts(
             torch.tensor([t for e in edges for t in e.path + e.own], device=device),
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device),
             group_ids=torch.tensor([groups[e.prompt] for e in edges], device=device),
-            rewards=torch.tensor([reward.get(e.node, 0.0) for e in edges], device=device),
+            rewards=rewards.nan_to_num(),
             response_mask=torch.tensor([x for e in edges for x in [False] * len(e.path) + [True] * len(e.own)]).to(
                 device
             ),
@@ -90,6 +105,7 @@ class Trees(RolloutCollector):
             torch.tensor([reward[e.node] for e in leaves]),
             torch.tensor([groups[e.prompt] for e in leaves]),
             torch.tensor([e.finished for e in leaves]),
+            rewards.isnan(),
         )
 
     def _grow(self, prompts: list[list[int]]) -> list[_Edge]:

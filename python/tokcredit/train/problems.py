@@ -1,0 +1,123 @@
+"""Problems: questions with answers and rewards, and which of them a step trains on."""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from tokcredit.rewards import matching
+
+
+class Message(NamedTuple):
+    """A message of a chat.
+
+    Attributes:
+        role: Who says it: ``system``, ``user``, ``assistant``, ...
+        content: Its text.
+    """
+
+    role: str
+    content: str
+
+
+class Problem(NamedTuple):
+    """A question with its answer.
+
+    Attributes:
+        task: Name of the task.
+        question: Text of the question.
+        answer: Text of the answer.
+        reward: Function from a response to its reward.
+        calls: Expected tool calls, or None for a task without tools.
+        messages: Messages of a chat that ask the question, or empty if the question is one message of the user.
+    """
+
+    task: str
+    question: str
+    answer: str
+    reward: Callable[[str], Any]
+    calls: tuple[matching.Call, ...] | None = None
+    messages: tuple[Message, ...] = ()
+
+    def again(self, response: str, request: str) -> Problem:
+        """Return the problem asked once more, after a response to it.
+
+        Args:
+            response: Text of the response.
+            request: What follows the response.
+        """
+        more = (Message("assistant", response), Message("user", request)) if self.messages else ()
+        question = "\n\n".join((self.question, response, request))
+        return self._replace(question=question, messages=(*self.messages, *more))
+
+
+class Problems(NamedTuple):
+    """The problems of a run.
+
+    Attributes:
+        train: Training problems of each task.
+        held_out: Problems that are kept from training.
+    """
+
+    train: list[list[Problem]]
+    held_out: list[Problem]
+
+    def step(self, step: int, count: int, seed: int) -> list[Problem]:
+        """Return the problems of a step. Tasks alternate, and each gives all its problems in random order, then again.
+
+        Args:
+            step: Number of the step, from 0.
+            count: Number of problems.
+            seed: Seed of the order.
+        """
+        return [self._nth(step * count + i, seed) for i in range(count)]
+
+    def measured(self, count: int) -> list[Problem]:
+        """Return held-out problems, evenly spaced.
+
+        Args:
+            count: Largest number of problems.
+        """
+        count = min(len(self.held_out), count)
+        return [self.held_out[i * len(self.held_out) // count] for i in range(count)]
+
+    def _nth(self, n: int, seed: int) -> Problem:
+        task, n = n % len(self.train), n // len(self.train)
+        problems = self.train[task]
+        turn, at = divmod(n, len(problems))
+        return problems[_order(len(problems), f"{seed}-{task}-{turn}")[at]]
+
+
+@functools.lru_cache(maxsize=64)
+def _order(size: int, seed: str) -> list[int]:
+    return random.Random(seed).sample(range(size), size)
+
+
+def split(problems: Sequence[Problem], held_out: float) -> tuple[list[Problem], list[Problem]]:
+    """Return training and held-out problems.
+
+    Problems with the same numbers, in any order and of any task, are on the same side: ``3 + 4`` is not measured after
+    ``4 + 3`` or ``3 * 4`` was trained. Questions without numbers are split by their text. So are all questions of a
+    task whose numbers would leave no problem on one side, for example because they all hold the same number.
+
+    Args:
+        problems: Problems of a task.
+        held_out: Share of the sets of numbers, or of the texts, that is kept from training.
+    """
+    sides: tuple[list[Problem], list[Problem]] = ([], [])
+    for key in (_numbers, str):
+        sides = ([], [])
+        for p in problems:
+            sides[zlib.crc32(key(p.question).encode(errors="surrogatepass")) / 2**32 < held_out].append(p)
+        if all(sides):
+            break
+    return sides
+
+
+def _numbers(question: str) -> str:
+    numbers = sorted(re.findall(r"\d+", question))
+    return " ".join(numbers) if numbers else question
