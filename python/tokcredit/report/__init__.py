@@ -88,6 +88,7 @@ def _usual(found: Run, method: Any = None) -> Data:
 
 def _write(data: Data, path: Path) -> Path:
     from tokcredit.report.page import render
+    from tokcredit.train.record import write
 
-    path.write_text(render(data), encoding="utf-8", errors="replace")
+    write(path, render(data))
     return path
