@@ -285,7 +285,7 @@ def test_a_folder_is_not_overwritten(settings):
     run(s)
     with pytest.raises(ValueError, match="output: expected a folder without a run, or --resume"):
         run(s)
-    with pytest.raises(ValueError, match="seed: expected 0 as in the run in .*, or another output, got 1"):
+    with pytest.raises(ValueError, match=r"seed: expected 0 as in the run in .*, or another output, got 1"):
         run(dataclasses.replace(s, resume=True, seed=1))
     longer = run(dataclasses.replace(s, resume=True, steps=2))
     assert longer["steps"] == 2

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tokcredit.analyze.settings import StudySettings
 from tokcredit.train import models, tasks
-from tokcredit.train.folder import check, locked, write_settings
+from tokcredit.train.folder import check, locked, plain, write_settings
 from tokcredit.train.ranks import check_launch
 from tokcredit.train.record import write, write_figure, write_table
 from tokcredit.train.sampler import end_tokens
@@ -114,8 +114,8 @@ class Study:
     def __init__(self, settings: Any, problems: Sequence[tasks.Problem]) -> None:
         study: StudySettings = settings.study
         self.folder, self._problems = study.output or Path(), problems
-        self._settings = {"analysis": type(settings).__name__, **dataclasses.asdict(settings)}
-        check(self.folder, self._settings, study.resume, {"output", "resume"}, _FILES)
+        self._settings = {"analysis": type(settings).__name__, **plain(settings)}
+        check(self.folder, self._settings, study.resume, {"output"}, _FILES)
 
     def tables(self, make: Callable[[int, tasks.Problem], pa.Table]) -> pa.Table:
         """Return the tables of all problems, one after another.

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from tokcredit import __version__
 from tokcredit.report import report
 from tokcredit.train import checkpoint, models
-from tokcredit.train.folder import check, locked, write_settings
+from tokcredit.train.folder import check, locked, plain, write_settings
 from tokcredit.train.ranks import check_launch, on_main
 from tokcredit.train.record import Record, new_folder, read_metrics, write
 from tokcredit.train.settings import Settings
@@ -33,7 +33,7 @@ _FILES = (
     *("metrics.jsonl", "tensorboard", f"rollouts-{_NUMBER}.parquet", "curve.png", "tokenizer"),
     *(f"checkpoint-{_NUMBER}", "model", "report.html", "summary.json"),
 )
-NEUTRAL = frozenset({"output", "resume", "save_every", "micro_batch"})
+NEUTRAL = frozenset({"output", "save_every", "micro_batch"})
 """Settings that change no result."""
 
 
@@ -73,7 +73,7 @@ def check_folder(settings: Settings, free: Collection[str]) -> None:
         ValueError: The folder holds another run, or one with other settings or more steps, or files of someone else.
     """
     folder = settings.output or Path()
-    check(folder, dataclasses.asdict(settings), settings.resume, free, _FILES)
+    check(folder, plain(settings), settings.resume, free, _FILES)
     if (done := checkpoint.last(folder)) > settings.steps:
         raise ValueError(f"steps: expected at least {done}, which the run in {folder} has done, got {settings.steps}")
 
@@ -129,7 +129,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
 def _begin(settings: Settings, trainer: Trainer, done: int) -> Record:
     """Write the settings, from when on the folder has a run, and return the record of its further steps."""
     folder = settings.output or Path()
-    write_settings(folder, dataclasses.asdict(settings))
+    write_settings(folder, plain(settings))
     with new_folder(folder / "tokenizer") as words:
         trainer.tokenizer.save_pretrained(words)
     return Record(folder, done + 1 if done else 0, _header(settings, trainer))
@@ -251,6 +251,7 @@ def _summary(folder: Path) -> dict[str, float]:
         "held_out_after": measured[-1],
         "held_out_best": max(measured),
         "steps": len(steps),
+        "skipped_updates": sum(line.get("skipped_updates", 0) for line in steps),
         "seconds": seconds,
         "tokens_per_second": total("tokens") / seconds,
         "sampling_fraction": total("sample_seconds") / seconds,
@@ -265,6 +266,8 @@ def _print_summary(folder: Path) -> None:
     table.add_row("held-out reward before", f"{summary['held_out_before']:.3f}")
     table.add_row("held-out reward after", f"{summary['held_out_after']:.3f}")
     table.add_row("steps", f"{summary['steps']}")
+    if summary["skipped_updates"]:
+        table.add_row("updates skipped", f"{summary['skipped_updates']:.0f}")
     table.add_row("seconds of training", f"{summary['seconds']:.0f}")
     table.add_row("tokens per second", f"{summary['tokens_per_second']:.0f}")
     table.add_row("time spent sampling", f"{summary['sampling_fraction']:.1%}")

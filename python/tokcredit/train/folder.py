@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -63,6 +64,16 @@ def _release(lock: FileLock, folder: Path, made: bool) -> None:
     lock.release()
 
 
+def plain(settings: Any) -> dict[str, Any]:
+    """Return settings as a folder keeps them: as JSON values by name, without ``resume``, which is no part of a run.
+
+    Args:
+        settings: A dataclass, whose fields may be dataclasses too.
+    """
+    text = json.dumps(dataclasses.asdict(settings), default=str)
+    return json.loads(text, object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k != "resume"})
+
+
 def check(
     folder: Path, settings: Mapping[str, Any], resume: bool, free: Collection[str], files: Collection[str]
 ) -> None:
@@ -70,7 +81,7 @@ def check(
 
     Args:
         folder: Folder of the run.
-        settings: Settings by name; some may be grouped.
+        settings: Settings from :func:`plain`.
         resume: Whether the run in the folder is continued.
         free: Names of settings that may differ from those of the run in the folder.
         files: Patterns of the names that a run writes.
@@ -90,7 +101,7 @@ def check(
     if not resume:
         raise ValueError(f"output: expected a folder without a run, or --resume, got {folder}")
     earlier = _flat(before)
-    for name, value in _flat(_plain(settings)).items():
+    for name, value in _flat(settings).items():
         if name not in free and value != earlier.get(name):
             raise ValueError(
                 f"{name}: expected {earlier.get(name)} as in the run in {folder}, or another output, got {value}"
@@ -112,13 +123,9 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
     Args:
         folder: Folder of the run.
-        settings: Settings by name; some may be grouped.
+        settings: Settings from :func:`plain`.
     """
-    write(folder / "settings.json", json.dumps(_plain(settings), indent=2) + "\n")
-
-
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(settings, default=str))
+    write(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

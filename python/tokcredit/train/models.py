@@ -90,11 +90,17 @@ def load(model: str) -> tuple[Any, Any]:
             folder or hub name for ``from_pretrained``.
 
     Raises:
-        ValueError: The settings of a built-in model are wrong.
+        ValueError: There is no such model, or the settings of a built-in one are wrong.
     """
     source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else model
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval(), tokenizer
+    except (OSError, ValueError) as error:
+        known = ", ".join(_EMBEDDED)
+        raise ValueError(
+            f"model: expected {known}, or a folder or hub name of a causal language model, got {model!r}: {error}"
+        ) from error
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:

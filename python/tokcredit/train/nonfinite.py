@@ -16,7 +16,10 @@ _SHOWN = 5
 def tokens(
     objective: TrainingObjective[Any], part: PreparedBatch, variables: Mapping[str, Tensor]
 ) -> dict[int, list[int]]:
-    """Return the training tokens at which a variable, or the gradient of the loss to it, is not finite.
+    """Return the tokens at which a variable is not finite; in rows without, those at which the gradient is not.
+
+    A variable that is not finite makes the gradients of other tokens so, for example where ratios are cumulative. It
+    does harm at tokens that do not train too, because 0 times infinity is not 0.
 
     Args:
         objective: The objective.
@@ -30,12 +33,17 @@ def tokens(
     first, *others = objective.variables
     loss = objective.loss(part, leaves[first], **{name: leaves[name] for name in others}).loss
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    bad = torch.zeros_like(part.mask)
-    for x in (*leaves.values(), *gradients):
-        if x is not None:
-            bad |= ~x.isfinite()
-    rows = (bad & part.mask).cpu().split((part.batch.end - part.batch.begin).tolist())
-    return {number: row.nonzero()[:, 0].tolist() for number, row in enumerate(rows) if row.any()}
+    lengths = (part.batch.end - part.batch.begin).tolist()
+    found: dict[int, list[int]] = {}
+    for values in (leaves.values(), gradients):
+        bad = torch.zeros_like(part.mask)
+        for x in values:
+            if x is not None:
+                bad |= ~x.isfinite()
+        for row, at in enumerate(bad.cpu().split(lengths)):
+            if at.any():
+                found.setdefault(row, at.nonzero()[:, 0].tolist())
+    return found
 
 
 def described(found: Mapping[int, list[int]]) -> list[str]:
