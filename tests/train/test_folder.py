@@ -342,7 +342,7 @@ def test_launches_that_cut_the_model_are_refused_by_name(settings, monkeypatch, 
     for key, value in PLUGINS[name].items():
         monkeypatch.setenv(key, value)
     # Nothing may be loaded, and accelerate may not even be asked for its state, which would start the plugin.
-    for part in ("train.models.load", "train.tasks.load", "train.folder.PartialState", "analyze.study.PartialState"):
+    for part in ("train.models.load", "train.tasks.load", "train.ranks.PartialState", "train.trainer.Accelerator"):
         monkeypatch.setattr(f"tokcredit.{part}", None)
     s = settings()
     starts = (run, Trainer, lambda s: compare(("grpo",), s), lambda s: analyze.run(shift(s.output)))

@@ -111,7 +111,8 @@ def test_the_run_stops_and_its_checkpoint_is_good(settings, uniform, bad_steps, 
     run(whole)
     bad_steps.add(3)
     with pytest.raises(
-        RuntimeError, match=r"step 3: .* in row 0 at token 0; --on-nonfinite skip leaves such updates out"
+        RuntimeError,
+        match=r"step 3: .* in row 0 at token 0; nothing of this step was saved; --on-nonfinite skip leaves",
     ):
         run(s)
     assert [p.name for p in s.output.glob("checkpoint-*")] == ["checkpoint-000002"]
@@ -161,9 +162,7 @@ def test_only_the_bad_minibatch_is_skipped(settings, uniform, bad_steps):
 def test_too_many_in_a_row_end_the_run(settings, uniform, bad_steps):
     s = settings("grpo", steps=30, save_every=1, optimizer=SKIP, eval_every=100)
     bad_steps.update({1, 2, 4, 5, 6, 7, 8, 9}, range(10, 31))
-    with pytest.raises(
-        RuntimeError, match=r"^step 13: .*; 10 updates in a row were skipped; the last checkpoint is as it"
-    ):
+    with pytest.raises(RuntimeError, match=r"^step 13: .*; 10 updates in a row were skipped$"):
         run(s)
     # The count goes on after a resume.
     with pytest.raises(RuntimeError, match=r"^step 13: .*; 10 updates in a row were skipped"):

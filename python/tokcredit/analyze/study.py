@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -22,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from tokcredit.analyze.settings import StudySettings
 from tokcredit.train import models, tasks
 from tokcredit.train.folder import check, locked, plain, write_settings
-from tokcredit.train.ranks import check_launch
+from tokcredit.train.ranks import check_launch, processes
 from tokcredit.train.record import write, write_figure, write_table
 from tokcredit.train.sampler import end_tokens
 
@@ -61,7 +60,7 @@ def load_pair(first: tuple[str, str], second: tuple[str, str], precision: str = 
     (a, tokenizer_a), (b, tokenizer_b) = (models.load(model) for _, model in (first, second))
     if tokenizer_a.get_vocab() != tokenizer_b.get_vocab():
         raise ValueError(f"{second[0]}: expected the tokens of {first[1]}, got {second[1]}")
-    device, dtype = PartialState().device, torch.bfloat16 if precision == "bf16" else torch.float32
+    device, dtype = processes().device, torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (x.to(device, dtype) for x in (a, b))
     ends = sorted({*end_tokens(a, tokenizer_a), *end_tokens(b, tokenizer_b)})
     vocabulary = min(len(tokenizer_b), a.config.vocab_size, b.config.vocab_size)
@@ -144,7 +143,7 @@ def opened(settings: Any) -> Iterator[Study]:
         RuntimeError: There are several processes.
     """
     check_launch()
-    if (count := PartialState().num_processes) != 1:
+    if (count := processes().num_processes) != 1:
         raise RuntimeError(f"analyze: expected one process, got {count}")
     disable_progress_bar()
     asked: StudySettings = settings.study

@@ -27,9 +27,7 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         work.rename(target)
-        for old in _steps(folder):
-            if old != step:
-                shutil.rmtree(folder / _name(old))
+        _keep_only(folder, step)
     accelerator.wait_for_everyone()
 
 
@@ -52,7 +50,16 @@ def load(accelerator: Accelerator, folder: Path) -> int:
     step = last(folder)
     if step:
         accelerator.load_state(str(folder / _name(step)))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _keep_only(folder, step)  # A process that was killed may have left an earlier one.
     return step
+
+
+def _keep_only(folder: Path, step: int) -> None:
+    for other in _steps(folder):
+        if other != step:
+            shutil.rmtree(folder / _name(other))
 
 
 def _name(step: int) -> str:

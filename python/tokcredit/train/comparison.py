@@ -7,13 +7,12 @@ import statistics
 from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
 from tokcredit.train.experiment import NEUTRAL, check_folder, read_summary, resolved, run
 from tokcredit.train.folder import locked
-from tokcredit.train.ranks import check_launch, on_main
+from tokcredit.train.ranks import check_launch, on_main, processes
 from tokcredit.train.record import draw_curves, read_metrics, write
 from tokcredit.train.settings import Settings
 from tokcredit.train.trainer import checked
@@ -44,15 +43,16 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
     numbers = range(settings.seed, settings.seed + seeds)
     with locked(folder):
         runs = [_one(settings, method, seed, folder) for seed in numbers for method in methods]
-        # What is wrong with one method is an error before the first run, not after it.
         for one in runs:
             on_main(partial(check_folder, one, NEUTRAL))
-        for one in runs[: len(methods)]:
+        missing = [one for one in runs if read_summary(one.output or folder) is None]
+        # What is wrong with one method is an error before the first run, not after it.
+        for one in {one.objective.method: one for one in missing}.values():
             checked(one)
-        for one in runs:
-            if read_summary(one.output or folder) is None and run(one) is None:
+        for one in missing:
+            if run(one) is None:
                 return None
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             _report(folder, methods, numbers)
     return folder
 

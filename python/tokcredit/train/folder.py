@@ -11,10 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from tokcredit.train.ranks import on_main
+from tokcredit.train.ranks import on_main, processes
 from tokcredit.train.record import write
 
 
@@ -36,7 +35,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             _release(lock, folder, made)
 
 

@@ -138,8 +138,7 @@ class Learner:
             return
         advice = f"{_LIMIT} updates in a row were skipped" if skips else "--on-nonfinite skip leaves such updates out"
         raise RuntimeError(
-            f"step {number}: expected a finite loss and gradient, got {what}; {advice}; "
-            "the last checkpoint is as it was, and --resume continues from it"
+            f"step {number}: expected a finite loss and gradient, got {what}; nothing of this step was saved; {advice}"
         )
 
     def observe(self, metrics: Mapping[str, float]) -> None:
@@ -173,7 +172,7 @@ class Learner:
         if not finite and (bad := [name for name, x in self._model.named_parameters() if not x.isfinite().all()]):
             raise RuntimeError(
                 f"step {number}: expected finite weights after the update, got others in {len(bad)} parameters, the "
-                f"first is {bad[0]}; a smaller lr may help; the last checkpoint is as it was"
+                f"first is {bad[0]}; nothing of this step was saved; a smaller lr may help"
             )
 
     def _optimize(
@@ -198,8 +197,9 @@ class Learner:
                     measured.append(metrics)
                 self._ranks.average_gradients(self._model)
                 norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), o.max_grad_norm))
-                loss = sum(metrics["loss"] for metrics in measured)
-                if self._ranks.any(not math.isfinite(norm + loss)):
+                total = torch.tensor([metrics["loss"] for metrics in measured], dtype=torch.float64).sum()
+                loss = self._ranks.mean({"loss": total})["loss"]
+                if not math.isfinite(norm + loss):
                     numbers = np.arange(batch.num_rows) if whole else chosen
                     skipped.append(f"loss {loss:g} and gradient norm {norm:g}{self._sources(part, parts, numbers)}")
                     self._optimizer.zero_grad()

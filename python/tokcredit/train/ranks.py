@@ -40,13 +40,29 @@ def check_launch() -> None:
         )
 
 
+def processes() -> PartialState:
+    """Return accelerate's state of the processes, which is made if it is missing.
+
+    Raises:
+        ValueError: The launcher started several processes, but accelerate found no way to connect them.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    count = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if state.num_processes != count:
+        raise ValueError(
+            f"accelerate: expected {count} connected processes as WORLD_SIZE says, got {state.num_processes}; "
+            "set ACCELERATE_USE_CPU=true for processes without a GPU"
+        )
+    return state
+
+
 def on_main(function: Callable[[], T]) -> T:
     """Call a function in the main process only; return its result, or raise its error, in all of them.
 
     Args:
         function: The function. Its result and its error must pickle.
     """
-    state = PartialState()
+    state = processes()
     if state.num_processes == 1:
         return function()
     done: list[Any] = [None, None]
