@@ -12,6 +12,7 @@ from tokcredit.train import ObjectiveSettings, OptimizerSettings
 from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
 from tokcredit.train.folder import locked
+from tokcredit.train.ranks import processes
 from tokcredit.train.record import read_metrics
 from tokcredit.train.scoring import left_padded
 from tokcredit.train.trainer import Trainer
@@ -76,6 +77,7 @@ def one_rank_of_a_folder(rank, s, port, folder):
         try:
             with locked(folder / name):
                 texts.append(sorted(path.name for path in (folder / name).iterdir()))
+                processes().wait_for_everyone()
         except ValueError as error:
             texts.append(str(error))
     trainer = Trainer(resolved(s))
@@ -135,7 +137,8 @@ def test_a_launched_run(settings, tmp_path):
     command += ["-m", "tokcredit", "train", "--model", "tiny(steps=0)"]
     command += ["--tasks", "addition(digits=1)", "--reward", "uniform:digest", "--prompts", "4", "--group", "3"]
     command += ["--max-tokens", "5", "--steps", "3", "--eval-problems", "4", "--output", str(output)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = read_metrics(output)
