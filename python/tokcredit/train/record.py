@@ -36,10 +36,10 @@ def write(path: Path, text: str) -> None:
 
     Args:
         path: The file.
-        text: Its text; lone surrogates become question marks.
+        text: Its text.
     """
     new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8", errors="replace")
+    new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 
