@@ -21,6 +21,7 @@ from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettin
 from tokcredit.train import record as record_module
 from tokcredit.train.experiment import _FILES, NEUTRAL, check_folder, read_summary, resolved
 from tokcredit.train.folder import locked, plain, read_settings, write_settings
+from tokcredit.train.ranks import check_launch, processes
 from tokcredit.train.record import new_folder, read_metrics, write, write_figure, write_table
 from tokcredit.train.trainer import Trainer
 
@@ -361,14 +362,24 @@ def test_no_plugin_of_accelerate_is_forgotten():
     assert len(sizes) >= 4 and sizes - known == {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE"}
 
 
-def test_whole_models_in_every_process_are_accepted(settings, uniform, monkeypatch):
+def test_whole_models_in_every_process_are_accepted(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "1")
     monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
-    from tokcredit.train.ranks import check_launch
-
     check_launch()
+
+
+def test_processes_that_are_not_connected_are_refused(settings, monkeypatch):
+    """Each of them would take itself for the main process."""
+    processes()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    s = settings()
+    for start in (run, lambda s: compare(("grpo",), s), lambda s: analyze.run(shift(s.output))):
+        with pytest.raises(ValueError, match="accelerate: expected 2 connected processes as WORLD_SIZE says, got 1"):
+            start(s)
+    assert not s.output.exists()
 
 
 LOGS = {"metrics.jsonl", "tensorboard", ".lock"}

@@ -48,7 +48,7 @@ def processes() -> PartialState:
     """
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     count = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
-    if state.num_processes != count:
+    if state.num_processes < count:
         raise ValueError(
             f"accelerate: expected {count} connected processes as WORLD_SIZE says, got {state.num_processes}; "
             "set ACCELERATE_USE_CPU=true for processes without a GPU"
