@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tokcredit.train.record import read_metrics
+
 HERE = Path(__file__).parent
 SCRIPTS = ("tree", "scan", "credit", "loss", "selection", "log_probs", "head", "rollouts", "end_to_end", "scaling")
 ONCE = ("end_to_end", "scaling")  # not repeated with tuned malloc
@@ -127,7 +129,7 @@ def step_lines(default: dict[str, dict], runs: list[str]) -> list[str]:
         + "."
     ]
     for run in runs:
-        steps = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        steps = read_metrics(Path(run))
         share = statistics.median(s["credit_seconds"] / s["seconds"] for s in steps if "credit_seconds" in s)
         lines += ["", f"In the run `{Path(run).name}` on this kind of machine, credit is {share:.2%} of a step."]
     return lines

@@ -1,4 +1,5 @@
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -7,9 +8,11 @@ import pytest
 import tokcredit as tc
 import torch
 import torch.multiprocessing as mp
-from tokcredit.train import ObjectiveSettings
+from tokcredit.train import ObjectiveSettings, OptimizerSettings
 from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
+from tokcredit.train.folder import locked
+from tokcredit.train.ranks import processes
 from tokcredit.train.record import read_metrics
 from tokcredit.train.scoring import left_padded
 from tokcredit.train.trainer import Trainer
@@ -47,7 +50,7 @@ def update(settings, rank, ranks):
     return metrics, gradients[0]
 
 
-def one_rank(rank, runs, port, folder):
+def join(rank, port):
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -58,7 +61,34 @@ def one_rank(rank, runs, port, folder):
         GLOO_SOCKET_IFNAME="lo",
     )
     torch.set_num_threads(1)
+
+
+def one_rank(rank, runs, port, folder):
+    join(rank, port)
     torch.save([update(settings, rank, 2) for settings in runs], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def one_rank_of_a_folder(rank, s, port, folder):
+    """Whether a folder can be held, and what is said about an update to which only one rank contributes NaN."""
+    join(rank, port)
+    texts = []
+    for name in ("held", "free", "free"):
+        try:
+            with locked(folder / name):
+                texts.append(sorted(path.name for path in (folder / name).iterdir()))
+                processes().wait_for_everyone()
+        except ValueError as error:
+            texts.append(str(error))
+    trainer = Trainer(resolved(s))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    whole = batch(trainer)
+    mine = whole.select(whole.group_ids % 2 == rank)
+    old, ends = trainer.learner.score(mine)[0], mine.end
+    old[ends[2] - 1] = float("nan") if rank == 1 else 0.0
+    done = trainer.learner.update(mine.with_inputs(old_log_probs=old), 1, Clock())
+    same = all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    torch.save((texts, done.skipped, done.metrics["skipped_updates"], same), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -84,14 +114,31 @@ def test_two_ranks_equal_one(settings, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_ranks_hold_one_folder_and_skip_together(settings, tmp_path):
+    optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, precision="no", on_nonfinite="skip")
+    s = settings("grpo", optimizer=optimizer)
+    with locked(tmp_path / "held"):
+        mp.spawn(one_rank_of_a_folder, (s, free_port(), tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for texts, skipped, count, same in ranks:
+        refused, *held = texts
+        assert f"held, which process {os.getpid()} on {socket.gethostname()} uses" in refused
+        assert held == [[".lock", ".owner"]] * 2
+        assert len(skipped) == count == 1 and same
+    assert not (tmp_path / "free").exists()
+    assert ranks[0][1] == ranks[1][1]
+    assert re.search(r"loss nan and gradient norm nan in process 1: row 2 at token \d+$", ranks[0][1][0])
+
+
+@pytest.mark.slow
 def test_a_launched_run(settings, tmp_path):
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
-    command += ["--main_process_port", str(free_port()), "-m", "tokcredit", "train", "--model", "tiny(steps=0)"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command += ["-m", "tokcredit", "train", "--model", "tiny(steps=0)"]
     command += ["--tasks", "addition(digits=1)", "--reward", "uniform:digest", "--prompts", "4", "--group", "3"]
     command += ["--max-tokens", "5", "--steps", "3", "--eval-problems", "4", "--output", str(output)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = read_metrics(output)

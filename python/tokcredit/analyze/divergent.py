@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 
 from tokcredit.analyze.settings import Divergent
-from tokcredit.analyze.study import Pair, Study, load_pair, report, resolved
+from tokcredit.analyze.study import Pair, load_pair, opened, report, resolved
 from tokcredit.analyze.verifier import Case, Verifier, imported, judge
 from tokcredit.rollouts import Rollouts
 from tokcredit.train.judging import Judging
@@ -67,13 +67,13 @@ def divergent(settings: Divergent) -> dict[str, Any]:
     settings = dataclasses.replace(
         settings, study=resolved(settings.study, "divergent", settings.small, settings.large)
     )
-    study = Study(settings)
-    pair = load_pair(("small", settings.small), ("large", settings.large), settings.study.precision)
-    if verify is None:
-        verify = judge(str(settings.judge), pair.ends.device, pair.second.dtype, settings.batch)
-    found = study.tables(Labeller(settings, pair, verify)).to_pylist()
-    summary = summarize(found)
-    return report(study.folder, summary, _picture(found), _printed(summary, settings))
+    with opened(settings) as study:
+        pair = load_pair(("small", settings.small), ("large", settings.large), settings.study.precision)
+        if verify is None:
+            verify = judge(str(settings.judge), pair.ends.device, pair.second.dtype, settings.batch)
+        found = study.tables(Labeller(settings, pair, verify)).to_pylist()
+        summary = summarize(found)
+        return report(study.folder, summary, _picture(found), _printed(summary, settings))
 
 
 class Labeller:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tokcredit.analyze.crossing import Crossed, Rule, cross
 from tokcredit.analyze.settings import Shift
-from tokcredit.analyze.study import Study, load_pair, report, resolved
+from tokcredit.analyze.study import load_pair, opened, report, resolved
 from tokcredit.train.judging import Judging
 from tokcredit.train.problems import Problem
 from tokcredit.train.prompts import Prompts
@@ -71,30 +71,30 @@ def shift(settings: Shift) -> dict[str, Any]:
     """
     _check(settings)
     settings = dataclasses.replace(settings, study=resolved(settings.study, "shift", settings.base, settings.tuned))
-    study = Study(settings)
-    pair = load_pair(("base", settings.base), ("tuned", settings.tuned), settings.study.precision)
-    every_rule, prompts = rules(settings), Prompts(pair.tokenizer, settings.study.chat)
+    with opened(settings) as study:
+        pair = load_pair(("base", settings.base), ("tuned", settings.tuned), settings.study.precision)
+        every_rule, prompts = rules(settings), Prompts(pair.tokenizer, settings.study.chat)
 
-    def make(number: int, problem: Problem) -> pa.Table:
-        prompt = prompts(problem)
-        seed = np.random.SeedSequence([settings.study.seed, number]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
-        made = cross(
-            pair,
-            prompt,
-            every_rule,
-            settings.rollouts,
-            settings.study.max_tokens,
-            settings.temperature,
-            settings.top_p,
-            generator,
-        )
-        of_row = [rule for rule in every_rule for _ in range(settings.rollouts)]
-        return _table(number, problem, prompt, of_row, made, pair.tokenizer)
+        def make(number: int, problem: Problem) -> pa.Table:
+            prompt = prompts(problem)
+            seed = np.random.SeedSequence([settings.study.seed, number]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(seed[0]) >> 1)
+            made = cross(
+                pair,
+                prompt,
+                every_rule,
+                settings.rollouts,
+                settings.study.max_tokens,
+                settings.temperature,
+                settings.top_p,
+                generator,
+            )
+            of_row = [rule for rule in every_rule for _ in range(settings.rollouts)]
+            return _table(number, problem, prompt, of_row, made, pair.tokenizer)
 
-    found = study.tables(make).to_pylist()
-    summary = summarize(found, settings)
-    return report(study.folder, summary, _picture(found, summary, settings), _printed(summary, settings))
+        found = study.tables(make).to_pylist()
+        summary = summarize(found, settings)
+        return report(study.folder, summary, _picture(found, summary, settings), _printed(summary, settings))
 
 
 def _check(settings: Shift) -> None:

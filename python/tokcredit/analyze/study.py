@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -20,9 +20,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from tokcredit.analyze.settings import StudySettings
 from tokcredit.train import models, tasks
+from tokcredit.train.folder import check, locked, plain, write_settings
 from tokcredit.train.problems import Problem
-from tokcredit.train.record import claim, write, write_figure, write_table
+from tokcredit.train.ranks import check_launch, processes
+from tokcredit.train.record import write, write_figure, write_table
 from tokcredit.train.sampler import end_tokens
+
+_FILES = ("problem-" + "[0-9]" * 6 + ".parquet", "summary.json", "summary.png")
 
 
 class Pair(NamedTuple):
@@ -57,7 +61,7 @@ def load_pair(first: tuple[str, str], second: tuple[str, str], precision: str = 
     (a, tokenizer_a), (b, tokenizer_b) = (models.load(model) for _, model in (first, second))
     if tokenizer_a.get_vocab() != tokenizer_b.get_vocab():
         raise ValueError(f"{second[0]}: expected the tokens of {first[1]}, got {second[1]}")
-    device, dtype = PartialState().device, torch.bfloat16 if precision == "bf16" else torch.float32
+    device, dtype = processes().device, torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (x.to(device, dtype) for x in (a, b))
     ends = sorted({*end_tokens(a, tokenizer_a), *end_tokens(b, tokenizer_b)})
     vocabulary = min(max(tokenizer_b.get_vocab().values()) + 1, a.config.vocab_size, b.config.vocab_size)
@@ -97,27 +101,21 @@ def resolved(settings: StudySettings, analysis: str, first: str, second: str) ->
 class Study:
     """A folder with one table per problem. Tables that exist are not made again.
 
+    Nothing is written before the first table is made.
+
     Args:
         settings: Settings of the analysis, its ``study`` from :func:`resolved`.
-
-    Raises:
-        ValueError: There is no such task, or the folder holds another analysis.
-        RuntimeError: There are several processes.
+        problems: The problems.
 
     Attributes:
         folder: The folder.
     """
 
-    def __init__(self, settings: Any) -> None:
-        if (count := PartialState().num_processes) != 1:
-            raise RuntimeError(f"analyze: expected one process, got {count}")
-        disable_progress_bar()
-        asked: StudySettings = settings.study
-        self._problems = tasks.load(asked.tasks, asked.held_out, asked.reward, asked.seed).measured(asked.problems)
-        self.folder = asked.output or Path()
-        chosen = dataclasses.asdict(settings)
-        chosen |= {"analysis": type(settings).__name__, **chosen.pop("study")}
-        claim(self.folder, chosen, chosen.pop("resume"), free=("output",))
+    def __init__(self, settings: Any, problems: Sequence[Problem]) -> None:
+        study: StudySettings = settings.study
+        self.folder, self._problems = study.output or Path(), problems
+        self._settings = {"analysis": type(settings).__name__, **plain(settings)}
+        check(self.folder, self._settings, study.resume, {"output"}, _FILES)
 
     def tables(self, make: Callable[[int, Problem], pa.Table]) -> pa.Table:
         """Return the tables of all problems, one after another.
@@ -128,8 +126,31 @@ class Study:
         files = [self.folder / f"problem-{number:06}.parquet" for number in range(len(self._problems))]
         for number, problem in enumerate(tqdm(self._problems, unit="problem")):
             if not files[number].exists():
-                write_table(files[number], make(number, problem))
+                table = make(number, problem)
+                write_settings(self.folder, self._settings)
+                write_table(files[number], table)
         return pa.concat_tables(pq.read_table(file) for file in files)
+
+
+@contextmanager
+def opened(settings: Any) -> Iterator[Study]:
+    """Hold the folder of an analysis.
+
+    Args:
+        settings: Settings of the analysis, its ``study`` from :func:`resolved`.
+
+    Raises:
+        ValueError: There is no such task, another process uses the folder, or it holds another analysis.
+        RuntimeError: There are several processes.
+    """
+    check_launch()
+    if (count := processes().num_processes) != 1:
+        raise RuntimeError(f"analyze: expected one process, got {count}")
+    disable_progress_bar()
+    asked: StudySettings = settings.study
+    problems = tasks.load(asked.tasks, asked.held_out, asked.reward, asked.seed).measured(asked.problems)
+    with locked(asked.output or Path()):
+        yield Study(settings, problems)
 
 
 def report(folder: Path, summary: dict[str, Any], figure: Any, table: Table) -> dict[str, Any]:

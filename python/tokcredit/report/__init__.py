@@ -91,5 +91,7 @@ def _usual(found: Run, method: Any = None) -> Data:
 def _write(data: Data, path: Path) -> Path:
     from tokcredit.report.page import render
 
-    path.write_text(render(data), encoding="utf-8", errors="replace")
+    new = path.with_name(path.name + ".new")
+    new.write_text(render(data), encoding="utf-8", errors="replace")
+    new.replace(path)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
         folder: Folder of the run.
         step: Number of the step after which this is.
     """
-    target, work = folder / f"checkpoint-{step:06}", folder / "checkpoint.new"
+    target, work = folder / _name(step), folder / "checkpoint.new"
     if target.exists():
         return
     if accelerator.is_main_process:
@@ -26,10 +27,17 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         work.rename(target)
-        for old in folder.glob("checkpoint-*"):
-            if old != target:
-                shutil.rmtree(old)
+        _keep_only(folder, step)
     accelerator.wait_for_everyone()
+
+
+def last(folder: Path) -> int:
+    """Return the step of the last checkpoint of a run, or 0 if there is none.
+
+    Args:
+        folder: Folder of the run.
+    """
+    return max(_steps(folder), default=0)
 
 
 def load(accelerator: Accelerator, folder: Path) -> int:
@@ -39,8 +47,26 @@ def load(accelerator: Accelerator, folder: Path) -> int:
         accelerator: Accelerator that holds what is restored.
         folder: Folder of the run.
     """
-    found = sorted(folder.glob("checkpoint-*"))
-    if not found:
-        return 0
-    accelerator.load_state(str(found[-1]))
-    return int(found[-1].name.rpartition("-")[2])
+    step = last(folder)
+    if step:
+        accelerator.load_state(str(folder / _name(step)))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _keep_only(folder, step)  # A process that was killed may have left an earlier one.
+    return step
+
+
+def _keep_only(folder: Path, step: int) -> None:
+    for other in _steps(folder):
+        if other != step:
+            shutil.rmtree(folder / _name(other))
+
+
+def _name(step: int) -> str:
+    return f"checkpoint-{step:06}"
+
+
+def _steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints; other folders, such as ``checkpoint-best``, belong to the user."""
+    numbers = [int(path.name[11:]) for path in folder.glob("checkpoint-*") if re.fullmatch(r"\d{6,}", path.name[11:])]
+    return [step for step in numbers if (folder / _name(step)).is_dir()]

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from functools import partial
 from pathlib import Path
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from tokcredit.train.experiment import read_summary, run
+from tokcredit.train.experiment import NEUTRAL, check_folder, read_summary, resolved, run
+from tokcredit.train.folder import locked
+from tokcredit.train.ranks import check_launch, on_main, processes
 from tokcredit.train.record import draw_curves, read_metrics, write
 from tokcredit.train.settings import Settings
+from tokcredit.train.trainer import checked
 
 
 def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Path | None:
     """Train each method with each seed and write ``compare.png`` and ``compare.md``.
 
     Runs with the same seed start from one model and see the same prompts in the same order. Finished runs are not
-    repeated, and an interrupted one is resumed.
+    repeated, and an interrupted one is resumed, so a further method or seed runs only what is missing. All runs in a
+    folder have the same settings.
 
     Args:
         methods: Names of methods.
@@ -30,26 +34,33 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
         The folder, or None if the comparison was stopped before its end.
 
     Raises:
-        ValueError: There is no method or no seed, or a setting is wrong.
+        ValueError: There is no method or no seed, a setting is wrong, or the folder has runs with other settings.
     """
+    check_launch()
     if not methods or seeds < 1:
         raise ValueError(f"methods, seeds: expected at least one of each, got {list(methods)}, {seeds}")
-    objectives = {m: dataclasses.replace(settings.objective, method=m) for m in methods}
-    for objective in objectives.values():
-        objective.build()  # A wrong name or setting is an error before the first run, not after it.
     folder = settings.output or Path("runs/compare")
     numbers = range(settings.seed, settings.seed + seeds)
-    for seed in numbers:
-        for method in methods:
-            output = folder / f"{method}-seed{seed}"
-            if read_summary(output):
-                continue
-            one = dataclasses.replace(settings, objective=objectives[method], seed=seed, output=output, resume=True)
+    with locked(folder):
+        runs = [_one(settings, method, seed, folder) for seed in numbers for method in methods]
+        for one in runs:
+            on_main(partial(check_folder, one, NEUTRAL))
+        missing = [one for one in runs if read_summary(one.output or folder) is None]
+        # What is wrong with one method is an error before the first run, not after it.
+        for one in {one.objective.method: one for one in missing}.values():
+            checked(one)
+        for one in missing:
             if run(one) is None:
                 return None
-    if PartialState().is_main_process:
-        _report(folder, methods, numbers)
+        if processes().is_main_process:
+            _report(folder, methods, numbers)
     return folder
+
+
+def _one(settings: Settings, method: str, seed: int, folder: Path) -> Settings:
+    objective = dataclasses.replace(settings.objective, method=method)
+    output = folder / f"{method}-seed{seed}"
+    return resolved(dataclasses.replace(settings, objective=objective, seed=seed, output=output, resume=True))
 
 
 def _report(folder: Path, methods: tuple[str, ...], seeds: range) -> None:

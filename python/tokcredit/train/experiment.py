@@ -7,13 +7,12 @@ import json
 import platform
 import resource
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -22,11 +21,20 @@ from transformers.utils.logging import disable_progress_bar
 from tokcredit import __version__
 from tokcredit.report import report
 from tokcredit.train import checkpoint, models
-from tokcredit.train.record import Record, claim, read_metrics, write
+from tokcredit.train.folder import check, locked, plain, write_settings
+from tokcredit.train.ranks import check_launch, on_main
+from tokcredit.train.record import Record, new_folder, read_metrics, write
 from tokcredit.train.settings import Settings
 from tokcredit.train.trainer import Step, Trainer
 
 _HELD_OUT = "held_out_reward_mean"
+_NUMBER = "[0-9]" * 6
+_FILES = (
+    *("metrics.jsonl", "tensorboard", f"rollouts-{_NUMBER}.parquet", "curve.png", "tokenizer"),
+    *(f"checkpoint-{_NUMBER}", "model", "report.html", "summary.json"),
+)
+NEUTRAL = frozenset({"output", "save_every", "micro_batch"})
+"""Settings that change no result."""
 
 
 def run(settings: Settings) -> dict[str, float] | None:
@@ -46,35 +54,57 @@ def run(settings: Settings) -> dict[str, float] | None:
         ValueError: A setting is wrong, or the folder holds another run, or one with other settings.
     """
     disable_progress_bar()
+    check_launch()
     settings = resolved(settings)
     folder = settings.output or Path()
-    ranks = PartialState()
-    if ranks.is_main_process:
-        chosen = dataclasses.asdict(settings)
-        claim(folder, chosen, chosen.pop("resume"), free=("steps", "output"))
-    ranks.wait_for_everyone()
-    trainer = Trainer(settings)
+    with locked(folder):
+        on_main(lambda: check_folder(settings, NEUTRAL | {"steps", "on_nonfinite"}))
+        return _run(settings, folder)
+
+
+def check_folder(settings: Settings, free: Collection[str]) -> None:
+    """Check that a run may write into its folder.
+
+    Args:
+        settings: Settings without open defaults.
+        free: Names of settings that may differ from those of the run in the folder.
+
+    Raises:
+        ValueError: The folder holds another run, or one with other settings or more steps, or files of someone else.
+    """
+    folder = settings.output or Path()
+    check(folder, plain(settings), settings.resume, free, _FILES)
+    if (done := checkpoint.last(folder)) > settings.steps:
+        raise ValueError(f"steps: expected at least {done}, which the run in {folder} has done, got {settings.steps}")
+
+
+def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
+    trainer, steps = Trainer(settings), settings.steps
     main = trainer.accelerator.is_main_process
     done = checkpoint.load(trainer.accelerator, folder)
-    record = Record(folder, done + 1 if done else 0, _header(settings, trainer)) if main else None
-    steps = settings.steps
     if main and not done:
         _introduce(settings, trainer)
-        trainer.tokenizer.save_pretrained(folder / "tokenizer")
+    record: Record | None = None
     with _stop_requests() as stopping, tqdm(total=steps, initial=done, unit="step", disable=not main) as bar:
-        if not done:
-            _write_metrics(record, {"step": 0, _HELD_OUT: trainer.evaluate()})
+        new = [] if done else [{"step": 0, _HELD_OUT: trainer.evaluate()}]
         for number in range(done + 1, steps + 1):
             step = trainer.step(number)
             last = number == steps
             line = {"step": number, **step.metrics}
             if last or number % settings.eval_every == 0:
                 line[_HELD_OUT] = trainer.evaluate()
-            _write_metrics(record, line)
-            if record and (last or number % settings.rollouts_every == 0):
-                record.rollouts(number, _columns(number, step))
-            if record and _HELD_OUT in line:
-                record.curve()
+            new.append(line)
+            if main:
+                # A run that cannot take its first step has written nothing, and its folder is free.
+                record = record or _begin(settings, trainer, done)
+                while new:
+                    record.metrics(new.pop(0))
+                if last or number % settings.rollouts_every == 0:
+                    record.rollouts(number, _columns(number, step))
+                if _HELD_OUT in line:
+                    record.curve()
+                for text in step.update.skipped:
+                    bar.write(f"step {number}: skipped an update because of {text}")
             bar.update()
             bar.set_postfix(_shown(line))
             stop = trainer.ranks.any(bool(stopping))
@@ -83,15 +113,26 @@ def run(settings: Settings) -> dict[str, float] | None:
             if stop and not last:
                 bar.write(f"stopped after step {number}; --resume continues")
                 return None
-    if record:
+    if main:
+        record = record or _begin(settings, trainer, done)
         record.close()
-        trainer.model.save_pretrained(folder / "model")
-        trainer.tokenizer.save_pretrained(folder / "model")
+        with new_folder(folder / "model") as model:
+            trainer.model.save_pretrained(model)
+            trainer.tokenizer.save_pretrained(model)
         report(folder, trainer.objective)
         write(folder / "summary.json", json.dumps(_summary(folder), indent=2) + "\n")
         _print_summary(folder)
-    ranks.wait_for_everyone()
+    trainer.accelerator.wait_for_everyone()
     return read_summary(folder)
+
+
+def _begin(settings: Settings, trainer: Trainer, done: int) -> Record:
+    """Write the settings, from when on the folder has a run, and return the record of its further steps."""
+    folder = settings.output or Path()
+    write_settings(folder, plain(settings))
+    with new_folder(folder / "tokenizer") as words:
+        trainer.tokenizer.save_pretrained(words)
+    return Record(folder, done + 1 if done else 0, _header(settings, trainer))
 
 
 def read_summary(folder: Path) -> dict[str, float] | None:
@@ -152,11 +193,6 @@ def _introduce(settings: Settings, trainer: Trainer) -> None:
     )
 
 
-def _write_metrics(record: Record | None, line: Mapping[str, float]) -> None:
-    if record:
-        record.metrics(line)
-
-
 def _shown(line: Mapping[str, float]) -> dict[str, str]:
     shown = {
         "reward": f"{line['reward_mean']:.2f}",
@@ -215,6 +251,7 @@ def _summary(folder: Path) -> dict[str, float]:
         "held_out_after": measured[-1],
         "held_out_best": max(measured),
         "steps": len(steps),
+        "skipped_updates": sum(line.get("skipped_updates", 0) for line in steps),
         "seconds": seconds,
         "tokens_per_second": total("tokens") / seconds,
         "sampling_fraction": total("sample_seconds") / seconds,
@@ -229,6 +266,8 @@ def _print_summary(folder: Path) -> None:
     table.add_row("held-out reward before", f"{summary['held_out_before']:.3f}")
     table.add_row("held-out reward after", f"{summary['held_out_after']:.3f}")
     table.add_row("steps", f"{summary['steps']}")
+    if summary["skipped_updates"]:
+        table.add_row("updates skipped", f"{summary['skipped_updates']:.0f}")
     table.add_row("seconds of training", f"{summary['seconds']:.0f}")
     table.add_row("tokens per second", f"{summary['tokens_per_second']:.0f}")
     table.add_row("time spent sampling", f"{summary['sampling_fraction']:.1%}")

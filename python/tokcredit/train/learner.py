@@ -19,7 +19,7 @@ from tokcredit.from_hidden import FromHidden
 from tokcredit.protocol import PreparedBatch, TrainingObjective
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State
-from tokcredit.train import collectors
+from tokcredit.train import collectors, nonfinite
 from tokcredit.train.clock import Clock
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import OptimizerSettings, Settings
@@ -28,6 +28,8 @@ _MEANS = ("_mean", "_fraction")
 """Endings of metrics that are means over tokens. Others add up over the micro-batches of an optimizer step."""
 _COUNTS = frozenset({"tokens", "pairs", "nonfinite_log_probs"})
 """Metrics that also add up over the optimizer steps of a step."""
+_LIMIT = 10
+"""Number of optimizer steps in a row whose skipping ends the run; the settings name it too."""
 
 
 class Update(NamedTuple):
@@ -37,11 +39,13 @@ class Update(NamedTuple):
         prepared: The rollouts as the objective prepared them.
         log_probs: float ``[N]``, log-probs at the last pass over the rollouts; NaN in rows without gradient.
         metrics: Numbers by name, over all processes. A mean over tokens is left out if no row had a gradient.
+        skipped: For each optimizer step that was left out, what was not finite and where.
     """
 
     prepared: PreparedBatch
     log_probs: Tensor
     metrics: dict[str, float]
+    skipped: list[str]
 
 
 class Learner:
@@ -56,6 +60,7 @@ class Learner:
 
     Attributes:
         state: State of the objective's controllers.
+        skipped_in_row: Number of optimizer steps, up to the last one, that were skipped without one between them.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class Learner:
         self._optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
         )
-        self.state = State()
+        self.state, self.skipped_in_row = State(), 0
 
     def with_inputs(self, batch: Rollouts, others: frozenset[str] = frozenset()) -> Rollouts:
         """Return the rollouts with the inputs that forward passes give.
@@ -102,14 +107,39 @@ class Learner:
             batch: The rollouts of this process, whole groups, with the inputs that the objective requires.
             number: Number of the step, from 1.
             clock: Adds up the time spent on credit, and on losses that are computed apart from the output layer.
+
+        Raises:
+            RuntimeError: A loss or a gradient is not finite and is not skipped, or the weights became so.
         """
         with clock("credit"):
             prepared = self._over_ranks(self._prepare(batch, (number - 1) / max(self._settings.steps - 1, 1)))
         lr = learning_rate(self._settings.optimizer, number, self._settings.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        metrics, log_probs = self._optimize(prepared, number, clock)
-        return Update(prepared, log_probs, metrics | {"lr": lr} | self._mismatch(batch))
+        metrics, log_probs, skipped = self._optimize(prepared, number, clock)
+        self._check_weights(number)
+        if self._settings.optimizer.on_nonfinite == "skip":
+            metrics["skipped_updates"] = float(len(skipped))
+        return Update(prepared, log_probs, metrics | {"lr": lr} | self._mismatch(batch), skipped)
+
+    def refuse(self, number: int, what: str) -> None:
+        """Count an update as skipped because it is not finite, or stop the run.
+
+        Args:
+            number: Number of the step.
+            what: What is not finite.
+
+        Raises:
+            RuntimeError: The settings say so, or too many updates in a row were skipped.
+        """
+        self.skipped_in_row += 1
+        skips = self._settings.optimizer.on_nonfinite == "skip"
+        if skips and self.skipped_in_row < _LIMIT:
+            return
+        advice = f"{_LIMIT} updates in a row were skipped" if skips else "--on-nonfinite skip leaves such updates out"
+        raise RuntimeError(
+            f"step {number}: expected a finite loss and gradient, got {what}; nothing of this step was saved; {advice}"
+        )
 
     def _mismatch(self, batch: Rollouts) -> dict[str, float]:
         """Return how far the engine that sampled is from the policy, if that is known; means over processes."""
@@ -143,10 +173,23 @@ class Learner:
             prepared = dataclasses.replace(prepared, batch=batch)
         return prepared
 
-    def _optimize(self, prepared: PreparedBatch, number: int, clock: Clock) -> tuple[dict[str, float], Tensor]:
+    def _check_weights(self, number: int) -> None:
+        with torch.no_grad():
+            finite = torch.nn.utils.get_total_norm(self._model.parameters()).isfinite()
+        # The norm of finite weights may still overflow.
+        if not finite and (bad := [name for name, x in self._model.named_parameters() if not x.isfinite().all()]):
+            raise RuntimeError(
+                f"step {number}: expected finite weights after the update, got others in {len(bad)} parameters, the "
+                f"first is {bad[0]}; nothing of this step was saved; a smaller lr may help"
+            )
+
+    def _optimize(
+        self, prepared: PreparedBatch, number: int, clock: Clock
+    ) -> tuple[dict[str, float], Tensor, list[str]]:
         o, batch = self._settings.optimizer, prepared.batch
         log_probs = torch.full((batch.num_tokens,), torch.nan, device=batch.device)
         totals, steps, norms = _Totals(self._metrics_of_nothing(prepared)), 0, 0.0
+        skipped: list[str] = []
         for epoch in range(o.epochs):
             order = np.random.default_rng([self._settings.seed, number, epoch]).permutation(batch.num_rows)
             for chosen in np.array_split(order, o.minibatches):
@@ -155,16 +198,56 @@ class Learner:
                 parts = _micro_batches(part, o.micro_batch)
                 if not self._ranks.any(bool(parts)):
                     continue
+                measured = []
                 for rows in parts:
                     micro, metrics = self._backward(part.select(rows), clock)
                     log_probs[batch.selection(rows if whole else chosen[rows]).tokens] = micro
-                    totals.add(metrics)
+                    measured.append(metrics)
                 self._ranks.average_gradients(self._model)
-                norms += float(self._accelerator.clip_grad_norm_(self._model.parameters(), o.max_grad_norm))
+                norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), o.max_grad_norm))
+                total = torch.tensor([metrics["loss"] for metrics in measured], dtype=torch.float64).sum()
+                loss = self._ranks.mean({"loss": total})["loss"]
+                if not math.isfinite(norm + loss):
+                    numbers = np.arange(batch.num_rows) if whole else chosen
+                    skipped.append(f"loss {loss:g} and gradient norm {norm:g}{self._sources(part, parts, numbers)}")
+                    self._optimizer.zero_grad()
+                    self.refuse(number, skipped[-1])
+                    continue
+                for metrics in measured:
+                    totals.add(metrics)
+                norms += norm
                 self._optimizer.step()
                 self._optimizer.zero_grad()
-                steps += 1
-        return totals.metrics(self._ranks, steps) | {"grad_norm": norms / max(steps, 1)}, log_probs
+                steps, self.skipped_in_row = steps + 1, 0
+        return totals.metrics(self._ranks, steps) | {"grad_norm": norms / max(steps, 1)}, log_probs, skipped
+
+    def _sources(self, part: PreparedBatch, parts: list[NDArray[np.int64]], numbers: NDArray[np.int64]) -> str:
+        """Return which rows of the step make a loss or a gradient that is not finite, and at which tokens.
+
+        Args:
+            part: Rows of the optimizer step.
+            parts: Its micro-batches.
+            numbers: Number in the step of each row.
+        """
+        found: dict[int, list[int]] = {}
+        names, temperature = self._objective.variables, self._settings.sampling.temperature
+        for rows in parts:
+            micro = part.select(rows)
+            with torch.no_grad(), self._accelerator.autocast():
+                forward = collectors.ForwardPass(names, micro.batch, self._model, None, self._teacher, temperature)
+                variables = {name: forward.read(name) for name in names}
+            seen = nonfinite.tokens(self._objective, micro, variables)
+            found |= {int(numbers[rows[row]]): positions for row, positions in seen.items()}
+        if not found:
+            for rows in parts:
+                self._optimizer.zero_grad()
+                self._backward(part.select(rows), Clock())
+                gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+                if not torch.nn.utils.get_total_norm(gradients).isfinite():
+                    found |= {int(numbers[row]): [] for row in rows}
+        prefix = f"process {self._ranks.index}: " if self._ranks.count > 1 else ""
+        texts = self._ranks.exchange([prefix + text for text in nonfinite.described(found)])
+        return " in " + "; ".join(texts) if texts else ""
 
     def _metrics_of_nothing(self, prepared: PreparedBatch) -> dict[str, float]:
         """Return the metrics of a micro-batch without rows: all processes then have the same names."""

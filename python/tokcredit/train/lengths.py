@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,8 @@ class LengthLearner:
     def update(self, batch: Rollouts, finished: Tensor) -> float:
         """Fit the head to the rows that the model ended, and return the loss before that, or 0 without such rows.
 
-        Rows cut at the length limit do not show how long they would have been.
+        Rows cut at the length limit do not show how long they would have been. If a loss or a gradient is not finite,
+        the head stays as it is and the loss is NaN.
 
         Args:
             batch: Rollouts with ``hidden_states``.
@@ -82,6 +84,9 @@ class LengthLearner:
             self._optimizer.zero_grad()
             loss.backward()
             self._ranks.average_gradients(self.head)
+            norm = nn.utils.get_total_norm([p.grad for p in self.head.parameters() if p.grad is not None])
+            if self._ranks.any(not bool(norm.isfinite() & loss.isfinite())):
+                return math.nan
             self._optimizer.step()
             first = float(loss.detach()) if i == 0 else first
         return first

@@ -90,12 +90,18 @@ def load(model: str) -> tuple[Any, Any]:
             folder or hub name for ``from_pretrained``.
 
     Raises:
-        ValueError: The settings of a built-in model are wrong, or the cache of the model holds something else than keys
-            and values.
+        ValueError: There is no such model, the settings of a built-in one are wrong, or the cache of the model holds
+            something else than keys and values.
     """
     source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else model
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        known = ", ".join(_EMBEDDED)
+        raise ValueError(
+            f"model: expected {known}, or a folder or hub name of a causal language model, got {model!r}: {error}"
+        ) from error
     _check_cache(model, network)
     return network, tokenizer
 

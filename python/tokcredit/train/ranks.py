@@ -2,17 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from torch import Tensor
 
 from tokcredit.rollouts import FIELDS, Rollouts
 
 T = TypeVar("T")
+
+_PLUGINS = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+_PARALLEL = {"DP_SHARD": "FSDP", "TP": "tensor", "CP": "context", "SP": "sequence"}
+
+
+def check_launch() -> None:
+    """Check that the launcher asked for whole models in every process.
+
+    The trainer averages gradients and copies weights itself, parameter by parameter, so a sharded model would be
+    trained wrongly. Call it before anything else asks accelerate for its state.
+
+    Raises:
+        ValueError: A plugin of accelerate cuts the model into parts.
+    """
+    found = [name for key, name in _PLUGINS.items() if parse_flag_from_env(f"ACCELERATE_USE_{key}")]
+    if parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        sizes = {name: os.environ.get(f"PARALLELISM_CONFIG_{key}_SIZE", "1") for key, name in _PARALLEL.items()}
+        found += [f"{name} parallelism of size {size}" for name, size in sizes.items() if size != "1"]
+    if found:
+        raise ValueError(
+            f"accelerate: expected a launch in which every process holds the whole model, got {', '.join(found)}; "
+            "a model that outgrows one GPU is trained inside TRL or verl, with tokcredit.adapters.trl or "
+            "tokcredit.adapters.verl"
+        )
+
+
+def processes() -> PartialState:
+    """Return accelerate's state of the processes, which is made if it is missing.
+
+    Raises:
+        ValueError: The launcher started several processes, but accelerate found no way to connect them.
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    count = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if state.num_processes < count:
+        raise ValueError(
+            f"accelerate: expected {count} connected processes as WORLD_SIZE says, got {state.num_processes}; "
+            "set ACCELERATE_USE_CPU=true for processes without a GPU"
+        )
+    return state
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call a function in the main process only; return its result, or raise its error, in all of them.
+
+    Args:
+        function: The function. Its result and its error must pickle.
+    """
+    state = processes()
+    if state.num_processes == 1:
+        return function()
+    done: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            done = [function(), None]
+        except Exception as error:
+            done = [None, error]
+    result, failed = broadcast_object_list(done)
+    if failed is not None:
+        raise failed
+    return result
 
 
 class Ranks:

@@ -1,10 +1,12 @@
-"""The files of a run: metrics, TensorBoard, rollouts and the curve. Each file is written whole or not at all."""
+"""The files of a run: metrics, TensorBoard, rollouts and the curve. Other files than logs are whole or absent."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,14 @@ _ROLLOUTS = pa.schema(
 
 
 def write(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all.
+    """Write a text file in UTF-8, whole or not at all.
 
     Args:
         path: The file.
         text: Its text.
     """
     new = path.with_name(path.name + ".new")
-    new.write_text(text)
+    new.write_text(text, encoding="utf-8")
     new.replace(path)
 
 
@@ -65,29 +67,22 @@ def write_figure(path: Path, figure: Any) -> None:
     new.replace(path)
 
 
-def claim(folder: Path, settings: Mapping[str, Any], resume: bool, free: Collection[str]) -> None:
-    """Write the settings into a new folder, or check that a run to resume has the same settings.
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder which then takes the place of another, whole or not at all.
 
     Args:
-        folder: Folder of the run.
-        settings: Settings by name.
-        resume: Whether an existing run is continued.
-        free: Names of settings that may differ.
-
-    Raises:
-        ValueError: The folder has a run, and it is not resumed or its settings differ.
+        path: The folder to replace.
     """
-    path = folder / "settings.json"
-    chosen = json.loads(json.dumps(settings, default=str))
+    new, old = (path.with_name(path.name + ending) for ending in (".new", ".old"))
+    for folder in (new, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    new.mkdir()
+    yield new
     if path.exists():
-        if not resume:
-            raise ValueError(f"output: expected a folder without a run, or --resume, got {folder}")
-        before = json.loads(path.read_text())
-        for name, value in chosen.items():
-            if name not in free and value != before.get(name):
-                raise ValueError(f"{name}: expected {before.get(name)} as in the run to resume, got {value}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(chosen, indent=2) + "\n")
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -124,16 +119,17 @@ class Record:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def metrics(self, line: Mapping[str, Any]) -> None:
-        """Add the metrics of a step.
+        """Add the metrics of a step. Numbers that are not finite are left out.
 
         Args:
             line: Numbers by name, with the number of the step under ``step``.
         """
-        self.lines.append(dict(line))
+        finite = {name: value for name, value in line.items() if math.isfinite(value)}
+        self.lines.append(finite)
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if name != "step" and math.isfinite(value):
+            file.write(json.dumps(finite) + "\n")
+        for name, value in finite.items():
+            if name != "step":
                 self._board.add_scalar(name, value, line["step"])
         self._board.flush()
 

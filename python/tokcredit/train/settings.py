@@ -171,6 +171,9 @@ class OptimizerSettings:
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens when a loss or a gradient is not finite: stop names the step, the rows and the tokens, and saves
+    nothing; skip leaves that optimizer step out and counts it, and stops after 10 in a row."""
     epochs: int = 1
     """Number of passes over the rollouts of a step."""
     minibatches: int = 1

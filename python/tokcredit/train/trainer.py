@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ from tokcredit.train.conversations import Conversations
 from tokcredit.train.learner import Learner, Update
 from tokcredit.train.lengths import LengthHead, LengthLearner
 from tokcredit.train.probes import Prober
-from tokcredit.train.ranks import Ranks
+from tokcredit.train.problems import Problems
+from tokcredit.train.ranks import Ranks, check_launch
 from tokcredit.train.replay import Replay
 from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext, SingleTurn
 from tokcredit.train.sampler import Sampler, TransformersSampler
@@ -61,6 +63,55 @@ def _corrected(objective: Any) -> Any:
     return mix(objective, token_weights=(*objective.token_weights, tis()))
 
 
+def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
+    """Return what the settings say before a model is loaded: the objective, the problems and the rollout collector.
+
+    Args:
+        settings: Settings without open defaults; see :func:`tokcredit.train.experiment.resolved`.
+
+    Raises:
+        TypeError: A setting of the method has the wrong type.
+        ValueError: The objective requires an input that the trainer does not collect, or a setting is wrong.
+    """
+    check_launch()
+    objective = _with_length(settings.objective.build(), settings.sampling.max_tokens)
+    if settings.sampling.sampler == "vllm":
+        if settings.sampling.adaptive:
+            raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {settings.sampling.adaptive}")
+        if settings.objective.token_weights is None:
+            objective = _corrected(objective)
+    _check_collected(objective, settings.objective.method)
+    if _distils(objective) and settings.teacher is None:
+        raise ValueError(f"teacher: expected a model because of {settings.objective.method}, got None")
+    if (stage := _length_stage(objective)) is not None and not hasattr(stage, "gamma"):
+        raise ValueError(f"credit: expected a stage with a gamma because it reads length_values, got {stage}")
+    problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
+    return objective, problems, _collector(settings, objective.required_inputs, problems)
+
+
+def _distils(objective: Any) -> bool:
+    return bool(inputs.names("teacher") & (objective.required_inputs | set(objective.variables)))
+
+
+def _length_stage(objective: Any) -> Any:
+    return next((x for x in objective.stages() if x.reads & inputs.names("length_head")), None)
+
+
+def _collector(settings: Settings, wanted: frozenset[str], problems: Problems) -> type[RolloutCollector]:
+    with_tools = any(p.calls is not None for p in problems.held_out)
+    plain = ("continuations", "probes", "tree_sampler", "replay")
+    if with_tools and (others := wanted & frozenset().union(*map(inputs.names, plain))):
+        raise ValueError(
+            f"tasks: expected tasks without tools because {settings.objective.method} requires "
+            f"{', '.join(sorted(others))}, got {', '.join(settings.tasks)}"
+        )
+    if wanted & inputs.names("tree_sampler"):
+        return Trees
+    if with_tools or wanted & inputs.names("environment"):
+        return Conversations
+    return Replay if wanted & inputs.names("replay") else SingleTurn
+
+
 def _check_collected(objective: Any, method: str) -> None:
     by_forward = collectors.collected()
     wanted = objective.required_inputs
@@ -86,26 +137,21 @@ class Trainer:
         settings: Settings without open defaults; see :func:`tokcredit.train.experiment.resolved`.
 
     Raises:
-        ValueError: The objective requires an input that the trainer does not collect, or a setting is wrong.
+        ValueError: A setting is wrong; see :func:`checked`.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.objective = _with_length(settings.objective.build(), settings.sampling.max_tokens)
-        if settings.sampling.sampler == "vllm" and settings.objective.token_weights is None:
-            self.objective = _corrected(self.objective)
-        _check_collected(self.objective, settings.objective.method)
+        self.objective, self.problems, collector = checked(settings)
         required_inputs = self.objective.required_inputs
         self.accelerator = Accelerator(mixed_precision=settings.optimizer.precision)
         self.ranks = Ranks(self.accelerator)
-        self.problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
         with self.accelerator.main_process_first():
             model, self.tokenizer = models.load(settings.model)
         model = self.accelerator.prepare_model(model, evaluation_mode=True)
         # The wrapper that converts outputs to float32 would copy all logits.
         self.model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        distils = inputs.names("teacher") & (required_inputs | set(self.objective.variables))
-        teacher = self._teacher() if distils else None
+        teacher = self._teacher() if _distils(self.objective) else None
         s, half = settings.sampling, settings.optimizer.precision == "bf16"
         deviations = (x for x in self.objective.stages() if isinstance(x, entropy_deviation))
         self.deviation = next(deviations, entropy_deviation())
@@ -118,15 +164,13 @@ class Trainer:
             dtype = torch.bfloat16 if half else None
             sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
         self.context = SamplingContext(settings, self.problems, self.tokenizer, sampler, self.ranks)
-        self.rollout_collector = self._rollout_collector()
+        self.rollout_collector = collector(self.context)
         self.learner = Learner(settings, self.objective, self.model, teacher, self.accelerator)
         self.prober = Prober(self.context, self.learner.score)
         self.lengths = self._length_learner() if required_inputs & inputs.names("length_head") else None
         self.accelerator.register_for_checkpointing(self)
 
     def _vllm(self, dtype: torch.dtype) -> Sampler:
-        if self.adaptive:
-            raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {self.settings.sampling.adaptive}")
         from tokcredit.adapters import vllm
 
         return vllm.VllmSampler.of(self.model, self.tokenizer, dtype)
@@ -138,6 +182,7 @@ class Trainer:
             "rollout_collector": self.rollout_collector.state_dict(),
             "lengths": self.lengths.state_dict() if self.lengths else None,
             "controllers": self.learner.state.state_dict(),
+            "skipped_in_row": self.learner.skipped_in_row,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,6 +197,7 @@ class Trainer:
             self.lengths.load_state_dict(state["lengths"])
         self.rollout_collector.load_state_dict(state["rollout_collector"])
         self.learner.state.load_state_dict(state["controllers"])
+        self.learner.skipped_in_row = state["skipped_in_row"]
 
     def evaluate(self) -> float:
         """Return the mean reward on held-out problems, over all processes."""
@@ -169,7 +215,7 @@ class Trainer:
         with clock("train"):
             batch = self._with_inputs(collection, number)
             update = self.learner.update(batch, number, clock)
-        if self.adaptive:
+        if self.adaptive and not update.skipped:
             everything, _ = self.ranks.gather(batch, frozenset({"entropies"}))
             self.adaptive.statistics = self.deviation.statistics(everything)
         metrics = update.metrics | self.ranks.mean(self._measured(collection, update))
@@ -178,6 +224,9 @@ class Trainer:
         self.learner.observe(metrics)
         if self.lengths:
             metrics["length_loss"] = self.lengths.update(batch, ~batch.input("truncated"))
+            if not math.isfinite(metrics["length_loss"]):
+                self.learner.refuse(number, "a loss or a gradient of the length head")
+                metrics["skipped_updates"] += 1
         seconds = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
         return Step(collection, update, {**metrics, **clock.seconds, "seconds": seconds})
 
@@ -200,21 +249,6 @@ class Trainer:
             out["turn_reward_sum_mean"] = batch.input("turn_rewards").double().sum() / batch.num_rows
         return out
 
-    def _rollout_collector(self) -> RolloutCollector:
-        wanted = self.objective.required_inputs
-        with_tools = any(p.calls is not None for p in self.problems.held_out)
-        plain = ("continuations", "probes", "tree_sampler", "replay")
-        if with_tools and (others := wanted & frozenset().union(*map(inputs.names, plain))):
-            raise ValueError(
-                f"tasks: expected tasks without tools because {self.settings.objective.method} requires "
-                f"{', '.join(sorted(others))}, got {', '.join(self.settings.tasks)}"
-            )
-        if wanted & inputs.names("tree_sampler"):
-            return Trees(self.context)
-        if with_tools or wanted & inputs.names("environment"):
-            return Conversations(self.context)
-        return Replay(self.context) if wanted & inputs.names("replay") else SingleTurn(self.context)
-
     def _with_inputs(self, collection: RolloutCollection, number: int) -> Rollouts:
         """Return the rollouts with all inputs that the objective requires."""
         wanted, others = self.objective.required_inputs, frozenset[str]()
@@ -232,17 +266,14 @@ class Trainer:
         return batch
 
     def _length_learner(self) -> LengthLearner:
-        stage = next(x for x in self.objective.stages() if x.reads & inputs.names("length_head"))
-        if not hasattr(stage, "gamma"):
-            raise ValueError(f"credit: expected a stage with a gamma because it reads length_values, got {stage}")
+        stage = _length_stage(self.objective)
         with torch.random.fork_rng():
             torch.manual_seed(self.settings.seed)
             head = LengthHead(self.model.config.hidden_size).to(self.accelerator.device)
         return LengthLearner(head, stage.gamma, self.ranks)
 
     def _teacher(self) -> Any:
-        if self.settings.teacher is None:
-            raise ValueError(f"teacher: expected a model because of {self.settings.objective.method}, got None")
+        assert self.settings.teacher is not None
         teacher, tokenizer = models.load(self.settings.teacher)
         if tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise ValueError(f"teacher: expected the tokens of {self.settings.model}, got {self.settings.teacher}")
