@@ -38,7 +38,7 @@ def test_unknown_command(capsys):
 
 def test_errors_are_one_line(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(SystemExit, match=r"tokcredit: tasks: expected jsonl, .*, got 'nothing'"):
+    with pytest.raises(SystemExit, match=r"tokcredit: --tasks: expected jsonl, .*, got 'nothing'"):
         main(["train", "--model", "tiny(steps=0)", "--tasks", "nothing", "--output", str(tmp_path / "run")])
 
 
@@ -69,5 +69,5 @@ def test_stages_are_options_by_method_name_or_expression(monkeypatch):
 
 def test_mistakes_in_stages_are_one_line(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(SystemExit, match=r"tokcredit: credit: expected a stage or a method, one of .*, got 'temp'"):
+    with pytest.raises(SystemExit, match=r"tokcredit: --credit: expected a stage or a method, one of .*, got 'temp'"):
         main(["train", "--model", "tiny(steps=0)", "--credit", "temp", "--output", str(tmp_path / "run")])

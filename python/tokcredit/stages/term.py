@@ -81,7 +81,7 @@ class kl(Term):
     coefficient: float = number(0.001, at_least=0, scheduled=True)
     estimator: str = option("k3", "k1", "k2", "abs")
     to: str = input_name("ref_log_probs")
-    limit: float = number(math.inf, above=0)
+    limit: float = number(math.inf, above=0, infinite=True)
     aggregation: Aggregation | None = part(Aggregation, None, optional=True)
     metric: ClassVar[str] = "kl"
 

@@ -64,7 +64,7 @@ class importance_truncated(TokenWeight):
         whole_rows: Whether the ratio is that of the whole row instead of the token's.
     """
 
-    high: float = number(2.0, above=0)
+    high: float = number(2.0, above=0, infinite=True)
     whole_rows: bool = flag(False)
     reads: ClassVar[frozenset[str]] = _ENGINE
 
@@ -83,7 +83,7 @@ class importance_masked(TokenWeight):
     """
 
     low: float = number(0.0, at_least=0)
-    high: float = number(3.0, above=0)
+    high: float = number(3.0, above=0, infinite=True)
     whole_rows: bool = flag(True)
     reads: ClassVar[frozenset[str]] = _ENGINE
 

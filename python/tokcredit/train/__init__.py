@@ -9,9 +9,11 @@ Needs ``pip install "tokcredit[train]"``. From Python::
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from tokcredit.train.settings import (
+    ComparisonSettings,
     ObjectiveSettings,
     OptimizerSettings,
     ProbeSettings,
@@ -22,6 +24,7 @@ from tokcredit.train.settings import (
 )
 
 __all__ = [
+    "ComparisonSettings",
     "ObjectiveSettings",
     "OptimizerSettings",
     "ProbeSettings",
@@ -43,6 +46,7 @@ def run(settings: Settings) -> dict[str, float] | None:
     Returns:
         Numbers by name, or None if the run was stopped before its end.
     """
+    settings.objective.build()  # A wrong setting of a stage is an error before anything is loaded.
     from tokcredit.train import experiment
 
     return experiment.run(settings)
@@ -59,6 +63,9 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
     Returns:
         The folder with the comparison, or None if it was stopped before its end.
     """
+    chosen = ComparisonSettings(methods, seeds)
+    for method in chosen.methods:
+        dataclasses.replace(settings.objective, method=method).build()
     from tokcredit.train import comparison
 
     return comparison.compare(methods, settings, seeds)

@@ -23,7 +23,7 @@ from tokcredit import __version__
 from tokcredit.report import report
 from tokcredit.train import checkpoint, models
 from tokcredit.train.record import Record, claim, read_metrics, write
-from tokcredit.train.settings import Settings
+from tokcredit.train.settings import Settings, is_due
 from tokcredit.train.trainer import Step, Trainer
 
 _HELD_OUT = "held_out_reward_mean"
@@ -68,17 +68,17 @@ def run(settings: Settings) -> dict[str, float] | None:
             step = trainer.step(number)
             last = number == steps
             line = {"step": number, **step.metrics}
-            if last or number % settings.eval_every == 0:
+            if last or is_due(number, settings.eval_every):
                 line[_HELD_OUT] = trainer.evaluate()
             _write_metrics(record, line)
-            if record and (last or number % settings.rollouts_every == 0):
+            if record and (last or is_due(number, settings.rollouts_every)):
                 record.rollouts(number, _columns(number, step))
             if record and _HELD_OUT in line:
                 record.curve()
             bar.update()
             bar.set_postfix(_shown(line))
             stop = trainer.ranks.any(bool(stopping))
-            if last or stop or number % settings.save_every == 0:
+            if last or stop or is_due(number, settings.save_every):
                 checkpoint.save(trainer.accelerator, folder, number)
             if stop and not last:
                 bar.write(f"stopped after step {number}; --resume continues")
