@@ -50,7 +50,7 @@ def test_commands_start_quickly():
 
 def test_stages_are_options_by_method_name_or_expression(monkeypatch):
     given = []
-    monkeypatch.setattr("tokcredit.train.run", given.append)
+    monkeypatch.setattr("tokcredit.train.run", lambda settings: given.append(settings) or {})
     options = "--method dapo --set clip_high=0.3 --credit tempo --ratio ctpo --clip ppo(0.1,high=0.3) --aggregation ba"
     options += " --filters --token-weights importance_truncated(high=2.0) --terms kl(0.01) entropy --scales"
     main(["train", *options.split(), "divergence_weighted"])

@@ -54,8 +54,8 @@ def test_a_text_is_read_as_what_the_setting_may_be():
 
 def test_calls_among_the_arguments():
     inner = {"linear": tc.schedule.linear, "given": tc.token_score.given}
-    call = parse("top_share(linear(0.2, inf), score=given('entropies'), many=(linear(1, 2), -3))", "filters", inner)
-    assert call.positional == (tc.schedule.linear(0.2, float("inf")),)
+    call = parse("top_share(linear(0.2, -3), score=given('entropies'), many=(linear(1, 2), -3))", "filters", inner)
+    assert call.positional == (tc.schedule.linear(0.2, -3),)
     assert call.named == {"score": tc.token_score.given("entropies"), "many": (tc.schedule.linear(1, 2), -3)}
     with pytest.raises(ValueError, match="filters: expected one of given, linear, got 'system'"):
         parse("top_share(system('ls'))", "filters", inner)

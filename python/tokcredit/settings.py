@@ -34,7 +34,10 @@ class Refused(Exception):
     """
 
     def __init__(self, name: str, rule: Range, value: Any) -> None:
-        super().__init__(f"{name}: expected {rule}, got {shown(value)}")
+        expected = str(rule)
+        if rule.kind == "number" and isinstance(value, float) and math.isinf(value) and not rule.infinite:
+            expected = expected.replace("number", "finite number", 1)
+        super().__init__(f"{name}: expected {expected}, got {shown(value)}")
         self.name, self.rule, self.value = name, rule, value
 
     def of(self, name: str) -> Refused:

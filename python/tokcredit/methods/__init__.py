@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from importlib import import_module
 from pkgutil import iter_modules
@@ -18,7 +19,7 @@ from typing import Any
 
 from tokcredit.objective import Objective
 from tokcredit.preference import Preference
-from tokcredit.settings import Refused, rules
+from tokcredit.settings import Range, Refused, rules
 from tokcredit.supervised import Supervised
 
 AnyObjective = Objective | Preference | Supervised
@@ -40,19 +41,20 @@ def _checked(name: str, function: Callable[..., AnyObjective]) -> Callable[..., 
             return function(**given)
         except Refused:
             for argument, value in given.items():
-                if error := _refused(function, argument, value):
-                    raise error.of(f"{name}: {argument}") from None
+                if rule := _range(function, argument, value):
+                    rule.checked(f"{name}: {argument}", value)
             raise
 
     return method
 
 
-def _refused(function: Callable[..., AnyObjective], argument: str, value: Any) -> Refused | None:
-    """Return why a stage refuses an argument of a method if no other is given, or None."""
+def _range(function: Callable[..., AnyObjective], argument: str, value: Any) -> Range | None:
+    """Return the range by which a stage refuses a value that a method passes on to it, or None if none refuses it."""
     try:
         function(**{argument: value})
     except Refused as error:
-        return error
+        if error.value is value:
+            return replace(error.rule, optional=rules(function)[argument].optional)
     except (TypeError, ValueError):
         pass
     return None

@@ -1,0 +1,161 @@
+"""Every setting of every stage, method and command is typed and has a range, and says so when it is refused.
+
+Nothing is listed here: the settings are found in signatures and fields, and wrong values are made from declarations.
+"""
+
+import dataclasses
+import inspect
+import re
+import typing
+
+import pytest
+import tokcredit as tc
+import wrong
+from tokcredit import cli, expression, mixing
+from tokcredit.settings import Declared, Range, Refused, rules, shown
+from tokcredit.train import ObjectiveSettings
+
+STAGES = {name: cls for name, cls in mixing.inner().items() if cls.__module__.startswith("tokcredit")}
+OBJECTIVES = {cls.__name__: cls for cls in (tc.Objective, tc.Preference, tc.Supervised)}
+METHODS = [(name, x) for name in tc.methods.names() for x in inspect.signature(getattr(tc.methods, name)).parameters]
+
+
+def refused(make, *form):
+    """The error of one line that refuses a setting, whose words begin with the form."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        make()
+    message = str(caught.value)
+    assert message.startswith(": ".join(form)), message
+    assert re.search(r": expected .+, got .+", message) and "\n" not in message, message
+    return caught.value
+
+
+@pytest.mark.parametrize("name", STAGES | OBJECTIVES)
+def test_settings_of_stages(name):
+    cls = (STAGES | OBJECTIVES)[name]
+    known = rules(cls)
+    assert set(known) == set(inspect.signature(cls).parameters), "every setting is declared"
+    for setting, rule in known.items():
+        for value in wrong.values(rule):
+            error = refused(lambda s=setting, v=value: wrong.made(cls, **{s: v}))
+            assert re.match(rf"(\w+\.)?{name}: {setting}: ", str(error)), error
+        for text in wrong.texts(rule) if name in STAGES else ():
+            call = expression.Call(name, (), {setting: expression.Word(text)})
+            error = refused(lambda c=call: typed(cls, c), "clip", name, setting)
+            assert f"got {text}" in str(error) or repr(text) in str(error)
+
+
+def typed(cls, call):
+    """The stage that a text gives, with valid settings where there is no default."""
+    return expression.call_with(STAGES, call._replace(named=wrong.required(cls) | call.named), "clip")
+
+
+@pytest.mark.parametrize(("method", "setting"), METHODS)
+def test_settings_of_methods(method, setting):
+    annotated = rules(getattr(tc.methods, method))[setting]
+    with pytest.raises(Refused) as caught:
+        tc.methods.load(method, **{setting: object()})
+    rule = caught.value.rule
+    assert rule.kind == annotated.kind, "the range is that of the stage that takes the setting"
+    for value in wrong.values(rule):
+        refused(lambda v=value: tc.methods.load(method, **{setting: v}), method, setting)
+    for text in wrong.texts(rule):
+        error = refused(lambda t=text: ObjectiveSettings(method, (f"{setting}={t}",)).build(), "set", method, setting)
+        assert f": expected {rule}, got " in str(error).replace("finite number", "number")
+        refused(lambda t=text: tc.mix(f"{method}({setting}={t!r})"), "base", method, setting)
+
+
+def test_the_setting_at_fault_is_named_beside_others():
+    error = refused(lambda: tc.methods.grpo(clip_low=0.1, clip_high=-0.1), "grpo", "clip_high")
+    assert str(error) == "grpo: clip_high: expected a number at least 0 (or a schedule), got -0.1"
+    error = refused(lambda: tc.methods.pods(0, epsilon=0), "pods", "count")
+    assert str(error) == "pods: count: expected a whole number at least 1, got 0"
+
+
+def classes(annotation):
+    """Classes of settings inside an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, Declared):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from classes(argument)
+
+
+def options():
+    """For each command with settings: its words on the command line, and its settings with their rules."""
+    for name, command in cli._COMMANDS.items():
+        for annotation in typing.get_type_hints(command, include_extras=True).values():
+            chosen = list(classes(annotation))
+            for cls in chosen:
+                words = [name, *([cls.__name__.lower()] if len(chosen) > 1 else ())]
+                yield from ((words, cls, owner, setting, rule) for owner, setting, rule in wrong.declared(cls))
+
+
+OPTIONS = list(options())
+
+
+@pytest.mark.parametrize(
+    ("words", "cls", "owner", "setting", "rule"), OPTIONS, ids=[f"{' '.join(x[0])} {x[3]}" for x in OPTIONS]
+)
+def test_settings_of_commands(words, cls, owner, setting, rule, tmp_path, monkeypatch, capsys):
+    """Nothing is loaded, and no folder is made."""
+    assert rule is not None, "every setting is typed"
+    assert "number" not in rule.kind or wrong.has_limits(rule), "every number has a range"
+    monkeypatch.chdir(tmp_path)
+    for function in ("train.run", "train.compare", "analyze.run", "report.run"):
+        monkeypatch.setattr(f"tokcredit.{function}", None)
+    required = [p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty and p.name != "path"]
+    paths = ["nowhere"] if "path" in rules(cls) else []
+    for text in wrong.texts(rule) if rule.kind != "bool" else ():
+        option = f"--{setting.replace('_', '-')}"
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*words, *paths, *(f"--{name}=a" for name in required), option, text])
+        expected = f"tokcredit: {option}: expected {rule}, got "
+        message = str(stopped.value).replace("finite number", "number")
+        assert message.startswith(expected) and "\n" not in message, message
+    for value in wrong.values(rule):
+        others = {p.name: "a" for p in inspect.signature(owner).parameters.values() if p.default is p.empty}
+        refused(lambda v=value, o=others: owner(**(o | {setting: v})), setting)
+    assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
+
+
+def test_options_are_named_as_they_were_typed(monkeypatch):
+    for option in ("--max-grad-norm", "--max_grad_norm"):
+        for typed_words in ([option, "-1"], [f"{option}=-1"]):
+            with pytest.raises(SystemExit) as stopped:
+                cli.main(["train", *typed_words])
+            assert str(stopped.value) == f"tokcredit: {option}: expected a number above 0, got -1"
+
+
+def test_ranges_are_part_of_the_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown_words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "scaled down to this norm; inf leaves them as they are. Expected: a number above 0." in shown_words
+
+
+def test_annotations_are_declarations():
+    @dataclasses.dataclass(frozen=True)
+    class chosen(Declared):
+        count: int
+        share: float = 0.5
+        word: typing.Literal["a", "b"] = "a"
+        names: tuple[str, ...] = ()
+        of: tc.clip.Clip | None = None
+
+    made = chosen(True + 1, 1)
+    assert made == chosen(2, 1.0) and type(made.share) is float
+    for arguments, message in (
+        ((1.5,), "count: expected a whole number, got 1.5"),
+        ((1, "x"), "share: expected a number (or a schedule), got 'x'"),
+        ((1, 0.5, "c"), "word: expected one of 'a', 'b', got 'c'"),
+        ((1, 0.5, "a", "abc"), "names: expected texts, got 'abc'"),
+        ((1, 0.5, "a", (), tc.ratio.token()), "of: expected a clip stage or None, got token"),
+    ):
+        with pytest.raises(Refused, match=re.escape(message)):
+            chosen(*arguments)
+
+
+def test_what_was_given_is_shown_as_it_was_typed():
+    assert [shown(x) for x in (-1.0, -1, 0.5, float("inf"), "abc", (1.0,))] == ["-1", "-1", "0.5", "inf", "'abc'", "(1.0,)"]
+    with pytest.raises(ValueError, match="x: expected a finite number at least 0, got inf"):
+        Range("number", at_least=0).checked("x", float("inf"))
