@@ -12,7 +12,7 @@ import pytest
 import tokcredit as tc
 import wrong
 from tokcredit import cli, expression, mixing
-from tokcredit.settings import Declared, Range, Refused, rules, shown
+from tokcredit.settings import Declared, Range, RefusedError, rules, shown
 from tokcredit.train import ObjectiveSettings
 
 STAGES = {name: cls for name, cls in mixing.inner().items() if cls.__module__.startswith("tokcredit")}
@@ -53,7 +53,7 @@ def typed(cls, call):
 @pytest.mark.parametrize(("method", "setting"), METHODS)
 def test_settings_of_methods(method, setting):
     annotated = rules(getattr(tc.methods, method))[setting]
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(RefusedError) as caught:
         tc.methods.load(method, **{setting: object()})
     rule = caught.value.rule
     assert rule.kind == annotated.kind, "the range is that of the stage that takes the setting"
@@ -151,11 +151,12 @@ def test_annotations_are_declarations():
         ((1, 0.5, "a", "abc"), "names: expected texts, got 'abc'"),
         ((1, 0.5, "a", (), tc.ratio.token()), "of: expected a clip stage or None, got token"),
     ):
-        with pytest.raises(Refused, match=re.escape(message)):
+        with pytest.raises(RefusedError, match=re.escape(message)):
             chosen(*arguments)
 
 
 def test_what_was_given_is_shown_as_it_was_typed():
-    assert [shown(x) for x in (-1.0, -1, 0.5, float("inf"), "abc", (1.0,))] == ["-1", "-1", "0.5", "inf", "'abc'", "(1.0,)"]
+    given = (-1.0, -1, 0.5, float("inf"), "abc", (1.0,))
+    assert [shown(x) for x in given] == ["-1", "-1", "0.5", "inf", "'abc'", "(1.0,)"]
     with pytest.raises(ValueError, match="x: expected a finite number at least 0, got inf"):
         Range("number", at_least=0).checked("x", float("inf"))

@@ -17,7 +17,8 @@ def numbers(rule):
     below = [] if rule.below is None else [rule.below, rule.below + 1]
     whole = rule.kind == "whole number"
     undefined = [] if whole else [math.nan] if rule.infinite else [math.nan, math.inf, -math.inf]
-    return [int(x) if whole else x for x in (*least, *above, *most, *below) if not (whole and math.isinf(x))] + undefined
+    limits = (*least, *above, *most, *below)
+    return [int(x) if whole else x for x in limits if not (whole and math.isinf(x))] + undefined
 
 
 def values(rule):
@@ -82,5 +83,3 @@ def declared(cls):
 def has_limits(rule):
     """Whether a number is bounded on at least one side."""
     return any(x is not None for x in (rule.at_least, rule.above, rule.at_most, rule.below))
-
-

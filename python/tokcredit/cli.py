@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import torch
 import tyro
@@ -143,12 +143,13 @@ def _later(command: Callable[..., T]) -> Callable[..., functools.partial[T]]:
     return chosen
 
 
-_Command = Annotated[
-    Union[  # noqa: UP007
-        tuple(Annotated[Any, tyro.conf.subcommand(x, constructor=_later(f))] for x, f in _COMMANDS.items())
-    ],
-    tyro.conf.arg(name=""),
-]
+if TYPE_CHECKING:
+    _Command = Any
+else:
+    _Command = Annotated[
+        tuple(Annotated[Any, tyro.conf.subcommand(x, constructor=_later(f))] for x, f in _COMMANDS.items()),
+        tyro.conf.arg(name=""),
+    ]
 
 
 def _parsed(command: _Command, debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False) -> tuple[Any, bool]:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from tokcredit.settings import Range, Refused, rules
+from tokcredit.settings import Range, RefusedError, rules
 
 
 class Word(str):
@@ -125,7 +125,7 @@ def call_with(known: Mapping[str, Callable[..., Any]], call: Call, argument: str
             given.arguments[name] = rule.checked(f"{argument}: {call.name}: {name}", value)
     try:
         return function(*given.args, **given.kwargs)
-    except Refused as error:
+    except RefusedError as error:
         raise error.of(f"{argument}: {error.name}") from None
 
 

@@ -71,7 +71,7 @@ _asked: list[Any] = []
 def _declared(info: StructTypeInfo) -> StructConstructorSpec | None:
     """Return tyro's own description of settings, with numbers and options read by their declarations.
 
-    A text that is no number is kept, so that the settings refuse it themselves, as they do when they are made in Python.
+    A text that is no number is kept, so that the settings refuse it as they do when they are made in Python.
     """
     if info.type in _asked or not (isinstance(info.type, type) and issubclass(info.type, Declared)):
         return None
@@ -117,4 +117,5 @@ def _field(f: StructFieldSpec, rule: Range | None) -> StructFieldSpec:
         text = f.helptext() if callable(f.helptext) else f.helptext
         return f"{text} Expected: {rule}."
 
-    return dataclasses.replace(f, type=Annotated[f.type, spec], helptext=helptext)
+    annotated: Any = Annotated[f.type, spec]
+    return dataclasses.replace(f, type=annotated, helptext=helptext)

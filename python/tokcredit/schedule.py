@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokcredit.settings import Adjustable, number, whole_number
+from tokcredit.settings import Adjustable as Adjustable
+from tokcredit.settings import number, whole_number
 
 
 class Schedule(Adjustable):

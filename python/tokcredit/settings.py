@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 from tokcredit import inputs
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """Base of errors about one setting. They are also a ``TypeError`` or a ``ValueError``.
 
     Args:
@@ -40,7 +40,7 @@ class Refused(Exception):
         super().__init__(f"{name}: expected {expected}, got {shown(value)}")
         self.name, self.rule, self.value = name, rule, value
 
-    def of(self, name: str) -> Refused:
+    def of(self, name: str) -> RefusedError:
         """Return the same error about a setting with another name.
 
         Args:
@@ -49,11 +49,11 @@ class Refused(Exception):
         return type(self)(name, self.rule, self.value)
 
 
-class WrongTypeError(Refused, TypeError):
+class WrongTypeError(RefusedError, TypeError):
     """A setting has the wrong type."""
 
 
-class OutOfRangeError(Refused, ValueError):
+class OutOfRangeError(RefusedError, ValueError):
     """A setting has the right type and is out of range."""
 
 
@@ -118,7 +118,7 @@ class Range:
             members = [x for x in get_args(members[0]) if x is not ...]
         stages = [x for x in members if _is_class(x)]
         rest = [x for x in members if x not in stages]
-        more = {"optional": types.NoneType in either, "several": several}
+        more: dict[str, Any] = {"optional": types.NoneType in either, "several": several}
         if len(stages) > 1 or len(rest) > 1 or not members:
             return None
         if not rest:
@@ -131,30 +131,24 @@ class Range:
 
     def __str__(self) -> str:
         if self.kind == "option":
-            text = "one of " + ", ".join(map(repr, self.options))
-            text = f"several of {text.removeprefix('one of ')}" if self.several else text
+            text = f"{'several' if self.several else 'one'} of {', '.join(map(repr, self.options))}"
         elif self.kind == "stage":
             word = getattr(self.stage, "kind", "") or self.stage.__name__  # type: ignore[union-attr]
             text = f"a tuple of {word} stages" if self.several else f"a {word} stage"
         else:
-            text = "a path" if self.kind == "path" else self.kind
-            if self.several:
-                text = f"{self.kind}s" if self.kind != "text" else "texts"
-            elif self.kind in ("number", "whole number", "bool"):
-                text = f"a {self.kind}"
-            elif self.kind == "input name":
-                text = "an input name"
-            limits = [
-                f"{word} {limit:.15g}"
-                for word, limit in (
-                    ("at least", self.at_least),
-                    ("above", self.above),
-                    ("at most", self.at_most),
-                    ("below", self.below),
-                )
-                if limit is not None
-            ]
-            text += " " + " and ".join(limits) if limits else ""
+            article = {"text": "", "input name": "an "}.get(self.kind, "a ")
+            text = f"{self.kind}s" if self.several else article + self.kind
+        limits = [
+            f"{word} {limit:.15g}"
+            for word, limit in (
+                ("at least", self.at_least),
+                ("above", self.above),
+                ("at most", self.at_most),
+                ("below", self.below),
+            )
+            if limit is not None
+        ]
+        text += " " + " and ".join(limits) if limits else ""
         return text + (" (or a schedule)" if self.scheduled else "") + (" or None" if self.optional else "")
 
     def checked(self, name: str, value: Any) -> Any:
@@ -182,11 +176,13 @@ class Range:
             raise refused(name, self, value) from None
 
     def _one(self, value: Any) -> Any:
+        """Return one value in the declared type, or raise a bare error."""
         if self.stage is not None and isinstance(value, self.stage):
             return value
         if self.kind in ("number", "whole number"):
             return self._number(value)
-        if not isinstance(value, {"bool": bool, "path": str | Path, "stage": ()}.get(self.kind, str)):
+        wanted: Any = {"bool": bool, "path": str | Path, "stage": ()}.get(self.kind, str)
+        if not isinstance(value, wanted):
             raise TypeError
         if self.kind == "path":
             return Path(value)
@@ -197,7 +193,7 @@ class Range:
         return value
 
     def _number(self, value: Any) -> float:
-        wanted = numbers.Real if self.kind == "number" else numbers.Integral
+        wanted: Any = numbers.Real if self.kind == "number" else numbers.Integral
         if isinstance(value, bool) or not isinstance(value, wanted):
             raise TypeError
         if not self._inside(value):
@@ -225,7 +221,8 @@ class Range:
             return None
         if self.kind == "bool":
             return {"true": True, "false": False}.get(word, text)
-        read: Callable[[str], Any] = {"number": float, "whole number": int, "path": Path}.get(self.kind, str)
+        kinds: dict[str, Callable[[str], Any]] = {"number": float, "whole number": int, "path": Path}
+        read = kinds.get(self.kind, str)
         try:
             return read(text)
         except ValueError:
@@ -353,13 +350,17 @@ def parts(kind: type) -> Any:
     return _declared(Range("stage", stage=kind, several=True), ())
 
 
-@functools.cache
 def rules(of: Any) -> Mapping[str, Range]:
     """Return what the settings of a function or of a dataclass may be, by name, as far as that is stated.
 
     Args:
         of: A dataclass or a function. What a field does not declare is read from its annotation.
     """
+    return _rules(of)
+
+
+@functools.cache
+def _rules(of: Any) -> Mapping[str, Range]:
     declared = {f.name: f.metadata["range"] for f in fields(of) if "range" in f.metadata} if is_dataclass(of) else {}
     try:
         hints = get_type_hints(of, include_extras=True)

@@ -65,9 +65,7 @@ class Shift(Declared):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.temperature == 0 and self.rollouts > 1:
-            raise ValueError(
-                f"rollouts: expected 1 because of temperature 0, where all are alike, got {self.rollouts}"
-            )
+            raise ValueError(f"rollouts: expected 1 because of temperature 0, where all are alike, got {self.rollouts}")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tokcredit.objective import Objective
 from tokcredit.preference import Preference
-from tokcredit.settings import Range, Refused, rules
+from tokcredit.settings import Range, RefusedError, rules
 from tokcredit.supervised import Supervised
 
 AnyObjective = Objective | Preference | Supervised
@@ -39,10 +39,10 @@ def _checked(name: str, function: Callable[..., AnyObjective]) -> Callable[..., 
                 if argument in given:
                     given[argument] = rule.checked(f"{name}: {argument}", given[argument])
             return function(**given)
-        except Refused:
+        except RefusedError:
             for argument, value in given.items():
-                if rule := _range(function, argument, value):
-                    rule.checked(f"{name}: {argument}", value)
+                if narrower := _range(function, argument, value):
+                    narrower.checked(f"{name}: {argument}", value)
             raise
 
     return method
@@ -52,7 +52,7 @@ def _range(function: Callable[..., AnyObjective], argument: str, value: Any) -> 
     """Return the range by which a stage refuses a value that a method passes on to it, or None if none refuses it."""
     try:
         function(**{argument: value})
-    except Refused as error:
+    except RefusedError as error:
         if error.value is value:
             return replace(error.rule, optional=rules(function)[argument].optional)
     except (TypeError, ValueError):

@@ -16,7 +16,7 @@ import tyro
 from tokcredit import methods
 from tokcredit.expression import setting
 from tokcredit.mixing import method, mix
-from tokcredit.settings import Declared, Refused, number, option, whole_number
+from tokcredit.settings import Declared, RefusedError, number, option, whole_number
 from tokcredit.train.tools import rule
 
 
@@ -60,7 +60,7 @@ class ObjectiveSettings(Declared):
         settings = dict(setting(text, "set") for text in self.set)
         try:
             base = method(self.method, settings)
-        except Refused as error:
+        except RefusedError as error:
             raise error.of(f"set: {error.name}") from None
         except (TypeError, ValueError) as error:
             raise type(error)(f"set: {error}") from error
@@ -202,7 +202,8 @@ class Settings(Declared):
     seed: int = whole_number(0, at_least=0, at_most=2**32 - 1)
     """Seed of the data, of the sampling and of the order of rows."""
     eval_every: int = whole_number(10, at_least=0)
-    """Number of steps between measurements on held-out problems; 0 measures only before the first step and after the last."""
+    """Number of steps between measurements on held-out problems; 0 measures only before the first step and after the
+    last."""
     eval_problems: int = whole_number(100, at_least=1)
     """Largest number of held-out problems that are measured."""
     rollouts_every: int = whole_number(10, at_least=0)

@@ -12,7 +12,6 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
 
 from tokcredit.expression import parse
 from tokcredit.rewards import matching
