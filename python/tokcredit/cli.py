@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union
 
 import torch
 import tyro
@@ -146,10 +146,8 @@ def _later(command: Callable[..., T]) -> Callable[..., functools.partial[T]]:
 if TYPE_CHECKING:
     _Command = Any
 else:
-    _Command = Annotated[
-        tuple(Annotated[Any, tyro.conf.subcommand(x, constructor=_later(f))] for x, f in _COMMANDS.items()),
-        tyro.conf.arg(name=""),
-    ]
+    _each = tuple(Annotated[Any, tyro.conf.subcommand(x, constructor=_later(f))] for x, f in _COMMANDS.items())
+    _Command = Annotated[Union[_each], tyro.conf.arg(name="")]  # noqa: UP007
 
 
 def _parsed(command: _Command, debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False) -> tuple[Any, bool]:
