@@ -16,33 +16,48 @@ from tokcredit.settings import Declared, Range, RefusedError, rules, shown
 from tokcredit.train import ObjectiveSettings
 
 STAGES = {name: cls for name, cls in mixing.inner().items() if cls.__module__.startswith("tokcredit")}
-OBJECTIVES = {cls.__name__: cls for cls in (tc.Objective, tc.Preference, tc.Supervised)}
 METHODS = [(name, x) for name in tc.methods.names() for x in inspect.signature(getattr(tc.methods, name)).parameters]
 
 
-def refused(make, *form):
+def refused(make, *form, error=(TypeError, ValueError)):
     """The error of one line that refuses a setting, whose words begin with the form."""
-    with pytest.raises((TypeError, ValueError)) as caught:
+    with pytest.raises(error) as caught:
         make()
     message = str(caught.value)
     assert message.startswith(": ".join(form)), message
     assert re.search(r": expected .+, got .+", message) and "\n" not in message, message
-    return caught.value
+    return message
 
 
-@pytest.mark.parametrize("name", STAGES | OBJECTIVES)
+def each_refused(rule, make, *form):
+    """Try all wrong values of a setting and return the errors."""
+    by_type = [refused(lambda v=value: make(v), *form, error=TypeError) for value in wrong.types(rule)]
+    return by_type + [refused(lambda v=value: make(v), *form, error=ValueError) for value in wrong.outside(rule)]
+
+
+@pytest.mark.parametrize("name", STAGES)
 def test_settings_of_stages(name):
-    cls = (STAGES | OBJECTIVES)[name]
+    cls = STAGES[name]
     known = rules(cls)
     assert set(known) == set(inspect.signature(cls).parameters), "every setting is declared"
     for setting, rule in known.items():
-        for value in wrong.values(rule):
-            error = refused(lambda s=setting, v=value: wrong.made(cls, **{s: v}))
-            assert re.match(rf"(\w+\.)?{name}: {setting}: ", str(error)), error
-        for text in wrong.texts(rule) if name in STAGES else ():
+        for message in each_refused(rule, lambda v, s=setting: wrong.made(cls, **{s: v})):
+            assert re.match(rf"(\w+\.)?{name}: {setting}: ", message)
+        for text in wrong.texts(rule):
             call = expression.Call(name, (), {setting: expression.Word(text)})
-            error = refused(lambda c=call: typed(cls, c), "clip", name, setting)
-            assert f"got {text}" in str(error) or repr(text) in str(error)
+            message = refused(lambda c=call: typed(cls, c), "clip", name, setting)
+            assert f"got {text}" in message or repr(text) in message
+
+
+@pytest.mark.parametrize("name", STAGES.keys() - {"Objective", "Preference", "Supervised"})
+def test_settings_inside_the_range_are_taken(name):
+    cls = STAGES[name]
+    for setting, rule in rules(cls).items():
+        for value in wrong.inside(rule):
+            found = getattr(wrong.made(cls, **{setting: value}), setting)
+            assert found == value and (rule.kind != "number" or not isinstance(found, int))
+        if rule.kind == "number" and rule._inside(1):
+            assert type(getattr(wrong.made(cls, **{setting: 1}), setting)) is float
 
 
 def typed(cls, call):
@@ -57,19 +72,18 @@ def test_settings_of_methods(method, setting):
         tc.methods.load(method, **{setting: object()})
     rule = caught.value.rule
     assert rule.kind == annotated.kind, "the range is that of the stage that takes the setting"
-    for value in wrong.values(rule):
-        refused(lambda v=value: tc.methods.load(method, **{setting: v}), method, setting)
+    each_refused(rule, lambda v: tc.methods.load(method, **{setting: v}), method, setting)
     for text in wrong.texts(rule):
-        error = refused(lambda t=text: ObjectiveSettings(method, (f"{setting}={t}",)).build(), "set", method, setting)
-        assert f": expected {rule}, got " in str(error).replace("finite number", "number")
+        message = refused(lambda t=text: ObjectiveSettings(method, (f"{setting}={t}",)).build(), "set", method, setting)
+        assert f": expected {rule}, got " in message.replace("finite number", "number")
         refused(lambda t=text: tc.mix(f"{method}({setting}={t!r})"), "base", method, setting)
 
 
 def test_the_setting_at_fault_is_named_beside_others():
-    error = refused(lambda: tc.methods.grpo(clip_low=0.1, clip_high=-0.1), "grpo", "clip_high")
-    assert str(error) == "grpo: clip_high: expected a number at least 0 (or a schedule), got -0.1"
-    error = refused(lambda: tc.methods.pods(0, epsilon=0), "pods", "count")
-    assert str(error) == "pods: count: expected a whole number at least 1, got 0"
+    message = refused(lambda: tc.methods.grpo(clip_low=0.1, clip_high=-0.1), "grpo", "clip_high")
+    assert message == "grpo: clip_high: expected a number at least 0 (or a schedule), got -0.1"
+    message = refused(lambda: tc.methods.pods(0, epsilon=0), "pods", "count")
+    assert message == "pods: count: expected a whole number at least 1, got 0"
 
 
 def classes(annotation):
@@ -87,7 +101,17 @@ def options():
             chosen = list(classes(annotation))
             for cls in chosen:
                 words = [name, *([cls.__name__.lower()] if len(chosen) > 1 else ())]
-                yield from ((words, cls, owner, setting, rule) for owner, setting, rule in wrong.declared(cls))
+                yield from ((words, cls, owner, setting, rule) for owner, setting, rule in declared(cls))
+
+
+def declared(cls):
+    """Names and rules of the settings of a class, those of settings among them included."""
+    for f in dataclasses.fields(cls):
+        rule = rules(cls).get(f.name)
+        if rule is not None and rule.kind == "stage":
+            yield from declared(rule.stage)
+        else:
+            yield cls, f.name, rule
 
 
 OPTIONS = list(options())
@@ -99,7 +123,8 @@ OPTIONS = list(options())
 def test_settings_of_commands(words, cls, owner, setting, rule, tmp_path, monkeypatch, capsys):
     """Nothing is loaded, and no folder is made."""
     assert rule is not None, "every setting is typed"
-    assert "number" not in rule.kind or wrong.has_limits(rule), "every number has a range"
+    limits = (rule.at_least, rule.above, rule.at_most, rule.below)
+    assert "number" not in rule.kind or any(x is not None for x in limits), "every number has a range"
     monkeypatch.chdir(tmp_path)
     for function in ("train.run", "train.compare", "analyze.run", "report.run"):
         monkeypatch.setattr(f"tokcredit.{function}", None)
@@ -112,9 +137,8 @@ def test_settings_of_commands(words, cls, owner, setting, rule, tmp_path, monkey
         expected = f"tokcredit: {option}: expected {rule}, got "
         message = str(stopped.value).replace("finite number", "number")
         assert message.startswith(expected) and "\n" not in message, message
-    for value in wrong.values(rule):
-        others = {p.name: "a" for p in inspect.signature(owner).parameters.values() if p.default is p.empty}
-        refused(lambda v=value, o=others: owner(**(o | {setting: v})), setting)
+    others = {p.name: "a" for p in inspect.signature(owner).parameters.values() if p.default is p.empty}
+    each_refused(rule, lambda v: owner(**(others | {setting: v})), setting)
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
 
 

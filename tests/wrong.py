@@ -1,62 +1,72 @@
-"""Values that a declared setting must refuse, made from the declaration."""
+"""Values that a declared setting must take or refuse, made from the declaration."""
 
-import dataclasses
 import inspect
 import math
 
 import tokcredit as tc
+import torch
 from tokcredit import mixing
 from tokcredit.settings import rules
 
 
-def numbers(rule):
-    """Numbers just outside of a range."""
-    least = [] if rule.at_least is None else [rule.at_least - 1, -math.inf]
-    above = [] if rule.above is None else [rule.above, rule.above - 1]
-    most = [] if rule.at_most is None else [rule.at_most + 1]
-    below = [] if rule.below is None else [rule.below, rule.below + 1]
-    whole = rule.kind == "whole number"
-    undefined = [] if whole else [math.nan] if rule.infinite else [math.nan, math.inf, -math.inf]
-    limits = (*least, *above, *most, *below)
-    return [int(x) if whole else x for x in limits if not (whole and math.isinf(x))] + undefined
-
-
-def values(rule):
-    """Python values of other types, and of the right type out of range."""
+def types(rule):
+    """Values of other types."""
     others = {
-        "number": ["abc", True, [1.0], 1j],
-        "whole number": ["1", True, 1.5],
-        "bool": ["true", 1],
-        "text": [3, b"x"],
-        "path": [3, b"x"],
-        "option": ["no such word", 3],
-        "input name": ["no_such_input", 3],
-        "stage": ["abc", 3, object()],
+        "number": ["abc", "1", True, [1.0], 1j, torch.tensor([1.0, 2.0])],
+        "whole number": ["1", True, 1.5, math.inf, [1], torch.tensor([1, 2])],
+        "bool": [1, 0.0, "true", torch.tensor(True)],
+        "text": [3, True, b"x"],
+        "path": [3, True, b"x"],
+        "option": [1, True, ("ratio",)],
+        "input name": [1, True, ("entropies",)],
+        "stage": ["grpo", 1, object(), dict, *([] if rule.several else [()])],
     }[rule.kind]
-    others += numbers(rule) if "number" in rule.kind else []
+    others += [] if rule.scheduled else [tc.schedule.linear(0.0, 1.0)]
     others += [] if rule.optional else [None]
-    others += [] if rule.scheduled else [tc.schedule.linear(0, 1)]
-    return [3, "abc", [], *((x,) for x in others)] if rule.several else others
+    return [[], 3, "abc", *((x,) for x in others)] if rule.several else others
+
+
+def outside(rule):
+    """Values of the right type that are out of range: those next to the limits, and numbers that are not finite."""
+    values = {"option": ["no such option", ""], "input name": ["no_such_input"]}.get(rule.kind, [])
+    if rule.kind in ("number", "whole number"):
+        whole = rule.kind == "whole number"
+
+        def beside(x, way):
+            return x + way if whole else math.nextafter(x, way * math.inf)
+
+        values = [] if whole else [math.nan, *([] if rule.infinite else [math.inf, -math.inf])]
+        if rule.at_least is not None:
+            values += [beside(rule.at_least, -1), -(10**9) if whole else -math.inf]
+        if rule.at_most is not None:
+            values += [beside(rule.at_most, 1), 10**12 if whole else math.inf]
+        values += [x for x in (rule.above, rule.below) if x is not None]
+    return [(x,) for x in values] if rule.several else values
 
 
 def texts(rule):
     """Texts that stand for no value of a setting, as typed on the command line. Any text is a text and a path."""
     if rule.kind in ("number", "whole number"):
-        fractions = ["1.5"] if rule.kind == "whole number" else []
-        return ["abc", "true", "1+1", *fractions, *(f"{x:.15g}" for x in numbers(rule))]
+        numbers = [x[0] if rule.several else x for x in outside(rule)]
+        return ["abc", "true", "1+1", *(["1.5"] if rule.kind == "whole number" else []), *map(repr, numbers)]
     return {"text": [], "path": [], "bool": ["abc", "1"]}.get(rule.kind, ["no_such_word"])
 
 
 def inside(rule):
-    """A value that the rule allows."""
-    if rule.several:
-        return ()
+    """Values that the rule allows, at least one."""
+    values = {"bool": [True, False], "option": [*rule.options], "input name": ["entropies"], "text": ["a"]}.get(
+        rule.kind
+    )
     if rule.kind == "stage":
-        return next(made(x) for x in mixing.known(rule.stage).values() if x.__module__.startswith("tokcredit"))
-    if "number" in rule.kind:
-        tried = (0, 1, 0.5, -1, 2) if rule.kind == "number" else (0, 1, 2)
-        return next(x for x in tried if rule._inside(x))
-    return {"bool": True, "option": (rule.options or ("",))[0], "input name": "entropies"}[rule.kind]
+        known = (x for x in mixing.known(rule.stage).values() if x.__module__.startswith("tokcredit."))
+        values = [made(next(known))]
+    elif values is None:
+        limits = [x for x in (rule.at_least, rule.at_most) if x is not None]
+        tried = (1, 2, 0, -1) if rule.kind == "whole number" else (0.5, 1.0, 0.25, 0.0, 2.0, -1.0)
+        values = [x for x in (*tried, *limits) if rule._inside(x)]
+    values = [(x,) for x in values] if rule.several else values
+    values += [None] if rule.optional else []
+    return values + ([tc.schedule.linear(0.25, 0.5)] if rule.scheduled else [])
 
 
 def made(cls, **given):
@@ -67,19 +77,4 @@ def made(cls, **given):
 def required(cls):
     """Valid values of the settings without a default."""
     parameters = inspect.signature(cls).parameters.values()
-    return {p.name: inside(rules(cls)[p.name]) for p in parameters if p.default is p.empty}
-
-
-def declared(cls):
-    """Names and rules of the settings of a class, settings inside settings included."""
-    for f in dataclasses.fields(cls):
-        rule = rules(cls).get(f.name)
-        if rule is not None and rule.kind == "stage" and dataclasses.is_dataclass(rule.stage):
-            yield from declared(rule.stage)
-        else:
-            yield cls, f.name, rule
-
-
-def has_limits(rule):
-    """Whether a number is bounded on at least one side."""
-    return any(x is not None for x in (rule.at_least, rule.above, rule.at_most, rule.below))
+    return {p.name: inside(rules(cls)[p.name])[0] for p in parameters if p.default is p.empty}

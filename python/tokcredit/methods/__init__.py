@@ -55,7 +55,7 @@ def _range(function: Callable[..., AnyObjective], argument: str, value: Any) -> 
     except RefusedError as error:
         if error.value is value:
             return replace(error.rule, optional=rules(function)[argument].optional)
-    except (TypeError, ValueError):
+    except Exception:  # A value of a wrong type may fail anywhere; the annotation has refused it already.
         pass
     return None
 
