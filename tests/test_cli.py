@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tokcredit as tc
@@ -65,6 +66,15 @@ def test_stages_are_options_by_method_name_or_expression(monkeypatch):
         terms=(tc.term.kl(0.01), tc.term.entropy()),
         scales="divergence_weighted",
     )
+
+
+def test_methods_of_a_report_add_up(monkeypatch):
+    given = []
+    monkeypatch.setattr("tokcredit.report.run", lambda *settings: given.append(settings))
+    main(["inspect", "runs/a", "--method", "grpo", "--method", "tempo", "-o", "a.html", "--step", "3"])
+    main(["inspect", "runs/a", "--step", "none"])
+    path = Path("runs/a")
+    assert given == [(path, ("grpo", "tempo"), Path("a.html"), None, 3, 1), (path, (), None, None, None, 1)]
 
 
 def test_mistakes_in_stages_are_one_line(tmp_path):

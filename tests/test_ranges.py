@@ -168,6 +168,7 @@ def test_annotations_are_declarations():
 
     made = chosen(True + 1, 1)
     assert made == chosen(2, 1.0) and type(made.share) is float
+    assert chosen(2, names=["a"]).names == ("a",)
     for arguments, message in (
         ((1.5,), "count: expected a whole number, got 1.5"),
         ((1, "x"), "share: expected a number (or a schedule), got 'x'"),

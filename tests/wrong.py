@@ -23,7 +23,9 @@ def types(rule):
     }[rule.kind]
     others += [] if rule.scheduled else [tc.schedule.linear(0.0, 1.0)]
     others += [] if rule.optional else [None]
-    return [[], 3, "abc", *((x,) for x in others)] if rule.several else others
+    if rule.several:
+        return [3, "abc", *([[]] if rule.kind == "stage" else []), *((x,) for x in others)]
+    return others
 
 
 def outside(rule):

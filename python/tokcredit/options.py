@@ -117,5 +117,6 @@ def _field(f: StructFieldSpec, rule: Range | None) -> StructFieldSpec:
         text = f.helptext() if callable(f.helptext) else f.helptext
         return f"{text} Expected: {rule}."
 
-    annotated: Any = Annotated[f.type, spec]
+    words = rule.kind == "option" and several  # texts, which tyro reads, also from an option that is repeated
+    annotated: Any = f.type if words else Annotated[f.type, spec]
     return dataclasses.replace(f, type=annotated, helptext=helptext)

@@ -165,6 +165,8 @@ class Range:
         """
         if (value is None and self.optional) or (isinstance(value, Adjustable) and self.scheduled):
             return value
+        if self.several and isinstance(value, list) and self.kind != "stage":
+            value = tuple(value)
         if self.several and not isinstance(value, tuple):
             raise WrongTypeError(name, self, value)
         try:

@@ -1,6 +1,6 @@
 import pytest
 import tokcredit as tc
-from tokcredit.train import ObjectiveSettings, ReplaySettings, ToolSettings
+from tokcredit.train import ObjectiveSettings, ReplaySettings, SamplingSettings, ToolSettings
 from tokcredit.train.settings import is_due
 
 
@@ -88,6 +88,8 @@ def test_settings_of_a_method_are_read_by_their_types():
 
 
 def test_settings_that_do_not_fit_together():
+    with pytest.raises(ValueError, match="widths: expected at least one number, got none"):
+        SamplingSettings(widths=())
     with pytest.raises(ValueError, match="replayed: expected at most the 1 responses remembered, got 2"):
         ReplaySettings(remembered=1)
     with pytest.raises(ValueError, match=r"matching: sinkhorn: regularization: expected a number above 0, got 0"):

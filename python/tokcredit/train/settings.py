@@ -92,6 +92,11 @@ class SamplingSettings(Declared):
     sampling_batch: int = whole_number(256, at_least=1)
     """Largest number of rollouts that are generated at once."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.widths:
+            raise ValueError("widths: expected at least one number, got none")
+
 
 @dataclass(frozen=True)
 class ProbeSettings(Declared):
