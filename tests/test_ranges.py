@@ -124,7 +124,8 @@ def test_settings_of_commands(words, cls, owner, setting, rule, tmp_path, monkey
     """Nothing is loaded, and no folder is made."""
     assert rule is not None, "every setting is typed"
     limits = (rule.at_least, rule.above, rule.at_most, rule.below)
-    assert "number" not in rule.kind or any(x is not None for x in limits), "every number has a range"
+    is_number = rule.kind in ("number", "whole number")
+    assert not is_number or any(x is not None for x in limits), "every number has a range"
     monkeypatch.chdir(tmp_path)
     for function in ("train.run", "train.compare", "analyze.run", "report.run"):
         monkeypatch.setattr(f"tokcredit.{function}", None)
@@ -165,15 +166,19 @@ def test_annotations_are_declarations():
         word: typing.Literal["a", "b"] = "a"
         names: tuple[str, ...] = ()
         of: tc.clip.Clip | None = None
+        weights: dict[str, float] | None = None
 
     made = chosen(True + 1, 1)
     assert made == chosen(2, 1.0) and type(made.share) is float
     assert chosen(2, names=["a"]).names == ("a",)
+    assert chosen(2, weights={"a": 1}).weights == {"a": 1.0}
+    each_refused(rules(chosen)["weights"], lambda v: chosen(2, weights=v), "weights")
     for arguments, message in (
         ((1.5,), "count: expected a whole number, got 1.5"),
         ((1, "x"), "share: expected a number (or a schedule), got 'x'"),
         ((1, 0.5, "c"), "word: expected one of 'a', 'b', got 'c'"),
         ((1, 0.5, "a", "abc"), "names: expected texts, got 'abc'"),
+        ((1, 0.5, "a", (), None, {"a": "x"}), "weights: expected numbers by name or None, got {'a': 'x'}"),
         ((1, 0.5, "a", (), tc.ratio.token()), "of: expected a clip stage or None, got token"),
     ):
         with pytest.raises(RefusedError, match=re.escape(message)):

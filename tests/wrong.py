@@ -14,6 +14,7 @@ def types(rule):
     others = {
         "number": ["abc", "1", True, [1.0], 1j, torch.tensor([1.0, 2.0])],
         "whole number": ["1", True, 1.5, math.inf, [1], torch.tensor([1, 2])],
+        "numbers by name": [3, "a", {"a": "x"}, {1: 1.0}, {"a": True}],
         "bool": [1, 0.0, "true", torch.tensor(True)],
         "text": [3, True, b"x"],
         "path": [3, True, b"x"],
@@ -30,7 +31,8 @@ def types(rule):
 
 def outside(rule):
     """Values of the right type that are out of range: those next to the limits, and numbers that are not finite."""
-    values = {"option": ["no such option", ""], "input name": ["no_such_input"]}.get(rule.kind, [])
+    words = {"option": ["no such option", ""], "input name": ["no_such_input"]}
+    values = words.get(rule.kind, [{"a": math.nan}] if rule.kind == "numbers by name" else [])
     if rule.kind in ("number", "whole number"):
         whole = rule.kind == "whole number"
 
@@ -51,7 +53,7 @@ def texts(rule):
     if rule.kind in ("number", "whole number"):
         numbers = [x[0] if rule.several else x for x in outside(rule)]
         return ["abc", "true", "1+1", *(["1.5"] if rule.kind == "whole number" else []), *map(repr, numbers)]
-    return {"text": [], "path": [], "bool": ["abc", "1"]}.get(rule.kind, ["no_such_word"])
+    return {"text": [], "path": [], "numbers by name": [], "bool": ["abc", "1"]}.get(rule.kind, ["no_such_word"])
 
 
 def inside(rule):

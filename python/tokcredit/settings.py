@@ -71,8 +71,8 @@ class Range:
     """What a setting may be.
 
     Attributes:
-        kind: A word for the error: ``number``, ``whole number``, ``bool``, ``text``, ``path``, ``input name``,
-            ``option`` or ``stage``.
+        kind: A word for the error: ``number``, ``whole number``, ``numbers by name``, ``bool``, ``text``, ``path``,
+            ``input name``, ``option`` or ``stage``.
         at_least: Smallest allowed number.
         above: Numbers must exceed it.
         at_most: Largest allowed number.
@@ -136,7 +136,7 @@ class Range:
             word = getattr(self.stage, "kind", "") or self.stage.__name__  # type: ignore[union-attr]
             text = f"a tuple of {word} stages" if self.several else f"a {word} stage"
         else:
-            article = {"text": "", "input name": "an "}.get(self.kind, "a ")
+            article = {"text": "", "input name": "an ", "numbers by name": ""}.get(self.kind, "a ")
             text = f"{self.kind}s" if self.several else article + self.kind
         limits = [
             f"{word} {limit:.15g}"
@@ -183,7 +183,9 @@ class Range:
             return value
         if self.kind in ("number", "whole number"):
             return self._number(value)
-        wanted: Any = {"bool": bool, "path": str | Path, "stage": ()}.get(self.kind, str)
+        if self.kind == "numbers by name" and isinstance(value, dict) and all(isinstance(x, str) for x in value):
+            return {x: self._number(weight) for x, weight in value.items()}
+        wanted: Any = {"bool": bool, "path": str | Path, "stage": (), "numbers by name": ()}.get(self.kind, str)
         if not isinstance(value, wanted):
             raise TypeError
         if self.kind == "path":
@@ -195,12 +197,12 @@ class Range:
         return value
 
     def _number(self, value: Any) -> float:
-        wanted: Any = numbers.Real if self.kind == "number" else numbers.Integral
+        wanted: Any = numbers.Integral if self.kind == "whole number" else numbers.Real
         if isinstance(value, bool) or not isinstance(value, wanted):
             raise TypeError
         if not self._inside(value):
             raise ValueError
-        return float(value) if self.kind == "number" else int(value)
+        return int(value) if self.kind == "whole number" else float(value)
 
     def _inside(self, number: Any) -> bool:
         return (
@@ -236,7 +238,14 @@ def _is_class(x: Any) -> bool:
     return isinstance(x, type) and get_origin(x) is None and x not in _KINDS and x is not Any and x is not object
 
 
-_KINDS: dict[Any, str] = {float: "number", int: "whole number", bool: "bool", str: "text", Path: "path"}
+_KINDS: dict[Any, str] = {
+    float: "number",
+    int: "whole number",
+    bool: "bool",
+    str: "text",
+    Path: "path",
+    dict[str, float]: "numbers by name",
+}
 
 
 def _declared(rule: Range, default: Any) -> Any:
