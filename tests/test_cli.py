@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tokcredit as tc
@@ -38,7 +39,7 @@ def test_unknown_command(capsys):
 
 def test_errors_are_one_line(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(SystemExit, match=r"tokcredit: tasks: expected jsonl, .*, got 'nothing'"):
+    with pytest.raises(SystemExit, match=r"tokcredit: --tasks: expected jsonl, .*, got 'nothing'"):
         main(["train", "--model", "tiny(steps=0)", "--tasks", "nothing", "--output", str(tmp_path / "run")])
 
 
@@ -50,7 +51,7 @@ def test_commands_start_quickly():
 
 def test_stages_are_options_by_method_name_or_expression(monkeypatch):
     given = []
-    monkeypatch.setattr("tokcredit.train.run", given.append)
+    monkeypatch.setattr("tokcredit.train.run", lambda settings: given.append(settings) or {})
     options = "--method dapo --set clip_high=0.3 --credit tempo --ratio ctpo --clip ppo(0.1,high=0.3) --aggregation ba"
     options += " --filters --token-weights importance(high=2.0) --terms kl(0.01) entropy --scales"
     main(["train", *options.split(), "divergence_weighted"])
@@ -67,7 +68,16 @@ def test_stages_are_options_by_method_name_or_expression(monkeypatch):
     )
 
 
+def test_methods_of_a_report_add_up(monkeypatch):
+    given = []
+    monkeypatch.setattr("tokcredit.report.run", lambda *settings: given.append(settings))
+    main(["inspect", "runs/a", "--method", "grpo", "--method", "tempo", "-o", "a.html", "--step", "3"])
+    main(["inspect", "runs/a", "--step", "none"])
+    path = Path("runs/a")
+    assert given == [(path, ("grpo", "tempo"), Path("a.html"), None, 3, 1), (path, (), None, None, None, 1)]
+
+
 def test_mistakes_in_stages_are_one_line(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(SystemExit, match=r"tokcredit: credit: expected a stage or a method, one of .*, got 'temp'"):
+    with pytest.raises(SystemExit, match=r"tokcredit: --credit: expected a stage or a method, one of .*, got 'temp'"):
         main(["train", "--model", "tiny(steps=0)", "--credit", "temp", "--output", str(tmp_path / "run")])

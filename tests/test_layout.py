@@ -20,13 +20,13 @@ ALLOWED = {
 }
 # Each layer imports its own modules and those of earlier layers.
 LAYERS = {
-    "data": ("arguments", "spans", "groups", "selection", "inputs", "schedule", "ops", "rollouts"),
+    "data": ("arguments", "spans", "groups", "selection", "inputs", "settings", "schedule", "ops", "rollouts"),
     "blocks": ("blocks",),
     "stages": ("stages",),
     "objectives": ("protocol", "from_hidden", "prepared", "objective", "preference", "supervised"),
-    "methods": ("methods", "expression", "mixing"),
+    "methods": ("expression", "methods", "mixing"),
     "public": ("decoding", "rewards"),
-    "applications": ("train", "report", "analyze", "adapters", "cli"),
+    "applications": ("train", "report", "analyze", "adapters", "options", "exits", "cli"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 

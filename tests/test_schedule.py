@@ -18,7 +18,7 @@ def test_cosine_restarts():
     half = 0.2 + 0.4 * (1 + math.cos(math.pi / 4))
     low = 0.2 + 0.4 * (1 + math.cos(3 * math.pi / 4))
     assert at == pytest.approx([0.5, 1.0, 1.0, half, 0.6, low, 1.0, half, 0.6, low, 1.0])
-    with pytest.raises(ValueError, match="steps, period: expected at least 1, got 0, 4"):
+    with pytest.raises(ValueError, match="cosine_restarts: steps: expected a whole number at least 1, got 0"):
         schedule.cosine_restarts(0, 1, 0, 0, 0, 4)
 
 

@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import platform
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar, Union
 
 import torch
 import tyro
 
 import tokcredit as tc
-from tokcredit import analyze, train
+from tokcredit import analyze, exits, options, train
 from tokcredit.analyze import Divergent, Shift
-from tokcredit.train import Settings
+from tokcredit.settings import Declared, option, whole_number
+from tokcredit.train import ComparisonSettings, Settings
 
-_Settings = Annotated[Settings, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
-_Analysis = Annotated[
-    Annotated[Shift, tyro.conf.subcommand("shift")] | Annotated[Divergent, tyro.conf.subcommand("divergent")],
-    tyro.conf.arg(name=""),
-    tyro.conf.OmitArgPrefixes,
+
+@dataclass(frozen=True)
+class InspectSettings(Declared):
+    """What a report shows."""
+
+    path: tyro.conf.Positional[Path]
+    """Run folder, rollouts-*.parquet, TRL's completions_*.parquet, or .jsonl such as verl's."""
+    method: tyro.conf.UseAppendAction[tuple[str, ...]] = option((), *tc.methods.names(), several=True)
+    """Method whose advantages are shown; may be repeated. The default is the method of the run, and grpo."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """HTML file to write."""
+    tokenizer: str | None = None
+    """Folder or name of a tokenizer, for files with text and without token ids."""
+    step: int | None = whole_number(None, at_least=0, optional=True)
+    """Step to show; the default is the last."""
+    prompt: int = whole_number(1, at_least=1)
+    """Number of the prompt to print, from 1."""
+    rewards: dict[str, float] | None = None
+    """Columns whose weighted sum is the reward, as NAME WEIGHT NAME WEIGHT; for TRL with several reward functions."""
+
+
+T = TypeVar("T")
+_Flat: TypeAlias = Annotated[T, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
+_Analysis: TypeAlias = _Flat[
+    Annotated[Shift, tyro.conf.subcommand("shift")] | Annotated[Divergent, tyro.conf.subcommand("divergent")]
 ]
 
 
@@ -74,50 +99,22 @@ def methods() -> None:
     _print({name: (inspect.getdoc(getattr(tc.methods, name)) or "").splitlines()[0] for name in tc.methods.names()})
 
 
-def _train(settings: _Settings) -> None:
+def _train(settings: _Flat[Settings]) -> bool:
     """Train a language model with a token-credit method on tasks with verifiable answers."""
-    train.run(settings)
+    return train.run(settings) is None
 
 
-def _compare(
-    settings: _Settings,
-    methods: tuple[str, ...] = ("grpo", "tempo", "ctpo"),
-    seeds: int = 3,
-) -> None:
-    """Train several methods on the same prompts and plot them together.
-
-    Args:
-        settings: Settings of every run.
-        methods: Names of methods.
-        seeds: Number of runs per method.
-    """
-    train.compare(methods, settings, seeds)
+def _compare(settings: _Flat[Settings], comparison: _Flat[ComparisonSettings]) -> bool:
+    """Train several methods on the same prompts and plot them together."""
+    return train.compare(comparison.methods, settings, comparison.seeds) is None
 
 
-def _inspect(
-    path: tyro.conf.Positional[Path],
-    method: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None,
-    tokenizer: str | None = None,
-    step: int | None = None,
-    prompt: int = 1,
-    rewards: dict[str, float] | None = None,
-) -> None:
-    """Show the advantage of every token and where it comes from: one prompt in the terminal, or all in an HTML page.
-
-    Args:
-        path: Run folder, rollouts-*.parquet, TRL's completions_*.parquet, or .jsonl such as verl's.
-        method: Method whose advantages are shown; may be repeated. The default is the method of the run, and grpo.
-        output: HTML file to write.
-        tokenizer: Folder or name of a tokenizer, for files with text and without token ids.
-        step: Step to show; the default is the last.
-        prompt: Number of the prompt to print, from 1.
-        rewards: Columns whose weighted sum is the reward, as NAME WEIGHT NAME WEIGHT; for TRL with several reward
-            functions.
-    """
+def _inspect(settings: _Flat[InspectSettings]) -> None:
+    """Show the advantage of every token and where it comes from: one prompt in the terminal, or all in an HTML page."""
     from tokcredit.report import run
 
-    written = run(path, method, output, tokenizer, step, prompt, rewards)
+    s = settings
+    written = run(s.path, s.method, s.output, s.tokenizer, s.step, s.prompt, s.rewards)
     if written is not None:
         _print({"report": str(written)})
 
@@ -127,23 +124,79 @@ def _analyze(settings: _Analysis) -> None:
     analyze.run(settings)
 
 
+_COMMANDS: dict[str, Callable[..., bool | None]] = {
+    "analyze": _analyze,
+    "compare": _compare,
+    "info": info,
+    "inspect": _inspect,
+    "methods": methods,
+    "train": _train,
+}
+"""The commands by name; each returns whether it was stopped before its end."""
+
+
+def _later(command: Callable[..., T]) -> Callable[..., functools.partial[T]]:
+    """Return a function that only keeps the settings, so that errors of the command are not those of parsing."""
+
+    @functools.wraps(command)
+    def chosen(*positional: Any, **named: Any) -> functools.partial[T]:
+        return functools.partial(command, *positional, **named)
+
+    return chosen
+
+
+if TYPE_CHECKING:
+    _Command = Any
+else:
+    _each = tuple(Annotated[Any, tyro.conf.subcommand(x, constructor=_later(f))] for x, f in _COMMANDS.items())
+    _Command = Annotated[Union[_each], tyro.conf.arg(name="")]  # noqa: UP007
+
+
+def _parsed(command: _Command, debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False) -> tuple[Any, bool]:
+    """Return the chosen command and whether tracebacks are wanted.
+
+    Args:
+        command: The command.
+        debug: Show the traceback of every error.
+    """
+    return command, debug
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command.
+
+    A known error ends it with one line, any other with its traceback. A signal that stops it before its end gives the
+    exit code 128 + n: 130 for SIGINT, 143 for SIGTERM.
 
     Args:
         arguments: Arguments, or None for those of the command line.
     """
-    commands: dict[str, Callable[..., Any]] = {
-        "train": _train,
-        "compare": _compare,
-        "inspect": _inspect,
-        "analyze": _analyze,
-        "info": info,
-        "methods": methods,
-    }
+    typed = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands, prog="tokcredit", description=tc.__doc__, args=None if arguments is None else list(arguments)
+        command, debug = tyro.cli(
+            _parsed,
+            prog="tokcredit",
+            description=tc.__doc__,
+            args=typed,
+            config=(tyro.conf.CascadeSubcommandArgs,),
+            registry=options.registry,
         )
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        sys.exit(f"tokcredit: {error}")
+    except options.RejectedError as error:
+        if "--debug" in typed:
+            raise
+        sys.exit(f"tokcredit: {options.named(str(error), [error.settings], typed)}")
+    with exits.signals() as first:
+        try:
+            stopped_by = first(signal.SIGTERM) if command() else None
+        except KeyboardInterrupt:
+            if debug:
+                traceback.print_exc()
+            stopped_by = first(signal.SIGINT)
+        except Exception as error:
+            if debug or not exits.is_known(error, typed):
+                raise
+            settings = map(type, (*command.args, *command.keywords.values()))
+            sys.exit(f"tokcredit: {options.named(str(error), settings, typed)}")
+    if stopped_by is not None:
+        print(f"tokcredit: stopped by {stopped_by.name}", file=sys.stderr)
+        sys.exit(128 + stopped_by)

@@ -7,6 +7,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from tokcredit.settings import Range, RefusedError, rules
+
+
+class Word(str):
+    """A name without quotes among the arguments of a call, such as ``abc`` in ``ppo(low=abc)``.
+
+    What it stands for is up to the argument: ``true`` is a bool for one and a text for another.
+    """
+
 
 class Call(NamedTuple):
     """A name with arguments, which are literals or what inner calls made.
@@ -25,7 +34,8 @@ class Call(NamedTuple):
 def parse(text: str, argument: str, inner: Mapping[str, Callable[..., Any]] | None = None) -> Call:
     """Return the call that a text describes: ``NAME`` or ``NAME(value, key=value)``.
 
-    A value is a literal, ``inf``, a tuple of values, or a call of one of ``inner``.
+    A value is a literal, ``inf``, a tuple of values, or a call of one of ``inner``. With ``inner`` it is also a
+    :class:`Word`.
 
     Args:
         text: What was typed.
@@ -35,14 +45,18 @@ def parse(text: str, argument: str, inner: Mapping[str, Callable[..., Any]] | No
     Raises:
         ValueError: The text has another form.
     """
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        node = None
+    node = _parsed(text)
     call = _call(node, argument, inner or {}) if node else None
     if call is None:
         raise ValueError(f"{argument}: expected NAME or NAME(key=value, ...), got {text!r}")
     return call
+
+
+def _parsed(text: str) -> ast.expr | None:
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
 
 
 def _call(node: ast.expr, argument: str, inner: Mapping[str, Callable[..., Any]]) -> Call | None:
@@ -63,8 +77,10 @@ class _NotValueError(Exception):
 
 
 def _value(node: ast.expr, argument: str, inner: Mapping[str, Callable[..., Any]]) -> Any:
-    if isinstance(node, ast.Name) and node.id == "inf":
-        return float("inf")
+    if isinstance(node, ast.Name) and node.id in ("inf", "nan"):
+        return float(node.id)
+    if isinstance(node, ast.Name) and inner:
+        return Word(node.id)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value = _value(node.operand, argument, inner)
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -92,17 +108,32 @@ def call_with(known: Mapping[str, Callable[..., Any]], call: Call, argument: str
         argument: Name of the option or argument, for the error.
 
     Raises:
-        ValueError: There is no such name, or it does not take these arguments.
+        TypeError: An argument has the wrong type.
+        ValueError: There is no such name, it does not take these arguments, or one is out of range.
     """
     if call.name not in known:
         raise ValueError(f"{argument}: expected one of {', '.join(sorted(known))}, got {call.name!r}")
     function = known[call.name]
     try:
-        inspect.signature(function).bind(*call.positional, **call.named)
+        given = inspect.signature(function).bind(*call.positional, **call.named)
     except TypeError as error:
         expected = f"{call.name}{inspect.signature(function)}"
         raise ValueError(f"{argument}: expected {expected}, got {call.positional}, {call.named}: {error}") from None
-    return function(*call.positional, **call.named)
+    for name, rule in rules(function).items():
+        if name in given.arguments:
+            value = _read(rule, given.arguments[name])
+            given.arguments[name] = rule.checked(f"{argument}: {call.name}: {name}", value)
+    try:
+        return function(*given.args, **given.kwargs)
+    except RefusedError as error:
+        raise error.of(f"{argument}: {error.name}") from None
+
+
+def _read(rule: Range, value: Any) -> Any:
+    """Return a value whose words are read as what a setting may be."""
+    if isinstance(value, tuple):
+        return tuple(_read(rule, x) for x in value)
+    return rule.read(value) if isinstance(value, Word) else value
 
 
 def construct(
@@ -125,10 +156,8 @@ def construct(
     return call_with(known, parse(text, argument, inner), argument)
 
 
-def setting(text: str, argument: str) -> tuple[str, Any]:
-    """Return the name and the value of a text ``name=literal``.
-
-    ``true``, ``false``, ``none`` and ``inf`` are read in any case; what is no literal is a string.
+def setting(text: str, argument: str) -> tuple[str, str]:
+    """Return the name and the text of the value of ``name=value``.
 
     Args:
         text: What was typed.
@@ -138,12 +167,32 @@ def setting(text: str, argument: str) -> tuple[str, Any]:
         ValueError: The text has another form.
     """
     name, separator, value = text.partition("=")
-    if not separator or not name.isidentifier():
+    if not separator or not name.strip().isidentifier():
         raise ValueError(f"{argument}: expected name=value, got {text!r}")
-    words = {"true": True, "false": False, "none": None, "inf": float("inf"), "-inf": -float("inf")}
-    if value.strip().lower() in words:
-        return name, words[value.strip().lower()]
+    return name.strip(), value
+
+
+def read(text: str, rule: Range, argument: str, inner: Mapping[str, Callable[..., Any]]) -> Any:
+    """Return the value of a setting that a text stands for, or the text itself if it stands for none.
+
+    Args:
+        text: What was typed: a number, a word, or a call of one of ``inner``.
+        rule: What the setting may be.
+        argument: Name of the option or argument, for the error.
+        inner: What may be called.
+
+    Raises:
+        TypeError: An argument of a call has the wrong type.
+        ValueError: There is no such name, it does not take these arguments, or one is out of range.
+    """
+    found = rule.read(text)
+    if not isinstance(found, str) or rule.kind in ("text", "option", "input name"):
+        return found
+    node = _parsed(text)
+    if not isinstance(node, ast.Call | ast.Tuple):
+        return text
     try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
+        found = _value(node, argument, inner)
+    except _NotValueError:
+        return text
+    return (found,) if rule.several and not isinstance(found, tuple) else found

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from tokcredit import methods, schedule
-from tokcredit.expression import Call, call_with, parse
-from tokcredit.stages.base import Range, Stage
+from tokcredit.expression import Call, call_with, parse, read
+from tokcredit.settings import Range, rules
+from tokcredit.stages.base import Stage
 
 T = TypeVar("T")
 
@@ -64,6 +65,23 @@ def _subclasses(kind: type[T]) -> Iterator[type[T]]:
 def inner() -> dict[str, Callable[..., Any]]:
     """Return what may stand among the settings of a stage: stages, schedules and controllers, by name."""
     return {**known(Stage), **known(schedule.Adjustable)}
+
+
+def method(name: str, settings: Mapping[str, str]) -> Any:
+    """Return the objective of a published method whose settings are given as text.
+
+    Args:
+        name: Name of the method.
+        settings: Text of each setting: a number, ``true``, ``false``, ``none``, or a stage or schedule in the form of
+            :func:`mix`.
+
+    Raises:
+        TypeError: The method does not have a setting, or it has the wrong type.
+        ValueError: There is no such method, or a setting is out of range.
+    """
+    known = rules(getattr(methods, name)) if name in methods.names() else {}
+    values = {x: read(text, known[x], f"{name}: {x}", inner()) if x in known else text for x, text in settings.items()}
+    return methods.load(name, **values)
 
 
 def _method(call: Call, argument: str) -> Any:

@@ -15,11 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-
-class Adjustable(float if TYPE_CHECKING else object):  # type: ignore[misc]
-    """Base of schedules and controllers, which may be given in place of a number."""
+from tokcredit.settings import Adjustable as Adjustable
+from tokcredit.settings import number, whole_number
 
 
 class Schedule(Adjustable):
@@ -43,8 +42,8 @@ class linear(Schedule):
         end: Number at progress 1.
     """
 
-    start: float
-    end: float
+    start: float = number()
+    end: float = number()
 
     def __call__(self, progress: float) -> float:
         """Return ``(1 - progress) * start + progress * end``.
@@ -76,16 +75,12 @@ class cosine_restarts(Schedule):
         ValueError: ``period`` or ``steps`` is below 1.
     """
 
-    start: float
-    peak: float
-    trough: float
-    steps: int
-    warmup: int
-    period: int
-
-    def __post_init__(self) -> None:
-        if self.period < 1 or self.steps < 1:
-            raise ValueError(f"steps, period: expected at least 1, got {self.steps}, {self.period}")
+    start: float = number()
+    peak: float = number()
+    trough: float = number()
+    steps: int = whole_number(at_least=1)
+    warmup: int = whole_number(at_least=0)
+    period: int = whole_number(at_least=1)
 
     def __call__(self, progress: float) -> float:
         """Return the number at this progress.
@@ -151,11 +146,11 @@ class target_entropy(Controller):
         Skywork-OR1, arXiv 2505.22312.
     """
 
-    target: float = 0.2
-    delta: float = 0.005
-    start: float = 0.0
-    low: float = 0.0
-    high: float = 1.0
+    target: float = number(0.2, at_least=0)
+    delta: float = number(0.005, at_least=0)
+    start: float = number(0.0, at_least=0)
+    low: float = number(0.0, at_least=0)
+    high: float = number(1.0, at_least=0)
     metric: str = "entropy_mean"
 
     def initial(self) -> tuple[float, ...]:
@@ -198,10 +193,10 @@ class target_kl(Controller):
         Ziegler et al., arXiv 1909.08593.
     """
 
-    target: float = 0.1
-    start: float = 0.001
-    horizon: float = 10_000.0
-    rows: float = 512.0
+    target: float = number(0.1, above=0)
+    start: float = number(0.001, at_least=0)
+    horizon: float = number(10_000.0, above=0)
+    rows: float = number(512.0, above=0)
     metric: str = "kl"
 
     def initial(self) -> tuple[float, ...]:

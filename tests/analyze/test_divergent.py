@@ -189,9 +189,9 @@ def two(context, small, large):
         ({"judge": "tiny"}, "verifier, judge: expected one of them, got test_divergent:letters, tiny"),
         ({"verifier": "nothing"}, "verifier: expected package.module:function, got 'nothing'"),
         ({"verifier": "test_divergent:nothing"}, "verifier: expected a function in test_divergent, got 'nothing'"),
-        ({"batch": 0}, "batch: expected at least 1, got 0"),
-        ({"continuation_tokens": -1}, "continuation_tokens: expected at least 0, got -1"),
-        ({"top": -1}, "top: expected at least 0, got -1"),
+        ({"batch": 0}, "batch: expected a whole number at least 1, got 0"),
+        ({"continuation_tokens": -1}, "continuation_tokens: expected a whole number at least 0, got -1"),
+        ({"top": -1}, "top: expected a whole number at least 0, got -1"),
     ],
 )
 def test_errors(tmp_path, changes, message):
@@ -210,5 +210,5 @@ def test_on_the_command_line(tmp_path, capsys):
     main([*arguments.split(), "--judge", "tiny(steps=0)", "--output", str(tmp_path / "run")])
     out = capsys.readouterr().out
     assert "tiny(steps=0) along 1 responses" in out and "divergent" in out
-    with pytest.raises(SystemExit, match="tokcredit: verifier, judge: expected one of them, got None, None"):
+    with pytest.raises(SystemExit, match="tokcredit: --verifier, --judge: expected one of them, got None, None"):
         main(["analyze", "divergent", "--small", "tiny", "--large", "tiny"])

@@ -175,13 +175,13 @@ def test_on_the_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollouts": 0}, "rollouts: expected at least 1, got 0"),
+        ({"rollouts": 0}, "rollouts: expected a whole number at least 1, got 0"),
         ({"temperature": 0.0}, "rollouts: expected 1 because of temperature 0, where all are alike, got 2"),
-        ({"temperature": -1.0}, "temperature: expected 0 or a positive number, got -1.0"),
-        ({"top_p": 0.0}, "top_p: expected more than 0 and at most 1, got 0.0"),
-        ({"thresholds": (0.1, -0.1)}, "threshold, thresholds: expected at least 0"),
-        ({"threshold": math.nan}, "threshold, thresholds: expected at least 0"),
-        ({"caps": (-1,)}, "caps: expected at least 0"),
+        ({"temperature": -1.0}, "temperature: expected a number at least 0, got -1"),
+        ({"top_p": 0.0}, "top_p: expected a number above 0 and at most 1, got 0"),
+        ({"thresholds": (0.1, -0.1)}, r"thresholds: expected numbers at least 0, got \(0.1, -0.1\)"),
+        ({"threshold": math.nan}, "threshold: expected a number at least 0, got nan"),
+        ({"caps": (-1,)}, "caps: expected whole numbers at least 0"),
     ],
 )
 def test_errors(tmp_path, changes, message):
@@ -195,7 +195,7 @@ def test_errors_of_the_study(tmp_path):
         s = settings(tmp_path / "run")
         return Shift(s.base, s.tuned, StudySettings(output=tmp_path / "run", **changes))
 
-    with pytest.raises(ValueError, match="problems: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="problems: expected a whole number at least 1, got 0"):
         run(with_study(problems=0))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="held_out: expected a share that leaves problems on both sides"):

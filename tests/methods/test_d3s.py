@@ -64,7 +64,7 @@ def test_progress_is_asked_for_and_checked():
         tc.methods.d3s().prepare(batch)
     with pytest.raises(ValueError, match="progress: expected a number from 0 to 1, got 2"):
         tc.methods.d3s().prepare(batch, progress=2)
-    with pytest.raises(ValueError, match=r"varied_rows: share: expected a number above 0 and at most 1 .* got 0\.0"):
+    with pytest.raises(ValueError, match=r"d3s: rows_start: expected a number above 0 and at most 1 .* got 0"):
         tc.methods.d3s(rows_start=0.0)
 
 

@@ -353,7 +353,7 @@ def test_command(folder, tmp_path, capsys):
     main(["inspect", str(folder), "--prompt", "2"])
     out = capsys.readouterr().out
     assert "prompt 2 of 3" in out and "tempo" in out and "grpo" in out and "underlined: branch" in out
-    with pytest.raises(SystemExit, match="prompt: expected a number from 1 to 3, got 4"):
+    with pytest.raises(SystemExit, match="--prompt: expected a number from 1 to 3, got 4"):
         main(["inspect", str(folder), "--prompt", "4"])
 
 

@@ -283,7 +283,7 @@ def test_tasks_without_tools_are_named(talking, chosen):
 
 
 def test_at_least_one_turn(talking):
-    with pytest.raises(ValueError, match="turns: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="turns: expected a whole number at least 1, got 0"):
         Trainer(resolved(talking(tools=ToolSettings(turns=0))))
 
 

@@ -106,7 +106,7 @@ def test_numbers_of_settings():
     collect(c, 1, ["n1", "n2", "n3"], ["y1", "n4", "n5"])
     got = rows(collect(c, 2, ["y1", "y2", "y3"], ["n6", "n7", "n8"]))
     assert sorted(row[1] for row in got[6:]) == ["n1", "n2", "n3", "y1"] and len(c._context.sampler.prompts) == 2
-    with pytest.raises(ValueError, match="replayed: expected 0 to the 1 responses remembered, got 2"):
+    with pytest.raises(ValueError, match="replayed: expected at most the 1 responses remembered, got 2"):
         collector(remembered=1)
 
 

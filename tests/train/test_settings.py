@@ -1,6 +1,7 @@
 import pytest
 import tokcredit as tc
-from tokcredit.train import ObjectiveSettings
+from tokcredit.train import ObjectiveSettings, ReplaySettings, SamplingSettings, ToolSettings
+from tokcredit.train.settings import is_due
 
 
 def test_stages_are_mixed_by_method_name_or_expression():
@@ -44,16 +45,59 @@ def test_several_stages_can_be_removed():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (ObjectiveSettings("grp"), "name: expected one of .*grpo.*, got 'grp'"),
-        (ObjectiveSettings("grpo", set=("clip=1",)), "clip: expected one of clip_low.* for grpo"),
-        (
-            ObjectiveSettings("grpo", credit="temp"),
-            "credit: expected a stage or a method, one of .*tempo.*, got 'temp'",
-        ),
-        (ObjectiveSettings("grpo", clip="ppo(low=-1)"), "clip.ppo: low: expected a number at least 0.*, got -1"),
-        (ObjectiveSettings("grpo", scales=("within(",)), "scales: expected NAME or NAME"),
+        (("grp",), "method: expected one of .*'grpo'.*, got 'grp'"),
+        (("grpo", ("clip=1",)), "set: clip: expected one of clip_low.* for grpo"),
+        (("grpo", ("clip",)), "set: expected name=value, got 'clip'"),
+        (("grpo", (), "temp"), "credit: expected a stage or a method, one of .*tempo.*, got 'temp'"),
     ],
 )
 def test_mistakes_are_named(settings, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        settings.build()
+        ObjectiveSettings(*settings).build()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        ({"clip": "ppo(low=-1)"}, r"clip: ppo: low: expected a number at least 0 \(or a schedule\), got -1"),
+        ({"clip": "ppo(low=abc)"}, r"clip: ppo: low: expected a number at least 0 \(or a schedule\), got 'abc'"),
+        ({"credit": "tempo(scale=maybe)"}, "credit: tempo: scale: expected a bool, got 'maybe'"),
+        ({"credit": "whitened(tempo_credit(scale=3))"}, "credit: tempo_credit: scale: expected a bool, got 3"),
+        ({"clip": "ppo(linear(0.1, abc))"}, "clip: linear: end: expected a number, got 'abc'"),
+        ({"scales": ("within(",)}, "scales: expected NAME or NAME"),
+    ],
+)
+def test_mistakes_in_stages_are_named(kinds, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ObjectiveSettings("grpo", **kinds).build()
+
+
+def test_settings_of_a_method_are_read_by_their_types():
+    settings = ("scale=false", "cap=none", "clip_low=1", "clip_high=linear(0.2, 0.4)", "epsilon=1e-3")
+    expected = tc.methods.tempo(
+        scale=False, cap=None, clip_low=1.0, clip_high=tc.schedule.linear(0.2, 0.4), epsilon=1e-3
+    )
+    assert ObjectiveSettings("tempo", settings).build() == expected
+    assert expected.credit.scale is False and expected.clip.cap is None
+    score = tc.token_score.given("entropies")
+    for text in ("given(entropies)", "given('entropies')"):
+        assert ObjectiveSettings("tip", (f"rank={text}",)).build() == tc.methods.tip(rank=score)
+        raised = (tc.token_weights.raised(score, 2.0),)
+        assert ObjectiveSettings("dpo", (f"token_weights=raised({text}, 2)",)).build().token_weights == raised
+    assert ObjectiveSettings("pods", ("count=3",)).build().filters[0].count == 3
+
+
+def test_settings_that_do_not_fit_together():
+    with pytest.raises(ValueError, match="widths: expected at least one number, got none"):
+        SamplingSettings(widths=())
+    with pytest.raises(ValueError, match="replayed: expected at most the 1 responses remembered, got 2"):
+        ReplaySettings(remembered=1)
+    with pytest.raises(ValueError, match=r"matching: sinkhorn: regularization: expected a number above 0, got 0"):
+        ToolSettings(matching="sinkhorn(regularization=0)")
+    with pytest.raises(ValueError, match=r"matching: expected optimal with penalty, got 'optimal\(s=1\)'"):
+        ToolSettings(matching="optimal(s=1)")
+
+
+def test_zero_steps_between_is_never():
+    assert [n for n in range(1, 7) if is_due(n, 3)] == [3, 6]
+    assert not any(is_due(n, 0) for n in range(1, 7))

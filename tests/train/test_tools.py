@@ -121,7 +121,7 @@ def test_rules():
     [
         ("hungarian", r"matching: expected optimal, greedy, sinkhorn, with settings by name, got 'hungarian'"),
         ("greedy(0.5)", "matching: expected optimal, greedy, sinkhorn, with settings by name"),
-        ("sinkhorn(penalty=1.0)", r"matching: sinkhorn\(penalty=1.0\): .*penalty"),
+        ("sinkhorn(penalty=1.0)", "matching: expected sinkhorn with regularization, iterations, got .*penalty"),
     ],
 )
 def test_bad_rules(text, message):

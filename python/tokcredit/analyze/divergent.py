@@ -54,15 +54,8 @@ def divergent(settings: Divergent) -> dict[str, Any]:
         settings: Settings of the analysis.
 
     Raises:
-        ValueError: A setting is out of range, or not one of ``verifier`` and ``judge`` is given.
+        ValueError: The verifier is no function.
     """
-    if (settings.verifier is None) == (settings.judge is None):
-        raise ValueError(f"verifier, judge: expected one of them, got {settings.verifier}, {settings.judge}")
-    for name in ("continuation_tokens", "top"):
-        if getattr(settings, name) < 0:
-            raise ValueError(f"{name}: expected at least 0, got {getattr(settings, name)}")
-    if settings.batch < 1:
-        raise ValueError(f"batch: expected at least 1, got {settings.batch}")
     verify = imported(settings.verifier) if settings.verifier else None
     settings = dataclasses.replace(
         settings, study=resolved(settings.study, "divergent", settings.small, settings.large)

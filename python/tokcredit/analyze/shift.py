@@ -65,11 +65,7 @@ def shift(settings: Shift) -> dict[str, Any]:
 
     Args:
         settings: Settings of the analysis.
-
-    Raises:
-        ValueError: A setting is out of range.
     """
-    _check(settings)
     settings = dataclasses.replace(settings, study=resolved(settings.study, "shift", settings.base, settings.tuned))
     with opened(settings) as study:
         pair = load_pair(("base", settings.base), ("tuned", settings.tuned), settings.study.precision)
@@ -95,22 +91,6 @@ def shift(settings: Shift) -> dict[str, Any]:
         found = study.tables(make).to_pylist()
         summary = summarize(found, settings)
         return report(study.folder, summary, _picture(found, summary, settings), _printed(summary, settings))
-
-
-def _check(settings: Shift) -> None:
-    if settings.rollouts < 1 or (settings.temperature == 0 and settings.rollouts > 1):
-        expected = "1 because of temperature 0, where all are alike" if settings.temperature == 0 else "at least 1"
-        raise ValueError(f"rollouts: expected {expected}, got {settings.rollouts}")
-    if not (settings.temperature >= 0 and math.isfinite(settings.temperature)):
-        raise ValueError(f"temperature: expected 0 or a positive number, got {settings.temperature}")
-    if not 0 < settings.top_p <= 1:
-        raise ValueError(f"top_p: expected more than 0 and at most 1, got {settings.top_p}")
-    if not all(x >= 0 for x in (settings.threshold, *settings.thresholds)):
-        raise ValueError(
-            f"threshold, thresholds: expected at least 0, got {settings.threshold}, {list(settings.thresholds)}"
-        )
-    if not all(cap >= 0 for cap in settings.caps):
-        raise ValueError(f"caps: expected at least 0, got {list(settings.caps)}")
 
 
 def _table(

@@ -80,12 +80,10 @@ def resolved(settings: StudySettings, analysis: str, first: str, second: str) ->
         second: Second model.
 
     Raises:
-        ValueError: There is no task, or a count is below 1.
+        ValueError: There is no task.
     """
     recipes = [models.recipe(model) for model in (first, second)]
     recipe = next((r for r in recipes if r.tasks), recipes[0])
-    if settings.problems < 1:
-        raise ValueError(f"problems: expected at least 1, got {settings.problems}")
     if not (settings.tasks or recipe.tasks):
         raise ValueError(f"tasks: expected at least one because neither {first} nor {second} has a recipe, got none")
     names = [models.short_name(model) for model in (first, second)]

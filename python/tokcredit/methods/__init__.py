@@ -3,24 +3,23 @@
 ``tokcredit.methods.tempo()``, ``tokcredit.methods.load("tempo")`` and ``tokcredit.mix("tempo")`` give the same.
 
 The folder is the registry: ``methods/NAME.py`` holds ``def NAME(...)`` and the stages that only this method has. Types
-of arguments are checked here, by their annotations, and ranges by the stages.
+of arguments are checked here, by their annotations, and ranges by the stages. An argument that no stage takes as it is
+states its range itself: ``alpha: Annotated[float, Range("number", above=0)]``.
 """
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from importlib import import_module
-from numbers import Real
 from pkgutil import iter_modules
 from typing import Any
 
 from tokcredit.objective import Objective
 from tokcredit.preference import Preference
-from tokcredit.schedule import Adjustable
-from tokcredit.stages.base import Stage
+from tokcredit.settings import Range, RefusedError, rules
 from tokcredit.supervised import Supervised
 
 AnyObjective = Objective | Preference | Supervised
@@ -29,26 +28,36 @@ AnyObjective = Objective | Preference | Supervised
 
 
 def _checked(name: str, function: Callable[..., AnyObjective]) -> Callable[..., AnyObjective]:
-    """Return a method that checks the types of arguments annotated as bool or float before it runs."""
+    """Return a method whose errors about a setting name the method and its argument."""
     signature = inspect.signature(function)
 
     @wraps(function)
     def method(*positional: Any, **named: Any) -> AnyObjective:
-        for argument, value in signature.bind(*positional, **named).arguments.items():
-            annotation = str(signature.parameters[argument].annotation)
-            if annotation == "bool" and not isinstance(value, bool):
-                raise TypeError(f"{name}: {argument}: expected a bool, got {value!r}")
-            if not annotation.startswith("float") or isinstance(value, Adjustable | Stage):
-                continue
-            if value is None and "None" in annotation:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise TypeError(f"{name}: {argument}: expected a number, got {value!r}")
-            if math.isnan(value):
-                raise ValueError(f"{name}: {argument}: expected a number, got nan")
-        return function(*positional, **named)
+        given = signature.bind(*positional, **named).arguments
+        try:
+            for argument, rule in rules(function).items():
+                if argument in given:
+                    given[argument] = rule.checked(f"{name}: {argument}", given[argument])
+            return function(**given)
+        except RefusedError:
+            for argument, value in given.items():
+                if narrower := _range(function, argument, value):
+                    narrower.checked(f"{name}: {argument}", value)
+            raise
 
     return method
+
+
+def _range(function: Callable[..., AnyObjective], argument: str, value: Any) -> Range | None:
+    """Return the range by which a stage refuses a value that a method passes on to it, or None if none refuses it."""
+    try:
+        function(**{argument: value})
+    except RefusedError as error:
+        if error.value is value:
+            return replace(error.rule, optional=rules(function)[argument].optional)
+    except Exception:  # A value of a wrong type may fail anywhere; the annotation has refused it already.
+        pass
+    return None
 
 
 _METHODS: dict[str, Callable[..., AnyObjective]] = {

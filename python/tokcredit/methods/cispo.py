@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from tokcredit.objective import Objective
 from tokcredit.stages import aggregation, clip
+from tokcredit.stages.base import Range
 from tokcredit.stages.clip import log_bound
 
+_Distance = Annotated[float, Range("number", at_least=0, infinite=True)]
 
-def cispo(clip_low: float = 10.0, clip_high: float = 0.2) -> Objective:
+
+def cispo(clip_low: _Distance = 10.0, clip_high: _Distance = 0.2) -> Objective:
     """CISPO: GRPO whose clipped ratio is only a weight of the log-prob's gradient, so that clipped tokens still train.
 
     With ``A`` the advantage of GRPO and ``sg`` the stop-gradient::

@@ -93,7 +93,7 @@ class token_group_average(Credit):
             or masked position. The released code does that, because such positions have a reward of 0 there.
     """
 
-    limit: float = number(5.0, above=0)
+    limit: float = number(5.0, above=0, infinite=True)
     epsilon: float = number(1e-6, at_least=0)
     otherwise: Credit = part(Credit, group_normalized)
     limit_padding: bool = flag(False)
@@ -134,8 +134,8 @@ class widened(Clip):
     """
 
     score: TokenScore = part(TokenScore)
-    low: float = number(0.2, at_least=0, scheduled=True)
-    high: float = number(0.2, at_least=0, scheduled=True)
+    low: float = number(0.2, at_least=0, scheduled=True, infinite=True)
+    high: float = number(0.2, at_least=0, scheduled=True, infinite=True)
     widen: float = number(1.0, at_least=0)
     cap: float | None = number(None, at_least=1, optional=True)
 

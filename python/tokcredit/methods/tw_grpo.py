@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from tokcredit.objective import Objective
 from tokcredit.stages import aggregation, clip, credit, token_score, token_weights
+from tokcredit.stages.base import Range
 
 
 def tw_grpo(
-    alpha: float = 1.7,
+    alpha: Annotated[float, Range("number", at_least=0)] = 1.7,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     epsilon: float = 1e-4,
@@ -24,7 +27,7 @@ def tw_grpo(
     The weights do not change the denominator.
 
     Args:
-        alpha: Largest weight.
+        alpha: Largest weight, at least 0.
         clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
         clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
         epsilon: Added to the standard deviation.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokcredit.rollouts import Rollouts
+from tokcredit.settings import Range
 
 Similarities = NDArray[np.float64]
 
@@ -75,7 +76,10 @@ def _matched(s: Similarities, pairs: Sequence[tuple[int, int]], penalty: float) 
     return rewards
 
 
-def optimal(s: Similarities, penalty: float = 0.0) -> Similarities:
+_Penalty = Annotated[float, Range("number", at_least=0)]
+
+
+def optimal(s: Similarities, penalty: _Penalty = 0.0) -> Similarities:
     """Return the reward of each call under the one-to-one matching of largest total similarity, float64 ``[calls]``.
 
     The reward of a matched call is its similarity. A pair of similarity 0 does not count as a match. Needs scipy.
@@ -95,7 +99,7 @@ def optimal(s: Similarities, penalty: float = 0.0) -> Similarities:
     return _matched(s, list(zip(calls.tolist(), references.tolist(), strict=True)), penalty)
 
 
-def greedy(s: Similarities, penalty: float = 0.0) -> Similarities:
+def greedy(s: Similarities, penalty: _Penalty = 0.0) -> Similarities:
     """Return the reward of each call under a greedy one-to-one matching, float64 ``[calls]``.
 
     Pairs are taken in descending order of similarity, equal ones in their order. The total is not always the largest.
@@ -114,7 +118,11 @@ def greedy(s: Similarities, penalty: float = 0.0) -> Similarities:
     return _matched(s, pairs, penalty)
 
 
-def sinkhorn(s: Similarities, regularization: float = 0.1, iterations: int = 1000) -> Similarities:
+def sinkhorn(
+    s: Similarities,
+    regularization: Annotated[float, Range("number", above=0)] = 0.1,
+    iterations: Annotated[int, Range("whole number", at_least=1)] = 1000,
+) -> Similarities:
     """Return the reward of each call i under a soft matching, ``sum over j of plan[i, j] * s[i, j]``.
 
     The plan maximizes the total similarity plus ``regularization`` times its entropy, with row sums ``1 / calls`` and

@@ -131,8 +131,8 @@ class ppo(Clip):
         PPO: Schulman et al., arXiv 1707.06347. Dual clip: Ye et al., arXiv 1912.09729.
     """
 
-    low: float = number(0.2, at_least=0, scheduled=True)
-    high: float = number(0.2, at_least=0, scheduled=True)
+    low: float = number(0.2, at_least=0, scheduled=True, infinite=True)
+    high: float = number(0.2, at_least=0, scheduled=True, infinite=True)
     cap: float | None = number(None, at_least=1, optional=True, scheduled=True)
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Window:
@@ -153,8 +153,8 @@ class growing(Clip):
         cap: Where ``A < 0`` the loss is at most ``-A * exp(cap * position ** power)``; at least 0, or None for no cap.
     """
 
-    low: float = number(at_least=0, scheduled=True)
-    high: float = number(at_least=0, scheduled=True)
+    low: float = number(at_least=0, scheduled=True, infinite=True)
+    high: float = number(at_least=0, scheduled=True, infinite=True)
     power: float = number(0.5, at_least=0, scheduled=True)
     cap: float | None = number(None, at_least=0, optional=True, scheduled=True)
 
@@ -186,8 +186,8 @@ class gated(Clip):
     """
 
     on: str = option("ratio", "difference", "probability", "binary_kl")
-    low: float = number(-math.inf, at_most=0, scheduled=True)
-    high: float = number(math.inf, at_least=0, scheduled=True)
+    low: float = number(-math.inf, at_most=0, scheduled=True, infinite=True)
+    high: float = number(math.inf, at_least=0, scheduled=True, infinite=True)
     outside_low: float = number(0.0, at_least=0, scheduled=True)
     outside_high: float = number(0.0, at_least=0, scheduled=True)
     cap: float | None = number(None, optional=True, scheduled=True)

@@ -92,7 +92,7 @@ class token(Ratio):
         to: Input with the log-probs that the ratio divides by.
     """
 
-    bound: float = number(20.0, above=0)
+    bound: float = number(20.0, above=0, infinite=True)
     to: str = input_name("old_log_probs")
 
     def __call__(self, spans: Spans, log_probs: Tensor, reference: Tensor, advantages: Tensor) -> LogRatio:
@@ -112,8 +112,8 @@ class sequence(Ratio):
         over: ``mean`` or ``sum``.
     """
 
-    bound: float = number(math.inf, above=0)
-    high: float = number(10.0, at_least=0)
+    bound: float = number(math.inf, above=0, infinite=True)
+    high: float = number(10.0, at_least=0, infinite=True)
     to: str = input_name("old_log_probs")
     over: str = option("mean", "sum")
     couples_tokens: ClassVar[bool] = True
@@ -136,8 +136,8 @@ class cumulative(Ratio):
         to: Input with the log-probs that the ratio divides by.
     """
 
-    bound: float = number(20.0, above=0)
-    high: float = number(10.0, at_least=0)
+    bound: float = number(20.0, above=0, infinite=True)
+    high: float = number(10.0, at_least=0, infinite=True)
     to: str = input_name("old_log_probs")
     couples_tokens: ClassVar[bool] = True
 

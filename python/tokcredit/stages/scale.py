@@ -88,8 +88,8 @@ class within(Scale):
 
     statistic: str = option(*predicate.STATISTICS)
     over: str = option(*predicate.OVER)
-    low: float = number(-math.inf)
-    high: float = number(math.inf)
+    low: float = number(-math.inf, infinite=True)
+    high: float = number(math.inf, infinite=True)
     signs: str = option(*predicate.SIGNS)
     to: str = input_name("old_log_probs")
 

@@ -93,7 +93,7 @@ class kl(Term):
     coefficient: float = number(0.001, at_least=0, scheduled=True)
     estimator: str = option("k3", "k1", "k2", "abs", "k3_corrected")
     to: str = input_name("ref_log_probs")
-    limit: float = number(math.inf, above=0)
+    limit: float = number(math.inf, above=0, infinite=True)
     aggregation: Aggregation | None = part(Aggregation, None, optional=True)
     where: Filter | None = part(Filter, None, optional=True)
     over_all: bool = flag(False)

@@ -70,7 +70,7 @@ class importance(TokenWeight):
 
     over: str = option("token", "sum", "mean")
     low: float = number(0.0, at_least=0)
-    high: float = number(2.0, above=0)
+    high: float = number(2.0, above=0, infinite=True)
     outside: str = option("clamp", "zero")
     normalize: bool = flag(False)
     of: str = input_name("old_log_probs")
@@ -130,7 +130,7 @@ class mis(importance):
     """
 
     over: str = option("sum", "token", "mean")
-    high: float = number(3.0, above=0)
+    high: float = number(3.0, above=0, infinite=True)
     outside: str = option("zero", "clamp")
 
 
@@ -147,7 +147,7 @@ class icepop(importance):
     """
 
     low: float = number(0.5, at_least=0)
-    high: float = number(5.0, above=0)
+    high: float = number(5.0, above=0, infinite=True)
     outside: str = option("zero", "clamp")
 
 

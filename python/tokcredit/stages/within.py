@@ -132,8 +132,8 @@ class Recorded:
 
     statistic: str = option(*STATISTICS)
     over: str = option(*OVER)
-    low: float = number(-math.inf)
-    high: float = number(math.inf)
+    low: float = number(-math.inf, infinite=True)
+    high: float = number(math.inf, infinite=True)
     signs: str = option(*SIGNS)
     of: str = input_name("old_log_probs")
     to: str = input_name("rollout_log_probs")

@@ -9,10 +9,12 @@ Needs ``pip install "tokcredit[train]"``. From Python::
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from tokcredit.train.settings import (
     ChatSettings,
+    ComparisonSettings,
     ObjectiveSettings,
     OptimizerSettings,
     ProbeSettings,
@@ -24,6 +26,7 @@ from tokcredit.train.settings import (
 
 __all__ = [
     "ChatSettings",
+    "ComparisonSettings",
     "ObjectiveSettings",
     "OptimizerSettings",
     "ProbeSettings",
@@ -45,6 +48,7 @@ def run(settings: Settings) -> dict[str, float] | None:
     Returns:
         Numbers by name, or None if the run was stopped before its end.
     """
+    settings.objective.build()  # A wrong setting of a stage is an error before anything is loaded.
     from tokcredit.train import experiment
 
     return experiment.run(settings)
@@ -61,6 +65,9 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
     Returns:
         The folder with the comparison, or None if it was stopped before its end.
     """
+    chosen = ComparisonSettings(methods, seeds)
+    for method in chosen.methods:
+        dataclasses.replace(settings.objective, method=method).build()
     from tokcredit.train import comparison
 
     return comparison.compare(methods, settings, seeds)

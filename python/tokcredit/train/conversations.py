@@ -54,15 +54,13 @@ class Conversations(RolloutCollector):
         context: Problems, which state the expected calls, and the sampler.
 
     Raises:
-        ValueError: A problem states no calls, or a setting of the tools is wrong.
+        ValueError: A problem states no calls.
     """
 
     def __init__(self, context: SamplingContext) -> None:
         super().__init__(context)
         self._turns = context.settings.tools.turns
         self._rule = tools.rule(context.settings.tools.matching)
-        if self._turns < 1:
-            raise ValueError(f"turns: expected at least 1, got {self._turns}")
         everything = [*context.problems.held_out, *(p for task in context.problems.train for p in task)]
         if without := sorted({p.task for p in everything if p.calls is None}):
             raise ValueError(f"tasks: expected only tasks with tools, such as calculator(), got {without}")

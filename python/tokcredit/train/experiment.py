@@ -24,7 +24,7 @@ from tokcredit.train import checkpoint, models
 from tokcredit.train.folder import check, locked, plain, write_settings
 from tokcredit.train.ranks import check_launch, on_main
 from tokcredit.train.record import Record, new_folder, read_metrics, write
-from tokcredit.train.settings import Settings
+from tokcredit.train.settings import Settings, is_due
 from tokcredit.train.trainer import Step, Trainer
 
 _HELD_OUT = "held_out_reward_mean"
@@ -91,7 +91,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
             step = trainer.step(number)
             last = number == steps
             line = {"step": number, **step.metrics}
-            if last or number % settings.eval_every == 0:
+            if last or is_due(number, settings.eval_every):
                 line[_HELD_OUT] = trainer.evaluate()
             new.append(line)
             if main:
@@ -99,7 +99,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
                 record = record or _begin(settings, trainer, done)
                 while new:
                     record.metrics(new.pop(0))
-                if last or number % settings.rollouts_every == 0:
+                if last or is_due(number, settings.rollouts_every):
                     record.rollouts(number, _columns(number, step))
                 if _HELD_OUT in line:
                     record.curve()
@@ -108,7 +108,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
             bar.update()
             bar.set_postfix(_shown(line))
             stop = trainer.ranks.any(bool(stopping))
-            if last or stop or number % settings.save_every == 0:
+            if last or stop or is_due(number, settings.save_every):
                 checkpoint.save(trainer.accelerator, folder, number)
             if stop and not last:
                 bar.write(f"stopped after step {number}; --resume continues")

@@ -11,15 +11,19 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 
 from tokcredit.expression import construct, parse
+from tokcredit.settings import Range
 from tokcredit.train import tiny as tiny_model
 from tokcredit.train import tools
+
+_Count = Annotated[int, Range("whole number", at_least=0)]
+_Probability = Annotated[float, Range("number", at_least=0, at_most=1)]
 
 
 class Recipe(NamedTuple):
@@ -154,7 +158,7 @@ def _convert_smollm2(target: Path) -> None:
         tokenizer.save_pretrained(target)
 
 
-def tiny(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
+def tiny(steps: _Count = 300, noise: _Probability = 0.4, seed: _Count = 0) -> Path:
     """Return the folder of a small model that adds numbers; see :mod:`tokcredit.train.tiny`.
 
     Args:
@@ -166,7 +170,7 @@ def tiny(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
     return _cached(f"tiny-{steps}-{noise}-{seed}", make)
 
 
-def tiny_tools(steps: int = 300, noise: float = 0.4, seed: int = 0) -> Path:
+def tiny_tools(steps: _Count = 300, noise: _Probability = 0.4, seed: _Count = 0) -> Path:
     """Return the folder of the same network after warm-up on conversations with a calculator.
 
     Args:

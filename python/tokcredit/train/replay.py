@@ -127,19 +127,11 @@ class Replay(SingleTurn):
 
     Args:
         context: Problems and sampler.
-
-    Raises:
-        ValueError: More rows are to be replayed than are stored.
     """
 
     def __init__(self, context: SamplingContext) -> None:
         super().__init__(context)
         self._settings = context.settings.replay
-        if not 0 <= self._settings.replayed <= self._settings.remembered:
-            raise ValueError(
-                f"replayed: expected 0 to the {self._settings.remembered} responses remembered, "
-                f"got {self._settings.replayed}"
-            )
         self._buffer = Buffer(self._settings.remembered)
 
     def collect(self, number: int) -> RolloutCollection:

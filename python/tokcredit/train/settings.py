@@ -1,4 +1,8 @@
-"""Settings of a run, which are also the options of the command line; nothing heavy is imported here."""
+"""Settings of a run, which are also the options of the command line; nothing heavy is imported here.
+
+Each states its type, and a number its range, in one line; see :mod:`tokcredit.settings`. All are checked when they are
+made, and ``--help`` shows the ranges.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,22 @@ import tyro
 
 from tokcredit import methods
 from tokcredit.expression import setting
-from tokcredit.mixing import mix
+from tokcredit.mixing import method, mix
+from tokcredit.settings import Declared, RefusedError, number, option, whole_number
+from tokcredit.train.tools import rule
 
 
 @dataclass(frozen=True)
-class ObjectiveSettings:
+class ObjectiveSettings(Declared):
     """What is optimized: a published method, its settings, and other stages in place of its own.
 
     A stage is the name of a method that has it, or a stage with its settings; see :func:`tokcredit.mix`.
     """
 
-    method: str = "tempo"
+    method: str = option("tempo", *methods.names())
     """Name of the method; `tokcredit methods` lists them."""
     set: tuple[str, ...] = ()
-    """Settings of the method, name=value."""
+    """Settings of the method, name=value: a number, true, false, none, or a stage or schedule with its settings."""
     credit: str | None = None
     """Credit stage, for example "tempo" or "leave_one_out()"."""
     filters: tuple[str, ...] | None = None
@@ -51,75 +57,93 @@ class ObjectiveSettings:
             TypeError: The method has no such setting or no such kind of stage, or a setting has the wrong type.
             ValueError: There is no such method or stage, a setting is out of range, or two stages do not fit together.
         """
-        base = methods.load(self.method, **dict(setting(text, "set") for text in self.set))
+        settings = dict(setting(text, "set") for text in self.set)
+        try:
+            base = method(self.method, settings)
+        except RefusedError as error:
+            raise error.of(f"set: {error.name}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"set: {error}") from error
         kinds = (f.name for f in dataclasses.fields(self) if f.name not in ("method", "set"))
         return mix(base, **{kind: text for kind in kinds if (text := getattr(self, kind)) is not None})
 
 
 @dataclass(frozen=True)
-class SamplingSettings:
+class SamplingSettings(Declared):
     """How rollouts are sampled."""
 
     sampler: Literal["transformers", "vllm"] = "transformers"
     """Engine that samples. With vllm the token weight tis() is added unless the objective already
     corrects for the engine or token weights are given, because the engine's probabilities differ from the trainer's."""
-    prompts: int = 0
+    prompts: int = whole_number(0, at_least=0)
     """Number of prompts per step; 0 takes the number that suits the model."""
-    group: int = 8
+    group: int = whole_number(8, at_least=1)
     """Number of rollouts per prompt."""
-    max_tokens: int = 0
+    max_tokens: int = whole_number(0, at_least=0)
     """Largest number of tokens of a response; 0 takes the number that suits the model."""
-    temperature: float = 1.0
+    temperature: float = number(1.0, above=0)
     """Temperature of sampling, and of the distribution that is trained."""
-    adaptive: float = 0.0
+    adaptive: float = number(0.0, at_least=0, below=1)
     """Largest relative change of the temperature, which then follows each token's entropy (hapo); 0 turns it off."""
-    widths: tuple[int, ...] = (6, 6, 6)
+    widths: tuple[int, ...] = whole_number((6, 6, 6), at_least=1, several=True)
     """Children of a node at each depth, for methods that sample trees; these do not read the group size."""
-    segment: int = 0
+    segment: int = whole_number(0, at_least=0)
     """Largest number of tokens of a tree's edge, except at the last depth; 0 divides the response evenly."""
-    sampling_batch: int = 256
+    sampling_batch: int = whole_number(256, at_least=1)
     """Largest number of rollouts that are generated at once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.widths:
+            raise ValueError("widths: expected at least one number, got none")
 
 
 @dataclass(frozen=True)
-class ProbeSettings:
+class ProbeSettings(Declared):
     """How states inside a rollout are valued, for methods that need it."""
 
-    continuations: int = 9
+    continuations: int = whole_number(9, at_least=1)
     """Number of continuations of a state; its value is their mean reward."""
-    interval: int = 5
+    interval: int = whole_number(5, at_least=1)
     """A state is valued before every such improbable token."""
-    below: float = 0.9
+    below: float = number(0.9, at_least=0, at_most=1)
     """A token is improbable if its probability is below this."""
     step_end: str = ".\n\n"
     """Text that ends a step of reasoning."""
     text: str = "**Final Answer**\n\\boxed{"
     """Text after a step that makes the model give a short answer."""
-    answers: int = 5
+    answers: int = whole_number(5, at_least=1)
     """Number of short answers after a step."""
-    answer_tokens: int = 10
+    answer_tokens: int = whole_number(10, at_least=1)
     """Largest number of tokens of a short answer."""
-    answer_temperature: float = 0.6
-    """Temperature of sampling short answers."""
+    answer_temperature: float = number(0.6, at_least=0)
+    """Temperature of sampling short answers; 0 takes the likeliest token."""
 
 
 @dataclass(frozen=True)
-class ReplaySettings:
+class ReplaySettings(Declared):
     """What is stored and used again, by methods that replay."""
 
-    remembered: int = 4
-    """Number of right and of wrong responses that are stored per prompt."""
-    replayed: int = 2
+    remembered: int = whole_number(4, at_least=0)
+    """Number of right and of wrong responses that are stored per prompt; 0 stores none."""
+    replayed: int = whole_number(2, at_least=0)
     """Largest number of stored responses that join a group whose responses are all right (wrong ones join) or all wrong
     (right ones join)."""
-    hard: float = 0.25
+    hard: float = number(0.25, at_least=0, at_most=1)
     """A prompt whose mean reward so far is below this is also asked together with a wrong response; 0 turns it off."""
     reflection: str = "The reply above is wrong. Find the mistake, then solve the problem again."
     """Text that follows the wrong response."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.replayed > self.remembered:
+            raise ValueError(
+                f"replayed: expected at most the {self.remembered} responses remembered, got {self.replayed}"
+            )
+
 
 @dataclass(frozen=True)
-class ChatSettings:
+class ChatSettings(Declared):
     """How a chat template turns a question into a prompt, for models that have one."""
 
     system_prompt: str | None = None
@@ -128,6 +152,7 @@ class ChatSettings:
     """Arguments of the chat template, name=value, for example enable_thinking=false."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.arguments()
 
     def arguments(self) -> dict[str, Any]:
@@ -148,44 +173,48 @@ _TEMPLATE_NAMES = ("messages", "conversation", "chat_template", "add_generation_
 
 
 @dataclass(frozen=True)
-class ToolSettings:
+class ToolSettings(Declared):
     """How the model and its tools take turns, in tasks that have tools."""
 
-    turns: int = 10
+    turns: int = whole_number(10, at_least=1)
     """Largest number of turns of the model; max_tokens holds for each turn."""
     matching: str = "optimal"
     """How calls are matched with the expected ones: "optimal(penalty=0.5)", "greedy" or "sinkhorn"."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule(self.matching)
+
 
 @dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerSettings(Declared):
     """How a step updates the policy."""
 
-    lr: float = 0.0
+    lr: float = number(0.0, at_least=0)
     """Learning rate of AdamW; 0 takes the rate that suits the model."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Schedule of the learning rate over the steps."""
-    warmup: int = 0
+    warmup: int = whole_number(0, at_least=0)
     """Number of steps over which the learning rate rises from 0."""
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, at_least=0)
     """Weight decay of AdamW."""
-    max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to this norm."""
+    max_grad_norm: float = number(1.0, above=0, infinite=True)
+    """Gradients with a larger norm are scaled down to this norm; inf leaves them as they are."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens when a loss or a gradient is not finite: stop names the step, the rows and the tokens, and saves
     nothing; skip leaves that optimizer step out and counts it, and stops after 10 in a row."""
-    epochs: int = 1
+    epochs: int = whole_number(1, at_least=1)
     """Number of passes over the rollouts of a step."""
-    minibatches: int = 1
+    minibatches: int = whole_number(1, at_least=1)
     """Number of optimizer steps per pass."""
-    micro_batch: int = 16
+    micro_batch: int = whole_number(16, at_least=1)
     """Rows of one forward and backward pass. It changes memory and speed, not results."""
     precision: Literal["auto", "no", "bf16"] = "auto"
     """Mixed precision of training, and dtype of the sampling model; auto takes what suits the model."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Declared):
     """Train a language model with a token-credit method on tasks with verifiable answers."""
 
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
@@ -209,21 +238,42 @@ class Settings:
     on_reward_error: Literal["stop", "zero", "drop"] = "stop"
     """What happens to a response for which a reward function raises an error or returns no finite number: stop ends the
     run with the traceback, zero makes the reward 0, drop leaves the response out of its group, so it trains nothing."""
-    held_out: float = 0.2
+    held_out: float = number(0.2, above=0, below=1)
     """Share of the problems that is kept from training and measured."""
-    steps: int = 0
+    steps: int = whole_number(0, at_least=0)
     """Number of training steps; 0 takes the number that suits the model."""
-    seed: int = 0
+    seed: int = whole_number(0, at_least=0, at_most=2**32 - 1)
     """Seed of the data, of the sampling and of the order of rows."""
-    eval_every: int = 10
-    """Number of steps between measurements on held-out problems."""
-    eval_problems: int = 100
+    eval_every: int = whole_number(10, at_least=0)
+    """Number of steps between measurements on held-out problems; 0 measures only before the first step and after the
+    last."""
+    eval_problems: int = whole_number(100, at_least=1)
     """Largest number of held-out problems that are measured."""
-    rollouts_every: int = 10
-    """Number of steps between recorded batches of rollouts."""
-    save_every: int = 25
-    """Number of steps between checkpoints."""
+    rollouts_every: int = whole_number(10, at_least=0)
+    """Number of steps between recorded batches of rollouts; 0 records only those of the last step."""
+    save_every: int = whole_number(25, at_least=0)
+    """Number of steps between checkpoints; 0 saves only at the end."""
     output: Path | None = None
     """Folder of the run; runs/MODEL-METHOD by default."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue the run in the folder from its last checkpoint, or start it if there is none."""
+
+
+def is_due(number: int, every: int) -> bool:
+    """Return whether something that happens every so many steps happens after a step; never if 0.
+
+    Args:
+        number: Number of the step, from 1.
+        every: Number of steps, or 0.
+    """
+    return every > 0 and number % every == 0
+
+
+@dataclass(frozen=True)
+class ComparisonSettings(Declared):
+    """Which runs are compared."""
+
+    methods: tuple[str, ...] = option(("grpo", "tempo", "ctpo"), *methods.names(), several=True)
+    """Names of methods."""
+    seeds: int = whole_number(3, at_least=1)
+    """Number of runs per method, with seeds from that of the settings on."""

@@ -7,17 +7,16 @@ result. Nothing that a model writes is run as a program.
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 import random
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
 
 from tokcredit.expression import parse
 from tokcredit.rewards import matching
 from tokcredit.rewards.matching import Call, Similarities
+from tokcredit.settings import rules
 
 STOP = "</tool>"
 """Text that ends a turn with a call."""
@@ -159,14 +158,15 @@ def rule(text: str) -> Callable[[Similarities], Similarities]:
         text: ``optimal``, ``greedy`` or ``sinkhorn``, with settings, for example ``optimal(penalty=0.5)``.
 
     Raises:
-        ValueError: There is no such rule, or it does not take these settings.
+        TypeError: A setting has the wrong type.
+        ValueError: There is no such rule, it does not take these settings, or one is out of range.
     """
     call = parse(text, "matching")
     if call.name not in _RULES or call.positional:
         raise ValueError(f"matching: expected {', '.join(_RULES)}, with settings by name, got {text!r}")
-    chosen: Callable[..., Any] = functools.partial(_RULES[call.name], **call.named)
-    try:
-        inspect.signature(_RULES[call.name]).bind(None, **call.named)
-    except TypeError as error:
-        raise ValueError(f"matching: {text}: {error}") from None
-    return chosen
+    known = rules(_RULES[call.name])
+    for name, value in call.named.items():
+        if name not in known:
+            raise ValueError(f"matching: expected {call.name} with {', '.join(known)}, got {text!r}")
+        known[name].checked(f"matching: {call.name}: {name}", value)
+    return functools.partial(_RULES[call.name], **call.named)
