@@ -74,7 +74,7 @@ def test_methods_of_a_report_add_up(monkeypatch):
     main(["inspect", "runs/a", "--method", "grpo", "--method", "tempo", "-o", "a.html", "--step", "3"])
     main(["inspect", "runs/a", "--step", "none"])
     path = Path("runs/a")
-    assert given == [(path, ("grpo", "tempo"), Path("a.html"), None, 3, 1), (path, (), None, None, None, 1)]
+    assert given == [(path, ("grpo", "tempo"), Path("a.html"), None, 3, 1, None), (path, (), None, None, None, 1, None)]
 
 
 def test_mistakes_in_stages_are_one_line(tmp_path):

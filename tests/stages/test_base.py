@@ -187,7 +187,7 @@ def test_combinations_without_meaning_are_refused_with_both_sides_named():
     ):
         tc.mix("hapo", clip=tc.clip.unclipped())
     with pytest.raises(ValueError, match="terms: expected at most one of each kind, got"):
-        tc.Objective(terms=(tc.term.kl(), tc.term.kl(to="old_log_probs")))
+        tc.Objective(terms=(tc.term.kl(), tc.term.kl(0.1, "k2")))
     with pytest.raises(ValueError, match="filters: expected filters that read no rewards, got mixed_groups"):
         tc.Supervised(filters=(tc.filters.mixed_groups(),))
     with pytest.raises(ValueError, match="aggregation: expected one that reads no advantages, got balanced"):

@@ -6,6 +6,7 @@ import math
 
 from tokcredit.objective import Objective
 from tokcredit.stages import aggregation, clip, scale, term
+from tokcredit.stages.base import InputName
 
 
 def deepseek_v32(
@@ -13,7 +14,7 @@ def deepseek_v32(
     clip_high: float = 0.2,
     delta: float = 0.5,
     beta: float = 0.001,
-    to: str = "rollout_log_probs",
+    to: InputName = "rollout_log_probs",
 ) -> Objective:
     """DeepSeek-V3.2: GRPO without bad responses that became improbable, and an unbiased KL term.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tokcredit.objective import Objective
 from tokcredit.stages import aggregation, clip, ratio
+from tokcredit.stages.base import InputName
 from tokcredit.stages.clip import log_cap
 
 
@@ -11,7 +12,7 @@ def dppo_kl(
     low: float = 0.05,
     high: float = 0.05,
     cap: float | None = 10_000.0,
-    to: str = "rollout_log_probs",
+    to: InputName = "rollout_log_probs",
     max_length: int | None = None,
 ) -> Objective:
     """DPPO-KL: a token stops training once the KL divergence of "this token or another" has become too large.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tokcredit.objective import Objective
 from tokcredit.stages import aggregation, clip, ratio
+from tokcredit.stages.base import InputName
 from tokcredit.stages.clip import log_cap
 
 
@@ -11,7 +12,7 @@ def dppo_tv(
     low: float = 0.15,
     high: float = 0.15,
     cap: float | None = 10_000.0,
-    to: str = "rollout_log_probs",
+    to: InputName = "rollout_log_probs",
     max_length: int | None = None,
 ) -> Objective:
     """DPPO-TV: a token stops training once its probability, not its ratio, has moved too far.

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip, ratio
-from tokcredit.stages.base import flag, input_name, number
+from tokcredit.stages.base import InputName, flag, input_name, number
 from tokcredit.stages.credit.group import per_token
 from tokcredit.stages.token_weights import TokenWeight
 from tokcredit.stages.within import log_ratio
@@ -61,7 +61,7 @@ class second_moment(TokenWeight):
         return weights.to(batch.input(self.of).dtype)
 
 
-def m2po(budget: float = 0.04, every_token: bool = False, of: str = "old_log_probs") -> Objective:
+def m2po(budget: float = 0.04, every_token: bool = False, of: InputName = "old_log_probs") -> Objective:
     """M2PO: GRPO on stale rollouts that drops the few tokens whose squared log-ratios are largest, and clips nothing.
 
     With ``x = log p_old - log p_behaviour``, ``q = p / p_behaviour`` and ``A`` the advantage of GRPO::

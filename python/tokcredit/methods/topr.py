@@ -11,6 +11,7 @@ from torch import Tensor
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, ratio
+from tokcredit.stages.base import InputName
 from tokcredit.stages.clip import Clip, Window
 from tokcredit.stages.credit import Credit, group_normalized
 from tokcredit.stages.credit.group import per_token
@@ -35,7 +36,7 @@ class tapered(Clip):
         return Window("gated", low.masked_fill_(negative, -math.inf), 0.0, gate=gate)
 
 
-def topr(baseline: bool = True, token_ratio: bool = False, to: str = "old_log_probs") -> Objective:
+def topr(baseline: bool = True, token_ratio: bool = False, to: InputName = "old_log_probs") -> Objective:
     """TOPR: good responses are imitated with weight 1, bad ones are weighted by their ratio, which is cut at 1.
 
     A bad response that has become improbable is therefore not pushed down further. With ``sg`` the stop-gradient::

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokcredit.objective import Objective
 from tokcredit.spans import Spans
 from tokcredit.stages import aggregation, clip, ratio
-from tokcredit.stages.base import number
+from tokcredit.stages.base import InputName, number
 from tokcredit.stages.clip import Window
 from tokcredit.stages.credit.group import per_token
 from tokcredit.stages.scale import Scale
@@ -56,7 +56,7 @@ def vespo(
     lam_positive: float = 3.0,
     k_negative: float = 3.0,
     lam_negative: float = 2.0,
-    to: str = "old_log_probs",
+    to: InputName = "old_log_probs",
 ) -> Objective:
     """VESPO: the score-function gradient of each response is weighted by a smooth function of its importance ratio.
 

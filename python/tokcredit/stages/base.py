@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from tokcredit.schedule import Schedule
 from tokcredit.settings import (
@@ -24,7 +24,10 @@ from tokcredit.settings import (
     whole_number,
 )
 
-__all__ = ["Range", "Stage", "flag", "input_name", "number", "option", "part", "parts", "whole_number"]
+__all__ = ["InputName", "Range", "Stage", "flag", "input_name", "number", "option", "part", "parts", "whole_number"]
+
+InputName = Annotated[str, Range("input name")]
+"""Annotation of a method's argument that names an input."""
 
 T = TypeVar("T", bound="Stage")
 

@@ -147,7 +147,7 @@ class icepop(importance):
     """
 
     low: float = number(0.5, at_least=0)
-    high: float = number(5.0, above=0, infinite=True)
+    high: float = number(5.0, at_least=1, infinite=True)
     outside: str = option("zero", "clamp")
 
 
