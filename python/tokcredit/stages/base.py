@@ -16,6 +16,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 from tokcredit import inputs
@@ -283,7 +284,7 @@ class Stage:
         """Whether the result for a row depends on other groups, so that the stage must see the rows of all ranks."""
         return self.whole_batch or any(x.compares_groups for x in self._settings() if isinstance(x, Stage))
 
-    @property
+    @cached_property
     def adjustables(self) -> tuple[Adjustable, ...]:
         """Schedules and controllers among the settings, in order."""
         found: list[Adjustable] = []
@@ -305,6 +306,8 @@ class Stage:
         Args:
             number: Gives the number of a schedule or a controller.
         """
+        if not self.adjustables:
+            return self
 
         def of(x: Any) -> Any:
             if isinstance(x, Adjustable):
@@ -314,14 +317,12 @@ class Stage:
                 return x if all(a is b for a, b in zip(x, found, strict=True)) else found
             return x.resolved(number) if isinstance(x, Stage) else x
 
-        made = None
+        # What was remembered of the stage holds of this one as well, but for its schedules.
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made.__dict__.pop("adjustables", None)
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if (found := of(value)) is not value:
-                if made is None:
-                    # What was remembered of the stage holds of this one as well, but for its schedules.
-                    made = object.__new__(type(self))
-                    made.__dict__.update(self.__dict__)
-                    made.__dict__.pop("adjustables", None)
                 made._check(f, found)
-        return self if made is None else made
+        return made
