@@ -9,13 +9,13 @@ Rows marked_rows(Call &call, const py::object &marks, const py::object &begin, c
   return call.rows(begin, end, marks, given.size);
 }
 
-void piece_counts(const py::object &marks, const py::object &begin, const py::object &end, int cut,
-                  const py::object &count) {
+void piece_offsets(const py::object &marks, const py::object &begin, const py::object &end, int cut,
+                   const py::object &offset) {
   Call call("pieces");
   const Rows rows = marked_rows(call, marks, begin, end);
-  const PieceCounts p{rows, call.one_of<Cut>("cut", cut, Cut_words),
-                      call.read("count", count, Type::i64, rows.count).as<int64_t>()};
-  call.run([&] { cpu::piece_counts(p); }, [&](auto &queue) { cuda::piece_counts(p, queue); });
+  const PieceOffsets p{rows, call.one_of<Cut>("cut", cut, Cut_words),
+                       call.read("offset", offset, Type::i64, rows.count + 1).as<int64_t>()};
+  call.run([&] { cpu::piece_offsets(p); }, [&](auto &queue) { cuda::piece_offsets(p, queue); });
 }
 
 void pieces(const py::object &marks, const py::object &begin, const py::object &end, const py::object &offset,
@@ -28,7 +28,7 @@ void pieces(const py::object &marks, const py::object &begin, const py::object &
     call.fail("piece_begin", "int64", name_of(first.type));
   const Pieces p{rows,
                  call.one_of<Cut>("cut", cut, Cut_words),
-                 call.read_as<int64_t>("offset", offset, Type::i64, rows.count),
+                 call.read_as<int64_t>("offset", offset, Type::i64, rows.count + 1),
                  first.size,
                  first.as<int64_t>(),
                  call.read("piece_end", piece_end, Type::i64, first.size).as<int64_t>(),
@@ -41,7 +41,7 @@ void pieces(const py::object &marks, const py::object &begin, const py::object &
 
 void bind_pieces(py::module_ &m) {
   m.attr("CUTS") = words(Cut_words);
-  m.def("piece_counts", &piece_counts);
+  m.def("piece_offsets", &piece_offsets);
   m.def("pieces", &pieces);
 }
 

@@ -35,18 +35,20 @@ template <class Piece> void each(const Rows &rows, Cut cut, int64_t r, Piece &&p
 
 } // namespace
 
-void piece_counts(const PieceCounts &p) {
+void piece_offsets(const PieceOffsets &p) {
+  int64_t count = 0;
   for (int64_t r = 0; r < p.rows.count; ++r) {
-    int64_t count = 0;
+    p.offset[r] = count;
     each(p.rows, p.cut, r, [&](int64_t, int64_t, int64_t) { ++count; });
-    p.count[r] = count;
   }
+  p.offset[p.rows.count] = count;
 }
 
 void pieces(const Pieces &p) {
   int64_t i = 0;
+  bool fits = true;
   for (int64_t r = 0; r < p.rows.count; ++r) {
-    bool fits = p.offset[r] == i;
+    fits = fits && p.offset[r] == i;
     each(p.rows, p.cut, r, [&](int64_t begin, int64_t end, int64_t at) {
       if ((fits = fits && i < p.count)) {
         p.begin[i] = begin;
@@ -55,11 +57,9 @@ void pieces(const Pieces &p) {
         p.at[i++] = at;
       }
     });
-    if (!fits)
-      throw std::invalid_argument("pieces: offset: expected the sums of the counts");
   }
-  if (i != p.count)
-    throw std::invalid_argument("pieces: begin: expected one number for each piece");
+  if (!fits || i != p.count)
+    throw std::invalid_argument("pieces: offset: expected those of piece_offsets");
 }
 
 } // namespace tokcredit::cpu

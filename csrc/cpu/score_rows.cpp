@@ -9,16 +9,17 @@ template <class Body> void with_number(Type type, Body &&body) {
   type == Type::f64 ? body(double{}) : body(float{});
 }
 
-template <class A>
-void factors(const ScoreFactor &s, const A *__restrict low, const A *__restrict high, int64_t first,
-             int64_t last) {
-  const A *h = static_cast<const A *>(s.score), *x = static_cast<const A *>(s.log_ratio);
-  const A low_number = exponential(A(s.low_number)), high_number = exponential(A(s.high_number)),
-          strength = A(s.strength);
+// Bounds from arrays, or the same at every token: a loop with no choice in it is wide.
+template <class A, bool low_varies, bool high_varies>
+void factors(const ScoreFactor &s, int64_t first, int64_t last) {
+  const A *h = static_cast<const A *>(s.score), *x = static_cast<const A *>(s.log_ratio),
+          *low = static_cast<const A *>(s.low), *high = static_cast<const A *>(s.high);
+  const A least = exponential(A(s.low_number)), most = exponential(A(s.high_number)), strength = A(s.strength);
   A *__restrict y = static_cast<A *>(s.y);
-  for (int64_t t = first; t < last; ++t)
-    y[t] = factor_of(h[t], x[t], low ? exponential(low[t]) : low_number,
-                     high ? exponential(high[t]) : high_number, strength);
+  for (int64_t t = first; t < last; ++t) {
+    const A below = low_varies ? exponential(low[t]) : least, above = high_varies ? exponential(high[t]) : most;
+    y[t] = factor_of(h[t], x[t], below, above, strength);
+  }
 }
 
 } // namespace
@@ -42,23 +43,20 @@ void bounds_tokens(const ScoreBounds &s, int64_t first, int64_t last) {
     const BoundsOf<A> of(s);
     const A *h = static_cast<const A *>(s.score);
     A *__restrict below = static_cast<A *>(s.below), *__restrict above = static_cast<A *>(s.above);
-    for (int64_t t = first; t < last; ++t)
-      below[t] = of.below(h[t]);
-    for (int64_t t = first; t < last; ++t)
-      above[t] = of.above(h[t]);
+    for (int64_t t = first; t < last; ++t) {
+      const Bounds<A> b = of(h[t]);
+      below[t] = b.below;
+      above[t] = b.above;
+    }
   });
 }
 
 void factor_tokens(const ScoreFactor &s, int64_t first, int64_t last) {
   with_number(s.type, [&](auto number) {
     using A = decltype(number);
-    const A *low = static_cast<const A *>(s.low), *high = static_cast<const A *>(s.high);
-    // Bounds are usually given both, or none; a loop with no choice in it is wide.
-    if (low && high)
-      return factors<A>(s, low, high, first, last);
-    if (!low && !high)
-      return factors<A>(s, nullptr, nullptr, first, last);
-    low ? factors<A>(s, low, nullptr, first, last) : factors<A>(s, nullptr, high, first, last);
+    const auto of = s.low ? (s.high ? factors<A, true, true> : factors<A, true, false>)
+                          : (s.high ? factors<A, false, true> : factors<A, false, false>);
+    of(s, first, last);
   });
 }
 

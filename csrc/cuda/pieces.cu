@@ -6,12 +6,12 @@ namespace tokcredit::cuda {
 namespace {
 
 // The sum of `x` over the lanes before this one, and over all.
-__device__ int sum_before(int x, int &all) {
-  int sum = x;
+template <class T> __device__ T sum_before(T x, T &all) {
+  T sum = x;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_sync(all_lanes, sum, lane_id() >= step ? lane_id() - step : lane_id());
-    sum += lane_id() >= step ? other : 0;
+    const T other = __shfl_sync(all_lanes, sum, lane_id() >= step ? lane_id() - step : lane_id());
+    sum += lane_id() >= step ? other : T(0);
   }
   all = __shfl_sync(all_lanes, sum, 31);
   return sum - x;
@@ -50,14 +50,30 @@ __device__ int64_t walk(const Rows &rows, Cut cut, int64_t r, Mark &&mark, Over 
   return count;
 }
 
-__global__ void __launch_bounds__(block_threads) count_pieces(PieceCounts p) {
+// Counts, which add_up makes offsets.
+__global__ void __launch_bounds__(block_threads) count_pieces(PieceOffsets p) {
   const int64_t r = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (r >= p.rows.count)
     return;
   const auto nothing = [](int64_t, int64_t) {};
   const int64_t count = walk(p.rows, p.cut, r, nothing, nothing);
   if (lane_id() == 0)
-    p.count[r] = count + (p.cut != Cut::runs);
+    p.offset[r] = count + (p.cut != Cut::runs);
+}
+
+// By one warp: there are only as many as rows.
+__global__ void add_up(PieceOffsets p) {
+  int64_t sum = 0;
+  for (int64_t base = 0; base < p.rows.count; base += 32) {
+    const int64_t r = base + lane_id(), own = r < p.rows.count ? p.offset[r] : 0;
+    int64_t all;
+    const int64_t before = sum_before(own, all);
+    if (r < p.rows.count)
+      p.offset[r] = sum + before;
+    sum += all;
+  }
+  if (lane_id() == 0)
+    p.offset[p.rows.count] = sum;
 }
 
 __global__ void __launch_bounds__(block_threads) write_pieces(Pieces p) {
@@ -93,8 +109,9 @@ __global__ void __launch_bounds__(block_threads) write_pieces(Pieces p) {
 
 } // namespace
 
-void piece_counts(const PieceCounts &p, Queue &queue) {
+void piece_offsets(const PieceOffsets &p, Queue &queue) {
   launch("pieces", queue, count_pieces, ceil_div(p.rows.count, warps_per_block), block_threads, p);
+  launch("pieces", queue, add_up, 1, 32, p);
 }
 
 void pieces(const Pieces &p, Queue &queue) {

@@ -48,8 +48,13 @@ template <class A> __global__ void __launch_bounds__(block_threads) bounds(Score
   const Buffer<A> score(s.score, s.size), below(s.below, s.size), above(s.above, s.size);
   each_four(s.size, [&](int64_t t) {
     const Quad<A> h = score.load(t);
-    below.store(t, map(h, [&](A v, int) { return of.below(v); }));
-    above.store(t, map(h, [&](A v, int) { return of.above(v); }));
+    Quad<A> high;
+    below.store(t, map(h, [&](A v, int k) {
+                  const Bounds<A> b = of(v);
+                  high.item[k] = b.above;
+                  return b.below;
+                }));
+    above.store(t, high);
   });
 }
 

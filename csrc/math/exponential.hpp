@@ -49,7 +49,11 @@ TOKCREDIT_FN float log_of_one_plus(float x) {
   const float y = 1.0f + x;
   // y = 2^n * m with m in [sqrt(1/2), sqrt(2)), and f = m - 1.
   const uint32_t shifted = bits(y) - 0x3f3504f3u;
-  const float n = float(int32_t(shifted) >> 23), f = from_bits((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  const int32_t power = int32_t(shifted) >> 23;
+  const float n = float(power);
+  // What rounding y took away is added to f.
+  const float lost = (x - (y - 1.0f)) * from_bits(uint32_t(127 - power) << 23);
+  const float f = (from_bits((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f) + lost;
   // (log(1 + f) - f + f^2 / 2) / f^3, minimax there, in pairs so that fewer steps wait for each other.
   const float square = f * f;
   const float p = ((f * -7.63410951e-2f + 1.27613972e-1f) * square + (f * -1.31602400e-1f + 1.42017858e-1f)) *
@@ -57,9 +61,7 @@ TOKCREDIT_FN float log_of_one_plus(float x) {
                   ((f * -1.66233544e-1f + 2.00012256e-1f) * square + (f * -2.50008211e-1f + 3.33333317e-1f));
   // ln 2 in two parts, as in exp.
   const float log = n * 0.693359375f + (f + (n * -2.1219444005e-4f + square * (f * p - 0.5f)));
-  // Times x / (y - 1), which makes good what rounding y took away.
-  const float exact = y == 1.0f ? x : log * (x / (y - 1.0f));
-  return y > 0.0f ? exact : y == 0.0f ? -float(INFINITY) : float(NAN);
+  return y > 0.0f ? log : y == 0.0f ? -float(INFINITY) : float(NAN);
 #endif
 }
 TOKCREDIT_FN double log_of_one_plus(double x) { return std::log1p(x); }

@@ -27,25 +27,32 @@ template <class A> struct DeviationOf {
   }
 };
 
-// The lower and the upper bound.
+template <class A> struct Bounds {
+  A below, above;
+};
+
+// Both bounds, of which one is as it would be without a score.
 template <class A> struct BoundsOf {
   A low, high, low_growth, high_growth;
+  Bounds<A> plain;
+
+  TOKCREDIT_FN static A bound(A range) { return log_of_one_plus(range < -1 ? A(-1) : range); }
 
   TOKCREDIT_FN BoundsOf(const ScoreBounds &s)
-      : low(A(s.low)), high(A(s.high)), low_growth(A(s.low * s.widen)), high_growth(A(s.high * s.widen)) {}
+      : low(A(s.low)), high(A(s.high)), low_growth(A(s.low * s.widen)), high_growth(A(s.high * s.widen)),
+        plain{bound(-low), bound(high)} {}
 
-  TOKCREDIT_FN A below(A h) const {
-    const A range = (h > 0 ? A(0) : h) * low_growth - low;
-    return log_of_one_plus(range < -1 ? A(-1) : range);
+  TOKCREDIT_FN Bounds<A> operator()(A h) const {
+    const A widened = bound(h > 0 ? h * high_growth + high : h * low_growth - low);
+    return {h > 0 ? plain.below : widened, h > 0 ? widened : h <= 0 ? plain.above : h};
   }
-  TOKCREDIT_FN A above(A h) const { return log_of_one_plus((h < 0 ? A(0) : h) * high_growth + high); }
 };
 
 // The factor, from the exponentials of the bounds.
 template <class A> TOKCREDIT_FN A factor_of(A h, A log_ratio, A low, A high, A strength) {
   const A twice = 2 * exponential(log_ratio) - 1;
-  const bool inner = (twice > low) & (twice < high);
-  return strength * h * A((h > 0) != inner) + 1;
+  const A inner = twice > low ? (twice < high ? A(1) : A(0)) : A(0);
+  return strength * h * (h > 0 ? 1 - inner : inner) + 1;
 }
 
 } // namespace tokcredit

@@ -13,7 +13,8 @@
 //                           after  [0, 2) [2, 4) [4, 4) | [4, 5) [5, 6) [6, 6)   at 1 3 -1 | 4 5 -1
 //                           runs   [1, 2) [3, 4)        | [4, 6)                 at 1 3 | 4
 //
-// First they are counted, then written to where the counts put them. Must read each time: the marks once.
+// First they are counted, which gives offset[r], the number of row r's first piece, and how many there are
+// in all as offset[R]; then they are written. Must read each time: the marks once.
 #pragma once
 #include "ops/array.hpp"
 
@@ -21,16 +22,16 @@ namespace tokcredit {
 
 TOKCREDIT_ENUM(Cut, before, after, runs)
 
-struct PieceCounts {
+struct PieceOffsets {
   Rows rows; // the mask holds the marks
   Cut cut;
-  int64_t *count; // [R]
+  int64_t *offset; // [R + 1]
 };
 
 struct Pieces {
   Rows rows; // the mask holds the marks
   Cut cut;
-  const int64_t *offset; // [R], the number of each row's first piece: the sum of the counts before it
+  const int64_t *offset; // [R + 1]
   int64_t count;         // P
   int64_t *begin;        // [P]
   int64_t *end;          // [P]
@@ -39,12 +40,12 @@ struct Pieces {
 };
 
 namespace cpu {
-void piece_counts(const PieceCounts &);
+void piece_offsets(const PieceOffsets &);
 void pieces(const Pieces &);
 } // namespace cpu
 namespace cuda {
 class Queue;
-void piece_counts(const PieceCounts &, Queue &);
+void piece_offsets(const PieceOffsets &, Queue &);
 void pieces(const Pieces &, Queue &);
 } // namespace cuda
 

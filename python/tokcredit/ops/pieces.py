@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tokcredit import _C
@@ -12,16 +11,15 @@ from tokcredit.spans import Spans
 CUTS: tuple[str, ...] = _C.CUTS
 
 
-def _counts_output(marks: Tensor, begin: Tensor, end: Tensor, cut: int) -> Tensor:
-    return begin.new_empty(begin.shape)
+def _offsets_output(marks: Tensor, begin: Tensor, end: Tensor, cut: int) -> Tensor:
+    return begin.new_empty(begin.shape[0] + 1)
 
 
-@operation("piece_counts(Tensor marks, Tensor begin, Tensor end, int cut) -> Tensor", _counts_output)
-def _piece_counts(marks: Tensor, begin: Tensor, end: Tensor, cut: int) -> Tensor:
-    counts = _counts_output(marks, begin, end, cut)
-    if begin.numel():
-        _C.piece_counts(marks.contiguous(), begin, end, cut, counts)
-    return counts
+@operation("piece_offsets(Tensor marks, Tensor begin, Tensor end, int cut) -> Tensor", _offsets_output)
+def _piece_offsets(marks: Tensor, begin: Tensor, end: Tensor, cut: int) -> Tensor:
+    offsets = _offsets_output(marks, begin, end, cut)
+    _C.piece_offsets(marks.contiguous(), begin, end, cut, offsets)
+    return offsets
 
 
 def _pieces_outputs(marks: Tensor, begin: Tensor, end: Tensor, offset: Tensor, cut: int, count: int) -> list[Tensor]:
@@ -49,7 +47,6 @@ def pieces(marks: Tensor, spans: Spans, cut: str) -> tuple[Tensor, Tensor, Tenso
         cut: One of ``CUTS``.
     """
     kind = CUTS.index(cut)
-    offsets = spans.begin.new_zeros(spans.num_rows + 1)
-    torch.cumsum(_piece_counts(marks, spans.begin, spans.end, kind), 0, out=offsets[1:])
-    begin, end, row, at = _pieces(marks, spans.begin, spans.end, offsets[:-1], kind, int(offsets[-1]))
+    offsets = _piece_offsets(marks, spans.begin, spans.end, kind)
+    begin, end, row, at = _pieces(marks, spans.begin, spans.end, offsets, kind, int(offsets[-1]))
     return begin, end, row, at, offsets
