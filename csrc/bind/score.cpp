@@ -1,6 +1,5 @@
 #include "ops/score.hpp"
 #include "bind/module.hpp"
-#include "ops/segment.hpp"
 
 namespace tokcredit::bind {
 namespace {
@@ -13,21 +12,22 @@ Array numbers(Call &call, const char *name, const py::handle &x) {
   return array;
 }
 
-void deviation(const py::object &x, const py::object &pivot, const py::object &moments, double floor,
-               bool positive, const py::object &y, int threads) {
-  Call call("deviation");
-  const Array values = numbers(call, "x", x);
-  const Deviation d{
-      values.type,
-      values.data,
-      call.read("pivot", pivot, values.type, 1).data,
-      call.read_as<double>("moments", moments, Type::f64, width_of(Reduction::moments)),
-      floor,
-      positive,
-      values.size,
-      call.read("y", y, values.type, values.size).data,
-  };
-  call.run([&] { cpu::deviation(d, threads); }, [&](auto &queue) { cuda::deviation(d, queue); });
+void log_deviation(const py::object &x, const py::object &begin, const py::object &end, const py::object &mask,
+                   double quantile, double floor, bool positive, const py::object &y,
+                   const py::object &statistics, int threads) {
+  Call call("log_deviation");
+  const Array values = call.read_float("x", x);
+  if (!(quantile >= 0 && quantile <= 1))
+    call.fail("quantile", "a number from 0 to 1", std::to_string(quantile));
+  const LogDeviation d{call.rows(begin, end, mask, values.size),
+                       values.type,
+                       values.data,
+                       quantile,
+                       floor,
+                       positive,
+                       call.read("y", y, accumulated(values.type), values.size).data,
+                       call.read("statistics", statistics, Type::f64, 4).as<double>()};
+  call.run([&] { cpu::log_deviation(d, threads); }, [&](auto &queue) { cuda::log_deviation(d, queue); });
 }
 
 void score_bounds(const py::object &score, double low, double high, double widen, const py::object &below,
@@ -66,7 +66,7 @@ void score_factor(const py::object &score, const py::object &log_ratio, const py
 } // namespace
 
 void bind_score(py::module_ &m) {
-  m.def("deviation", &deviation);
+  m.def("log_deviation", &log_deviation);
   m.def("score_bounds", &score_bounds);
   m.def("score_factor", &score_factor);
 }

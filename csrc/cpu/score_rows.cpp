@@ -1,10 +1,11 @@
 #include "cpu/score_rows.hpp"
+#include "math/dispatch.hpp"
 #include "math/score.hpp"
 
 namespace tokcredit::cpu {
 namespace {
 
-// The body with a number of the type.
+// The body with a number of the accumulation type.
 template <class Body> void with_number(Type type, Body &&body) {
   type == Type::f64 ? body(double{}) : body(float{});
 }
@@ -26,14 +27,25 @@ void factors(const ScoreFactor &s, int64_t first, int64_t last) {
 
 namespace TOKCREDIT_LEVEL {
 
-void deviation_tokens(const Deviation &d, int64_t first, int64_t last) {
+void log_tokens(const LogDeviation &d, int64_t first, int64_t last) {
+  with_float(d.type, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = accumulate_t<T>;
+    const T *x = static_cast<const T *>(d.x);
+    A *__restrict y = static_cast<A *>(d.y);
+    for (int64_t t = first; t < last; ++t)
+      y[t] = floored_log(A(load(x[t])), d.floor);
+  });
+}
+
+void distance_tokens(const LogDeviation &d, const Moments<Reduction::moments> &moments, const void *quantile,
+                     int64_t first, int64_t last) {
   with_number(d.type, [&](auto number) {
     using A = decltype(number);
-    const DeviationOf<A> of(d);
-    const A *x = static_cast<const A *>(d.x);
+    const Distance<A> distance(d, moments, *static_cast<const A *>(quantile));
     A *y = static_cast<A *>(d.y);
     for (int64_t t = first; t < last; ++t)
-      y[t] = of(x[t]);
+      y[t] = distance(y[t]);
   });
 }
 

@@ -1,6 +1,9 @@
 // Four tokens at a time, a few times per thread, so that what all tokens share is worked out seldom.
 #include "cuda/tile.cuh"
+#include "math/dispatch.hpp"
 #include "math/score.hpp"
+#include "ops/segment.hpp"
+#include "ops/select.hpp"
 
 namespace tokcredit::cuda {
 namespace {
@@ -37,10 +40,47 @@ template <class A, class F> __device__ Quad<A> map(const Quad<A> &x, F &&f) {
   return y;
 }
 
-template <class A> __global__ void __launch_bounds__(block_threads) deviations(Deviation d) {
-  const DeviationOf<A> of(d);
-  const Buffer<A> x(d.x, d.size), y(d.y, d.size);
-  each_four(d.size, [&](int64_t t) { y.store(t, map(x.load(t), [&](A v, int) { return of(v); })); });
+template <class T> __global__ void __launch_bounds__(block_threads) logs(LogDeviation d) {
+  using A = accumulate_t<T>;
+  const Buffer<T> x(d.x, d.rows.size);
+  const Buffer<A> y(d.y, d.rows.size);
+  each_four(d.rows.size, [&](int64_t t) {
+    const Quad<T> four = x.load(t);
+    Quad<A> out;
+#pragma unroll
+    for (int k = 0; k < quad; ++k)
+      out.item[k] = floored_log(A(load(four.item[k])), d.floor);
+    y.store(t, out);
+  });
+}
+
+using AllMoments = Moments<Reduction::moments>;
+
+// Moments of all rows from those of each, and the rank of the quantile. By one warp: there are only as many
+// as rows.
+__global__ void merge_rows(LogDeviation d, const double *table, AllMoments *all, int64_t *rank) {
+  const int64_t share = ceil_div(d.rows.count, 32), first = min(lane_id() * share, d.rows.count);
+  __shared__ AllMoments part[32];
+  part[lane_id()] = merged(table, first, min(first + share, d.rows.count));
+  __syncwarp();
+  if (lane_id() != 0)
+    return;
+  AllMoments m = part[0];
+  for (int lane = 1; lane < 32; ++lane)
+    m.merge(part[lane]);
+  *all = m;
+  *rank = nearest_rank(d.quantile, m.count);
+}
+
+template <class A>
+__global__ void __launch_bounds__(block_threads)
+    distances(LogDeviation d, const AllMoments *all, const A *quantile) {
+  const Distance<A> distance(d, *all, *quantile);
+  if (blockIdx.x == 0 && threadIdx.x == 0)
+    distance.write(d.statistics);
+  const Buffer<A> y(d.y, d.rows.size);
+  each_four(d.rows.size,
+            [&](int64_t t) { y.store(t, map(y.load(t), [&](A v, int) { return distance(v); })); });
 }
 
 template <class A> __global__ void __launch_bounds__(block_threads) bounds(ScoreBounds s) {
@@ -83,8 +123,25 @@ template <class S> void launch_tokens(const S &s, void (*wide)(S), void (*narrow
 
 } // namespace
 
-void deviation(const Deviation &d, Queue &queue) {
-  launch_tokens(d, deviations<double>, deviations<float>, queue);
+void log_deviation(const LogDeviation &d, Queue &queue) {
+  const int64_t rows = d.rows.count, blocks = ceil_div(d.rows.size, block_tokens);
+  AllMoments *all;
+  double *table;
+  int64_t *rank, *scope;
+  allocate_together(queue, Wanted{all, 1}, Wanted{table, rows * width_of(Reduction::moments)}, Wanted{rank, 1},
+                    Wanted{scope, rows});
+  clear("score", queue, scope, rows * int64_t(sizeof(int64_t)));
+  with_float(d.type, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using A = accumulate_t<T>;
+    const Type wide = sizeof(A) == sizeof(double) ? Type::f64 : Type::f32;
+    A *quantile = queue.allocate_array<A>(1);
+    launch("score", queue, logs<T>, blocks, block_threads, d);
+    segment_rows({d.rows, wide, d.y, Reduction::moments, 0, table}, queue);
+    launch("score", queue, merge_rows, 1, 32, d, table, all, rank);
+    kth({d.rows, wide, d.y, scope, rank, 1}, quantile, queue);
+    launch("score", queue, distances<A>, blocks, block_threads, d, all, quantile);
+  });
 }
 
 void score_bounds(const ScoreBounds &s, Queue &queue) {

@@ -1,29 +1,63 @@
 // What the score of one token does.
 #pragma once
 #include "math/exponential.hpp"
+#include "math/moments.hpp"
 #include "ops/score.hpp"
-#include "ops/segment.hpp"
 
 namespace tokcredit {
 
-// The distance from a pivot, with its divisors worked out once.
-template <class A> struct DeviationOf {
-  A pivot, below, above;
+template <class A> TOKCREDIT_FN A floored_log(A x, double floor) {
+  return log_of(x < A(floor) ? A(floor) : x); // NaN stays
+}
 
-  TOKCREDIT_FN DeviationOf(const Deviation &d) : pivot(*static_cast<const A *>(d.pivot)) {
-    const double shift = d.moments[int(Moment::mean)] - pivot;
-    const double second = d.moments[int(Moment::var)] + shift * shift;
-    const double least = d.floor * std::sqrt(second < d.floor ? d.floor : second);
-    const double down = pivot - d.moments[int(Moment::minimum)],
-                 up = d.moments[int(Moment::maximum)] - pivot;
+// The moments of all tokens from those of rows, with the population variance.
+TOKCREDIT_FN Moments<Reduction::moments> merged(const double *table, int64_t first, int64_t last) {
+  Moments<Reduction::moments> all;
+  for (int64_t r = first; r < last; ++r) {
+    const double *row = table + r * width_of(Reduction::moments);
+    Moments<Reduction::moments> part;
+    part.count = row[int(Moment::size)];
+    part.mean = row[int(Moment::mean)];
+    part.square = row[int(Moment::var)] * part.count;
+    part.minimum = row[int(Moment::minimum)];
+    part.maximum = row[int(Moment::maximum)];
+    all.merge(part);
+  }
+  return all;
+}
+
+// The rank of a quantile among `size`.
+TOKCREDIT_FN int64_t nearest_rank(double quantile, double size) {
+  return int64_t(std::rint(quantile * (size > 1 ? size - 1 : 0)));
+}
+
+// The distance from the quantile, with its divisors worked out once.
+template <class A> struct Distance {
+  A pivot, below, above;
+  double spread, down, up;
+
+  TOKCREDIT_FN Distance(const LogDeviation &d, const Moments<Reduction::moments> &m, A quantile)
+      : pivot(quantile) {
+    const double shift = m.mean - pivot, second = m.variance(0) + shift * shift;
+    spread = std::sqrt(second < d.floor ? d.floor : second);
+    const double least = d.floor * spread;
     // Written so that NaN stays.
-    below = A(down < least ? least : down) * (d.positive ? -1 : 1);
-    above = A(up < least ? least : up);
+    down = pivot - m.minimum < least ? least : pivot - m.minimum;
+    up = m.maximum - pivot < least ? least : m.maximum - pivot;
+    below = A(d.positive ? -down : down);
+    above = A(up);
   }
 
-  TOKCREDIT_FN A operator()(A x) const {
-    const A distance = x - pivot;
+  TOKCREDIT_FN A operator()(A v) const {
+    const A distance = v - pivot;
     return distance / (distance > 0 ? above : below);
+  }
+
+  TOKCREDIT_FN void write(double *statistics) const {
+    statistics[0] = pivot;
+    statistics[1] = spread;
+    statistics[2] = -down / spread;
+    statistics[3] = up / spread;
   }
 };
 

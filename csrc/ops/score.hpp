@@ -1,29 +1,28 @@
-// What a score of each token does to the bounds of its ratio and to its advantage.
-//
-// Tokens are independent of each other, whatever rows they are in. NaN gives NaN.
+// Scores of tokens, and what they do to the bounds of a token's ratio and to its advantage. NaN gives NaN.
 #pragma once
 #include "ops/array.hpp"
 
 namespace tokcredit {
 
-// The distance from a pivot, as a share of the largest distance on its side:
-//     s = sqrt(max(var + (mean - pivot)^2, floor)),   d = x - pivot
-//     y = d / max(maximum - pivot, floor * s) if d > 0, else d / max(pivot - minimum, floor * s)
-// with the moments of x, of which var is that of the population. With `positive` the sign of the second case
-// is turned.
+// The distance of the logarithm from a quantile, as a share of the largest distance on its side. With mean,
+// minimum and maximum over the unmasked tokens of all rows:
+//     v = log(max(x, floor)),   Q = the v of rank round(quantile (number of tokens - 1)), halves to even
+//     s = sqrt(max(mean((v - Q)^2), floor)),   d = v - Q
+//     y = d / max(max(d), floor * s) if d > 0, else d / max(-min(d), floor * s)
+// With `positive` the sign of the second case is turned. Masked tokens and padding get some number.
 //
-//     x -2 0 1   pivot 0   y -1 0 1   positive 1 0 1
+//     x 1 e e^2 e^4   quantile .5   y -1 -.5 0 1   positive 1 .5 0 1
 //
-// Must read and write: x, y once.
-struct Deviation {
-  Type type; // f32 or f64, of x, pivot and y
+// Must read and write: x, y once; reads y three times more, and selects from it.
+struct LogDeviation {
+  Rows rows;
+  Type type; // of x
   const void *x;
-  const void *pivot;     // [1]
-  const double *moments; // [5], in the order of Moment
+  double quantile; // from 0 to 1
   double floor;
   bool positive;
-  int64_t size;
-  void *y;
+  void *y;            // [N] of the accumulation type
+  double *statistics; // [4]: Q, s, and the least and the largest d / s, both away from 0
 };
 
 // Clip ranges one of which is widened by the score h, as bounds of the log-ratio:
@@ -65,13 +64,13 @@ struct ScoreFactor {
 };
 
 namespace cpu {
-void deviation(const Deviation &, int threads);
+void log_deviation(const LogDeviation &, int threads);
 void score_bounds(const ScoreBounds &, int threads);
 void score_factor(const ScoreFactor &, int threads);
 } // namespace cpu
 namespace cuda {
 class Queue;
-void deviation(const Deviation &, Queue &);
+void log_deviation(const LogDeviation &, Queue &);
 void score_bounds(const ScoreBounds &, Queue &);
 void score_factor(const ScoreFactor &, Queue &);
 } // namespace cuda

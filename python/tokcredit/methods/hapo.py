@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.blocks import segment, select
+from tokcredit.blocks import segment
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
@@ -20,9 +20,6 @@ from tokcredit.stages.clip import Clip, Window
 from tokcredit.stages.credit import Credit, group_normalized
 from tokcredit.stages.scale import Scale
 from tokcredit.stages.token_score import TokenScore
-
-_LEAST = 1e-8
-"""Smallest entropy, smallest variance of its logarithm, and smallest divisor of a score."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class entropy_deviation(TokenScore):
     whole_batch: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        return ops.deviation(*self._measured(batch), _LEAST, self.literal_sign)
+        return self._measured(batch)[0]
 
     def statistics(self, batch: Rollouts) -> tuple[float, float, float, float]:
         """Return ``Q``, ``s`` and the smallest and largest ``h``, from which other tokens get the same score.
@@ -57,18 +54,11 @@ class entropy_deviation(TokenScore):
         Args:
             batch: The rollouts, with ``entropies``.
         """
-        _, pivot, moments = self._measured(batch)
-        q, (_, mean, var, lowest, highest) = pivot.item(), moments[0].tolist()
-        s = math.sqrt(max(var + (mean - q) ** 2, _LEAST))
-        return q, s, min((lowest - q) / s, -_LEAST), max((highest - q) / s, _LEAST)
+        q, s, smallest, largest = self._measured(batch)[1].tolist()
+        return q, s, smallest, largest
 
-    def _measured(self, batch: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``x``, ``Q`` and the moments of ``x``."""
-        spans, entropies = batch.spans, batch.input("entropies")
-        x = (entropies if entropies.dtype == torch.float64 else entropies.float()).clamp(min=_LEAST).log_()
-        pivot = select.quantile_nearest(x, self.pivot, spans, select.everything(spans))
-        all_tokens = Spans.single(batch.num_tokens, batch.device, batch.response_mask)
-        return x, pivot, segment.moment_table(x, all_tokens, ddof=0)
+    def _measured(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
+        return ops.log_deviation(batch.input("entropies"), batch.spans, self.pivot, 1e-8, self.literal_sign)
 
 
 @dataclass(frozen=True)

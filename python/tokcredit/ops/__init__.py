@@ -12,7 +12,7 @@ from tokcredit.ops.pieces import CUTS, pieces
 from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss
 from tokcredit.ops.repack import repack
 from tokcredit.ops.scan import scan
-from tokcredit.ops.score import deviation, score_bounds, score_factor
+from tokcredit.ops.score import log_deviation, score_bounds, score_factor
 from tokcredit.ops.segment import (
     MOMENTS,
     REDUCTIONS,
@@ -37,9 +37,9 @@ __all__ = [
     "SURROGATES",
     "baseline",
     "count",
-    "deviation",
     "empty_cache",
     "expand",
+    "log_deviation",
     "logits",
     "logits_forward",
     "logits_gradient_",

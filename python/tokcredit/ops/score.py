@@ -7,38 +7,53 @@ from torch import Tensor
 
 from tokcredit import _C
 from tokcredit.ops.call import accumulated, num_threads, operation, plain, result
+from tokcredit.spans import Spans
 
 
-def _deviation_output(
-    x: Tensor, pivot: Tensor, moments: Tensor, floor: float, positive: bool, threads: int
-) -> Tensor:
-    return result(x, x.shape)
+def _deviation_outputs(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    return result(x, x.shape, accumulated(x.dtype)), x.new_empty(4, dtype=torch.float64)
 
 
 @operation(
-    "deviation(Tensor x, Tensor pivot, Tensor moments, float floor, bool positive, int threads) -> Tensor",
-    _deviation_output,
+    "log_deviation(Tensor x, Tensor begin, Tensor end, Tensor? mask, float quantile, float floor, bool positive, "
+    "int threads) -> (Tensor, Tensor)",
+    _deviation_outputs,
 )
-def _deviation(x: Tensor, pivot: Tensor, moments: Tensor, floor: float, positive: bool, threads: int) -> Tensor:
-    y = _deviation_output(x, pivot, moments, floor, positive, threads)
-    if x.numel():
-        _C.deviation(x.contiguous(), pivot, moments.contiguous(), floor, positive, y, threads)
-    return y
+def _log_deviation(
+    x: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    mask: Tensor | None,
+    quantile: float,
+    floor: float,
+    positive: bool,
+    threads: int,
+) -> tuple[Tensor, Tensor]:
+    y, statistics = _deviation_outputs(x)
+    if begin.numel() == 0:
+        return y.zero_(), statistics.fill_(float("nan"))
+    _C.log_deviation(x.contiguous(), begin, end, plain(mask), quantile, floor, positive, y, statistics, threads)
+    return y, statistics
 
 
-def deviation(x: Tensor, pivot: Tensor, moments: Tensor, floor: float, positive: bool = False) -> Tensor:
-    """Return the distance of each number from a pivot, as a share of the largest on its side, ``[N]``.
+def log_deviation(
+    x: Tensor, spans: Spans, quantile: float, floor: float, positive: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the distance of each logarithm from a quantile as a share of the largest on its side, and statistics.
 
     Definition: ``csrc/ops/score.hpp``.
 
     Args:
-        x: float32 or float64 ``[N]``.
-        pivot: ``[1]`` of the same dtype.
-        moments: float64 ``[1, 5]``, with the population variance.
-        floor: Smallest variance, and smallest divisor in standard deviations.
-        positive: Whether distances below the pivot are positive too.
+        x: float ``[N]``.
+        spans: The rows.
+        quantile: From 0 to 1.
+        floor: Smallest ``x``, smallest variance, and smallest divisor in standard deviations.
+        positive: Whether distances below the quantile are positive too.
+
+    Returns:
+        float ``[N]``, and float64 ``[4]``.
     """
-    return _deviation(x, pivot, moments, floor, positive, num_threads())
+    return _log_deviation(x, *spans.arrays, quantile, floor, positive, num_threads())
 
 
 def _bounds_outputs(score: Tensor, low: float, high: float, widen: float, threads: int) -> tuple[Tensor, Tensor]:
