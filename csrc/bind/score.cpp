@@ -45,18 +45,21 @@ void score_bounds(const py::object &score, double low, double high, double widen
   call.run([&] { cpu::score_bounds(s, threads); }, [&](auto &queue) { cuda::score_bounds(s, queue); });
 }
 
-void score_factor(const py::object &score, const py::object &log_ratio, const py::object &low,
-                  const py::object &high, double low_number, double high_number, double strength,
+void score_factor(const py::object &score, const py::object &log_ratio, const py::object &low_bound,
+                  const py::object &high_bound, double low, double high, double widen, double strength,
                   const py::object &y, int threads) {
   Call call("score_factor");
   const Array h = numbers(call, "score", score);
+  if (low_bound.is_none() != high_bound.is_none())
+    call.fail("high_bound", "both bounds or none", "one");
   const ScoreFactor s{h.type,
                       h.data,
                       call.read("log_ratio", log_ratio, h.type, h.size).data,
-                      call.optional("low", low, h.type, h.size).data,
-                      call.optional("high", high, h.type, h.size).data,
-                      low_number,
-                      high_number,
+                      call.optional("low_bound", low_bound, h.type, h.size).data,
+                      call.optional("high_bound", high_bound, h.type, h.size).data,
+                      low,
+                      high,
+                      widen,
                       strength,
                       h.size,
                       call.read("y", y, h.type, h.size).data};

@@ -10,19 +10,6 @@ template <class Body> void with_number(Type type, Body &&body) {
   type == Type::f64 ? body(double{}) : body(float{});
 }
 
-// Bounds from arrays, or the same at every token: a loop with no choice in it is wide.
-template <class A, bool low_varies, bool high_varies>
-void factors(const ScoreFactor &s, int64_t first, int64_t last) {
-  const A *h = static_cast<const A *>(s.score), *x = static_cast<const A *>(s.log_ratio),
-          *low = static_cast<const A *>(s.low), *high = static_cast<const A *>(s.high);
-  const A least = exponential(A(s.low_number)), most = exponential(A(s.high_number)), strength = A(s.strength);
-  A *__restrict y = static_cast<A *>(s.y);
-  for (int64_t t = first; t < last; ++t) {
-    const A below = low_varies ? exponential(low[t]) : least, above = high_varies ? exponential(high[t]) : most;
-    y[t] = factor_of(h[t], x[t], below, above, strength);
-  }
-}
-
 } // namespace
 
 namespace TOKCREDIT_LEVEL {
@@ -66,9 +53,16 @@ void bounds_tokens(const ScoreBounds &s, int64_t first, int64_t last) {
 void factor_tokens(const ScoreFactor &s, int64_t first, int64_t last) {
   with_number(s.type, [&](auto number) {
     using A = decltype(number);
-    const auto of = s.low ? (s.high ? factors<A, true, true> : factors<A, true, false>)
-                          : (s.high ? factors<A, false, true> : factors<A, false, false>);
-    of(s, first, last);
+    const FactorOf<A> of(s);
+    const A *h = static_cast<const A *>(s.score), *x = static_cast<const A *>(s.log_ratio),
+            *low = static_cast<const A *>(s.low_bound), *high = static_cast<const A *>(s.high_bound);
+    A *__restrict y = static_cast<A *>(s.y);
+    if (low)
+      for (int64_t t = first; t < last; ++t)
+        y[t] = of(h[t], x[t], low[t], high[t]);
+    else
+      for (int64_t t = first; t < last; ++t)
+        y[t] = of(h[t], x[t]);
   });
 }
 

@@ -99,20 +99,15 @@ template <class A> __global__ void __launch_bounds__(block_threads) bounds(Score
 }
 
 template <class A> __global__ void __launch_bounds__(block_threads) factors(ScoreFactor s) {
-  const Buffer<A> score(s.score, s.size), ratio(s.log_ratio, s.size), low(s.low, s.size), high(s.high, s.size),
-      y(s.y, s.size);
-  const auto bound = [](const Buffer<A> &given, double number, int64_t t) {
-    Quad<A> x;
-#pragma unroll
-    for (int k = 0; k < quad; ++k)
-      x.item[k] = A(number);
-    return map(given.p ? given.load(t) : x, [](A v, int) { return exponential(v); });
-  };
+  const FactorOf<A> of(s);
+  const Buffer<A> score(s.score, s.size), ratio(s.log_ratio, s.size), low(s.low_bound, s.size),
+      high(s.high_bound, s.size), y(s.y, s.size);
   each_four(s.size, [&](int64_t t) {
-    const Quad<A> x = ratio.load(t), l = bound(low, s.low_number, t), h = bound(high, s.high_number, t);
-    y.store(t, map(score.load(t), [&](A v, int k) {
-              return factor_of(v, x.item[k], l.item[k], h.item[k], A(s.strength));
-            }));
+    const Quad<A> h = score.load(t), x = ratio.load(t);
+    if (!s.low_bound)
+      return y.store(t, map(h, [&](A v, int k) { return of(v, x.item[k]); }));
+    const Quad<A> below = low.load(t), above = high.load(t);
+    y.store(t, map(h, [&](A v, int k) { return of(v, x.item[k], below.item[k], above.item[k]); }));
   });
 }
 

@@ -82,11 +82,26 @@ template <class A> struct BoundsOf {
   }
 };
 
-// The factor, from the exponentials of the bounds.
-template <class A> TOKCREDIT_FN A factor_of(A h, A log_ratio, A low, A high, A strength) {
-  const A twice = 2 * exponential(log_ratio) - 1;
-  const A inner = twice > low ? (twice < high ? A(1) : A(0)) : A(0);
-  return strength * h * (h > 0 ? 1 - inner : inner) + 1;
-}
+// The factor, with the clip ranges.
+template <class A> struct FactorOf {
+  A low, high, low_growth, high_growth, strength;
+
+  TOKCREDIT_FN FactorOf(const ScoreFactor &s)
+      : low(A(s.low)), high(A(s.high)), low_growth(A(s.low * s.widen)), high_growth(A(s.high * s.widen)),
+        strength(A(s.strength)) {}
+
+  TOKCREDIT_FN A within(A h, A log_ratio, A below, A above) const {
+    // How far the ratio has moved, twice.
+    const A twice = 2 * (exponential(log_ratio) - 1);
+    const A inner = twice > -below ? (twice < above ? A(1) : A(0)) : A(0);
+    return strength * h * (h > 0 ? 1 - inner : inner) + 1;
+  }
+  TOKCREDIT_FN A operator()(A h, A log_ratio) const {
+    return within(h, log_ratio, h > 0 ? low : low - h * low_growth, h > 0 ? high + h * high_growth : high);
+  }
+  TOKCREDIT_FN A operator()(A h, A log_ratio, A low_bound, A high_bound) const {
+    return within(h, log_ratio, 1 - exponential(low_bound), exponential(high_bound) - 1);
+  }
+};
 
 } // namespace tokcredit

@@ -43,21 +43,23 @@ struct ScoreBounds {
 };
 
 // A factor of advantages that depends on whether the ratio q lies in the inner half of its bounds:
-//     inner = exp(low) < 2 q - 1 < exp(high)
 //     y[t] = 1 + strength h if (h > 0 and not inner) or (not h > 0 and inner), else 1
-// Bounds are one number or one per token.
+// where `inner` is 1 - below / 2 < q < 1 + above / 2. The clip ranges `below` and `above` are those that
+// widen with the score, as in ScoreBounds, or where bounds of the log-ratio are given 1 - exp(low) and
+// exp(high) - 1.
 //
-//     h .5 .5 -.5 -.5   q 1 1.2 1 1.2   bounds log .8, log 1.2   strength 1   y 1 1.5 .5 1
+//     h .5 .5 -.5 -.5   q 1 1.2 1 1.2   low .2   high .2   widen 0   strength 1   y 1 1.5 .5 1
 //
 // Must read and write: score, log_ratio, given bounds, y once.
 struct ScoreFactor {
   Type type; // f32 or f64
   const void *score;
   const void *log_ratio;
-  const void *low;  // [N] or null for low_number
-  const void *high; // [N] or null for high_number
-  double low_number;
-  double high_number;
+  const void *low_bound;  // [N], or null for both
+  const void *high_bound; // [N]
+  double low;
+  double high;
+  double widen;
   double strength;
   int64_t size;
   void *y;

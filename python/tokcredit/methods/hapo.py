@@ -127,8 +127,9 @@ class widened(Clip):
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Window:
         h = self.score(batch)
-        low, high = ops.score_bounds(h, self.low, self.high, self.widen)
-        return Window("clip", low, high, None if self.cap is None else math.log(self.cap), score=h)
+        ranges = (self.low, self.high, self.widen)
+        low, high = ops.score_bounds(h, *ranges)
+        return Window("clip", low, high, None if self.cap is None else math.log(self.cap), score=h, ranges=ranges)
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class outside_center(Scale):
         signal: Tensor | None,
     ) -> Tensor:
         assert signal is not None
-        return ops.score_factor(signal, log_ratio, window.low, window.high, self.strength)
+        return ops.score_factor(signal, log_ratio, self.strength, window.ranges, (window.low, window.high))
 
 
 def hapo(

@@ -30,18 +30,6 @@ def _parents(groups: Places, nodes: Places, parents: Places) -> Places:
     return np.fromiter((row.get(name, -1) for name in names), np.int64, len(nodes))
 
 
-def _levels(parents: Places) -> list[Places]:
-    """Return the rows of each depth, the deepest first."""
-    depth, ancestor = np.zeros_like(parents), parents
-    for _ in range(len(parents) + 1):
-        below = ancestor >= 0
-        if not below.any():
-            return [np.flatnonzero(depth == d) for d in range(depth.max(initial=0), -1, -1)]
-        depth += below
-        ancestor = np.where(below, parents[ancestor], -1)
-    raise ValueError("parent_ids: expected a tree, got a cycle")
-
-
 @dataclass(frozen=True)
 class edges(Credit):
     """Advantage of rows that are edges of a sampled tree: the value at the end of the edge minus that at its start.
@@ -71,22 +59,29 @@ class edges(Credit):
         # Numbers of rows and groups only: on the host they take less time than the launches that they would be.
         groups = batch.group_index.cpu().numpy()
         nodes, parents = (batch.input(name).long().cpu().numpy() for name in ("node_ids", "parent_ids"))
-        value: Numbers = batch.rewards.detach().double().cpu().numpy().copy()
+        value: Numbers = batch.rewards.detach().double().cpu().numpy()
+        rows = len(value)
         parents = _parents(groups, nodes, parents)
         # Siblings have their parent's number. Those below a prompt have one of their group.
-        siblings = np.where(parents >= 0, parents, len(value) + groups)
-        count = np.bincount(siblings, minlength=len(value) + batch.num_groups)
-        mean: Numbers = np.zeros(len(count))
-        for rows in _levels(parents):
-            value[rows] = np.where(count[rows] > 0, mean[rows], value[rows])  # rewards of inner nodes are not read
-            mean += np.bincount(siblings[rows], value[rows], len(count)) / np.maximum(count, 1)
+        siblings = np.where(parents >= 0, parents, rows + groups)
+        count = np.bincount(siblings, minlength=rows + batch.num_groups)
+        inner, divisor = count[:rows] > 0, np.maximum(count, 1)
+        mean: Numbers = np.bincount(siblings, value, len(count)) / divisor
+        # Each round makes the values of one more level of inner nodes right, whose rewards are not read.
+        ancestor, rounds = parents, 0
+        while (ancestor >= 0).any():
+            value = np.where(inner, mean[:rows], value)
+            mean = np.bincount(siblings, value, len(count)) / divisor
+            ancestor, rounds = np.where(ancestor >= 0, parents[ancestor], -1), rounds + 1
+            if rounds > rows:
+                raise ValueError("parent_ids: expected a tree, got a cycle")
         change = value - mean[siblings]
         size: Numbers = np.zeros(len(count))
         np.maximum.at(size, siblings, np.abs(value))
         change[np.abs(change) <= 8 * torch.finfo(batch.rewards.dtype).eps * size[siblings]] = 0
         if self.scale:
             squares = np.bincount(siblings, (value - mean[siblings]) ** 2, len(count))
-            change /= np.sqrt(squares / np.maximum(count, 1))[siblings] + self.epsilon
+            change /= np.sqrt(squares / divisor)[siblings] + self.epsilon
         return torch.from_numpy(change).to(batch.rewards)[:, None]
 
 

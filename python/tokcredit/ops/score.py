@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -70,10 +72,6 @@ def _score_bounds(score: Tensor, low: float, high: float, widen: float, threads:
     return below, above
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(accumulated(x.dtype))
-
-
 def score_bounds(score: Tensor, low: float, high: float, widen: float) -> tuple[Tensor, Tensor]:
     """Return bounds of the log-ratio, one of which is widened by a score, ``[N]`` each.
 
@@ -85,7 +83,7 @@ def score_bounds(score: Tensor, low: float, high: float, widen: float) -> tuple[
         high: Upper clip range.
         widen: Growth of a clip range where the score is -1 or 1.
     """
-    return _score_bounds(_wide(score), low, high, widen, num_threads())
+    return _score_bounds(score.to(accumulated(score.dtype)), low, high, widen, num_threads())
 
 
 def _factor_output(score: Tensor, *arguments: object) -> Tensor:
@@ -93,29 +91,34 @@ def _factor_output(score: Tensor, *arguments: object) -> Tensor:
 
 
 @operation(
-    "score_factor(Tensor score, Tensor log_ratio, Tensor? low, Tensor? high, float low_number, float high_number, "
-    "float strength, int threads) -> Tensor",
+    "score_factor(Tensor score, Tensor log_ratio, Tensor? low_bound, Tensor? high_bound, float low, float high, "
+    "float widen, float strength, int threads) -> Tensor",
     _factor_output,
 )
 def _score_factor(
     score: Tensor,
     log_ratio: Tensor,
-    low: Tensor | None,
-    high: Tensor | None,
-    low_number: float,
-    high_number: float,
+    low_bound: Tensor | None,
+    high_bound: Tensor | None,
+    low: float,
+    high: float,
+    widen: float,
     strength: float,
     threads: int,
 ) -> Tensor:
     y = _factor_output(score)
     if score.numel():
-        bounds = (plain(low), plain(high), low_number, high_number)
+        bounds = (plain(low_bound), plain(high_bound), low, high, widen)
         _C.score_factor(score.contiguous(), log_ratio.contiguous(), *bounds, strength, y, threads)
     return y
 
 
 def score_factor(
-    score: Tensor, log_ratio: Tensor, low: float | Tensor, high: float | Tensor, strength: float
+    score: Tensor,
+    log_ratio: Tensor,
+    strength: float,
+    ranges: tuple[float, float, float] | None = None,
+    bounds: tuple[float | Tensor, float | Tensor] = (-math.inf, math.inf),
 ) -> Tensor:
     """Return the factor of advantages for a score, where it depends on the inner half of the bounds, ``[N]``.
 
@@ -124,12 +127,15 @@ def score_factor(
     Args:
         score: float ``[N]``.
         log_ratio: float ``[N]``.
-        low: Lower bound of the log-ratio, one number or ``[N]``.
-        high: Upper bound, likewise.
         strength: Factor of the score.
+        ranges: Lower and upper clip range and their growth, as in :func:`score_bounds`.
+        bounds: Without ``ranges``, the bounds of the log-ratio, each one number or ``[N]``.
     """
-    score, log_ratio = _wide(score), _wide(log_ratio)
-    dtype = torch.promote_types(score.dtype, log_ratio.dtype)
-    tensors = [x.to(dtype) if isinstance(x, Tensor) else None for x in (low, high)]
-    numbers = [0.0 if isinstance(x, Tensor) else float(x) for x in (low, high)]
-    return _score_factor(score.to(dtype), log_ratio.to(dtype), *tensors, *numbers, strength, num_threads())
+    dtype = accumulated(torch.promote_types(score.dtype, log_ratio.dtype))
+    tensors: list[Tensor | None] = [None, None]
+    if ranges is None and all(not isinstance(x, Tensor) for x in bounds):
+        ranges = 1 - math.exp(bounds[0]), math.expm1(bounds[1]), 0.0
+    elif ranges is None:
+        tensors = [torch.as_tensor(x, device=score.device).to(dtype).expand(score.shape) for x in bounds]
+        ranges = 0.0, 0.0, 0.0
+    return _score_factor(score.to(dtype), log_ratio.to(dtype), *tensors, *ranges, strength, num_threads())

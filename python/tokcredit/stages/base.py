@@ -309,20 +309,17 @@ class Stage:
         if not self.adjustables:
             return self
 
-        def of(x: Any) -> Any:
-            if isinstance(x, Adjustable):
-                return number(x)
-            if isinstance(x, tuple):
-                found = tuple(of(part) for part in x)
-                return x if all(a is b for a, b in zip(x, found, strict=True)) else found
-            return x.resolved(number) if isinstance(x, Stage) else x
-
         # What was remembered of the stage holds of this one as well, but for its schedules.
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__)
         made.__dict__.pop("adjustables", None)
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
-            if (found := of(value)) is not value:
-                made._check(f, found)
+            if isinstance(value, Adjustable):
+                made._check(f, number(value))
+            elif isinstance(value, Stage):
+                object.__setattr__(made, f.name, value.resolved(number))
+            elif isinstance(value, tuple):
+                parts = (x.resolved(number) if isinstance(x, Stage) else x for x in value)
+                object.__setattr__(made, f.name, tuple(parts))
         return made
