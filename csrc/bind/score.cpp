@@ -12,8 +12,8 @@ Array numbers(Call &call, const char *name, const py::handle &x) {
   return array;
 }
 
-void log_deviation(const py::object &x, const py::object &begin, const py::object &end, const py::object &mask,
-                   double quantile, double floor, bool positive, const py::object &y,
+void log_deviation(const py::object &x, const py::object &begin, const py::object &end,
+                   const py::object &mask, double quantile, double floor, bool positive, const py::object &y,
                    const py::object &statistics, int threads) {
   Call call("log_deviation");
   const Array values = call.read_float("x", x);

@@ -31,12 +31,9 @@ void weighted_moments(const py::object &x, const py::object &weights, const py::
     call.fail("x", "float32 or float64", name_of(values.type));
   const Rows rows = call.rows(begin, end, mask, values.size);
   const WeightedMoments w{
-      rows,
-      values.type,
-      values.data,
-      call.read_as<double>("weights", weights, Type::f64, values.size),
-      ddof,
-      call.read("y", y, Type::f64, rows.count * width_of(Reduction::moments)).as<double>(),
+      rows,        values.type,
+      values.data, call.read_as<double>("weights", weights, Type::f64, values.size),
+      ddof,        call.read("y", y, Type::f64, rows.count * width_of(Reduction::moments)).as<double>(),
   };
   call.run([&] { cpu::weighted_moments(w); }, [&](auto &queue) { cuda::weighted_moments(w, queue); });
 }

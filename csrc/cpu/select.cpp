@@ -93,7 +93,8 @@ template <class T> struct Scope {
       for (int64_t i = first; i < last; ++i)
         for (int64_t from = s.rows.begin[row[i]]; from < s.rows.end[row[i]]; from += few) {
           int64_t larger = 0;
-          const int64_t found = take(tokens(from, std::min(few, s.rows.end[row[i]] - from)), own.get(), larger);
+          const int64_t found =
+              take(tokens(from, std::min(few, s.rows.end[row[i]] - from)), own.get(), larger);
           std::lock_guard<std::mutex> lock(guard);
           all.insert(all.end(), own.get(), own.get() + found);
           above += larger;

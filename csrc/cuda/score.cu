@@ -123,8 +123,8 @@ void log_deviation(const LogDeviation &d, Queue &queue) {
   AllMoments *all;
   double *table;
   int64_t *rank, *scope;
-  allocate_together(queue, Wanted{all, 1}, Wanted{table, rows * width_of(Reduction::moments)}, Wanted{rank, 1},
-                    Wanted{scope, rows});
+  allocate_together(queue, Wanted{all, 1}, Wanted{table, rows * width_of(Reduction::moments)},
+                    Wanted{rank, 1}, Wanted{scope, rows});
   clear("score", queue, scope, rows * int64_t(sizeof(int64_t)));
   with_float(d.type, [&](auto type) {
     using T = typename decltype(type)::type;

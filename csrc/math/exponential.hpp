@@ -41,8 +41,8 @@ TOKCREDIT_FN double exponential_less_one(double x) { return std::expm1(x); }
 TOKCREDIT_FN float logarithm(float x) { return std::log(x); }
 TOKCREDIT_FN double logarithm(double x) { return std::log(x); }
 
-// log(y + lost) for y > 0, where lost is below a unit of the last place of y; within 2 ulp. -inf at 0, NaN below.
-// On the host without branches, like exp.
+// log(y + lost) for y > 0, where lost is below a unit of the last place of y; within 2 ulp. -inf at 0, NaN
+// below. On the host without branches, like exp.
 TOKCREDIT_FN float log_from(float y, float lost) {
   // y = 2^power * m with m in [sqrt(1/2), sqrt(2)), and f = m - 1.
   const uint32_t shifted = bits(y) - 0x3f3504f3u;

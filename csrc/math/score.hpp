@@ -61,6 +61,9 @@ template <class A> struct Distance {
   }
 };
 
+// What a score of 1 adds to a clip range, which may be infinite.
+TOKCREDIT_FN double growth(double range, double widen) { return widen == 0 ? 0 : range * widen; }
+
 template <class A> struct Bounds {
   A below, above;
 };
@@ -73,8 +76,8 @@ template <class A> struct BoundsOf {
   TOKCREDIT_FN static A bound(A range) { return log_of_one_plus(range < -1 ? A(-1) : range); }
 
   TOKCREDIT_FN BoundsOf(const ScoreBounds &s)
-      : low(A(s.low)), high(A(s.high)), low_growth(A(s.low * s.widen)), high_growth(A(s.high * s.widen)),
-        plain{bound(-low), bound(high)} {}
+      : low(A(s.low)), high(A(s.high)), low_growth(A(growth(s.low, s.widen))),
+        high_growth(A(growth(s.high, s.widen))), plain{bound(-low), bound(high)} {}
 
   TOKCREDIT_FN Bounds<A> operator()(A h) const {
     const A widened = bound(h > 0 ? h * high_growth + high : h * low_growth - low);
@@ -87,8 +90,8 @@ template <class A> struct FactorOf {
   A low, high, low_growth, high_growth, strength;
 
   TOKCREDIT_FN FactorOf(const ScoreFactor &s)
-      : low(A(s.low)), high(A(s.high)), low_growth(A(s.low * s.widen)), high_growth(A(s.high * s.widen)),
-        strength(A(s.strength)) {}
+      : low(A(s.low)), high(A(s.high)), low_growth(A(growth(s.low, s.widen))),
+        high_growth(A(growth(s.high, s.widen))), strength(A(s.strength)) {}
 
   TOKCREDIT_FN A within(A h, A log_ratio, A below, A above) const {
     // How far the ratio has moved, twice.

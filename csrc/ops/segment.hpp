@@ -33,8 +33,8 @@ struct SegmentRows {
   void *y; // [R] of the accumulation type; for moments [R, 5] float64
 };
 
-// The moments of rows whose tokens each count weights[t] times, which need not be whole; those of a weight of 0
-// or less, or NaN, do not count. `size` is the sum of the weights.
+// The moments of rows whose tokens each count weights[t] times, which need not be whole; those of a weight of
+// 0 or less, or NaN, do not count. `size` is the sum of the weights.
 //
 //     x 1 3   weights 3 1   moments(ddof 0)   4 1.5 .75 1 3
 struct WeightedMoments {

@@ -16,7 +16,6 @@ from tokcredit.stages import aggregation, clip, filters, ratio
 from tokcredit.stages.base import flag, number
 from tokcredit.stages.credit import Credit, whitened
 
-
 Numbers = NDArray[np.float64]
 Places = NDArray[np.int64]
 

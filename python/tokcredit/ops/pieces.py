@@ -22,14 +22,19 @@ def _piece_offsets(marks: Tensor, begin: Tensor, end: Tensor, cut: int) -> Tenso
     return offsets
 
 
-def _pieces_outputs(marks: Tensor, begin: Tensor, end: Tensor, offset: Tensor, cut: int, count: int) -> list[Tensor]:
-    return list(begin.new_empty((4, count)).unbind())
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _pieces_outputs(marks: Tensor, begin: Tensor, end: Tensor, offset: Tensor, cut: int, count: int) -> Four:
+    return begin.new_empty(count), begin.new_empty(count), begin.new_empty(count), begin.new_empty(count)
 
 
 @operation(
-    "pieces(Tensor marks, Tensor begin, Tensor end, Tensor offset, int cut, SymInt count) -> Tensor[]", _pieces_outputs
+    "pieces(Tensor marks, Tensor begin, Tensor end, Tensor offset, int cut, SymInt count) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _pieces_outputs,
 )
-def _pieces(marks: Tensor, begin: Tensor, end: Tensor, offset: Tensor, cut: int, count: int) -> list[Tensor]:
+def _pieces(marks: Tensor, begin: Tensor, end: Tensor, offset: Tensor, cut: int, count: int) -> Four:
     outputs = _pieces_outputs(marks, begin, end, offset, cut, count)
     if begin.numel():
         _C.pieces(marks.contiguous(), begin, end, offset, cut, *outputs)
