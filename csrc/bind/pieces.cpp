@@ -11,7 +11,7 @@ Rows marked_rows(Call &call, const py::object &marks, const py::object &begin, c
 
 void piece_offsets(const py::object &marks, const py::object &begin, const py::object &end, int cut,
                    const py::object &offset) {
-  Call call("pieces");
+  Call call("piece_offsets");
   const Rows rows = marked_rows(call, marks, begin, end);
   const PieceOffsets p{rows, call.one_of<Cut>("cut", cut, Cut_words),
                        call.read("offset", offset, Type::i64, rows.count + 1).as<int64_t>()};

@@ -25,7 +25,7 @@ void segment_rows(const py::object &x, const py::object &begin, const py::object
 
 void weighted_moments(const py::object &x, const py::object &weights, const py::object &begin,
                       const py::object &end, const py::object &mask, double ddof, const py::object &y) {
-  Call call("segment");
+  Call call("weighted_moments");
   const Array values = call.read("x", x);
   if (values.type != Type::f32 && values.type != Type::f64)
     call.fail("x", "float32 or float64", name_of(values.type));

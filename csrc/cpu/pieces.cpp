@@ -59,7 +59,7 @@ void pieces(const Pieces &p) {
     });
   }
   if (!fits || i != p.count)
-    throw std::invalid_argument("pieces: offset: expected those of piece_offsets");
+    throw std::invalid_argument("pieces: offset: expected those of piece_offsets, got others");
 }
 
 } // namespace tokcredit::cpu

@@ -192,7 +192,7 @@ void segment_rows(const SegmentRows &s, Queue &queue) {
 }
 
 void weighted_moments(const WeightedMoments &w, Queue &queue) {
-  launch("segment", queue, w.type == Type::f64 ? weigh_rows<double> : weigh_rows<float>,
+  launch("weighted_moments", queue, w.type == Type::f64 ? weigh_rows<double> : weigh_rows<float>,
          ceil_div(w.rows.count, warps_per_block), block_threads, w);
 }
 

@@ -319,7 +319,7 @@ class Stage:
                 made._check(f, number(value))
             elif isinstance(value, Stage):
                 object.__setattr__(made, f.name, value.resolved(number))
-            elif isinstance(value, tuple):
-                parts = (x.resolved(number) if isinstance(x, Stage) else x for x in value)
-                object.__setattr__(made, f.name, tuple(parts))
+            elif isinstance(value, tuple):  # of stages
+                parts = tuple(x.resolved(number) if isinstance(x, Stage) else x for x in value)
+                object.__setattr__(made, f.name, parts)
         return made
