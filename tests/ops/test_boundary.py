@@ -284,13 +284,13 @@ WRONG = {
     ],
     "segment_rows": [("reduction", {"reduction": 99}), ("begin, end", {"end": integers(3, 4, 2**62)})],
     "pieces": [
-        ("offset", {"offset": integers(0, 2, 3, 8)}),
+        ("offset", {"offset": integers(0, 2, 4, 7)}),
         ("offset", {"offset": integers(0, FAR, 3, 7)}),
         ("cut", {"cut": 3}),
         ("begin, end", {"end": integers(3, 4, FAR)}),
         ("piece_end", {"piece_end": integers(0)}),
     ],
-    "piece_offsets": [("offset", {"offset": integers(0)}), ("marks", {"marks": floats(N)})],
+    "piece_offsets": [("offset", {"offset": integers(0)}), ("mask", {"marks": floats(N)})],
     "log_deviation": [
         ("quantile", {"quantile": math.nan}),
         ("begin, end", {"begin": integers(0, 4, -FAR)}),
