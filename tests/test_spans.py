@@ -181,6 +181,7 @@ JUNK = (ints(0, 4), (ints(0), ints(4)), None, 4, "spans")
         lambda s: segment.sum(torch.ones(4), s),
         lambda s: segment.count(s),
         lambda s: segment.pieces(torch.ones(4, dtype=torch.bool), s),
+        lambda s: segment.runs(s),
         lambda s: select.top_k(torch.ones(4), 1, s),
         lambda s: select.sizes(s),
         lambda s: select.everything(s),

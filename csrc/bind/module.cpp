@@ -35,5 +35,7 @@ PYBIND11_MODULE(_C, m) {
   bind_logits(m);
   bind_repack(m);
   bind_baseline(m);
+  bind_pieces(m);
+  bind_score(m);
   bind_memory(m);
 }

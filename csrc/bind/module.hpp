@@ -12,6 +12,8 @@ void bind_policy_loss(py::module_ &);
 void bind_logits(py::module_ &);
 void bind_repack(py::module_ &);
 void bind_baseline(py::module_ &);
+void bind_pieces(py::module_ &);
+void bind_score(py::module_ &);
 void bind_memory(py::module_ &);
 
 // A tuple of the words of an enumeration made by TOKCREDIT_ENUM, in its order.

@@ -23,6 +23,21 @@ void segment_rows(const py::object &x, const py::object &begin, const py::object
   call.run([&] { cpu::segment_rows(s, threads); }, [&](auto &queue) { cuda::segment_rows(s, queue); });
 }
 
+void weighted_moments(const py::object &x, const py::object &weights, const py::object &begin,
+                      const py::object &end, const py::object &mask, double ddof, const py::object &y) {
+  Call call("weighted_moments");
+  const Array values = call.read("x", x);
+  if (values.type != Type::f32 && values.type != Type::f64)
+    call.fail("x", "float32 or float64", name_of(values.type));
+  const Rows rows = call.rows(begin, end, mask, values.size);
+  const WeightedMoments w{
+      rows,        values.type,
+      values.data, call.read_as<double>("weights", weights, Type::f64, values.size),
+      ddof,        call.read("y", y, Type::f64, rows.count * width_of(Reduction::moments)).as<double>(),
+  };
+  call.run([&] { cpu::weighted_moments(w); }, [&](auto &queue) { cuda::weighted_moments(w, queue); });
+}
+
 void segment_ids(const py::object &x, const py::object &ids, const py::object &mask, int reduction,
                  double ddof, const py::object &y) {
   Call call("segment");
@@ -79,6 +94,7 @@ void bind_segment(py::module_ &m) {
   m.attr("MOMENTS") = words(Moment_words);
   m.attr("STANDARDS") = words(Standard_words);
   m.def("segment_rows", &segment_rows);
+  m.def("weighted_moments", &weighted_moments);
   m.def("segment_ids", &segment_ids);
   m.def("standardize", &standardize);
 }

@@ -91,6 +91,12 @@ void segment_rows(const SegmentRows &s, int threads) {
   });
 }
 
+void weighted_moments(const WeightedMoments &w) {
+  const auto part = w.type == Type::f64 ? weighted_part<double> : weighted_part<float>;
+  for (int64_t r = 0; r < w.rows.count; ++r)
+    part(w, w.rows.begin[r], w.rows.end[r], 1).template write<double>(w.y, r, w.ddof);
+}
+
 void segment_ids(const SegmentIds &s) {
   dispatch(s.type, s.reduction, [&](auto t, auto moments) {
     reduce_ids<typename decltype(t)::type, decltype(moments)::reduction>(s);

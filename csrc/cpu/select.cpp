@@ -1,13 +1,16 @@
 #include "ops/select.hpp"
 #include "cpu/parallel.hpp"
+#include "cpu/segment_rows.hpp"
 #include "cpu/select_rows.hpp"
 #include "math/dispatch.hpp"
 #include "math/order.hpp"
 #include "math/variance.hpp"
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -36,6 +39,9 @@ using Histogram = std::array<int64_t, bins>;
 
 // So many keys are taken out at once, and so few sorted out rather than digit by digit.
 constexpr int64_t few = 1 << 16, fewest = 1 << 10;
+
+// Tokens of a sample that says about where a rank lies.
+constexpr int64_t least_sample = 512, most_sample = 4096;
 
 template <class T> struct Scope {
   using A = accumulate_t<T>;
@@ -78,21 +84,63 @@ template <class T> struct Scope {
     return total;
   }
 
-  // The keys that begin so, in no order.
-  std::vector<Key> matching(Beginning b, int threads) const {
+  // The keys that take(tokens, out, above) writes, in no order, and the sum of what it adds to `above`.
+  template <class Take> std::vector<Key> gathered(int threads, int64_t &above, Take &&take) const {
     std::vector<Key> all;
     std::mutex guard;
     chunks(threads, [&](int64_t first, int64_t last) {
-      std::vector<Key> own(size_t(std::min(few, span())));
+      const std::unique_ptr<Key[]> own(new Key[size_t(std::min(few, span()))]);
       for (int64_t i = first; i < last; ++i)
         for (int64_t from = s.rows.begin[row[i]]; from < s.rows.end[row[i]]; from += few) {
-          const int64_t n = std::min(few, s.rows.end[row[i]] - from);
-          const int64_t found = TOKCREDIT_CHOOSE(gather)(tokens(from, n), b, own.data());
+          int64_t larger = 0;
+          const int64_t found =
+              take(tokens(from, std::min(few, s.rows.end[row[i]] - from)), own.get(), larger);
           std::lock_guard<std::mutex> lock(guard);
-          all.insert(all.end(), own.begin(), own.begin() + found);
+          all.insert(all.end(), own.get(), own.get() + found);
+          above += larger;
         }
     });
     return all;
+  }
+
+  // The keys that begin so.
+  std::vector<Key> matching(Beginning b, int threads) const {
+    int64_t none = 0;
+    return gathered(threads, none, [&](const Tokens &some, Key *out, int64_t &) {
+      return TOKCREDIT_CHOOSE(gather)(some, b, out);
+    });
+  }
+
+  // The keys around the one of `rank` (from the largest), of `size`, and how many are larger than those: from
+  // a sample of every so many-th token. False where the sample is too small or misleads, which costs time
+  // only.
+  bool around(int64_t rank, int64_t size, int threads, std::vector<Key> &keys, int64_t &above) const {
+    const int64_t all = span(), step = all / std::clamp(all / 64, least_sample, most_sample);
+    if (step < 16)
+      return false;
+    std::vector<Key> sample;
+    sample.reserve(size_t(all / step + 1));
+    for (int64_t i = 0, next = step / 2; i < rows; ++i) {
+      const Tokens own = tokens_of(i);
+      for (; next < own.n; next += step)
+        if (!own.mask || own.mask[next])
+          sample.push_back(order_key(A(load(static_cast<const T *>(own.x)[next]))));
+      next -= own.n;
+    }
+    // Three standard deviations of a rank in the sample, or more.
+    const auto count = int64_t(sample.size()), place = int64_t(double(rank) / double(size) * double(count)),
+               margin = int64_t(1.5 * std::sqrt(double(count))) + 1;
+    const auto ranked = [&](int64_t i) {
+      std::nth_element(sample.begin(), sample.begin() + i, sample.end(), std::greater<Key>());
+      return sample[size_t(i)];
+    };
+    const Key high = place - margin < 0 ? ~Key(0) : ranked(place - margin);
+    const Key low = place + margin >= count ? Key(0) : ranked(place + margin);
+    above = 0;
+    keys = gathered(threads, above, [&](const Tokens &some, Key *out, int64_t &larger) {
+      return TOKCREDIT_CHOOSE(gather_between)(some, low, high, out, larger);
+    });
+    return above <= rank && rank - above < int64_t(keys.size());
   }
 
   static Histogram histogram(const std::vector<Key> &keys, int shift) {
@@ -119,18 +167,22 @@ template <class T> struct Scope {
     above += std::count_if(keys.begin(), keys.begin() + rank, [&](Key k) { return k > found; });
   }
 
-  // The key of `rank` (from the largest, counted from 0). `above` becomes the number of larger tokens, and
-  // the result is false when there are not that many.
-  bool find(int64_t rank, int threads, Key &found, int64_t &above) const {
+  // The key of `rank` (from the largest, counted from 0), of `size` tokens. `above` becomes the number of
+  // larger tokens, and the result is false when there are not that many.
+  bool find(int64_t rank, int64_t size, int threads, Key &found, int64_t &above) const {
+    if (rank >= size)
+      return false;
     const int64_t all = span();
     Key known = 0;
     found = 0;
-    above = 0;
+    std::vector<Key> keys;
     // Keys that are no more than a quarter of the tokens are taken out of them.
-    bool taken = all <= few;
-    std::vector<Key> keys = taken ? matching({0, 0}, threads) : std::vector<Key>{};
-    if (taken && rank >= int64_t(keys.size()))
-      return false;
+    bool taken = around(rank, size, threads, keys, above);
+    if (!taken) {
+      above = 0;
+      taken = all <= few;
+      keys = taken ? matching({0, 0}, threads) : std::vector<Key>{};
+    }
     for (int top = int(sizeof(Key)) * 8; top > 0;) {
       if (taken && int64_t(keys.size()) <= fewest) {
         find_among(keys, rank - above, found, above);
@@ -171,7 +223,7 @@ template <class T> struct Scope {
       return span();
     int64_t n = 0;
     for (int64_t i = 0; i < rows; ++i)
-      n += std::count(tokens_of(i).mask, tokens_of(i).mask + tokens_of(i).n, true);
+      n += TOKCREDIT_CHOOSE(count_true)(tokens_of(i).mask, tokens_of(i).n);
     return n;
   }
 };
@@ -200,7 +252,7 @@ void top_k(const Select &s, bool *chosen, int threads) {
         return;
       typename Scope<T>::Key threshold;
       int64_t above;
-      if (!scope.find(s.wanted[g] - 1, inner, threshold, above)) {
+      if (!scope.find(s.wanted[g] - 1, scope.size(), inner, threshold, above)) {
         for (int64_t i = 0; i < scope.rows; ++i)
           scope.each(i, [&](int64_t t, auto) { chosen[t] = true; });
         return;
@@ -231,8 +283,8 @@ void kth(const Select &s, void *values, int threads) {
       typename Scope<T>::Key found;
       int64_t above;
       // Found by its rank from the largest; below 0 there is none.
-      const int64_t rank = s.wanted[g] < 0 ? -1 : scope.size() - 1 - s.wanted[g];
-      const bool exists = rank >= 0 && scope.find(rank, inner, found, above);
+      const int64_t size = scope.size(), rank = s.wanted[g] < 0 ? -1 : size - 1 - s.wanted[g];
+      const bool exists = rank >= 0 && scope.find(rank, size, inner, found, above);
       static_cast<A *>(values)[g] = exists ? number_of(found) : std::numeric_limits<A>::quiet_NaN();
     });
   });

@@ -53,6 +53,29 @@ int64_t gather(const Tokens &tokens, Beginning b, void *out) {
   return found;
 }
 
+int64_t gather_between(const Tokens &tokens, uint64_t low, uint64_t high, void *out, int64_t &above) {
+  int64_t found = 0;
+  with_float(tokens.type, [&](auto t) {
+    each_block<typename decltype(t)::type>(tokens, [&](auto *keys, const uint8_t *live, int64_t, int64_t n) {
+      using Key = std::remove_reference_t<decltype(*keys)>;
+      const Key least(low), most(high);
+      auto *to = static_cast<Key *>(out);
+      int32_t larger = 0;
+      for (int64_t i = 0; i < n; ++i)
+        larger += live[i] & int32_t(keys[i] > most);
+      above += larger;
+      uint8_t inside[block];
+      for (int64_t i = 0; i < n; ++i)
+        inside[i] = live[i] & uint8_t(keys[i] >= least) & uint8_t(keys[i] <= most);
+      for (int64_t i = 0; i < n; ++i) {
+        to[found] = keys[i];
+        found += inside[i];
+      }
+    });
+  });
+  return found;
+}
+
 int64_t mark(const Tokens &tokens, uint64_t threshold, bool *chosen) {
   int64_t ties = 0;
   with_float(tokens.type, [&](auto t) {

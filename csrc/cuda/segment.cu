@@ -152,6 +152,17 @@ __global__ void make_keys(SegmentIds s, uint32_t *keys) {
   }
 }
 
+// A warp for each row: rows are groups of rows of a batch, and few.
+template <class T> __global__ void __launch_bounds__(block_threads) weigh_rows(WeightedMoments w) {
+  const int64_t r = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
+  if (r >= w.rows.count)
+    return;
+  const auto [begin, end] = span_of(w.rows, r);
+  const auto all = merge_moments(weighted_part<T>(w, begin + lane_id(), end, 32));
+  if (lane_id() == 0)
+    all.template write<double>(w.y, r, w.ddof);
+}
+
 template <class X, class Y> __global__ void standardize_each(Standardize s) {
   constexpr int64_t width = width_of(Reduction::moments);
   const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
@@ -178,6 +189,11 @@ void segment_rows(const SegmentRows &s, Queue &queue) {
       reduce_rows<typename decltype(t)::type, decltype(moments)::reduction>(s, queue);
     });
   });
+}
+
+void weighted_moments(const WeightedMoments &w, Queue &queue) {
+  launch("weighted_moments", queue, w.type == Type::f64 ? weigh_rows<double> : weigh_rows<float>,
+         ceil_div(w.rows.count, warps_per_block), block_threads, w);
 }
 
 void segment_ids(const SegmentIds &s, Queue &queue) {

@@ -41,4 +41,41 @@ TOKCREDIT_FN double exponential_less_one(double x) { return std::expm1(x); }
 TOKCREDIT_FN float logarithm(float x) { return std::log(x); }
 TOKCREDIT_FN double logarithm(double x) { return std::log(x); }
 
+// log(y + lost) for y > 0, where lost is below a unit of the last place of y; within 2 ulp. -inf at 0, NaN
+// below. On the host without branches, like exp.
+TOKCREDIT_FN float log_from(float y, float lost) {
+  // y = 2^power * m with m in [sqrt(1/2), sqrt(2)), and f = m - 1.
+  const uint32_t shifted = bits(y) - 0x3f3504f3u;
+  const int32_t power = int32_t(shifted) >> 23;
+  const float n = float(power), rest = lost * from_bits(uint32_t(127 - power) << 23);
+  const float f = (from_bits((shifted & 0x007fffffu) + 0x3f3504f3u) - 1.0f) + rest;
+  // (log(1 + f) - f + f^2 / 2) / f^3, minimax there, in pairs so that fewer steps wait for each other.
+  const float square = f * f;
+  const float p = ((f * -7.63410951e-2f + 1.27613972e-1f) * square + (f * -1.31602400e-1f + 1.42017858e-1f)) *
+                      (square * square) +
+                  ((f * -1.66233544e-1f + 2.00012256e-1f) * square + (f * -2.50008211e-1f + 3.33333317e-1f));
+  // ln 2 in two parts, as in exp.
+  const float log = n * 0.693359375f + (f + (n * -2.1219444005e-4f + square * (f * p - 0.5f)));
+  return y == float(INFINITY) ? y : y > 0.0f ? log : y == 0.0f ? -float(INFINITY) : float(NAN);
+}
+
+// log(x) for x that are no subnormal numbers, and log(1 + x).
+TOKCREDIT_FN float log_of(float x) {
+#ifdef __CUDA_ARCH__
+  return logf(x);
+#else
+  return log_from(x, 0.0f);
+#endif
+}
+TOKCREDIT_FN double log_of(double x) { return std::log(x); }
+TOKCREDIT_FN float log_of_one_plus(float x) {
+#ifdef __CUDA_ARCH__
+  return log1pf(x);
+#else
+  const float y = 1.0f + x;
+  return log_from(y, x - (y - 1.0f));
+#endif
+}
+TOKCREDIT_FN double log_of_one_plus(double x) { return std::log1p(x); }
+
 } // namespace tokcredit

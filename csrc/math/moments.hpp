@@ -44,6 +44,17 @@ template <Reduction kind> struct Moments {
     }
   }
 
+  // A value that counts `weight` times, above 0; of moments only.
+  TOKCREDIT_FN void add(double x, double weight) {
+    static_assert(kind == Reduction::moments, "other reductions have no weights");
+    const double delta = x - mean;
+    mean = count == 0 ? x : mean + delta * (weight / (count + weight)); // equal numbers have it exactly
+    count += weight;
+    square += weight * delta * (x - mean);
+    minimum = least(minimum, x);
+    maximum = greatest(maximum, x);
+  }
+
   TOKCREDIT_FN void merge(const Moments &o) {
     if (o.count == 0)
       return;
@@ -106,6 +117,17 @@ template <Reduction kind> struct Moments {
     }
   }
 };
+
+// The moments of those tokens of a row that `step` apart begin with `first`.
+template <class T>
+TOKCREDIT_FN Moments<Reduction::moments> weighted_part(const WeightedMoments &w, int64_t first, int64_t last,
+                                                       int64_t step) {
+  Moments<Reduction::moments> m;
+  for (int64_t t = first; t < last; t += step)
+    if ((!w.rows.mask || w.rows.mask[t]) && w.weights[t] > 0)
+      m.add(double(static_cast<const T *>(w.x)[t]), w.weights[t]);
+  return m;
+}
 
 // The body with the reduction as a template argument.
 template <class Body> void with_reduction(Reduction reduction, Body &&body) {

@@ -33,6 +33,19 @@ struct SegmentRows {
   void *y; // [R] of the accumulation type; for moments [R, 5] float64
 };
 
+// The moments of rows whose tokens each count weights[t] times, which need not be whole; those of a weight of
+// 0 or less, or NaN, do not count. `size` is the sum of the weights.
+//
+//     x 1 3   weights 3 1   moments(ddof 0)   4 1.5 .75 1 3
+struct WeightedMoments {
+  Rows rows;
+  Type type; // f32 or f64, of x
+  const void *x;
+  const double *weights; // [N]
+  double ddof;
+  double *y; // [R, 5]
+};
+
 // Element i belongs to segment ids[i]; ids outside [0, segments) belong to none.
 struct SegmentIds {
   Type type;
@@ -72,12 +85,14 @@ struct Standardize {
 
 namespace cpu {
 void segment_rows(const SegmentRows &, int threads);
+void weighted_moments(const WeightedMoments &);
 void segment_ids(const SegmentIds &);
 void standardize(const Standardize &);
 } // namespace cpu
 namespace cuda {
 class Queue;
 void segment_rows(const SegmentRows &, Queue &);
+void weighted_moments(const WeightedMoments &, Queue &);
 void segment_ids(const SegmentIds &, Queue &);
 void standardize(const Standardize &, Queue &);
 } // namespace cuda

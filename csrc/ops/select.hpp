@@ -6,9 +6,10 @@
 //
 //     x 3 1 3 2   one scope   k 2 -> 1 0 1 0     rank 1 (from the smallest, counted from 0) -> 2
 //
-// Time: reads of x to find the threshold digit by digit, on the CPU two or three (at most six for float64),
-// on CUDA one for every eight bits of x; one more to mark. Where ties straddle the threshold, further reads
-// place it.
+// Time: on the CPU one read of x to take out the values around the threshold, which a sample tells; where the
+// sample misleads (many ties), and on CUDA, reads to find it digit by digit, on the CPU two or three (at most
+// six for float64), on CUDA one for every eight bits of x. One more to mark. Where ties straddle the
+// threshold, further reads place it.
 #pragma once
 #include "ops/array.hpp"
 

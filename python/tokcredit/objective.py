@@ -130,12 +130,12 @@ class Objective(FromHidden):
         """
         denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
         objective = self.resolved(resolver(progress, state))
-        if objective.compares_groups and global_batch_size is not None and global_batch_size > batch.num_rows:
+        if self.compares_groups and global_batch_size is not None and global_batch_size > batch.num_rows:
             raise ValueError(
                 f"batch: expected the rows of all ranks because the objective compares rows of different groups, "
                 f"got {batch.num_rows} of {global_batch_size}"
             )
-        for name in objective.required_inputs:
+        for name in self.required_inputs:
             batch.input(name)
         batch = batch.detached()
         kept, advantages = objective._credit(batch)

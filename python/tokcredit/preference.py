@@ -87,7 +87,7 @@ class Preference(FromHidden):
         """
         denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
         objective = self.resolved(resolver(progress, state))
-        for name in objective.required_inputs:
+        for name in self.required_inputs:
             batch.input(name)
         batch = batch.detached()
         pairs = _pairs(batch)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokcredit.arguments import whole_number
 from tokcredit.rollouts import Rollouts
-from tokcredit.schedule import Adjustable, State
+from tokcredit.schedule import State
 from tokcredit.stages.aggregation import Aggregation, Counts
 from tokcredit.stages.base import Stage
 
@@ -162,11 +162,6 @@ class ObjectiveStage(Stage):
     def compares_groups(self) -> bool:
         """Whether ``prepare`` must see the rows of all ranks."""
         return super().compares_groups
-
-    @cached_property
-    def adjustables(self) -> tuple[Adjustable, ...]:
-        """Schedules and controllers among the settings, in order."""
-        return super().adjustables
 
 
 _ARGUMENTS = {"tokens": "batch_num_tokens", "rows": "global_batch_size", "groups": "global_num_groups"}

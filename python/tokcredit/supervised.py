@@ -134,13 +134,13 @@ class Supervised(FromHidden):
         """
         denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
         objective = self.resolved(resolver(progress, state))
-        for name in objective.required_inputs:
+        for name in self.required_inputs:
             batch.input(name)
         batch = batch.detached()
         ones = torch.ones_like(batch.rewards)[:, None]
         kept = filtered(objective.filters, batch, ones)
         multiplier = multiplied(objective.token_weights, kept, ones)
-        if not objective.compares_groups:
+        if not self.compares_groups:
             denominators.require(objective.aggregation)
         weights = denominators.row_weights(objective.aggregation, batch, kept.lengths)
         return PreparedSupervised(objective, batch, kept.spans, multiplier, kept.lengths, weights)

@@ -219,6 +219,53 @@ def test_pieces(spans, seed, after):
     assert all(marks[t - 1] for t in taken if t)
 
 
+@given(ragged.spans())
+def test_runs(spans):
+    """A run begins at an unmasked token whose neighbour in the row is masked or missing."""
+    cut = segment.runs(spans)
+    mask = spans.mask if spans.mask is not None else torch.ones(spans.size, dtype=torch.bool)
+    expected = []
+    for b, e in zip(spans.begin.tolist(), spans.end.tolist(), strict=True):
+        for t in range(b, e):
+            if mask[t] and (t == b or not mask[t - 1]):
+                expected.append([t, t])
+            if mask[t]:
+                expected[-1][1] = t + 1
+    assert [list(x) for x in zip(cut.spans.begin.tolist(), cut.spans.end.tolist(), strict=True)] == expected
+    assert cut.marked.all() and torch.equal(cut.at, cut.spans.begin)
+    assert (cut.row < spans.num_rows).all() and cut.offsets[-1] == len(expected)
+
+
+@given(ragged.spans(), st.integers(0, 5), st.sampled_from([torch.float32, torch.float64]))
+def test_weighted_moments(spans, seed, dtype):
+    """A whole weight is what repeating the number does, and one of 0 leaves it out."""
+    x = ragged.values(spans.size, dtype, seed)
+    weights = torch.randint(-1, 4, (spans.size,), generator=ragged.generator(seed))
+    x = x.masked_fill(weights <= 0, math.nan)
+    expected = [
+        reference.reduce("moments", [x[t].item() for t in own for _ in range(max(weights[t], 0))])
+        for own in members(spans, spans.size)
+    ]
+    ours = segment.moment_table(x, spans, weights=weights.double())
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64).view_as(ours))
+
+
+def test_weighted_moments_by_hand():
+    def table(x, weights, **settings):
+        return segment.moment_table(torch.tensor(x), Spans.single(len(x)), weights=torch.tensor(weights), **settings)
+
+    assert table([1.0, 3.0], [3.0, 1.0], ddof=0).tolist() == [[4, 1.5, 0.75, 1, 3]]
+    assert table([1.0, 3.0], [0.75, 0.25], ddof=0).tolist() == [[1, 1.5, 0.75, 1, 3]]
+    equal = table([0.1, 0.1, 0.1], [1e9, 0.3, 7.0])
+    assert equal[0, 1] == torch.tensor(0.1).double() and equal[0, 2] == 0
+    with pytest.raises(TypeError, match=r"weights: expected None for segment\.Ids"):
+        segment.moment_table(torch.ones(2), segment.Ids(torch.tensor([0, 0]), 1), weights=torch.ones(2))
+    begin, end = torch.tensor([0]), torch.tensor([2])
+    torch.library.opcheck(
+        torch.ops.tokcredit.weighted_moments.default, (torch.ones(2), torch.ones(2).double(), begin, end, None, 1.0)
+    )
+
+
 @given(st.lists(st.tuples(st.integers(-1, 3), st.sampled_from([-1, 0, 5, 10**12])), max_size=12))
 def test_keys_are_the_segments_of_equal_tuples(pairs):
     """Dense numbers in ascending order of the pairs; a negative id belongs to no segment."""

@@ -198,3 +198,39 @@ def test_many_tokens(dtype, distinct):
     for rank in (0, k, len(order) - 200):
         ours = select.kth(x, rank, spans, select.everything(spans))
         torch.testing.assert_close(ours[0], x[order[-1 - rank]], rtol=0, atol=0, equal_nan=True)
+
+
+def _large():
+    """More tokens than a sample is taken of, in which it tells about where a rank lies, or misleads."""
+    n = 20_000
+    x = ragged.values(n)
+    periodic = torch.arange(n) % 39 == 19  # where every so many-th token lies
+    return {
+        "normal": x,
+        "equal": torch.ones(n, dtype=torch.float64),
+        "ties": x.mul(3).round(),
+        "sorted": x.sort().values,
+        "periodic": torch.where(periodic, x + 100, x),
+        "almost equal": torch.where(x > 2.5, x, 0),
+        "special": x.masked_fill(x > 2, math.nan).masked_fill(x < -2, -math.inf),
+    }
+
+
+@pytest.mark.parametrize("kind", _large())
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_large_scopes(kind, masked, dtype):
+    x = _large()[kind].to(torch.get_default_device()).to(dtype)
+    mask = ragged.values(len(x), seed=1) < 0.5 if masked else None
+    spans = ragged.packed(7000, 0, 13_000, mask=mask)
+    keys = x.double() if mask is None else x.double()[mask]
+    order = keys.sort().values  # NaN last
+    count = len(order)
+    for rank in (0, 1, count // 5, count // 2, count - 2, count - 1):
+        got = select.kth(x, rank, spans, select.everything(spans)).double()
+        assert torch.equal(got, order[rank : rank + 1]) or (got.isnan().all() and order[rank].isnan())
+        chosen = select.top_k(x, rank + 1, spans, select.everything(spans))
+        assert chosen.sum() == rank + 1
+        above = x.double()[chosen].sort().values
+        torch.testing.assert_close(above, order[count - rank - 1 :], rtol=0, atol=0, equal_nan=True)
+    assert select.kth(x, count, spans, select.everything(spans)).isnan().all()

@@ -247,6 +247,17 @@ def segment_rows(d):
     }
 
 
+def weighted_moments(d):
+    rows, count, size = d.rows(most=3000)
+    return {
+        **rows,
+        "x": d.normal(d.choice(FLOATS[:2]), size),  # infinities give infinity or NaN, by the order of merging
+        "weights": d.placed(torch.randint(-1, 5, (size,), generator=d.torch).double()),
+        "ddof": d.choice([0.0, 1.0]),
+        "y": d.empty(torch.float64, count, len(_C.MOMENTS)),
+    }
+
+
 def segment_ids(d):
     size, segments, dtype = d.choice([1, 40, 5000]), d.choice([1, 5, 300]), d.choice(FLOATS)
     return {
@@ -414,6 +425,62 @@ def baseline(d):
     }
 
 
+def piece_offsets(d):
+    rows, count, size = d.rows()
+    return {
+        **rows,
+        "marks": d.bools(size),
+        "cut": d.integer(0, len(_C.CUTS) - 1),
+        "offset": d.empty(torch.int64, count + 1),
+    }
+
+
+def pieces(d):
+    case = piece_offsets(d)
+    _C.piece_offsets(*(case[name] for name in names("piece_offsets")))
+    count = int(case["offset"][-1])
+    return {**case, **{name: d.empty(torch.int64, count) for name in ("piece_begin", "piece_end", "row", "at")}}
+
+
+def log_deviation(d):
+    rows, _, size = d.rows(most=3000)
+    dtype = d.choice(FLOATS)
+    return {
+        **rows,
+        "x": d.placed(d.values(dtype, size).abs()),
+        "quantile": d.choice([0.0, 0.8, 1.0]),
+        "floor": d.choice([1e-8, 0.1]),
+        "positive": d.chance(0.5),
+        "y": d.empty(accumulated(dtype), size),
+        "statistics": d.empty(torch.float64, 4),
+    }
+
+
+def score_bounds(d):
+    dtype, size = d.choice(FLOATS[:2]), d.integer(1, 10_000)
+    return {
+        "score": d.values(dtype, size),
+        "low": d.choice([0.2, 0.0, 1.5]),
+        "high": d.choice([0.28, 0.0, 10.0]),
+        "widen": d.choice([1.0, 0.0, 3.0]),
+        "below": d.empty(dtype, size),
+        "above": d.empty(dtype, size),
+    }
+
+
+def score_factor(d):
+    case = score_bounds(d)
+    dtype, size, bounds = case["score"].dtype, case["score"].numel(), d.chance(0.5)
+    return {
+        **case,
+        "log_ratio": d.normal(dtype, size, scale=0.2),
+        "low_bound": d.placed(-d.normal(dtype, size, scale=0.2).abs()) if bounds else None,
+        "high_bound": d.placed(d.normal(dtype, size, scale=0.2).abs()) if bounds else None,
+        "strength": d.choice([1.0, 0.5]),
+        "y": d.empty(dtype, size),
+    }
+
+
 GENERATORS = {
     "scan": scan,
     "tree_build": tree,
@@ -422,6 +489,7 @@ GENERATORS = {
     "standardize": standardize,
     "expand": expand,
     "segment_rows": segment_rows,
+    "weighted_moments": weighted_moments,
     "segment_ids": segment_ids,
     "select": select,
     "maximum_variance": maximum_variance,
@@ -430,6 +498,11 @@ GENERATORS = {
     "logits": logits,
     "logits_gradient": logits_gradient,
     "repack": repack,
+    "piece_offsets": piece_offsets,
+    "pieces": pieces,
+    "log_deviation": log_deviation,
+    "score_bounds": score_bounds,
+    "score_factor": score_factor,
     "baseline": baseline,
 }
 assert GENERATORS.keys() == SIGNATURES.keys()
@@ -449,6 +522,7 @@ PLACES = {
     "source",
     "target",
     "length",
+    "offset",
 }
 
 

@@ -13,6 +13,7 @@ SIGNATURES = {
     "tree_mean": "leaf parent counts x change =y",
     "expand": "begin end mask row leaf parent depth body head =y threads",
     "segment_rows": "x begin end mask reduction ddof =y threads",
+    "weighted_moments": "x weights begin end mask ddof =y",
     "segment_ids": "x ids mask reduction ddof =y",
     "standardize": "x group moments standard epsilon =y",
     "select": "x begin end mask scope wanted ranks =y threads",
@@ -23,6 +24,11 @@ SIGNATURES = {
     "logits": "logits tokens temperature =log_probs =entropies =logsumexp threads",
     "logits_gradient": "logits tokens temperature logsumexp entropies grad_log_probs grad_entropies =grad threads",
     "repack": "x source target length =y threads",
+    "piece_offsets": "marks begin end cut =offset",
+    "pieces": "marks begin end offset cut =piece_begin =piece_end =row =at",
+    "log_deviation": "x begin end mask quantile floor positive =y =statistics threads",
+    "score_bounds": "score low high widen =below =above threads",
+    "score_factor": "score log_ratio low_bound high_bound low high widen strength =y threads",
     "baseline": "log_probs squares rewards begin end mask group groups epsilon =advantages =returns threads",
 }
 

@@ -119,6 +119,11 @@ CALLS = {
     "segment.weighted_sum": (segment.weighted_sum, {"x": floats(N), "spans": spans(), "weights": floats(N)}),
     "segment.count": (segment.count, {"by": PER_ROW["by"]}),
     "segment.keys": (segment.keys, {"ids": torch.tensor([0, 1, 1]), "others": torch.tensor([2, 2, 0])}),
+    "segment.runs": (segment.runs, {"spans": spans()}),
+    "segment.moment_table, weighted": (
+        segment.moment_table,
+        {"x": floats(N), "by": spans(), "ddof": 0.0, "weights": torch.rand(N)},
+    ),
     "segment.pieces": (segment.pieces, {"marks": spans().mask & (torch.arange(N) % 3 == 0), "spans": spans()}),
     "head.log_probs_and_entropies": (
         head.log_probs_and_entropies,

@@ -218,15 +218,34 @@ def moments(x: Tensor, by: By, ddof: float = 1.0) -> Moments:
     return Moments(*moment_table(x, by, ddof).unbind(1))
 
 
-def moment_table(x: Tensor, by: By, ddof: float = 1.0) -> Tensor:
+def moment_table(x: Tensor, by: By, ddof: float = 1.0, weights: Tensor | None = None) -> Tensor:
     """Return the moments of each segment as one tensor, float64 ``[segments, 5]``, columns as in :class:`Moments`.
 
     Args:
         x: float ``[N]``, ``[R]`` or ``[M]``.
         by: What belongs together; see the module.
         ddof: Subtracted from the number of elements in the variance.
+        weights: How often each element counts, float of the shape of ``x``, or None for once. An element whose weight
+            is not above 0 does not count. Only for ``Spans`` and ``Groups``.
+
+    Raises:
+        TypeError: ``weights`` are given for ``Ids``.
     """
+    if weights is not None:
+        return _weighted_moments(float_tensor("x", x), by, ddof, weights)
     return _reduce("moments", float_tensor("x", x), by, ddof)
+
+
+def _weighted_moments(x: Tensor, by: By, ddof: float, weights: Tensor) -> Tensor:
+    if isinstance(by, Ids):
+        raise TypeError("weights: expected None for segment.Ids, got weights; use Spans or Groups")
+    size = _length(by)
+    tensor("x", x, FLOATS, (size,))
+    weights = tensor("weights", weights, FLOATS, (size,), x.device).double()
+    x = x if x.dtype == torch.float64 else x.float()
+    if isinstance(by, Groups):
+        x, weights, by = by.sorted(x), by.sorted(weights), by.spans
+    return ops.weighted_moments(x, weights, *by.arrays, ddof)
 
 
 def standardize(
@@ -341,14 +360,19 @@ class Pieces(NamedTuple):
     Attributes:
         spans: Spans of the P pieces, with the mask of the rows.
         offsets: int64 ``[R + 1]``, the number of each row's first piece.
-        marked: bool ``[P]``, the pieces that begin, or end, with a marked token: all but one of each row.
-        at: int64, positions of the marked tokens.
+        row: int64 ``[P]``, the row of each piece.
+        at: int64 ``[P]``, the marked token that the piece begins, or ends, with; -1 where there is none.
     """
 
     spans: Spans
     offsets: Tensor
-    marked: Tensor
+    row: Tensor
     at: Tensor
+
+    @property
+    def marked(self) -> Tensor:
+        """The pieces that begin, or end, with a marked token; bool ``[P]``."""
+        return self.at >= 0
 
     def take(self, x: Tensor) -> Tensor:
         """Return the numbers of the marked tokens, one per piece, and 0 for the other pieces.
@@ -359,7 +383,9 @@ class Pieces(NamedTuple):
         Returns:
             ``[P]``.
         """
-        return x.new_zeros(self.marked.shape).masked_scatter_(self.marked, x.index_select(0, self.at))
+        if x.numel() == 0:
+            return x.new_zeros(self.at.shape)
+        return x.index_select(0, self.at.clamp(min=0)).masked_fill_(self.at < 0, 0)
 
     def of_row(self, mask: Tensor | None = None) -> Spans:
         """Return, for each row, the span of its pieces.
@@ -367,29 +393,40 @@ class Pieces(NamedTuple):
         Args:
             mask: bool ``[P]``, or None for all True.
         """
-        return Spans.trusted(self.offsets[:-1], self.offsets[1:], self.marked.numel(), mask)
+        return Spans.trusted(self.offsets[:-1], self.offsets[1:], self.at.numel(), mask)
 
 
 def pieces(marks: Tensor, spans: Spans, after: bool = False) -> Pieces:
     """Cut every row before, or after, each marked token.
 
-    A row with k marks has k + 1 pieces, of which the first, or with ``after`` the last, may be empty. On CUDA this
-    waits for the device.
+    A row with k marks has k + 1 pieces, of which the first, or with ``after`` the last, may be empty and has no marked
+    token. On CUDA this waits for the device.
 
     Args:
-        marks: bool ``[N]``, True only at unmasked tokens of rows.
+        marks: bool ``[N]``. Only those inside of rows count.
         spans: The rows.
         after: A marked token ends its piece instead of beginning one.
     """
     require_spans("spans", spans)
     tensor("marks", marks, (torch.bool,), (spans.size,), spans.device)
-    at = marks.nonzero()[:, 0]
-    total = ops.count(spans.with_mask(marks)) + 1
-    offsets = torch.cat([total.new_zeros(1), total.cumsum(0)])
-    marked = marks.new_ones(at.numel() + total.numel()).index_fill_(0, offsets[:-1], False)
-    begin = at.new_empty(marked.shape).index_copy_(0, offsets[:-1], spans.begin)
-    begin.masked_scatter_(marked, at + after)
-    end = begin.roll(-1).index_copy_(0, offsets[1:] - 1, spans.end)
-    if after:
-        marked = marked.roll(-1)
-    return Pieces(Spans.trusted(begin, end, spans.size, spans.mask), offsets, marked, at)
+    return _cut(marks, spans, "after" if after else "before")
+
+
+def runs(spans: Spans) -> Pieces:
+    """Return the maximal runs of unmasked tokens of each row, for example its turns. Each begins with its marked token.
+
+    On CUDA this waits for the device.
+
+    Args:
+        spans: The rows. Without a mask each row that has tokens is one run.
+    """
+    require_spans("spans", spans)
+    mask = spans.mask
+    if mask is None:
+        mask = torch.ones(spans.size, dtype=torch.bool, device=spans.device)
+    return _cut(mask, spans, "runs")
+
+
+def _cut(marks: Tensor, spans: Spans, cut: str) -> Pieces:
+    begin, end, row, at, offsets = ops.pieces(marks, spans, cut)
+    return Pieces(Spans.trusted(begin, end, spans.size, spans.mask), offsets, row, at)

@@ -19,6 +19,10 @@ from tokcredit.groups import Groups
 from tokcredit.spans import Spans, require_spans
 
 
+class _Everything(Ids):
+    """One scope that holds all rows."""
+
+
 def everything(spans: Spans) -> Ids:
     """Return one scope that holds all rows.
 
@@ -26,7 +30,7 @@ def everything(spans: Spans) -> Ids:
         spans: The rows.
     """
     require_spans("spans", spans)
-    return Ids(torch.zeros_like(spans.begin), 1)
+    return _Everything(torch.zeros_like(spans.begin), 1)
 
 
 def _scopes(spans: Spans, by: Ids | Groups | None) -> Ids:
@@ -60,8 +64,12 @@ def sizes(spans: Spans, by: Ids | Groups | None = None) -> Tensor:
         spans: The rows.
         by: The scopes; see the module.
     """
-    by = _scopes(spans, by)
-    return segment.sum(ops.count(spans).double(), by).long()
+    counts = segment.count(require_spans("spans", spans))
+    if by is None:
+        return counts
+    if isinstance(by, _Everything) and by.ids.shape == counts.shape:
+        return counts.sum(0, keepdim=True)
+    return segment.sum(counts.double(), _scopes(spans, by)).long()
 
 
 def top_k(score: Tensor, k: int | Tensor, spans: Spans, by: Ids | Groups | None = None) -> Tensor:

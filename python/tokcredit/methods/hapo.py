@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokcredit.blocks import segment, select
+from tokcredit import ops
+from tokcredit.blocks import segment
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
-from tokcredit.stages import aggregation, clip
+from tokcredit.stages import aggregation
 from tokcredit.stages.base import flag, number, part
 from tokcredit.stages.clip import Clip, Window
 from tokcredit.stages.credit import Credit, group_normalized
@@ -44,9 +46,7 @@ class entropy_deviation(TokenScore):
     whole_batch: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        x, pivot, _, low, high = self._measured(batch)
-        x.sub_(pivot)
-        return x.clamp(min=0).div_(high).add_(x.clamp(max=0).div_(low if self.literal_sign else -low))
+        return self._measured(batch)[0]
 
     def statistics(self, batch: Rollouts) -> tuple[float, float, float, float]:
         """Return ``Q``, ``s`` and the smallest and largest ``h``, from which other tokens get the same score.
@@ -54,22 +54,11 @@ class entropy_deviation(TokenScore):
         Args:
             batch: The rollouts, with ``entropies``.
         """
-        _, pivot, spread, low, high = self._measured(batch)
-        q, s, smallest, largest = torch.stack([pivot, spread, low / spread, high / spread]).tolist()
+        q, s, smallest, largest = self._measured(batch)[1].tolist()
         return q, s, smallest, largest
 
-    def _measured(self, batch: Rollouts) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return x, Q, s, and the smallest and largest ``x - Q``, both away from 0."""
-        spans, entropies = batch.spans, batch.input("entropies")
-        x = (entropies if entropies.dtype == torch.float64 else entropies.float()).clamp(min=1e-8).log_()
-        pivot = select.quantile_nearest(x, self.pivot, spans, select.everything(spans))[0]
-        # The second moment about the pivot, from those about the mean.
-        all_tokens = Spans.single(batch.num_tokens, batch.device, batch.response_mask)
-        _, mean, var, lowest, highest = segment.moment_table(x, all_tokens, ddof=0)[0].unbind()
-        spread = (var + (mean - pivot).square()).clamp(min=1e-8).sqrt()
-        low = torch.minimum(lowest - pivot, -1e-8 * spread).to(x.dtype)
-        high = torch.maximum(highest - pivot, 1e-8 * spread).to(x.dtype)
-        return x, pivot, spread, low, high
+    def _measured(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
+        return ops.log_deviation(batch.input("entropies"), batch.spans, self.pivot, 1e-8, self.literal_sign)
 
 
 @dataclass(frozen=True)
@@ -99,21 +88,18 @@ class token_group_average(Credit):
     limit_padding: bool = flag(False)
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        groups, index = batch.nonempty_groups, batch.group_index
-        lengths = batch.lengths.double()
-        tokens = segment.sum(lengths, groups).clamp(min=1)
-        # From the group's least reward, so that equal rewards have a spread of exactly 0.
-        least = segment.minimum(batch.rewards.double(), groups)
-        r = batch.rewards.double() - least[index]
-        mean = segment.sum(lengths * r, groups) / tokens
-        centred = r - mean[index]
-        std = (segment.sum(lengths * centred**2, groups) / tokens).sqrt()
-        advantages = torch.where(lengths > 0, centred / (std[index] + self.epsilon), 0)
-        extreme = segment.maximum(advantages.abs(), groups) >= self.limit
+        rewards, index = batch.rewards, batch.group_index
+        moments = segment.moment_table(rewards, batch.groups, ddof=0, weights=batch.lengths.double())
+        size, mean, var, lowest, highest = moments.unbind(1)
+        bound = self.limit * (var.sqrt() + self.epsilon)
+        extreme = torch.maximum(highest - mean, mean - lowest) >= bound
         if self.limit_padding:
             padded = segment.maximum((batch.lengths < batch.width).double(), batch.groups) > 0
-            extreme |= padded & ((least + mean).abs() / (std + self.epsilon) >= self.limit)
-        return torch.where(extreme[index, None], self.otherwise(batch), advantages[:, None]).to(batch.rewards.dtype)
+            extreme |= padded & (mean.abs() >= bound)
+        size.clamp_(min=2)  # a single token is no exception
+        advantages = segment.standardize(rewards, index, moments, "normalized", self.epsilon)
+        advantages = advantages.masked_fill_(~batch.nonempty, 0)[:, None]
+        return torch.where(extreme.index_select(0, index)[:, None], self.otherwise(batch), advantages)
 
 
 @dataclass(frozen=True)
@@ -141,10 +127,9 @@ class widened(Clip):
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Window:
         h = self.score(batch)
-        low = h.clamp(max=0).mul_(self.low * self.widen).sub_(self.low).clamp_(min=-1)
-        high = h.clamp(min=0).mul_(self.high * self.widen).add_(self.high)
-        plain = clip.ppo(self.low, self.high, self.cap)(batch, advantages)
-        return replace(plain, low=low.log1p_(), high=high.log1p_(), score=h)
+        ranges = (self.low, self.high, self.widen)
+        low, high = ops.score_bounds(h, *ranges)
+        return Window("clip", low, high, None if self.cap is None else math.log(self.cap), score=h, ranges=ranges)
 
 
 @dataclass(frozen=True)
@@ -186,10 +171,7 @@ class outside_center(Scale):
         signal: Tensor | None,
     ) -> Tensor:
         assert signal is not None
-        # The log of where the ratio would be had it moved twice as far; NaN below 0.
-        twice = log_ratio.expm1().mul_(2).log1p_()
-        neutral = (twice > window.low) & (twice < window.high)
-        return (self.strength * signal).mul_((signal > 0) != neutral).add_(1)
+        return ops.score_factor(signal, log_ratio, self.strength, window.ranges, (window.low, window.high))
 
 
 def hapo(

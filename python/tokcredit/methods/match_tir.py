@@ -44,31 +44,23 @@ class turns(Credit):
     reads: ClassVar[frozenset[str]] = frozenset({"turn_rewards"})
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        mask, reward = batch.response_mask, batch.input("turn_rewards")
-        begins = mask.clone()
-        begins[1:] &= ~mask[:-1]
-        first = batch.begin[batch.begin < batch.end]
-        begins[first] = mask[first]
-        turn = segment.pieces(begins, batch.spans)
+        reward, turn = batch.input("turn_rewards"), segment.runs(batch.spans)
         each = segment.sum(reward, turn.spans)
         later = ops.scan(each, turn.of_row(), decay=self.discount, reverse=True)[0]
-        # The piece before the first turn is empty, and is given to no scope.
-        number = torch.arange(each.numel(), device=mask.device) - ops.spread(turn.offsets[:-1], turn.of_row())
-        most = int(number.max()) + 1 if number.numel() else 1
-        scope = ops.spread(batch.group_index, turn.of_row()) * most + number
-        local = self._normalized(later, scope.masked_fill(~turn.marked, -1), most * batch.num_groups)
-        whole = self._normalized(segment.sum(reward, batch.spans), batch.nonempty_groups.scope, batch.num_groups)
-        total = ops.spread(whole, turn.of_row()) + local
+        number = torch.arange(each.numel(), device=each.device) - turn.offsets.index_select(0, turn.row)
+        most = int(number.max()) + 1 if number.numel() else 0
+        scope = batch.group_index.index_select(0, turn.row).mul_(most).add_(number)
+        local = self._normalized(later, scope, segment.Ids(scope, most * batch.num_groups))
+        whole = self._normalized(segment.sum(reward, batch.spans), batch.group_index, batch.nonempty_groups)
+        total = local.add_(whole.index_select(0, turn.row))
         return ops.spread(total / 2 if self.halve else total, turn.spans)
 
-    def _normalized(self, x: Tensor, scope: Tensor, scopes: int) -> Tensor:
-        if scopes == 0:
-            return torch.zeros_like(x)
-        moments, index = segment.moment_table(x, segment.Ids(scope, scopes)), scope.clamp(min=0)
+    def _normalized(self, x: Tensor, index: Tensor, by: segment.By) -> Tensor:
+        moments = segment.moment_table(x, by)
         normalized = segment.standardize(x, index, moments, "normalized", self.epsilon)
         if self.center_alone:
-            normalized = normalized.masked_fill(moments[:, 0][index] < 2, 0)
-        return normalized.masked_fill(scope < 0, 0)
+            normalized = normalized.masked_fill(moments[:, 0].index_select(0, index) < 2, 0)
+        return normalized
 
 
 def match_tir(

@@ -8,15 +8,27 @@ call goes through torch's dispatcher only where torch must see it; see :class:`t
 from tokcredit.ops.baseline import baseline
 from tokcredit.ops.call import empty_cache, num_threads, set_num_threads
 from tokcredit.ops.logits import logits, logits_forward, logits_gradient_
+from tokcredit.ops.pieces import CUTS, pieces
 from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss
 from tokcredit.ops.repack import repack
 from tokcredit.ops.scan import scan
-from tokcredit.ops.segment import MOMENTS, REDUCTIONS, STANDARDS, count, segment_ids, segment_rows, standardize
+from tokcredit.ops.score import log_deviation, score_bounds, score_factor
+from tokcredit.ops.segment import (
+    MOMENTS,
+    REDUCTIONS,
+    STANDARDS,
+    count,
+    segment_ids,
+    segment_rows,
+    standardize,
+    weighted_moments,
+)
 from tokcredit.ops.select import maximum_variance, select
 from tokcredit.ops.tree import expand, spread, tree_build, tree_fold, tree_mean
 
 __all__ = [
     "COORDINATES",
+    "CUTS",
     "GATED_VALUES",
     "LOSS_STATS",
     "MOMENTS",
@@ -27,14 +39,18 @@ __all__ = [
     "count",
     "empty_cache",
     "expand",
+    "log_deviation",
     "logits",
     "logits_forward",
     "logits_gradient_",
     "maximum_variance",
     "num_threads",
+    "pieces",
     "policy_loss",
     "repack",
     "scan",
+    "score_bounds",
+    "score_factor",
     "segment_ids",
     "segment_rows",
     "select",
@@ -44,4 +60,5 @@ __all__ = [
     "tree_build",
     "tree_fold",
     "tree_mean",
+    "weighted_moments",
 ]

@@ -38,13 +38,15 @@ def set_num_threads(count: int) -> None:
 
 def _watched(arguments: tuple[Any, ...]) -> bool:
     """Return whether torch must see a call: it compiles, traces, transforms or profiles, or a tensor is special."""
+    for x in arguments:
+        if type(x) is not Tensor and isinstance(x, Tensor):
+            return True
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._profiler_enabled()
         or not (arguments[0].is_cpu or arguments[0].is_cuda)
-        or any(type(x) is not Tensor for x in arguments if isinstance(x, Tensor))
     )
 
 

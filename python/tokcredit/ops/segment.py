@@ -43,6 +43,26 @@ def segment_rows(
     return y
 
 
+def _weighted_moments_output(
+    x: Tensor, weights: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, ddof: float
+) -> Tensor:
+    return x.new_empty((begin.shape[0], len(MOMENTS)), dtype=torch.float64)
+
+
+@operation(
+    "weighted_moments(Tensor x, Tensor weights, Tensor begin, Tensor end, Tensor? mask, float ddof) -> Tensor",
+    _weighted_moments_output,
+)
+def weighted_moments(
+    x: Tensor, weights: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, ddof: float
+) -> Tensor:
+    """Return the moments of each row whose tokens have weights, float64 ``[R, 5]``; see ``csrc/ops/segment.hpp``."""
+    y = _weighted_moments_output(x, weights, begin, end, mask, ddof)
+    if begin.numel():
+        _C.weighted_moments(x.contiguous(), weights.contiguous(), begin, end, plain(mask), ddof, y)
+    return y
+
+
 def _segment_ids_output(
     x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, reduction: int, ddof: float
 ) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from tokcredit.schedule import Schedule
@@ -74,7 +75,7 @@ class Stage(Declared):
         """Whether the result for a row depends on other groups, so that the stage must see the rows of all ranks."""
         return self.whole_batch or any(x.compares_groups for x in self._settings() if isinstance(x, Stage))
 
-    @property
+    @cached_property
     def adjustables(self) -> tuple[Adjustable, ...]:
         """Schedules and controllers among the settings, in order."""
         found: list[Adjustable] = []
@@ -96,23 +97,20 @@ class Stage(Declared):
         Args:
             number: Gives the number of a schedule or a controller.
         """
+        if not self.adjustables:
+            return self
 
-        def of(x: Any) -> Any:
-            if isinstance(x, Adjustable):
-                return number(x)
-            if isinstance(x, tuple):
-                found = tuple(of(part) for part in x)
-                return x if all(a is b for a, b in zip(x, found, strict=True)) else found
-            return x.resolved(number) if isinstance(x, Stage) else x
-
-        made = None
+        # What was remembered of the stage holds of this one as well, but for its schedules.
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made.__dict__.pop("adjustables", None)
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
-            if (found := of(value)) is not value:
-                if made is None:
-                    # What was remembered of the stage holds of this one as well, but for its schedules.
-                    made = object.__new__(type(self))
-                    made.__dict__.update(self.__dict__)
-                    made.__dict__.pop("adjustables", None)
-                made._set(f.name, found)
-        return self if made is None else made
+            if isinstance(value, Adjustable):
+                made._set(f.name, number(value))
+            elif isinstance(value, Stage):
+                object.__setattr__(made, f.name, value.resolved(number))
+            elif isinstance(value, tuple):  # of stages
+                parts = tuple(x.resolved(number) if isinstance(x, Stage) else x for x in value)
+                object.__setattr__(made, f.name, parts)
+        return made

@@ -32,6 +32,7 @@ class Window:
         power: How bounds grow along the row.
         gate: Further settings of a gated surrogate, by name.
         score: Token scores that the bounds come from, ``[N]``, or None.
+        ranges: With a score, lower and upper clip range, and their growth where the score is -1 or 1.
     """
 
     surrogate: str
@@ -41,6 +42,7 @@ class Window:
     power: float = 0.0
     gate: Mapping[str, Any] = field(default_factory=dict)
     score: Tensor | None = None
+    ranges: tuple[float, float, float] | None = None
 
     def take(self, chosen: Selection | Section) -> Window:
         """Return the window of the tokens of some rows.

@@ -167,10 +167,10 @@ class top_share(Filter):
             size = advantages.abs()
             score = score * (size if size.dim() == 1 else ops.spread(size[:, 0], spans))
         scope = None if self.per_row else select.everything(spans)
-        wanted = select.sizes(spans, scope).double() * self.share
+        wanted = select.sizes(spans, scope).double().mul_(self.share)
         # A share like 0.7 of 10 must not become 8 for its rounding error.
-        wanted = (wanted - 1e-9).ceil() if self.round_up else (wanted + 1e-9).floor()
-        return select.top_k(score, wanted.long().clamp(min=1), spans, scope)
+        wanted = wanted.sub_(1e-9).ceil_() if self.round_up else wanted.add_(1e-9).floor_()
+        return select.top_k(score, wanted.long().clamp_(min=1), spans, scope)
 
 
 @dataclass(frozen=True)
