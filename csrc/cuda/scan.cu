@@ -46,7 +46,7 @@ __device__ double walk(const Own<T> &x, double decay, double state, unsigned liv
       state = initial(k);
     const double before = state;
     if (plain || live >> k & 1)
-      state = decay * state + double(load(x.item[k]));
+      state = decay * state + double(load(x[k]));
     put(k, before, state);
   }
   return state;
@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(block_threads, resident<T>)
   unsigned inside = 0, live = 0, begins = 0, ends = 0;
   int64_t first_row = 0;
   if (place < tiles) {
-    x = load_own(static_cast<const T *>(s.x), own_from, s.rows.size);
-    const unsigned unmasked = s.rows.mask ? load_bits(s.rows.mask, own_from, s.rows.size) : own_all;
+    const unsigned unmasked = load_own(static_cast<const T *>(s.x), s.rows.mask, own_from, s.rows.size, x);
     first_row = find_borders(s.rows, from, to, borders, row_at);
     inside = Borders::own(borders.inside, block);
     live = inside & unmasked;

@@ -77,11 +77,11 @@ BUGS = [
         "scan",
     ),
     Bug("borders are read before they are set", "lane.cuh", "  __syncwarp();\n  return low;", "  return low;", "scan"),
-    Bug("sixteen tokens are loaded past the end", "lane.cuh", "t + own_tokens <= size", "t < size", "scan"),
+    Bug("sixteen tokens are loaded past the end", "lane.cuh", "t + own_tokens <= size) {", "t < size) {", "scan"),
     Bug(
         "sixteen tokens are loaded from an odd address",
         "lane.cuh",
-        "reinterpret_cast<uintptr_t>(p) % 16 == 0",
+        "(reinterpret_cast<uintptr_t>(p) | reinterpret_cast<uintptr_t>(mask)) % 16 == 0",
         "true",
         "scan",
     ),
@@ -92,6 +92,7 @@ BUGS = [
         "part_of(place, starts)",
         "segment_rows",
     ),
+    Bug("a row starts with what the last one left", "segment.cu", "        seen = {};\n", "", "segment_rows"),
     Bug(
         "four tokens are loaded past the end",
         "tile.cuh",
