@@ -67,10 +67,9 @@ STREAMS = {
     "expand": [
         Stream("expand_tiles<float>", 4096, 5, work="LDG", turns=8),
         Stream("expand_tiles<double>", 2048, 9, work="LDG", turns=8),
-        Stream("expand_tiles<bool>", 16384, 2, work="LDG", turns=8),
     ],
     # Of bytes, from an address that does not allow to load what is stored.
-    "repack": [Stream("repack_tiles", 4096, 2, work="LDG", turns=2)],
+    "repack": [Stream("repack_tiles", 4096, 2, work="SHF", turns=2)],
     "policy_loss": [
         Stream("policy_loss_tiles<0, float, true>", 512, 13, True, True, "FFMA|MUFU.EX2|DADD|LDG.E R", 4, "POPC"),
         Stream("policy_loss_tiles<0, bf16, true>", 512, 9, True, True, "FFMA|MUFU.EX2|DADD|LDG.E R", 4, "POPC"),
@@ -253,12 +252,13 @@ def hot_path(instructions, labels, stream):
         loops.append((graph.best(first, members - slow - once, [last], stream.work), first, last, members))
     if not stream.turns:
         return max((path for path, *_ in loops), key=lambda path: (worth(path, stream.work), -len(path)), default=[])
-    # The inner one of those that store, or where none does of those that load; of several the one that does most.
+    # The innermost of those that store, or where none does of those that load; of several the one that does most.
     kind = "STG" if stream.stores else "LDG"
-    streaming = [loop for loop in loops if any(wide(x, kind) for x in loop[0])]
-    if not streaming:
+    loops = [loop for loop in loops if any(wide(x, kind) for x in loop[0])]
+    loops = [loop for loop in loops if not any(other[3] < loop[3] for other in loops)]
+    if not loops:
         return []
-    path, first, last, members = min(streaming, key=lambda loop: (len(loop[3]), -worth(loop[0], stream.work)))
+    path, first, last, members = max(loops, key=lambda loop: (worth(loop[0], stream.work), -len(loop[0])))
     turns = path * stream.turns
     if once:
         turns = path * (stream.turns - 1) + graph.best(first, members - slow, [last], f"{stream.work}|{stream.once}")
