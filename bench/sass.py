@@ -4,11 +4,12 @@ Run: ``python bench/sass.py [--architectures 80 90 100] > bench/sass.txt``; need
 package nvidia-cuda-nvdisasm. ``--check`` prints nothing but what is wrong: kernels that spill registers, or that have
 lost their stores of 16 bytes.
 
-For a kernel that streams, the instructions are those of one pass of a warp through its loop, or through the kernel if
-it has no loop over tokens, without slow cases: the way with most accesses of 16 bytes and most of its arithmetic, and
-of those the shortest. Where the loop is short (policy_loss), what comes before and after it counts as well. A mask is
-read. The model lets every SM issue 2.5 instructions per clock and divides the bytes
-that a warp moves in a pass by the time of its instructions; the share is of what a copy reaches. It knows nothing of
+For a kernel that streams, the instructions are those of a warp on its way through the loop over its tokens, or through
+the kernel if it has no such loop, without slow cases: the way with most accesses of 16 bytes and most of its
+arithmetic, and of those the shortest. Where a tile goes through a short loop a few times (policy_loss, segment, expand,
+repack), what comes before and after it counts as well. A mask is read. What warps of a block do for each other (in scan
+about 50 instructions per tile) is left out. The model lets every SM issue 2.5 instructions per clock and divides the
+bytes that a warp moves by the time of its instructions; the share is of what a copy reaches. It knows nothing of
 latency.
 """
 

@@ -82,6 +82,7 @@ __device__ inline unsigned bits_between(int first, int last) {
 
 // Borders of rows inside a tile, kept in shared memory by a warp: a bit per token.
 struct Borders {
+  int64_t first_row;
   unsigned inside[tile_size / 32]; // of a row
   unsigned first[tile_size / 32];  // of its row
   unsigned last[tile_size / 32];
@@ -93,10 +94,9 @@ struct Borders {
 };
 
 // Fills `borders` for the tile [from, to). `row_at(token)` is where the number of the row that begins or ends
-// there is put, less that of the first row, which is returned.
+// there is put, less that of the first row.
 template <class RowAt>
-__device__ int64_t find_borders(const Rows &rows, int64_t from, int64_t to, Borders &borders,
-                                RowAt &&row_at) {
+__device__ void find_borders(const Rows &rows, int64_t from, int64_t to, Borders &borders, RowAt &&row_at) {
   if (lane_id() < tile_size / 32)
     borders.inside[lane_id()] = borders.first[lane_id()] = borders.last[lane_id()] = 0;
   __syncwarp();
@@ -125,8 +125,9 @@ __device__ int64_t find_borders(const Rows &rows, int64_t from, int64_t to, Bord
     if (__ballot_sync(all_lanes, here) >> 31 == 0)
       break;
   }
+  if (lane_id() == 0)
+    borders.first_row = low;
   __syncwarp();
-  return low;
 }
 
 // What the lanes of a warp write into shared memory, sixteen neighbours each, to be stored side by side. The

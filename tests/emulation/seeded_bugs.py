@@ -76,7 +76,13 @@ BUGS = [
         "= borders.last[lane_id()] = 0;\n",
         "scan",
     ),
-    Bug("borders are read before they are set", "lane.cuh", "  __syncwarp();\n  return low;", "  return low;", "scan"),
+    Bug(
+        "borders are read before they are set",
+        "lane.cuh",
+        "first_row = low;\n  __syncwarp();\n",
+        "first_row = low;\n",
+        "scan",
+    ),
     Bug("sixteen tokens are loaded past the end", "lane.cuh", "t + own_tokens <= size) {", "t < size) {", "scan"),
     Bug(
         "sixteen tokens are loaded from an odd address",
