@@ -4,11 +4,12 @@ Run: ``python bench/sass.py [--architectures 80 90 100] > bench/sass.txt``; need
 package nvidia-cuda-nvdisasm. ``--check`` prints nothing but what is wrong: kernels that spill registers, or that have
 lost their stores of 16 bytes.
 
-For a kernel that streams, the instructions are those of one pass of a warp through its loop, or through the kernel if
-it has no loop over tokens, without slow cases: the way with most accesses of 16 bytes and most of its arithmetic, and
-of those the shortest. Where the loop is short (policy_loss), what comes before and after it counts as well. A mask is
-read. The model lets every SM issue 2.5 instructions per clock and divides the bytes
-that a warp moves in a pass by the time of its instructions; the share is of what a copy reaches. It knows nothing of
+For a kernel that streams, the instructions are those of a warp on its way through the loop over its tokens, or through
+the kernel if it has no such loop, without slow cases: the way with most accesses of 16 bytes and most of its
+arithmetic, and of those the shortest. Where a tile goes through a short loop a few times (policy_loss, segment, expand,
+repack), what comes before and after it counts as well. A mask is read. What warps of a block do for each other (in scan
+about 50 instructions per tile) is left out. The model lets every SM issue 2.5 instructions per clock and divides the
+bytes that a warp moves by the time of its instructions; the share is of what a copy reaches. It knows nothing of
 latency.
 """
 
@@ -41,7 +42,11 @@ class Stream:
     work: str = ""  # what the way must not leave out
     turns: int = 0  # how often a tile goes through the loop, where what is around it counts
     slow: str = ""  # what the way through the loop must not meet
+    once: str = ""  # what it meets in one of its turns only
 
+
+# Kinds of segment's reductions (sum, var, logsumexp, moments), and what each does to every token.
+REDUCTIONS = {0: "DADD", 2: "DADD|DFMA", 6: "MUFU.EX2", 7: "DADD|DFMA"}
 
 STREAMS = {
     "logits": [
@@ -51,11 +56,21 @@ STREAMS = {
         Stream(r"backward<float, 512>", 256, 8),
     ],
     "segment": [
-        Stream("reduce_tiles<float, 0>", 512, 5, False, False, "DADD|DFMA"),
-        Stream("reduce_tiles<float, 2>", 512, 5, False, False, "DADD|DFMA"),
-        Stream("reduce_tiles<float, 6>", 512, 5, False, False, "MUFU.EX2|DADD"),
-        Stream("reduce_tiles<bf16, 0>", 512, 3, False, False, "DADD|DFMA"),
+        *(
+            Stream(f"reduce_tiles<float, {kind}>", 2048, 5, stores=False, work=work, turns=4, once="REDUX")
+            for kind, work in REDUCTIONS.items()
+        ),
+        *(
+            Stream(f"reduce_tiles<bf16, {kind}>", 2048, 3, stores=False, work=work, turns=4, once="REDUX")
+            for kind, work in REDUCTIONS.items()
+        ),
     ],
+    "expand": [
+        Stream("expand_tiles<float>", 4096, 5, work="LDG", turns=8),
+        Stream("expand_tiles<double>", 2048, 9, work="LDG", turns=8),
+    ],
+    # Of bytes, from an address that does not allow to load what is stored.
+    "repack": [Stream("repack_tiles", 4096, 2, work="SHF", turns=2)],
     "policy_loss": [
         Stream("policy_loss_tiles<0, float, true>", 512, 13, True, True, "FFMA|MUFU.EX2|DADD|LDG.E R", 4, "POPC"),
         Stream("policy_loss_tiles<0, bf16, true>", 512, 9, True, True, "FFMA|MUFU.EX2|DADD|LDG.E R", 4, "POPC"),
@@ -208,6 +223,10 @@ class Graph:
             end = before.get(end)
         return [x for block in reversed(path) for x in self.blocks[block]]
 
+    def blocks_with(self, pattern):
+        """The blocks that have an instruction which matches; none if the pattern is empty."""
+        return {n for n, code in enumerate(self.blocks) if pattern and any(re.search(pattern, x.text) for x in code)}
+
     def loop_of(self, last, first):
         """The blocks of the loop that the edge from ``last`` to ``first`` closes."""
         members, new = {first, last}, [last]
@@ -227,27 +246,30 @@ def hot_path(instructions, labels, stream):
     if not stream.loop:
         ends = [n for n, block in enumerate(graph.blocks) if "EXIT" in block[-1].text]
         return graph.best(0, set(graph.order), ends, stream.work)
-    slow = {
-        n for n, code in enumerate(graph.blocks) if stream.slow and any(re.search(stream.slow, x.text) for x in code)
-    }
+    slow, once = graph.blocks_with(stream.slow), graph.blocks_with(stream.once)
     loops = []
     for last, first in graph.closing:
         members = graph.loop_of(last, first)
-        loops.append((graph.best(first, members - slow, [last], stream.work), first, members))
+        loops.append((graph.best(first, members - slow - once, [last], stream.work), first, last, members))
     if not stream.turns:
         return max((path for path, *_ in loops), key=lambda path: (worth(path, stream.work), -len(path)), default=[])
-    # The inner one of those that store.
-    storing = [loop for loop in loops if any(wide(x, "STG") for x in loop[0])]
-    path, first, members = min(storing, key=lambda loop: len(loop[2]), default=([], 0, set()))
-    if not path:
-        return path
+    # The innermost of those that store, or where none does of those that load; of several the one that does most.
+    kind = "STG" if stream.stores else "LDG"
+    loops = [loop for loop in loops if any(wide(x, kind) for x in loop[0])]
+    loops = [loop for loop in loops if not any(other[3] < loop[3] for other in loops)]
+    if not loops:
+        return []
+    path, first, last, members = max(loops, key=lambda loop: (worth(loop[0], stream.work), -len(loop[0])))
+    turns = path * stream.turns
+    if once:
+        turns = path * (stream.turns - 1) + graph.best(first, members - slow, [last], f"{stream.work}|{stream.once}")
     rest = set(graph.order) - members
     before = graph.best(0, rest | {first}, [first], stream.work)[: -len(graph.blocks[first])]
     left = {step for block in members for step in graph.after[block]} & rest
     ends = [n for n, block in enumerate(graph.blocks) if "EXIT" in block[-1].text]
     ways = [graph.best(block, rest, ends, stream.work) for block in left]
     after = max(ways, key=lambda way: worth(way, stream.work), default=[])
-    return [*before, *path * stream.turns, *after]
+    return [*before, *turns, *after]
 
 
 def rows(architecture, folder):

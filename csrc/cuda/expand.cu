@@ -11,59 +11,64 @@ namespace {
 template <class T> __device__ T plus(T a, T b) { return a + b; }
 template <> __device__ bool plus(bool a, bool b) { return a || b; }
 
-template <int width> struct alignas(width) Flags {
-  bool item[width];
-};
+// The mask of a vector, as one number.
+template <class T>
+using Flags =
+    std::conditional_t<sizeof(T) == 1, uint4, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
 
 // Stores `value` where the mask is true, else 0.
-template <class T> __device__ void store_masked(T *y, const bool *mask, T value) {
-  constexpr int width = Vector<T>::width;
-  const bool aligned = reinterpret_cast<uintptr_t>(mask) % width == 0;
-  if constexpr (std::is_same_v<T, bool>)
-    if (aligned) // and `value` is true
-      return copy_vector(y, mask);
-  Flags<width> kept;
-  if (aligned) {
-    kept = *reinterpret_cast<const Flags<width> *>(mask);
+template <class T> __device__ void store_masked(T *y, Flags<T> kept, T value) {
+  if constexpr (std::is_same_v<T, bool>) { // and `value` is true
+    __stwb(reinterpret_cast<uint4 *>(y), kept);
   } else {
+    Vector<T> out;
 #pragma unroll
-    for (int k = 0; k < width; ++k)
-      kept.item[k] = mask[k];
+    for (int k = 0; k < Vector<T>::width; ++k)
+      out.item[k] = kept >> 8 * k & 0xff ? value : T{};
+    store_vector(y, out);
   }
-  Vector<T> out;
-#pragma unroll
-  for (int k = 0; k < width; ++k)
-    out.item[k] = kept.item[k] ? value : T{};
-  store_vector(y, out);
 }
 
 // y[first, last) = value, 0 where masked; by a warp.
 template <class T> __device__ void fill(T *y, const bool *mask, int64_t first, int64_t last, T value) {
-  constexpr int width = Vector<T>::width;
+  constexpr int width = Vector<T>::width, step = 32 * width, flight = 4;
   if (std::is_same_v<T, bool> && !value)
     mask = nullptr; // false everywhere
-  const auto one = [&](int64_t t) { y[t] = !mask || mask[t] ? value : T{}; };
   // Up to the first aligned address, then whole vectors, then what is left.
   const int misplaced = int(reinterpret_cast<uintptr_t>(y + first) % 16 / sizeof(T));
-  const int64_t body = min(last, first + (width - misplaced) % width),
-                end = body + (last - body) / width * width;
-  if (first + lane_id() < body)
-    one(first + lane_id());
+  int64_t body = min(last, first + (width - misplaced) % width);
+  if (mask && reinterpret_cast<uintptr_t>(mask + body) % width != 0)
+    body = last;
+  const int size = int((last - body) / width * width);
+  const auto each_single = [&](int64_t from, int64_t to) {
+#pragma unroll 1 // few
+    for (int64_t t = from + lane_id(); t < to; t += 32)
+      y[t] = !mask || mask[t] ? value : T{};
+  };
+  each_single(first, body);
   if (mask) {
-#pragma unroll 4
-    for (int64_t t = body + lane_id() * width; t < end; t += 32 * width)
-      store_masked(y + t, mask + t, value);
+    // Flags of four vectors are on their way together.
+    for (int t = lane_id() * width; t < size; t += flight * step) {
+      Flags<T> kept[flight];
+#pragma unroll
+      for (int u = 0; u < flight; ++u)
+        if (t + u * step < size)
+          kept[u] = *reinterpret_cast<const Flags<T> *>(mask + body + t + u * step);
+#pragma unroll
+      for (int u = 0; u < flight; ++u)
+        if (t + u * step < size)
+          store_masked(y + body + t + u * step, kept[u], value);
+    }
   } else {
     Vector<T> all;
 #pragma unroll
     for (int k = 0; k < width; ++k)
       all.item[k] = value;
 #pragma unroll 4
-    for (int64_t t = body + lane_id() * width; t < end; t += 32 * width)
-      store_vector(y + t, all);
+    for (int t = lane_id() * width; t < size; t += step)
+      store_vector(y + body + t, all);
   }
-  if (end + lane_id() < last)
-    one(end + lane_id());
+  each_single(body + size, last);
 }
 
 template <class T>

@@ -2,6 +2,7 @@
 // of them begin and end rows, as bits.
 #pragma once
 #include "cuda/tile.cuh"
+#include <type_traits>
 
 namespace tokcredit::cuda {
 
@@ -9,45 +10,67 @@ constexpr int own_tokens = 16;
 constexpr unsigned own_all = (1u << own_tokens) - 1;
 static_assert(tile_size == 32 * own_tokens, "a tile is what a warp holds");
 
+// Half precision stays in pairs, as it is loaded: apart, each would take a register, and an instruction more.
 template <class T> struct Own {
-  T item[own_tokens];
+  static constexpr int in_word = sizeof(T) == 2 ? 2 : 1;
+  using Word = std::conditional_t<sizeof(T) == 2, uint32_t, T>;
+  Word word[own_tokens / in_word];
+
+  __device__ T operator[](int k) const {
+    if constexpr (in_word == 2)
+      return {uint16_t(word[k / 2] >> k % 2 * 16)};
+    else
+      return word[k];
+  }
+  __device__ void set(int k, T x) {
+    if constexpr (in_word == 2)
+      word[k / 2] |= uint32_t(x.bits) << k % 2 * 16; // 0 before
+    else
+      word[k] = x;
+  }
 };
 
-// A lane's tokens [t, t + 16) of a buffer of `size`; what lies beyond it is `T{}`.
-template <class T> __device__ Own<T> load_own(const T *p, int64_t t, int64_t size) {
-  constexpr int width = 16 / sizeof(T);
-  struct alignas(16) Load {
-    T item[width];
-  };
-  Own<T> out{};
-  if (reinterpret_cast<uintptr_t>(p) % 16 == 0 && t + own_tokens <= size) {
-#pragma unroll
-    for (int v = 0; v < own_tokens / width; ++v) {
-      const Load load = reinterpret_cast<const Load *>(p + t)[v];
-#pragma unroll
-      for (int k = 0; k < width; ++k)
-        out.item[v * width + k] = load.item[k];
-    }
-  } else {
-#pragma unroll
-    for (int k = 0; k < own_tokens; ++k)
-      if (t + k < size)
-        out.item[k] = p[t + k];
-  }
-  return out;
+// Which of sixteen bytes are true, the first in the lowest bit.
+__device__ inline unsigned true_bits(uint4 bytes) {
+  return low_bits(bytes.x) | low_bits(bytes.y) << 4 | low_bits(bytes.z) << 8 | low_bits(bytes.w) << 12;
 }
 
-// Which of the sixteen are true, the first in the lowest bit.
-__device__ inline unsigned load_bits(const bool *p, int64_t t, int64_t size) {
-  const Own<unsigned char> bytes = load_own(reinterpret_cast<const unsigned char *>(p), t, size);
+// Those of a lane's tokens [t, t + 16) that are not masked; none beyond `size`.
+__device__ inline unsigned load_bits(const bool *mask, int64_t t, int64_t size) {
+  const bool whole = t + own_tokens <= size;
+  if (whole && !mask)
+    return own_all;
+  if (whole && reinterpret_cast<uintptr_t>(mask) % 16 == 0)
+    return true_bits(*reinterpret_cast<const uint4 *>(mask + t));
   unsigned bits = 0;
-#pragma unroll
-  for (int w = 0; w < own_tokens / 4; ++w) {
-    unsigned four;
-    memcpy(&four, bytes.item + 4 * w, 4);
-    bits |= low_bits(four) << 4 * w;
-  }
+#pragma unroll 1 // rare, and all at once would take registers from what is not
+  for (int k = 0; k < own_tokens; ++k)
+    bits |= unsigned(t + k < size && (!mask || mask[t + k])) << k;
   return bits;
+}
+
+// Loads a lane's tokens [t, t + 16) of a buffer of `size`, and returns which of them are not masked. What
+// lies beyond the buffer is `T{}`. Tokens and mask are on their way together.
+template <class T>
+__device__ unsigned load_own(const T *p, const bool *mask, int64_t t, int64_t size, Own<T> &own) {
+  constexpr int words = sizeof own / 16;
+  if ((reinterpret_cast<uintptr_t>(p) | reinterpret_cast<uintptr_t>(mask)) % 16 == 0 &&
+      t + own_tokens <= size) {
+    uint4 load[words], bytes{~0u, ~0u, ~0u, ~0u};
+#pragma unroll
+    for (int v = 0; v < words; ++v)
+      load[v] = reinterpret_cast<const uint4 *>(p + t)[v];
+    if (mask)
+      bytes = *reinterpret_cast<const uint4 *>(mask + t);
+    memcpy(&own, load, sizeof own);
+    return true_bits(bytes);
+  }
+  own = {};
+#pragma unroll
+  for (int k = 0; k < own_tokens; ++k)
+    if (t + k < size)
+      own.set(k, p[t + k]);
+  return load_bits(mask, t, size);
 }
 
 // Which of a lane's sixteen lie in [first, last) of the tile.
@@ -59,6 +82,7 @@ __device__ inline unsigned bits_between(int first, int last) {
 
 // Borders of rows inside a tile, kept in shared memory by a warp: a bit per token.
 struct Borders {
+  int64_t first_row;
   unsigned inside[tile_size / 32]; // of a row
   unsigned first[tile_size / 32];  // of its row
   unsigned last[tile_size / 32];
@@ -70,10 +94,9 @@ struct Borders {
 };
 
 // Fills `borders` for the tile [from, to). `row_at(token)` is where the number of the row that begins or ends
-// there is put, less that of the first row, which is returned.
+// there is put, less that of the first row.
 template <class RowAt>
-__device__ int64_t find_borders(const Rows &rows, int64_t from, int64_t to, Borders &borders,
-                                RowAt &&row_at) {
+__device__ void find_borders(const Rows &rows, int64_t from, int64_t to, Borders &borders, RowAt &&row_at) {
   if (lane_id() < tile_size / 32)
     borders.inside[lane_id()] = borders.first[lane_id()] = borders.last[lane_id()] = 0;
   __syncwarp();
@@ -102,8 +125,9 @@ __device__ int64_t find_borders(const Rows &rows, int64_t from, int64_t to, Bord
     if (__ballot_sync(all_lanes, here) >> 31 == 0)
       break;
   }
+  if (lane_id() == 0)
+    borders.first_row = low;
   __syncwarp();
-  return low;
 }
 
 // What the lanes of a warp write into shared memory, sixteen neighbours each, to be stored side by side. The

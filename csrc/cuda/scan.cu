@@ -46,7 +46,7 @@ __device__ double walk(const Own<T> &x, double decay, double state, unsigned liv
       state = initial(k);
     const double before = state;
     if (plain || live >> k & 1)
-      state = decay * state + double(load(x.item[k]));
+      state = decay * state + double(load(x[k]));
     put(k, before, state);
   }
   return state;
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(block_threads, resident<T>)
   const int warp = int(threadIdx.x / 32);
   const int64_t place = turn * warps_per_block + warp; // of the tile, in walking order
   const int64_t from = (reverse ? tiles - 1 - place : place) * tile_size;
-  const int64_t to = min(from + tile_size, s.rows.size);
+  const int size = place < tiles ? int(min(tile_size, s.rows.size - from)) : 0;
   const int block = reverse ? 31 - lane_id() : lane_id(); // of sixteen tokens
   const int64_t own_from = from + block * own_tokens;
   Staged<A> &staged = staging[warp];
@@ -98,18 +98,16 @@ __global__ void __launch_bounds__(block_threads, resident<T>)
 
   Own<T> x{};
   unsigned inside = 0, live = 0, begins = 0, ends = 0;
-  int64_t first_row = 0;
-  if (place < tiles) {
-    x = load_own(static_cast<const T *>(s.x), own_from, s.rows.size);
-    const unsigned unmasked = s.rows.mask ? load_bits(s.rows.mask, own_from, s.rows.size) : own_all;
-    first_row = find_borders(s.rows, from, to, borders, row_at);
+  if (size > 0) {
+    const unsigned unmasked = load_own(static_cast<const T *>(s.x), s.rows.mask, own_from, s.rows.size, x);
+    find_borders(s.rows, from, from + size, borders, row_at);
     inside = Borders::own(borders.inside, block);
     live = inside & unmasked;
     begins = Borders::own(reverse ? borders.last : borders.first, block);
     ends = Borders::own(reverse ? borders.first : borders.last, block);
   }
   const bool plain = __all_sync(all_lanes, live == own_all && (begins | ends) == 0);
-  const auto begun = [&](int k) { return initial(first_row + row_at(block * own_tokens + k)); };
+  const auto begun = [&](int k) { return initial(borders.first_row + row_at(block * own_tokens + k)); };
   const auto nothing = [](int, double, double) {};
 
   // What the lane's tokens do.
@@ -126,23 +124,20 @@ __global__ void __launch_bounds__(block_threads, resident<T>)
       own.scale *= s.decay;
   }
   const unsigned beginning = __ballot_sync(all_lanes, begins != 0);
-  const unsigned not_after =
-      beginning & ((2u << lane_id()) - 1);        // lanes up to this one in which a row begins
-  const int nearest = 31 - __clz(int(not_after)); // -1 for none
+  const unsigned earlier = beginning & ((1u << lane_id()) - 1);
+  const int nearest =
+      begins ? lane_id() : 31 - __clz(int(earlier)); // lane in which a row begins, -1 for none
   const Affine upto = scan_lanes(own, lane_id() - max(nearest, 0));
   const Affine before = from_lane(upto, max(lane_id() - 1, 0));
   if (lane_id() == 31)
     totals[warp] = {upto, beginning != 0};
   __syncthreads();
 
-  // What the block's tiles before this one do, and all of them.
-  Total upto_warp{identity, false}, all{identity, false};
-#pragma unroll
-  for (int w = 0; w < warps_per_block; ++w) {
-    upto_warp = w == warp ? all : upto_warp;
-    all = all.then(totals[w]);
-  }
   if (warp == 0) {
+    Total all{identity, false};
+#pragma unroll
+    for (int w = 0; w < warps_per_block; ++w)
+      all = all.then(totals[w]);
     const int64_t start =
         __ballot_sync(all_lanes, inside >> walked<reverse>(0) & 1 && !(begins >> walked<reverse>(0) & 1)) & 1;
     const bool comes_in = start && turn > 0;
@@ -162,15 +157,17 @@ __global__ void __launch_bounds__(block_threads, resident<T>)
       arrived = in.shift;
   }
   __syncthreads();
-  if (place >= tiles)
+  if (size == 0)
     return;
 
-  const Affine in{1, arrived};
-  const double at_warp = upto_warp.begins ? upto_warp.affine.shift : in.then(upto_warp.affine).shift;
-  const bool begun_before = lane_id() > 0 && (beginning & ((1u << lane_id()) - 1)) != 0;
-  double state = lane_id() == 0 ? at_warp
-                 : begun_before ? before.shift
-                                : before.scale * at_warp + before.shift;
+  // The state after the block's tiles before this one.
+  double at_warp = arrived;
+#pragma unroll
+  for (int w = 0; w < warps_per_block - 1; ++w)
+    if (w < warp)
+      at_warp = totals[w].begins ? totals[w].affine.shift
+                                 : totals[w].affine.scale * at_warp + totals[w].affine.shift;
+  double state = lane_id() == 0 ? at_warp : earlier ? before.shift : before.scale * at_warp + before.shift;
   A *out = staged.own(block);
   if (plain) {
     walk<reverse, true>(x, s.decay, state, live, begins, begun,
@@ -178,12 +175,12 @@ __global__ void __launch_bounds__(block_threads, resident<T>)
   } else {
     walk<reverse, false>(x, s.decay, state, live, begins, begun, [&](int k, double old, double now) {
       if (ends >> k & 1)
-        carry_out[first_row + row_at(block * own_tokens + k)] = A(now);
+        carry_out[borders.first_row + row_at(block * own_tokens + k)] = A(now);
       out[k] = live >> k & 1 ? A(s.exclusive ? old : now) : A(0);
     });
   }
   __syncwarp();
-  staged.store(static_cast<A *>(s.y), from, to);
+  staged.store(static_cast<A *>(s.y), from, from + size);
 }
 
 } // namespace

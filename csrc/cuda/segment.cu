@@ -1,6 +1,6 @@
-// Rows: each warp holds a tile in registers and reduces the pieces of rows in it, and a second, small kernel
-// merges the parts of rows that meet several tiles, in order. Ids: values are sorted by id, which makes them
-// rows.
+// Rows: each warp walks a tile, 512 tokens at a time in registers, and each lane keeps what it has seen of
+// the row until the row ends. A second, small kernel merges the parts of rows that meet several tiles, in
+// order. Ids: values are sorted by id, which makes them rows.
 #include "cuda/lane.cuh"
 #include "cuda/sort.cuh"
 #include "math/dispatch.hpp"
@@ -12,107 +12,208 @@
 namespace tokcredit::cuda {
 namespace {
 
-// Only what `kind` needs travels between lanes.
-template <Reduction kind> __device__ Moments<kind> moments_from(const Moments<kind> &m, int lane) {
-  using M = Moments<kind>;
-  M out;
-  out.count = from_lane(m.count, lane);
-  if constexpr (M::sums)
-    out.sum = from_lane(m.sum, lane);
-  if constexpr (M::spreads) {
-    out.mean = from_lane(m.mean, lane);
-    out.square = from_lane(m.square, lane);
-  }
-  if constexpr (M::has_minimum)
-    out.minimum = from_lane(m.minimum, lane);
-  if constexpr (M::has_maximum || kind == Reduction::logsumexp)
-    out.maximum = from_lane(m.maximum, lane);
-  if constexpr (kind == Reduction::logsumexp)
-    out.scaled = from_lane(m.scaled, lane);
-  return out;
+constexpr int held = int(tile_size); // tokens that a warp holds at once
+// Tokens of a warp. It searches for the first of their rows, and merges its lanes, only once where a row is
+// long.
+constexpr int64_t segment_tile = 4 * held;
+
+constexpr double log2_e = 1.4426950408889634;
+
+// NaN if either is.
+__device__ float lesser(float a, float b) {
+#ifdef __CUDA_ARCH__
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+#else
+  return b < a || b != b ? b : a;
+#endif
+}
+__device__ float greater(float a, float b) {
+#ifdef __CUDA_ARCH__
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+#else
+  return b > a || b != b ? b : a;
+#endif
+}
+__device__ double lesser(double a, double b) { return b < a || b != b ? b : a; }
+__device__ double greater(double a, double b) { return b > a || b != b ? b : a; }
+
+__device__ float greatest_finite(float) { return 3.402823466e38f; }
+__device__ double greatest_finite(double) { return 1.7976931348623157e308; }
+
+// All lanes get the result.
+template <class V, class Fold> __device__ V fold_lanes(V x, Fold &&fold) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2)
+    x = fold(x, __shfl_xor_sync(all_lanes, x, step));
+  return x;
+}
+__device__ double sum_lanes(double x) {
+  return fold_lanes(x, [](double a, double b) { return a + b; });
 }
 
-template <Reduction kind> __device__ Moments<kind> merge_moments(Moments<kind> m) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const Moments<kind> other = moments_from(m, lane_id() + step < 32 ? lane_id() + step : lane_id());
-    if (lane_id() % (2 * step) == 0)
-      m.merge(other);
-  }
-  return m;
-}
-
-// The moments of those of a lane's tokens whose bits are set; with `plain` of all. One division, and one
-// maximum, for sixteen.
-template <Reduction kind, bool plain, class T>
-__device__ Moments<kind> moments_of(const Own<T> &x, unsigned live) {
-  using A = accumulate_t<T>;
+// What a lane has seen of a row: at most 64 values.
+template <class A, Reduction kind> struct Seen {
   using M = Moments<kind>;
-  M own;
-  own.count = plain ? own_tokens : __popc(live);
-  const auto each = [&](auto &&body) {
+  static constexpr bool scales = kind == Reduction::logsumexp;
+
+  int count = 0;
+  // About the first value, where a spread is wanted. Equal numbers then have none. Because it is one of a
+  // few, the squares add up to at most about a hundred times those about any mean: to go over to that of all
+  // lanes costs no digits that matter.
+  double sum = 0, square = 0, scaled = 0;
+  A origin = 0, least = A(INFINITY), most = scales ? -greatest_finite(A()) : -A(INFINITY);
+
+  // exp(x), x at most 0. Rounding x / ln 2 costs digits only where the result is small beside 1.
+  __device__ static A share(A x) { return power_of_two(x * A(log2_e)); }
+
+  // Adds those of a lane's tokens whose bits are set; with `plain` all.
+  template <bool plain, class T> __device__ void take(const Own<T> &x, unsigned live) {
+    // A value, or one that changes nothing.
+    const auto each = [&](A neutral, auto &&body) {
 #pragma unroll
-    for (int k = 0; k < own_tokens; ++k)
-      if (plain || live >> k & 1)
-        body(load(x.item[k]));
-  };
-  if constexpr (M::sums)
-    each([&](A v) { own.sum += double(v); });
-  if constexpr (M::spreads) {
-    // About one of them, so that equal numbers have their mean and no spread.
-    double origin = 0, sum = 0;
-    each([&](A v) { origin = double(v); });
-    each([&](A v) { sum += double(v) - origin; });
-    own.mean = origin + (own.count > 0 ? sum / own.count : 0);
-    each([&](A v) {
-      const double d = double(v) - own.mean;
-      own.square += d * d;
-    });
+      for (int k = 0; k < own_tokens; ++k)
+        body(k, plain || live >> k & 1 ? load(x[k]) : neutral);
+    };
+    if constexpr (M::has_minimum)
+      each(A(INFINITY), [&](int, A v) { least = lesser(least, v); });
+    if constexpr (M::has_maximum)
+      each(-A(INFINITY), [&](int, A v) { most = greater(most, v); });
+    if constexpr (M::sums)
+      each(A(0), [&](int, A v) { sum += double(v); });
+    if constexpr (M::spreads) {
+      if (count == 0) {
+#pragma unroll
+        for (int k = own_tokens - 1; k >= 0; --k)
+          origin = plain || live >> k & 1 ? load(x[k]) : origin;
+      }
+      each(origin, [&](int, A v) {
+        const double d = double(v) - double(origin);
+        sum += d;
+        square += d * d;
+      });
+    }
+    if constexpr (scales) {
+      // A finite number, so that infinity less itself does not arise. NaN is left out, but its term is NaN.
+      A top = most;
+      each(-A(INFINITY), [&](int, A v) { top = v > top ? v : top; });
+      top = min(top, greatest_finite(A()));
+      A terms[4] = {};
+      each(-A(INFINITY), [&](int k, A v) { terms[k % 4] += share(v - top); });
+      scaled = scaled * double(share(most - top)) + double((terms[0] + terms[1]) + (terms[2] + terms[3]));
+      most = top;
+    }
+    count += plain ? own_tokens : __popc(live);
   }
-  if constexpr (M::has_minimum) {
-    A least = A(INFINITY);
-    each([&](A v) { least = v < least || v != v ? v : least; });
-    own.minimum = double(least);
+
+  // The moments of what all lanes have seen.
+  __device__ M together() const {
+    M all;
+    const int total = __reduce_add_sync(all_lanes, count);
+    all.count = total;
+    if constexpr (M::sums)
+      all.sum = sum_lanes(sum);
+    if constexpr (M::spreads) {
+      const unsigned lanes = __ballot_sync(all_lanes, count > 0);
+      const double about = from_lane(double(origin), max(__ffs(int(lanes)) - 1, 0));
+      const double shift = sum_lanes(count > 0 ? sum + count * (double(origin) - about) : 0);
+      all.mean = about + (total > 0 ? shift / total : 0);
+      // From the lane's origin to the mean. Infinite squares of finite numbers are an infinite spread.
+      const double away = double(origin) - all.mean;
+      const double moved = square < double(INFINITY) ? away * (2 * sum + count * away) : sum - sum;
+      all.square = sum_lanes(count > 0 ? square + moved : 0);
+    }
+    if constexpr (M::has_minimum)
+      all.minimum = double(fold_lanes(least, [](A a, A b) { return lesser(a, b); }));
+    if constexpr (M::has_maximum)
+      all.maximum = double(fold_lanes(most, [](A a, A b) { return greater(a, b); }));
+    if constexpr (scales) {
+      const A top = fold_lanes(most, [](A a, A b) { return max(a, b); });
+      all.maximum = double(top);
+      all.scaled = sum_lanes(scaled * double(share(most - top)));
+    }
+    return all;
   }
-  if constexpr (M::has_maximum || kind == Reduction::logsumexp) {
-    A most = -A(INFINITY);
-    each([&](A v) { most = v > most || v != v ? v : most; });
-    own.maximum = double(most);
-    if constexpr (kind == Reduction::logsumexp)
-      if (most != -A(INFINITY))
-        each([&](A v) { own.scaled += v == most ? 1.0 : double(exponential(v - most)); });
-  }
-  return own;
-}
+};
+
+// Blocks per multiprocessor, so that enough loads are on their way; for a double there are fewer registers.
+template <class T> constexpr int resident = sizeof(T) == 8 ? 2 : 3;
 
 template <class T, Reduction kind>
-__global__ void __launch_bounds__(block_threads, 2)
+__global__ void __launch_bounds__(block_threads, resident<T>)
     reduce_tiles(SegmentRows s, int64_t tiles, Moments<kind> *parts) {
   using A = accumulate_t<T>;
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (place >= tiles)
     return;
-  const int64_t from = place * tile_size, to = min(from + tile_size, s.rows.size);
-  const int64_t own_from = from + lane_id() * own_tokens;
-  Own<T> x{};
-  if constexpr (kind != Reduction::count)
-    x = load_own(static_cast<const T *>(s.x), own_from, s.rows.size);
-  const unsigned unmasked = s.rows.mask ? load_bits(s.rows.mask, own_from, s.rows.size) : own_all;
-  each_piece<false>(
-      s.rows, from, to,
-      [&](int64_t r, int64_t first, int64_t last, bool starts, bool ends) {
-        const unsigned live = unmasked & bits_between(int(first - from), int(last - from));
-        const bool plain = __all_sync(all_lanes, live == own_all);
-        const Moments<kind> own = plain ? moments_of<kind, true>(x, live) : moments_of<kind, false>(x, live);
-        const Moments<kind> m = merge_moments(own);
-        if (lane_id() != 0)
-          return;
-        if (starts && ends)
-          m.template write<A>(s.y, r, s.ddof);
+  const int64_t from = place * segment_tile;
+  const int size = int(min(segment_tile, s.rows.size - from));
+  // The row at hand, as far as it lies in the tile; at first none.
+  int64_t r = count_at_most(s.rows.end, s.rows.count, from) - 1;
+  int first = 0, last = 0;
+  bool starts = false, ends = false;
+  Seen<A, kind> seen;
+  for (int at = 0; at < size; at += held) {
+    const int64_t own_from = from + at + lane_id() * own_tokens;
+    Own<T> x{};
+    unsigned unmasked;
+    if constexpr (kind == Reduction::count)
+      unmasked = load_bits(s.rows.mask, own_from, s.rows.size);
+    else
+      unmasked = load_own(static_cast<const T *>(s.x), s.rows.mask, own_from, s.rows.size, x);
+    const int stop = min(at + held, size);
+    while (first < stop) {
+      if (first < last) {
+        const unsigned live = unmasked & bits_between(first - at, min(last, stop) - at);
+        if (__all_sync(all_lanes, live == own_all))
+          seen.template take<true>(x, live);
         else
-          parts[part_of(place, !starts)] = m;
-      },
-      [](int64_t, int64_t) {});
+          seen.template take<false>(x, live);
+        if (last > stop)
+          break;
+        const Moments<kind> m = seen.together();
+        if (lane_id() == 0) {
+          if (starts && ends)
+            m.template write<A>(s.y, r, s.ddof);
+          else
+            parts[part_of(place, !starts)] = m;
+        }
+        seen = {};
+      }
+      const auto [begin, end] = ++r < s.rows.count ? span_of(s.rows, r) : Span{s.rows.size, s.rows.size};
+      starts = begin >= from;
+      ends = end <= from + size;
+      first = starts ? int(min(begin - from, int64_t(size))) : 0;
+      last = ends ? int(max(end - from, int64_t(0))) : size;
+    }
+  }
+}
+
+// The merge of all lanes' parts in lane order, in lane 0; only what `kind` needs travels between lanes.
+template <Reduction kind> __device__ Moments<kind> merge_moments(Moments<kind> m) {
+  using M = Moments<kind>;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int lane = lane_id() + step < 32 ? lane_id() + step : lane_id();
+    M other;
+    other.count = from_lane(m.count, lane);
+    if constexpr (M::sums)
+      other.sum = from_lane(m.sum, lane);
+    if constexpr (M::spreads) {
+      other.mean = from_lane(m.mean, lane);
+      other.square = from_lane(m.square, lane);
+    }
+    if constexpr (M::has_minimum)
+      other.minimum = from_lane(m.minimum, lane);
+    if constexpr (M::has_maximum || kind == Reduction::logsumexp)
+      other.maximum = from_lane(m.maximum, lane);
+    if constexpr (kind == Reduction::logsumexp)
+      other.scaled = from_lane(m.scaled, lane);
+    if (lane_id() % (2 * step) == 0)
+      m.merge(other);
+  }
+  return m;
 }
 
 template <class A, Reduction kind>
@@ -121,12 +222,13 @@ __global__ void __launch_bounds__(block_threads, 1) merge_parts(SegmentRows s, c
   if (r >= s.rows.count)
     return;
   const auto [begin, end] = span_of(s.rows, r);
-  if (begin < end && in_one_tile(begin, end))
-    return;
   Moments<kind> own;
   if (begin < end) {
+    const int64_t low = begin / segment_tile, count = (end - 1) / segment_tile + 1 - low;
+    if (count == 1)
+      return; // written by the tile
     // A run of tiles for each lane, so that the parts are merged in their order.
-    const int64_t low = begin / tile_size, count = (end - 1) / tile_size + 1 - low, share = (count + 31) / 32;
+    const int64_t share = (count + 31) / 32;
     for (int64_t k = lane_id() * share; k < min(count, (lane_id() + 1) * share); ++k)
       own.merge(parts[part_of(low + k, k > 0)]);
   }
@@ -136,7 +238,7 @@ __global__ void __launch_bounds__(block_threads, 1) merge_parts(SegmentRows s, c
 }
 
 template <class T, Reduction kind> void reduce_rows(const SegmentRows &s, Queue &queue) {
-  const int64_t tiles = tiles_of(s.rows.size);
+  const int64_t tiles = ceil_div(s.rows.size, segment_tile);
   Moments<kind> *parts = queue.allocate_array<Moments<kind>>(2 * tiles);
   launch("segment", queue, reduce_tiles<T, kind>, ceil_div(tiles, warps_per_block), block_threads, s, tiles,
          parts);

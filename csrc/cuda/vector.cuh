@@ -20,11 +20,6 @@ template <class T> __device__ void store_vector(T *p, const Vector<T> &v) {
   __stwb(reinterpret_cast<uint4 *>(p), bits);
 }
 
-// Sixteen bytes of any type, which need not be told apart.
-template <class T> __device__ void copy_vector(T *to, const T *from) {
-  __stwb(reinterpret_cast<uint4 *>(to), *reinterpret_cast<const uint4 *>(from));
-}
-
 // The elements of an array of fewer than 2^31: those before the first whole vector, the vectors, the rest.
 template <class T> struct Vectors {
   int head, runs, size;

@@ -35,6 +35,18 @@ template <class A> TOKCREDIT_FN A exponential_from(A x) {
 TOKCREDIT_FN float exponential(float x) { return exponential_from(x); }
 TOKCREDIT_FN double exponential(double x) { return std::exp(x); }
 
+// 2^x, 0 below 2^-126. A device is within 2^-22 of it.
+TOKCREDIT_FN float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+TOKCREDIT_FN double power_of_two(double x) { return std::exp2(x); }
+
 // exp(x) - 1 and log(x); packs call them number by number.
 TOKCREDIT_FN float exponential_less_one(float x) { return std::expm1(x); }
 TOKCREDIT_FN double exponential_less_one(double x) { return std::expm1(x); }

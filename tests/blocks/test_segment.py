@@ -161,6 +161,10 @@ def test_infinities_in_logsumexp():
     x.requires_grad_()
     segment.logsumexp(x, spans).sum().backward()
     assert x.grad.tolist() == [0.0, 1.0, 0.0, 0.0]
+    x = torch.tensor([math.inf, 1.0, -3e38, 3e38, math.nan, math.inf])
+    assert segment.logsumexp(x, ragged.packed(2, 2, 2)).tolist() == pytest.approx(
+        [math.inf, 3e38, math.nan], nan_ok=True
+    )
 
 
 def test_opcheck_and_compile():
