@@ -17,7 +17,7 @@ template <class A> __device__ void write_row(const PolicyLoss &p, int64_t r, con
 // `sums` has room for the log-ratios of a tile.
 template <Surrogate kind, class T, Steps steps>
 __device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int64_t place, Stats *parts,
-                     const Chain<Running> *chain, accumulate_t<T> *sums) {
+                     const Chain<Running> *chain, Staged<accumulate_t<T>> *sums) {
   using A = accumulate_t<T>;
   constexpr bool running = steps == Steps::running;
   A *slopes = static_cast<A *>(p.slopes);
@@ -32,10 +32,10 @@ __device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int
         const bool begins = running ? left : entered, ends = running ? entered : left;
         Piece<kind, T, steps> piece(p, call, taking, r, from, int(first - from), int(last - from));
         if constexpr (running) {
-          const Differences<T> differences(p, call, taking, piece.plain, from, piece.first, piece.last, sums);
+          const Differences<T> differences(p, call, taking, piece.plain, from, piece.first, piece.last);
           Running own{differences.total, 0};
           if (p.power != 0)
-            own.position = sum_lanes(unsigned(__popc(taking.live(piece.first, piece.last))));
+            own.position = sum_lanes(unsigned(__popc(differences.live)));
           Running in;
           if (!ends)
             chain->publish(place, begins ? Chain<Running>::carry : Chain<Running>::total, own);
@@ -46,7 +46,7 @@ __device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int
           published |= !ends;
           piece.position = in.position;
           if (p.source == Source::cumulative) {
-            differences.leave(in.log_ratio, sums);
+            differences.leave(in.log_ratio, *sums);
             piece.sums = sums;
             piece.plain = differences.usual;
           }
@@ -71,8 +71,8 @@ __device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int
 
 // Blocks per multiprocessor: as many as what a token needs leaves registers for.
 template <Surrogate kind, class T, Steps steps>
-constexpr int resident = sizeof(T) == 8                                        ? 1
-                         : steps == Steps::running                             ? 2
+constexpr int resident = sizeof(T) == 8            ? 1
+                         : steps == Steps::running ? (kind == Surrogate::k1 ? 1 : 2)
                          : kind == Surrogate::clip && steps != Steps::operands ? 4
                                                                                : 3;
 
@@ -98,11 +98,10 @@ template <Surrogate kind, class T>
 __global__ void __launch_bounds__(block_threads, resident<kind, T, Steps::running>)
     policy_loss_chained(PolicyLoss p, Call<accumulate_t<T>> call, int64_t tiles, Stats *parts,
                         Chain<Running> chain) {
-  using A = accumulate_t<T>;
-  alignas(16) __shared__ A sums[warps_per_block][tile_size];
+  __shared__ Staged<accumulate_t<T>> sums[warps_per_block];
   const int64_t place = chain.turn() * warps_per_block + threadIdx.x / 32;
   if (place < tiles)
-    tile<kind, T, Steps::running>(p, call, place, parts, &chain, sums[threadIdx.x / 32]);
+    tile<kind, T, Steps::running>(p, call, place, parts, &chain, sums + threadIdx.x / 32);
 }
 
 // The sums of rows that are not inside one tile, a warp per row.

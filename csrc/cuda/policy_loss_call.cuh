@@ -100,16 +100,15 @@ struct Taking {
     return (found & 1) | (found >> tile_lane & 1) << 1;
   }
 
-  // Of the lane's tokens those that are live and lie in [first, last).
-  __device__ unsigned live(int first, int last) const {
-    unsigned inside = 0;
+  // Those that are live of sixteen neighbours, as bits; by the whole warp.
+  __device__ unsigned live_neighbours() const {
+    unsigned live = 0;
 #pragma unroll
-    for (int step = 0; step < tile_steps; ++step) {
-      const int own = step * int(step_size) + quad * lane_id();
-      const int low = min(max(first - own, 0), quad), high = min(max(last - own, 0), quad);
-      inside |= ((1u << high) - (1u << low)) << step * quad;
+    for (int k = 0; k < tile_lane; k += quad) {
+      const unsigned four = __shfl_sync(all_lanes, bits, (tile_lane * lane_id() + k) / quad % 32);
+      live |= (four >> tile_lane * lane_id() / int(step_size) * quad & ((1u << quad) - 1)) << k;
     }
-    return bits & inside;
+    return live;
   }
 
   static constexpr int tile_lane = int(tile_size / 32); // tokens of a lane

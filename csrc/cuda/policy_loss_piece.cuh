@@ -1,6 +1,7 @@
 // The tokens of one row in one tile, evaluated four neighbours per lane where a whole step of the warp
 // trains, else one per lane.
 #pragma once
+#include "cuda/lane.cuh"
 #include "cuda/policy_loss_clip.cuh"
 #include <type_traits>
 
@@ -8,7 +9,7 @@ namespace tokcredit::cuda {
 
 // Tokens of a lane. Four neighbours in a plain step, in which all tokens of the warp train and lie in one
 // row, so that nothing is asked for each; else one of 32 that the warp takes at once.
-template <int n> struct Own {
+template <int n> struct Few {
   static constexpr int count = n;
   static constexpr bool plain = n == quad;
   int64_t t; // the first
@@ -35,9 +36,9 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
   const int64_t from;    // of the tile
   const int first, last; // in it
   const OfRow<A> row;
-  const A *sums = nullptr; // up to each token of the tile, where the log-ratio is cumulative
-  long long position = 0;  // of the token before
-  unsigned plain;          // steps, as bits
+  Staged<A> *sums = nullptr; // up to each token of the tile, where the log-ratio is cumulative
+  long long position = 0;    // of the token before
+  unsigned plain;            // steps, as bits
 
   __device__ Piece(const PolicyLoss &p, const Call<A> &call, const Taking &taking, int64_t r, int64_t from,
                    int first, int last)
@@ -71,11 +72,11 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
       out[k] = of_row;
   }
   // In a plain step these are the same for all tokens.
-  template <int n> __device__ A read(const Operand &operand, A of_row, const Own<n> &own) const {
+  template <int n> __device__ A read(const Operand &operand, A of_row, const Few<n> &own) const {
     return !own.plain && per_token(operand) ? static_cast<const A *>(operand.data)[own.t] : of_row;
   }
 
-  template <int n> __device__ Pairs<A, n> pairs_of(const Own<n> &own) const {
+  template <int n> __device__ Pairs<A, n> pairs_of(const Few<n> &own) const {
     Pairs<A, n> out;
     if (!own.live)
       return out;
@@ -92,7 +93,7 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
   }
 
   // Evaluates tokens.
-  template <int n> __device__ void take(const Own<n> &own, Tally &tally) {
+  template <int n> __device__ void take(const Few<n> &own, Tally &tally) {
     const Pairs<A, n> pairs = pairs_of(own);
     A raw[n], width = 1, slope[n]{};
 #pragma unroll
@@ -102,7 +103,7 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
       if (p.source == Source::cumulative) {
 #pragma unroll
         for (int k = 0; k < n; ++k)
-          raw[k] = own.here ? sums[own.t - from + k] : A(0);
+          raw[k] = own.here ? sums->at(int(own.t - from) + k) : A(0);
       }
       if (!own.plain && p.power != 0) {
         const unsigned live = __ballot_sync(all_lanes, own.live);
@@ -194,7 +195,7 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
   __device__ bool take_clipped(int64_t t, RowClip<A> &clip) const {
     A x[quad], slope[quad];
     if constexpr (running) {
-      load_four(sums + (t - from), x);
+      load_four(&sums->at(int(t - from)), x);
       bool usual = true;
 #pragma unroll
       for (int k = 0; k < quad; ++k)
@@ -258,7 +259,7 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
     for (int token = step * size; token < min((step + 1) * size, last); token += 32) {
       const unsigned bits = taking.of(token + lane_id());
       const bool here = token + lane_id() >= first && token + lane_id() < last;
-      take(Own<1>{from + token + lane_id(), here, here && bits & 1, here && bits & 2}, tally);
+      take(Few<1>{from + token + lane_id(), here, here && bits & 1, here && bits & 2}, tally);
     }
   }
 
@@ -287,7 +288,7 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
                                       std::conditional_t<rowwise, RowClip<A>, TokenClip<A>>>>(tally);
     else
       each_plain([&](int64_t t) {
-        take(Own<quad>{t, true, true, true}, tally);
+        take(Few<quad>{t, true, true, true}, tally);
         return true;
       });
     for (int step = first / int(step_size); step * int(step_size) < last; ++step)

@@ -2,8 +2,8 @@
 // the sums up to each token of it.
 #pragma once
 #include "cuda/chain.cuh"
+#include "cuda/lane.cuh"
 #include "cuda/policy_loss_call.cuh"
-#include "cuda/policy_loss_stats.cuh"
 
 namespace tokcredit::cuda {
 
@@ -17,110 +17,79 @@ struct Running {
   }
 };
 
-// Adds what the lane `distance` below has, if there is one.
-__device__ inline void add_from_below(double &to, double from, int distance) {
-#ifdef __CUDA_ARCH__
-  asm volatile("{ .reg .pred p; .reg .b32 low, high; .reg .f64 below;\n"
-               "  mov.b64 {low, high}, %1;\n"
-               "  shfl.sync.up.b32 low|p, low, %2, 0, -1;\n"
-               "  shfl.sync.up.b32 high|p, high, %2, 0, -1;\n"
-               "  mov.b64 below, {low, high};\n"
-               "  @p add.f64 %0, %0, below; }"
-               : "+d"(to)
-               : "d"(from), "r"(distance));
-#else
-  const double below = __shfl_up_sync(all_lanes, from, unsigned(distance));
-  if (lane_id() >= distance)
-    to += below;
-#endif
-}
-
-// Up to and including each lane.
-__device__ inline double scan_lanes(double upto) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2)
-    add_from_below(upto, upto, step);
-  return upto;
-}
-
-// The differences of a row's tokens in a tile, four neighbours of each step per lane, and their sums. Tokens
-// of other rows and masked ones count as 0.
+// The differences of a row's tokens in a tile, sixteen neighbours per lane, and their sums. Tokens of other
+// rows and masked ones count as 0.
 template <class T> struct Differences {
   using A = accumulate_t<T>;
-  A each[tile_steps][quad];
-  double before[tile_steps]; // the sum over all tokens before the lane's
+  A each[own_tokens];
+  double before = 0; // the sum over all tokens before the lane's
   double total = 0;
+  unsigned live;      // the lane's tokens that take part, as bits
   unsigned usual = 0; // a bit for each plain step in which all are finite and within the bound
 
-  // `plain` has a bit for each step of which all tokens are live, `live` one for each of the lane's tokens.
-  // `room` is for the numbers of a tile.
+  // `plain` has a bit for each step that lies in [first, last) of the tile, its tokens all live.
   __device__ Differences(const PolicyLoss &p, const Call<A> &call, const Taking &taking, unsigned plain,
-                         int64_t from, int first, int last, A *room) {
-    const T *log_probs = static_cast<const T *>(p.log_probs),
-            *reference = static_cast<const T *>(p.reference);
+                         int64_t from, int first, int last) {
+    const int64_t t = from + own_tokens * lane_id();
+    const bool whole = plain == (1u << tile_steps) - 1;
+    live = whole ? own_all : taking.live_neighbours() & bits_between(first, last);
     if (p.source != Source::cumulative)
       return;
-    __syncwarp(); // all lanes have read those of the row before
-#pragma unroll 1
-    for (int token = 0; token < int(tile_size); token += 32) {
-      if (plain >> token / int(step_size) & 1)
-        continue;
-      const int own = token + lane_id();
-      const bool live = taking.of(own) & 1 && own >= first && own < last;
-      room[own] = live ? load(log_probs[from + own]) - load(reference[from + own]) : A(0);
+    const auto log_probs = load_own(static_cast<const T *>(p.log_probs), t, p.rows.size);
+    const auto reference = load_own(static_cast<const T *>(p.reference), t, p.rows.size);
+#pragma unroll
+    for (int k = 0; k < own_tokens; ++k)
+      each[k] = load(log_probs.item[k]) - load(reference.item[k]);
+    if (!whole) {
+#pragma unroll
+      for (int k = 0; k < own_tokens; ++k)
+        each[k] = live >> k & 1 ? each[k] : A(0);
     }
-    __syncwarp();
+    bool within = true;
 #pragma unroll
-    for (int step = 0; step < tile_steps; ++step) {
-      const int own = step * int(step_size) + quad * lane_id();
-      A(&d)[quad] = each[step];
-      if (plain >> step & 1) {
-        A other[quad];
-        load_four(log_probs + from + own, d);
-        load_four(reference + from + own, other);
+    for (int k = 0; k < own_tokens; ++k)
+      within &= std::fabs(each[k]) <= call.usual_bound;
+    if (!within) {
 #pragma unroll
-        for (int k = 0; k < quad; ++k)
-          d[k] -= other[k];
-      } else {
-        load_four(room + own, d);
-      }
-      bool within = true;
-#pragma unroll
-      for (int k = 0; k < quad; ++k)
-        within &= std::fabs(d[k]) <= call.usual_bound;
-      if (__all_sync(all_lanes, within)) {
-        usual |= 1u << step;
-      } else {
-#pragma unroll
-        for (int k = 0; k < quad; ++k)
-          d[k] = bounded(d[k], -call.bound, call.bound);
-      }
-      double sum = double(d[0]);
-#pragma unroll
-      for (int k = 1; k < quad; ++k)
-        sum += double(d[k]);
-      const double through = scan_lanes(sum);
-      before[step] = total;
-      add_from_below(before[step], through, 1);
-      total += __shfl_sync(all_lanes, through, 31);
+      for (int k = 0; k < own_tokens; ++k)
+        each[k] = bounded(each[k], -call.bound, call.bound);
     }
+    const unsigned unusual = __ballot_sync(all_lanes, !within);
+#pragma unroll
+    for (int step = 0; step < tile_steps; ++step)
+      usual |= unsigned((unusual >> step * step_lanes & ((1u << step_lanes) - 1)) == 0) << step;
     usual &= plain;
+    double through = double(each[0]);
+#pragma unroll
+    for (int k = 1; k < own_tokens; ++k)
+      through += double(each[k]);
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const double below = __shfl_up_sync(all_lanes, through, unsigned(distance));
+      if (lane_id() >= distance)
+        through += below;
+    }
+    const double below = __shfl_up_sync(all_lanes, through, 1u);
+    before = lane_id() ? below : 0;
+    total = __shfl_sync(all_lanes, through, 31);
   }
 
   // The sums up to each token, after `start`.
-  __device__ void leave(double start, A *sums) const {
-    __syncwarp();
+  __device__ void leave(double start, Staged<A> &sums) const {
+    double upto = start + before;
+    __syncwarp(); // all lanes have read those of the row before
 #pragma unroll
-    for (int step = 0; step < tile_steps; ++step) {
-      double upto = start + before[step];
+    for (int v = 0; v < own_tokens; v += quad) {
       Quad<A> four;
 #pragma unroll
       for (int k = 0; k < quad; ++k)
-        four.item[k] = A(upto += double(each[step][k]));
-      *reinterpret_cast<Quad<A> *>(sums + step * step_size + quad * lane_id()) = four;
+        four.item[k] = A(upto += double(each[v + k]));
+      *reinterpret_cast<Quad<A> *>(sums.own(lane_id()) + v) = four;
     }
     __syncwarp();
   }
+
+  static constexpr int step_lanes = int(step_size) / own_tokens; // that have the tokens of a step
 };
 
 } // namespace tokcredit::cuda
