@@ -29,7 +29,7 @@ def accumulated(dtype):
 
 
 class Draw:
-    """What cases are made of. Arrays lie at odd places of larger ones, unless ``aligned``, so that no alignment is given."""
+    """What cases are made of. Unless ``aligned``, arrays lie at odd places of larger ones."""
 
     def __init__(self, number, long=False):
         self.long = long
