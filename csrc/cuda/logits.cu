@@ -171,7 +171,8 @@ __noinline__ __device__ double slope_of_token(double log_p, double entropy, doub
   return -from_log_prob * expm1(log_p) - from_entropy * (p > 0 ? p * (log_p + entropy) : p);
 }
 
-template <class T, int threads> __global__ void __launch_bounds__(threads) backward(LogitsBackward b) {
+template <class T, int threads>
+__global__ void __launch_bounds__(threads, sizeof(T) == 8 ? 1 : 0) backward(LogitsBackward b) {
   using A = accumulate_t<T>;
   constexpr int width = Vector<T>::width;
   const int64_t i = blockIdx.x, vocabulary = b.in.vocabulary;

@@ -126,10 +126,10 @@ __global__ void __launch_bounds__(block_threads)
     choose_digit(place, goals, wanted, pass, counts);
 }
 
-// Six blocks at once on a multiprocessor, so that enough loads are on their way: what the last block does
-// must not take registers from that.
+// As many blocks at once on a multiprocessor as registers allow, so that enough loads are on their way: what
+// the last block does must not take registers from that.
 template <class T, class Key = key_t<T>>
-__global__ void __launch_bounds__(block_threads, 6)
+__global__ void __launch_bounds__(block_threads, sizeof(Key) == 4 ? 6 : 5)
     count_digits(Select s, Goal<Key> *goals, Pass<Key> pass, int64_t span, unsigned long long *counts,
                  unsigned *finished) {
   const T *x = static_cast<const T *>(s.x);

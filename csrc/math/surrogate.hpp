@@ -91,47 +91,6 @@ template <class A> TOKCREDIT_FN Outcome<A> clip(const Token<A> &t, const PolicyL
   return clipped(t, c, stop, q, any(stop.stops()) ? exponential(stop.pick(c.x, t.low, t.high, t.cap)) : q);
 }
 
-// The bounds of `clip` and the ratios at them, for tokens that share them.
-template <class A> struct Bounds {
-  A low, high, cap, at_low, at_high, at_cap;
-
-  TOKCREDIT_FN Bounds(A low, A high, A cap)
-      : low(low), high(high), cap(cap), at_low(exponential(low)), at_high(exponential(high)),
-        at_cap(exponential(cap)) {}
-};
-
-// `clip` for an advantage: by its sign one lower and one upper bound can stop a token.
-template <class A> struct SignedClip {
-  A advantage, low, high, at_low, at_high;
-  bool caps; // `high` is the cap
-
-  TOKCREDIT_FN SignedClip(A advantage, A below, A above, A cap)
-      : advantage(advantage), low(pick(below, -A(INFINITY), -A(INFINITY))),
-        high(pick(cap, above, A(INFINITY))), at_low(exponential(low)), at_high(exponential(high)),
-        caps(advantage < A{}) {}
-  TOKCREDIT_FN SignedClip(A advantage, const Bounds<A> &b)
-      : advantage(advantage), low(pick(b.low, -A(INFINITY), -A(INFINITY))),
-        high(pick(b.cap, b.high, A(INFINITY))), at_low(b.at_low),
-        at_high(pick(b.at_cap, b.at_high, b.at_high)), caps(advantage < A{}) {}
-
-  TOKCREDIT_FN A pick(A negative, A positive, A other) const {
-    return advantage < A{} ? negative : advantage > A{} ? positive : other;
-  }
-
-  // `above` where `high` stops the token.
-  TOKCREDIT_FN Outcome<A> operator()(const Clamped<A> &c) const {
-    const A q = exponential(c.x);
-    A stopped = q, slope = -advantage * q;
-    const bool below = c.x < low;
-    stopped = choose(below, at_low, stopped);
-    slope = choose(below, A{}, slope);
-    const bool above = c.x > high;
-    stopped = choose(above, at_high, stopped);
-    slope = choose(above, A{}, slope);
-    return {-advantage * stopped, choose(c.held, A{}, slope), c.x, q, below, above, false};
-  }
-};
-
 template <class A> TOKCREDIT_FN Outcome<A> soft(const Token<A> &t, const PolicyLoss &p) {
   const Clamped<A> c(t.log_ratio, p);
   const mask_t<A> no{};

@@ -29,10 +29,11 @@ def accumulated(dtype):
 
 
 class Draw:
-    """What cases are made of. Arrays lie at odd places of larger ones, so that no alignment is given."""
+    """What cases are made of. Unless ``aligned``, arrays lie at odd places of larger ones."""
 
     def __init__(self, number, long=False):
         self.long = long
+        self.aligned = False
         self.random = random.Random(number)
         self.torch = torch.Generator().manual_seed(number)
         self.choice, self.integer = self.random.choice, self.random.randint
@@ -41,7 +42,7 @@ class Draw:
         return self.random.random() < p
 
     def placed(self, x):
-        offset = 0 if self.chance(0.4) else self.integer(0, 9)
+        offset = 0 if self.aligned or self.chance(0.4) else self.integer(0, 9)
         place = x.new_empty(x.numel() + offset)[offset:].view(x.shape)
         return place.copy_(x)
 
@@ -295,11 +296,16 @@ def maximum_variance(d):
 
 
 def policy_loss(d):
+    usual = d.chance(0.5)  # most tokens are evaluated four at a time
+    d.aligned = usual
     rows, count, size = d.rows()
     dtype = d.choice(FLOATS)
     out, surrogate = accumulated(dtype), d.choice(_C.SURROGATES)
     source = d.choice(_C.SOURCES)
     on = d.choice(_C.COORDINATES) if surrogate == "gated" else "ratio"
+
+    if usual and d.chance(0.7):
+        rows["mask"] = None
 
     def grid(dtype, *shape, scale=16, low=-40, high=40):
         """Multiples of 1/16, of which sums are exact: a token is on the same side of a bound on both sides."""
@@ -319,21 +325,25 @@ def policy_loss(d):
     always = {"low", "high"} | ({"log_ratio"} if source == "given" else set())
     operands, numbers = [], []
     for name, absent in _C.OPERANDS.items():
-        shape = d.choice([(), (count, 1), (size,)])
+        shape = d.choice([(), (count, 1)] if usual and d.chance(0.9) else [(), (count, 1), (size,)])
         wanted = (name != "log_ratio" or source == "given") and (name in always or d.chance(0.7))
         operands.append(made[name](shape) if wanted and shape else None)
         numbers.append(made[name](()).item() if wanted and not shape else absent)
     probability = on in ("probability", "binary_kl", "given")
-    log_probs = grid(dtype, size, high=0) if probability else grid(dtype, size)
+    scale = 64 if usual else 16
+    log_probs = grid(dtype, size, scale=scale, high=0 if probability else 40)
     needs_reference = source == "cumulative" or probability
-    reference = grid(dtype, size, high=0) if needs_reference or d.chance(0.7) else None
+    reference = grid(dtype, size, scale=scale, high=0 if probability else 40)
+    if d.chance(0.15):
+        log_probs[d.integer(0, size - 1)] = d.choice(SPECIAL)
+    clamp = d.choice([2.515625, math.inf])
     return {
         **rows,
         "log_probs": log_probs,
-        "reference": reference,
+        "reference": reference if needs_reference or d.chance(0.7) else None,
         "operands": operands,
         "numbers": numbers,
-        "trains": d.choice([None, d.bools(size)]),
+        "trains": None if usual and d.chance(0.7) else d.choice([None, d.bools(size)]),
         "surrogate": _C.SURROGATES.index(surrogate),
         "source": _C.SOURCES.index(source),
         "on": _C.COORDINATES.index(on),
@@ -342,8 +352,8 @@ def policy_loss(d):
         "bound": d.choice([0.515625, 3.0]) if source == "cumulative" else math.inf,
         "power": d.choice([0.0, 0.0, 0.5, 0.73]),
         "limit": d.choice([math.inf, 0.3]),
-        "clamp_low": -2.515625,
-        "clamp_high": 2.515625,
+        "clamp_low": -clamp,
+        "clamp_high": d.choice([clamp, 2.515625]),
         "values": d.empty(out, count),
         "stats": d.empty(torch.float64, count, len(_C.LOSS_STATS)),
         "slopes": d.choice([None, d.empty(out, size)]),

@@ -106,6 +106,20 @@ BUGS = [
         "if (aligned && t < size)",
         "scale_rows",
     ),
+    Bug(
+        "sums along a row are read too soon",
+        "policy_loss_running.cuh",
+        "= four;\n    }\n    __syncwarp();\n",
+        "= four;\n    }\n",
+        "policy_loss",
+    ),
+    Bug(
+        "a token that a bound stops is counted twice",
+        "policy_loss_clip.cuh",
+        "      count_if(!reaches, below);\n",
+        "      count_if(!moves, below);\n",
+        "policy_loss",
+    ),
     Bug("counts of a histogram are lost", "select.cu", "            __syncwarp();\n", "", "select"),
     Bug(
         "histograms are cleared while they are read",
