@@ -377,6 +377,45 @@ def logits_gradient(d):
     }
 
 
+def divergence(d):
+    rows, vocabulary, dtype = d.integer(1, 12), d.choice([1, 2, 7, 33, 500, 5003]), d.choice(FLOATS)
+    scale = d.choice([0.1, 2, 10])
+    student = d.normal(dtype, rows, vocabulary, scale=scale)
+    teacher = d.placed(student.clone()) if d.chance(0.2) else d.normal(dtype, rows, vocabulary, scale=scale)
+    if d.chance(0.3):
+        d.choice([student, teacher])[:, d.integer(0, vocabulary - 1)] = -math.inf
+    out, mixed = accumulated(dtype), d.chance(0.3)
+    return {
+        "student": student,
+        "teacher": teacher,
+        "other": d.normal(dtype, rows, vocabulary, scale=scale) if mixed else None,
+        "weights": d.placed(torch.tensor([d.choice([0.0, 1.5, -0.05]) for _ in range(rows)], dtype=out))
+        if mixed
+        else None,
+        "mask": d.choice([None, d.bools(rows)]),
+        "kind": d.integer(0, len(_C.DIVERGENCES) - 1),
+        "share": d.choice([0.5, 0.1, 0.9]),
+        "temperature": d.choice([1.0, 0.7, 2.0]),
+        "values": d.empty(out, rows),
+        "entropies": d.empty(out, rows),
+        "saved": d.empty(torch.float64, rows, 3),
+    }
+
+
+def divergence_gradient(d):
+    f = divergence(d)
+    _C.divergence(*(f.get(name, 1) for name in names("divergence")))
+    student = f["student"]
+    grad_values = d.normal(f["values"].dtype, len(student))
+    grad_values[torch.rand(len(student), generator=d.torch) < 0.2] = 0
+    return {
+        **{name: f[name] for name in names("divergence")[:8]},
+        "saved": f["saved"],
+        "grad_values": grad_values,
+        "grad": d.choice([student, d.empty(student.dtype, *student.shape)]),
+    }
+
+
 def repack(d):
     rows, _, size = d.rows()
     length = rows["end"] - rows["begin"]
@@ -429,6 +468,8 @@ GENERATORS = {
     "scale_rows": scale_rows,
     "logits": logits,
     "logits_gradient": logits_gradient,
+    "divergence": divergence,
+    "divergence_gradient": divergence_gradient,
     "repack": repack,
     "baseline": baseline,
 }

@@ -22,6 +22,8 @@ SIGNATURES = {
     "scale_rows": "=x factor begin end threads",
     "logits": "logits tokens temperature =log_probs =entropies =logsumexp threads",
     "logits_gradient": "logits tokens temperature logsumexp entropies grad_log_probs grad_entropies =grad threads",
+    "divergence": "student teacher other weights mask kind share temperature =values =entropies =saved threads",
+    "divergence_gradient": "student teacher other weights mask kind share temperature saved grad_values =grad threads",
     "repack": "x source target length =y threads",
     "baseline": "log_probs squares rewards begin end mask group groups epsilon =advantages =returns threads",
 }

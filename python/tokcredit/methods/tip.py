@@ -48,7 +48,7 @@ def tip(share: float = 0.5, quantile: float = 0.98, rank: TokenScore | None = No
         score = 1 - (1 - h) * (1 - d)
         loss = mean over the kept tokens of KL(student || teacher)
 
-    ``loss`` is given the divergences with their gradient (``tokcredit.divergence.kl``) instead of log-probs. Rewards
+    ``loss`` is given the divergences with their gradient (``tokcredit.divergence.between``) instead of log-probs. Rewards
     are not read.
 
     Args:

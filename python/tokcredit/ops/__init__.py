@@ -7,6 +7,7 @@ call goes through torch's dispatcher only where torch must see it; see :class:`t
 
 from tokcredit.ops.baseline import baseline
 from tokcredit.ops.call import empty_cache, num_threads, set_num_threads
+from tokcredit.ops.divergence import DIVERGENCES, DivergenceRows, divergence, kl
 from tokcredit.ops.logits import logits, logits_forward, logits_gradient_
 from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss
 from tokcredit.ops.repack import repack
@@ -17,16 +18,20 @@ from tokcredit.ops.tree import expand, spread, tree_build, tree_fold, tree_mean
 
 __all__ = [
     "COORDINATES",
+    "DIVERGENCES",
     "GATED_VALUES",
     "LOSS_STATS",
     "MOMENTS",
     "REDUCTIONS",
     "STANDARDS",
     "SURROGATES",
+    "DivergenceRows",
     "baseline",
     "count",
+    "divergence",
     "empty_cache",
     "expand",
+    "kl",
     "logits",
     "logits_forward",
     "logits_gradient_",

@@ -1,0 +1,296 @@
+#include "cpu/divergence_rows.hpp"
+#include "cpu/blocks.hpp"
+#include "math/dispatch.hpp"
+#include "math/divergence.hpp"
+
+namespace tokcredit::cpu {
+namespace {
+
+// The body with the type, one that is summed in A, as a template argument.
+template <class A, class Body> void with_summed_in(Type type, Body &&body) {
+  if constexpr (std::is_same_v<A, double>)
+    body(tag<double>{});
+  else if (type == Type::f32)
+    body(tag<float>{});
+  else if (type == Type::bf16)
+    body(tag<bf16>{});
+  else
+    body(tag<f16>{});
+}
+
+// The logits of one row of both, of any type that is summed in A; the teacher's may be a mixture of two.
+template <class A> struct Row {
+  Type type;
+  const char *student, *teacher, *other;
+  A weight;
+  int64_t size;
+
+  Row(const DivergenceRows &in, int64_t i) : type(in.type), size(in.vocabulary) {
+    const int64_t at = i * size * bytes_of(type);
+    student = static_cast<const char *>(in.student) + at;
+    teacher = static_cast<const char *>(in.teacher) + at;
+    weight = in.other ? static_cast<const A *>(in.weights)[i] : A(0);
+    other = weight == A(0) ? nullptr : static_cast<const char *>(in.other) + at;
+  }
+
+  // n numbers from the i-th, and -inf to the end of a pack.
+  void read_from(const char *logits, int64_t i, int64_t n, A *out) const {
+    with_summed_in<A>(type, [&](auto t) {
+      read(reinterpret_cast<const typename decltype(t)::type *>(logits) + i, n, A(-INFINITY), out);
+    });
+  }
+  void read_student(int64_t i, int64_t n, A *out) const { read_from(student, i, n, out); }
+  void read_teacher(int64_t i, int64_t n, A *out) const {
+    read_from(teacher, i, n, out);
+    if (!other)
+      return;
+    A from[block];
+    read_from(other, i, n, from);
+    for (int64_t k = 0; k < n; ++k)
+      out[k] = mixed(out[k], from[k], weight);
+  }
+
+  // Calls body(i, n, student, teacher) with blocks of n logits.
+  template <class Body> void each_block(Body &&body) const {
+    A s[block], t[block];
+    for (int64_t i = 0; i < size; i += block) {
+      const int64_t n = size - i < block ? size - i : block;
+      read_student(i, n, s);
+      read_teacher(i, n, t);
+      body(i, n, s, t);
+    }
+  }
+};
+
+// The largest logit, and where it is first.
+template <class A> struct Peak {
+  A most = A(-INFINITY);
+  int64_t at = -1;
+
+  void add(int64_t i, int64_t n, const A *values) {
+    Pack<A> packs = A(-INFINITY);
+    for (int64_t k = 0; k < n; k += lanes) {
+      const Pack<A> v(values + k);
+      packs = choose(packs < v, v, packs);
+    }
+    const A here = largest_lane(packs);
+    if (most < here) {
+      most = here;
+      at = i; // of the block
+    }
+  }
+
+  // From the block to the logit; `values` are those of the block.
+  void settle(const A *values) {
+    for (; *values != most; ++values)
+      ++at;
+  }
+
+  // Whether the pack at j holds it.
+  bool in(int64_t j) const { return at >= j && at < j + lanes; }
+};
+
+// Sums over a row relative to the largest logits, with d = (x - most) / temperature. Both leave out the
+// element that is the largest: where its probability is close to 1, the others keep digits that 1 + others
+// would lose.
+template <class A> struct Sums {
+  Peak<A> student, teacher;
+  double student_others = 0, teacher_others = 0;
+  double weighted = 0; // of exp(d) * d of the student
+  double difference =
+      0; // of exp(d) * between, d of the teacher in KL(q || p) and of the student in KL(p || q)
+
+  double log_sum_of_student() const { return std::log1p(student_others); }
+  double log_sum_of_teacher() const { return std::log1p(teacher_others); }
+  double entropy() const { return log_sum_of_student() - weighted / (1 + student_others); }
+};
+
+// One pack where an element is the largest of its distribution, number by number in double.
+template <Divergence kind, class A>
+void add_exactly(Sums<A> &sums, int64_t j, int64_t n, const A *s, const A *t, double inverse, A apart) {
+  for (int64_t k = 0; k < n; ++k) {
+    const double d = (double(s[k]) - double(sums.student.most)) * inverse;
+    const double own = std::exp(d), given = std::exp((double(t[k]) - double(sums.teacher.most)) * inverse);
+    const double between = (double(t[k]) - double(s[k]) - double(apart)) * inverse;
+    if (j + k != sums.student.at)
+      sums.student_others += own;
+    if (j + k != sums.teacher.at)
+      sums.teacher_others += given;
+    if (own > 0)
+      sums.weighted += own * d;
+    const double factor = kind == Divergence::forward_kl ? given : own;
+    if (!has_mixture(kind) && factor > 0)
+      sums.difference += factor * between;
+  }
+}
+
+template <Divergence kind, class A> void add(Sums<A> &sums, const Row<A> &row, double inverse, A apart) {
+  double s_all[lanes] = {}, t_all[lanes] = {}, w_all[lanes] = {}, b_all[lanes] = {};
+  const A scale = A(inverse), s_most = sums.student.most, t_most = sums.teacher.most;
+  row.each_block([&](int64_t i, int64_t n, const A *s, const A *t) {
+    Pack<A> s_own{}, t_own{}, w_own{}, b_own{};
+    for (int64_t k = 0; k < n; k += lanes) {
+      if (sums.student.in(i + k) || sums.teacher.in(i + k)) {
+        add_exactly<kind>(sums, i + k, n - k < lanes ? n - k : lanes, s + k, t + k, inverse, apart);
+        continue;
+      }
+      const Pack<A> x(s + k), y(t + k);
+      Pack<A> d = (x - s_most) * scale;
+      d = choose(d < lowest<A>, Pack<A>(lowest<A>), d);
+      const Pack<A> own = exponential(d), given = exponential((y - t_most) * scale);
+      s_own = s_own + own;
+      t_own = t_own + given;
+      w_own = w_own + own * d;
+      if constexpr (!has_mixture(kind)) {
+        const Pack<A> between = (y - (x + apart)) * scale;
+        const Pack<A> &factor = kind == Divergence::forward_kl ? given : own;
+        b_own = b_own + choose(factor > Pack<A>{}, factor * between, Pack<A>{});
+      }
+    }
+    s_own.add_to(s_all);
+    t_own.add_to(t_all);
+    w_own.add_to(w_all);
+    b_own.add_to(b_all);
+  });
+  for (int64_t k = 0; k < lanes; ++k) {
+    sums.student_others += s_all[k];
+    sums.teacher_others += t_all[k];
+    sums.weighted += w_all[k];
+    sums.difference += b_all[k];
+  }
+}
+
+// The value and the sum of slopes of a divergence from a mixture.
+template <Divergence kind, class A>
+Terms<double> mixture_terms(const Row<A> &row, const LogProbs<A> &logs, double share) {
+  double v_all[lanes] = {}, c_all[lanes] = {};
+  Terms<double> out{0, 0};
+  row.each_block([&](int64_t, int64_t n, const A *s, const A *t) {
+    Pack<A> v_own{}, c_own{};
+    for (int64_t k = 0; k < n; k += lanes) {
+      const Pack<A> x(s + k), y(t + k);
+      const Pack<A> log_p = logs.log_p(x), log_q = logs.log_q(y);
+      if (any(is_large(log_p, log_q))) {
+        for (int64_t j = k; j < n && j < k + lanes; ++j)
+          add_exact_terms<kind>(out, logs, s[j], t[j], share);
+        continue;
+      }
+      const auto terms = divergence_terms<kind>(log_p, log_q, logs.delta(x, y), A(share));
+      v_own = v_own + terms.value;
+      c_own = c_own + terms.slope;
+    }
+    v_own.add_to(v_all);
+    c_own.add_to(c_all);
+  });
+  for (int64_t k = 0; k < lanes; ++k) {
+    out.value += v_all[k];
+    out.slope += c_all[k];
+  }
+  return out;
+}
+
+template <Divergence kind, class A> void forward(const DivergenceForward &f, int64_t i) {
+  const double inverse = 1 / f.in.temperature;
+  double value = 0, entropy = 0, *saved = f.saved + i * saved_of_divergence;
+  saved[0] = saved[1] = saved[2] = 0;
+  if (!f.in.mask || f.in.mask[i]) {
+    const Row<A> row(f.in, i);
+    Sums<A> sums;
+    row.each_block([&](int64_t j, int64_t n, const A *s, const A *t) {
+      sums.student.add(j, n, s);
+      sums.teacher.add(j, n, t);
+    });
+    if (sums.student.at < 0 || sums.teacher.at < 0) { // every logit is -inf
+      value = entropy = saved[0] = saved[1] = saved[2] = double(NAN);
+    } else {
+      A values[block];
+      const auto rest = [&](int64_t j) { return row.size - j < block ? row.size - j : block; };
+      row.read_student(sums.student.at, rest(sums.student.at), values);
+      sums.student.settle(values);
+      row.read_teacher(sums.teacher.at, rest(sums.teacher.at), values);
+      sums.teacher.settle(values);
+      const A apart = offset(sums.teacher.most - sums.student.most);
+      add<kind>(sums, row, inverse, apart);
+      entropy = sums.entropy();
+      saved[0] = double(sums.student.most) * inverse + sums.log_sum_of_student();
+      saved[1] = double(sums.teacher.most) * inverse + sums.log_sum_of_teacher();
+      if (!std::isfinite(saved[0] + saved[1])) {
+        value = saved[2] = double(NAN);
+      } else if constexpr (has_mixture(kind)) {
+        const Terms<double> terms =
+            mixture_terms<kind>(row, LogProbs<A>(saved, f.in.temperature), f.in.share);
+        value = terms.value;
+        saved[2] = terms.slope;
+      } else {
+        // The mean of log q - log p is that of what was summed, and this.
+        const double off =
+            (double(apart) - (double(sums.teacher.most) - double(sums.student.most))) * inverse +
+            sums.log_sum_of_student() - sums.log_sum_of_teacher();
+        if constexpr (kind == Divergence::forward_kl)
+          value = sums.difference / (1 + sums.teacher_others) + off;
+        else
+          value = -sums.difference / (1 + sums.student_others) - off;
+        saved[2] = value;
+      }
+    }
+  }
+  static_cast<A *>(f.values)[i] = A(value);
+  static_cast<A *>(f.entropies)[i] = A(entropy);
+}
+
+template <Divergence kind, class A> void backward(const DivergenceBackward &b, int64_t i) {
+  const int64_t bytes = b.in.vocabulary * bytes_of(b.in.type);
+  char *grad = static_cast<char *>(b.grad) + i * bytes;
+  const double given = double(static_cast<const A *>(b.grad_values)[i]) / b.in.temperature;
+  if ((b.in.mask && !b.in.mask[i]) || given == 0) {
+    __builtin_memset(grad, 0, bytes);
+    return;
+  }
+  const double *saved = b.saved + i * saved_of_divergence;
+  const double factor = std::isfinite(saved[0] + saved[1] + saved[2]) ? given : double(NAN),
+               share = b.in.share;
+  const LogProbs<A> logs(saved, b.in.temperature);
+  const Row<A> row(b.in, i);
+  row.each_block([&](int64_t j, int64_t n, A *s, const A *t) {
+    for (int64_t k = 0; k < n; k += lanes) {
+      const Pack<A> x(s + k), y(t + k);
+      const Pack<A> log_p = logs.log_p(x), log_q = logs.log_q(y);
+      if (any(is_large(log_p, log_q))) {
+        for (int64_t l = k; l < n && l < k + lanes; ++l)
+          s[l] = A(factor * exact_slope<kind>(logs, s[l], t[l], share, saved[2]));
+        continue;
+      }
+      const Pack<A> slope =
+          divergence_slope<kind>(log_p, log_q, logs.delta(x, y), A(share), Pack<A>(A(saved[2])));
+      (slope * A(factor)).store(s + k, lanes);
+    }
+    with_summed_in<A>(b.in.type, [&](auto t) {
+      auto *out = reinterpret_cast<typename decltype(t)::type *>(grad) + j;
+      for (int64_t k = 0; k < n; ++k)
+        store(out + k, s[k]);
+    });
+  });
+}
+
+} // namespace
+
+namespace TOKCREDIT_LEVEL {
+
+void divergence_rows(const DivergenceForward &f, int64_t first, int64_t last) {
+  with_divergence(f.in.kind, [&](auto kind) {
+    for (int64_t i = first; i < last; ++i)
+      f.in.type == Type::f64 ? forward<decltype(kind)::value, double>(f, i)
+                             : forward<decltype(kind)::value, float>(f, i);
+  });
+}
+
+void divergence_gradient_rows(const DivergenceBackward &b, int64_t first, int64_t last) {
+  with_divergence(b.in.kind, [&](auto kind) {
+    for (int64_t i = first; i < last; ++i)
+      b.in.type == Type::f64 ? backward<decltype(kind)::value, double>(b, i)
+                             : backward<decltype(kind)::value, float>(b, i);
+  });
+}
+
+} // namespace TOKCREDIT_LEVEL
+} // namespace tokcredit::cpu

@@ -1,0 +1,341 @@
+// A block per row, 16 bytes per load. A first pass finds the normalizers of both distributions by online
+// softmax, and the KL divergences with them; the divergences from a mixture take a second, from cache where
+// it holds the row. Backward reads both once and writes once.
+#include "cuda/power.cuh"
+#include "cuda/vector.cuh"
+#include "math/dispatch.hpp"
+#include "math/divergence.hpp"
+#include "ops/divergence.hpp"
+#include <cub/block/block_reduce.cuh>
+
+namespace tokcredit::cuda {
+namespace {
+
+// The logits of one row of both; the teacher's may be a mixture of two.
+template <class T> struct Row {
+  using A = accumulate_t<T>;
+  static constexpr int width = Vector<T>::width;
+  const T *student, *teacher, *other;
+  A weight;
+  int size;
+
+  __device__ Row(const DivergenceRows &in, int64_t i) : size(int(in.vocabulary)) {
+    const int64_t at = i * in.vocabulary;
+    student = static_cast<const T *>(in.student) + at;
+    teacher = static_cast<const T *>(in.teacher) + at;
+    weight = in.other ? static_cast<const A *>(in.weights)[i] : A(0);
+    other = weight == A(0) ? nullptr : static_cast<const T *>(in.other) + at;
+  }
+
+  // Vectors of all start at the same places inside 16 bytes, or there are none.
+  __device__ Vectors<T> vectors(const T *result) const {
+    const auto place = [](const T *x) { return reinterpret_cast<uintptr_t>(x) % 16; };
+    return Vectors<T>(student, size,
+                      place(student) == place(teacher) && place(student) == place(result) &&
+                          (!other || place(student) == place(other)));
+  }
+
+  // Calls one(j, s, t) for each element outside of vectors and several(j, s, t) for each vector, with arrays
+  // of numbers.
+  template <class One, class Several>
+  __device__ void each(const T *result, One &&one, Several &&several) const {
+    const Vectors<T> all = vectors(result);
+    all.each_single([&](int j) {
+      const A s[1] = {load(student[j])};
+      A t[1] = {load(teacher[j])};
+      if (other)
+        t[0] = mixed(t[0], A(load(other[j])), weight);
+      one(j, s, t);
+    });
+    const auto vector = [&](int j, const Vector<T> &x, const Vector<T> &y) {
+      A s[width], t[width];
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        s[k] = load(x.item[k]);
+        t[k] = load(y.item[k]);
+      }
+      if (other) {
+        const Vector<T> z = load_vector(other + j);
+#pragma unroll
+        for (int k = 0; k < width; ++k)
+          t[k] = mixed(t[k], A(load(z.item[k])), weight);
+      }
+      several(j, s, t);
+    };
+    all.each_vector(
+        [&](int j, int k) {
+          const Vector<T> x = load_vector(student + j), y = load_vector(teacher + j);
+          const Vector<T> u = load_vector(student + k), v = load_vector(teacher + k);
+          vector(j, x, y);
+          vector(k, u, v);
+        },
+        [&](int j) { vector(j, load_vector(student + j), load_vector(teacher + j)); });
+  }
+};
+
+// Sums of 2^d, of d * 2^d and of between * 2^d, d = (x - most) * scale being at most 0. The first leaves out
+// one logit that is the largest: where p is close to 1, the sum of the others keeps digits that 1 + others
+// would lose. `between` of that logit is added in double.
+template <class A> struct Sums {
+  A most;
+  double others = -1, weighted = 0, difference = 0; // -1: no logit yet
+
+  __device__ void raise(A to, A scale) {
+    const double d = double(floored((most - to) * scale)), factor = double(power_of_two(A(d)));
+    weighted = factor * (weighted + d * (1 + others));
+    difference *= factor;
+    others = factor * (1 + others);
+    most = to;
+  }
+
+  // between(k) is a number of A, exactly(k) the same in double.
+  template <bool differs, int width, class Between, class Exactly>
+  __device__ void add(const A (&x)[width], A scale, Between &&between, Exactly &&exactly) {
+    A top = x[0];
+#pragma unroll
+    for (int k = 1; k < width; ++k)
+      top = larger(top, x[k]);
+    const bool raised = top > most;
+    if (raised)
+      raise(top, scale);
+    A p = 0, w = 0, b = 0;
+    int left_out = raised ? -1 : width;
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      const A d = (x[k] - most) * scale, e = power_of_two(d);
+      w += e * floored(d);
+      const bool leave = left_out < 0 && d == 0; // never for inf - inf
+      left_out = leave ? k : left_out;
+      p += leave ? A(0) : e;
+      if (differs)
+        b += leave || !(e > 0) ? A(0) : e * between(k);
+    }
+    others += double(p);
+    weighted += double(w);
+    if (differs) {
+      difference += double(b);
+      if (raised) {
+#pragma unroll
+        for (int k = 0; k < width; ++k)
+          if (k == left_out)
+            difference += exactly(k);
+      }
+    }
+  }
+
+  __device__ void merge(Sums o, A scale) {
+    if (most < o.most)
+      raise(o.most, scale);
+    else
+      o.raise(most, scale);
+    others += o.others;
+    weighted += o.weighted;
+    difference += o.difference;
+  }
+};
+
+template <class A> struct Both {
+  Sums<A> student, teacher;
+};
+
+template <class A> struct Merge {
+  A scale;
+  __device__ Both<A> operator()(Both<A> a, const Both<A> &b) const {
+    a.student.merge(b.student, scale);
+    a.teacher.merge(b.teacher, scale);
+    return a;
+  }
+};
+
+struct Add {
+  __device__ Terms<double> operator()(const Terms<double> &a, const Terms<double> &b) const {
+    return {a.value + b.value, a.slope + b.slope};
+  }
+};
+
+// In double, of the few elements with a large probability.
+template <Divergence kind, class A>
+__noinline__ __device__ Terms<double> terms_exactly(const LogProbs<A> &logs, double s, double t,
+                                                    double share) {
+  Terms<double> sum{0, 0};
+  add_exact_terms<kind>(sum, logs, s, t, share);
+  return sum;
+}
+template <Divergence kind, class A>
+__noinline__ __device__ double slope_exactly(const LogProbs<A> &logs, double s, double t, double share,
+                                             double sum) {
+  return exact_slope<kind>(logs, s, t, share, sum);
+}
+
+template <Divergence kind, class T, int threads>
+__global__ void __launch_bounds__(threads) forward(DivergenceForward f) {
+  using A = accumulate_t<T>;
+  using Reduce = cub::BlockReduce<Both<A>, threads>;
+  using ReduceTerms = cub::BlockReduce<Terms<double>, threads>;
+  __shared__ union {
+    typename Reduce::TempStorage sums;
+    typename ReduceTerms::TempStorage terms;
+  } scratch;
+  __shared__ double logsumexp[2];
+  const int64_t i = blockIdx.x;
+  double *saved = f.saved + i * saved_of_divergence;
+  A *values = static_cast<A *>(f.values), *entropies = static_cast<A *>(f.entropies);
+  if (f.in.mask && !f.in.mask[i]) {
+    if (threadIdx.x == 0) {
+      values[i] = entropies[i] = 0;
+      saved[0] = saved[1] = saved[2] = 0;
+    }
+    return;
+  }
+  constexpr bool forward_kl = kind == Divergence::forward_kl, reverse_kl = kind == Divergence::reverse_kl;
+  const double inverse = 1 / f.in.temperature;
+  const A scale = A(log2_e * inverse);
+  const Row<T> row(f.in, i);
+  A apart = 0;
+  if (!has_mixture(kind) && row.size > 0) { // about the distance of the two, the same for all threads
+    const A first = load(row.teacher[0]) - load(row.student[0]);
+    apart = first - first == 0 ? offset(first) : A(0);
+  }
+  Both<A> own{{lowest(A())}, {lowest(A())}};
+  const auto add = [&](int, const auto &s, const auto &t) {
+    const auto between = [&](int k) { return t[k] - (s[k] + apart); };
+    const auto exactly = [&](int k) { return double(t[k]) - double(s[k]) - double(apart); };
+    own.student.template add<reverse_kl>(s, scale, between, exactly);
+    own.teacher.template add<forward_kl>(t, scale, between, exactly);
+  };
+  row.each(row.student, add, add);
+  const Both<A> all = Reduce(scratch.sums).Reduce(own, Merge<A>{scale});
+  if (threadIdx.x == 0) {
+    double value = double(NAN), entropy = value, sum = value;
+    logsumexp[0] = logsumexp[1] = value;
+    if (all.student.others != -1 && all.teacher.others != -1) { // -1: every logit is -inf
+      const double log_s = log1p(all.student.others), log_t = log1p(all.teacher.others);
+      entropy = log_s - all.student.weighted / (1 + all.student.others) * ln_2;
+      logsumexp[0] = double(all.student.most) * inverse + log_s;
+      logsumexp[1] = double(all.teacher.most) * inverse + log_t;
+      // The mean of log q - log p is that of what was summed, and this.
+      const double off =
+          (double(apart) - (double(all.teacher.most) - double(all.student.most))) * inverse + log_s - log_t;
+      if (forward_kl)
+        sum = all.teacher.difference * inverse / (1 + all.teacher.others) + off;
+      else if (reverse_kl)
+        sum = -all.student.difference * inverse / (1 + all.student.others) - off;
+      value = logsumexp[0] + logsumexp[1] - (logsumexp[0] + logsumexp[1]) == 0 ? sum : double(NAN);
+    }
+    values[i] = A(value);
+    entropies[i] = A(entropy);
+    saved[0] = logsumexp[0];
+    saved[1] = logsumexp[1];
+    saved[2] = value;
+  }
+  if constexpr (has_mixture(kind)) {
+    __syncthreads();
+    const double log_s = logsumexp[0], log_t = logsumexp[1];
+    if (log_s + log_t - (log_s + log_t) != 0)
+      return; // NaN is written
+    const LogProbs<A> logs(logsumexp, f.in.temperature);
+    const A share = A(f.in.share);
+    Terms<double> terms{0, 0};
+    const auto add_terms = [&](int, const auto &s, const auto &t) {
+      A value = 0, slope = 0;
+#pragma unroll
+      for (int k = 0; k < int(sizeof(s) / sizeof(A)); ++k) {
+        const A log_p = logs.log_p(s[k]), log_q = logs.log_q(t[k]);
+        if (is_large(log_p, log_q)) {
+          terms = Add()(terms, terms_exactly<kind>(logs, double(s[k]), double(t[k]), f.in.share));
+        } else {
+          const Terms<A> one = divergence_terms<kind>(log_p, log_q, logs.delta(s[k], t[k]), share);
+          value += one.value;
+          slope += one.slope;
+        }
+      }
+      terms.value += double(value);
+      terms.slope += double(slope);
+    };
+    row.each(row.student, add_terms, add_terms);
+    const Terms<double> sum = ReduceTerms(scratch.terms).Reduce(terms, Add());
+    if (threadIdx.x == 0) {
+      values[i] = A(sum.value);
+      saved[2] = sum.slope;
+    }
+  }
+}
+
+template <Divergence kind, class T, int threads>
+__global__ void __launch_bounds__(threads) backward(DivergenceBackward b) {
+  using A = accumulate_t<T>;
+  const int64_t i = blockIdx.x, vocabulary = b.in.vocabulary;
+  T *grad = static_cast<T *>(b.grad) + i * vocabulary;
+  const double given = double(static_cast<const A *>(b.grad_values)[i]) / b.in.temperature;
+  if ((b.in.mask && !b.in.mask[i]) || given == 0) {
+    const auto clear = [&](int j) { store_vector(grad + j, Vector<T>{}); };
+    const Vectors<T> vectors(grad, vocabulary);
+    vectors.each_single([&](int j) { grad[j] = T{}; });
+    vectors.each_vector(
+        [&](int j, int k) {
+          clear(j);
+          clear(k);
+        },
+        clear);
+    return;
+  }
+  const double *saved = b.saved + i * saved_of_divergence, sum = saved[2];
+  const double every = saved[0] + saved[1] + sum;
+  const double factor = every - every == 0 ? given : double(NAN);
+  const LogProbs<A> logs(saved, b.in.temperature);
+  const A share = A(b.in.share), subtracted = A(sum), times = A(factor);
+  const auto slope = [&](A s, A t) {
+    const A log_p = logs.log_p(s), log_q = logs.log_q(t);
+    if (is_large(log_p, log_q))
+      return A(factor * slope_exactly<kind>(logs, double(s), double(t), b.in.share, sum));
+    return divergence_slope<kind>(log_p, log_q, logs.delta(s, t), share, subtracted) * times;
+  };
+  const Row<T> row(b.in, i);
+  row.each(
+      grad, [&](int j, const auto &s, const auto &t) { store(grad + j, slope(s[0], t[0])); },
+      [&](int j, const auto &s, const auto &t) {
+        Vector<T> stored;
+#pragma unroll
+        for (int k = 0; k < Vector<T>::width; ++k)
+          store(stored.item + k, slope(s[k], t[k]));
+        store_vector(grad + j, stored);
+      });
+}
+
+// Calls body with the kind, and with the threads of a block, so that each has a few vectors of a row.
+template <class T, class Body> void with_shape(const DivergenceRows &in, Body &&body) {
+  if (in.vocabulary >= int64_t(1) << 31)
+    throw std::invalid_argument("divergence: vocabulary: expected fewer than 2^31, got " +
+                                std::to_string(in.vocabulary));
+  with_divergence(in.kind, [&](auto kind) {
+    const int64_t vectors = in.vocabulary * int64_t(sizeof(T)) / 16;
+    if (vectors > 2048)
+      body(kind, std::integral_constant<int, 512>{});
+    else
+      body(kind, std::integral_constant<int, 64>{});
+  });
+}
+
+} // namespace
+
+void divergence(const DivergenceForward &f, Queue &queue) {
+  with_float(f.in.type, [&](auto t) {
+    using T = typename decltype(t)::type;
+    with_shape<T>(f.in, [&](auto kind, auto threads) {
+      launch("divergence", queue, forward<decltype(kind)::value, T, decltype(threads)::value>, f.in.rows,
+             threads, f);
+    });
+  });
+}
+
+void divergence_gradient(const DivergenceBackward &b, Queue &queue) {
+  with_float(b.in.type, [&](auto t) {
+    using T = typename decltype(t)::type;
+    with_shape<T>(b.in, [&](auto kind, auto threads) {
+      launch("divergence", queue, backward<decltype(kind)::value, T, decltype(threads)::value>, b.in.rows,
+             threads, b);
+    });
+  });
+}
+
+} // namespace tokcredit::cuda
