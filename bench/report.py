@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("tree", "scan", "credit", "loss", "selection", "log_probs", "head", "rollouts", "end_to_end", "scaling")
+SCRIPTS = ("tree", "scan", "credit", "loss", "selection", "log_probs", "divergence", "head", "rollouts", "end_to_end", "scaling")
 ONCE = ("end_to_end", "scaling")  # not repeated with tuned malloc
 METHOD = "prepare + loss, "  # begins the names of the methods in the results of end_to_end
 # With these settings memory that was freed stays with the process, so that a new result of the same size needs no new

@@ -1,6 +1,7 @@
 // A row of the vocabulary in blocks of numbers of the accumulation type, for row loops (see level.hpp).
 #pragma once
 #include "cpu/pack.hpp"
+#include "math/dispatch.hpp"
 
 namespace tokcredit::cpu {
 namespace {
@@ -26,6 +27,46 @@ template <class A> A largest_lane(const Pack<A> &x) {
     out = out < each ? each : out;
   return out;
 }
+
+// The body with the type, one that is summed in A, as a template argument.
+template <class A, class Body> void with_summed_in(Type type, Body &&body) {
+  if constexpr (std::is_same_v<A, double>)
+    body(tag<double>{});
+  else if (type == Type::f32)
+    body(tag<float>{});
+  else if (type == Type::bf16)
+    body(tag<bf16>{});
+  else
+    body(tag<f16>{});
+}
+
+// The largest logit, and where it is first.
+template <class A> struct Peak {
+  A most = A(-INFINITY);
+  int64_t at = -1;
+
+  void add(int64_t i, int64_t n, const A *values) {
+    Pack<A> packs = A(-INFINITY);
+    for (int64_t k = 0; k < n; k += lanes) {
+      const Pack<A> v(values + k);
+      packs = choose(packs < v, v, packs);
+    }
+    const A here = largest_lane(packs);
+    if (most < here) {
+      most = here;
+      at = i; // of the block
+    }
+  }
+
+  // From the block to the logit; `values` are those of the block.
+  void settle(const A *values) {
+    for (; *values != most; ++values)
+      ++at;
+  }
+
+  // Whether the pack at j holds it.
+  bool in(int64_t j) const { return at >= j && at < j + lanes; }
+};
 
 } // namespace
 } // namespace tokcredit::cpu

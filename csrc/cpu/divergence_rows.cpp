@@ -1,22 +1,9 @@
 #include "cpu/divergence_rows.hpp"
 #include "cpu/blocks.hpp"
-#include "math/dispatch.hpp"
 #include "math/divergence.hpp"
 
 namespace tokcredit::cpu {
 namespace {
-
-// The body with the type, one that is summed in A, as a template argument.
-template <class A, class Body> void with_summed_in(Type type, Body &&body) {
-  if constexpr (std::is_same_v<A, double>)
-    body(tag<double>{});
-  else if (type == Type::f32)
-    body(tag<float>{});
-  else if (type == Type::bf16)
-    body(tag<bf16>{});
-  else
-    body(tag<f16>{});
-}
 
 // The logits of one row of both, of any type that is summed in A; the teacher's may be a mixture of two.
 template <class A> struct Row {
@@ -60,34 +47,6 @@ template <class A> struct Row {
       body(i, n, s, t);
     }
   }
-};
-
-// The largest logit, and where it is first.
-template <class A> struct Peak {
-  A most = A(-INFINITY);
-  int64_t at = -1;
-
-  void add(int64_t i, int64_t n, const A *values) {
-    Pack<A> packs = A(-INFINITY);
-    for (int64_t k = 0; k < n; k += lanes) {
-      const Pack<A> v(values + k);
-      packs = choose(packs < v, v, packs);
-    }
-    const A here = largest_lane(packs);
-    if (most < here) {
-      most = here;
-      at = i; // of the block
-    }
-  }
-
-  // From the block to the logit; `values` are those of the block.
-  void settle(const A *values) {
-    for (; *values != most; ++values)
-      ++at;
-  }
-
-  // Whether the pack at j holds it.
-  bool in(int64_t j) const { return at >= j && at < j + lanes; }
 };
 
 // Sums over a row relative to the largest logits, with d = (x - most) / temperature. Both leave out the

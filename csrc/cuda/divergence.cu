@@ -1,7 +1,7 @@
 // A block per row, 16 bytes per load. A first pass finds the normalizers of both distributions by online
 // softmax, and the KL divergences with them; the divergences from a mixture take a second, from cache where
 // it holds the row. Backward reads both once and writes once.
-#include "cuda/power.cuh"
+#include "cuda/softmax.cuh"
 #include "cuda/vector.cuh"
 #include "math/dispatch.hpp"
 #include "math/divergence.hpp"
@@ -70,67 +70,6 @@ template <class T> struct Row {
           vector(k, u, v);
         },
         [&](int j) { vector(j, load_vector(student + j), load_vector(teacher + j)); });
-  }
-};
-
-// Sums of 2^d, of d * 2^d and of between * 2^d, d = (x - most) * scale being at most 0. The first leaves out
-// one logit that is the largest: where p is close to 1, the sum of the others keeps digits that 1 + others
-// would lose. `between` of that logit is added in double.
-template <class A> struct Sums {
-  A most;
-  double others = -1, weighted = 0, difference = 0; // -1: no logit yet
-
-  __device__ void raise(A to, A scale) {
-    const double d = double(floored((most - to) * scale)), factor = double(power_of_two(A(d)));
-    weighted = factor * (weighted + d * (1 + others));
-    difference *= factor;
-    others = factor * (1 + others);
-    most = to;
-  }
-
-  // between(k) is a number of A, exactly(k) the same in double.
-  template <bool differs, int width, class Between, class Exactly>
-  __device__ void add(const A (&x)[width], A scale, Between &&between, Exactly &&exactly) {
-    A top = x[0];
-#pragma unroll
-    for (int k = 1; k < width; ++k)
-      top = larger(top, x[k]);
-    const bool raised = top > most;
-    if (raised)
-      raise(top, scale);
-    A p = 0, w = 0, b = 0;
-    int left_out = raised ? -1 : width;
-#pragma unroll
-    for (int k = 0; k < width; ++k) {
-      const A d = (x[k] - most) * scale, e = power_of_two(d);
-      w += e * floored(d);
-      const bool leave = left_out < 0 && d == 0; // never for inf - inf
-      left_out = leave ? k : left_out;
-      p += leave ? A(0) : e;
-      if (differs)
-        b += leave || !(e > 0) ? A(0) : e * between(k);
-    }
-    others += double(p);
-    weighted += double(w);
-    if (differs) {
-      difference += double(b);
-      if (raised) {
-#pragma unroll
-        for (int k = 0; k < width; ++k)
-          if (k == left_out)
-            difference += exactly(k);
-      }
-    }
-  }
-
-  __device__ void merge(Sums o, A scale) {
-    if (most < o.most)
-      raise(o.most, scale);
-    else
-      o.raise(most, scale);
-    others += o.others;
-    weighted += o.weighted;
-    difference += o.difference;
   }
 };
 
@@ -302,38 +241,32 @@ __global__ void __launch_bounds__(threads) backward(DivergenceBackward b) {
       });
 }
 
-// Calls body with the kind, and with the threads of a block, so that each has a few vectors of a row.
-template <class T, class Body> void with_shape(const DivergenceRows &in, Body &&body) {
+constexpr int block_threads = 256;
+
+void check_vocabulary(const DivergenceRows &in) {
   if (in.vocabulary >= int64_t(1) << 31)
     throw std::invalid_argument("divergence: vocabulary: expected fewer than 2^31, got " +
                                 std::to_string(in.vocabulary));
-  with_divergence(in.kind, [&](auto kind) {
-    const int64_t vectors = in.vocabulary * int64_t(sizeof(T)) / 16;
-    if (vectors > 2048)
-      body(kind, std::integral_constant<int, 512>{});
-    else
-      body(kind, std::integral_constant<int, 64>{});
-  });
 }
 
 } // namespace
 
 void divergence(const DivergenceForward &f, Queue &queue) {
-  with_float(f.in.type, [&](auto t) {
-    using T = typename decltype(t)::type;
-    with_shape<T>(f.in, [&](auto kind, auto threads) {
-      launch("divergence", queue, forward<decltype(kind)::value, T, decltype(threads)::value>, f.in.rows,
-             threads, f);
+  check_vocabulary(f.in);
+  with_divergence(f.in.kind, [&](auto kind) {
+    with_float(f.in.type, [&](auto t) {
+      launch("divergence", queue, forward<decltype(kind)::value, typename decltype(t)::type, block_threads>,
+             f.in.rows, block_threads, f);
     });
   });
 }
 
 void divergence_gradient(const DivergenceBackward &b, Queue &queue) {
-  with_float(b.in.type, [&](auto t) {
-    using T = typename decltype(t)::type;
-    with_shape<T>(b.in, [&](auto kind, auto threads) {
-      launch("divergence", queue, backward<decltype(kind)::value, T, decltype(threads)::value>, b.in.rows,
-             threads, b);
+  check_vocabulary(b.in);
+  with_divergence(b.in.kind, [&](auto kind) {
+    with_float(b.in.type, [&](auto t) {
+      launch("divergence", queue, backward<decltype(kind)::value, typename decltype(t)::type, block_threads>,
+             b.in.rows, block_threads, b);
     });
   });
 }

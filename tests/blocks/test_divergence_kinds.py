@@ -346,7 +346,7 @@ def test_arguments_are_checked():
         module.between(student, teacher, "forward_kl", temperature=math.nan)
     with pytest.raises(ValueError, match=r"mask: expected bool \[3\], got bool \[2\]"):
         module.between(student, teacher, "forward_kl", mask=torch.ones(2, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"weights: expected float \[3\], got float32 \[2\]"):
+    with pytest.raises(ValueError, match=r"weights: expected .* \[3\], got float32 \[2\]"):
         module.between(student, module.Mixture(teacher, teacher, torch.ones(2)), "forward_kl")
     with pytest.raises(TypeError, match="teacher: expected a float tensor, got int64"):
         module.between(student, teacher.long(), "forward_kl")

@@ -71,3 +71,35 @@ def divergence(student, teacher, kind, share=None, temperature=1.0, mask=None):
         for j, (a, s) in enumerate(zip(p, by_p, strict=True)):
             grad[i, j] = a * (s - mean) / temperature
     return values, entropies, grad
+
+
+def divergence_top(student, ids, log_probs, kind, share=None, outside="bucket", temperature=1.0, mask=None):
+    """The same from a teacher's log-probs of some ids; the gradient by central differences."""
+    values, grad = torch.zeros(len(student), dtype=torch.float64), torch.zeros(student.shape, dtype=torch.float64)
+
+    def value(logits, own, given):
+        p = softmax(logits, temperature)
+        a, b = [p[j] for j in own], [math.exp(x) for x in given]
+        if outside == "cut":
+            first, second = (b, a) if kind == "forward_kl" else (a, b)
+            return math.fsum(x * math.log(x / y) for x, y in zip(first, second, strict=True) if x > 0)
+        if outside == "renormalised":
+            return of_probabilities([x / sum(a) for x in a], [x / sum(b) for x in b], kind, share)
+        rest = math.fsum(p[j] for j in range(len(p)) if j not in own)
+        left = max(1 - math.fsum(b), 1e-7 if rest > 0 else 0)
+        return of_probabilities([*a, rest], [*b, left], kind, share)
+
+    for i in range(len(student)):
+        if mask is not None and not mask[i]:
+            continue
+        known = {}
+        for j, x in zip(ids[i].tolist(), log_probs[i].double().tolist(), strict=True):
+            if j >= 0:
+                known.setdefault(j, x)
+        logits, own, given = student[i].double().tolist(), list(known), list(known.values())
+        values[i] = value(logits, own, given)
+        for j in range(len(logits)):
+            step = 1e-5
+            sides = [value([*logits[:j], logits[j] + s * step, *logits[j + 1 :]], own, given) for s in (1, -1)]
+            grad[i, j] = (sides[0] - sides[1]) / (2 * step)
+    return values, grad

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import describe, float_tensor, instance, tensor
+from tokcredit.arguments import FLOATS, INTEGERS, float_tensor, instance, tensor
 from tokcredit.blocks import log_probs, scan, segment
 from tokcredit.blocks.segment import Ids
 from tokcredit.rollouts import Rollouts
 
 KINDS: tuple[str, ...] = ops.DIVERGENCES
 """What :func:`between` computes."""
+
+OUTSIDES: tuple[str, ...] = ops.OUTSIDES
+"""What :class:`Top` does about the tokens that it does not know."""
 
 _BLOCK = 1 << 22  # elements of the temporaries of a block
 
@@ -66,9 +69,59 @@ class Mixture:
     weights: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Top:
+    """A teacher of which the log-probs of a few tokens are known, as servers give them.
+
+    What is done about the other tokens::
+
+        bucket         they are one more outcome, with the mass that is left, of the teacher at least 1e-7
+        renormalised   they are left out, and both distributions are divided by their sum over the ids
+        cut            they add nothing; only forward_kl and reverse_kl, which then may be negative
+
+    ``bucket`` never exceeds the divergence over the vocabulary, and draws the student's mass on the ids to the
+    teacher's; ``renormalised`` has no gradient to other tokens; ``cut`` draws the student's whole mass to the ids.
+
+    Args:
+        ids: int64 or int32 ``(..., k)``, k from 1 to 1024; -1 is none, and of equal ids the first counts. They may be
+            the teacher's most likely or the student's.
+        log_probs: float ``(..., k)``, of the teacher over the whole vocabulary, at the temperature that it is to have;
+            without gradient.
+        outside: ``bucket``, ``renormalised`` or ``cut``.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    outside: str = "bucket"
+
+
+def _top_rows(
+    student: Tensor, teacher: Top, kind: str, share: float, temperature: float, mask: Tensor | None
+) -> ops.TopRows:
+    shape, count = student.shape[:-1], student.shape[:-1].numel()
+    ids = tensor("ids", teacher.ids, INTEGERS, (*shape, *teacher.ids.shape[-1:]), student.device)
+    if not 1 <= ids.shape[-1] <= ops.MOST_TOP:
+        raise ValueError(f"ids: expected 1 to {ops.MOST_TOP} for each position, got {ids.shape[-1]}")
+    given = tensor("log_probs", teacher.log_probs, FLOATS, tuple(ids.shape), student.device)
+    if teacher.outside not in OUTSIDES:
+        raise ValueError(f"outside: expected one of {', '.join(OUTSIDES)}, got {teacher.outside!r}")
+    if teacher.outside == "cut" and not kind.endswith("kl"):
+        raise ValueError(f"outside: expected bucket or renormalised for {kind}, got 'cut'")
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return ops.TopRows(
+        ids.reshape(count, ids.shape[-1]),
+        given.detach().reshape(count, ids.shape[-1]).to(dtype),
+        mask,
+        KINDS.index(kind),
+        share,
+        OUTSIDES.index(teacher.outside),
+        temperature,
+    )
+
+
 def with_entropies(
     student: Tensor,
-    teacher: Tensor | Mixture,
+    teacher: Tensor | Mixture | Top,
     kind: str,
     share: float | None = None,
     temperature: float = 1.0,
@@ -92,12 +145,12 @@ def with_entropies(
 
     Args:
         student: float ``(..., V)``; bf16 and fp16 are computed in float32. A logit of -inf has probability 0.
-        teacher: float ``(..., V)``, or a :class:`Mixture`. Of different dtypes the narrower are copied.
+        teacher: float ``(..., V)``, a :class:`Mixture`, or a :class:`Top`. Of different dtypes the narrower are copied.
         kind: One of ``KINDS``.
         share: Share of the teacher in m, above 0 and below 1; None for ``forward_kl`` and ``reverse_kl``, which are the
             limits of ``js / share`` at 0 and of ``js / (1 - share)`` at 1. It is the beta of GKD, the alpha of
             DistiLLM's forward skew, and 1 less the alpha of its reverse skew.
-        temperature: Positive; divides the logits of both.
+        temperature: Positive; divides the logits of both, but not the log-probs of a :class:`Top`.
         mask: bool ``(...)``, the positions to compute; the others are not read and get 0. All if None.
         overwrite: Whether the backward pass may write the gradient over the student's logits. Use it where nothing else
             reads them. A second backward pass then raises an error.
@@ -118,34 +171,31 @@ def with_entropies(
         raise ValueError(f"share: expected {'None' if share is not None else 'a number'} for {kind}, got {share}")
     if share is not None and not 0 < share < 1:
         raise ValueError(f"share: expected more than 0 and less than 1, got {share}")
-    temperature = _check_temperature(temperature)
+    temperature, shape = _check_temperature(temperature), float_tensor("student", student).shape[:-1]
+    if mask is not None:
+        mask = tensor("mask", mask, (torch.bool,), shape, student.device).reshape(-1)
+    number, weight = KINDS.index(kind), 0.5 if share is None else float(share)
+    if isinstance(teacher, Top):
+        (own,) = _matrices(student=student)
+        known = _top_rows(student, teacher, kind, weight, temperature, mask)
+        values, entropies = ops.divergence_top(own, known, overwrite)
+        return values.view(shape), entropies.view(shape)
     other = weights = None
     if isinstance(teacher, Mixture):
         own, given, other = _matrices(student=student, teacher=teacher.logits, other=teacher.other)
-        at = float_tensor("weights", teacher.weights)
-        if at.shape != student.shape[:-1]:
-            raise ValueError(f"weights: expected float {list(student.shape[:-1])}, got {describe(at)}")
-        weights = at.detach().reshape(-1).to(torch.float64 if own.dtype == torch.float64 else torch.float32)
+        weights = tensor("weights", teacher.weights, FLOATS, shape, student.device).detach().reshape(-1)
+        weights = weights.to(torch.float64 if own.dtype == torch.float64 else torch.float32)
+        other = other.detach()
     else:
         own, given = _matrices(student=student, teacher=teacher)
-    if mask is not None:
-        mask = tensor("mask", mask, (torch.bool,), student.shape[:-1], student.device).reshape(-1)
-    rows = ops.DivergenceRows(
-        given.detach(),
-        None if other is None else other.detach(),
-        weights,
-        mask,
-        KINDS.index(kind),
-        0.5 if share is None else float(share),
-        temperature,
-    )
+    rows = ops.DivergenceRows(given.detach(), other, weights, mask, number, weight, temperature)
     values, entropies = ops.divergence(own, rows, overwrite)
-    return values.view(student.shape[:-1]), entropies.view(student.shape[:-1])
+    return values.view(shape), entropies.view(shape)
 
 
 def between(
     student: Tensor,
-    teacher: Tensor | Mixture,
+    teacher: Tensor | Mixture | Top,
     kind: str,
     share: float | None = None,
     temperature: float = 1.0,
@@ -156,7 +206,7 @@ def between(
 
     Args:
         student: float ``(..., V)``.
-        teacher: float ``(..., V)``, or a :class:`Mixture`.
+        teacher: float ``(..., V)``, a :class:`Mixture`, or a :class:`Top`.
         kind: One of ``KINDS``.
         share: Share of the teacher in the mixture of both, for ``js``, ``skew_forward`` and ``skew_reverse``.
         temperature: Positive; divides the logits of both.

@@ -7,7 +7,16 @@ call goes through torch's dispatcher only where torch must see it; see :class:`t
 
 from tokcredit.ops.baseline import baseline
 from tokcredit.ops.call import empty_cache, num_threads, set_num_threads
-from tokcredit.ops.divergence import DIVERGENCES, DivergenceRows, divergence, kl
+from tokcredit.ops.divergence import (
+    DIVERGENCES,
+    MOST_TOP,
+    OUTSIDES,
+    DivergenceRows,
+    TopRows,
+    divergence,
+    divergence_top,
+    kl,
+)
 from tokcredit.ops.logits import logits, logits_forward, logits_gradient_
 from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss
 from tokcredit.ops.repack import repack
@@ -22,13 +31,17 @@ __all__ = [
     "GATED_VALUES",
     "LOSS_STATS",
     "MOMENTS",
+    "MOST_TOP",
+    "OUTSIDES",
     "REDUCTIONS",
     "STANDARDS",
     "SURROGATES",
     "DivergenceRows",
+    "TopRows",
     "baseline",
     "count",
     "divergence",
+    "divergence_top",
     "empty_cache",
     "expand",
     "kl",

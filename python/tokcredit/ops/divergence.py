@@ -1,4 +1,4 @@
-"""Divergences between two distributions, from logits: contract in ``csrc/ops/divergence.hpp``."""
+"""Divergences between two distributions: contracts in ``csrc/ops/divergence.hpp`` and ``divergence_top.hpp``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from tokcredit import _C
 from tokcredit.ops.call import accumulated, num_threads, operation, plain, result
 
 DIVERGENCES = _C.DIVERGENCES
+OUTSIDES = _C.OUTSIDES
+MOST_TOP = _C.MOST_TOP
 _ROWS = "Tensor student, Tensor teacher, Tensor? other, Tensor? weights, Tensor? mask, int kind, float share, "
 _ROWS += "float temperature"
 
@@ -28,6 +30,23 @@ class DivergenceRows(NamedTuple):
     temperature: float
 
 
+class TopRows(NamedTuple):
+    """The same where some of the teacher's log-probs are known; see ``csrc/ops/divergence_top.hpp``."""
+
+    ids: Tensor
+    log_probs: Tensor
+    mask: Tensor | None
+    kind: int
+    share: float
+    outside: int
+    temperature: float
+
+
+def _plain(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return arguments with contiguous tensors."""
+    return tuple(plain(x) if isinstance(x, Tensor) else x for x in arguments)
+
+
 def _outputs(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows, dtype = student.shape[:1], accumulated(student.dtype)
     return result(student, rows, dtype), result(student, rows, dtype), result(student, (*rows, 3), torch.float64)
@@ -36,8 +55,7 @@ def _outputs(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 @operation(f"divergence({_ROWS}, int threads) -> (Tensor, Tensor, Tensor)", _outputs)
 def _forward(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _outputs(student)
-    *tensors, kind, share, temperature, threads = arguments
-    _C.divergence(student.contiguous(), *map(plain, tensors), kind, share, temperature, *outputs, threads)
+    _C.divergence(student.contiguous(), *_plain(arguments[:-1]), *outputs, arguments[-1])
     return outputs
 
 
@@ -46,9 +64,7 @@ def _gradient_output(student: Tensor, *arguments: Any) -> Tensor:
 
 
 def _write_gradient(grad: Tensor, student: Tensor, *arguments: Any) -> None:
-    *tensors, kind, share, temperature, saved, grad_values, threads = arguments
-    rows = (*map(plain, tensors), kind, share, temperature)
-    _C.divergence_gradient(student, *rows, saved, grad_values.contiguous(), grad, threads)
+    _C.divergence_gradient(student, *_plain(arguments[:-1]), grad, arguments[-1])
 
 
 @operation(
@@ -104,6 +120,80 @@ def divergence(student: Tensor, rows: DivergenceRows, overwrite: bool = False) -
     if student.requires_grad:
         return _Divergence.apply(student, overwrite, *rows)
     values, entropies, _ = _forward(student, *rows, num_threads())
+    return values, entropies
+
+
+def _top_outputs(student: Tensor, ids: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, dtype = student.shape[:1], accumulated(student.dtype)
+    return (
+        result(student, rows, dtype),
+        result(student, rows, dtype),
+        result(student, (*rows, 2), torch.float64),
+        result(student, ids.shape, torch.float64),
+    )
+
+
+@operation(
+    "divergence_top(Tensor student, Tensor ids, Tensor log_probs, Tensor? mask, int kind, float share, int outside, "
+    "float temperature, int threads) -> (Tensor, Tensor, Tensor, Tensor)",
+    _top_outputs,
+)
+def _top_forward(student: Tensor, ids: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _top_outputs(student, ids)
+    _C.divergence_top(student.contiguous(), *_plain((ids, *arguments[:-1])), *outputs, arguments[-1])
+    return outputs
+
+
+def _write_top_gradient(grad: Tensor, student: Tensor, *arguments: Any) -> None:
+    _C.divergence_top_gradient(student, *_plain(arguments[:-1]), grad, arguments[-1])
+
+
+_TOP_GRADIENT = (
+    "Tensor ids, Tensor? mask, float temperature, Tensor saved, Tensor slopes, Tensor grad_values, int threads"
+)
+
+
+@operation(f"divergence_top_gradient(Tensor student, {_TOP_GRADIENT}) -> Tensor", _gradient_output)
+def _top_gradient(student: Tensor, *arguments: Any) -> Tensor:
+    grad = _gradient_output(student)
+    _write_top_gradient(grad, student.contiguous(), *arguments)
+    return grad
+
+
+@operation(f"divergence_top_gradient_(Tensor(a!) student, {_TOP_GRADIENT}) -> ()", _no_outputs)
+def _top_gradient_(student: Tensor, *arguments: Any) -> None:
+    _write_top_gradient(student, student, *arguments)
+
+
+class _Top(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, overwrite: bool, *rows: Any) -> tuple[Tensor, Tensor]:
+        student, (ids, log_probs, mask, *numbers) = student.contiguous(), rows
+        values, entropies, saved, slopes = _top_forward(student, ids, log_probs, mask, *numbers, num_threads())
+        ctx.save_for_backward(student, ids, mask, saved, slopes)
+        ctx.temperature, ctx.overwrite = numbers[-1], overwrite
+        ctx.mark_non_differentiable(entropies)
+        return values, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        student, ids, mask, *kept = ctx.saved_tensors
+        arguments = (ids, mask, ctx.temperature, *kept, grad_values, num_threads())
+        if ctx.overwrite:
+            grad = student.detach()
+            _top_gradient_(grad, *arguments)
+            torch.autograd.graph.increment_version(grad)
+        else:
+            grad = _top_gradient(student, *arguments)
+        return grad, None, *(None for _ in TopRows._fields)
+
+
+def divergence_top(student: Tensor, rows: TopRows, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+    """Divergences ``[N]``, with gradient to the student's logits, and its entropies ``[N]``, without."""
+    if student.requires_grad:
+        return _Top.apply(student, overwrite, *rows)
+    values, entropies, *_ = _top_forward(student, *rows, num_threads())
     return values, entropies
 
 
