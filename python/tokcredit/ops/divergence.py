@@ -42,8 +42,8 @@ class TopRows(NamedTuple):
     temperature: float
 
 
-def _plain(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return arguments with contiguous tensors."""
+def _plain(*arguments: Any) -> tuple[Any, ...]:
+    """Return arguments with contiguous tensors; those that are contiguous are the same."""
     return tuple(plain(x) if isinstance(x, Tensor) else x for x in arguments)
 
 
@@ -55,7 +55,7 @@ def _outputs(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 @operation(f"divergence({_ROWS}, int threads) -> (Tensor, Tensor, Tensor)", _outputs)
 def _forward(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _outputs(student)
-    _C.divergence(student.contiguous(), *_plain(arguments[:-1]), *outputs, arguments[-1])
+    _C.divergence(*_plain(student, *arguments[:-1], *outputs, arguments[-1]))
     return outputs
 
 
@@ -64,7 +64,7 @@ def _gradient_output(student: Tensor, *arguments: Any) -> Tensor:
 
 
 def _write_gradient(grad: Tensor, student: Tensor, *arguments: Any) -> None:
-    _C.divergence_gradient(student, *_plain(arguments[:-1]), grad, arguments[-1])
+    _C.divergence_gradient(*_plain(student, *arguments[:-1], grad, arguments[-1]))
 
 
 @operation(
@@ -140,12 +140,12 @@ def _top_outputs(student: Tensor, ids: Tensor, *arguments: Any) -> tuple[Tensor,
 )
 def _top_forward(student: Tensor, ids: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _top_outputs(student, ids)
-    _C.divergence_top(student.contiguous(), *_plain((ids, *arguments[:-1])), *outputs, arguments[-1])
+    _C.divergence_top(*_plain(student, ids, *arguments[:-1], *outputs, arguments[-1]))
     return outputs
 
 
 def _write_top_gradient(grad: Tensor, student: Tensor, *arguments: Any) -> None:
-    _C.divergence_top_gradient(student, *_plain(arguments[:-1]), grad, arguments[-1])
+    _C.divergence_top_gradient(*_plain(student, *arguments[:-1], grad, arguments[-1]))
 
 
 _TOP_GRADIENT = (
