@@ -50,6 +50,13 @@ STREAMS = {
         Stream(r"backward<bf16, 512>", 512, 4),
         Stream(r"backward<float, 512>", 256, 8),
     ],
+    "divergence": [
+        Stream("forward<0, bf16, 256>", 512, 4, stores=False),
+        Stream("forward<2, bf16, 256>", 512, 4, stores=False),
+        Stream("backward<0, bf16, 256>", 512, 6),
+        Stream("backward<1, bf16, 256>", 512, 6),
+        Stream("backward<2, bf16, 256>", 512, 6),
+    ],
     "segment": [
         Stream("reduce_tiles<float, 0>", 512, 5, False, False, "DADD|DFMA"),
         Stream("reduce_tiles<float, 2>", 512, 5, False, False, "DADD|DFMA"),
@@ -86,7 +93,7 @@ def nvdisasm():
 
 def short(name):
     name = re.sub(r"tokcredit::|cuda::|\(anonymous namespace\)::|^void ", "", name)
-    return re.sub(r"\((Surrogate|Reduction)\)", "", name).split("(")[0]
+    return re.sub(r"\((Surrogate|Reduction|Divergence)\)", "", name).split("(")[0]
 
 
 def demangled(names):

@@ -27,6 +27,12 @@ template <class T> struct Row {
     other = weight == A(0) ? nullptr : static_cast<const T *>(in.other) + at;
   }
 
+  __device__ double student_at(int j) const { return double(load(student[j])); }
+  __device__ double teacher_at(int j) const {
+    const A logit = load(teacher[j]);
+    return double(other ? mixed(logit, A(load(other[j])), weight) : logit);
+  }
+
   // Vectors of all start at the same places inside 16 bytes, or there are none.
   __device__ Vectors<T> vectors(const T *result) const {
     const auto place = [](const T *x) { return reinterpret_cast<uintptr_t>(x) % 16; };
@@ -175,21 +181,24 @@ __global__ void __launch_bounds__(threads) forward(DivergenceForward f) {
     const LogProbs<A> logs(logsumexp, f.in.temperature);
     const A share = A(f.in.share);
     Terms<double> terms{0, 0};
-    const auto add_terms = [&](int, const auto &s, const auto &t) {
+    const auto add_terms = [&](int j, const auto &s, const auto &t) {
       A value = 0, slope = 0;
+      unsigned large = 0;
 #pragma unroll
       for (int k = 0; k < int(sizeof(s) / sizeof(A)); ++k) {
         const A log_p = logs.log_p(s[k]), log_q = logs.log_q(t[k]);
-        if (is_large(log_p, log_q)) {
-          terms = Add()(terms, terms_exactly<kind>(logs, double(s[k]), double(t[k]), f.in.share));
-        } else {
-          const Terms<A> one = divergence_terms<kind>(log_p, log_q, logs.delta(s[k], t[k]), share);
-          value += one.value;
-          slope += one.slope;
-        }
+        const bool leave = is_large(log_p, log_q);
+        const Terms<A> one = divergence_terms<kind>(log_p, log_q, logs.delta(s[k], t[k]), share);
+        value += leave ? A(0) : one.value;
+        slope += leave ? A(0) : one.slope;
+        large |= unsigned(leave) << k;
       }
       terms.value += double(value);
       terms.slope += double(slope);
+      for (; large; large &= large - 1) {
+        const int at = j + __ffs(int(large)) - 1;
+        terms = Add()(terms, terms_exactly<kind>(logs, row.student_at(at), row.teacher_at(at), f.in.share));
+      }
     };
     row.each(row.student, add_terms, add_terms);
     const Terms<double> sum = ReduceTerms(scratch.terms).Reduce(terms, Add());
@@ -223,20 +232,39 @@ __global__ void __launch_bounds__(threads) backward(DivergenceBackward b) {
   const double factor = every - every == 0 ? given : double(NAN);
   const LogProbs<A> logs(saved, b.in.temperature);
   const A share = A(b.in.share), subtracted = A(sum), times = A(factor);
-  const auto slope = [&](A s, A t) {
-    const A log_p = logs.log_p(s), log_q = logs.log_q(t);
-    if (is_large(log_p, log_q))
-      return A(factor * slope_exactly<kind>(logs, double(s), double(t), b.in.share, sum));
-    return divergence_slope<kind>(log_p, log_q, logs.delta(s, t), share, subtracted) * times;
-  };
   const Row<T> row(b.in, i);
+  const auto slopes = [&](int j, const auto &s, const auto &t, auto &out) {
+    constexpr int count = sizeof(out) / sizeof(A);
+    unsigned large = 0;
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      const A log_p = logs.log_p(s[k]), log_q = logs.log_q(t[k]);
+      large |= unsigned(bool(is_large(log_p, log_q))) << k;
+      out[k] = divergence_slope<kind>(log_p, log_q, logs.delta(s[k], t[k]), share, subtracted) * times;
+    }
+    for (; large; large &= large - 1) {
+      const int at = __ffs(int(large)) - 1;
+      const A instead = A(factor * slope_exactly<kind>(logs, row.student_at(j + at), row.teacher_at(j + at),
+                                                       b.in.share, sum));
+#pragma unroll
+      for (int k = 0; k < count; ++k)
+        out[k] = k == at ? instead : out[k];
+    }
+  };
   row.each(
-      grad, [&](int j, const auto &s, const auto &t) { store(grad + j, slope(s[0], t[0])); },
+      grad,
       [&](int j, const auto &s, const auto &t) {
+        A out[1];
+        slopes(j, s, t, out);
+        store(grad + j, out[0]);
+      },
+      [&](int j, const auto &s, const auto &t) {
+        A out[Vector<T>::width];
+        slopes(j, s, t, out);
         Vector<T> stored;
 #pragma unroll
         for (int k = 0; k < Vector<T>::width; ++k)
-          store(stored.item + k, slope(s[k], t[k]));
+          store(stored.item + k, out[k]);
         store_vector(grad + j, stored);
       });
 }

@@ -4,6 +4,7 @@
 #pragma once
 #include "math/exponential.hpp"
 #include "ops/divergence.hpp"
+#include <type_traits>
 
 namespace tokcredit {
 

@@ -1,6 +1,6 @@
 """Divergences between next-token distributions, computed from logits.
 
-No second tensor of the size of the logits is made but the gradient.
+Those between two distributions make no tensor of the size of the logits but the gradient.
 """
 
 from __future__ import annotations
