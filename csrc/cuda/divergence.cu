@@ -113,7 +113,7 @@ __noinline__ __device__ double slope_exactly(const LogProbs<A> &logs, double s, 
 }
 
 template <Divergence kind, class T, int threads>
-__global__ void __launch_bounds__(threads) forward(DivergenceForward f) {
+__global__ void __launch_bounds__(threads, 2) forward(DivergenceForward f) {
   using A = accumulate_t<T>;
   using Reduce = cub::BlockReduce<Both<A>, threads>;
   using ReduceTerms = cub::BlockReduce<Terms<double>, threads>;

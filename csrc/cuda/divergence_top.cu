@@ -75,7 +75,7 @@ template <class A> __device__ Sums<double> wide(const Sums<A> &x) {
 }
 
 template <Divergence kind, class T>
-__global__ void __launch_bounds__(threads) forward(DivergenceTopForward f) {
+__global__ void __launch_bounds__(threads, 2) forward(DivergenceTopForward f) {
   using A = accumulate_t<T>;
   using Reduce = cub::BlockReduce<Sums<double>, threads>;
   using ReduceTerms = cub::BlockReduce<Terms<double>, threads>;
