@@ -40,33 +40,23 @@ template <class A, class Body> void with_summed_in(Type type, Body &&body) {
     body(tag<f16>{});
 }
 
-// The largest logit, and where it is first.
-template <class A> struct Peak {
-  A most = A(-INFINITY);
-  int64_t at = -1;
-
-  void add(int64_t i, int64_t n, const A *values) {
-    Pack<A> packs = A(-INFINITY);
-    for (int64_t k = 0; k < n; k += lanes) {
-      const Pack<A> v(values + k);
-      packs = choose(packs < v, v, packs);
-    }
-    const A here = largest_lane(packs);
-    if (most < here) {
-      most = here;
-      at = i; // of the block
-    }
+// The largest of n numbers, NaN left out.
+template <class A> A largest_of(const A *values, int64_t n) {
+  Pack<A> packs = A(-INFINITY);
+  for (int64_t k = 0; k < n; k += lanes) {
+    const Pack<A> v(values + k);
+    packs = choose(packs < v, v, packs);
   }
+  return largest_lane(packs);
+}
 
-  // From the block to the logit; `values` are those of the block.
-  void settle(const A *values) {
-    for (; *values != most; ++values)
-      ++at;
-  }
-
-  // Whether the pack at j holds it.
-  bool in(int64_t j) const { return at >= j && at < j + lanes; }
-};
+// Where a number is among others.
+template <class A> int64_t place_of(A number, const A *values) {
+  int64_t k = 0;
+  while (values[k] != number)
+    ++k;
+  return k;
+}
 
 } // namespace
 } // namespace tokcredit::cpu

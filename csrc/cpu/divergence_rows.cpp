@@ -49,54 +49,92 @@ template <class A> struct Row {
   }
 };
 
-// Sums over a row relative to the largest logits, with d = (x - most) / temperature. Both leave out the
-// element that is the largest: where its probability is close to 1, the others keep digits that 1 + others
-// would lose.
+// Sums over the logits of one distribution, relative to the largest so far: d = (x - most) / temperature. The
+// first leaves out one logit that is the largest: where its probability is close to 1, the others keep digits
+// that 1 + others would lose.
 template <class A> struct Sums {
-  Peak<A> student, teacher;
-  double student_others = 0, teacher_others = 0;
-  double weighted = 0; // of exp(d) * d of the student
-  double difference =
-      0; // of exp(d) * between, d of the teacher in KL(q || p) and of the student in KL(p || q)
+  A most = A(-INFINITY);
+  int64_t at = -1;                                 // of the one that is left out; -1: every logit was -inf
+  double others = 0, weighted = 0, difference = 0; // of exp(d), of exp(d) * d, of exp(d) * between
 
-  double log_sum_of_student() const { return std::log1p(student_others); }
-  double log_sum_of_teacher() const { return std::log1p(teacher_others); }
-  double entropy() const { return log_sum_of_student() - weighted / (1 + student_others); }
+  // Looks for a larger logit in a block of n, the i-th and after.
+  void raise(int64_t i, int64_t n, const A *values, double inverse) {
+    const A top = largest_of(values, n);
+    if (!(most < top))
+      return;
+    if (at >= 0) {
+      const double d = (double(most) - double(top)) * inverse, factor = std::exp(d);
+      weighted = factor * (weighted + d * (1 + others));
+      difference = factor > 0 ? factor * difference : 0;
+      others = factor * (1 + others);
+    }
+    most = top;
+    at = i + place_of(top, values);
+  }
+
+  A base() const { return at < 0 ? A(0) : most; }
+  bool in_pack(int64_t j) const { return at >= j && at < j + lanes; }
+  double log_sum() const { return std::log1p(others); }
+  double logsumexp(double inverse) const { return double(most) * inverse + log_sum(); }
+};
+
+template <class A> struct Both {
+  Sums<A> student, teacher;
+  A apart = A(0); // see offset()
 };
 
 // One pack where an element is the largest of its distribution, number by number in double.
 template <Divergence kind, class A>
-void add_exactly(Sums<A> &sums, int64_t j, int64_t n, const A *s, const A *t, double inverse, A apart) {
+void add_exactly(Both<A> &sums, int64_t j, int64_t n, const A *s, const A *t, double inverse) {
+  Sums<A> &student = sums.student, &teacher = sums.teacher;
   for (int64_t k = 0; k < n; ++k) {
-    const double d = (double(s[k]) - double(sums.student.most)) * inverse;
-    const double own = std::exp(d), given = std::exp((double(t[k]) - double(sums.teacher.most)) * inverse);
-    const double between = (double(t[k]) - double(s[k]) - double(apart)) * inverse;
-    if (j + k != sums.student.at)
-      sums.student_others += own;
-    if (j + k != sums.teacher.at)
-      sums.teacher_others += given;
+    const double d = (double(s[k]) - double(student.base())) * inverse;
+    const double own = std::exp(d), given = std::exp((double(t[k]) - double(teacher.base())) * inverse);
+    const double between = (double(t[k]) - double(s[k]) - double(sums.apart)) * inverse;
+    if (j + k != student.at)
+      student.others += own;
+    if (j + k != teacher.at)
+      teacher.others += given;
     if (own > 0)
-      sums.weighted += own * d;
-    const double factor = kind == Divergence::forward_kl ? given : own;
-    if (!has_mixture(kind) && factor > 0)
-      sums.difference += factor * between;
+      student.weighted += own * d;
+    if (kind == Divergence::forward_kl && given > 0)
+      teacher.difference += given * between;
+    if (kind == Divergence::reverse_kl && own > 0)
+      student.difference += own * between;
   }
 }
 
-template <Divergence kind, class A> void add(Sums<A> &sums, const Row<A> &row, double inverse, A apart) {
-  double s_all[lanes] = {}, t_all[lanes] = {}, w_all[lanes] = {}, b_all[lanes] = {};
-  const A scale = A(inverse), s_most = sums.student.most, t_most = sums.teacher.most;
+template <class A> double total(const Pack<A> &x) {
+  double all[lanes] = {}, sum = 0;
+  x.add_to(all);
+  for (const double each : all)
+    sum += each;
+  return sum;
+}
+
+template <Divergence kind, class A> Both<A> sums_of(const Row<A> &row, double inverse) {
+  Both<A> sums;
+  Sums<A> &student = sums.student, &teacher = sums.teacher;
+  const A scale = A(inverse);
+  bool met = false;
   row.each_block([&](int64_t i, int64_t n, const A *s, const A *t) {
+    student.raise(i, n, s, inverse);
+    teacher.raise(i, n, t, inverse);
+    if (!met && student.at >= 0 && teacher.at >= 0) {
+      sums.apart = offset(teacher.most - student.most);
+      met = true;
+    }
+    const A s_base = student.base(), t_base = teacher.base(), apart = sums.apart;
     Pack<A> s_own{}, t_own{}, w_own{}, b_own{};
     for (int64_t k = 0; k < n; k += lanes) {
-      if (sums.student.in(i + k) || sums.teacher.in(i + k)) {
-        add_exactly<kind>(sums, i + k, n - k < lanes ? n - k : lanes, s + k, t + k, inverse, apart);
+      if (student.in_pack(i + k) || teacher.in_pack(i + k)) {
+        add_exactly<kind>(sums, i + k, n - k < lanes ? n - k : lanes, s + k, t + k, inverse);
         continue;
       }
       const Pack<A> x(s + k), y(t + k);
-      Pack<A> d = (x - s_most) * scale;
+      Pack<A> d = (x - s_base) * scale;
       d = choose(d < lowest<A>, Pack<A>(lowest<A>), d);
-      const Pack<A> own = exponential(d), given = exponential((y - t_most) * scale);
+      const Pack<A> own = exponential(d), given = exponential((y - t_base) * scale);
       s_own = s_own + own;
       t_own = t_own + given;
       w_own = w_own + own * d;
@@ -106,17 +144,12 @@ template <Divergence kind, class A> void add(Sums<A> &sums, const Row<A> &row, d
         b_own = b_own + choose(factor > Pack<A>{}, factor * between, Pack<A>{});
       }
     }
-    s_own.add_to(s_all);
-    t_own.add_to(t_all);
-    w_own.add_to(w_all);
-    b_own.add_to(b_all);
+    student.others += total(s_own);
+    student.weighted += total(w_own);
+    teacher.others += total(t_own);
+    (kind == Divergence::forward_kl ? teacher : student).difference += total(b_own);
   });
-  for (int64_t k = 0; k < lanes; ++k) {
-    sums.student_others += s_all[k];
-    sums.teacher_others += t_all[k];
-    sums.weighted += w_all[k];
-    sums.difference += b_all[k];
-  }
+  return sums;
 }
 
 // The value and the sum of slopes of a divergence from a mixture.
@@ -154,25 +187,15 @@ template <Divergence kind, class A> void forward(const DivergenceForward &f, int
   saved[0] = saved[1] = saved[2] = 0;
   if (!f.in.mask || f.in.mask[i]) {
     const Row<A> row(f.in, i);
-    Sums<A> sums;
-    row.each_block([&](int64_t j, int64_t n, const A *s, const A *t) {
-      sums.student.add(j, n, s);
-      sums.teacher.add(j, n, t);
-    });
-    if (sums.student.at < 0 || sums.teacher.at < 0) { // every logit is -inf
+    const Both<A> sums = sums_of<kind>(row, inverse);
+    const Sums<A> &student = sums.student, &teacher = sums.teacher;
+    if (student.at < 0 || teacher.at < 0) {
       value = entropy = saved[0] = saved[1] = saved[2] = double(NAN);
     } else {
-      A values[block];
-      const auto rest = [&](int64_t j) { return row.size - j < block ? row.size - j : block; };
-      row.read_student(sums.student.at, rest(sums.student.at), values);
-      sums.student.settle(values);
-      row.read_teacher(sums.teacher.at, rest(sums.teacher.at), values);
-      sums.teacher.settle(values);
-      const A apart = offset(sums.teacher.most - sums.student.most);
-      add<kind>(sums, row, inverse, apart);
-      entropy = sums.entropy();
-      saved[0] = double(sums.student.most) * inverse + sums.log_sum_of_student();
-      saved[1] = double(sums.teacher.most) * inverse + sums.log_sum_of_teacher();
+      saved[0] = student.logsumexp(inverse);
+      saved[1] = teacher.logsumexp(inverse);
+      entropy =
+          std::isfinite(saved[0]) ? student.log_sum() - student.weighted / (1 + student.others) : double(NAN);
       if (!std::isfinite(saved[0] + saved[1])) {
         value = saved[2] = double(NAN);
       } else if constexpr (has_mixture(kind)) {
@@ -182,13 +205,12 @@ template <Divergence kind, class A> void forward(const DivergenceForward &f, int
         saved[2] = terms.slope;
       } else {
         // The mean of log q - log p is that of what was summed, and this.
-        const double off =
-            (double(apart) - (double(sums.teacher.most) - double(sums.student.most))) * inverse +
-            sums.log_sum_of_student() - sums.log_sum_of_teacher();
+        const double off = (double(sums.apart) - (double(teacher.most) - double(student.most))) * inverse +
+                           student.log_sum() - teacher.log_sum();
         if constexpr (kind == Divergence::forward_kl)
-          value = sums.difference / (1 + sums.teacher_others) + off;
+          value = teacher.difference / (1 + teacher.others) + off;
         else
-          value = -sums.difference / (1 + sums.student_others) - off;
+          value = -student.difference / (1 + student.others) - off;
         saved[2] = value;
       }
     }

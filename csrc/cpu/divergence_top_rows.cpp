@@ -50,14 +50,19 @@ template <class A, class Body> void each_block(const TopRows &in, int64_t row, B
   }
 }
 
+// The largest logit, and where it is first; -1 where every logit is -inf.
+template <class A> struct Peak {
+  A most = A(-INFINITY);
+  int64_t at = -1;
+};
+
 template <class A> Peak<A> peak_of(const TopRows &in, int64_t row) {
   Peak<A> peak;
-  each_block<A>(in, row, [&](int64_t i, int64_t n, const A *values) { peak.add(i, n, values); });
-  if (peak.at >= 0) {
-    A values[block];
-    read_block(in, row, peak.at, values);
-    peak.settle(values);
-  }
+  each_block<A>(in, row, [&](int64_t i, int64_t n, const A *values) {
+    const A here = largest_of(values, n);
+    if (peak.most < here)
+      peak = {here, i + place_of(here, values)};
+  });
   return peak;
 }
 
