@@ -189,30 +189,24 @@ template <Divergence kind, class A> void forward(const DivergenceForward &f, int
     const Row<A> row(f.in, i);
     const Both<A> sums = sums_of<kind>(row, inverse);
     const Sums<A> &student = sums.student, &teacher = sums.teacher;
-    if (student.at < 0 || teacher.at < 0) {
+    saved[0] = student.logsumexp(inverse);
+    saved[1] = teacher.logsumexp(inverse);
+    entropy = student.log_sum() - student.weighted / (1 + student.others);
+    if (!std::isfinite(saved[0] + saved[1])) {
       value = entropy = saved[0] = saved[1] = saved[2] = double(NAN);
+    } else if constexpr (has_mixture(kind)) {
+      const Terms<double> terms = mixture_terms<kind>(row, LogProbs<A>(saved, f.in.temperature), f.in.share);
+      value = terms.value;
+      saved[2] = terms.slope;
     } else {
-      saved[0] = student.logsumexp(inverse);
-      saved[1] = teacher.logsumexp(inverse);
-      entropy =
-          std::isfinite(saved[0]) ? student.log_sum() - student.weighted / (1 + student.others) : double(NAN);
-      if (!std::isfinite(saved[0] + saved[1])) {
-        value = saved[2] = double(NAN);
-      } else if constexpr (has_mixture(kind)) {
-        const Terms<double> terms =
-            mixture_terms<kind>(row, LogProbs<A>(saved, f.in.temperature), f.in.share);
-        value = terms.value;
-        saved[2] = terms.slope;
-      } else {
-        // The mean of log q - log p is that of what was summed, and this.
-        const double off = (double(sums.apart) - (double(teacher.most) - double(student.most))) * inverse +
-                           student.log_sum() - teacher.log_sum();
-        if constexpr (kind == Divergence::forward_kl)
-          value = teacher.difference / (1 + teacher.others) + off;
-        else
-          value = -student.difference / (1 + student.others) - off;
-        saved[2] = value;
-      }
+      // The mean of log q - log p is that of what was summed, and this.
+      const double off = (double(sums.apart) - (double(teacher.most) - double(student.most))) * inverse +
+                         student.log_sum() - teacher.log_sum();
+      if constexpr (kind == Divergence::forward_kl)
+        value = teacher.difference / (1 + teacher.others) + off;
+      else
+        value = -student.difference / (1 + student.others) - off;
+      saved[2] = value;
     }
   }
   static_cast<A *>(f.values)[i] = A(value);

@@ -151,21 +151,22 @@ __global__ void __launch_bounds__(threads, 2) forward(DivergenceForward f) {
   row.each(row.student, add, add);
   const Both<A> all = Reduce(scratch.sums).Reduce(own, Merge<A>{scale});
   if (threadIdx.x == 0) {
-    double value = double(NAN), entropy = value, sum = value;
-    logsumexp[0] = logsumexp[1] = value;
-    if (all.student.others != -1 && all.teacher.others != -1) { // -1: every logit is -inf
-      const double log_s = log1p(all.student.others), log_t = log1p(all.teacher.others);
+    const double log_s = log1p(all.student.others), log_t = log1p(all.teacher.others);
+    double value = double(NAN), entropy = value;
+    logsumexp[0] = double(all.student.most) * inverse + log_s;
+    logsumexp[1] = double(all.teacher.most) * inverse + log_t;
+    const double both = logsumexp[0] + logsumexp[1]; // a row of -inf only: log1p(-1)
+    if (both - both == 0) {
       entropy = log_s - all.student.weighted / (1 + all.student.others) * ln_2;
-      logsumexp[0] = double(all.student.most) * inverse + log_s;
-      logsumexp[1] = double(all.teacher.most) * inverse + log_t;
       // The mean of log q - log p is that of what was summed, and this.
       const double off =
           (double(apart) - (double(all.teacher.most) - double(all.student.most))) * inverse + log_s - log_t;
       if (forward_kl)
-        sum = all.teacher.difference * inverse / (1 + all.teacher.others) + off;
+        value = all.teacher.difference * inverse / (1 + all.teacher.others) + off;
       else if (reverse_kl)
-        sum = -all.student.difference * inverse / (1 + all.student.others) - off;
-      value = logsumexp[0] + logsumexp[1] - (logsumexp[0] + logsumexp[1]) == 0 ? sum : double(NAN);
+        value = -all.student.difference * inverse / (1 + all.student.others) - off;
+    } else {
+      logsumexp[0] = logsumexp[1] = double(NAN);
     }
     values[i] = A(value);
     entropies[i] = A(entropy);
@@ -175,8 +176,7 @@ __global__ void __launch_bounds__(threads, 2) forward(DivergenceForward f) {
   }
   if constexpr (has_mixture(kind)) {
     __syncthreads();
-    const double log_s = logsumexp[0], log_t = logsumexp[1];
-    if (log_s + log_t - (log_s + log_t) != 0)
+    if (logsumexp[0] != logsumexp[0])
       return; // NaN is written
     const LogProbs<A> logs(logsumexp, f.in.temperature);
     const A share = A(f.in.share);
