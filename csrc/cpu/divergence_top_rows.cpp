@@ -123,7 +123,9 @@ template <class A> void forward(const DivergenceTopForward &f, int64_t i) {
     }
     const double log_sum = std::log1p(others);
     saved[0] = double(peak.most) * inverse + log_sum;
-    entropy = std::isfinite(saved[0]) ? log_sum - weighted / (1 + others) : double(NAN);
+    entropy = log_sum - weighted / (1 + others);
+    if (!std::isfinite(saved[0]))
+      saved[0] = entropy = double(NAN);
     const auto log_p = [&](int64_t a) { return ids.logit[a] * inverse - saved[0]; };
     const auto log_q = [&](int64_t a) {
       return double(static_cast<const A *>(f.log_probs)[i * in.top + ids.place[a]]);

@@ -25,7 +25,8 @@
 //
 // A logit of -inf has probability 0, and so has one whose probability underflows in the type of the sums.
 // Terms of weight 0 are 0: forward_kl is inf where p alone is 0, reverse_kl where q alone is, the others are
-// always finite. The gradient of a row whose value is not finite is NaN. A row of -inf only is NaN.
+// always finite. The gradient of a row whose value is not finite is NaN. A row where the logsumexp of either
+// is not finite, of -inf only for one, is NaN in all results.
 //
 // A row whose mask is false is not read, and its results and its gradient are 0. A row with g = 0 is not read
 // by the gradient, which is 0 there.
