@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(threads, 2) forward(DivergenceForward f) {
 }
 
 template <Divergence kind, class T, int threads>
-__global__ void __launch_bounds__(threads) backward(DivergenceBackward b) {
+__global__ void __launch_bounds__(threads, 2) backward(DivergenceBackward b) {
   using A = accumulate_t<T>;
   const int64_t i = blockIdx.x, vocabulary = b.in.vocabulary;
   T *grad = static_cast<T *>(b.grad) + i * vocabulary;
