@@ -17,7 +17,8 @@ from pathlib import Path
 from tokcredit.train.record import read_metrics
 
 HERE = Path(__file__).parent
-SCRIPTS = ("tree", "scan", "credit", "loss", "selection", "log_probs", "head", "rollouts", "end_to_end", "scaling")
+SCRIPTS = ("tree", "scan", "credit", "loss", "selection", "log_probs", "divergence", "head", "rollouts")
+SCRIPTS += ("end_to_end", "scaling")
 ONCE = ("end_to_end", "scaling")  # not repeated with tuned malloc
 METHOD = "prepare + loss, "  # begins the names of the methods in the results of end_to_end
 # With these settings memory that was freed stays with the process, so that a new result of the same size needs no new
@@ -161,13 +162,12 @@ def main() -> None:
 
 
 def write(folder: Path, runs: list[str]) -> None:
-    scripts = [s for s in SCRIPTS if s not in ONCE]
-
     def measured(kind: str) -> dict[str, dict]:
         paths = {s: folder / f"{s}-{kind}.json" for s in SCRIPTS}
         return {s: json.loads(path.read_text()) for s, path in paths.items() if path.exists()}
 
     default, tuned = measured("default"), measured("tuned")
+    scripts = [s for s in default if s not in ONCE]
     first = default["tree"]
     rows = [r for s in scripts for r in default[s]["results"]]
     wanted = [r for r in rows if r["target"] is not None]

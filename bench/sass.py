@@ -55,6 +55,13 @@ STREAMS = {
         Stream(r"backward<bf16, 512>", 512, 4),
         Stream(r"backward<float, 512>", 256, 8),
     ],
+    "divergence": [
+        Stream("forward<0, bf16, 256>", 512, 4, stores=False),
+        Stream("forward<2, bf16, 256>", 512, 4, stores=False),
+        Stream("backward<0, bf16, 256>", 512, 6),
+        Stream("backward<1, bf16, 256>", 512, 6),
+        Stream("backward<2, bf16, 256>", 512, 6),
+    ],
     "segment": [
         *(
             Stream(f"reduce_tiles<float, {kind}>", 2048, 5, stores=False, work=work, turns=4, once="REDUX")
@@ -101,7 +108,7 @@ def nvdisasm():
 
 def short(name):
     name = re.sub(r"tokcredit::|cuda::|\(anonymous namespace\)::|^void ", "", name)
-    return re.sub(r"\((Surrogate|Reduction)\)", "", name).split("(")[0]
+    return re.sub(r"\((Surrogate|Reduction|Divergence)\)", "", name).split("(")[0]
 
 
 def demangled(names):

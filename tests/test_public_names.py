@@ -36,7 +36,8 @@ NAMES = {
         *(f"segment.{name}" for name in ("sum", "mean", "var", "minimum", "maximum", "count", "logsumexp", "keys")),
         *(f"select.{name}" for name in ("top_k", "quantile", "kth", "maximum_variance")),
         *("log_probs.from_logits", "log_probs.with_entropies", "log_probs.squared_probs"),
-        *("divergence.kl", "divergence.js", "length.remaining", "length.targets"),
+        *(f"divergence.{name}" for name in ("between", "with_entropies", "Mixture", "Top", "kl", "js")),
+        *("length.remaining", "length.targets"),
     ],
     "stages": [
         *(f"filters.{name}" for name in ("mixed_groups", "nonzero_advantage", "improbable", "top_share", "within")),

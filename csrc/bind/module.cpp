@@ -33,6 +33,7 @@ PYBIND11_MODULE(_C, m) {
   bind_select(m);
   bind_policy_loss(m);
   bind_logits(m);
+  bind_divergence(m);
   bind_repack(m);
   bind_baseline(m);
   bind_pieces(m);

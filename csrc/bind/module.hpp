@@ -10,6 +10,7 @@ void bind_segment(py::module_ &);
 void bind_select(py::module_ &);
 void bind_policy_loss(py::module_ &);
 void bind_logits(py::module_ &);
+void bind_divergence(py::module_ &);
 void bind_repack(py::module_ &);
 void bind_baseline(py::module_ &);
 void bind_pieces(py::module_ &);

@@ -142,6 +142,10 @@ template <class A> struct Pack {
     return {map([by](V x) { return x << by; }, a.at)};
   }
 
+  TOKCREDIT_FN friend Pack operator>>(const Pack &a, int by) {
+    return {map([by](V x) { return x >> by; }, a.at)};
+  }
+
   TOKCREDIT_FN friend Pack choose(const Mask &which, const Pack &yes, const Pack &no) {
     return {map([](M m, V x, V y) { return m ? x : y; }, which.at, yes.at, no.at)};
   }
@@ -170,6 +174,18 @@ template <class A> struct Pack {
   }
   TOKCREDIT_FN friend Pack exponential_less_one(const Pack &x) {
     return x.each([](A v) { return tokcredit::exponential_less_one(v); });
+  }
+  TOKCREDIT_FN friend Exponentials<Pack> exponentials(const Pack &x) {
+    if constexpr (std::is_same_v<A, float>)
+      return exponentials_from(x);
+    else
+      return {exponential(x), exponential_less_one(x)};
+  }
+  TOKCREDIT_FN friend Pack log_one_plus(const Pack &x) {
+    if constexpr (std::is_same_v<A, float>)
+      return log_one_plus_from(x);
+    else
+      return x.each([](A v) { return tokcredit::log_one_plus(v); });
   }
   TOKCREDIT_FN friend Pack logarithm(const Pack &x) {
     return x.each([](A v) { return tokcredit::logarithm(v); });

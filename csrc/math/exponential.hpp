@@ -6,19 +6,17 @@
 
 namespace tokcredit {
 
-template <class A> TOKCREDIT_FN A exponential_from(A x) {
+// exp(x) = (fraction + 1) * power.
+template <class A> struct Reduced {
+  A fraction, power;
+};
+
+template <class A> TOKCREDIT_FN Reduced<A> reduced(A x) {
   x = choose(x < A(-88.0f), A(-88.0f), x);
   x = choose(x > A(89.0f), A(89.0f), x);
   // Adding 1.5 * 2^23 leaves the nearest integer n in the low bits.
   const A shifted = x * 1.44269504f + 12582912.0f;
   const A n = shifted - 12582912.0f;
-#ifdef __CUDA_ARCH__
-  // f = x / ln(2) - n, 1 / ln(2) in two parts; the instruction is within 2^-22.5 for |f| <= 1/2.
-  const A f = fmaf(x, 1.92596299e-8f, fmaf(x, 1.44269504f, -n));
-  A power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(f));
-  return power * from_bits((bits(shifted) << 23) + 0x3f800000u);
-#else
   // ln 2 in two parts; n times the first, which has 9 bits, is exact.
   const A r = (x - n * 0.693359375f) - n * -2.1219444005e-4f;
   // (exp(r) - 1 - r) / r^2, minimax for |r| <= ln(2) / 2, in pairs so that fewer steps wait for each other.
@@ -26,7 +24,23 @@ template <class A> TOKCREDIT_FN A exponential_from(A x) {
   const A q = ((r * 1.9790223e-4f + 1.3944880e-3f) * square + (r * 8.3334983e-3f + 4.1666292e-2f)) * square +
               (r * 1.6666666e-1f + 5.0000001e-1f);
   // 2^n from its exponent; at n = -127 it is 0, at n = 128 infinity.
-  return ((q * square + r) + 1.0f) * from_bits((bits(shifted) << 23) + 0x3f800000u);
+  return {q * square + r, from_bits((bits(shifted) << 23) + 0x3f800000u)};
+}
+
+template <class A> TOKCREDIT_FN A exponential_from(A x) {
+#ifdef __CUDA_ARCH__
+  x = choose(x < A(-88.0f), A(-88.0f), x);
+  x = choose(x > A(89.0f), A(89.0f), x);
+  const A shifted = x * 1.44269504f + 12582912.0f;
+  const A n = shifted - 12582912.0f;
+  // f = x / ln(2) - n, 1 / ln(2) in two parts; the instruction is within 2^-22.5 for |f| <= 1/2.
+  const A f = fmaf(x, 1.92596299e-8f, fmaf(x, 1.44269504f, -n));
+  A power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(f));
+  return power * from_bits((bits(shifted) << 23) + 0x3f800000u);
+#else
+  const Reduced<A> e = reduced(x);
+  return (e.fraction + 1.0f) * e.power;
 #endif
 }
 
@@ -46,6 +60,40 @@ TOKCREDIT_FN float power_of_two(float x) {
 #endif
 }
 TOKCREDIT_FN double power_of_two(double x) { return std::exp2(x); }
+
+// exp(x) and exp(x) - 1 together; the second keeps its digits where x is small.
+template <class A> struct Exponentials {
+  A value, less_one;
+};
+template <class A> TOKCREDIT_FN Exponentials<A> exponentials_from(A x) {
+  const Reduced<A> e = reduced(x);
+  return {(e.fraction + 1.0f) * e.power, e.fraction * e.power + (e.power - 1.0f)};
+}
+TOKCREDIT_FN Exponentials<float> exponentials(float x) { return exponentials_from(x); }
+TOKCREDIT_FN Exponentials<double> exponentials(double x) { return {std::exp(x), std::expm1(x)}; }
+
+// log(1 + x) for -1 < x <= 0, within 2 ulp.
+template <class A> TOKCREDIT_FN A log_one_plus_from(A x) {
+  const A y = x + 1.0f;
+  // y = 2^n * m, m from sqrt(1/2) to sqrt(2): the exponent of y * sqrt(2).
+  const auto exponent = (bits(y) + (0x3f800000u - 0x3f3504f3u)) >> 23;
+  const A n = from_bits(exponent + 0x4b000000u) - 8388735.0f; // 2^23 + 127
+  const A m = from_bits(bits(y) - (exponent << 23) + 0x3f800000u);
+  const A f = choose(n == A{}, x, m - 1.0f); // where y is not scaled, x has digits that y lost
+  // (log(1 + f) - f + f^2 / 2) / f^3
+  A q = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  q = q * f + 1.1676998740e-1f;
+  q = q * f - 1.2420140846e-1f;
+  q = q * f + 1.4249322787e-1f;
+  q = q * f - 1.6668057665e-1f;
+  q = q * f + 2.0000714765e-1f;
+  q = q * f - 2.4999993993e-1f;
+  q = q * f + 3.3333331174e-1f;
+  const A square = f * f;
+  return (f + (f * square * q + n * -2.1219444005e-4f - square * 0.5f)) + n * 0.693359375f;
+}
+TOKCREDIT_FN float log_one_plus(float x) { return log_one_plus_from(x); }
+TOKCREDIT_FN double log_one_plus(double x) { return std::log1p(x); }
 
 // exp(x) - 1 and log(x); packs call them number by number.
 TOKCREDIT_FN float exponential_less_one(float x) { return std::expm1(x); }

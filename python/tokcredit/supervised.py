@@ -50,7 +50,7 @@ class nll(TokenLoss):
 class reverse_kl(TokenLoss):
     """``KL(student || teacher)`` of the next-token distributions.
 
-    Compute it with ``tokcredit.divergence.kl`` and pass it to ``loss`` in place of log-probs.
+    Compute it with ``tokcredit.divergence.between`` and pass it to ``loss`` in place of log-probs.
     """
 
     variable: ClassVar[str] = "reverse_kl"
@@ -60,7 +60,7 @@ class reverse_kl(TokenLoss):
 class forward_kl(TokenLoss):
     """``KL(teacher || student)`` of the next-token distributions.
 
-    Compute it with ``tokcredit.divergence.kl`` and pass it to ``loss`` in place of log-probs.
+    Compute it with ``tokcredit.divergence.between`` and pass it to ``loss`` in place of log-probs.
     """
 
     variable: ClassVar[str] = "forward_kl"

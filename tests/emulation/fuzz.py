@@ -398,6 +398,83 @@ def logits_gradient(d):
     }
 
 
+def divergence(d):
+    rows, vocabulary, dtype = d.integer(1, 12), d.choice([1, 2, 7, 33, 500, 5003]), d.choice(FLOATS)
+    scale = d.choice([0.1, 2, 10])
+    student = d.normal(dtype, rows, vocabulary, scale=scale)
+    teacher = d.placed(student.clone()) if d.chance(0.2) else d.normal(dtype, rows, vocabulary, scale=scale)
+    if d.chance(0.3):
+        d.choice([student, teacher])[:, d.integer(0, vocabulary - 1)] = -math.inf
+    out, mixed = accumulated(dtype), d.chance(0.3)
+    return {
+        "student": student,
+        "teacher": teacher,
+        "other": d.normal(dtype, rows, vocabulary, scale=scale) if mixed else None,
+        "weights": d.placed(torch.tensor([d.choice([0.0, 1.5, -0.05]) for _ in range(rows)], dtype=out))
+        if mixed
+        else None,
+        "mask": d.choice([None, d.bools(rows)]),
+        "kind": d.integer(0, len(_C.DIVERGENCES) - 1),
+        "share": d.choice([0.5, 0.1, 0.9]),
+        "temperature": d.choice([1.0, 0.7, 2.0]),
+        "values": d.empty(out, rows),
+        "entropies": d.empty(out, rows),
+        "saved": d.empty(torch.float64, rows, 3),
+    }
+
+
+def divergence_gradient(d):
+    f = divergence(d)
+    _C.divergence(*(f.get(name, 1) for name in names("divergence")))
+    student = f["student"]
+    grad_values = d.normal(f["values"].dtype, len(student))
+    grad_values[torch.rand(len(student), generator=d.torch) < 0.2] = 0
+    return {
+        **{name: f[name] for name in names("divergence")[:8]},
+        "saved": f["saved"],
+        "grad_values": grad_values,
+        "grad": d.choice([student, d.empty(student.dtype, *student.shape)]),
+    }
+
+
+def divergence_top(d):
+    rows, vocabulary, dtype = d.integer(1, 12), d.choice([2, 7, 33, 500, 5003]), d.choice(FLOATS)
+    top, out = d.choice([1, 2, 20, 300]), accumulated(dtype)
+    ids = torch.randint(-1, vocabulary, (rows, top), generator=d.torch)
+    # An outcome whose probability cancels to nothing would compare what rounding left.
+    ids[:, 0], ids = 0, ids.where(ids != vocabulary - 1, -1)
+    outside = d.integer(0, len(_C.OUTSIDES) - 1)
+    cut = _C.OUTSIDES[outside] == "cut"
+    kinds = [number for number, kind in enumerate(_C.DIVERGENCES) if kind.endswith("kl") or not cut]
+    return {
+        "student": d.normal(dtype, rows, vocabulary, scale=d.choice([0.1, 2])),
+        "ids": d.placed(ids.to(d.choice([torch.int32, torch.int64]))),
+        "log_probs": d.placed(-d.normal(out, rows, top, scale=3).abs() - math.log(top + 1)),
+        "mask": d.choice([None, d.bools(rows)]),
+        "kind": d.choice(kinds),
+        "share": d.choice([0.5, 0.1, 0.9]),
+        "outside": outside,
+        "temperature": d.choice([1.0, 0.7, 2.0]),
+        "values": d.empty(out, rows),
+        "entropies": d.empty(out, rows),
+        "saved": d.empty(torch.float64, rows, 2),
+        "slopes": d.empty(torch.float64, rows, top),
+    }
+
+
+def divergence_top_gradient(d):
+    f = divergence_top(d)
+    _C.divergence_top(*(f.get(name, 1) for name in names("divergence_top")))
+    student = f["student"]
+    grad_values = d.normal(f["values"].dtype, len(student))
+    grad_values[torch.rand(len(student), generator=d.torch) < 0.2] = 0
+    return {
+        **{name: f[name] for name in ("student", "ids", "mask", "temperature", "saved", "slopes")},
+        "grad_values": grad_values,
+        "grad": d.choice([student, d.empty(student.dtype, *student.shape)]),
+    }
+
+
 def repack(d):
     rows, _, size = d.rows()
     length = rows["end"] - rows["begin"]
@@ -507,6 +584,10 @@ GENERATORS = {
     "scale_rows": scale_rows,
     "logits": logits,
     "logits_gradient": logits_gradient,
+    "divergence": divergence,
+    "divergence_gradient": divergence_gradient,
+    "divergence_top": divergence_top,
+    "divergence_top_gradient": divergence_top_gradient,
     "repack": repack,
     "piece_offsets": piece_offsets,
     "pieces": pieces,

@@ -23,6 +23,11 @@ SIGNATURES = {
     "scale_rows": "=x factor begin end threads",
     "logits": "logits tokens temperature =log_probs =entropies =logsumexp threads",
     "logits_gradient": "logits tokens temperature logsumexp entropies grad_log_probs grad_entropies =grad threads",
+    "divergence": "student teacher other weights mask kind share temperature =values =entropies =saved threads",
+    "divergence_gradient": "student teacher other weights mask kind share temperature saved grad_values =grad threads",
+    "divergence_top": "student ids log_probs mask kind share outside temperature =values =entropies =saved =slopes "
+    "threads",
+    "divergence_top_gradient": "student ids mask temperature saved slopes grad_values =grad threads",
     "repack": "x source target length =y threads",
     "piece_offsets": "marks begin end cut =offset",
     "pieces": "marks begin end offset cut =piece_begin =piece_end =row =at",

@@ -199,6 +199,21 @@ CALLS = {
     "length.tokens": (length.tokens, {"z": floats(N), "gamma": 0.9}),
     "length.tokens_of_value": (length.tokens_of_value, {"value": -torch.rand(N), "gamma": 0.9}),
     "length.gamma_for": (length.gamma_for, {"length": 10.0, "resolved": 0.9}),
+    **{
+        f"divergence.{f.__name__}": (
+            f,
+            {
+                "student": floats(N, V),
+                "teacher": divergence.Mixture(floats(N, V), floats(N, V), floats(N)),
+                "kind": "js",
+                "share": 0.5,
+                "temperature": 0.7,
+                "mask": torch.arange(N) % 3 != 1,
+                "overwrite": False,
+            },
+        )
+        for f in (divergence.with_entropies, divergence.between)
+    },
     "divergence.kl": (divergence.kl, {"p_logits": floats(N, V), "q_logits": floats(N, V), "temperature": 1.0}),
     "divergence.js": (
         divergence.js,

@@ -93,9 +93,11 @@ def blocks(batch: tc.Rollouts) -> None:
     log_probs, entropies = tc.log_probs.with_entropies(torch.rand(5, 7), batch.tokens)
     own, _ = tc.head.log_probs_and_entropies(torch.rand(5, 4), torch.rand(7, 4), batch.tokens)
     kl: Tensor = tc.divergence.kl(torch.rand(5, 7), torch.rand(5, 7))
+    teacher = tc.divergence.Top(torch.zeros(5, 1, dtype=torch.long), torch.full((5, 1), -0.5))
+    js: Tensor = tc.divergence.between(torch.rand(5, 7), teacher, "js", 0.5)
     remaining: Tensor = tc.length.remaining(spans)
     made: tc.Spans = tc.Spans.from_padded(torch.tensor([2, 1]), 3)
-    tensors = (running, of_rows, of_groups, chosen, credit, log_probs, entropies, own, kl, remaining)
+    tensors = (running, of_rows, of_groups, chosen, credit, log_probs, entropies, own, kl, js, remaining)
     assert all(isinstance(t, Tensor) for t in tensors) and keys.segments == 2 and made.size == 6
 
 

@@ -1,23 +1,29 @@
 """Divergences between next-token distributions, computed from logits.
 
-Positions are processed in blocks, so that no second tensor of the size of the logits is made.
+Those between two distributions make no tensor of the size of the logits but the gradient.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tokcredit import ops
-from tokcredit.arguments import float_tensor, instance
+from tokcredit.arguments import FLOATS, INTEGERS, float_tensor, instance, tensor
 from tokcredit.blocks import log_probs, scan, segment
 from tokcredit.blocks.segment import Ids
 from tokcredit.rollouts import Rollouts
+
+KINDS: tuple[str, ...] = ops.DIVERGENCES
+"""What :func:`between` computes."""
+
+OUTSIDES: tuple[str, ...] = ops.OUTSIDES
+"""What :class:`Top` does about the tokens that it does not know."""
 
 _BLOCK = 1 << 22  # elements of the temporaries of a block
 
@@ -27,56 +33,194 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, rows, step))
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    x = logits if logits.dtype == torch.float64 else logits.float()
-    return (x / temperature).log_softmax(-1)
-
-
-def _summed(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return ``sum(p * (log p - log q))`` over the vocabulary, where ``p > 0``."""
-    return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
-
-
-def _check(p_logits: Tensor, q_logits: Tensor, temperature: float) -> None:
-    float_tensor("p_logits", p_logits)
-    float_tensor("q_logits", q_logits)
-    if p_logits.dim() == 0 or p_logits.shape != q_logits.shape:
-        raise ValueError(
-            f"q_logits: expected the shape of p_logits, {list(p_logits.shape)}, got {list(q_logits.shape)}"
-        )
-    if not (p_logits.is_floating_point() and q_logits.is_floating_point()):
-        raise TypeError(f"p_logits, q_logits: expected float dtypes, got {p_logits.dtype}, {q_logits.dtype}")
+def _check_temperature(temperature: float) -> float:
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    return float(temperature)
 
 
-class _KL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, p_logits: Tensor, q_logits: Tensor, temperature: float) -> Tensor:
-        dtype = torch.float64 if torch.float64 in (p_logits.dtype, q_logits.dtype) else torch.float32
-        out = p_logits.new_empty(p_logits.shape[0], dtype=dtype)
-        for rows in _blocks(*p_logits.shape):
-            log_p = _log_softmax(p_logits[rows], temperature)
-            out[rows] = _summed(log_p.exp(), log_p, _log_softmax(q_logits[rows], temperature))
-        ctx.save_for_backward(p_logits, q_logits, out)
-        ctx.temperature = temperature
-        return out
+def _matrices(**logits: Tensor) -> list[Tensor]:
+    """Return logits of one shape as ``[N, V]`` of one dtype; narrower ones are copied."""
+    (first, of), *others = logits.items()
+    for name, x in logits.items():
+        if float_tensor(name, x).dim() == 0:
+            raise ValueError(f"{name}: expected float (..., V), got a single number")
+    for name, x in others:
+        if x.shape != of.shape:
+            raise ValueError(f"{name}: expected the shape of {first}, {list(of.shape)}, got {list(x.shape)}")
+    dtype = reduce(torch.promote_types, (x.dtype for x in logits.values()))
+    return [x.to(dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in logits.values()]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        p_logits, q_logits, kl = ctx.saved_tensors
-        to_p, to_q = (torch.empty_like(x) for x in (p_logits, q_logits))
-        for rows in _blocks(*p_logits.shape):
-            log_p = _log_softmax(p_logits[rows], ctx.temperature)
-            log_q = _log_softmax(q_logits[rows], ctx.temperature)
-            p, g = log_p.exp(), (grad[rows] / ctx.temperature)[:, None]
-            if ctx.needs_input_grad[0]:
-                slope = p * torch.where(p > 0, log_p - log_q - kl[rows, None], 0)
-                to_p[rows] = torch.where(g != 0, g * slope, 0).to(to_p.dtype)
-            if ctx.needs_input_grad[1]:
-                to_q[rows] = torch.where(g != 0, g * (log_q.exp() - p), 0).to(to_q.dtype)
-        return to_p if ctx.needs_input_grad[0] else None, to_q if ctx.needs_input_grad[1] else None, None
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """A teacher that goes beyond one model, away from another: ``logits + weights * (logits - other)``.
+
+    A weight of -0.05 moves 5 % of the way from ``logits`` to ``other``. A logit of -inf in ``logits`` stays -inf.
+
+    Args:
+        logits: float ``(..., V)``.
+        other: float ``(..., V)``.
+        weights: float ``(...)``, without gradient; 0 leaves ``other`` unread.
+    """
+
+    logits: Tensor
+    other: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Top:
+    """A teacher of which the log-probs of a few tokens are known, as servers give them.
+
+    What is done about the other tokens::
+
+        bucket         they are one more outcome, with the mass that is left, of the teacher at least 1e-7
+        renormalised   they are left out, and both distributions are divided by their sum over the ids
+        cut            they add nothing; only forward_kl and reverse_kl, which then may be negative
+
+    ``bucket`` never exceeds the divergence over the vocabulary, and draws the student's mass on the ids to the
+    teacher's; ``renormalised`` has no gradient to other tokens; ``cut`` draws the student's whole mass to the ids.
+
+    Args:
+        ids: int64 or int32 ``(..., k)``, k from 1 to 1024; -1 is none, and of equal ids the first counts. They may be
+            the teacher's most likely or the student's.
+        log_probs: float ``(..., k)``, of the teacher over the whole vocabulary, at the temperature that it is to have;
+            without gradient.
+        outside: ``bucket``, ``renormalised`` or ``cut``.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    outside: str = "bucket"
+
+
+def _top_rows(
+    student: Tensor, teacher: Top, kind: str, share: float, temperature: float, mask: Tensor | None
+) -> ops.TopRows:
+    shape, count = student.shape[:-1], student.shape[:-1].numel()
+    ids = tensor("ids", teacher.ids, INTEGERS, (*shape, *teacher.ids.shape[-1:]), student.device)
+    if not 1 <= ids.shape[-1] <= ops.MOST_TOP:
+        raise ValueError(f"ids: expected 1 to {ops.MOST_TOP} for each position, got {ids.shape[-1]}")
+    given = tensor("log_probs", teacher.log_probs, FLOATS, tuple(ids.shape), student.device)
+    if teacher.outside not in OUTSIDES:
+        raise ValueError(f"outside: expected one of {', '.join(OUTSIDES)}, got {teacher.outside!r}")
+    if teacher.outside == "cut" and not kind.endswith("kl"):
+        raise ValueError(f"outside: expected bucket or renormalised for {kind}, got 'cut'")
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return ops.TopRows(
+        ids.reshape(count, ids.shape[-1]),
+        given.detach().reshape(count, ids.shape[-1]).to(dtype),
+        mask,
+        KINDS.index(kind),
+        share,
+        OUTSIDES.index(teacher.outside),
+        temperature,
+    )
+
+
+def with_entropies(
+    student: Tensor,
+    teacher: Tensor | Mixture | Top,
+    kind: str,
+    share: float | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the divergence of each position, with gradient to the student, and the entropy of the student, without.
+
+    With ``p = softmax(student / temperature)``, q likewise of the teacher, and ``m = share * q + (1 - share) * p``::
+
+        forward_kl     KL(q || p)
+        reverse_kl     KL(p || q)
+        skew_forward   KL(q || m)
+        skew_reverse   KL(p || m)
+        js             share * KL(q || m) + (1 - share) * KL(p || m)
+
+    All are in nats; none is multiplied by the square of the temperature. ``forward_kl`` is inf where p excludes a token
+    that q does not exclude, ``reverse_kl`` where q excludes one of p, and the gradient is NaN there; the others are
+    finite. A position that the mask leaves out, or whose incoming gradient is 0, gets a gradient of 0, whatever its
+    logits hold.
+
+    Args:
+        student: float ``(..., V)``; bf16 and fp16 are computed in float32. A logit of -inf has probability 0.
+        teacher: float ``(..., V)``, a :class:`Mixture`, or a :class:`Top`. Of different dtypes the narrower are copied.
+        kind: One of ``KINDS``.
+        share: Share of the teacher in m, above 0 and below 1; None for ``forward_kl`` and ``reverse_kl``, which are the
+            limits of ``js / share`` at 0 and of ``js / (1 - share)`` at 1. It is the beta of GKD, the alpha of
+            DistiLLM's forward skew, and 1 less the alpha of its reverse skew.
+        temperature: Positive; divides the logits of both, but not the log-probs of a :class:`Top`.
+        mask: bool ``(...)``, the positions to compute; the others are not read and get 0. All if None.
+        overwrite: Whether the backward pass may write the gradient over the student's logits. Use it where nothing else
+            reads them. A second backward pass then raises an error.
+
+    Returns:
+        Two tensors ``(...)``, float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: Shapes disagree, the vocabularies among them, or a setting is out of range.
+
+    References:
+        arXiv 2306.13649 (GKD, ``js``), arXiv 2402.03898 (DistiLLM, ``skew_forward``, ``skew_reverse``).
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if (share is None) != kind.endswith("kl"):
+        raise ValueError(f"share: expected {'None' if share is not None else 'a number'} for {kind}, got {share}")
+    if share is not None and not 0 < share < 1:
+        raise ValueError(f"share: expected more than 0 and less than 1, got {share}")
+    temperature, shape = _check_temperature(temperature), float_tensor("student", student).shape[:-1]
+    if mask is not None:
+        mask = tensor("mask", mask, (torch.bool,), shape, student.device).reshape(-1)
+    number, weight = KINDS.index(kind), 0.5 if share is None else float(share)
+    if isinstance(teacher, Top):
+        (own,) = _matrices(student=student)
+        known = _top_rows(student, teacher, kind, weight, temperature, mask)
+        values, entropies = ops.divergence_top(own, known, overwrite)
+        return values.view(shape), entropies.view(shape)
+    other = weights = None
+    if isinstance(teacher, Mixture):
+        own, given, other = _matrices(student=student, teacher=teacher.logits, other=teacher.other)
+        weights = tensor("weights", teacher.weights, FLOATS, shape, student.device).detach().reshape(-1)
+        weights = weights.to(torch.float64 if own.dtype == torch.float64 else torch.float32)
+        other = other.detach()
+    else:
+        own, given = _matrices(student=student, teacher=teacher)
+    rows = ops.DivergenceRows(given.detach(), other, weights, mask, number, weight, temperature)
+    values, entropies = ops.divergence(own, rows, overwrite)
+    return values.view(shape), entropies.view(shape)
+
+
+def between(
+    student: Tensor,
+    teacher: Tensor | Mixture | Top,
+    kind: str,
+    share: float | None = None,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    overwrite: bool = False,
+) -> Tensor:
+    """Return the divergence of each position, with gradient to the student; see :func:`with_entropies`.
+
+    Args:
+        student: float ``(..., V)``.
+        teacher: float ``(..., V)``, a :class:`Mixture`, or a :class:`Top`.
+        kind: One of ``KINDS``.
+        share: Share of the teacher in the mixture of both, for ``js``, ``skew_forward`` and ``skew_reverse``.
+        temperature: Positive; divides the logits of both.
+        mask: bool ``(...)``, the positions to compute; all if None.
+        overwrite: Whether the backward pass may write the gradient over the student's logits.
+
+    Returns:
+        ``(...)``, float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: As :func:`with_entropies`.
+    """
+    return with_entropies(student, teacher, kind, share, temperature, mask, overwrite)[0]
 
 
 def kl(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -101,10 +245,9 @@ def kl(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0) -> Tensor:
         TypeError: A dtype is wrong.
         ValueError: The shapes differ, or the temperature is not positive.
     """
-    _check(p_logits, q_logits, temperature)
-    width = p_logits.shape[-1]
-    out = _KL.apply(p_logits.reshape(-1, width), q_logits.reshape(-1, width), float(temperature))
-    return out.view(p_logits.shape[:-1])
+    temperature = _check_temperature(temperature)
+    p, q = _matrices(p_logits=p_logits, q_logits=q_logits)
+    return ops.kl(p, q, temperature).view(p_logits.shape[:-1])
 
 
 def nucleus(log_p: Tensor, top_p: float) -> Tensor:
@@ -156,19 +299,21 @@ def js(p_logits: Tensor, q_logits: Tensor, temperature: float = 1.0, top_p: floa
     References:
         arXiv 2603.22446.
     """
-    _check(p_logits, q_logits, temperature)
+    temperature = _check_temperature(temperature)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected more than 0 and at most 1, got {top_p}")
-    width, outs = p_logits.shape[-1], []
-    flat_p, flat_q = p_logits.reshape(-1, width), q_logits.reshape(-1, width)
-    for rows in _blocks(*flat_p.shape):
-        log_p, log_q = _log_softmax(flat_p[rows], temperature), _log_softmax(flat_q[rows], temperature)
-        if top_p < 1:
-            log_p, log_q = nucleus(log_p, top_p), nucleus(log_q, top_p)
-        p, q = log_p.exp(), log_q.exp()
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        outs.append((_summed(p, log_p, log_m) + _summed(q, log_q, log_m)) / 2)
-    return torch.cat(outs).view(p_logits.shape[:-1]) if outs else p_logits.new_zeros(p_logits.shape[:-1])
+    p, q = _matrices(p_logits=p_logits, q_logits=q_logits)
+    if top_p == 1:
+        return between(p, q, "js", 0.5, temperature).view(p_logits.shape[:-1])
+
+    def kept(x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return nucleus((wide / temperature).log_softmax(-1), top_p)
+
+    out = p.new_empty(p.shape[0], dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+    for rows in _blocks(*p.shape):
+        out[rows] = between(kept(p[rows]), kept(q[rows]), "js", 0.5)
+    return out.view(p_logits.shape[:-1])
 
 
 @torch.no_grad()

@@ -48,8 +48,8 @@ def tip(share: float = 0.5, quantile: float = 0.98, rank: TokenScore | None = No
         score = 1 - (1 - h) * (1 - d)
         loss = mean over the kept tokens of KL(student || teacher)
 
-    ``loss`` is given the divergences with their gradient (``tokcredit.divergence.kl``) instead of log-probs. Rewards
-    are not read.
+    ``loss`` is given the divergences with their gradient (``tokcredit.divergence.between``) instead of log-probs.
+    Rewards are not read.
 
     Args:
         share: Share of the tokens of each response that are kept, above 0 and at most 1; rounded down to at least one

@@ -7,6 +7,16 @@ call goes through torch's dispatcher only where torch must see it; see :class:`t
 
 from tokcredit.ops.baseline import baseline
 from tokcredit.ops.call import empty_cache, num_threads, set_num_threads
+from tokcredit.ops.divergence import (
+    DIVERGENCES,
+    MOST_TOP,
+    OUTSIDES,
+    DivergenceRows,
+    TopRows,
+    divergence,
+    divergence_top,
+    kl,
+)
 from tokcredit.ops.logits import logits, logits_forward, logits_gradient_
 from tokcredit.ops.pieces import CUTS, pieces
 from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss
@@ -29,16 +39,24 @@ from tokcredit.ops.tree import expand, spread, tree_build, tree_fold, tree_mean
 __all__ = [
     "COORDINATES",
     "CUTS",
+    "DIVERGENCES",
     "GATED_VALUES",
     "LOSS_STATS",
     "MOMENTS",
+    "MOST_TOP",
+    "OUTSIDES",
     "REDUCTIONS",
     "STANDARDS",
     "SURROGATES",
+    "DivergenceRows",
+    "TopRows",
     "baseline",
     "count",
+    "divergence",
+    "divergence_top",
     "empty_cache",
     "expand",
+    "kl",
     "log_deviation",
     "logits",
     "logits_forward",

@@ -136,15 +136,18 @@ class ForwardPass:
         """The same, with uniform distributions at padding."""
         return divergence.disagreement(self._scaled_logits, self._batch, padded=True)
 
+    def _from_teacher(self, kind: str) -> Tensor:
+        return divergence.between(self._logits, self._teacher_logits, kind, temperature=self._temperature)
+
     @cached_property
     def reverse_kl(self) -> Tensor:
         """``KL(policy || teacher)`` of the next-token distributions, nats, with gradient to the policy."""
-        return divergence.kl(self._logits, self._teacher_logits, self._temperature)
+        return self._from_teacher("reverse_kl")
 
     @cached_property
     def forward_kl(self) -> Tensor:
         """``KL(teacher || policy)`` of the next-token distributions, nats, with gradient to the policy."""
-        return divergence.kl(self._teacher_logits, self._logits, self._temperature)
+        return self._from_teacher("forward_kl")
 
     def read(self, name: str) -> Tensor:
         """Return an input or a variable by name.

@@ -1,0 +1,123 @@
+"""Measure divergences with gradient beside log-probs, TRL's functions, torch eager and torch.compile."""
+
+from __future__ import annotations
+
+import tokcredit as tc
+import torch
+from harness import Table, main
+
+KINDS = (("forward_kl", None), ("reverse_kl", None), ("js", 0.5), ("skew_forward", 0.1), ("skew_reverse", 0.9))
+
+
+def with_torch(student, teacher, kind, share):
+    """Return divergences by two log_softmax in float32 or float64."""
+    wide = student.dtype if student.dtype == torch.float64 else torch.float32
+    log_p, log_q = (x.to(wide).log_softmax(-1) for x in (student, teacher))
+    if kind == "forward_kl":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    if kind == "reverse_kl":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_m = torch.log(share * log_q.exp() + (1 - share) * log_p.exp())
+    to_q, to_p = (log_q.exp() * (log_q - log_m)).sum(-1), (log_p.exp() * (log_p - log_m)).sum(-1)
+    return {"js": share * to_q + (1 - share) * to_p, "skew_forward": to_q, "skew_reverse": to_p}[kind]
+
+
+def with_gkd(student, teacher, kind, share):
+    """Return the divergence summed over positions as GKD's trainer computes it."""
+    from trl.experimental.gkd.gkd_trainer import GKDTrainer
+
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": share}[kind]
+    return GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=beta, reduction="sum")
+
+
+def differentiated(f):
+    """Return a provider that gives the gradient of the values, weighed by slopes."""
+
+    def step(student, teacher, slopes):
+        leaf = student.detach().requires_grad_()
+        values = f(leaf, teacher)
+        torch.autograd.backward(values, slopes.to(values.dtype) if values.dim() else None)
+        return leaf.grad
+
+    return step
+
+
+def check(provider, student, teacher, kind, share):
+    """Compare the gradient of a few rows with float64."""
+    exact = student.double().requires_grad_()
+    (slope,) = torch.autograd.grad(with_torch(exact, teacher.double(), kind, share).sum(), exact)
+    seen = differentiated(provider)(student, teacher, torch.ones(len(student))).double()
+    error = (seen - slope).norm() / slope.norm()
+    assert error < (5e-2 if student.dtype == torch.bfloat16 else 1e-3), f"{kind}: error of {error:.1e}"
+
+
+def measure(table, student, teacher, kind, share):
+    """Measure one divergence from logits, alone and with its gradient."""
+    rows, vocabulary = student.shape
+    tokens, slopes = torch.randint(0, vocabulary, (rows,)), torch.randn(rows)
+
+    def log_probs(x, _):
+        return tc.log_probs.from_logits(x, tokens)
+
+    def ours(x, y):
+        return tc.divergence.between(x, y, kind, share)
+
+    def eager(x, y):
+        return with_torch(x, y, kind, share)
+
+    providers = {"tokcredit": ours, "torch eager": eager, "torch.compile": torch.compile(eager)}
+    if not kind.startswith("skew"):
+        providers["TRL, GKD"] = lambda x, y: with_gkd(x, y, kind, share)
+    for provider in providers.values():
+        check(provider, student[:8], teacher[:8], kind, share)
+    # Log-probs and entropies of the same rows: ours should take at most 2.5 times as long.
+    providers["log-probs + entropy"] = log_probs
+    targets = {"TRL, GKD": 5, "torch.compile": 1, "log-probs + entropy": 0.4}
+    name = f"{kind}, {str(student.dtype).removeprefix('torch.')}"
+    for what, moved, made in (
+        ("forward", 2, {label: lambda x, y, _, f=f: f(x, y) for label, f in providers.items()}),
+        # Both read forward and both backward, and the gradient written.
+        ("with gradient", 5, {label: differentiated(f) for label, f in providers.items()}),
+    ):
+        table.measure(
+            f"{name}, {what}",
+            f"{rows} x {vocabulary}",
+            lambda: (student, teacher, slopes),
+            moved * student.nbytes,
+            made,
+            targets=targets,
+        )
+
+
+def measure_top(table, student, teacher, top):
+    """Measure forward KL from the most likely ids of a teacher, with its gradient."""
+    rows, vocabulary = student.shape
+    tokens = torch.randint(0, vocabulary, (rows,))
+    log_probs, ids = teacher.float().log_softmax(-1).topk(top)
+    known = tc.divergence.Top(ids, log_probs)
+    table.measure(
+        f"forward_kl of {top} ids, {str(student.dtype).removeprefix('torch.')}",
+        f"{rows} x {vocabulary}",
+        lambda: (student, torch.empty(0), torch.randn(rows)),
+        3 * student.nbytes,
+        {
+            "tokcredit": differentiated(lambda x, _: tc.divergence.between(x, known, "forward_kl")),
+            "log-probs + entropy": differentiated(lambda x, _: tc.log_probs.from_logits(x, tokens)),
+        },
+        targets={"log-probs + entropy": 0.4},
+    )
+
+
+def run(table: Table, quick: bool) -> None:
+    rows, vocabulary = (64, 49_152) if quick else (512, 49_152)
+    for dtype in (torch.float32, torch.bfloat16):
+        student = torch.empty(rows, vocabulary).normal_(0, 3)
+        teacher = (student + torch.empty_like(student).normal_(0, 1)).to(dtype)
+        student = student.to(dtype)
+        for kind, share in KINDS:
+            measure(table, student, teacher, kind, share)
+        measure_top(table, student, teacher, 100)
+
+
+if __name__ == "__main__":
+    main(run)
