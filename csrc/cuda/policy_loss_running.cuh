@@ -35,11 +35,12 @@ template <class T> struct Differences {
     live = whole ? own_all : taking.live_neighbours() & bits_between(first, last);
     if (p.source != Source::cumulative)
       return;
-    const auto log_probs = load_own(static_cast<const T *>(p.log_probs), t, p.rows.size);
-    const auto reference = load_own(static_cast<const T *>(p.reference), t, p.rows.size);
+    Own<T> log_probs, reference;
+    load_own(static_cast<const T *>(p.log_probs), nullptr, t, p.rows.size, log_probs);
+    load_own(static_cast<const T *>(p.reference), nullptr, t, p.rows.size, reference);
 #pragma unroll
     for (int k = 0; k < own_tokens; ++k)
-      each[k] = load(log_probs.item[k]) - load(reference.item[k]);
+      each[k] = load(log_probs[k]) - load(reference[k]);
     if (!whole) {
 #pragma unroll
       for (int k = 0; k < own_tokens; ++k)

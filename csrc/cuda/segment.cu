@@ -1,6 +1,7 @@
 // Rows: each warp walks a tile, 512 tokens at a time in registers, and each lane keeps what it has seen of
 // the row until the row ends. A second, small kernel merges the parts of rows that meet several tiles, in
 // order. Ids: values are sorted by id, which makes them rows.
+#include "cuda/powers.cuh"
 #include "cuda/lane.cuh"
 #include "cuda/sort.cuh"
 #include "math/dispatch.hpp"
@@ -17,7 +18,6 @@ constexpr int held = int(tile_size); // tokens that a warp holds at once
 // long.
 constexpr int64_t segment_tile = 4 * held;
 
-constexpr double log2_e = 1.4426950408889634;
 
 // NaN if either is.
 __device__ float lesser(float a, float b) {

@@ -1,34 +1,8 @@
-// Powers of 2 for sums of exponentials: a logit is scaled by log2(e) once, and the hardware's instruction
-// does the rest.
+// Sums of exponentials that keep their digits where one probability is close to 1.
 #pragma once
-#include "cuda/launch.cuh"
+#include "cuda/powers.cuh"
 
 namespace tokcredit::cuda {
-
-// 2^x by the hardware, within 2 ulp, and 0 below 2^-126; double by the library.
-__device__ inline float power_of_two(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return exp2f(x);
-#endif
-}
-__device__ inline double power_of_two(double x) { return exp2(x); }
-
-// The larger number; of a number and NaN the number.
-__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
-__device__ inline double larger(double a, double b) { return fmax(a, b); }
-
-// 2 to less is 0. A finite floor keeps 2^d * d at 0 where a logit is -inf.
-__device__ inline float floored(float x) { return larger(x, -150.0f); }
-__device__ inline double floored(double x) { return larger(x, -1080.0); }
-
-__device__ inline float lowest(float) { return -3.402823466e38f; }
-__device__ inline double lowest(double) { return -1.7976931348623157e308; }
-
-constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
 
 // Sums of 2^d, of d * 2^d and of between * 2^d, d = (x - most) * scale being at most 0. The first leaves out
 // one logit that is the largest: where p is close to 1, the sum of the others keeps digits that 1 + others
