@@ -48,6 +48,9 @@ class Stream:
 # Kinds of segment's reductions (sum, var, logsumexp, moments), and what each does to every token.
 REDUCTIONS = {0: "DADD", 2: "DADD|DFMA", 6: "MUFU.EX2", 7: "DADD|DFMA"}
 
+# What clip does to every token, and what a step does that must go token by token.
+CLIP, SLOW = "FFMA|MUFU.EX2|DADD", r"FSETP.NEU|SHFL.IDX P[^ ]* R\d+, R\d+, R\d"
+
 STREAMS = {
     "logits": [
         Stream(r"forward<bf16, 512>", 512, 2, stores=False),
@@ -79,9 +82,11 @@ STREAMS = {
     # Of bytes, from an address that does not allow to load what is stored.
     "repack": [Stream("repack_tiles", 4096, 2, work="SHF", turns=2)],
     "policy_loss": [
-        Stream("policy_loss_tiles<0, float, true>", 512, 13, True, True, "FFMA|MUFU.EX2|DADD|LDG.E R", 4, "POPC"),
-        Stream("policy_loss_tiles<0, bf16, true>", 512, 9, True, True, "FFMA|MUFU.EX2|DADD|LDG.E R", 4, "POPC"),
-        Stream("policy_loss_chained<0, float>", 512, 13, True, True, "FFMA|MUFU.EX2|DADD|LDG.E R", 4, "POPC"),
+        Stream("policy_loss_tiles<0, float, true>", 512, 13, True, True, f"{CLIP}|LDG.E R", 4, SLOW),
+        Stream("policy_loss_tiles<0, bf16, true>", 512, 9, True, True, f"{CLIP}|LDG.E R", 4, SLOW),
+        Stream("policy_loss_alike<float>", 512, 9, True, True, f"{CLIP}|LDG.E R", 4, SLOW),
+        Stream("policy_loss_alike<bf16>", 512, 7, True, True, f"{CLIP}|LDG.E R", 4, SLOW),
+        Stream("policy_loss_chained<0, float>", 512, 13, True, True, CLIP, 4, SLOW),
     ],
     "scan": [
         Stream("scan_tiles<float, false>", 512, 9, False),
@@ -272,9 +277,10 @@ def hot_path(instructions, labels, stream):
         turns = path * (stream.turns - 1) + graph.best(first, members - slow, [last], f"{stream.work}|{stream.once}")
     rest = set(graph.order) - members
     before = graph.best(0, rest | {first}, [first], stream.work)[: -len(graph.blocks[first])]
-    left = {step for block in members for step in graph.after[block]} & rest
+    usual = rest - slow
+    left = {step for block in members for step in graph.after[block]} & usual
     ends = [n for n, block in enumerate(graph.blocks) if "EXIT" in block[-1].text]
-    ways = [graph.best(block, rest, ends, stream.work) for block in left]
+    ways = [graph.best(block, usual, ends, stream.work) for block in left]
     after = max(ways, key=lambda way: worth(way, stream.work), default=[])
     return [*before, *turns, *after]
 

@@ -1,8 +1,8 @@
 // Rows: each warp walks a tile, 512 tokens at a time in registers, and each lane keeps what it has seen of
 // the row until the row ends. A second, small kernel merges the parts of rows that meet several tiles, in
 // order. Ids: values are sorted by id, which makes them rows.
-#include "cuda/powers.cuh"
 #include "cuda/lane.cuh"
+#include "cuda/powers.cuh"
 #include "cuda/sort.cuh"
 #include "math/dispatch.hpp"
 #include "math/exponential.hpp"
@@ -17,7 +17,6 @@ constexpr int held = int(tile_size); // tokens that a warp holds at once
 // Tokens of a warp. It searches for the first of their rows, and merges its lanes, only once where a row is
 // long.
 constexpr int64_t segment_tile = 4 * held;
-
 
 // NaN if either is.
 __device__ float lesser(float a, float b) {
