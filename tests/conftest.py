@@ -1,3 +1,4 @@
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 collect_ignore = [] if find_spec("tyro") else ["test_cli.py", "train", "analyze"]
 
 sys.path.insert(0, str(Path(__file__).parent))
+# A shell lets what it starts in the background ignore this signal, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=1700)
 hypothesis.settings.load_profile("tests")

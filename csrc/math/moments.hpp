@@ -111,7 +111,8 @@ template <Reduction kind> struct Moments {
     if constexpr (kind == Reduction::moments) {
       const double all[] = {count, mean, variance(ddof), minimum, maximum};
       static_assert(sizeof all == width_of(kind) * sizeof(double), "one number for each");
-      memcpy(static_cast<double *>(y) + segment * width_of(kind), all, sizeof all);
+      for (int k = 0; k < int(width_of(kind)); ++k)
+        static_cast<double *>(y)[segment * width_of(kind) + k] = all[k];
     } else {
       static_cast<A *>(y)[segment] = A(result(ddof));
     }

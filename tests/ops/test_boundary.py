@@ -184,6 +184,60 @@ VALID = {
         "grad": floats(4, V),
         "threads": 2,
     },
+    "divergence": lambda: {
+        "student": floats(4, V),
+        "teacher": floats(4, V),
+        "other": floats(4, V),
+        "weights": floats(4),
+        "mask": torch.tensor([True, False, True, True]),
+        "kind": 0,
+        "share": 0.5,
+        "temperature": 0.7,
+        "values": floats(4),
+        "entropies": floats(4),
+        "saved": floats(4, 3).double(),
+        "threads": 2,
+    },
+    "divergence_gradient": lambda: {
+        "student": floats(4, V),
+        "teacher": floats(4, V),
+        "other": None,
+        "weights": None,
+        "mask": None,
+        "kind": 1,
+        "share": 0.5,
+        "temperature": 0.7,
+        "saved": floats(4, 3).double(),
+        "grad_values": floats(4),
+        "grad": floats(4, V),
+        "threads": 2,
+    },
+    "divergence_top": lambda: {
+        "student": floats(4, V),
+        "ids": torch.tensor([[0, 1], [2, 3], [4, 5], [1, 0]]),
+        "log_probs": torch.full((4, 2), -1.0),
+        "mask": None,
+        "kind": 0,
+        "share": 0.5,
+        "outside": 0,
+        "temperature": 0.7,
+        "values": floats(4),
+        "entropies": floats(4),
+        "saved": floats(4, 2).double(),
+        "slopes": floats(4, 2).double(),
+        "threads": 2,
+    },
+    "divergence_top_gradient": lambda: {
+        "student": floats(4, V),
+        "ids": torch.tensor([[0, 1], [2, 3], [4, 5], [1, 0]]),
+        "mask": None,
+        "temperature": 0.7,
+        "saved": floats(4, 2).double(),
+        "slopes": floats(4, 2).double(),
+        "grad_values": floats(4),
+        "grad": floats(4, V),
+        "threads": 2,
+    },
     "baseline": lambda: {
         "log_probs": floats(N),
         "squares": floats(N),
@@ -351,6 +405,21 @@ WRONG = {
         ("tokens", {"tokens": integers(0, -2, 0, 0)}),
         ("logits", {"logits": floats(4 * V)}),
     ],
+    "divergence": [
+        ("teacher", {"teacher": floats(4, V + 1)}),
+        ("teacher", {"teacher": floats(4, V).double()}),
+        ("kind", {"kind": 99}),
+        ("mask", {"mask": floats(4)}),
+        ("weights", {"weights": floats(3)}),
+        ("values", {"values": floats(5)}),
+    ],
+    "divergence_gradient": [("grad_values", {"grad_values": floats(3)}), ("grad", {"grad": floats(4, V - 1)})],
+    "divergence_top": [
+        ("ids", {"ids": torch.tensor([[0, 1], [2, V], [4, 5], [1, 0]])}),
+        ("log_probs", {"log_probs": floats(4, 3)}),
+        ("outside", {"outside": 99}),
+    ],
+    "divergence_top_gradient": [("slopes", {"slopes": floats(4, 3).double()}), ("grad", {"grad": floats(3, V)})],
     "baseline": [
         ("group", {"group": integers(0, 2, 0)}),
         ("groups", {"groups": -1}),
@@ -370,7 +439,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("name", "argument", "changed"), [(n, a, c) for n, cases in WRONG.items() for a, c in cases])
 def test_wrong_arguments_are_named(name, argument, changed):
-    said = {"segment_rows": "segment", "segment_ids": "segment"}.get(name, name)
+    said = name.split("_")[0] if name.startswith(("segment", "divergence")) else name
     with pytest.raises((ValueError, TypeError), match=f"^{said}: {argument}: expected .*, got "):
         call(name, VALID[name]() | changed)
 
@@ -454,3 +523,11 @@ def test_junk_raises_or_computes(made):
     name, arguments = made
     with contextlib.suppress(ValueError, TypeError, RuntimeError):
         call(name, arguments)
+
+
+def test_offsets_of_pieces_of_other_marks_are_an_error():
+    marks, numbers = torch.tensor([False, True, True, True]), [torch.zeros(2, dtype=torch.int64) for _ in range(4)]
+    begin, end = torch.tensor([0, 2]), torch.tensor([2, 4])
+    for offsets in ([0, 1, 2], [0, 2, 5], [2**40, 0, 0], [-1, 1, 2]):
+        with pytest.raises(ValueError, match="pieces: offset: expected those of piece_offsets"):
+            _C.pieces(marks, begin, end, torch.tensor(offsets), 0, *numbers)
