@@ -35,6 +35,7 @@ RUN_BY = {
     "prime-rl": "test_recipes",
     "NeMo-RL": "test_recipes",
     "A loop of your own": "test_recipes",
+    "A loss from a teacher": "test_recipes",
 }
 
 
@@ -56,6 +57,14 @@ def test_a_loop_without_logits(capsys):
     torch.testing.assert_close(names["out"].log_probs, expected.detach())
 
 
+def test_a_loss_from_a_teacher(capsys):
+    names = recipes.run("A loss from a teacher")
+    (block,) = recipes.blocks("A loss from a teacher")
+    assert f"# {capsys.readouterr().out.strip()}\n" in block
+    gradient, mask = names["student"].grad, names["mask"]
+    assert gradient[mask].any() and not gradient[~mask].any()
+
+
 NUMBERS = {
     **dict.fromkeys(("low", "high", "threshold", "share", "weight", "coefficient", "penalty", "strength"), 0.5),
     **dict.fromkeys(("clip_ratio_low", "clip_ratio_high", "eps_clip_low", "eps_clip_high", "epsilon"), 0.2),
@@ -63,9 +72,13 @@ NUMBERS = {
     **dict.fromkeys(("clip_ratio_c", "rollout_is_threshold", "epsilon_high", "delta", "cap", "clip_max"), 3.0),
     **dict.fromkeys(("tau_pos", "tau_neg", "sapo_temperature_pos", "sapo_temperature_neg", "tis_clip"), 1.05),
     **dict.fromkeys(("dro_beta", "kl_loss_coef", "beta", "entropy_coeff", "entropy_coef", "entropy_loss_coef"), 0.1),
+    **dict.fromkeys(("k_pos", "lambda_pos", "k_neg", "lambda_neg", "target", "start"), 0.5),
+    **dict.fromkeys(("clip_ratio", "clip_cov_ratio", "kl_cov_ratio", "kl_cov_frac", "clip_cov_lb", "ppo_kl_coef"), 0.1),
+    **dict.fromkeys(("clip_cov_ub", "horizon"), 5.0),
     **dict.fromkeys(("loss_scale_factor", "max_completion_length", "max_seq_len"), 64),
     "rs_veto_threshold": 1e-4,
-    "whole_rows": True,
+    "scale": True,
+    "config": {"rollout_is": "token", "rollout_rs": "token_k2", "rollout_rs_threshold": 0.5},
     "over": "mean",
     "estimator": "k2",
     "rule": tc.filters.nonzero_advantage(),
@@ -82,12 +95,16 @@ def stages_of_the_table():
 
 @pytest.mark.parametrize("text", sorted(set(stages_of_the_table())))
 def test_stages_of_the_table_can_be_made(text):
-    kinds = {name: getattr(tc, name) for name in ("clip", "ratio", "term", "token_weights", "filters", "scale")}
-    others = {"aggregation": tc.aggregation, "schedule": tc.schedule, "token_score": tc.token_score}
-    names = {**kinds, **others, **NUMBERS, "log": math.log, "inf": math.inf}
-    names["target_entropy"] = tc.schedule.target_entropy
+    kinds = ("aggregation", "clip", "credit", "filters", "methods", "ratio", "term", "token_score", "token_weights")
+    modules = {name: getattr(tc, name) for name in (*kinds, "schedule")}
+    names = {**NUMBERS, **modules, "log": math.log, "inf": math.inf, "target_entropy": tc.schedule.target_entropy}
+    if text.startswith("scale."):
+        names["scale"] = tc.scale
+    if "icepop" in text:
+        names["high"] = 2.0
     made = eval(text.replace("(...)", "(0.5)").replace("=...", "=0.5"), names)
-    assert isinstance(made, Stage)
+    found = made if isinstance(made, tuple) else (made,)
+    assert found and all(isinstance(x, Stage) for x in found)
 
 
 def with_modules(monkeypatch, **modules):

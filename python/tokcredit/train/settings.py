@@ -7,6 +7,7 @@ made, and ``--help`` shows the ranges.
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -162,11 +163,20 @@ class ChatSettings(Declared):
             ValueError: A text has another form, a name comes twice, or the name is one that the trainer sets.
         """
         pairs = [setting(text, "chat_template_args") for text in self.chat_template_args]
+        pairs = [(name, _json(value)) for name, value in pairs]
         names = [name for name, _ in pairs]
         if wrong := [name for name in names if name in _TEMPLATE_NAMES or names.count(name) > 1]:
             expected = f"different names other than {', '.join(_TEMPLATE_NAMES)}"
             raise ValueError(f"chat_template_args: expected {expected}, got {', '.join(wrong)}")
         return dict(pairs)
+
+
+def _json(text: str) -> Any:
+    """Return what a text says in JSON, such as ``false`` or ``3``, or the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 _TEMPLATE_NAMES = ("messages", "conversation", "chat_template", "add_generation_prompt", "tokenize")
