@@ -158,14 +158,28 @@ def talking(tmp_path_factory):
     return trainer_of(folder, markov.TALKING, "calculator(size=300)", "match_tir", max_tokens=16)
 
 
-def contexts(trainer, **sampling):
+class Greedy:
+    """A sampler that takes the likeliest token at any temperature, so that two samplers can be compared."""
+
+    def __init__(self, sampler):
+        self._sampler = sampler
+
+    def __getattr__(self, name):
+        return getattr(self._sampler, name)
+
+    def sample(self, prompts, count, max_tokens, temperature, stop=()):
+        return self._sampler.sample(prompts, count, max_tokens, 0.0, stop)
+
+
+def contexts(trainer, greedy=False, **sampling):
     """Sampling contexts with other settings: of the engine, and of transformers."""
     settings = dataclasses.replace(
         trainer.settings, sampling=dataclasses.replace(trainer.settings.sampling, **sampling)
     )
     trainer.context.sampler.sync()
     for sampler in (trainer.context.sampler, TransformersSampler(trainer.model, trainer.tokenizer)):
-        yield SamplingContext(settings, trainer.problems, trainer.tokenizer, sampler, trainer.ranks)
+        chosen = Greedy(sampler) if greedy else sampler
+        yield SamplingContext(settings, trainer.problems, trainer.tokenizer, chosen, trainer.ranks)
 
 
 def same(a, b):
@@ -244,7 +258,7 @@ def test_special_tokens_are_text_to_stop_at(adding):
 def test_conversations(talking):
     """The rows of transformers: calls, and results between them."""
     made = []
-    for context in contexts(talking, temperature=0.0):
+    for context in contexts(talking, greedy=True):
         collector = type(talking.rollout_collector)(context)
         made.append((collector.collect(1), collector.attempt(talking.problems.held_out[:20])))
     (ours, rewards), (theirs, expected) = made
@@ -258,7 +272,7 @@ def test_conversations(talking):
 
 def test_trees(adding):
     """Edges go on from token ids that the engine made before."""
-    ours, theirs = (Trees(context).collect(1) for context in contexts(adding, temperature=0.0, widths=(2, 2)))
+    ours, theirs = (Trees(context).collect(1) for context in contexts(adding, greedy=True, widths=(2, 2)))
     same(ours.batch, theirs.batch)
     assert ours.responses == theirs.responses and (~ours.batch.response_mask).any()
     drawn_by_the_model(adding, Trees(next(contexts(adding, widths=(2, 2)))).collect(1).batch)
@@ -271,7 +285,7 @@ def test_probes(adding):
     required_inputs = frozenset({"state_values", "step_values", "answer_probs", "answer_confidences"})
     ours, theirs = (
         Prober(context, adding.learner.score).probe(required_inputs, batch, collection.problems, 1)
-        for context in contexts(adding, temperature=0.0)
+        for context in contexts(adding, greedy=True)
     )
     assert ours.keys() == required_inputs
     for name in required_inputs:
