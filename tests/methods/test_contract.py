@@ -163,7 +163,7 @@ def test_types_of_settings_are_checked(name):
     function = getattr(tc.methods, name)
     for setting, parameter in inspect.signature(function).parameters.items():
         annotation = str(parameter.annotation)
-        wrong = [("1", ValueError if annotation == "str" else TypeError), (object(), TypeError)]
+        wrong = [("1", ValueError if annotation == "InputName" else TypeError), (object(), TypeError)]
         if annotation == "bool":
             wrong += [(1, TypeError), (None, TypeError), (math.nan, TypeError)]
         elif annotation.startswith("float"):

@@ -95,9 +95,10 @@ def blocks(batch: tc.Rollouts) -> None:
     kl: Tensor = tc.divergence.kl(torch.rand(5, 7), torch.rand(5, 7))
     teacher = tc.divergence.Top(torch.zeros(5, 1, dtype=torch.long), torch.full((5, 1), -0.5))
     js: Tensor = tc.divergence.between(torch.rand(5, 7), teacher, "js", 0.5)
+    gap: Tensor = tc.mismatch.statistics(log_probs, log_probs, batch.spans)["kl"]
     remaining: Tensor = tc.length.remaining(spans)
     made: tc.Spans = tc.Spans.from_padded(torch.tensor([2, 1]), 3)
-    tensors = (running, of_rows, of_groups, chosen, credit, log_probs, entropies, own, kl, js, remaining)
+    tensors = (running, of_rows, of_groups, chosen, credit, log_probs, entropies, own, kl, js, gap, remaining)
     assert all(isinstance(t, Tensor) for t in tensors) and keys.segments == 2 and made.size == 6
 
 
