@@ -198,7 +198,7 @@ def test_errors_of_the_study(tmp_path):
     with pytest.raises(ValueError, match="problems: expected a whole number at least 1, got 0"):
         run(with_study(problems=0))
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="held_out: expected a share that leaves problems on both sides"):
+    with pytest.raises(ValueError, match=r"tasks: expected at least two different problems of jsonl\(.*, got 0"):
         run(with_study(tasks=(f"jsonl('{tmp_path / 'empty.jsonl'}')",)))
     with pytest.raises(ValueError, match="tasks: expected at least one because neither a nor b has a recipe, got none"):
         run(Shift("a", "b"))

@@ -146,7 +146,9 @@ def test_every_method_trains(settings, uniform, method):
     if method == "gtpo_conflict":  # an untrained model has a high entropy
         s = dataclasses.replace(s, objective=ObjectiveSettings(method, set=("limit=1000",)))
     if method == "dpo":
-        with pytest.raises(ValueError, match="group_ids: expected pairs, groups of two rows, got a group of 4"):
+        with pytest.raises(
+            ValueError, match="group: expected 2 because of dpo, which compares the two responses to a prompt, got 4"
+        ):
             run(s)
         return
     run(s)

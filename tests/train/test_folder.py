@@ -60,8 +60,8 @@ WRONG_RUNS = WRONG | {
     "teacher that is missing": {"objective": ObjectiveSettings("tip")},
     "teacher": {"objective": ObjectiveSettings("tip"), "teacher": "/nowhere/model"},
     "share of problems": {"held_out": 1.0},
-    # These are wrong only when a batch is made.
     "size of a group": {"objective": ObjectiveSettings("dpo")},
+    # This is wrong only when a batch is made.
     "metric of a controller": {
         "objective": ObjectiveSettings("grpo", terms=("entropy(target_entropy(metric='mood'))",))
     },
@@ -94,7 +94,7 @@ def test_a_start_that_fails_leaves_no_folder(settings, uniform, changes):
 def test_the_corrected_command_works_in_the_same_folder(settings, uniform, resume):
     s = settings("grpo", steps=1)
     s.output.mkdir()
-    for changes in (WRONG_RUNS["task"], WRONG_RUNS["size of a group"]):
+    for changes in (WRONG_RUNS["task"], WRONG_RUNS["metric of a controller"]):
         with pytest.raises(ValueError):
             run(dataclasses.replace(s, **changes))
     assert [p.name for p in s.output.iterdir()] == [".lock"], "the user's own folder stays"

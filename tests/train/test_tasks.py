@@ -199,7 +199,7 @@ def test_prompts_that_hold_the_same_numbers_are_split_by_their_text(tmp_path, pr
 def test_a_file_of_one_prompt_cannot_be_split(tmp_path):
     file = tmp_path / "one.jsonl"
     file.write_text(GOOD)
-    with pytest.raises(ValueError, match=r"held_out: expected a share that leaves problems on both sides, got 0\.3 of"):
+    with pytest.raises(ValueError, match=r"tasks: expected at least two different problems of jsonl\(.*, got 1"):
         tasks.load([f"jsonl({str(file)!r})"], 0.3)
 
 
@@ -253,9 +253,12 @@ def test_another_reward():
         ),
         (["products(digits=1)"], 0.2, "tasks: products: .*digits"),
         (["products(min_terms=0)"], 0.2, "tasks: products: min_terms"),
+        ([], 0.2, "tasks: expected at least one, because the model has no default"),
+        (["addition(digits=0)"], 0.2, "digits: expected a whole number at least 1, got 0"),
+        (["calculator(operations=-1)"], 0.2, "operations: expected a whole number at least 1, got -1"),
+        (["addition(size=1)"], 0.2, "tasks: expected at least two different problems of addition.size=1., got 1"),
         (["addition"], 0.0, "held_out: expected a share that leaves problems on both sides, got 0.0"),
         (["addition"], 1.0, "held_out: expected a share"),
-        ([], 0.2, "held_out: expected a share"),
         (["jsonl"], 0.2, r"tasks: expected jsonl\(path"),
         (["addition(digit=2)"], 0.2, r"tasks: expected addition\(digits"),
     ],

@@ -10,15 +10,17 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from tokcredit.expression import Call, call_with, parse
 from tokcredit.rewards import answers, matching
 from tokcredit.rewards.bounded import BoundedCalls
+from tokcredit.settings import Range
 from tokcredit.train import tools
 from tokcredit.train.judging import BoundedReward
 from tokcredit.train.problems import Message, Problem, Problems, split
 
+_Count = Annotated[int, Range("whole number", at_least=1)]
 _REWARDS = Path(answers.__file__).parent
 
 
@@ -144,7 +146,7 @@ def _choices(path: str) -> list[Problem]:
     return [problem(line) for line in _lines(path)]
 
 
-def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]:
+def _addition(digits: _Count = 2, size: _Count = 2000, seed: int = 0) -> list[Problem]:
     """Return problems such as ``47+85=``; the last number of a response is compared with the sum."""
     generator = random.Random(seed)
 
@@ -159,7 +161,7 @@ def _addition(digits: int = 2, size: int = 2000, seed: int = 0) -> list[Problem]
     return problems
 
 
-def _calculator(operations: int = 2, digits: int = 1, size: int = 2000, seed: int = 0) -> list[Problem]:
+def _calculator(operations: _Count = 2, digits: _Count = 1, size: _Count = 2000, seed: int = 0) -> list[Problem]:
     """Return problems such as ``(7+5)*3=`` for a model that calls a calculator; ``<answer>`` is compared."""
     generator = random.Random(seed)
 
@@ -219,6 +221,10 @@ def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed:
     Raises:
         ValueError: A task is unknown, a file is malformed, or one side has no problems.
     """
+    if not tasks:
+        raise ValueError(
+            "tasks: expected at least one, because the model has no default, got none; for example addition"
+        )
     function = None if reward is None else imported_reward(reward)
     train, measured = [], []
     for text in tasks:
@@ -226,10 +232,12 @@ def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed:
         if function is not None:
             for question, p in distinct.items():
                 distinct[question] = p._replace(reward=functools.partial(_swapped, function, question, p.answer))
+        if len(distinct) < 2:
+            raise ValueError(f"tasks: expected at least two different problems of {text}, got {len(distinct)}")
         own, kept = split(list(distinct.values()), held_out)
         train.append(own)
         measured += kept
-    if not tasks or not all(train) or not measured:
+    if not all(train) or not measured:
         raise ValueError(f"held_out: expected a share that leaves problems on both sides, got {held_out} of {tasks}")
     return Problems(train, measured)
 

@@ -16,6 +16,7 @@ from tokcredit.decoding.temperature import AdaptiveTemperature
 from tokcredit.groups import Groups
 from tokcredit.methods.hapo import entropy_deviation
 from tokcredit.mixing import mix
+from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages.token_weights import tis
 from tokcredit.train import collectors, models, tasks
@@ -81,6 +82,11 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
         if settings.objective.token_weights is None:
             objective = _corrected(objective)
     _check_collected(objective, settings.objective.method)
+    if isinstance(objective, Preference) and settings.sampling.group != 2:
+        raise ValueError(
+            f"group: expected 2 because of {settings.objective.method}, which compares the two responses to a prompt, "
+            f"got {settings.sampling.group}"
+        )
     if _distils(objective) and settings.teacher is None:
         raise ValueError(f"teacher: expected a model because of {settings.objective.method}, got None")
     if (stage := _length_stage(objective)) is not None and not hasattr(stage, "gamma"):
