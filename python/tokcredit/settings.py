@@ -11,6 +11,7 @@ checked when the dataclass is made::
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import math
@@ -37,7 +38,9 @@ class RefusedError(Exception):
         expected = str(rule)
         if rule.kind == "number" and isinstance(value, float) and math.isinf(value) and not rule.infinite:
             expected = expected.replace("number", "finite number", 1)
-        super().__init__(f"{name}: expected {expected}, got {shown(value)}")
+        near = difflib.get_close_matches(str(value).lower(), rule.options, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        super().__init__(f"{name}: expected {expected}, got {shown(value)}{hint}")
         self.name, self.rule, self.value = name, rule, value
 
     def of(self, name: str) -> RefusedError:
