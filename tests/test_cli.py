@@ -81,3 +81,9 @@ def test_mistakes_in_stages_are_one_line(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(SystemExit, match=r"tokcredit: --credit: expected a stage or a method, one of .*, got 'temp'"):
         main(["train", "--model", "tiny(steps=0)", "--credit", "temp", "--output", str(tmp_path / "run")])
+
+
+def test_one_method_is_no_comparison():
+    message = "--method: expected --methods and the names of all methods to compare, got --method grpo"
+    with pytest.raises(SystemExit, match=message):
+        main(["compare", "--method", "grpo"])

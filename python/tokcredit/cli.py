@@ -106,6 +106,8 @@ def _train(settings: _Flat[Settings]) -> bool:
 
 def _compare(settings: _Flat[Settings], comparison: _Flat[ComparisonSettings]) -> bool:
     """Train several methods on the same prompts and plot them together."""
+    if (method := settings.objective.method) != type(settings.objective)().method:
+        raise ValueError(f"method: expected --methods and the names of all methods to compare, got --method {method}")
     return train.compare(comparison.methods, settings, comparison.seeds) is None
 
 
