@@ -343,3 +343,9 @@ def test_compare(settings, capsys):
 def test_smoothing_has_no_start_up_bias():
     assert smoothed([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
     assert smoothed([0.0, 1.0], weight=0.5) == pytest.approx([0.0, 2 / 3])
+
+
+def test_an_engine_that_is_not_installed_is_named_at_once(settings, monkeypatch):
+    monkeypatch.setattr("tokcredit.train.trainer.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="sampler: expected transformers because vllm is not installed, got vllm"):
+        run(settings(sampling=SamplingSettings(sampler="vllm")))

@@ -273,3 +273,14 @@ def test_a_reward_path_needs_a_colon():
         tasks.load(["addition"], 0.2, reward="shortest")
     with pytest.raises(ValueError, match="reward: expected a function in test_tasks, got 'longest'"):
         tasks.load(["addition"], 0.2, reward="test_tasks:longest")
+
+
+def test_modules_of_rewards(tmp_path, monkeypatch):
+    """A module that is missing is named with the option; what it imports itself keeps its own traceback."""
+    (tmp_path / "inner_import.py").write_text("import nowhere_else")
+    monkeypatch.syspath_prepend(tmp_path)
+    for path in ("nowhere:function", "nowhere.inner:function"):
+        with pytest.raises(ValueError, match="reward: expected a module that can be imported, got 'nowhere"):
+            tasks.imported_reward(path)
+    with pytest.raises(ModuleNotFoundError, match="nowhere_else"):
+        tasks.imported_reward("inner_import:function")

@@ -198,12 +198,17 @@ def imported_reward(path: str) -> Callable[[str, str, str], Any]:
         path: ``package.module:function``.
 
     Raises:
-        ValueError: The path has no colon, or names no function.
+        ValueError: The path has no colon, or names no module or no function.
     """
     module, separator, name = path.partition(":")
     if not separator:
         raise ValueError(f"reward: expected package.module:function, got {path!r}")
-    function = getattr(importlib.import_module(module), name, None)
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"reward: expected a module that can be imported, got {module!r}: {error}") from None
     if not callable(function):
         raise ValueError(f"reward: expected a function in {module}, got {name!r}")
     return function

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,8 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
     check_launch()
     objective = _with_length(settings.objective.build(), settings.sampling.max_tokens)
     if settings.sampling.sampler == "vllm":
+        if find_spec("vllm") is None:
+            raise ValueError("sampler: expected transformers because vllm is not installed, got vllm")
         if settings.sampling.adaptive:
             raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {settings.sampling.adaptive}")
         if settings.objective.token_weights is None:
