@@ -348,4 +348,4 @@ def test_smoothing_has_no_start_up_bias():
 def test_an_engine_that_is_not_installed_is_named_at_once(settings, monkeypatch):
     monkeypatch.setattr("tokcredit.train.trainer.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="sampler: expected transformers because vllm is not installed, got vllm"):
-        run(settings(sampling=SamplingSettings(sampler="vllm")))
+        run(settings(sampling=dataclasses.replace(settings().sampling, sampler="vllm")))
