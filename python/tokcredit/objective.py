@@ -270,13 +270,15 @@ class Prepared(PreparedTokens):
     def has_gradient(self) -> Tensor:
         """Rows that can have a gradient; bool ``[R]``. The others need neither a forward nor a backward pass."""
         trains = self.lengths > 0
+        acting = [mask for term, (mask, _) in zip(self.objective.terms, self.terms, strict=True) if term.coefficient]
+        if any(mask is None for mask in acting):
+            return trains
         size = self.credit if self.multiplier is None else product(self.credit, self.multiplier, self.batch.spans)
         moves = size != 0
         moves = moves[:, 0] if moves.dim() == 2 else segment.maximum(moves.float(), self.spans) > 0
         found = trains & moves & (self.row_weights != 0).expand(len(trains), 1)[:, 0]
-        for term, (mask, _) in zip(self.objective.terms, self.terms, strict=True):
-            if term.coefficient:
-                found = found | (trains if mask is None else ops.count(self.spans.with_mask(mask)) > 0)
+        for mask in acting:
+            found = found | (ops.count(self.spans.with_mask(mask)) > 0)
         return found
 
     def _with(self, denominators: Denominators) -> Prepared:

@@ -14,7 +14,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import number
 from tokcredit.stages.credit import Credit
-from tokcredit.stages.credit.group import standard_scores
+from tokcredit.stages.credit.group import shares, standard_scores
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,9 @@ class mean_entropy_shaped(Credit):
         x = torch.where(correct, x, 1 / (x + 1e-8))
         ids = (2 * batch.group_index + correct).masked_fill_(~batch.nonempty, -1)
         side = segment.Ids(ids, 2 * batch.num_groups)
-        own = side.ids.clamp(min=0)
         if side.segments == 0:
             return torch.zeros_like(batch.rewards)[:, None]
-        total = segment.sum(x, side)[own]
-        share = torch.where(total == 0, 1, x * segment.count(side)[own] / total)
-        rewards = torch.where(correct, 1, -1) * (self.base + self.bonus * share)
+        rewards = torch.where(correct, 1, -1) * (self.base + self.bonus * shares(x, side))
         return standard_scores(rewards, side)[:, None].to(batch.rewards.dtype)
 
 

@@ -15,7 +15,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import number
 from tokcredit.stages.credit import Credit
-from tokcredit.stages.credit.group import standard_scores
+from tokcredit.stages.credit.group import shares, standard_scores
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class entropy_shaped(Credit):
         A = (r - mean(r)) / std(r)      over all tokens of the group on the same side
 
     ``std`` is the population standard deviation. The advantage is 0 where all ``r`` are equal up to rounding, and
-    ``x / (sum of x)`` is the same for all rows where the sum is 0. Positions count the
-    tokens of the row that the policy chose.
+    ``x / (sum of x)`` is the same for all rows where the sum is 0. Positions count the tokens of the row that the
+    policy chose.
 
     Args:
         base: Share of the reward that does not depend on entropy.
@@ -57,10 +57,7 @@ class entropy_shaped(Credit):
         alive = segment.Ids((side * width + position - 1).masked_fill_(side < 0, -1), sides.segments * width)
         if alive.segments == 0:
             return torch.zeros_like(x).to(batch.rewards.dtype)
-        own = alive.ids.clamp(min=0)
-        total = segment.sum(x, alive)[own]
-        share = torch.where(total == 0, 1, x * segment.count(alive)[own] / total)
-        rewards = torch.where(wrong, -1, 1) * (self.base + self.bonus * share)
+        rewards = torch.where(wrong, -1, 1) * (self.base + self.bonus * shares(x, alive))
         return standard_scores(rewards, sides).to(batch.rewards.dtype)
 
 

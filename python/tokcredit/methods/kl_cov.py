@@ -12,7 +12,7 @@ from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip, term
 from tokcredit.stages.base import number
-from tokcredit.stages.filters import Filter, covariance
+from tokcredit.stages.filters import Filter, covariance, highest
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,8 @@ class top_covariance(Filter):
 
     def __call__(self, batch: Rollouts, advantages: Tensor | None) -> Tensor:
         assert advantages is not None
-        spans = batch.spans
-        scope = select.everything(spans)
-        wanted = (select.sizes(spans, scope).double() * self.share + 1e-9).floor()
-        return select.top_k(covariance(batch, advantages), wanted.long().clamp(min=1), spans, scope)
+        scope = select.everything(batch.spans)
+        return highest(covariance(batch, advantages), self.share, batch.spans, scope, round_up=False)
 
 
 def kl_cov(coefficient: float = 1.0, share: float = 2e-3) -> Objective:

@@ -16,6 +16,7 @@ from tokcredit.spans import Spans
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import number
 from tokcredit.stages.credit.group import per_token
+from tokcredit.stages.filters import highest
 from tokcredit.stages.token_weights import TokenWeight
 
 
@@ -47,9 +48,7 @@ class surprising(TokenWeight):
         low, weights = entropy < self.target, torch.ones_like(own).masked_fill_(entropy.isnan(), math.nan)
         for side, factor in ((own > 0, self.positive), (own < 0, self.negative)):
             spans = batch.spans.with_mask(mask & side)
-            scope = select.everything(spans)
-            wanted = (select.sizes(spans, scope).double() * self.share - 1e-9).ceil().long().clamp(min=1)
-            chosen = select.top_k(-batch.input("old_log_probs"), wanted, spans, scope)
+            chosen = highest(-batch.input("old_log_probs"), self.share, spans, select.everything(spans))
             weights = torch.where(chosen & low, factor, weights)
         return weights
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokcredit.blocks import select
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, filters, token_score
 from tokcredit.stages.base import number, part
-from tokcredit.stages.filters import Filter
+from tokcredit.stages.filters import Filter, highest
 from tokcredit.stages.token_score import TokenScore
 from tokcredit.supervised import Supervised, reverse_kl
 
@@ -34,8 +33,7 @@ class drawn_share(Filter):
         x, spans = self.score(batch), batch.spans
         # The k largest of log x plus Gumbel noise are k draws without replacement in proportion to x.
         noise = -torch.empty_like(x, dtype=torch.float64).exponential_().log()
-        wanted = (select.sizes(spans).double() * self.share + 1e-9).floor()
-        return select.top_k(x.double().log() + noise, wanted.long().clamp(min=1), spans)
+        return highest(x.double().log() + noise, self.share, spans, round_up=False)
 
 
 def tip(share: float = 0.5, quantile: float = 0.98, rank: TokenScore | None = None, drawn: bool = False) -> Supervised:

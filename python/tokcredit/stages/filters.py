@@ -137,6 +137,27 @@ def covariance(batch: Rollouts, advantages: Tensor) -> Tensor:
     return (own - segment.mean(own, tokens)) * (log_probs - segment.mean(log_probs, tokens))
 
 
+def highest(
+    score: Tensor, share: float, spans: Spans, scope: segment.Ids | None = None, round_up: bool = True
+) -> Tensor:
+    """Return the share of the tokens with the highest score, at least one in each scope; ties go to the lower index.
+
+    Args:
+        score: float ``[N]``.
+        share: Share of the tokens, above 0 and at most 1.
+        spans: The rows, with the mask of the tokens that compete.
+        scope: Which rows compete with each other, or None for each by itself.
+        round_up: Whether the number of tokens is rounded up rather than down.
+
+    Returns:
+        bool ``[N]``.
+    """
+    wanted = select.sizes(spans, scope).double().mul_(share)
+    # A share like 0.7 of 10 must not become 8 for its rounding error.
+    wanted = wanted.sub_(1e-9).ceil_() if round_up else wanted.add_(1e-9).floor_()
+    return select.top_k(score, wanted.long().clamp_(min=1), spans, scope)
+
+
 @dataclass(frozen=True)
 class top_share(Filter):
     """The share of the tokens with the highest score, at least one token. Ties go to the lower index.
@@ -167,10 +188,7 @@ class top_share(Filter):
             size = advantages.abs()
             score = score * (size if size.dim() == 1 else ops.spread(size[:, 0], spans))
         scope = None if self.per_row else select.everything(spans)
-        wanted = select.sizes(spans, scope).double().mul_(self.share)
-        # A share like 0.7 of 10 must not become 8 for its rounding error.
-        wanted = wanted.sub_(1e-9).ceil_() if self.round_up else wanted.add_(1e-9).floor_()
-        return select.top_k(score, wanted.long().clamp_(min=1), spans, scope)
+        return highest(score, self.share, spans, scope, self.round_up)
 
 
 @dataclass(frozen=True)
@@ -268,6 +286,7 @@ __all__ = [
     "covariance",
     "from_verl",
     "geo_rs",
+    "highest",
     "improbable",
     "improbable_tokens",
     "marked",

@@ -99,7 +99,7 @@ class kl(Term):
     over_all: bool = flag(False)
 
     @property
-    def metric(self) -> str:  # type: ignore[override]
+    def metric(self) -> str:  # type: ignore[override] # a class variable in the base
         """``kl``, with the name of the policy where it is not the reference."""
         return "kl" if self.to == "ref_log_probs" else f"kl_{self.to.removesuffix('_log_probs')}"
 

@@ -94,6 +94,18 @@ def standardized(
     return segment.standardize(batch.rewards, groups.index, moments, standard, epsilon, dtype)
 
 
+def shares(x: Tensor, by: segment.Ids) -> Tensor:
+    """Return ``x / mean(x)`` of each segment; 1 where its sum is 0.
+
+    Args:
+        x: float64 ``[M]``, at least 0.
+        by: Segments; the result means nothing at elements of none of them.
+    """
+    own = by.ids.clamp(min=0)
+    total = segment.sum(x, by)[own]
+    return torch.where(total == 0, 1, x * segment.count(by)[own] / total)
+
+
 def standard_scores(x: Tensor, by: segment.Ids) -> Tensor:
     """Return ``(x - mean) / std`` with the population statistics of each segment; 0 where its numbers are equal.
 
