@@ -50,6 +50,8 @@ def synthetic(name, batch, g):
         "entropies": 1.2 * x,
         # Between what one probability and one other token of the rest's make.
         "squared_probs": chosen**2 + x * (1 - chosen) ** 2,
+        "teacher_log_probs": -(x**2),
+        "teacher_mask": rows % 3 != 2,
         "reverse_kl": x**2,
         "forward_kl": x**3,
         "disagreement": x,

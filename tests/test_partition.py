@@ -89,8 +89,9 @@ def test_select_minibatch_and_loss_wait_for_nothing(name, padded):
         part = prepared.select(PIECES[0])
     select.check_waits_for_nothing()
     own = log_probs_of(prepared, current, PIECES[0]).clone().requires_grad_()
+    further = {name: own.detach() for name in objective.variables[1:]}
     with Dispatched() as loss:
-        out = objective.loss(part, own)
+        out = objective.loss(part, own, **further)
         out.loss.backward()
     loss.check_waits_for_nothing()
     with Dispatched() as metrics:

@@ -183,6 +183,8 @@ for _entry in (
     ),
     Input("reverse_kl", "token", "float", "KL(policy || teacher) of the next-token distributions, nats", "teacher"),
     Input("forward_kl", "token", "float", "KL(teacher || policy) of the next-token distributions, nats", "teacher"),
+    Input("teacher_log_probs", "token", "float", "log-probs under the teacher, nats", "teacher"),
+    Input("teacher_mask", "row", "bool", "True for a row whose teacher was told more than its prompt", "teacher"),
     Input(
         "disagreement",
         "token",

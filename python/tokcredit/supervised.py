@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import math
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tokcredit.blocks import segment
+from tokcredit.blocks import divergence, segment
 from tokcredit.from_hidden import FromHidden
 from tokcredit.prepared import PreparedTokens, filtered, multiplied
 from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
@@ -18,9 +20,11 @@ from tokcredit.schedule import State, resolver
 from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans
 from tokcredit.stages import aggregation as aggregations
+from tokcredit.stages import clip as clips
 from tokcredit.stages import filters as filter_stages
+from tokcredit.stages import scale as scales
 from tokcredit.stages import token_weights as weight_stages
-from tokcredit.stages.base import Stage, part, parts
+from tokcredit.stages.base import Stage, number, option, part, parts, whole_number
 from tokcredit.stages.credit.group import per_token, product
 
 
@@ -37,6 +41,14 @@ class TokenLoss(Stage):
     variable: ClassVar[str]
     sign: ClassVar[float] = 1.0
 
+    def limited(self, value: Tensor) -> Tensor:
+        """Return the loss of each token without its sign.
+
+        Args:
+            value: float ``[N]``, the variable, with gradient.
+        """
+        return value
+
 
 @dataclass(frozen=True)
 class nll(TokenLoss):
@@ -46,24 +58,102 @@ class nll(TokenLoss):
     sign: ClassVar[float] = -1.0
 
 
-@dataclass(frozen=True)
-class reverse_kl(TokenLoss):
-    """``KL(student || teacher)`` of the next-token distributions.
+@dataclass(frozen=True, kw_only=True)
+class Divergence(TokenLoss):
+    """Base of divergences between the next-token distributions of the student and of a teacher.
 
-    Compute it with ``tokcredit.divergence.between`` and pass it to ``loss`` in place of log-probs.
+    Call the stage with logits, and pass what it returns to ``loss`` in place of log-probs::
+
+        value = objective.token_loss(student_logits, teacher_logits)
+        objective.loss(prepared, value)
+
+    With ``top_k`` the divergence is that of ``top_k + 1`` outcomes: the most likely tokens, and all others as one.
+
+    Args:
+        top_k: Number of tokens of which probabilities are compared, or None for the whole vocabulary.
+        top_of: Whose most likely tokens these are: ``student`` or ``teacher``.
+        outside: What is done about the other tokens; see :class:`tokcredit.divergence.Top`.
+        cap: Largest value of a token, nats. The loss of a token with a larger one, and its gradient, are multiplied by
+            ``cap / value``, without gradient through the factor.
     """
+
+    top_k: int | None = whole_number(None, at_least=1, at_most=divergence.MOST_TOP, optional=True)
+    top_of: str = option("student", "teacher")
+    outside: str = option(*divergence.OUTSIDES)
+    cap: float = number(math.inf, above=0, infinite=True)
+    share: ClassVar[float | None] = None
+
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor | divergence.Mixture | divergence.Top,
+        temperature: float = 1.0,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the divergence of each position, ``(...)``, with gradient to the student.
+
+        Args:
+            student: float ``(..., V)``, logits.
+            teacher: float ``(..., V)``, logits; or a mixture, or top log-probs, neither together with ``top_k``.
+            temperature: Positive; divides the logits of both.
+            mask: bool ``(...)``, the positions to compute; the others get 0. All if None.
+
+        Raises:
+            TypeError: A dtype is wrong, or the teacher is not logits although ``top_k`` is given.
+            ValueError: Shapes disagree, or a setting is out of range.
+        """
+        if self.top_k is not None:
+            if not isinstance(teacher, Tensor):
+                raise TypeError(f"teacher: expected logits because of {self!r}, got {type(teacher).__name__}")
+            with torch.no_grad():
+                wide = torch.promote_types(teacher.dtype, torch.float32)
+                ids = (student if self.top_of == "student" else teacher).topk(self.top_k).indices
+                total = (teacher.to(wide) / temperature).logsumexp(-1, keepdim=True)
+                known = teacher.gather(-1, ids).to(wide) / temperature - total
+            teacher = divergence.Top(ids, known, self.outside)
+        return divergence.between(student, teacher, self.variable, self.share, temperature, mask)
+
+    def limited(self, value: Tensor) -> Tensor:
+        """Return the loss of each token.
+
+        Args:
+            value: float ``[N]``, the divergence of each token, with gradient.
+        """
+        if self.cap == math.inf:
+            return value
+        size = value.detach()
+        return value * torch.where(size > self.cap, self.cap / size, 1)
+
+
+@dataclass(frozen=True)
+class reverse_kl(Divergence):
+    """``KL(student || teacher)``."""
 
     variable: ClassVar[str] = "reverse_kl"
 
 
 @dataclass(frozen=True)
-class forward_kl(TokenLoss):
-    """``KL(teacher || student)`` of the next-token distributions.
-
-    Compute it with ``tokcredit.divergence.between`` and pass it to ``loss`` in place of log-probs.
-    """
+class forward_kl(Divergence):
+    """``KL(teacher || student)``."""
 
     variable: ClassVar[str] = "forward_kl"
+
+
+@dataclass(frozen=True)
+class js(Divergence):
+    """The generalised Jensen-Shannon divergence: ``share * KL(q || m) + (1 - share) * KL(p || m)``.
+
+    p is the student, q the teacher, and ``m = share * q + (1 - share) * p``.
+
+    Args:
+        share: Share of the teacher in m, above 0 and below 1. It is the beta of GKD.
+        outside: What is done about tokens beside the ``top_k``; never ``cut``.
+    """
+
+    share: float = number(0.5, above=0, below=1)  # type: ignore[misc] # a class variable in the base
+    _: KW_ONLY
+    outside: str = option("bucket", "renormalised")
+    variable: ClassVar[str] = "js"
 
 
 @dataclass(frozen=True)
@@ -75,13 +165,15 @@ class Supervised(FromHidden):
     Args:
         token_loss: Loss of each token.
         filters: Which rows and tokens train. Others are not counted in any denominator.
-        token_weights: Factors of the token losses.
+        token_weights: Factors of the token losses, decided once per batch.
+        scales: Factors of the token losses that depend on the current policy, without gradient.
         aggregation: How token losses become one number.
     """
 
     token_loss: TokenLoss = part(TokenLoss, nll)
     filters: tuple[filter_stages.Filter, ...] = parts(filter_stages.Filter)
     token_weights: tuple[weight_stages.TokenWeight, ...] = parts(weight_stages.TokenWeight)
+    scales: tuple[scales.Scale, ...] = parts(scales.Scale)
     aggregation: aggregations.Aggregation = part(aggregations.Aggregation, aggregations.token_mean)
 
     def __post_init__(self) -> None:
@@ -89,21 +181,28 @@ class Supervised(FromHidden):
         for stage in self.filters:
             if stage.before_credit:
                 raise ValueError(f"filters: expected filters that read no rewards, got {stage!r}")
+        for scale in self.scales:
+            if scale.needs_bounds:
+                raise ValueError(f"scales: expected scales that read no bounds, got {scale!r}")
         if self.aggregation.reads_signs:
             raise ValueError(f"aggregation: expected one that reads no advantages, got {self.aggregation!r}")
 
-    @property
+    @cached_property
     def variables(self) -> tuple[str, ...]:
-        """The variable of the token loss."""
-        return (self.token_loss.variable,)
+        """The variable of the token loss, and ``log_probs`` if a scale needs them too."""
+        return (self.token_loss.variable, *self._further)
+
+    @property
+    def _further(self) -> tuple[str, ...]:
+        return ("log_probs",) if self.scales and self.token_loss.variable != "log_probs" else ()
 
     def separable(self, prepared: PreparedSupervised) -> bool:
-        """Return True: the loss is a weighted sum of token losses.
+        """Return whether the derivative of the loss at a token depends on that token alone.
 
         Args:
             prepared: A prepared batch of this objective.
         """
-        return True
+        return not any(scale.couples_tokens for scale in prepared.objective.scales)
 
     def prepare(
         self,
@@ -143,7 +242,8 @@ class Supervised(FromHidden):
         if not self.compares_groups:
             denominators.require(objective.aggregation)
         weights = denominators.row_weights(objective.aggregation, batch, kept.lengths)
-        return PreparedSupervised(objective, batch, kept.spans, multiplier, kept.lengths, weights)
+        signals = tuple(scale.signal(batch, clips.Window("clip")) for scale in objective.scales)
+        return PreparedSupervised(objective, batch, kept.spans, multiplier, signals, kept.lengths, weights)
 
     def loss(self, prepared: PreparedSupervised, per_token: Tensor, /, **variables: Tensor) -> Loss:
         """Return the loss of a prepared batch, or of a part of it, with its gradient to ``per_token``.
@@ -151,19 +251,25 @@ class Supervised(FromHidden):
         Args:
             prepared: From :meth:`prepare` or :meth:`PreparedSupervised.select`.
             per_token: float, the variable of the token loss in the layout of ``prepared.batch``: ``(B, T)`` or ``[N]``.
-            variables: None; part of the common interface.
+            variables: ``log_probs`` in the same layout, if :attr:`variables` names them. Their gradient is not used.
 
         Raises:
-            TypeError: A variable is given that is not needed.
+            TypeError: A variable is missing, or not needed.
             ValueError: A shape is wrong.
         """
-        name = prepared.objective.token_loss.variable
-        check_variables((name,), variables)
-        x, spans = prepared.batch.flat(per_token, name), prepared.spans
-        weights = prepared.row_weights
+        objective, spans = prepared.objective, prepared.spans
+        token_loss, name = objective.token_loss, objective.token_loss.variable
+        check_variables(objective.variables, variables)
+        x, weights = prepared.batch.flat(per_token, name), prepared.row_weights
         if prepared.multiplier is not None:
             weights = product(prepared.multiplier, weights, spans)
-        value = prepared.objective.token_loss.sign * segment.weighted_sum(x, spans, weights).sum()
+            if prepared.multiplier.dim() == 1:  # a divergence may be infinite at a token of weight 0
+                x = torch.where(prepared.multiplier == 0, 0, x)
+        if objective.scales:
+            current = prepared.batch.flat(variables.get("log_probs", per_token), "log_probs").detach()
+            for factor in prepared.factors(current):
+                weights = product(weights, factor, spans)
+        value = token_loss.sign * segment.weighted_sum(token_loss.limited(x), spans, weights).sum()
         detached = value.detach()
 
         def metrics() -> dict[str, Tensor]:
@@ -183,6 +289,7 @@ class PreparedSupervised(PreparedTokens):
         batch: The rows.
         spans: The rows, with the mask of the tokens that train.
         multiplier: Product of the token weights, ``[R, 1]`` or ``[N]``, or None.
+        signals: For each scale what it needs beside the current policy, ``[N]`` or None.
         lengths: int64 ``[R]``, training tokens of each row.
         row_weights: float64 ``[R, 1]`` or 0-d, from the aggregation.
     """
@@ -191,8 +298,23 @@ class PreparedSupervised(PreparedTokens):
     batch: Rollouts
     spans: Spans
     multiplier: Tensor | None
+    signals: tuple[Tensor | None, ...]
     lengths: Tensor
     row_weights: Tensor
+
+    def factors(self, log_probs: Tensor) -> list[Tensor]:
+        """Return the factor of each scale, ``[N]`` or ``[R, 1]``.
+
+        Args:
+            log_probs: float ``[N]``, of the current policy, without gradient.
+        """
+        batch, objective = self.batch, self.objective
+        ones = torch.ones_like(batch.rewards)[:, None]
+        old = log_probs if batch.old_log_probs is None else batch.old_log_probs
+        log_ratio = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32)) - old
+        window = clips.Window("clip")
+        found = zip(objective.scales, self.signals, strict=True)
+        return [scale(log_probs, log_ratio, ones, batch.spans, window, signal) for scale, signal in found]
 
     @property
     def advantages(self) -> Tensor:
@@ -220,6 +342,7 @@ class PreparedSupervised(PreparedTokens):
             self.batch.take(chosen),
             chosen.spans.with_mask(chosen.of_tokens(self.mask)),
             multiplier,
+            tuple(None if x is None else chosen.of_tokens(x) for x in self.signals),
             chosen.of_rows(self.lengths),
             self.row_weights if self.row_weights.dim() == 0 else chosen.of_rows(self.row_weights),
         )

@@ -127,7 +127,7 @@ def test_exact_ties_go_to_the_first_token():
 
 
 def test_terms_on_log_probs_are_refused():
-    with pytest.raises(TypeError, match="terms: expected one of token_loss, filters, token_weights, aggregation"):
+    with pytest.raises(TypeError, match="terms: expected one of token_loss, filters, token_weights, scales, aggr"):
         tc.mix("tip", terms="kl(0.1)")
 
 

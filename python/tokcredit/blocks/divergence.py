@@ -25,6 +25,9 @@ KINDS: tuple[str, ...] = ops.DIVERGENCES
 OUTSIDES: tuple[str, ...] = ops.OUTSIDES
 """What :class:`Top` does about the tokens that it does not know."""
 
+MOST_TOP: int = ops.MOST_TOP
+"""Largest number of tokens that :class:`Top` may know at a position."""
+
 _BLOCK = 1 << 22  # elements of the temporaries of a block
 
 
@@ -100,8 +103,8 @@ def _top_rows(
 ) -> ops.TopRows:
     shape, count = student.shape[:-1], student.shape[:-1].numel()
     ids = tensor("ids", teacher.ids, INTEGERS, (*shape, *teacher.ids.shape[-1:]), student.device)
-    if not 1 <= ids.shape[-1] <= ops.MOST_TOP:
-        raise ValueError(f"ids: expected 1 to {ops.MOST_TOP} for each position, got {ids.shape[-1]}")
+    if not 1 <= ids.shape[-1] <= MOST_TOP:
+        raise ValueError(f"ids: expected 1 to {MOST_TOP} for each position, got {ids.shape[-1]}")
     given = tensor("log_probs", teacher.log_probs, FLOATS, tuple(ids.shape), student.device)
     if teacher.outside not in OUTSIDES:
         raise ValueError(f"outside: expected one of {', '.join(OUTSIDES)}, got {teacher.outside!r}")

@@ -128,4 +128,32 @@ class within(Scale):
         return inside.to(log_ratio.dtype).masked_fill_(~known, math.nan)
 
 
-__all__ = ["Scale", "within"]
+@dataclass(frozen=True)
+class truncated_ratio(Scale):
+    """The importance ratio of the token, at most ``cap``: ``min(exp(clamp(log_ratio, -bound, bound)), cap)``.
+
+    It is 1 in a batch without ``old_log_probs``.
+
+    Args:
+        cap: Largest factor, above 0.
+        bound: Largest absolute log-ratio, nats, above 0.
+    """
+
+    cap: float = number(2.0, above=0)
+    bound: float = number(20.0, above=0, infinite=True)
+
+    couples_tokens = False
+
+    def __call__(
+        self,
+        log_probs: Tensor,
+        log_ratio: Tensor,
+        advantages: Tensor,
+        spans: Spans,
+        window: Window,
+        signal: Tensor | None,
+    ) -> Tensor:
+        return log_ratio.clamp(-self.bound, self.bound).exp_().clamp_(max=self.cap)
+
+
+__all__ = ["Scale", "truncated_ratio", "within"]

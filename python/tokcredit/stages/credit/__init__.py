@@ -6,6 +6,7 @@ a single method uses is defined in that method's file, for example ``tokcredit.m
 
 from __future__ import annotations
 
+from tokcredit.stages.credit.distilled import distilled
 from tokcredit.stages.credit.group import (
     Credit,
     constant,
@@ -22,6 +23,7 @@ from tokcredit.stages.credit.values import improbable_cuts, value_changes
 __all__ = [
     "Credit",
     "constant",
+    "distilled",
     "group_normalized",
     "improbable_cuts",
     "leave_one_out",
