@@ -49,6 +49,12 @@ def test_methods_page(tmp_path):
     run("\n".join(blocks("docs/methods.md")), tmp_path)
 
 
+def test_distillation_page(tmp_path):
+    shape = "print(list(objective.prepare(batch).advantages.shape), student_logits.grad.any().item())"
+    printed = run("\n".join([*blocks("docs/distillation.md"), shape]), tmp_path)
+    assert printed == "[4, 6] True\n"
+
+
 def test_report_page(tmp_path):
     pytest.importorskip("pyarrow")
     pytest.importorskip("transformers")

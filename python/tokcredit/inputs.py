@@ -89,6 +89,7 @@ COLLECTORS = {
     "policy_groups": "a forward pass of the policy before the update, whole groups at once",
     "reference": "a forward pass of the reference model",
     "teacher": "forward passes of the policy and of a teacher",
+    "told": "the trainer, which tells the teacher an answer or another attempt",
     "sampler": "the engine that samples",
     "continuations": "continuations sampled from inside a row",
     "probes": "short answers sampled after every step of a row",
@@ -184,7 +185,7 @@ for _entry in (
     Input("reverse_kl", "token", "float", "KL(policy || teacher) of the next-token distributions, nats", "teacher"),
     Input("forward_kl", "token", "float", "KL(teacher || policy) of the next-token distributions, nats", "teacher"),
     Input("teacher_log_probs", "token", "float", "log-probs under the teacher, nats", "teacher"),
-    Input("teacher_mask", "row", "bool", "True for a row whose teacher was told more than its prompt", "teacher"),
+    Input("teacher_mask", "row", "bool", "True for a row whose teacher was told more than its prompt", "told"),
     Input(
         "disagreement",
         "token",
@@ -276,6 +277,14 @@ for _entry in (
         "host",
     ),
     Input("recorded_advantages", "token", "float", "advantages that a trainer wrote into the file of a report", "host"),
+    Input(
+        "teacher_prompt_tokens",
+        "row",
+        "integer",
+        "token ids of the prompt that the teacher sees, -1 on the left as padding",
+        "told",
+        ("P",),
+    ),
     Input("prompt_tokens", "row", "integer", "token ids of the prompt, -1 on the left as padding", "sampler", ("P",)),
 ):
     _REGISTRY[_entry.name] = _entry

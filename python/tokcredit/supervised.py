@@ -70,7 +70,8 @@ class Divergence(TokenLoss):
     With ``top_k`` the divergence is that of ``top_k + 1`` outcomes: the most likely tokens, and all others as one.
 
     Args:
-        top_k: Number of tokens of which probabilities are compared, or None for the whole vocabulary.
+        top_k: Number of tokens of which probabilities are compared. None, or as many as the vocabulary has, compares
+            all.
         top_of: Whose most likely tokens these are: ``student`` or ``teacher``.
         outside: What is done about the other tokens; see :class:`tokcredit.divergence.Top`.
         cap: Largest value of a token, nats. The loss of a token with a larger one, and its gradient, are multiplied by
@@ -102,7 +103,7 @@ class Divergence(TokenLoss):
             TypeError: A dtype is wrong, or the teacher is not logits although ``top_k`` is given.
             ValueError: Shapes disagree, or a setting is out of range.
         """
-        if self.top_k is not None:
+        if self.top_k is not None and self.top_k < student.shape[-1]:
             if not isinstance(teacher, Tensor):
                 raise TypeError(f"teacher: expected logits because of {self!r}, got {type(teacher).__name__}")
             with torch.no_grad():

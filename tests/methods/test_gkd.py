@@ -90,7 +90,7 @@ def test_a_cap_bounds_the_influence_of_a_token():
 
 
 def test_settings_that_mean_nothing_are_refused():
-    with pytest.raises(ValueError, match="outside: expected bucket or renormalised, got 'cut'"):
+    with pytest.raises(ValueError, match="outside: expected one of 'bucket', 'renormalised', got 'cut'"):
         supervised.js(0.5, top_k=4, outside="cut")
     with pytest.raises(ValueError, match="share"):
         supervised.js(1.0)

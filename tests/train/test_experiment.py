@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.train import ObjectiveSettings, OptimizerSettings, ProbeSettings, compare, run
+from tokcredit.train import ObjectiveSettings, OptimizerSettings, PrivilegedSettings, ProbeSettings, compare, run
 from tokcredit.train import trainer as trainer_module
 from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
@@ -143,6 +143,8 @@ def test_every_method_trains(settings, uniform, method):
     optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, precision="no", epochs=2, minibatches=2, schedule="linear")
     probes = ProbeSettings(continuations=2, interval=2, step_end="e", answers=2, answer_tokens=3)
     s = settings(method, optimizer=optimizer, steps=2, teacher="tiny(steps=0, seed=1)", probes=probes, reward=reward)
+    if "teacher_mask" in objective.required_inputs:
+        s = dataclasses.replace(s, privileged=PrivilegedSettings("answer"))
     if method == "gtpo_conflict":  # an untrained model has a high entropy
         s = dataclasses.replace(s, objective=ObjectiveSettings(method, set=("limit=1000",)))
     if method == "dpo":

@@ -12,12 +12,14 @@ from torch import Tensor
 from tokcredit import inputs, ops
 from tokcredit.blocks import divergence, log_probs
 from tokcredit.rollouts import Rollouts
+from tokcredit.supervised import Divergence
 from tokcredit.train.output_layer import OutputLayer, output_layer
 from tokcredit.train.scoring import Predicted, predict, score, scores_of
 
-_OF_LOGITS = frozenset(
-    {"squared_probs", "token_probs", "disagreement", "padded_disagreement", "reverse_kl", "forward_kl"}
-)
+FROM_TEACHER = frozenset({"reverse_kl", "forward_kl", "js"})
+"""Divergences from the teacher."""
+
+_OF_LOGITS = FROM_TEACHER | {"squared_probs", "token_probs", "disagreement", "padded_disagreement"}
 
 
 class ForwardPass:
@@ -31,8 +33,9 @@ class ForwardPass:
         batch: Packed rows with ``prompt_tokens``; see :func:`~tokcredit.train.scoring.predict`.
         policy: Causal language model, the policy.
         reference: Reference policy, or None.
-        teacher: Teacher, or None.
+        teacher: Model of the teacher, or None. It sees ``teacher_prompt_tokens`` if the batch has them.
         temperature: Logits of all models are divided by it.
+        token_loss: Token loss of the objective, which says how its divergence is taken, or None.
     """
 
     def __init__(
@@ -43,8 +46,10 @@ class ForwardPass:
         reference: Any = None,
         teacher: Any = None,
         temperature: float = 1.0,
+        token_loss: Any = None,
     ) -> None:
         self._names, self._batch, self._temperature = frozenset(names), batch, temperature
+        self._token_loss = token_loss
         self._policy, self._reference, self._teacher = policy, reference, teacher
 
     @cached_property
@@ -61,7 +66,7 @@ class ForwardPass:
     @cached_property
     def _scores(self) -> tuple[Tensor, Tensor]:
         # A divergence reads the logits again in its backward pass.
-        overwrite = not self._names & inputs.names("teacher")
+        overwrite = not self._names & FROM_TEACHER
         return scores_of(self._predicted, self.layer, self._temperature, overwrite)
 
     @property
@@ -83,10 +88,17 @@ class ForwardPass:
     def _scaled_logits(self) -> Tensor:
         return self._logits.float() / self._temperature
 
+    @property
+    def _taught(self) -> Rollouts:
+        """The batch with the prompts that the teacher sees."""
+        if not self._batch.has_input("teacher_prompt_tokens"):
+            return self._batch
+        return self._batch.with_inputs(prompt_tokens=self._batch.input("teacher_prompt_tokens"))
+
     @cached_property
     def _teacher_logits(self) -> Tensor:
         with torch.no_grad():
-            predicted = predict(self._teacher, self._batch)
+            predicted = predict(self._teacher, self._taught)
         assert predicted.logits is not None
         return predicted.logits[predicted.inside]
 
@@ -136,7 +148,15 @@ class ForwardPass:
         """The same, with uniform distributions at padding."""
         return divergence.disagreement(self._scaled_logits, self._batch, padded=True)
 
+    @property
+    def teacher_log_probs(self) -> Tensor:
+        """Log-probs of the tokens under the teacher, nats, without gradient."""
+        with torch.no_grad():
+            return score(self._teacher, self._taught, self._temperature)[0]
+
     def _from_teacher(self, kind: str) -> Tensor:
+        if isinstance(self._token_loss, Divergence) and self._token_loss.variable == kind:
+            return self._token_loss(self._logits, self._teacher_logits, self._temperature)
         return divergence.between(self._logits, self._teacher_logits, kind, temperature=self._temperature)
 
     @cached_property
@@ -148,6 +168,11 @@ class ForwardPass:
     def forward_kl(self) -> Tensor:
         """``KL(teacher || policy)`` of the next-token distributions, nats, with gradient to the policy."""
         return self._from_teacher("forward_kl")
+
+    @cached_property
+    def js(self) -> Tensor:
+        """Jensen-Shannon divergence of policy and teacher, nats, with gradient to the policy."""
+        return self._from_teacher("js")
 
     def read(self, name: str) -> Tensor:
         """Return an input or a variable by name.
@@ -196,7 +221,7 @@ def collect(
         size: Largest number of rows of a forward pass, except for inputs that need a whole group at once.
         policy: The policy before the update.
         reference: Reference policy, for ``ref_log_probs``.
-        teacher: Teacher, for the divergences from it.
+        teacher: Model of the teacher, for its log-probs and the divergences from it.
         temperature: Logits of all models are divided by it.
     """
     names = frozenset(required_inputs) & collected()

@@ -23,6 +23,7 @@ from tokcredit.train import collectors, nonfinite
 from tokcredit.train.clock import Clock
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import OptimizerSettings, Settings
+from tokcredit.train.teacher import Teacher
 
 _MEANS = ("_mean", "_fraction")
 """Endings of metrics that are means over tokens. Others add up over the micro-batches of an optimizer step."""
@@ -64,7 +65,12 @@ class Learner:
     """
 
     def __init__(
-        self, settings: Settings, objective: TrainingObjective[Any], model: Any, teacher: Any, accelerator: Accelerator
+        self,
+        settings: Settings,
+        objective: TrainingObjective[Any],
+        model: Any,
+        teacher: Teacher | None,
+        accelerator: Accelerator,
     ) -> None:
         o = settings.optimizer
         self._settings, self._accelerator, self._ranks = settings, accelerator, Ranks(accelerator)
@@ -85,7 +91,7 @@ class Learner:
         names, o = self._objective.required_inputs | others, self._settings.optimizer
         if o.epochs * o.minibatches > 1:
             names |= {"old_log_probs"}
-        models = (self._model, self._reference, self._teacher)
+        models = (self._model, self._reference, self._teacher.model if self._teacher else None)
         with self._accelerator.autocast():
             return collectors.collect(names, batch, o.micro_batch, *models, self._settings.sampling.temperature)
 
@@ -218,6 +224,8 @@ class Learner:
                 norms += norm
                 self._optimizer.step()
                 self._optimizer.zero_grad()
+                if self._teacher:
+                    self._teacher.follow(self._model)
                 steps, self.skipped_in_row = steps + 1, 0
         return totals.metrics(self._ranks, steps) | {"grad_norm": norms / max(steps, 1)}, log_probs, skipped
 
@@ -230,11 +238,11 @@ class Learner:
             numbers: Number in the step of each row.
         """
         found: dict[int, list[int]] = {}
-        names, temperature = self._objective.variables, self._settings.sampling.temperature
+        names = self._objective.variables
         for rows in parts:
             micro = part.select(rows)
             with torch.no_grad(), self._accelerator.autocast():
-                forward = collectors.ForwardPass(names, micro.batch, self._model, None, self._teacher, temperature)
+                forward = self._forward(micro.batch)
                 variables = {name: forward.read(name) for name in names}
             seen = nonfinite.tokens(self._objective, micro, variables)
             found |= {int(numbers[rows[row]]): positions for row, positions in seen.items()}
@@ -257,10 +265,22 @@ class Learner:
         found = self._objective.loss(nothing, zeros, **further).metrics
         return {**{name: 0.0 for name in found}, "entropy_mean": 0.0}
 
+    def _forward(self, batch: Rollouts) -> collectors.ForwardPass:
+        """Return forward passes that give the variables of the objective."""
+        teacher = self._teacher.model if self._teacher else None
+        return collectors.ForwardPass(
+            self._objective.variables,
+            batch,
+            self._model,
+            teacher=teacher,
+            temperature=self._settings.sampling.temperature,
+            token_loss=getattr(self._objective, "token_loss", None),
+        )
+
     def _backward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, dict[str, float]]:
         """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
         names, temperature = self._objective.variables, self._settings.sampling.temperature
-        forward = collectors.ForwardPass(names, part.batch, self._model, None, self._teacher, temperature)
+        forward = self._forward(part.batch)
         if forward.layer is not None and isinstance(self._objective, FromHidden):
             with self._accelerator.autocast():
                 weight, bias, settings = forward.layer

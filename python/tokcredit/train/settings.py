@@ -197,6 +197,27 @@ class ToolSettings(Declared):
 
 
 @dataclass(frozen=True)
+class PrivilegedSettings(Declared):
+    """What the teacher of a distilling method is told beside the prompt of the student."""
+
+    privileged: Literal["nothing", "answer", "attempt"] = "nothing"
+    """What the teacher is told: the answer of the problem, or the first other response of the group that succeeded.
+    The methods sdpo, sdft and opsd need one; their teacher is initial, live or ema(0.05)."""
+    privileged_template: str = "{question}\n\nA correct solution:\n\n{told}\n\nNow solve the problem yourself.\n"
+    """Question that the teacher sees, with {question} and {told}."""
+    success_reward: float = number(0.5)
+    """Smallest reward of a successful attempt."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        missing = [name for name in ("{question}", "{told}") if name not in self.privileged_template]
+        if missing:
+            raise ValueError(
+                f"privileged_template: expected a text with {' and '.join(missing)}, got {self.privileged_template!r}"
+            )
+
+
+@dataclass(frozen=True)
 class OptimizerSettings(Declared):
     """How a step updates the policy."""
 
@@ -234,6 +255,7 @@ class Settings(Declared):
     replay: ReplaySettings = field(default_factory=ReplaySettings)
     tools: ToolSettings = field(default_factory=ToolSettings)
     chat: ChatSettings = field(default_factory=ChatSettings)
+    privileged: PrivilegedSettings = field(default_factory=PrivilegedSettings)
     model: str = "smollm2"
     """Model to train: "smollm2", "tiny", "tiny_tools", or a folder or hub name of a causal language model."""
     tasks: tuple[str, ...] = ()
@@ -242,7 +264,8 @@ class Settings(Declared):
     "choices('file.jsonl')" with letters as answers;
     "addition(digits=2)"; "calculator(operations=2)", which has a tool. The default suits the model."""
     teacher: str | None = None
-    """Teacher of a distilling method, with the same tokens; given like model."""
+    """Teacher of a distilling method: a model with the same tokens, given like model; initial for the model before the
+    first step; live for the model itself; ema(rate) for an average of its weights over the steps."""
     reward: str | None = None
     """Reward function in place of the task's own: "package.module:function" of (prompt, response, answer) -> float."""
     on_reward_error: Literal["stop", "zero", "drop"] = "stop"

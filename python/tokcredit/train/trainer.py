@@ -21,6 +21,7 @@ from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages.token_weights import tis
 from tokcredit.train import collectors, models, tasks
+from tokcredit.train import teacher as teaching
 from tokcredit.train.clock import Clock
 from tokcredit.train.conversations import Conversations
 from tokcredit.train.learner import Learner, Update
@@ -92,14 +93,33 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
         )
     if _distils(objective) and settings.teacher is None:
         raise ValueError(f"teacher: expected a model because of {settings.objective.method}, got None")
+    if settings.teacher is not None:
+        teaching.rate_of(settings.teacher)
     if (stage := _length_stage(objective)) is not None and not hasattr(stage, "gamma"):
         raise ValueError(f"credit: expected a stage with a gamma because it reads length_values, got {stage}")
     problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
-    return objective, problems, _collector(settings, objective.required_inputs, problems)
+    collector = _collector(settings, objective.required_inputs, problems)
+    _check_privileged(settings, objective, collector)
+    return objective, problems, collector
 
 
 def _distils(objective: Any) -> bool:
-    return bool(inputs.names("teacher") & (objective.required_inputs | set(objective.variables)))
+    found = inputs.names("teacher") & objective.required_inputs | collectors.FROM_TEACHER & set(objective.variables)
+    return bool(found)
+
+
+def _check_privileged(settings: Settings, objective: Any, collector: type[RolloutCollector]) -> None:
+    told = settings.privileged.privileged
+    if told == "nothing":
+        if "teacher_mask" in objective.required_inputs:
+            raise ValueError(
+                f"privileged: expected answer or attempt because of {settings.objective.method}, whose teacher is told "
+                f"more than the student, got nothing"
+            )
+    elif not _distils(objective):
+        raise ValueError(f"privileged: expected nothing because {settings.objective.method} has no teacher, got {told}")
+    elif not issubclass(collector, SingleTurn):
+        raise ValueError(f"privileged: expected nothing because rows are not whole responses to a prompt, got {told}")
 
 
 def _length_stage(objective: Any) -> Any:
@@ -160,7 +180,10 @@ class Trainer:
         model = self.accelerator.prepare_model(model, evaluation_mode=True)
         # The wrapper that converts outputs to float32 would copy all logits.
         self.model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        teacher = self._teacher() if _distils(self.objective) else None
+        self.teacher = None
+        if _distils(self.objective):
+            assert settings.teacher is not None
+            self.teacher = teaching.made(settings.teacher, settings.model, self.model, self.tokenizer)
         s, half = settings.sampling, settings.optimizer.precision == "bf16"
         deviations = (x for x in self.objective.stages() if isinstance(x, entropy_deviation))
         self.deviation = next(deviations, entropy_deviation())
@@ -174,7 +197,9 @@ class Trainer:
             sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
         self.context = SamplingContext(settings, self.problems, self.tokenizer, sampler, self.ranks)
         self.rollout_collector = collector(self.context)
-        self.learner = Learner(settings, self.objective, self.model, teacher, self.accelerator)
+        self.learner = Learner(settings, self.objective, self.model, self.teacher, self.accelerator)
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        self.privileged = teaching.PrivilegedPrompts(settings.privileged, self.context.prompt, longest)
         self.prober = Prober(self.context, self.learner.score)
         self.lengths = self._length_learner() if required_inputs & inputs.names("length_head") else None
         self.accelerator.register_for_checkpointing(self)
@@ -192,6 +217,7 @@ class Trainer:
             "lengths": self.lengths.state_dict() if self.lengths else None,
             "controllers": self.learner.state.state_dict(),
             "skipped_in_row": self.learner.skipped_in_row,
+            "teacher": self.teacher.state_dict() if self.teacher else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -207,6 +233,8 @@ class Trainer:
         self.rollout_collector.load_state_dict(state["rollout_collector"])
         self.learner.state.load_state_dict(state["controllers"])
         self.learner.skipped_in_row = state["skipped_in_row"]
+        if self.teacher:
+            self.teacher.load_state_dict(state["teacher"])
 
     def evaluate(self) -> float:
         """Return the mean reward on held-out problems, over all processes."""
@@ -267,7 +295,10 @@ class Trainer:
             others |= {"old_log_probs"}
         if self.lengths:
             others |= {"hidden_states"}
-        batch = self.learner.with_inputs(collection.batch, others)
+        batch = collection.batch
+        if self.teacher:
+            batch = self.privileged(batch, collection.problems, collection.responses)
+        batch = self.learner.with_inputs(batch, others)
         if wanted & (inputs.names("continuations") | inputs.names("probes")):
             batch = batch.with_inputs(**self.prober.probe(wanted, batch, collection.problems, number))
         if self.lengths:
@@ -280,10 +311,3 @@ class Trainer:
             torch.manual_seed(self.settings.seed)
             head = LengthHead(self.model.config.hidden_size).to(self.accelerator.device)
         return LengthLearner(head, stage.gamma, self.ranks)
-
-    def _teacher(self) -> Any:
-        assert self.settings.teacher is not None
-        teacher, tokenizer = models.load(self.settings.teacher)
-        if tokenizer.get_vocab() != self.tokenizer.get_vocab():
-            raise ValueError(f"teacher: expected the tokens of {self.settings.model}, got {self.settings.teacher}")
-        return teacher.to(self.accelerator.device)

@@ -1,0 +1,155 @@
+"""The teacher of a distilling run: which weights it has, and what its prompt says that the student's does not."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokcredit.expression import parse
+from tokcredit.rollouts import Rollouts
+from tokcredit.train import models
+from tokcredit.train.problems import Problem
+from tokcredit.train.scoring import left_padded
+from tokcredit.train.settings import PrivilegedSettings
+
+_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)\s*", re.S)
+
+
+class Teacher:
+    """A model that a policy imitates.
+
+    Args:
+        model: Causal language model, or the policy itself.
+        rate: Share by which its weights move to those of the policy after every optimizer step; 0 leaves them.
+    """
+
+    def __init__(self, model: Any, rate: float = 0.0) -> None:
+        self.model, self._rate = model, rate
+
+    @torch.no_grad()
+    def follow(self, policy: Any) -> None:
+        """Move the weights towards those of the policy.
+
+        Args:
+            policy: The policy after an optimizer step.
+        """
+        if self._rate:
+            for mine, other in zip(self.model.parameters(), policy.parameters(), strict=True):
+                mine.lerp_(other.to(mine.dtype), self._rate)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the weights if they move, for a checkpoint."""
+        return dict(self.model.state_dict()) if self._rate else None
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take the weights of a checkpoint.
+
+        Args:
+            state: From :meth:`state_dict`.
+        """
+        if state is not None:
+            self.model.load_state_dict(state)
+
+
+def rate_of(text: str) -> float | None:
+    """Return the rate of a teacher that averages the policy's weights, or None if the text says another teacher.
+
+    Args:
+        text: The setting ``teacher``.
+
+    Raises:
+        ValueError: The rate is not above 0 and at most 1.
+    """
+    if not re.match(r"\s*ema\s*\(", text):
+        return None
+    call = parse(text, "teacher")
+    given = [*call.positional, *call.named.values()]
+    rate = given[0] if len(given) == 1 else None
+    if not isinstance(rate, float | int) or isinstance(rate, bool) or not 0 < rate <= 1 or set(call.named) - {"rate"}:
+        raise ValueError(f"teacher: expected ema(rate) with a rate above 0 and at most 1, got {text}")
+    return float(rate)
+
+
+def made(text: str, of: str, policy: Any, tokenizer: Any) -> Teacher:
+    """Return the teacher that a setting says.
+
+    Args:
+        text: ``initial``, ``live``, ``ema(rate)``, or a model.
+        of: Name of the policy's model, for an error.
+        policy: The policy before the first step, on its device.
+        tokenizer: Tokenizer of the policy.
+
+    Raises:
+        ValueError: The teacher has other tokens.
+    """
+    if text == "live":
+        return Teacher(policy)
+    rate = rate_of(text)
+    if rate is not None or text == "initial":
+        return Teacher(copy.deepcopy(policy), rate or 0.0)
+    model, words = models.load(text)
+    if words.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"teacher: expected the tokens of {of}, got {text}")
+    return Teacher(model.to(policy.device))
+
+
+class PrivilegedPrompts:
+    """Tells a teacher more than the student: the answer, or a successful attempt of the group.
+
+    Args:
+        settings: What it is told, and in which words.
+        prompt: Token ids of a problem up to where the response begins.
+        longest: Largest number of tokens of prompt and response, or None for no limit.
+    """
+
+    def __init__(
+        self, settings: PrivilegedSettings, prompt: Callable[[Problem], list[int]], longest: int | None
+    ) -> None:
+        self._settings, self._prompt, self._longest = settings, prompt, longest
+
+    def __call__(self, batch: Rollouts, problems: Sequence[Problem], responses: Sequence[str]) -> Rollouts:
+        """Return the batch with ``teacher_mask``, and with ``teacher_prompt_tokens`` if the teacher is told anything.
+
+        A row whose teacher cannot be told anything keeps its own prompt and is False in ``teacher_mask``. So is one
+        that would be too long for the model: a response is never cut.
+
+        Args:
+            batch: The rows, with ``prompt_tokens``.
+            problems: Problem of each row.
+            responses: Text of each row.
+        """
+        if self._settings.privileged == "nothing":
+            return batch.with_inputs(teacher_mask=torch.ones_like(batch.group_ids, dtype=torch.bool))
+        told = [self._told(row, batch, problems, responses) for row in range(batch.num_rows)]
+        own = [[t for t in row if t >= 0] for row in batch.input("prompt_tokens").tolist()]
+        lengths, prompts, mask = (batch.end - batch.begin).tolist(), [], []
+        for row, text in enumerate(told):
+            tokens = own[row] if text is None else self._prompt(self._asked(problems[row], text))
+            fits = self._longest is None or len(tokens) + lengths[row] <= self._longest
+            prompts.append(tokens if fits else own[row])
+            mask.append(text is not None and fits)
+        padded = left_padded(prompts, -1, batch.device)[0]
+        return batch.with_inputs(teacher_prompt_tokens=padded, teacher_mask=torch.tensor(mask, device=batch.device))
+
+    def _told(self, row: int, batch: Rollouts, problems: Sequence[Problem], responses: Sequence[str]) -> str | None:
+        """Return what the teacher of a row is told, or None."""
+        if self._settings.privileged == "answer":
+            return problems[row].answer or None
+        same: Tensor = (batch.group_ids == batch.group_ids[row]) & (batch.rewards >= self._settings.success_reward)
+        others = [other for other in same.nonzero()[:, 0].tolist() if other != row]
+        return _THOUGHT.sub("", responses[others[0]]) if others else None
+
+    def _asked(self, problem: Problem, told: str) -> Problem:
+        """Return the problem with the question that the teacher sees."""
+
+        def words(question: str) -> str:
+            return self._settings.privileged_template.replace("{question}", question).replace("{told}", told)
+
+        *before, last = problem.messages or (None,)
+        messages = () if last is None else (*before, last._replace(content=words(last.content)))
+        return problem._replace(question=words(problem.question), messages=messages)
