@@ -230,7 +230,7 @@ def test_no_token_trains():
 
 
 def test_other_variables_are_refused():
-    objective = tc.methods.load("tip")
+    objective = tc.methods.load("minillm")
     with pytest.raises(TypeError, match="objective: expected a loss of log-probs and entropies, got one of reverse_kl"):
         objective.loss_from_hidden(prepared_of(objective), *model(naive.random_batch(3)[0]))
 

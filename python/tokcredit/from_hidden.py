@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from tokcredit import ops
 from tokcredit.blocks import head
 from tokcredit.protocol import Loss, ObjectiveStage
+from tokcredit.rollouts import Rollouts
 
 _VARIABLES = ("log_probs", "entropies")
 
@@ -29,6 +30,37 @@ class HiddenLoss(NamedTuple):
     metrics: Mapping[str, Tensor]
     log_probs: Tensor
     entropies: Tensor
+
+
+def chosen_tokens(batch: Rollouts) -> Tensor:
+    """Return the token ids in the layout of the batch, -1 where the policy did not choose the token.
+
+    Args:
+        batch: The rows.
+    """
+    everything = torch.ones(batch.num_rows, dtype=torch.bool, device=batch.device)
+    return batch.shaped(batch.tokens.masked_fill(~ops.spread(everything, batch.spans), -1))
+
+
+def tile_gradients(
+    by_token: Any, evaluate: Callable[..., Loss], at: Tensor, variables: Sequence[Tensor], count: int
+) -> list[Tensor | None]:
+    """Return the derivatives of a loss of some tokens to the first variables, ``[m]`` each, or None for 0.
+
+    Args:
+        by_token: A prepared batch in which no token depends on another.
+        evaluate: Returns the loss of a part of it for variables in its layout.
+        at: int64 ``[m]``, positions of the tokens, ascending.
+        variables: ``[m]`` each.
+        count: Number of variables to differentiate.
+    """
+    first, last = int(at[0]), int(at[-1]) + 1
+    at = at - first
+    leaves = [x.new_zeros(last - first).index_copy_(0, at, x) for x in variables]
+    with torch.enable_grad():
+        loss = evaluate(by_token.section(first, last), *(x.requires_grad_() for x in leaves[:count]), *leaves[count:])
+    found = torch.autograd.grad(loss.loss, leaves[:count], allow_unused=True)
+    return [None if x is None else x.index_select(0, at) for x in found]
 
 
 class FromHidden(ObjectiveStage):
@@ -88,8 +120,7 @@ class FromHidden(ObjectiveStage):
             and torch.is_grad_enabled()
             and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
         )
-        everything = torch.ones(batch.num_rows, dtype=torch.bool, device=batch.device)
-        tokens = batch.shaped(batch.tokens.masked_fill(~ops.spread(everything, batch.spans), -1))
+        tokens = chosen_tokens(batch)
 
         def evaluate(part: Any, log_probs: Tensor, entropies: Tensor) -> Loss:
             further = {"entropies": entropies} if "entropies" in objective.variables else {}
@@ -103,13 +134,8 @@ class FromHidden(ObjectiveStage):
         by_token, whole = prepared.by_token(), list[HiddenLoss]()
 
         def slopes(at: Tensor, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            first, last = int(at[0]), int(at[-1]) + 1
-            at = at - first
-            leaves = [x.new_zeros(last - first).index_copy_(0, at, x) for x in (log_probs, entropies)]
-            with torch.enable_grad():
-                loss = evaluate(by_token.section(first, last), *(x.requires_grad_() for x in leaves)).loss
-            a, e = torch.autograd.grad(loss, leaves, allow_unused=True)
-            return None if a is None else a.index_select(0, at), None if e is None else e.index_select(0, at)
+            a, e = tile_gradients(by_token, evaluate, at, (log_probs, entropies), 2)
+            return a, e
 
         def total(log_probs: Tensor, entropies: Tensor) -> Tensor:
             out = evaluate(prepared, log_probs, entropies)

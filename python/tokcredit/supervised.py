@@ -6,13 +6,15 @@ import dataclasses
 import math
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tokcredit.blocks import divergence, segment
-from tokcredit.from_hidden import FromHidden
+from tokcredit.blocks.distilled_head import distilled_loss
+from tokcredit.blocks.head import Head
+from tokcredit.from_hidden import FromHidden, HiddenLoss, chosen_tokens, tile_gradients
 from tokcredit.prepared import PreparedTokens, filtered, multiplied
 from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
 from tokcredit.rollouts import Rollouts
@@ -90,6 +92,7 @@ class Divergence(TokenLoss):
         teacher: Tensor | divergence.Mixture | divergence.Top,
         temperature: float = 1.0,
         mask: Tensor | None = None,
+        overwrite: bool = False,
     ) -> Tensor:
         """Return the divergence of each position, ``(...)``, with gradient to the student.
 
@@ -98,6 +101,7 @@ class Divergence(TokenLoss):
             teacher: float ``(..., V)``, logits; or a mixture, or top log-probs, neither together with ``top_k``.
             temperature: Positive; divides the logits of both.
             mask: bool ``(...)``, the positions to compute; the others get 0. All if None.
+            overwrite: Whether the backward pass may write the gradient over the student's logits.
 
         Raises:
             TypeError: A dtype is wrong, or the teacher is not logits although ``top_k`` is given.
@@ -112,7 +116,7 @@ class Divergence(TokenLoss):
                 total = (teacher.to(wide) / temperature).logsumexp(-1, keepdim=True)
                 known = teacher.gather(-1, ids).to(wide) / temperature - total
             teacher = divergence.Top(ids, known, self.outside)
-        return divergence.between(student, teacher, self.variable, self.share, temperature, mask)
+        return divergence.between(student, teacher, self.variable, self.share, temperature, mask, overwrite)
 
     def limited(self, value: Tensor) -> Tensor:
         """Return the loss of each token.
@@ -279,6 +283,64 @@ class Supervised(FromHidden):
             return {"loss": detached, f"{name}_mean": mean, "tokens": tokens.double()}
 
         return Loss(value, Metrics(metrics))
+
+    def loss_from_hidden(
+        self,
+        prepared: PreparedSupervised,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        teacher: tuple[Tensor, Head] | None = None,
+        **settings: Any,
+    ) -> HiddenLoss:
+        """Return the loss with its gradient to hidden states, weight and bias. The logits exist in tiles only.
+
+        A divergence from a teacher takes four matrix products: a tile of logits of each model, and two for the
+        gradients. They are computed together with the loss, so one backward pass is possible.
+
+        Args:
+            prepared: From :meth:`prepare` or ``select``.
+            hidden: float ``(B, T, d)`` or ``[N, d]``, as in :meth:`FromHidden.loss_from_hidden`.
+            weight: float ``[V, d]``, weight of the output layer.
+            bias: float ``[V]`` or None.
+            teacher: Hidden states of the teacher at the same positions, ``(B, T, d')`` or ``[N, d']``, and its output
+                layer, ``tokcredit.head.Head(weight, bias)``; for a divergence only.
+            settings: Of the student's output layer; see :class:`tokcredit.blocks.head.Head`. Its temperature divides
+                the logits of both.
+
+        Raises:
+            TypeError: The teacher is missing, or not needed, or a dtype is wrong.
+            ValueError: A shape or number is wrong, or a scale combines tokens.
+        """
+        objective, batch = prepared.objective, prepared.batch
+        token_loss = objective.token_loss
+        if not isinstance(token_loss, Divergence):
+            if teacher is not None:
+                raise TypeError(f"teacher: expected None because of {token_loss!r}, got hidden states")
+            return super().loss_from_hidden(prepared, hidden, weight, bias, **settings)
+        if teacher is None:
+            raise TypeError(f"teacher: expected hidden states and an output layer because of {token_loss!r}, got None")
+        if not objective.separable(prepared):
+            raise ValueError(f"scales: expected scales of single tokens, got {objective.scales!r}")
+        by_token, whole = prepared.by_token(), list[HiddenLoss]()
+
+        def evaluate(part: PreparedSupervised, value: Tensor, log_probs: Tensor) -> Loss:
+            return self.loss(part, value, **dict.fromkeys(objective.variables[1:], log_probs))
+
+        def slopes(at: Tensor, value: Tensor, log_probs: Tensor, entropies: Tensor) -> Tensor:
+            (found,) = tile_gradients(by_token, evaluate, at, (value, log_probs), 1)
+            return torch.zeros_like(value) if found is None else found
+
+        def total(value: Tensor, log_probs: Tensor, entropies: Tensor) -> Tensor:
+            out = evaluate(prepared, value, log_probs)
+            whole.append(HiddenLoss(*out, log_probs, entropies))
+            return out.loss
+
+        loss = distilled_loss(
+            hidden, weight, chosen_tokens(batch), teacher, token_loss, slopes, total, bias, **settings
+        )
+        return whole[0]._replace(loss=loss)
 
 
 @dataclass(frozen=True, eq=False)

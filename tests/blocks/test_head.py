@@ -106,9 +106,9 @@ def test_matches_definition(settings, tile_bytes, with_bias):
 def test_only_positions_with_a_gradient_are_computed_again(monkeypatch):
     hidden, weight, _, tokens = random(40)
     seen = []
-    original = head._Tiles.logits
+    original = head.Tiles.logits
     monkeypatch.setattr(
-        head._Tiles, "logits", lambda self, low, high, **x: seen.append(high - low) or original(self, low, high, **x)
+        head.Tiles, "logits", lambda self, low, high, **x: seen.append(high - low) or original(self, low, high, **x)
     )
     hidden.requires_grad_()
     log_probs, _ = head.log_probs_and_entropies(hidden, weight, tokens)

@@ -132,6 +132,22 @@ def test_self_distillation_trains_and_resumes(settings, uniform, method, teacher
     assert lines[0] == lines[1] and all(line["grad_norm"] > 0 for line in lines[0])
 
 
+@pytest.mark.parametrize("method", ["gkd", "sdpo", "tip"])
+def test_the_update_from_hidden_states_is_that_of_logits(settings, uniform, gradients, monkeypatch, method):
+    """The trainer keeps no logits where the output layers of both models are linear."""
+    changes = {"privileged": PrivilegedSettings("answer", TEMPLATE)} if method == "sdpo" else {}
+    update = []
+    for apart in (True, False):
+        if not apart:
+            monkeypatch.setattr(collectors, "output_layer", lambda model: None)
+        trainer = Trainer(resolved(settings(method, teacher="tiny(steps=0, seed=1)", **changes)))
+        update.append(trainer.step(1).update)
+    for name, x in update[0].metrics.items():
+        assert x == pytest.approx(update[1].metrics[name], rel=1e-4, abs=1e-6), name
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+    assert gradients[0].norm() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [

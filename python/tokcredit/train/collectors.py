@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokcredit import inputs, ops
 from tokcredit.blocks import divergence, log_probs
+from tokcredit.blocks.head import Head
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Divergence
 from tokcredit.train.output_layer import OutputLayer, output_layer
@@ -36,6 +37,7 @@ class ForwardPass:
         teacher: Model of the teacher, or None. It sees ``teacher_prompt_tokens`` if the batch has them.
         temperature: Logits of all models are divided by it.
         token_loss: Token loss of the objective, which says how its divergence is taken, or None.
+        hidden_only: Whether the loss takes hidden states where it can, so that divergences are not read.
     """
 
     def __init__(
@@ -47,15 +49,33 @@ class ForwardPass:
         teacher: Any = None,
         temperature: float = 1.0,
         token_loss: Any = None,
+        hidden_only: bool = False,
     ) -> None:
         self._names, self._batch, self._temperature = frozenset(names), batch, temperature
-        self._token_loss = token_loss
+        self._token_loss, self._hidden_only = token_loss, hidden_only
         self._policy, self._reference, self._teacher = policy, reference, teacher
 
     @cached_property
     def layer(self) -> OutputLayer | None:
         """Output layer of the policy, or None if something that is read needs the logits."""
-        return None if self._names & _OF_LOGITS else output_layer(self._policy)
+        return output_layer(self._policy) if self.distils_hidden or not self._names & _OF_LOGITS else None
+
+    @cached_property
+    def distils_hidden(self) -> bool:
+        """Whether the loss is that of hidden states of the policy and the teacher, :attr:`teacher_states`."""
+        models = (self._policy, self._teacher)
+        divergent = self._hidden_only and isinstance(self._token_loss, Divergence)
+        return divergent and all(output_layer(model) is not None for model in models)
+
+    @property
+    def teacher_states(self) -> tuple[Tensor, Head]:
+        """Final hidden states of the teacher that predict the tokens, ``[N, d']``, and its output layer."""
+        layer = output_layer(self._teacher)
+        assert layer is not None
+        with torch.no_grad():
+            predicted = predict(self._teacher, self._taught, hidden_states=True, logits=False)
+        assert predicted.hidden_states is not None
+        return predicted.hidden_states[predicted.inside], Head(layer.weight.detach(), layer.bias, **layer.settings)
 
     @cached_property
     def _predicted(self) -> Predicted:

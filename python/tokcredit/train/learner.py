@@ -242,7 +242,7 @@ class Learner:
         for rows in parts:
             micro = part.select(rows)
             with torch.no_grad(), self._accelerator.autocast():
-                forward = self._forward(micro.batch)
+                forward = self._forward(micro.batch, hidden_only=False)
                 variables = {name: forward.read(name) for name in names}
             seen = nonfinite.tokens(self._objective, micro, variables)
             found |= {int(numbers[rows[row]]): positions for row, positions in seen.items()}
@@ -265,7 +265,7 @@ class Learner:
         found = self._objective.loss(nothing, zeros, **further).metrics
         return {**{name: 0.0 for name in found}, "entropy_mean": 0.0}
 
-    def _forward(self, batch: Rollouts) -> collectors.ForwardPass:
+    def _forward(self, batch: Rollouts, hidden_only: bool) -> collectors.ForwardPass:
         """Return forward passes that give the variables of the objective."""
         teacher = self._teacher.model if self._teacher else None
         return collectors.ForwardPass(
@@ -275,16 +275,19 @@ class Learner:
             teacher=teacher,
             temperature=self._settings.sampling.temperature,
             token_loss=getattr(self._objective, "token_loss", None),
+            hidden_only=hidden_only,
         )
 
     def _backward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, dict[str, float]]:
         """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
         names, temperature = self._objective.variables, self._settings.sampling.temperature
-        forward = self._forward(part.batch)
+        forward = self._forward(part.batch, hidden_only=True)
         if forward.layer is not None and isinstance(self._objective, FromHidden):
             with self._accelerator.autocast():
                 weight, bias, settings = forward.layer
                 hidden, settings = forward.final_hidden_states, {"temperature": temperature, **settings}
+                if forward.distils_hidden:
+                    settings["teacher"] = forward.teacher_states
                 whole = self._objective.loss_from_hidden(part, hidden, weight, bias, **settings)
             loss, found, log_probs, entropies = whole
         else:

@@ -1,0 +1,278 @@
+"""The output layer of a language model in tiles: logits of some positions at a time, and the products with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokcredit import ops
+from tokcredit.arguments import FLOATS, describe, float_tensor, tensor, whole_number
+
+_TILE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The output layer of a language model and how its logits become probabilities.
+
+    Args:
+        weight: float ``[V, d]``.
+        bias: float ``[V]`` of the same dtype, or None. An id with a bias of -inf has probability 0.
+        temperature: Positive; a number, or float ``[N]`` without gradient for one per position.
+        softcap: Positive bound of the logits, as in Gemma 2, or None.
+        scale: Positive factor of the logits before the softcap, as in Cohere's models.
+        vocabulary: Number of ids, at most V; further rows of the weight are padding and are left out. None for V.
+        logits_dtype: dtype of a tile of logits: that of the weight or, for a weight in half precision, float32. None
+            takes float32 on CUDA and the dtype of the weight on the CPU, where float32 takes a float32 copy of the
+            weight.
+        tile_bytes: Largest memory for one tile of logits and its gradient; 256 MiB on the CPU and 2 GiB on CUDA if
+            None. Gradients of hidden states and weight are not counted.
+
+    Raises:
+        TypeError: A tensor has the wrong dtype.
+        ValueError: A shape is wrong, or a number out of range.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    softcap: float | None = None
+    scale: float = 1.0
+    vocabulary: int | None = None
+    # None stands for a default that depends on the weight, and is replaced by it.
+    logits_dtype: torch.dtype = None  # type: ignore[assignment]
+    tile_bytes: int = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if float_tensor("weight", self.weight).dim() != 2:
+            raise ValueError(f"weight: expected float [V, d], got {describe(self.weight)}")
+        if self.bias is not None:
+            tensor("bias", self.bias, (self.weight.dtype,), (self.weight.shape[0],), self.weight.device)
+        for name in ("temperature", "softcap", "scale"):
+            x = getattr(self, name)
+            if name == "temperature" and isinstance(x, Tensor):
+                tensor(name, x, FLOATS, (x.numel(),), self.weight.device)
+                if x.requires_grad:
+                    raise ValueError("temperature: expected a tensor without gradient, got one that requires it")
+                if x.is_cpu and not bool((x > 0).all()):
+                    raise ValueError(f"temperature: expected positive numbers, got {x[~(x > 0)].tolist()[:4]}")
+            elif x is None and name == "softcap":
+                continue
+            elif isinstance(x, bool) or not isinstance(x, int | float):
+                raise TypeError(f"{name}: expected a positive number, got {describe(x)}")
+            elif not (x > 0 and math.isfinite(x)):
+                raise ValueError(f"{name}: expected a positive number, got {x}")
+        ids = self.weight.shape[0] if self.vocabulary is None else whole_number("vocabulary", self.vocabulary)
+        if not 0 < ids <= self.weight.shape[0]:
+            raise ValueError(f"vocabulary: expected 1 to {self.weight.shape[0]}, the rows of the weight, got {ids}")
+        half = self.weight.dtype.itemsize == 2
+        dtype = self.logits_dtype or (torch.float32 if half and self.weight.is_cuda else self.weight.dtype)
+        if dtype != self.weight.dtype and not (half and dtype == torch.float32):
+            allowed = f"{self.weight.dtype}{' or torch.float32' if half else ''}"
+            raise TypeError(f"logits_dtype: expected {allowed} for this weight, got {dtype}")
+        object.__setattr__(self, "vocabulary", ids)
+        object.__setattr__(self, "logits_dtype", dtype)
+        own = _TILE_BYTES.get(self.weight.device.type, _TILE_BYTES["cuda"])
+        given = own if self.tile_bytes is None else whole_number("tile_bytes", self.tile_bytes, at_least=1)
+        object.__setattr__(self, "tile_bytes", given)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the gradient of the logits lies over them."""
+        return self.logits_dtype == self.weight.dtype
+
+    @property
+    def tile_rows(self) -> int:
+        """Positions whose logits exist at once. With a softcap its slope lies beside them."""
+        assert self.vocabulary is not None
+        numbers = self.logits_dtype.itemsize * (1 if self.softcap is None else 2)
+        return max(1, self.tile_bytes // (1 if self.in_place else 2) // (numbers * self.vocabulary))
+
+    @property
+    def block_rows(self) -> int:
+        """Positions whose gradients are multiplied at once: a tile, or several in half of the memory."""
+        assert self.vocabulary is not None
+        if self.in_place:
+            return self.tile_rows
+        return max(self.tile_rows, self.tile_bytes // 2 // (self.weight.dtype.itemsize * self.vocabulary))
+
+
+def pieces(size: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Yield ``[first, last)`` of pieces of about equal size, at most ``rows`` each.
+
+    Args:
+        size: Sum of the sizes.
+        rows: Largest size of a piece.
+    """
+    count = -(-size // rows)
+    for k in range(count):
+        yield size * k // count, size * (k + 1) // count
+
+
+class Tiles:
+    """The products of one call.
+
+    Attributes:
+        head: The output layer.
+        hidden: ``[n, d]``, hidden states of the positions with a token.
+        tokens: int64 ``[n]``.
+        temperature: ``[n, 1]``, or None where all positions share one.
+        rows: Largest number of positions of a tile.
+    """
+
+    def __init__(self, head: Head, hidden: Tensor, tokens: Tensor, temperature: Tensor | None) -> None:
+        self.head, self.hidden, self.tokens, self.temperature = head, hidden, tokens, temperature
+        self.weight = head.weight.detach()[: head.vocabulary]
+        self.bias = None if head.bias is None else head.bias.detach()[: head.vocabulary].to(head.logits_dtype)
+        self.rows = head.tile_rows
+        self.common = 1.0 if temperature is not None else float(head.temperature)
+        # A cap would make a finite number of the logit of a forbidden id.
+        self.forbidden = None if head.softcap is None or self.bias is None else self.bias.isneginf()
+        self.idle: Tensor | None = None  # positions without a gradient, whose hidden states must not reach the weight's
+        self.widens = not head.in_place and hidden.is_cuda
+        self.free()
+
+    def free(self) -> None:
+        """Let go of what lives only while tiles are computed."""
+        self.memory: Tensor | None = None  # the logits of a tile, one after the other: fresh memory is slow to write
+        self.operand: Tensor | None = None
+
+    def logits(self, first: int, last: int, sloped: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Return the logits of some positions before the common temperature, and the slope of the softcap or None.
+
+        They lie where those of the tile before lay.
+
+        Args:
+            first: First position.
+            last: One past the last position.
+            sloped: Whether the slope is wanted.
+        """
+        head, h = self.head, self.hidden[first:last]
+        if self.widens:
+            z = torch.mm(h, self.weight.t(), out_dtype=head.logits_dtype)
+            z = z if self.bias is None else z.add_(self.bias)
+        else:
+            # Without a product that widens, the operands are widened.
+            if self.operand is None:
+                self.operand = self.weight.to(head.logits_dtype)
+            h = h.to(self.operand.dtype)
+            if self.memory is None:
+                rows = min(self.rows, self.hidden.shape[0])
+                self.memory = self.operand.new_empty(rows, self.operand.shape[0])
+            z, transposed = self.memory[: last - first], self.operand.t()
+            if self.bias is None:
+                torch.mm(h, transposed, out=z)
+            else:
+                torch.addmm(self.bias, h, transposed, out=z)
+        slope = None
+        if head.scale != 1:
+            z.mul_(head.scale)
+        if head.softcap is not None:
+            z.div_(head.softcap)
+            # 1 - tanh(y) ** 2 without the cancellation near its bounds.
+            slope = z.cosh().square_().reciprocal_() if sloped else None
+            z.tanh_().mul_(head.softcap)
+            if self.forbidden is not None:
+                z.masked_fill_(self.forbidden, -math.inf)
+        if self.temperature is not None:
+            z.div_(self.temperature[first:last])
+        return z, slope
+
+    def statistics(self, z: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probs, entropies and log-normalizers from logits."""
+        return ops.logits_forward(z, self.tokens[first:last], self.common, ops.num_threads())
+
+    def gradient(self, z: Tensor, slope: Tensor | None, first: int, last: int, *sums: Tensor | None) -> Tensor:
+        """Return the gradient to the product of hidden states and weight, written over the logits."""
+        ops.logits_gradient_(z, self.tokens[first:last], self.common, *sums, ops.num_threads())
+        return self.through(z, slope, first, last)
+
+    def through(self, z: Tensor, slope: Tensor | None, first: int, last: int) -> Tensor:
+        """Return the gradient to the product, given that to the logits, which it is written over.
+
+        Args:
+            z: Gradient to the logits before the common temperature.
+            slope: From :meth:`logits`.
+            first: First position.
+            last: One past the last position.
+        """
+        if slope is not None:
+            z.mul_(slope)
+            if self.idle is not None:
+                z.masked_fill_(self.idle[first:last, None], 0)
+        if self.temperature is not None:
+            z.div_(self.temperature[first:last])
+        return z if self.head.scale == 1 else z.mul_(self.head.scale)
+
+    def blocks(self, gradient: Callable[[int, int], Tensor]) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield blocks of positions with the gradient of their logits in the dtype of the weight.
+
+        Args:
+            gradient: Gives that of the positions ``[first, last)`` of one tile.
+        """
+        head, memory = self.head, None
+        for first, last in pieces(self.hidden.shape[0], head.block_rows):
+            if head.in_place:
+                yield first, last, gradient(first, last)
+                continue
+            if memory is None:
+                memory = self.weight.new_empty(min(head.block_rows, self.hidden.shape[0]), self.weight.shape[0])
+            for low, high in pieces(last - first, head.tile_rows):
+                memory[low:high].copy_(gradient(first + low, first + high))
+            yield first, last, memory[: last - first]
+
+
+class Sums:
+    """Gradients of hidden states, weight and bias, each or None where it is not wanted."""
+
+    def __init__(self, tiles: Tiles, wanted: tuple[bool, bool, bool]) -> None:
+        head, hidden = tiles.head, tiles.hidden
+        self.tiles, wide = tiles, torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        # One block needs no wider sum: it is rounded once.
+        whole = hidden.shape[0] <= head.block_rows
+        dtype = head.weight.dtype if whole else wide
+        self.weight = torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None
+        self.bias = torch.zeros_like(head.weight[:, 0], dtype=wide) if wanted[2] else None
+
+    def add(self, first: int, last: int, gradient: Tensor) -> None:
+        """Add the products of a block's gradient.
+
+        Args:
+            first: First position of the block.
+            last: One past its last position.
+            gradient: ``[last - first, vocabulary]``, in the dtype of the weight.
+        """
+        tiles, ids = self.tiles, gradient.shape[1]
+        if self.hidden is not None:
+            torch.mm(gradient, tiles.weight, out=self.hidden[first:last])
+        if self.weight is not None:
+            own, h = self.weight[:ids], tiles.hidden[first:last]
+            if tiles.idle is not None:
+                h = h.masked_fill(tiles.idle[first:last, None], 0)
+            if own.dtype == h.dtype:
+                own.addmm_(gradient.t(), h)
+            elif h.is_cuda:
+                own.add_(torch.mm(gradient.t(), h, out_dtype=own.dtype))
+            else:
+                own.add_(torch.mm(gradient.t(), h))
+        if self.bias is not None:
+            self.bias[:ids] += gradient.sum(0, dtype=self.bias.dtype)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients in the dtypes of hidden states, weight and bias."""
+        dtype = self.tiles.head.weight.dtype
+        weight, bias = (None if x is None else x.to(dtype) for x in (self.weight, self.bias))
+        return self.hidden, weight, bias
+
+
+def joined(results: Sequence[tuple[Tensor, ...]], count: int, hidden: Tensor) -> list[Tensor]:
+    """Return the results of tiles as one, or ``count`` empty tensors without any tile."""
+    if results:
+        return [torch.cat(x) for x in zip(*results, strict=True)]
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return [hidden.new_empty(0, dtype=dtype)] * count
