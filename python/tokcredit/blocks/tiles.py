@@ -183,11 +183,25 @@ class Tiles:
         return z, slope
 
     def statistics(self, z: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probs, entropies and log-normalizers from logits."""
+        """Return log-probs, entropies and log-normalizers from logits.
+
+        Args:
+            z: float ``[m, V]``, from :meth:`logits`.
+            first: First position.
+            last: One past the last position.
+        """
         return ops.logits_forward(z, self.tokens[first:last], self.common, ops.num_threads())
 
     def gradient(self, z: Tensor, slope: Tensor | None, first: int, last: int, *sums: Tensor | None) -> Tensor:
-        """Return the gradient to the product of hidden states and weight, written over the logits."""
+        """Return the gradient to the product of hidden states and weight, written over the logits.
+
+        Args:
+            z: float ``[m, V]``, from :meth:`logits`.
+            slope: From :meth:`logits`.
+            first: First position.
+            last: One past the last position.
+            sums: Log-normalizers and entropies, and the gradients to log-probs and entropies, ``[m]`` each or None.
+        """
         ops.logits_gradient_(z, self.tokens[first:last], self.common, *sums, ops.num_threads())
         return self.through(z, slope, first, last)
 
@@ -227,7 +241,12 @@ class Tiles:
 
 
 class Sums:
-    """Gradients of hidden states, weight and bias, each or None where it is not wanted."""
+    """Gradients of hidden states, weight and bias, each or None where it is not wanted.
+
+    Args:
+        tiles: The products.
+        wanted: Whether each of the three is wanted.
+    """
 
     def __init__(self, tiles: Tiles, wanted: tuple[bool, bool, bool]) -> None:
         head, hidden = tiles.head, tiles.hidden
@@ -271,7 +290,13 @@ class Sums:
 
 
 def joined(results: Sequence[tuple[Tensor, ...]], count: int, hidden: Tensor) -> list[Tensor]:
-    """Return the results of tiles as one, or ``count`` empty tensors without any tile."""
+    """Return the results of tiles as one, or ``count`` empty tensors without any tile.
+
+    Args:
+        results: Results of each tile.
+        count: Number of results of a tile.
+        hidden: ``[n, d]``, which gives device and dtype of empty results.
+    """
     if results:
         return [torch.cat(x) for x in zip(*results, strict=True)]
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
