@@ -5,6 +5,7 @@ from __future__ import annotations
 import tokcredit as tc
 import torch
 from harness import Table, main
+from tokcredit.blocks.distilled_head import distilled_loss
 
 KINDS = (("forward_kl", None), ("reverse_kl", None), ("js", 0.5), ("skew_forward", 0.1), ("skew_reverse", 0.9))
 
@@ -108,6 +109,66 @@ def measure_top(table, student, teacher, top):
     )
 
 
+def with_chunks(hidden, weight, teacher_hidden, teacher_weight, slopes, kind, share):
+    """Return a loss of TRL's divergence from hidden states."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": share}[kind]
+    values, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, beta)
+    return (values * slopes).sum()
+
+
+def measure_hidden(table, rows, width, vocabulary, dtype, kind, share):
+    """Measure a loss of divergences from the hidden states of both models, with gradients of student and weight."""
+    student, teacher = ([torch.randn(n, width).mul_(0.3).to(dtype) for n in (rows, vocabulary)] for _ in range(2))
+    tokens, slopes = torch.randint(0, vocabulary, (rows,)), torch.full((rows,), 1 / rows)
+
+    def ours(hidden, weight, *others):
+        return distilled_loss(
+            hidden,
+            weight,
+            tokens,
+            (others[0], tc.head.Head(others[1])),
+            lambda x, y, temperature, overwrite: tc.divergence.between(
+                x, y, kind, share, temperature, overwrite=overwrite
+            ),
+            lambda at, *_: slopes[at],
+            lambda values, *_: (values * slopes).sum(),
+        )
+
+    def eager(hidden, weight, *others):
+        return (with_torch(hidden @ weight.t(), others[0] @ others[1].t(), kind, share) * slopes).sum()
+
+    def chunked(hidden, weight, *others):
+        return with_chunks(hidden, weight, *others, slopes, kind, share)
+
+    def of_both(f):
+        def step(hidden, weight, *others):
+            leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+            return torch.autograd.grad(f(*leaves, *others), leaves)
+
+        return step
+
+    def products(hidden, weight, *others):
+        z, _ = hidden @ weight.t(), others[0] @ others[1].t()
+        return z @ weight, z.t() @ hidden
+
+    providers = {label: of_both(f) for label, f in (("tokcredit", ours), ("torch eager", eager), ("TRL", chunked))}
+    exact = of_both(eager)(*(x.double() for x in (*student, *teacher)))
+    for label, provider in providers.items():
+        for found, truth in zip(provider(*student, *teacher), exact, strict=True):
+            error = (found.double() - truth).norm() / truth.norm()
+            assert error < (3e-2 if dtype == torch.bfloat16 else 1e-3), f"{label}, {kind}: error of {error:.1e}"
+    table.measure(
+        f"{kind} from hidden states, {str(dtype).removeprefix('torch.')}",
+        f"{rows} x {width} x {vocabulary}",
+        lambda: (*student, *teacher),
+        sum(x.nbytes for x in (*student, *student, *teacher)),
+        {**providers, "four bare products": products},
+        targets={"torch eager": 1, "TRL": 1.5, "four bare products": 0.7},
+    )
+
+
 def run(table: Table, quick: bool) -> None:
     rows, vocabulary = (64, 49_152) if quick else (512, 49_152)
     for dtype in (torch.float32, torch.bfloat16):
@@ -117,6 +178,8 @@ def run(table: Table, quick: bool) -> None:
         for kind, share in KINDS:
             measure(table, student, teacher, kind, share)
         measure_top(table, student, teacher, 100)
+        for kind, share in KINDS[:3]:
+            measure_hidden(table, rows, 576, vocabulary, dtype, kind, share)
 
 
 if __name__ == "__main__":
