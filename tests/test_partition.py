@@ -58,6 +58,11 @@ def prepared_of(name, padded=True):
     return objective, objective.prepare(batch, progress=0.5), current
 
 
+def piece_of(prepared):
+    """Rows that the objective takes as a part."""
+    return (prepared.batch.group_index == 0).nonzero()[:, 0].tolist() if prepared.objective.couples_rows else PIECES[0]
+
+
 def log_probs_of(prepared, current, rows):
     return current[rows] if prepared.batch.shape else prepared.batch.selection(rows).of_tokens(current)
 
@@ -85,10 +90,11 @@ def test_select_minibatch_and_loss_wait_for_nothing(name, padded):
         padded = True
     objective, prepared, current = prepared_of(name, padded)
     prepared.batch.sizes  # noqa: B018  the one thing that the first selection fetches from the device
+    piece = piece_of(prepared)
     with Dispatched() as select:
-        part = prepared.select(PIECES[0])
+        part = prepared.select(piece)
     select.check_waits_for_nothing()
-    own = log_probs_of(prepared, current, PIECES[0]).clone().requires_grad_()
+    own = log_probs_of(prepared, current, piece).clone().requires_grad_()
     further = {name: own.detach() for name in objective.variables[1:]}
     with Dispatched() as loss:
         out = objective.loss(part, own, **further)
@@ -103,11 +109,12 @@ def test_select_minibatch_and_loss_wait_for_nothing(name, padded):
 def test_a_minibatch_waits_for_nothing(name):
     objective, prepared, _ = prepared_of(name)
     prepared.batch.sizes  # noqa: B018
+    piece = piece_of(prepared)
     with Dispatched() as minibatch:
-        part = prepared.minibatch(PIECES[0])
+        part = prepared.minibatch(piece)
     if not objective.aggregation.reads_signs and "groups" not in objective.aggregation.counts:
         minibatch.check_waits_for_nothing()
-    assert part.batch.num_rows == 3
+    assert part.batch.num_rows == len(piece)
 
 
 def test_how_many_operations_a_selection_dispatches():

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokcredit import ops
@@ -84,6 +87,11 @@ class Objective(FromHidden):
         further = sorted(frozenset().union(*(term.variables for term in self.terms)))
         return ("log_probs", *further)
 
+    @property
+    def couples_rows(self) -> bool:
+        """Whether a part must have whole groups, because a scale compares current log-probs of a group's rows."""
+        return any(scale.couples_rows for scale in self.scales)
+
     def separable(self, prepared: Prepared) -> bool:
         """Return whether the derivative of the loss at a token depends on the log-prob and entropy of that token alone.
 
@@ -155,6 +163,7 @@ class Objective(FromHidden):
             signs,
             window,
             tuple(scale.signal(batch, window) for scale in objective.scales),
+            torch.where(batch.nonempty, batch.group_index, -1).cpu().numpy() if objective.couples_rows else None,
             **objective._weights(batch, masks, kept.lengths, signs, denominators, whole=True),
         )
 
@@ -243,7 +252,9 @@ class Prepared(PreparedTokens):
         multiplier: Product of the token weights, ``[R, 1]`` or ``[N]``, or None.
         signs: Sign of each row's outcome advantage, ``[R, 1]``, for aggregations that read it.
         window: Surrogate and bounds.
-        signals: For each scale what it needs beside the current policy, ``[N]`` or None.
+        signals: For each scale what it needs beside the current policy, ``[N]`` or ``[R, 1]``, or None.
+        coupled: Group of each row on the host, -1 for rows without a token that the policy chose; None if parts may
+            have any rows.
         lengths: int64 ``[R]``, training tokens of each row.
         row_weights: float64 ``[R, 1]`` or 0-d, from the aggregation.
         terms: For each term its token mask, or None for the tokens that train, and its row weights.
@@ -257,6 +268,7 @@ class Prepared(PreparedTokens):
     signs: Tensor | None
     window: clips.Window
     signals: tuple[Tensor | None, ...]
+    coupled: NDArray[np.int64] | None
     lengths: Tensor
     row_weights: Tensor
     terms: tuple[tuple[Tensor | None, Tensor], ...]
@@ -279,6 +291,9 @@ class Prepared(PreparedTokens):
         found = trains & moves & (self.row_weights != 0).expand(len(trains), 1)[:, 0]
         for mask in acting:
             found = found | (ops.count(self.spans.with_mask(mask)) > 0)
+        if self.objective.couples_rows:  # all rows of a group are needed if one of them is
+            groups = self.batch.groups
+            found = self.batch.nonempty & (groups.per_row(segment.sum(found.float(), groups)) > 0)
         return found
 
     def _with(self, denominators: Denominators) -> Prepared:
@@ -291,6 +306,7 @@ class Prepared(PreparedTokens):
         return dataclasses.replace(self, window=self.window.per_token(self.batch.spans))
 
     def _part(self, chosen: Selection | Section) -> Prepared:
+        coupled = None if self.coupled is None else _whole_groups(self.coupled, chosen.numbers)
         part = self.batch.take(chosen)
         whole = self.mask is self.batch.response_mask
 
@@ -307,11 +323,34 @@ class Prepared(PreparedTokens):
             pick(self.multiplier),
             pick(self.signs),
             self.window.take(chosen),
-            tuple(pick(signal) for signal in self.signals),
+            tuple(
+                _numbered(coupled, part.device) if coupled is not None and scale.couples_rows else pick(signal)
+                for scale, signal in zip(self.objective.scales, self.signals, strict=True)
+            ),
+            coupled,
             chosen.of_rows(self.lengths),
             pick(self.row_weights),
             tuple((pick(mask), pick(weights)) for mask, weights in self.terms),
         )
+
+
+def _whole_groups(groups: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the groups of some rows after checking that each is there as a whole, each row once."""
+    own = groups[rows]
+    counts = np.bincount(own[own >= 0], minlength=groups.max(initial=-1) + 1)
+    sizes = np.bincount(groups[groups >= 0], minlength=len(counts))
+    if cut := np.flatnonzero((counts > 0) & (counts != sizes)).tolist():
+        raise ValueError(
+            f"rows: expected whole groups, each row once, because the objective compares the rows of a group, got "
+            f"{counts[cut[0]]} of the {sizes[cut[0]]} rows of a group"
+        )
+    return own
+
+
+def _numbered(groups: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Return groups numbered from 0 and below the number of rows, int64 ``[R, 1]``."""
+    numbers = np.unique(groups, return_inverse=True)[1]
+    return torch.from_numpy(numbers).to(device, non_blocking=True)[:, None]
 
 
 def _divisor(objective: Objective) -> str:

@@ -52,6 +52,11 @@ class Preference(FromHidden):
         """``log_probs``."""
         return ("log_probs",)
 
+    @property
+    def couples_rows(self) -> bool:
+        """True: the loss of a row depends on the other row of its pair."""
+        return True
+
     @cached_property
     def required_inputs(self) -> frozenset[str]:
         """Those of the stages, and the reference."""

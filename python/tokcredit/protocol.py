@@ -163,6 +163,11 @@ class ObjectiveStage(Stage):
         """Whether ``prepare`` must see the rows of all ranks."""
         return super().compares_groups
 
+    @property
+    def couples_rows(self) -> bool:
+        """Whether a part must have whole groups, because the loss of a row depends on the others of its group."""
+        return False
+
 
 _ARGUMENTS = {"tokens": "batch_num_tokens", "rows": "global_batch_size", "groups": "global_num_groups"}
 
@@ -226,6 +231,10 @@ class TrainingObjective(Protocol, Generic[P]):
     @property
     def compares_groups(self) -> bool:
         """Whether :meth:`prepare` must see the rows of all ranks."""
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether a part must have whole groups."""
 
     def prepare(
         self,

@@ -355,6 +355,7 @@ class weight_from_hidden_states(tc.token_weights.TokenWeight):
             dict(objective=tc.Objective(token_weights=(tc.token_weights.importance(),))),
             "token_weight stage .* requires rollout_log_probs",
         ),
+        ({}, dict(method="real"), "scales that do not compare the rows of a group, because TRL cuts"),
         ({}, dict(method="gppo"), "name: expected one of"),
     ],
 )

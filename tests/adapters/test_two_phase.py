@@ -122,6 +122,7 @@ def test_metrics_are_numbers():
         (tc.mix("grpo", ratio=tc.ratio.token(to="rollout_log_probs")), "ratio stage .* which requires rollout_log"),
         (tc.mix("grpo", terms="kl(0.1)"), r"no terms, because host adds its own \(beta for KL\), got \(kl"),
         (tc.methods.ba(), "aggregation stage without group statistics"),
+        (tc.methods.real(), r"expected scales that do not compare the rows of a group, because host .* got misclassi"),
     ],
 )
 def test_losses_that_are_refused(objective, message):

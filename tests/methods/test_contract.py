@@ -60,12 +60,13 @@ def of_fixed_length(objective):
 
 
 def partition(objective, batch, seed):
-    """Rows in random order, cut into parts that the objective can bear: pairs stay whole."""
+    """Rows in random order, cut into parts that the objective can bear: groups that it compares stay whole."""
     g = torch.Generator().manual_seed(seed)
-    if not isinstance(objective, tc.Preference):
+    if not objective.couples_rows:
         return torch.randperm(batch.num_rows, generator=g).split(5)
-    pairs = batch.group_index.argsort(stable=True).view(-1, 2)
-    return [x.reshape(-1) for x in pairs[torch.randperm(len(pairs), generator=g)].split(4)]
+    order = torch.randperm(batch.num_groups, generator=g)
+    parts = order.split(4 if isinstance(objective, tc.Preference) else 2)
+    return [torch.cat([(batch.group_index == group).nonzero()[:, 0] for group in part]) for part in parts]
 
 
 @each

@@ -5,11 +5,12 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.train import ObjectiveSettings, OptimizerSettings, PrivilegedSettings, ProbeSettings, compare, run
+from tokcredit.train import ObjectiveSettings, OptimizerSettings, PrivilegedSettings, ProbeSettings, compare, learner, run
 from tokcredit.train import trainer as trainer_module
 from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
@@ -140,7 +141,8 @@ def test_every_method_trains(settings, uniform, method):
     reward = "uniform:digest"
     if method in ("psr", "nsr", "w_reinforce", "thr", "nthr", "r3"):
         reward = "test_experiment:even"
-    optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, precision="no", epochs=2, minibatches=2, schedule="linear")
+    rows = 4 if objective.couples_rows else 3
+    optimizer = OptimizerSettings(lr=1e-3, micro_batch=rows, precision="no", epochs=2, minibatches=2, schedule="linear")
     probes = ProbeSettings(continuations=2, interval=2, step_end="e", answers=2, answer_tokens=3)
     s = settings(method, optimizer=optimizer, steps=2, teacher="tiny(steps=0, seed=1)", probes=probes, reward=reward)
     if "teacher_mask" in objective.required_inputs:
@@ -239,6 +241,42 @@ def test_micro_batches_do_not_change_the_step(settings, uniform, gradients):
         assert (other - gradients[0]).norm() < 1e-4 * gradients[0].norm()
         for name in ("loss", "policy_loss", "entropy_bonus", "entropy_mean", "tokens", "clip_high_fraction"):
             assert line[name] == pytest.approx(metrics[0][name], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["real", "dpo"])
+def test_parts_of_coupled_rows_hold_whole_groups(method):
+    """The parts of an optimizer step, and optimizer steps; ``test_contract.py`` adds up the gradients of such parts."""
+    size = {"real": 4, "dpo": 2}[method]
+    order = torch.randperm(5 * size, generator=torch.Generator().manual_seed(0))
+    batch = tc.Rollouts(
+        torch.arange(5 * size),
+        torch.arange(5 * size + 1),
+        order % 5,
+        order.float(),
+        ref_log_probs=-torch.ones(5 * size),
+    )
+    objective = tc.methods.load(method)
+    prepared = objective.prepare(batch)
+
+    def groups_of(parts):
+        for rows in parts:
+            prepared.select(rows)
+        assert sorted(np.concatenate(parts).tolist()) == list(range(5 * size))
+        return [len(set(batch.group_ids[rows].tolist())) for rows in parts]
+
+    assert groups_of(learner._units(np.arange(5 * size), batch, True)) == [1] * 5
+    for rows, expected in ((1, [1] * 5), (size, [1] * 5), (2 * size + 1, [2, 2, 1]), (99, [5])):
+        assert groups_of(learner._micro_batches(prepared, rows, True)) == expected
+    # Other objectives are cut anywhere.
+    assert [len(rows) for rows in learner._micro_batches(tc.methods.grpo().prepare(batch), 3, False)] == (
+        [3] * (5 * size // 3) + [5 * size % 3]
+    )
+
+
+def test_a_group_of_coupled_rows_must_fit_a_micro_batch(settings):
+    message = "micro_batch: expected at least 4, the size of a group, because the objective compares .*, got 3"
+    with pytest.raises(ValueError, match=message):
+        trainer_module.checked(resolved(settings("real")))
 
 
 def killed(settings):

@@ -151,6 +151,24 @@ def require(
                 )
 
 
+def require_independent_rows(objective: Objective, host: str) -> None:
+    """Check that an objective does not need whole groups in every micro-batch.
+
+    Args:
+        objective: The objective.
+        host: Name of the host for the error.
+
+    Raises:
+        ValueError: A scale compares the rows of a group.
+    """
+    for stage in objective.scales:
+        if stage.couples_rows:
+            raise ValueError(
+                f"objective: expected scales that do not compare the rows of a group, because {host} cuts its "
+                f"micro-batches without regard to groups, got {stage!r}"
+            )
+
+
 def require_constant(objective: Objective, host: str, *, schedules: bool = False) -> None:
     """Check that no setting of an objective changes in a way that a host cannot follow.
 

@@ -25,6 +25,7 @@ from tokcredit.adapters.capabilities import (
     require,
     require_constant,
     require_defaults,
+    require_independent_rows,
     with_length,
 )
 from tokcredit.blocks import segment
@@ -79,6 +80,7 @@ def _resolved(objective: Objective, args: GRPOConfig) -> Objective:
     """Return the objective with what only the trainer's configuration knows; raise on what TRL cannot carry."""
     require_defaults(args, GRPOConfig, _DECIDED, "TRL")
     require_constant(objective, "TRL", schedules=True)
+    require_independent_rows(objective, "TRL")
     # The widest row differs between ranks and batches; the limit of generation does not.
     length = args.max_completion_length
     objective = replace(

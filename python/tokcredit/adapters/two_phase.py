@@ -24,6 +24,7 @@ from tokcredit.adapters.capabilities import (
     given_weights,
     require,
     require_constant,
+    require_independent_rows,
 )
 from tokcredit.objective import Objective
 from tokcredit.protocol import Loss
@@ -70,6 +71,7 @@ def loss_part(objective: Objective, host: str, kl_setting: str) -> Objective:
         scales=objective.scales,
         aggregation=objective.aggregation,
     )
+    require_independent_rows(part, host)
     for stage in (part.clip, *part.scales):
         if stage.compares_groups or any(x.reads_rollouts for x in stage.stages()):
             raise ValueError(

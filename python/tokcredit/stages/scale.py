@@ -25,10 +25,14 @@ class Scale(Stage):
     Attributes:
         kind: ``"scale"``.
         needs_bounds: Whether it reads the bounds of the window.
+        couples_rows: Whether the factor of a row depends on current log-probs of other rows of its group. Parts of a
+            batch must then have whole groups, and the signal is the number of each row's group, from 0 and below the
+            number of rows; int64 ``[R, 1]``.
     """
 
     kind: ClassVar[str] = "scale"
     needs_bounds: ClassVar[bool] = False
+    couples_rows: ClassVar[bool] = False
 
     @property
     def couples_tokens(self) -> bool:
@@ -36,13 +40,13 @@ class Scale(Stage):
         return True
 
     def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
-        """Return what the scale needs beside the current policy, float ``[N]``, or None.
+        """Return what the scale needs beside the current policy, ``[N]`` or ``[R, 1]``, or None.
 
         Args:
             batch: The rollouts.
             window: Window of the clip stage.
         """
-        return None
+        return batch.group_index[:, None] if self.couples_rows else None
 
     def __call__(
         self,

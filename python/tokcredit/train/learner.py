@@ -196,12 +196,13 @@ class Learner:
         log_probs = torch.full((batch.num_tokens,), torch.nan, device=batch.device)
         totals, steps, norms = _Totals(self._metrics_of_nothing(prepared)), 0, 0.0
         skipped: list[str] = []
+        units = _units(np.arange(batch.num_rows), batch, self._objective.couples_rows)
         for epoch in range(o.epochs):
-            order = np.random.default_rng([self._settings.seed, number, epoch]).permutation(batch.num_rows)
-            for chosen in np.array_split(order, o.minibatches):
-                whole = o.minibatches == 1
+            order = np.random.default_rng([self._settings.seed, number, epoch]).permutation(len(units))
+            for numbers in np.array_split(order, o.minibatches):
+                chosen, whole = _joined([units[i] for i in numbers]), o.minibatches == 1
                 part = prepared if whole else self._over_ranks(prepared.select(chosen))
-                parts = _micro_batches(part, o.micro_batch)
+                parts = _micro_batches(part, o.micro_batch, self._objective.couples_rows)
                 if not self._ranks.any(bool(parts)):
                     continue
                 measured = []
@@ -214,8 +215,8 @@ class Learner:
                 total = torch.tensor([metrics["loss"] for metrics in measured], dtype=torch.float64).sum()
                 loss = self._ranks.mean({"loss": total})["loss"]
                 if not math.isfinite(norm + loss):
-                    numbers = np.arange(batch.num_rows) if whole else chosen
-                    skipped.append(f"loss {loss:g} and gradient norm {norm:g}{self._sources(part, parts, numbers)}")
+                    in_step = np.arange(batch.num_rows) if whole else chosen
+                    skipped.append(f"loss {loss:g} and gradient norm {norm:g}{self._sources(part, parts, in_step)}")
                     self._optimizer.zero_grad()
                     self.refuse(number, skipped[-1])
                     continue
@@ -339,11 +340,34 @@ class _Totals:
         return out
 
 
-def _micro_batches(part: PreparedBatch, size: int) -> list[NDArray[np.int64]]:
-    """Return the rows with a gradient, some at a time, those of a group side by side because they share a prompt."""
+def _units(rows: NDArray[np.int64], batch: Rollouts, coupled: bool) -> list[NDArray[np.int64]]:
+    """Return what must stay together in a part: the rows of each group if they are coupled, else each row."""
+    if not coupled:
+        return list(rows[:, None])
+    groups = batch.group_index.cpu().numpy()[rows]
+    return [rows[groups == group] for group in np.unique(groups)]
+
+
+def _joined(units: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, dtype=np.int64), *units])
+
+
+def _micro_batches(part: PreparedBatch, size: int, coupled: bool) -> list[NDArray[np.int64]]:
+    """Return the rows with a gradient, some at a time, those of a group side by side because they share a prompt.
+
+    A group of coupled rows that is larger than ``size`` is a part of its own.
+    """
     rows = part.has_gradient.nonzero()[:, 0].cpu().numpy()
     rows = rows[part.batch.group_index.cpu().numpy()[rows].argsort(kind="stable")]
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    parts: list[list[NDArray[np.int64]]] = []
+    filled = size
+    for unit in _units(rows, part.batch, coupled):
+        if filled + len(unit) > size or not parts:
+            parts.append([])
+            filled = 0
+        parts[-1].append(unit)
+        filled += len(unit)
+    return [_joined(units) for units in parts]
 
 
 def learning_rate(settings: OptimizerSettings, number: int, steps: int) -> float:

@@ -91,6 +91,11 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
             f"group: expected 2 because of {settings.objective.method}, which compares the two responses to a prompt, "
             f"got {settings.sampling.group}"
         )
+    if objective.couples_rows and settings.sampling.group > settings.optimizer.micro_batch:
+        raise ValueError(
+            f"micro_batch: expected at least {settings.sampling.group}, the size of a group, because the objective "
+            f"compares the rows of a group, got {settings.optimizer.micro_batch}"
+        )
     if _distils(objective) and settings.teacher is None:
         raise ValueError(f"teacher: expected a model because of {settings.objective.method}, got None")
     if settings.teacher is not None:
