@@ -24,7 +24,7 @@ LAYERS = {
     "blocks": ("blocks",),
     "stages": ("stages",),
     "objectives": ("protocol", "from_hidden", "prepared", "objective", "preference", "supervised"),
-    "methods": ("expression", "methods", "mixing"),
+    "methods": ("expression", "methods", "mixing", "rollout_correction"),
     "public": ("decoding", "rewards"),
     "applications": ("train", "report", "analyze", "adapters", "options", "exits", "cli"),
 }

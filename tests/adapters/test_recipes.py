@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit.adapters.capabilities import given_advantages
 from tokcredit.stages.base import Stage
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -68,6 +69,7 @@ def test_a_loss_from_a_teacher(capsys):
 NUMBERS = {
     **dict.fromkeys(("low", "high", "threshold", "share", "weight", "coefficient", "penalty", "strength"), 0.5),
     **dict.fromkeys(("clip_ratio_low", "clip_ratio_high", "eps_clip_low", "eps_clip_high", "epsilon"), 0.2),
+    **dict.fromkeys(("dppo_mask_low", "dppo_mask_high", "ipo_threshold", "kl_tau"), 0.2),
     **dict.fromkeys(("clip_min", "tis_clip_low", "delta_low", "delta_high", "opsm_delta"), 0.1),
     **dict.fromkeys(("clip_ratio_c", "rollout_is_threshold", "epsilon_high", "delta", "cap", "clip_max"), 3.0),
     **dict.fromkeys(("tau_pos", "tau_neg", "sapo_temperature_pos", "sapo_temperature_neg", "tis_clip"), 1.05),
@@ -79,6 +81,7 @@ NUMBERS = {
     "rs_veto_threshold": 1e-4,
     "scale": True,
     "config": {"rollout_is": "token", "rollout_rs": "token_k2", "rollout_rs_threshold": 0.5},
+    "objective": tc.methods.grpo(),
     "over": "mean",
     "estimator": "k2",
     "rule": tc.filters.nonzero_advantage(),
@@ -96,7 +99,7 @@ def stages_of_the_table():
 @pytest.mark.parametrize("text", sorted(set(stages_of_the_table())))
 def test_stages_of_the_table_can_be_made(text):
     kinds = ("aggregation", "clip", "credit", "filters", "methods", "ratio", "term", "token_score", "token_weights")
-    modules = {name: getattr(tc, name) for name in (*kinds, "schedule")}
+    modules = {name: getattr(tc, name) for name in (*kinds, "rollout_correction", "schedule")}
     names = {**NUMBERS, **modules, "log": math.log, "inf": math.inf, "target_entropy": tc.schedule.target_entropy}
     if text.startswith("scale."):
         names["scale"] = tc.scale
@@ -155,6 +158,41 @@ def test_prime_rl(monkeypatch):
         found.append(current.grad[len(before) :])
     assert total == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(torch.cat(found), gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_prime_rl_default_loss():
+    """Its loss, as the sources have it, is that of the stages in the table; ``kl_tau`` pulls at masked tokens too."""
+    log_probs, engine, advantages = (
+        torch.cat([row[name] for row in ROWS]).double() for name in ("log_probs", "old_log_probs", "log_probs")
+    )
+    advantages = advantages - advantages.mean()
+    engine = engine + torch.linspace(-0.5, 0.5, len(engine), dtype=torch.float64)
+    log_probs = log_probs.clamp(max=-0.01)
+    low, high, kl_tau = 0.02, 0.03, 0.1
+    theirs = log_probs.clone().requires_grad_()
+    log_ratio, moved = theirs - engine, (theirs.exp() - engine.exp()).detach()
+    stopped = torch.where(advantages > 0, moved > high, moved < -low)
+    loss = torch.where(stopped, 0, -advantages * log_ratio.exp()) + kl_tau * log_ratio**2
+    loss.mean().backward()
+    assert 0 < stopped.sum() < len(stopped)
+    objective = tc.mix(
+        tc.methods.dppo_tv(low, high, None),
+        credit=given_advantages(),
+        aggregation="token_mean()",
+        terms=tc.term.kl(2 * kl_tau, "k2", to="rollout_log_probs"),
+    )
+    n = len(engine)
+    batch = tc.Rollouts(
+        torch.zeros(n, dtype=torch.long),
+        torch.tensor([0, n]),
+        torch.zeros(1, dtype=torch.long),
+        torch.zeros(1),
+        rollout_log_probs=engine,
+        extras={"advantages": advantages},
+    )
+    ours = log_probs.clone().requires_grad_()
+    objective.loss(objective.prepare(batch), ours).loss.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-15)
 
 
 class LossType(enum.Enum):

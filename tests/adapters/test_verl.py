@@ -308,6 +308,10 @@ def test_configuration_is_checked_before_anything_starts():
         ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "loss_agg_mode: expected 'token-mean'"),
         ("actor_rollout_ref.actor.clip_ratio_c=10.0", "clip_ratio_c: expected verl's default"),
         ("+algorithm.tokcredit.clip_low=0.1", "algorithm.tokcredit: expected the clip of"),
+        (
+            "algorithm.rollout_correction={bypass_mode: true, rollout_rs: token_k1}",
+            "rollout_rs: expected null with bypass_mode, .* got 'token_k1'",
+        ),
     ],
 )
 def test_trainers_refuse(override, message):

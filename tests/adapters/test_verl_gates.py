@@ -1,5 +1,6 @@
 """Trust regions and rollout corrections against verl's own functions, values and gradients."""
 
+import inspect
 import math
 import re
 from dataclasses import fields
@@ -134,6 +135,98 @@ def test_rejection(options, thresholds):
         inside = stage(rollouts, rollouts.rewards[:, None])
         kept = kept & (inside if inside.dim() == 2 else rollouts.shaped(inside))
     assert torch.equal(kept, expected.bool()) and 0 < kept.sum() < mask.sum()
+
+
+BOUNDS = {
+    "rs_threshold": {"seq_mean_k1": "0.93_1.12", "seq_sum_k1": "0.6_1.6", "seq_mean_k3": 0.06},
+    "is_threshold": 1.1,
+    "threshold": 1.2,
+    "threshold_lower": 0.8,
+}
+MORE = {
+    "several": {"rollout_rs": "seq_mean_k1,token_k3", "rollout_rs_threshold": "0.9_1.2,0.05", "rollout_is": "token"},
+    "normalized": {"rollout_rs": "token_k2", "rollout_rs_threshold": 0.05, "rollout_is_batch_normalize": True},
+    "normalized tokens": {
+        "rollout_is": "token",
+        "rollout_is_threshold": "0.7_1.4",
+        "rollout_rs": "seq_max_k3",
+        "rollout_rs_threshold": 0.15,
+        "rollout_is_batch_normalize": True,
+    },
+    "bypassed tokens": {"bypass_mode": True, "rollout_rs": "token_k1,token_k2", "rollout_rs_threshold": "1.3,0.04"},
+    "bypassed sums": {
+        "bypass_mode": True,
+        "loss_type": "reinforce",
+        "rollout_is_threshold": "0.5_1.8",
+        "rollout_rs": "seq_max_k2,seq_sum_k3",
+        "rollout_rs_threshold": "0.25,0.6",
+    },
+}
+
+
+def presets():
+    """The configurations that verl has a name for, with bounds that bind in :func:`batch`, and some without a name."""
+    for name, make in inspect.getmembers(RolloutCorrectionConfig, inspect.ismethod):
+        if not name.startswith(("decoupled_", "bypass_")):
+            continue
+        given = set(inspect.signature(make).parameters)
+        assert given <= BOUNDS.keys()
+        settings = {x: BOUNDS[x] for x in given - {"rs_threshold"}}
+        if "rs_threshold" in given:
+            settings["rs_threshold"] = BOUNDS["rs_threshold"][make().rollout_rs]
+        yield pytest.param(make(**settings), id=name)
+    for name, settings in MORE.items():
+        yield pytest.param(RolloutCorrectionConfig(**settings), id=name)
+
+
+@pytest.mark.parametrize("config", list(presets()))
+def test_rollout_correction(config):
+    """Loss and gradient of verl's own functions, called as its trainer and its actor call them."""
+    rollouts, current = batch(3)
+    mask = rollouts.shaped(rollouts.response_mask)
+    old, engine = (rollouts.shaped(x) for x in (rollouts.old_log_probs, rollouts.rollout_log_probs))
+    current = (current + old) / 2  # not much further from the engine than the old policy
+    base = tc.mix("grpo", clip=tc.clip.ppo(0.1, 0.2, 3.0), aggregation="token_mean")
+    objective = tc.rollout_correction.from_verl(base, config)
+    prepared = objective.prepare(rollouts.with_inputs(old_log_probs=None) if config.bypass_mode else rollouts)
+    bypass = {"loss_mode": "bypass_mode", "rollout_correction": config} if config.bypass_mode else {}
+    actor = ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=ROWS,
+        policy_loss=PolicyLossConfig(**bypass),
+        loss_agg_mode="token-mean",
+        clip_ratio_low=0.1,
+        clip_ratio_high=0.2,
+    )
+    kept, weights = mask.double(), None
+    if not config.bypass_mode:
+        names = (
+            "rollout_is",
+            "rollout_is_threshold",
+            "rollout_is_batch_normalize",
+            "rollout_rs",
+            "rollout_rs_threshold",
+        )
+        found, kept, _ = theirs.compute_rollout_correction_and_rejection_mask(
+            old, engine, kept, **{name: getattr(config, name) for name in names}
+        )
+        weights = None if found is None else found.batch["rollout_is_weights"]
+    actor.global_batch_info.update(dp_size=1, batch_num_tokens=int(kept.sum()), global_batch_size=ROWS)
+    loss = get_policy_loss_fn("bypass_mode" if config.bypass_mode else "vanilla")
+    ours, his = current.clone().requires_grad_(), current.clone().requires_grad_()
+    value = objective.loss(prepared, ours).loss
+    divisor = engine if config.bypass_mode else old
+    expected, metrics = loss(divisor, his, prepared.advantages, kept, "token-mean", actor, weights)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-9)
+    slopes, wanted = gradient(value, ours), gradient(expected, his)
+    torch.testing.assert_close(slopes, wanted, rtol=1e-6, atol=1e-9)
+    assert wanted.any()
+    if config.rollout_rs:
+        rejected = (
+            metrics["rollout_corr/rollout_rs_masked_fraction"] if config.bypass_mode else 1 - kept.sum() / mask.sum()
+        )
+        assert 0 < rejected < 1, "bounds that never bind prove nothing"
 
 
 def test_every_option_is_in_the_table():

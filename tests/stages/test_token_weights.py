@@ -73,12 +73,29 @@ def test_importance_by_hand():
     assert weights_of(importance("sum")) == pytest.approx([0.740741, 0.236842], abs=1e-6)
     assert weights_of(importance("mean")) == pytest.approx([0.927719, 0.618709], abs=1e-6)
     assert weights_of(importance("mean", 0.7, 0.9)) == pytest.approx([0.9, 0.7])
+    # The second row is masked after its first token: turns of one token and of two.
+    by_turn = [0.927719] * 4 + [1] + [(0.25 * 0.947368) ** 0.5] * 2
+    assert weights_of(importance("turn")) == pytest.approx(by_turn, abs=1e-6)
+    normalized = [x * 7 / sum(by_turn) for x in by_turn]
+    assert weights_of(importance("turn", normalize=True)) == pytest.approx(normalized, abs=1e-6)
     # Clamped to 1.1 the mean is .847; of the clamped weights of rows it is .489.
     normalized = [1.298329, 0.983582, 1.180299, 0.944239, 1.180299, 0.295075, 1.118178]
     assert weights_of(importance(high=1.1, normalize=True)) == pytest.approx(normalized, abs=1e-6)
     assert weights_of(importance("sum", normalize=True)) == pytest.approx([1.515454, 0.484546], abs=1e-6)
     assert weights_of(tc.token_weights.icepop()) == pytest.approx([*ratios[:5], 0, ratios[6]], abs=1e-6)
     assert importance(normalize=True).compares_groups and not importance().compares_groups
+
+
+def test_normalization_counts_tokens_that_filters_rejected():
+    """As in verl, whose weights are made before tokens are rejected, whatever the order of the two."""
+    batch, _ = naive.random_batch()
+    batch = naive.with_inputs(batch, {"rollout_log_probs"})
+    some = tc.filters.within("ratio", "token", 0.7, 1.4)
+    for over in ("token", "turn", "sum", "mean"):
+        weight = tc.token_weights.importance(over, normalize=True)
+        filtered = tc.Objective(filters=(some,), token_weights=(weight,)).prepare(batch)
+        assert 0 < filtered.lengths.sum() < batch.lengths.sum()
+        assert torch.equal(filtered.multiplier, weight(batch, None))
 
 
 def test_presets():

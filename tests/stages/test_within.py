@@ -8,6 +8,9 @@ import pytest
 import ragged
 import tokcredit as tc
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokcredit import ops
 from tokcredit.stages import within
 from tokcredit.stages.clip import Window
 
@@ -38,14 +41,25 @@ def statistic_of(name, x):
     return {"ratio": x, "difference": x, "k1": -x, "k2": x * x / 2, "k3": math.exp(x) - 1 - x}[name]
 
 
+def turns_of(tokens):
+    """Maximal runs of consecutive positions."""
+    turns = []
+    for t in tokens:
+        if not turns or turns[-1][-1] != t - 1:
+            turns.append([])
+        turns[-1].append(t)
+    return turns
+
+
 def expected_of(batch, difference, statistic, over, low, high, signs, advantages):
     """The predicate at each token that the policy chose."""
     out = {}
     for r, tokens in enumerate(naive.rows_of(batch)):
         own = [statistic_of(statistic, difference[t].item()) for t in tokens]
         reduced = {"sum": sum, "mean": lambda v: sum(v) / len(v), "max": max, "min": min}
+        turn = {t: reduced["mean"]([own[tokens.index(s)] for s in run]) for run in turns_of(tokens) for t in run}
         for t, value in zip(tokens, own, strict=True):
-            value = value if over == "token" else reduced[over](own)
+            value = {"token": value, "turn": turn[t]}[over] if over in ("token", "turn") else reduced[over](own)
             value = math.exp(value) if statistic == "ratio" else value
             free = {"any": False, "positive": advantages[r] <= 0, "negative": advantages[r] >= 0}[signs]
             out[t] = free or low <= value <= high
@@ -84,6 +98,21 @@ def test_filter_weight_and_scale_against_loops(statistic, over, signs):
     factor = scale(current, current, advantages, batch.spans, Window("clip"), scale.signal(batch, Window("clip")))
     assert set(factor.unique().tolist()) <= {0.0, 1.0}
     compare(factor, current - batch.old_log_probs)
+
+
+@given(spans=ragged.spans(), seed=st.integers(0, 99))
+def test_mean_of_a_turn(spans, seed):
+    """Rows that touch have different turns, padding and empty rows belong to none, and a NaN stays in its turn."""
+    x = ragged.values(spans.size, seed=seed)
+    turns = tc.segment.runs(spans)
+    inside = ops.spread(torch.ones(spans.num_rows, dtype=torch.bool), spans)
+    expected = ops.spread(tc.segment.mean(x, turns.spans), turns.spans)
+    torch.testing.assert_close(within.turn_mean(x, spans)[inside], expected[inside])
+    if len(turns.at):
+        x[turns.at[-1]] = math.nan
+        own = torch.arange(spans.size) >= turns.at[-1]
+        own &= torch.arange(spans.size) < turns.spans.end[-1]
+        assert torch.equal(within.turn_mean(x, spans).isnan()[inside], own[inside])
 
 
 def test_bounds_are_inclusive_and_nan_lies_outside():

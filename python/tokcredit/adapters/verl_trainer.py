@@ -44,6 +44,11 @@ def checked(config: DictConfig) -> Objective | None:
     carries = set()
     if not correction.get("bypass_mode", False):
         carries |= {"old_log_probs", "entropies"}
+    elif rejection := correction.get("rollout_rs"):
+        raise ValueError(
+            "algorithm.rollout_correction.rollout_rs: expected null with bypass_mode, in which verl's trainers do not "
+            f"reject, got {rejection!r}; a loss with scale.within(to='old_log_probs') does"
+        )
     if config.actor_rollout_ref.rollout.calculate_log_probs:
         carries.add("rollout_log_probs")
     if actor.use_kl_loss or algorithm.use_kl_in_reward:

@@ -202,7 +202,8 @@ class within(predicate.Recorded, Filter):
 
     Args:
         statistic: ``ratio``, ``difference``, ``k1``, ``k2`` or ``k3``.
-        over: ``token``, or how the tokens of a row are combined: ``sum``, ``mean``, ``max`` or ``min``.
+        over: ``token``; ``turn`` for the mean over each run of tokens that the policy chose; or how the tokens of a row
+            are combined: ``sum``, ``mean``, ``max`` or ``min``.
         low: Lower bound.
         high: Upper bound.
         signs: Advantages the bounds hold for: ``any``, ``positive`` or ``negative``.
@@ -229,7 +230,7 @@ class geo_rs(within):
     """
 
     statistic: str = option(*predicate.STATISTICS)
-    over: str = option("mean", "token", "sum", "max", "min")
+    over: str = option("mean", "token", "turn", "sum", "max", "min")
     low: float = number(0.999)
     high: float = number(1.001)
 
@@ -237,8 +238,8 @@ class geo_rs(within):
 def from_verl(config: Any) -> tuple[Filter, ...]:
     """Return the filters of verl's ``algorithm.rollout_correction``, one for each option of ``rollout_rs``.
 
-    The settings that make token weights are read by :func:`tokcredit.token_weights.from_verl`. In bypass mode, where
-    verl compares the current policy with the engine, use :class:`tokcredit.scale.within` instead.
+    The settings that make token weights are read by :func:`tokcredit.token_weights.from_verl`, and all of them, also
+    those of bypass mode, by :func:`tokcredit.rollout_correction.from_verl`.
 
     Args:
         config: A mapping or an object with ``rollout_rs`` and ``rollout_rs_threshold``.
@@ -249,36 +250,9 @@ def from_verl(config: Any) -> tuple[Filter, ...]:
     Example:
         >>> from_verl({"rollout_rs": "seq_mean_k1, token_k3", "rollout_rs_threshold": "0.99_1.01, 0.1"})
     """
-    wanted = predicate.setting(config, "rollout_rs", None)
-    if not wanted:
-        return ()
     if predicate.setting(config, "bypass_mode", False):
-        raise ValueError(
-            "bypass_mode: expected False, got True; use tokcredit.scale.within with to='rollout_log_probs'"
-        )
-    names = list(dict.fromkeys(x.strip() for x in wanted.split(",") if x.strip()))
-    given = predicate.setting(config, "rollout_rs_threshold", None)
-    texts = [x.strip() for x in given.split(",")] if isinstance(given, str) else [given]
-    texts = texts * len(names) if len(texts) == 1 else texts
-    if given is None or len(texts) != len(names):
-        raise ValueError(f"rollout_rs_threshold: expected one threshold, or one for each of {names}, got {given!r}")
-    return tuple(_rejection(name, threshold) for name, threshold in zip(names, texts, strict=True))
-
-
-def _rejection(name: str, threshold: str | float) -> Filter:
-    over, _, statistic = name.removeprefix("seq_").rpartition("_")
-    known = over in ("token", "sum", "mean", "max") and statistic in ("k1", "k2", "k3")
-    if not known or (over == "token") == name.startswith("seq_") or (over, statistic) == ("max", "k1"):
-        raise ValueError(
-            f"rollout_rs: expected token_k1, seq_sum_k2, seq_mean_k3, seq_max_k2 or the like, got {name!r}"
-        )
-    low, high = predicate.thresholds(threshold)
-    if statistic != "k1":
-        if low is not None:
-            raise ValueError(f"rollout_rs_threshold: expected one number for {name}, got {threshold!r}")
-        return within(statistic, over, high=high)
-    # verl compares log p_engine - log p_old, so the bounds hold for the inverse of the ratio.
-    return within("ratio", over, 1 / high, 1 / (1 / high if low is None else low))
+        raise ValueError("bypass_mode: expected False, got True; use tokcredit.rollout_correction.from_verl")
+    return tuple(within(*bounds) for bounds in predicate.rejections(config))
 
 
 __all__ = [

@@ -83,7 +83,8 @@ class within(Scale):
 
     Args:
         statistic: ``ratio``, ``difference``, ``k1``, ``k2`` or ``k3``.
-        over: ``token``, or how the tokens of a row are combined: ``sum``, ``mean``, ``max`` or ``min``.
+        over: ``token``; ``turn`` for the mean over each run of tokens that the policy chose; or how the tokens of a row
+            are combined: ``sum``, ``mean``, ``max`` or ``min``.
         low: Lower bound.
         high: Upper bound.
         signs: Advantages the bounds hold for: ``any``, ``positive`` or ``negative``.

@@ -45,22 +45,24 @@ class importance(TokenWeight):
 
     With ``y = log p_old - log p_engine``, 0 where the engine did not report a log-prob (NaN)::
 
-        w = exp(y), or exp of the sum or mean of y over the row, with the exponent held within 20 nats
+        w = exp(y), or exp of the sum or mean of y over the row or the turn, with the exponent held within 20 nats
         w = clip(w, low, high)                    with outside="clamp"
         w = w if low <= w <= high else 0          with outside="zero"
         w = w / mean(w)                           with normalize
 
-    Sums and means of a row contain tokens that filters rejected, as the ratio of the whole row does.
+    Sums and means contain tokens that filters rejected, as the ratio of the whole row does, also with normalize. A turn
+    is a maximal run of tokens that the policy chose.
 
     :class:`tis`, :class:`mis` and :class:`icepop` are this stage with the settings of those methods.
 
     Args:
-        over: ``token`` for the token's own ratio, ``sum`` for that of the whole row, ``mean`` for its geometric mean.
+        over: ``token`` for the token's own ratio, ``sum`` for that of the whole row, ``mean`` for its geometric mean,
+            ``turn`` for the geometric mean of the turn.
         low: Smallest weight, at least 0.
         high: Largest weight, above 0.
         outside: ``clamp`` or ``zero``.
-        normalize: Whether weights are divided by their mean over the training tokens of the batch, or over its rows if
-            there is one weight per row; not if the mean is at most 1e-8.
+        normalize: Whether weights are divided by their mean over the tokens of the batch that the policy chose, or over
+            its rows if there is one weight per row; not if the mean is at most 1e-8.
         of: Input with the log-probs of the trainer.
         to: Input with the log-probs of the engine.
 
@@ -68,7 +70,7 @@ class importance(TokenWeight):
         ValueError: ``low`` exceeds ``high``.
     """
 
-    over: str = option("token", "sum", "mean")
+    over: str = option("token", "sum", "mean", "turn")
     low: float = number(0.0, at_least=0)
     high: float = number(2.0, above=0, infinite=True)
     outside: str = option("clamp", "zero")
@@ -93,17 +95,21 @@ class importance(TokenWeight):
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         y = predicate.log_ratio(batch.input(self.of), batch.input(self.to))
-        if self.over != "token":
-            y = (segment.sum if self.over == "sum" else segment.mean)(y, batch.policy_spans)[:, None]
-        else:
-            y = y.masked_fill_(~batch.response_mask, 0)
+        spans = batch.policy_spans
+        if self.over == "turn":
+            y = predicate.turn_mean(y, spans)
+        elif self.over != "token":
+            y = (segment.sum if self.over == "sum" else segment.mean)(y, spans)[:, None]
+        assert spans.mask is not None
+        if y.dim() == 1:
+            y = y.masked_fill(~spans.mask, 0)
         ratio = y.clamp(-20, 20).exp()
         if self.outside == "clamp":
             weights = ratio.clamp(self.low, self.high)
         else:
             weights = torch.where((ratio < self.low) | (ratio > self.high), 0, ratio)
         if self.normalize:
-            counted = batch.response_mask if self.over == "token" else segment.count(batch.policy_spans) > 0
+            counted = spans.mask if y.dim() == 1 else segment.count(spans) > 0
             mean = segment.mean(weights.view(-1), Spans.single(counted.numel(), batch.device, counted))
             weights = weights / torch.where(mean > 1e-8, mean, 1)
         return weights
@@ -129,7 +135,7 @@ class mis(importance):
         outside: ``zero``.
     """
 
-    over: str = option("sum", "token", "mean")
+    over: str = option("sum", "token", "mean", "turn")
     high: float = number(3.0, above=0, infinite=True)
     outside: str = option("zero", "clamp")
 
@@ -164,10 +170,10 @@ def from_verl(config: Any) -> tuple[TokenWeight, ...]:
     """
     level = predicate.setting(config, "rollout_is", None)
     threshold = predicate.setting(config, "rollout_is_threshold", 2.0)
+    if predicate.setting(config, "bypass_mode", False):
+        raise ValueError("bypass_mode: expected False, got True; use tokcredit.rollout_correction.from_verl")
     if level is None or threshold is None:
         return ()
-    if predicate.setting(config, "bypass_mode", False):
-        raise ValueError("bypass_mode: expected False, got True; use tokcredit.ratio.token(to='rollout_log_probs')")
     if level not in ("token", "sequence"):
         raise ValueError(f"rollout_is: expected token, sequence or None, got {level!r}")
     low, high = predicate.thresholds(threshold)
@@ -208,7 +214,8 @@ class within(predicate.Recorded, TokenWeight):
 
     Args:
         statistic: ``ratio``, ``difference``, ``k1``, ``k2`` or ``k3``.
-        over: ``token``, or how the tokens of a row are combined: ``sum``, ``mean``, ``max`` or ``min``.
+        over: ``token``; ``turn`` for the mean over each run of tokens that the policy chose; or how the tokens of a row
+            are combined: ``sum``, ``mean``, ``max`` or ``min``.
         low: Lower bound.
         high: Upper bound.
         signs: Advantages the bounds hold for: ``any``, ``positive`` or ``negative``.

@@ -17,7 +17,7 @@ from tokcredit.spans import Spans
 from tokcredit.stages.base import input_name, number, option
 
 STATISTICS = ("ratio", "difference", "k1", "k2", "k3")
-OVER = ("token", "sum", "mean", "max", "min")
+OVER = ("token", "turn", "sum", "mean", "max", "min")
 SIGNS = ("any", "positive", "negative")
 
 
@@ -62,12 +62,70 @@ def setting(config: Any, name: str, default: Any) -> Any:
     return config.get(name, default) if isinstance(config, Mapping) else getattr(config, name, default)
 
 
+def rejections(config: Any) -> tuple[tuple[str, str, float, float], ...]:
+    """Return the statistic, ``over`` and the bounds of each option of verl's ``rollout_rs``.
+
+    Args:
+        config: A mapping or an object with ``rollout_rs`` and ``rollout_rs_threshold``.
+
+    Raises:
+        ValueError: An option is unknown, or a threshold is missing or has the wrong form.
+    """
+    wanted = setting(config, "rollout_rs", None)
+    if not wanted:
+        return ()
+    names = list(dict.fromkeys(x.strip() for x in wanted.split(",") if x.strip()))
+    given = setting(config, "rollout_rs_threshold", None)
+    texts = [x.strip() for x in given.split(",")] if isinstance(given, str) else [given]
+    texts = texts * len(names) if len(texts) == 1 else texts
+    if given is None or len(texts) != len(names):
+        raise ValueError(f"rollout_rs_threshold: expected one threshold, or one for each of {names}, got {given!r}")
+    return tuple(_rejection(name, threshold) for name, threshold in zip(names, texts, strict=True))
+
+
+def _rejection(name: str, threshold: str | float) -> tuple[str, str, float, float]:
+    over, _, statistic = name.removeprefix("seq_").rpartition("_")
+    known = over in ("token", "sum", "mean", "max") and statistic in ("k1", "k2", "k3")
+    if not known or (over == "token") == name.startswith("seq_") or (over, statistic) == ("max", "k1"):
+        raise ValueError(
+            f"rollout_rs: expected token_k1, seq_sum_k2, seq_mean_k3, seq_max_k2 or the like, got {name!r}"
+        )
+    low, high = thresholds(threshold)
+    if statistic != "k1":
+        if low is not None:
+            raise ValueError(f"rollout_rs_threshold: expected one number for {name}, got {threshold!r}")
+        return statistic, over, -math.inf, high
+    # verl compares log p_engine - log p_old, so the bounds hold for the inverse of the ratio.
+    return "ratio", over, 1 / high, 1 / (1 / high if low is None else low)
+
+
+def turn_mean(x: Tensor, spans: Spans) -> Tensor:
+    """Return the mean over the turn of each token; a turn is a maximal run of unmasked tokens of a row.
+
+    Nothing waits for the device, unlike with :func:`tokcredit.blocks.segment.runs`.
+
+    Args:
+        x: float ``[N]``.
+        spans: The rows, with the mask of the tokens that the policy chose.
+
+    Returns:
+        float ``[N]``; its value at masked tokens means nothing.
+    """
+    inside = ops.spread(torch.ones_like(spans.begin, dtype=torch.bool), spans)
+    first = torch.zeros(spans.size + 1, dtype=torch.bool, device=spans.device)
+    first[1:] = ~inside
+    first.index_fill_(0, spans.begin, True)
+    number = (inside & first[:-1]).cumsum(0) - 1
+    turns = segment.Ids(number, spans.size, inside)
+    return segment.mean(x, turns).index_select(0, number.clamp_(min=0)) if spans.size else x
+
+
 def measured(log_ratio: Tensor, spans: Spans, statistic: str, over: str) -> Tensor:
     """Return a statistic of the log-ratios.
 
     With ``x`` the log-ratio of a token::
 
-        ratio       exp(x); over sum or mean, exp of the sum or mean of x
+        ratio       exp(x); over turn, sum or mean, exp of the mean or sum of x
         difference  x
         k1          -x
         k2          x^2 / 2
@@ -77,10 +135,11 @@ def measured(log_ratio: Tensor, spans: Spans, statistic: str, over: str) -> Tens
         log_ratio: float ``[N]``.
         spans: The rows, with the mask of the tokens that count.
         statistic: One of :data:`STATISTICS`.
-        over: ``token`` for each token by itself, else how the tokens of a row are combined.
+        over: ``token`` for each token by itself, ``turn`` for the mean over its turn, else how the tokens of a row are
+            combined.
 
     Returns:
-        float ``[N]`` over tokens, else ``[R, 1]``.
+        float ``[N]`` over tokens and turns, else ``[R, 1]``.
     """
     x = log_ratio
     if statistic == "k1":
@@ -89,7 +148,9 @@ def measured(log_ratio: Tensor, spans: Spans, statistic: str, over: str) -> Tens
         x = x.square() / 2
     elif statistic == "k3":
         x = x.expm1() - x
-    if over != "token":
+    if over == "turn":
+        x = turn_mean(x, spans)
+    elif over != "token":
         reduce = {"sum": segment.sum, "mean": segment.mean, "max": segment.maximum, "min": segment.minimum}[over]
         x = reduce(x, spans)[:, None]
     return x.exp() if statistic == "ratio" else x
