@@ -67,6 +67,10 @@ def test_trainer_corrects_for_another_engine(half, tmp_path):
         rows = [gap[a:b].abs().mean() for a, b in pairwise(batch.cu_seqlens.tolist())]
         assert metrics["rollout_log_prob_gap_mean"] == pytest.approx(float(sum(rows) / len(rows)), rel=1e-4)
         assert 0 < metrics["rollout_log_prob_gap_mean"] < 0.5
+        assert metrics["mismatch_kl"] == pytest.approx(-gap.double().mean().item(), rel=1e-4, abs=1e-9)
+        weights = prepared.multiplier.double()
+        ess = weights.sum() ** 2 / (weights**2).sum() / len(weights)
+        assert metrics["mismatch_ess"] == pytest.approx(ess.item(), rel=1e-6) and ess < 1
 
 
 def test_weights_turn_draws_of_the_engine_into_draws_of_the_model():

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import tokcredit as tc
 import torch
+from tokcredit import cli, train
+from tokcredit.stages.credit.group import per_token
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, PrivilegedSettings, ProbeSettings, compare, learner, run
 from tokcredit.train import trainer as trainer_module
 from tokcredit.train.clock import Clock
@@ -345,8 +347,65 @@ def test_a_correction_for_the_engine_is_added_once():
     added = trainer_module._corrected(tc.methods.grpo())
     assert added == tc.mix("grpo", token_weights="tis")
     assert trainer_module._corrected(added) == added
-    to_engine = tc.mix("grpo", ratio="token(to='rollout_log_probs')")
-    assert trainer_module._corrected(to_engine) == to_engine
+    bypass = {"bypass_mode": True, "loss_type": "reinforce", "rollout_rs": "token_k2", "rollout_rs_threshold": 0.1}
+    for corrected in (
+        tc.mix("grpo", ratio="token(to='rollout_log_probs')"),
+        tc.mix("grpo", filters="geo_rs"),
+        tc.mix("grpo", token_weights="within('ratio', 'min', 1e-4)"),
+        tc.rollout_correction.from_verl(tc.methods.grpo(), bypass),
+        tc.methods.dppo_tv(),
+    ):
+        assert trainer_module._corrected(corrected) == corrected
+    regularized = tc.mix("grpo", terms="kl(0.1, to='rollout_log_probs')")
+    assert trainer_module._corrected(regularized).token_weights == (tc.token_weights.tis(),)
+
+
+PRESETS = [
+    ("--token-weights", "icepop(low=0.9, high=1.1)", tc.token_weights.icepop(low=0.9, high=1.1)),
+    ("--token-weights", "mis()", tc.token_weights.mis()),
+    ("--filters", "geo_rs(low=0.9, high=1.1)", tc.filters.geo_rs(low=0.9, high=1.1)),
+    ("--filters", "within('k3', 'turn', high=0.01)", tc.filters.within("k3", "turn", high=0.01)),
+    ("--ratio", "token(to='rollout_log_probs')", tc.ratio.token(to="rollout_log_probs")),
+    ("--token-weights", None, None),
+]
+
+
+@pytest.mark.parametrize(("option", "text", "stage"), PRESETS)
+def test_the_correction_of_the_command_line_is_applied_and_measured(tmp_path, monkeypatch, option, text, stage):
+    """With ``--sampler vllm``, whose place a sampler of noisy log-probs takes."""
+
+    class Noisy(UniformSampler):
+        def sample(self, prompts, count, max_tokens, temperature, stop=()):
+            made = super().sample(prompts, count, max_tokens, temperature, stop)
+            g = torch.Generator().manual_seed(len(made.tokens))
+            return made._replace(log_probs=made.log_probs + 0.1 * torch.randn(len(made.tokens), generator=g))
+
+    monkeypatch.setattr(trainer_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(Trainer, "_vllm", lambda trainer, dtype: Noisy(trainer.model, trainer.tokenizer))
+    words = "train --method grpo --model tiny(steps=0) --sampler vllm --prompts 2 --group 4 --max-tokens 6 --steps 1"
+    words += " --reward uniform:digest --tasks addition(digits=1) --micro-batch 4 --precision no"
+    given = []
+    monkeypatch.setattr(train, "run", lambda settings: given.append(settings) or {})
+    cli.main([*words.split(), "--output", str(tmp_path / "run"), option, *([text] if text else [])])
+    trainer = Trainer(resolved(given[0]))
+    objective = trainer.objective
+    plain = {"filters": (), "token_weights": (), "ratio": tc.ratio.token(), "scales": ()}
+    chosen = {option[2:].replace("-", "_"): (stage,) if option != "--ratio" else stage} if stage else {}
+    assert {kind: getattr(objective, kind) for kind in plain} == {**plain, **chosen}
+    step = trainer.step(1)
+    prepared, batch = step.update.prepared, step.update.prepared.batch
+    names = {x.removeprefix("mismatch_") for x in step.metrics if x.startswith("mismatch_")}
+    measured = {"kl", "k3_kl", "chi2_token", "chi2_seq", "ppl_ratio", "training_ppl", "rollout_ppl"}
+    assert names >= measured and ("ess" in names) == isinstance(stage, tc.token_weights.importance)
+    old = batch.old_log_probs if "old_log_probs" in objective.required_inputs else step.update.log_probs
+    known = ~old.isnan()
+    y = (old - batch.rollout_log_probs)[known].double()
+    assert step.metrics["mismatch_kl"] == pytest.approx(-y.mean().item(), rel=1e-4)
+    assert y.std() > 0.05
+    if "ess" in names:
+        w = per_token(prepared.multiplier, batch.spans).double()
+        expected = w.sum() ** 2 / (w**2).sum() / len(w)
+        assert step.metrics["mismatch_ess"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_length_of_an_aggregation_is_the_limit_of_a_reply(settings):

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from tokcredit import inputs, mismatch
 from tokcredit.from_hidden import FromHidden
+from tokcredit.prepared import multiplied
 from tokcredit.protocol import PreparedBatch, TrainingObjective
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State
+from tokcredit.stages.token_weights import importance
 from tokcredit.train import collectors, nonfinite
 from tokcredit.train.clock import Clock
 from tokcredit.train.ranks import Ranks
@@ -126,7 +128,7 @@ class Learner:
         self._check_weights(number)
         if self._settings.optimizer.on_nonfinite == "skip":
             metrics["skipped_updates"] = float(len(skipped))
-        return Update(prepared, log_probs, metrics | {"lr": lr} | self._mismatch(batch), skipped)
+        return Update(prepared, log_probs, metrics | {"lr": lr} | self._mismatch(prepared, log_probs), skipped)
 
     def refuse(self, number: int, what: str) -> None:
         """Count an update as skipped because it is not finite, or stop the run.
@@ -147,11 +149,20 @@ class Learner:
             f"step {number}: expected a finite loss and gradient, got {what}; nothing of this step was saved; {advice}"
         )
 
-    def _mismatch(self, batch: Rollouts) -> dict[str, float]:
-        """Return how far the engine that sampled is from the policy, if that is known; means over processes."""
-        if batch.old_log_probs is None or batch.rollout_log_probs is None:
+    def _mismatch(self, prepared: PreparedBatch, log_probs: Tensor) -> dict[str, float]:
+        """Return how far the engine that sampled is from the policy, if that is known; means over processes.
+
+        A batch without old log-probs is used for one optimizer step, so those of its pass over the rows are the same.
+        """
+        batch = prepared.batch
+        if batch.rollout_log_probs is None:
             return {}
-        found = mismatch.statistics(batch.old_log_probs, batch.rollout_log_probs, batch.spans)
+        old, spans = batch.old_log_probs, batch.spans
+        if old is None:
+            old, spans = log_probs, spans.with_mask(batch.response_mask & ~log_probs.isnan())
+        chosen = (x for x in getattr(self._objective, "token_weights", ()) if isinstance(x, importance))
+        weights = multiplied(chosen, batch, batch.rewards[:, None])  # which no importance weight reads
+        found = mismatch.statistics(old, batch.rollout_log_probs, spans, weights)
         sums = self._ranks.sum({name: x.cpu() for name, x in found.items()})
         return {f"mismatch_{name}": float(x) / self._ranks.count for name, x in sums.items()}
 

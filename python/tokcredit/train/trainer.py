@@ -60,7 +60,7 @@ def _with_length(objective: Any, longest: int) -> Any:
 
 def _corrected(objective: Any) -> Any:
     """Return the objective with a token weight for an engine whose probabilities differ, unless it already has one."""
-    corrections = (x for x in objective.stages() if x.kind in ("token_weight", "ratio"))
+    corrections = (x for x in objective.stages() if x.kind in ("filter", "token_weight", "ratio", "scale"))
     if any("rollout_log_probs" in x.required_inputs for x in corrections):
         return objective
     return mix(objective, token_weights=(*objective.token_weights, tis()))
