@@ -53,7 +53,14 @@ NAMES = {
         *(f"token_score.{name}" for name in ("given", "scaled", "either", "but_not")),
     ],
     "schedules": [
-        *("schedule.linear", "schedule.cosine_restarts", "schedule.Schedule", "schedule.Controller", "schedule.State"),
+        *(
+            "schedule.linear",
+            "schedule.cosine",
+            "schedule.cosine_restarts",
+            "schedule.Schedule",
+            "schedule.Controller",
+            "schedule.State",
+        ),
         *("schedule.target_entropy", "schedule.target_kl", "schedule.State.observe", "schedule.State.state_dict"),
     ],
     "others": [

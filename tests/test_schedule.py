@@ -36,6 +36,13 @@ def test_progress_is_asked_for_and_checked():
     assert tc.methods.grpo().prepare(batch, progress=0.5).objective == tc.methods.grpo()
 
 
+def test_cosine_by_hand():
+    """CHORD's share of the expert, over 200 steps."""
+    mu = schedule.cosine(0.9, 0.05)
+    found = [mu(step / 200) for step in (0, 50, 100, 150, 200)]
+    assert found == pytest.approx([0.9, 0.775520, 0.475, 0.174480, 0.05], abs=1e-6)
+
+
 def test_target_entropy_by_hand():
     """Target 0.2, delta 0.005, start 0: the coefficient of a step depends on the entropy of the step before."""
     controller = schedule.target_entropy(target=0.2, delta=0.005, start=0.0)

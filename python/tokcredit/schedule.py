@@ -55,6 +55,27 @@ class linear(Schedule):
 
 
 @dataclass(frozen=True)
+class cosine(Schedule):
+    """From ``start`` at the first step to ``end`` at the last, along half a cosine.
+
+    Args:
+        start: Number at progress 0.
+        end: Number at progress 1.
+    """
+
+    start: float = number()
+    end: float = number()
+
+    def __call__(self, progress: float) -> float:
+        """Return ``end + (start - end) / 2 * (1 + cos(pi * progress))``.
+
+        Args:
+            progress: From 0 to 1.
+        """
+        return self.end + (self.start - self.end) / 2 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
 class cosine_restarts(Schedule):
     """A linear warm-up from ``start`` to ``peak``, then cosine waves from ``peak`` down to ``trough`` that restart.
 

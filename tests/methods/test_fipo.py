@@ -12,8 +12,7 @@ def factors(x, advantage, half_life, width, upward, safe, cap):
     found, future, decay = [], 0.0, 2 ** (-1 / half_life)
     for y in reversed(x):
         future = (y if cap is None or math.exp(y) <= cap else 0.0) + decay * future
-        low, high = (1 - width, 1 + width) if width else (0.0, 10.0)
-        low = 1.0 if upward else low
+        low, high = (1.0 if upward else 1 - width, 1 + width) if width else (0.0, 10.0)
         w = min(max(math.exp(future), low), high)
         if advantage < 0 and math.exp(y) > safe:
             w = min(max(w, 0.8), 1.0)

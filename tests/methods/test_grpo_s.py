@@ -14,8 +14,8 @@ def test_formula():
                 own = [r for r in group if (batch.rewards[r] > 0.5) == correct]
                 mean = {r: sum(batch.entropies[t].item() for t in rows[r]) / len(rows[r]) for r in own}
                 x = mean if correct else {r: 1 / (h + 1e-8) for r, h in mean.items()}
-                sign = 1 if correct else -1
-                rewards = {r: sign * (0.9 + 0.2 * len(own) * y / sum(x.values())) for r, y in x.items()}
+                share = {r: 0.2 * len(own) * y / sum(x.values()) for r, y in x.items()}
+                rewards = {r: 0.9 * batch.rewards[r].item() + y if correct else -0.9 - y for r, y in share.items()}
                 if len(own) > 1:
                     centre = sum(rewards.values()) / len(own)
                     std = (sum((r - centre) ** 2 for r in rewards.values()) / len(own)) ** 0.5

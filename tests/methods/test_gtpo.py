@@ -12,15 +12,16 @@ def test_formula():
         found = {}
         for rows in naive.counted_rows(batch):
             for correct in (True, False):
-                own = [naive.rows_of(batch)[r] for r in rows if (batch.rewards[r] > 0.5) == correct]
+                judged = [r for r in rows if (batch.rewards[r] > 0.5) == correct]
+                own = [naive.rows_of(batch)[r] for r in judged]
                 rewards = {}
-                for tokens in own:
+                for row, tokens in zip(judged, own, strict=True):
                     for k, t in enumerate(tokens):
-                        alive = [row[k] for row in own if len(row) > k]
+                        alive = [other[k] for other in own if len(other) > k]
                         x = {u: batch.entropies[u].item() for u in alive}
                         x = x if correct else {u: 1 / (h + 1e-8) for u, h in x.items()}
-                        r = 0.9 + 0.2 * len(alive) * x[t] / sum(x.values())
-                        rewards[t] = r if correct else -r
+                        share = 0.2 * len(alive) * x[t] / sum(x.values())
+                        rewards[t] = 0.9 * batch.rewards[row].item() + share if correct else -0.9 - share
                 if rewards:
                     mean = sum(rewards.values()) / len(rewards)
                     std = (sum((r - mean) ** 2 for r in rewards.values()) / len(rewards)) ** 0.5

@@ -18,26 +18,28 @@ def shared(batch, tokens, advantages, rows, r, t, order):
 def test_formula(divided):
     def formula(batch, log_probs):
         tokens, advantages = naive.rows_of(batch), naive.group_advantages(batch)
+        signs = list(advantages)
         for r, row in enumerate(tokens):
             mean = sum(batch.entropies[t].item() for t in row) / max(len(row), 1)
-            advantages[r] = 0.0 if mean > 0.65 or not row else advantages[r] - 0.2 * mean
-        losses, both = [[] for _ in tokens], 0
+            advantages[r] = 0.0 if mean > 0.65 or not row else advantages[r] - 1.5 * mean
+        losses, both, turned = [[] for _ in tokens], 0, 0
         for rows in naive.counted_rows(batch):
             for r in rows:
-                found = [[shared(batch, tokens, advantages, rows, r, t, order) for order in (1, -1)] for t in tokens[r]]
-                factor = 2.0 if advantages[r] > 0 else 0.0
+                found = [[shared(batch, tokens, signs, rows, r, t, order) for order in (1, -1)] for t in tokens[r]]
+                factor = 2.0 if signs[r] > 0 else 0.0
+                turned += signs[r] > 0 > advantages[r]
                 count = max(sum(map(any, found)), 1) if divided else 1
                 both += sum(map(any, found))
                 losses[r] = [
                     -advantages[r] * factor ** sum(x) / count * (log_probs[t] - log_probs[t].detach()).exp()
                     for t, x in zip(tokens[r], found, strict=True)
                 ]
-        assert both > 10
+        assert both > 10 and turned, "no row whose advantage the penalty makes negative"
         return naive.sequence_mean(batch, losses)
 
     batch, current = naive.random_batch(groups=2, size=8)
     batch = naive.with_inputs(batch, {"entropies"})
-    naive.check(tc.methods.gtpo_conflict(0.2, 0.65, divided), batch, current, formula)
+    naive.check(tc.methods.gtpo_conflict(1.5, 0.65, divided), batch, current, formula)
 
 
 def weights(texts, signs):
@@ -57,6 +59,8 @@ def test_by_hand():
     # In both: 4 and 0; rows of other lengths are compared from their ends.
     assert weights(["a", "a"], [1.0, -1.0]) == [[4], [0]]
     assert weights(["abz", "cz"], [1.0, -1.0]) == [[1, 1, 2], [1, 0]]
+    # The reward of the last row is the mean of the group: it is neither good nor bad.
+    assert weights(["ab", "ac", "ad"], [1.0, -1.0, 0.0]) == [[2, 1], [0, 1], [1, 1]]
 
 
 def test_rows_of_high_entropy_do_not_train():

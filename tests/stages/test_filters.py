@@ -8,6 +8,7 @@ import torch
 from tokcredit.methods.ba import balanced
 from tokcredit.methods.pods import most_varied
 from tokcredit.methods.tempo import tempo_credit
+from tokcredit.stages import within as predicate
 
 ENTROPIES = tc.token_score.given("entropies")
 
@@ -183,6 +184,35 @@ def test_rejection_of_verl():
     ):
         with pytest.raises(ValueError, match=message):
             tc.filters.from_verl(wrong)
+
+
+def test_statistics_by_hand():
+    """Sums, means and extremes of the two rows, and what verl's bounds keep, which hold for the inverse ratio."""
+    batch, _ = naive.two_rows()
+    rows = {
+        ("k1", "sum"): (0.300105, 1.440362),
+        ("k1", "mean"): (0.075026, 0.480121),
+        ("k2", "mean"): (0.011767, 0.320789),
+        ("k2", "max"): (0.024897, 0.960906),
+        ("k3", "mean"): (0.011137, 0.212577),
+        ("k3", "max"): (0.023144, 0.636294),
+        ("k3", "sum"): (0.044549, 0.637730),
+        ("ratio", "mean"): (0.927719, 0.618709),
+        ("ratio", "sum"): (0.740741, 0.236842),
+        ("ratio", "min"): (0.8, 0.25),
+        ("ratio", "max"): (1.111111, 1.0),
+    }
+    y = batch.old_log_probs - batch.rollout_log_probs
+    for (statistic, over), expected in rows.items():
+        found = predicate.measured(y, batch.spans, statistic, over)[:, 0].tolist()
+        assert found == pytest.approx(expected, abs=1e-6), (statistic, over)
+    one = torch.ones(2, 1)
+    config = {"rollout_rs": "seq_mean_k1", "rollout_rs_threshold": "0.6_1.05"}
+    (of_verl,) = tc.filters.from_verl(config)
+    assert not of_verl(batch, one).any(), "0.075026 > log(1.05)"
+    assert tc.filters.within("ratio", "mean", 0.6, 1.05)(batch, one).all(), "the direction of verl's documentation"
+    # The veto: a row with a token whose ratio is below 0.3.
+    assert tc.token_weights.within("ratio", "min", 0.3)(batch, one).tolist() == [[1.0], [0.0]]
 
 
 def test_rows_are_judged_with_the_tokens_that_filters_rejected():

@@ -85,8 +85,8 @@ def chord(share: float = 0.1, uncertain: bool = True, clip_low: float = 0.2, cli
                + share * mean over the expert's tokens of -w * log p
 
     Args:
-        share: Weight of the expert's part, from 0 to 1; the paper's mu. The authors lower it during training, from 0.9
-            to 0.05 over 200 steps along a cosine; it may be a schedule.
+        share: Weight of the expert's part, from 0 to 1; the paper's mu. It may be a schedule: the authors lower it from
+            0.9 to 0.05, ``schedule.cosine(0.9, 0.05)``.
         uncertain: Whether an expert's token is weighted by ``p * (1 - p)``, the paper's phi.
         clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
         clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.

@@ -38,6 +38,8 @@ def dppo_tv(
     Differences from the released code:
         - verl's default configuration has a cap of 3, whatever its function says. SkyRL and prime-rl have none, and
           bounds of 0.2.
+        - prime-rl adds 0.001 times the squared log-ratio: ``term.kl(0.002, "k2", to="rollout_log_probs")``. Its ``ipo``
+          stops tokens on both sides: ``clip.gated("probability", -0.1, 0.1, both_sides=True)``.
         - The variants that compare the most probable tokens of both distributions are not offered.
     """
     gate = clip.gated("probability", 0.0 - low, high, cap=log_cap(cap))

@@ -32,8 +32,8 @@ class future_kl(Scale):
 
     Args:
         half_life: Tokens after which a log-ratio counts half, above 0.
-        width: Half of the range of the factor, at least 0; 0 for a factor of at most 10.
-        upward: Whether the factor is at least 1.
+        width: Half of the range of the factor, at least 0; 0 for a factor of at most 10, without a lower bound.
+        upward: Whether the factor is at least 1, if ``width`` is not 0.
         safe: Ratio from which on a token with a negative advantage is not blamed more, at least 1.
         cap: Log-ratios above ``log(cap)`` do not count; at least 1, or None to count all.
         drop_rows: Whether a row with more than one token with ``A < 0`` and a ratio above ``cap`` has factor 0.
@@ -59,8 +59,7 @@ class future_kl(Scale):
         x = log_ratio.clamp(-20.0, 20.0)
         far = log_ratio > (math.inf if self.cap is None else math.log(self.cap))
         future = scan.returns(x.masked_fill(far, 0), spans, 2 ** (-1 / self.half_life))
-        low = 1.0 if self.upward else 1 - self.width if self.width else 0.0
-        high = 1 + self.width if self.width else 10.0
+        low, high = (1.0 if self.upward else 1 - self.width, 1 + self.width) if self.width else (0.0, 10.0)
         factor = future.exp_().clamp_(low, high)
         factor = torch.where(negative & (x > math.log(self.safe)), factor.clamp(0.8, 1.0), factor)
         if self.drop_rows:
@@ -94,8 +93,8 @@ def fipo(
         clip_low: Lower clip range.
         clip_high: Upper clip range.
         half_life: Tokens after which a log-ratio counts half. The authors' script for 32B has 32.
-        width: Half of the range of ``w``; 0 for a factor of at most 10.
-        upward: Whether ``w`` is at least 1.
+        width: Half of the range of ``w``; 0 for a factor of at most 10, without a lower bound.
+        upward: Whether ``w`` is at least 1, if ``width`` is not 0.
         safe: Ratio from which on a token with ``A < 0`` is not blamed more. The authors' script for 32B has 10.
         cap: Dual-clip constant, at least 1; log-ratios above its logarithm do not count in ``F``. None for no cap.
         drop_rows: Whether rows with more than one token at the dual clip do not train, as in the released code.

@@ -71,6 +71,8 @@ def gmpo(low: float = 0.4, high: float = 0.4) -> Objective:
     Differences from the released code:
         - Rows without a token that the policy chose do not count. verl and TRL count them in the mean.
         - The mean is over the rows of the whole batch; verl takes that of the micro-batch.
+        - verl multiplies a row by the geometric mean of its correction weights and takes the mean of its advantages.
+          Here each token has its own; ``token_weights.importance("mean")`` has one weight per row.
     """
     gate = clip.gated("difference", 0.0 - low, high)
     return Objective(ratio=clipped_mean(low, high), clip=gate, aggregation=aggregation.sequence_mean())

@@ -25,14 +25,15 @@ class mean_entropy_shaped(Credit):
     wrong)::
 
         x = H if correct else 1 / (H + 1e-8)
-        r = base + bonus * (number of rows) * x / (sum of x)      and -r for wrong rows
+        share = bonus * (number of rows) * x / (sum of x)
+        r = base * reward + share for correct rows, -base - share for wrong ones
         A = (r - mean(r)) / std(r)      over the rows of the group on the same side
 
     ``std`` is the population standard deviation. The advantage is 0 where all ``r`` are equal.
 
     Args:
-        base: Share of the reward that does not depend on entropy.
-        bonus: Share of the reward that does.
+        base: Factor of the reward of a correct row, and blame of a wrong one, whatever the entropy.
+        bonus: Share of the reward that depends on entropy.
         threshold: A row is correct if its reward exceeds it.
     """
 
@@ -49,7 +50,8 @@ class mean_entropy_shaped(Credit):
         side = segment.Ids(ids, 2 * batch.num_groups)
         if side.segments == 0:
             return torch.zeros_like(batch.rewards)[:, None]
-        rewards = torch.where(correct, 1, -1) * (self.base + self.bonus * shares(x, side))
+        share = self.bonus * shares(x, side)
+        rewards = torch.where(correct, self.base * batch.rewards + share, -self.base - share)
         return standard_scores(rewards, side)[:, None].to(batch.rewards.dtype)
 
 
@@ -65,14 +67,14 @@ def grpo_s(
     With ``H`` the mean entropy of a response, ``d`` the number of correct responses of the group, ``h`` that of wrong
     ones, and sums over them::
 
-        r[i] =  base + bonus * d * H[i] / sum(H)              correct
-        r[j] = -base - bonus * h * (1 / H[j]) / sum(1 / H)    wrong
+        r[i] =  base * reward[i] + bonus * d * H[i] / sum(H)    correct
+        r[j] = -base - bonus * h * (1 / H[j]) / sum(1 / H)      wrong
         A = (r - mean(r)) / std(r)      over the correct, and over the wrong, responses of the group
         loss = mean over all tokens of max(-A * q, -A * clip(q, 1 - clip_low, 1 + clip_high))
 
     Args:
-        base: Share of the reward that does not depend on entropy.
-        bonus: Share of the reward that does.
+        base: Factor of the reward of a correct response, and blame of a wrong one, whatever the entropy.
+        bonus: Share of the reward that depends on entropy.
         threshold: A response is correct if its reward exceeds it.
         clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
         clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.

@@ -26,7 +26,8 @@ class entropy_shaped(Credit):
     a token at the same position::
 
         x = H if correct else 1 / (H + 1e-8)
-        r = base + bonus * (number of these rows) * x / (sum of x)      and -r in wrong rows
+        share = bonus * (number of these rows) * x / (sum of x)
+        r = base * reward + share in correct rows, -base - share in wrong ones
         A = (r - mean(r)) / std(r)      over all tokens of the group on the same side
 
     ``std`` is the population standard deviation. The advantage is 0 where all ``r`` are equal up to rounding, and
@@ -34,8 +35,8 @@ class entropy_shaped(Credit):
     policy chose.
 
     Args:
-        base: Share of the reward that does not depend on entropy.
-        bonus: Share of the reward that does.
+        base: Factor of the reward of a correct row, and blame of a wrong one, whatever the entropy.
+        bonus: Share of the reward that depends on entropy.
         threshold: A row is correct if its reward exceeds it.
     """
 
@@ -57,7 +58,8 @@ class entropy_shaped(Credit):
         alive = segment.Ids((side * width + position - 1).masked_fill_(side < 0, -1), sides.segments * width)
         if alive.segments == 0:
             return torch.zeros_like(x).to(batch.rewards.dtype)
-        rewards = torch.where(wrong, -1, 1) * (self.base + self.bonus * shares(x, alive))
+        share, reward = self.bonus * shares(x, alive), ops.spread(batch.rewards.double(), spans)
+        rewards = torch.where(wrong, -self.base - share, self.base * reward + share)
         return standard_scores(rewards, sides).to(batch.rewards.dtype)
 
 
@@ -73,7 +75,7 @@ def gtpo(
     With ``H`` the entropy of a token, ``d`` the number of correct responses of the group that have a position ``t``,
     ``h`` that of wrong ones, and sums over them::
 
-        r[i, t] =  base + bonus * d * H[i, t] / sum(H[., t])              correct
+        r[i, t] =  base * r[i] + bonus * d * H[i, t] / sum(H[., t])       correct
         r[j, t] = -base - bonus * h * (1 / H[j, t]) / sum(1 / H[., t])    wrong
         A = (r - mean(r)) / std(r)      over all tokens of correct, and of wrong, responses of the group
         loss = mean over all tokens of max(-A * q, -A * clip(q, 1 - clip_low, 1 + clip_high))
@@ -81,8 +83,8 @@ def gtpo(
     Each side is centred at 0 by itself, so that tokens with low entropy in correct responses have a negative advantage.
 
     Args:
-        base: Share of the reward that does not depend on entropy.
-        bonus: Share of the reward that does.
+        base: Factor of the reward of a correct response, and blame of a wrong one, whatever the entropy.
+        bonus: Share of the reward that depends on entropy.
         threshold: A response is correct if its reward exceeds it.
         clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
         clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.

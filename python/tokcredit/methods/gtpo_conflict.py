@@ -14,7 +14,7 @@ from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip, ratio
 from tokcredit.stages.base import flag, number, part
-from tokcredit.stages.credit import Credit, group_normalized
+from tokcredit.stages.credit import Credit, group_normalized, outcome
 from tokcredit.stages.token_weights import TokenWeight
 
 
@@ -49,8 +49,9 @@ class entropy_penalized(Credit):
 class conflict(TokenWeight):
     """2 in good rows and 0 in bad ones at tokens that rows of both kinds share, at the start or at the end; else 1.
 
-    A token is shared at the start if a row of the group with ``A > 0`` and one with ``A < 0`` begin with the same
-    prefix up to and including it, and at the end if they end alike from it on. Where both hold, the weight is 4 or 0.
+    A row is good if its reward is above the mean of its group, and bad if it is below. A token is shared at the start
+    if a good row of the group and a bad one begin with the same prefix up to and including it, and at the end if they
+    end alike from it on. Where both hold, the weight is 4 or 0.
 
     Args:
         divided: Whether the weights of a row are divided by the number of its shared tokens, if there are any.
@@ -59,7 +60,7 @@ class conflict(TokenWeight):
     divided: bool = flag(False)
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        sign = advantages[:, 0] if advantages.dim() == 2 else segment.sum(advantages, batch.spans)
+        sign = outcome(batch).sign().to(advantages.dtype)
         # The token at the other end of the row, as far from it.
         mirrored = ops.spread(batch.begin + batch.end, batch.all_spans) - 1
         here = torch.arange(batch.num_tokens, device=batch.device)
@@ -67,7 +68,8 @@ class conflict(TokenWeight):
         backward = Rollouts(
             batch.tokens[mirrored], batch.all_spans, batch.group_ids, batch.rewards, batch.response_mask[mirrored]
         )
-        start, end = _shared(batch, sign), _shared(backward, sign)[mirrored]
+        judged = ops.spread(sign != 0, batch.spans)
+        start, end = _shared(batch, sign) & judged, _shared(backward, sign)[mirrored] & judged
         factor = torch.where(ops.spread(sign > 0, batch.spans), 2, 0).to(advantages.dtype)
         one = torch.ones_like(factor)
         weights = torch.where(start, factor, one) * torch.where(end, factor, one)
@@ -90,9 +92,9 @@ def gtpo_conflict(penalty: float = 0.1, limit: float = 0.7, divided: bool = Fals
     With ``A`` the advantage of GRPO and ``H`` the mean entropy of the response::
 
         A'[i] = A[i] - penalty * H[i] if H[i] <= limit else 0
-        w = 2 if A' > 0 else 0      at tokens of a prefix that responses with A' > 0 and with A' < 0 share
-        w = the same                at tokens of a suffix that they share; the two are multiplied
-        w = 1                       elsewhere
+        w = 2 if A > 0, 0 if A < 0    at tokens of a prefix that responses with A > 0 and with A < 0 share
+        w = the same                  at tokens of a suffix that they share; the two are multiplied
+        w = 1                         elsewhere
         loss = mean over i, then t, of -A'[i] * w[i, t] * p / sg(p), with sg the stop-gradient
 
     Args:

@@ -44,6 +44,8 @@ def kl_cov(coefficient: float = 1.0, share: float = 2e-3) -> Objective:
         cov[t] = (A[t] - mean(A)) * (log p_old[t] - mean(log p_old))
         loss = mean over all tokens of -A * q + (coefficient * |log p - log p_old| if chosen else 0)
 
+    On policy the pull has no gradient, so that the first update of a batch is the plain policy gradient.
+
     Args:
         coefficient: Strength of the pull, at least 0.
         share: Share of the tokens that is pulled. The authors take 0.002 for 7B and 0.0002 for 32B.

@@ -56,6 +56,7 @@ def topr(baseline: bool = True, token_ratio: bool = False, to: InputName = "old_
           side.
     Differences from the released code:
         - ROLL and Trinity-RFT have the ratio of the token; see ``token_ratio``.
+        - ROLL tells good responses from bad ones by the score, Trinity-RFT by the advantage, as is done here.
     """
     return Objective(
         group_normalized() if baseline else reward(),
