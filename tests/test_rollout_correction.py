@@ -97,6 +97,18 @@ def test_ratio_and_scales_of_the_objective_stay():
     assert found.ratio == tc.ratio.sequence(to="rollout_log_probs") and found.clip == tc.methods.gspo().clip
 
 
+def test_settings_of_trl():
+    """``tests/adapters/test_trl.py`` compares them with TRL."""
+    base = tc.mix("grpo", token_weights="within(low=0.5)", scales="vespo")
+    assert tc.rollout_correction.from_trl(base, {"vllm_importance_sampling_correction": True}) == base
+    found = tc.rollout_correction.from_trl(base, {"use_vllm": True, "off_policy_mask_threshold": 0.5})
+    assert found.token_weights == (*base.token_weights, *tc.token_weights.from_trl({}))
+    mask = tc.scale.within("difference", "mean", low=-0.5, signs="negative", to="rollout_log_probs")
+    assert found.scales == (*base.scales, mask)
+    (mask,) = tc.rollout_correction.from_trl(tc.methods.grpo(), {"off_policy_mask_threshold": 0.1}).scales
+    assert mask.to == "old_log_probs" and mask.low == -0.1
+
+
 @pytest.mark.parametrize(
     ("objective", "config", "message"),
     [

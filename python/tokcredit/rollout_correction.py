@@ -63,6 +63,35 @@ def from_verl(objective: Objective, config: Any) -> Objective:
     return replace(objective, ratio=replace(objective.ratio, to=_ENGINE))  # type: ignore[type-var]
 
 
+def from_trl(objective: Objective, config: Any) -> Objective:
+    """Return an objective with the correction for vLLM and the off-policy mask of TRL's ``GRPOConfig``.
+
+    With ``use_vllm``, :func:`tokcredit.token_weights.from_trl` gives a token weight that is added to those of the
+    objective. ``off_policy_mask_threshold`` becomes a scale: a row with a negative advantage whose mean log-prob has
+    fallen by more than the threshold has no gradient. It is compared with the engine, or with the old policy without
+    ``use_vllm``.
+
+    Args:
+        objective: Any objective.
+        config: A mapping or an object with the settings ``use_vllm``, ``vllm_importance_sampling_*`` and
+            ``off_policy_mask_threshold``.
+
+    Raises:
+        ValueError: A setting has no such value.
+    """
+    by_engine = bool(setting(config, "use_vllm", False))
+    threshold = setting(config, "off_policy_mask_threshold", None)
+    mask = {"over": "mean", "signs": "negative", "to": _ENGINE if by_engine else "old_log_probs"}
+    return replace(
+        objective,
+        token_weights=(*objective.token_weights, *(token_weights.from_trl(config) if by_engine else ())),
+        scales=(
+            *objective.scales,
+            *(() if threshold is None else (scales.within("difference", low=-threshold, **mask),)),
+        ),
+    )
+
+
 def _reinforce(config: Any) -> tuple[ratios.Ratio, clips.Clip]:
     """Return the ratio and the clip stage of verl's loss ``-A * w * log p``."""
     level, threshold = setting(config, "rollout_is", None), setting(config, "rollout_is_threshold", 2.0)
@@ -82,4 +111,4 @@ def _reinforce(config: Any) -> tuple[ratios.Ratio, clips.Clip]:
     return ratio, clips.gated("ratio", math.log(low), math.log(high), both_sides=True)
 
 
-__all__ = ["from_verl"]
+__all__ = ["from_trl", "from_verl"]

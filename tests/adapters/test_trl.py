@@ -87,7 +87,8 @@ def test_equals_stock_trl(name, tmp_path):
     equal(ours, theirs, ("loss", "grad_norm", "reward", "entropy", *clips))
 
 
-def test_off_policy_mask(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", [None, "token_truncate", "sequence_mask"])
+def test_off_policy_mask_and_correction_for_the_engine(mode, tmp_path, monkeypatch):
     """Rows with a negative advantage that have become much less probable than under the engine have no gradient."""
     scripted.with_scripted_engine(monkeypatch)
     reported = scripted.rollout
@@ -97,12 +98,14 @@ def test_off_policy_mask(tmp_path, monkeypatch):
         return {**out, "logprobs": [[-2.0 if x is None else x for x in row] for row in out["logprobs"]]}
 
     monkeypatch.setattr(scripted, "rollout", complete)
-    mask = tc.scale.within("difference", over="mean", low=-0.1, signs="negative", to="rollout_log_probs")
     objective, settings = PARITY["dapo"]
     engine = dict(use_vllm=True, vllm_importance_sampling_correction=False)
-    args = scripted.arguments(tmp_path, **engine)
-    ours = scripted.train(CreditGRPOTrainer, args, objective=replace(objective, scales=(mask,)))
-    args = scripted.arguments(tmp_path, **engine, **settings, off_policy_mask_threshold=0.1)
+    correction = dict(vllm_importance_sampling_correction=mode is not None, off_policy_mask_threshold=0.1)
+    if mode is not None:
+        correction |= dict(vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=1.5)
+    args = scripted.arguments(tmp_path, **{**engine, **settings, **correction})
+    translated = tc.rollout_correction.from_trl(objective, args)
+    ours = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **engine), objective=translated)
     # TRL counts clips of the rows that it masks too.
     equal(ours, scripted.train(trl.GRPOTrainer, args), ("loss", "grad_norm", "reward", "entropy"))
     unmasked = scripted.train(CreditGRPOTrainer, scripted.arguments(tmp_path, **engine), objective=objective)
