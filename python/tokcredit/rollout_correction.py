@@ -81,14 +81,14 @@ def from_trl(objective: Objective, config: Any) -> Objective:
     """
     by_engine = bool(setting(config, "use_vllm", False))
     threshold = setting(config, "off_policy_mask_threshold", None)
-    mask = {"over": "mean", "signs": "negative", "to": _ENGINE if by_engine else "old_log_probs"}
+    masks: tuple[scales.Scale, ...] = ()
+    if threshold is not None:
+        to = _ENGINE if by_engine else "old_log_probs"
+        masks = (scales.within("difference", "mean", low=-threshold, signs="negative", to=to),)
     return replace(
         objective,
         token_weights=(*objective.token_weights, *(token_weights.from_trl(config) if by_engine else ())),
-        scales=(
-            *objective.scales,
-            *(() if threshold is None else (scales.within("difference", low=-threshold, **mask),)),
-        ),
+        scales=(*objective.scales, *masks),
     )
 
 
