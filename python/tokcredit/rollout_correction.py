@@ -42,7 +42,8 @@ def from_verl(objective: Objective, config: Any) -> Objective:
             weights of the current policy are to be normalized.
 
     Example:
-        >>> from_verl(tokcredit.methods.grpo(), {"bypass_mode": True, "rollout_rs": "token_k3", ...})
+        >>> config = {"bypass_mode": True, "rollout_rs": "token_k3", "rollout_rs_threshold": 0.1}
+        >>> objective = from_verl(tokcredit.methods.grpo(), config)
     """
     if not setting(config, "bypass_mode", False):
         return replace(

@@ -172,6 +172,18 @@ def test_the_scale_in_another_method():
     torch.testing.assert_close(parts.grad, x.grad)
     needed = prepared.has_gradient
     assert x.grad.any() and not x.grad[~needed].any()
+    # Rows with an advantage of 0 do not count: their log-probs change nothing.
+    plain = tc.mix("grpo", scales="real")
+    rows = tc.Rollouts(
+        torch.arange(3), torch.arange(4), torch.zeros(3, dtype=torch.long), torch.tensor([1.0, 0.5, 0.0]).double()
+    )
+    rows = rows.with_inputs(old_log_probs=torch.full((3,), -1.0, dtype=torch.float64))
+    found = []
+    for middle in (-1.0, -0.2):
+        y = torch.tensor([-0.9, middle, -0.95], dtype=torch.float64).requires_grad_()
+        plain.loss(plain.prepare(rows), y).loss.backward()
+        found.append(y.grad)
+    assert torch.equal(*found) and found[0][1] == 0 and found[0][0] < 0 < found[0][2]
     # Rows whose tokens are all rejected are needed, because the others are compared with them.
     alone = tc.mix(objective, filters="marked('truncated')")
     marked = naive.with_inputs(batch, {"truncated"})

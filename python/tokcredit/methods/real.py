@@ -36,11 +36,11 @@ class labels(Credit):
 class misclassified(Scale):
     """How wrongly each row is classified by its mean log-ratio, from 0 to ``1 / tau``.
 
-    With ``s`` the mean log-ratio of a row, and ``z = -s / tau`` where its advantage is above 0, else ``z = s / tau``::
+    With ``s`` the mean log-ratio of a row, and ``z = -s / tau`` where its advantage is above 0, ``s / tau`` below::
 
         exp(z) / (1 + sum of exp(z) over the rows of the group whose advantage has the same sign) / tau
 
-    An advantage of 0 counts as negative. Of advantages that vary inside of a row the mean counts.
+    Rows with an advantage of 0 do not count. Of advantages that vary inside of a row the mean is taken.
 
     Args:
         tau: Temperature, above 0.
@@ -60,10 +60,11 @@ class misclassified(Scale):
         signal: Tensor | None,
     ) -> Tensor:
         assert signal is not None
-        positive = (advantages[:, 0] if advantages.dim() == 2 else segment.mean(advantages, spans)) > 0
+        label = advantages[:, 0] if advantages.dim() == 2 else segment.mean(advantages, spans)
         score = segment.mean(log_ratio, spans) / self.tau
-        z = torch.where(positive, -score, score)
-        side = segment.Ids(signal[:, 0] * 2 + positive, 2 * len(signal), segment.count(spans) > 0)
+        z = torch.where(label > 0, -score, score)
+        counts = (label != 0) & (segment.count(spans) > 0)
+        side = segment.Ids(signal[:, 0] * 2 + (label > 0), 2 * len(signal), counts)
         total = segment.logsumexp(z, side).index_select(0, side.ids)
         return ((z - functional.softplus(total)).exp() / self.tau)[:, None]
 
@@ -107,9 +108,8 @@ def real(tau: float = 0.5) -> Objective:
     Differences from the paper:
         - The value of the loss is that of the score function; its gradient is the paper's.
     Differences from the released code:
-        - Groups whose responses are all good or all bad have no gradient and count in the mean, as in the released
-          code; a group without a training token does not count.
-        - The mean is over the groups of the whole batch; the release takes those of the micro-batch.
+        - The mean is over the groups of the whole batch with a training token, also those whose responses are all good
+          or all bad and have no gradient. The release takes the groups of the micro-batch.
         - There is no KL term; add ``term.kl(0.04)``, whose mean is over tokens.
     """
     return Objective(

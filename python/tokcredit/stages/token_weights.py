@@ -102,7 +102,7 @@ class importance(TokenWeight):
             y = (segment.sum if self.over == "sum" else segment.mean)(y, spans)[:, None]
         assert spans.mask is not None
         if y.dim() == 1:
-            y = y.masked_fill(~spans.mask, 0)
+            y = y.masked_fill_(~spans.mask, 0)
         ratio = y.clamp(-20, 20).exp()
         if self.outside == "clamp":
             weights = ratio.clamp(self.low, self.high)
