@@ -7,6 +7,9 @@ import tokcredit as tc
 import torch
 from tokcredit.rollouts import FIELDS
 
+OF_GROUPS = [x for x in tc.methods.names() if not isinstance(tc.methods.load(x), tc.Preference)]
+"""Methods that take groups of any size; the others take pairs."""
+
 
 def random_batch(seed=0, groups=3, size=4, length=7, padded=True, **extra):
     """A batch in which every branch of the formulas is taken: prefixes shared, masked holes, one empty row."""

@@ -21,7 +21,7 @@ WAITING = (
     "item",
 )
 PIECES = [[4, 0, 2], [11, 1], [3, 5, 6, 7, 8, 9, 10]]
-METHODS = [name for name in tc.methods.names() if name not in ("dpo", "sft", "tip")]
+METHODS = [name for name in naive.OF_GROUPS if name not in ("sft", "tip")]
 
 
 class Dispatched(TorchDispatchMode):

@@ -32,20 +32,23 @@ class Preference(FromHidden):
     A pair is a group of two rows of which the one with the higher reward is chosen; see ``Rollouts.from_pairs``. With
     ``w`` the token weights::
 
-        score[row] = sum over t of w[t] * (log_probs[t] - ref_log_probs[t])       # divided by the tokens, if normalized
+        score[row] = sum over t of w[t] * (log_probs[t] - ref_log_probs[t])
+        score[row] = transform(score[row]) / tokens[row]                          # with a transform; with "mean"
         loss = mean over pairs of link(score[chosen], score[rejected])
 
     Args:
         token_weights: Factors of the tokens in the score.
         reference: Input with the log-probs of the reference policy, or None for a score of ``log_probs`` alone.
-        normalization: ``sum`` over the row's tokens, or ``mean``.
+        normalization: ``sum`` over the row's tokens, or ``mean``: divided by their number.
         link: Loss of a pair.
+        transform: Transform of the sum over the row's tokens, before it is divided by their number, or None.
     """
 
     token_weights: tuple[weight_stages.TokenWeight, ...] = parts(weight_stages.TokenWeight)
     reference: str | None = input_name("ref_log_probs", optional=True)
     normalization: str = option("sum", "mean")
     link: links.Link = part(links.Link, links.logistic)
+    transform: links.Transform | None = part(links.Transform, None, optional=True)
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -232,6 +235,8 @@ class PreparedPairs:
             scores, _ = ops.policy_loss(
                 log_probs, spans, "k1", reference=self.batch.input(self.objective.reference), weights=self.multiplier
             )
+        if self.objective.transform is not None:
+            scores = self.objective.transform(scores)
         if self.objective.normalization == "mean":
             scores = scores / self.batch.lengths.clamp(min=1)
         return scores

@@ -1,11 +1,13 @@
 import dataclasses
 import math
 
+import golden_pair
 import naive
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.stages.link import logistic
+from golden_pair import CHOSEN, REFERENCE, REJECTED, pair, softplus, total
+from tokcredit.stages.link import f_divergence, hinge, logistic, robust
 
 WEIGHTED = (tc.token_weights.raised(tc.token_score.given("entropies"), 0.5),)
 
@@ -35,35 +37,9 @@ def test_formula(seed, smoothing, weights):
     naive.check(tc.methods.dpo(0.7, smoothing, weights), batch, current, formula)
 
 
-CHOSEN, REJECTED = [-0.2, -1.0, -0.5], [-0.4, -2.0]
-REFERENCE = [-0.3, -0.8, -0.7], [-0.3, -1.5]
-
-
-def pair(scores=((0.0,) * 3, (0.0,) * 2)):
-    """A chosen row of three tokens and a rejected one of two, with a prompt token before each; scores as entropies."""
-    nan = math.nan
-    return tc.Rollouts(
-        torch.arange(7),
-        torch.tensor([0, 4, 7]),
-        torch.tensor([0, 0]),
-        torch.tensor([1.0, 0.0]),
-        torch.tensor([False, True, True, True, False, True, True]),
-        ref_log_probs=torch.tensor([nan, *REFERENCE[0], nan, *REFERENCE[1]], dtype=torch.float64),
-        entropies=torch.tensor([nan, *scores[0], nan, *scores[1]], dtype=torch.float64),
-    )
-
-
-def evaluated(objective, batch):
-    log_probs = torch.tensor([0.0, *CHOSEN, 0.0, *REJECTED], dtype=torch.float64, requires_grad=True)
-    out = objective.loss(objective.prepare(batch), log_probs)
-    out.loss.backward()
-    assert log_probs.grad[[0, 4]].tolist() == [0, 0]
-    return out, log_probs.grad[[1, 2, 3, 5, 6]].tolist()
-
-
 def test_by_hand():
     # Log-ratios 0.1 -0.2 0.2 and -0.1 -0.5: sums 0.1 and -0.6, so the margin is 0.7 and z = 0.1 * 0.7.
-    out, grad = evaluated(tc.methods.dpo(), pair())
+    out, grad = golden_pair.evaluated(tc.methods.dpo())
     assert out.loss.item() == pytest.approx(math.log(1 + math.exp(-0.07)), abs=1e-12)
     slope = 0.1 / (1 + math.exp(0.07))
     assert grad == pytest.approx([-slope] * 3 + [slope] * 2, abs=1e-12)
@@ -72,42 +48,54 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("objective", "scores", "value", "chosen", "rejected"),
+    ("objective", "value", "chosen", "rejected"),
     [
-        (tc.methods.dpo(), None, 0.6587595555487, [-0.048250714] * 3, [0.048250714] * 2),
-        (tc.methods.dpo(label_smoothing=0.1), None, 0.6657595555, [-0.038250714] * 3, [0.038250714] * 2),
-        # TGDPO's weights 1 + alpha r of chosen tokens and 1 - alpha r of rejected ones.
-        (
-            tc.methods.dpo(token_weights=(tc.token_weights.raised(tc.token_score.given("entropies"), 1.0),)),
-            ([0.01, -0.02, 0.005], [0.01, 0.005]),
-            0.6583012864,
-            [-0.048709264, -0.047262454, -0.048468129],
-            [0.048709264, 0.048468129],
-        ),
-        # cDPO's weights 1 - s of rejected tokens.
-        (
-            tc.methods.dpo(1.0, token_weights=(tc.token_weights.raised(tc.token_score.given("entropies"), -1.0),)),
-            ([0.0, 0.0, 0.0], [0.866813332, 0.211941558]),
-            0.4713091979,
-            [-0.375815448] * 3,
-            [0.050053607, 0.296164537],
-        ),
-        # The other settings of the objective: DPO of means, and SimPO.
-        (tc.Preference(normalization="mean"), None, 0.6766193964, [-0.016388915] * 3, [0.024583372] * 2),
-        (
-            tc.Preference(reference=None, normalization="mean", link=logistic(2.5, margin=2.5 * 0.55)),
-            None,
-            0.5943960779,
-            [-0.373420194] * 3,
-            [0.560130291] * 2,
-        ),
+        (tc.methods.dpo(), 0.6587595555487, -0.048250714, 0.048250714),
+        (tc.methods.dpo(label_smoothing=0.1), 0.6657595555, -0.038250714, 0.038250714),
+        (tc.methods.dpo(transform=f_divergence("forward_kl")), 0.6483344993, -0.043168348, 0.086930378),
+        (tc.methods.dpo(transform=f_divergence("js")), 0.6736857546, -0.023284284, 0.031648392),
+        (tc.methods.dpo(transform=f_divergence("alpha")), 0.6540785588, -0.045666535, 0.064803898),
+        (tc.methods.dpo(transform=f_divergence("alpha", 1 + 1e-7)), 0.6587595555487, -0.048250714, 0.048250714),
+        # Other links.
+        (tc.Preference(link=robust(label_smoothing=0.1)), 0.6500095555, -0.060750714, 0.060750714),
+        (tc.Preference(link=hinge()), 0.93, -0.1, 0.1),
     ],
 )
-def test_golden_vectors(objective, scores, value, chosen, rejected):
-    """Values of released code and of a float64 reference, to the digits they were written with."""
-    out, grad = evaluated(objective, pair(scores) if scores else pair())
-    assert out.loss.item() == pytest.approx(value, abs=6e-10 if scores else 6e-11)  # scores have nine digits
-    assert grad == pytest.approx(chosen + rejected, abs=6e-10)
+def test_golden_vectors(objective, value, chosen, rejected):
+    """Values of released code and of a float64 reference."""
+    golden_pair.check(objective, value, [chosen] * 3 + [rejected] * 2, tolerance=6e-11)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
+def test_f_divergences(divergence):
+    batch, current = naive.random_pairs(1)
+    batch = naive.with_inputs(batch, {"ref_log_probs"})
+
+    def formula(batch, log_probs):
+        d = log_probs - batch.ref_log_probs
+        f = {
+            "forward_kl": lambda s: 1 - (-s).exp(),
+            "js": lambda s: math.log(2) - softplus(-s),
+            "alpha": lambda s: ((0.3 - 1) * s).exp().sub(1) / (0.3 - 1),
+        }[divergence]
+
+        def loss(chosen, rejected):
+            return softplus(-0.7 * (f(total(d, chosen)) - f(total(d, rejected))))
+
+        return golden_pair.mean_of_pairs(batch, loss)
+
+    naive.check(tc.methods.dpo(0.7, transform=f_divergence(divergence, 0.3)), batch, current, formula)
+
+
+def test_large_and_undefined_scores_of_f_divergences():
+    """Exponents stop at 80, and a NaN keeps its gradient."""
+    x = torch.tensor([-1000.0, math.nan, 0.0], dtype=torch.float64, requires_grad=True)
+    y = f_divergence("forward_kl")(x)
+    y.sum().backward()
+    assert y[0].item() == pytest.approx(-math.exp(80)) and y[2] == 0
+    assert x.grad[0] == 0 and x.grad[1].isnan() and x.grad[2] == 1
+    z = torch.tensor([math.nan, 11.0, 0.0], dtype=torch.float64)
+    assert hinge()(z, torch.zeros_like(z))[0].isnan() and hinge()(z, torch.zeros_like(z))[1:].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -135,10 +123,10 @@ def test_limit_cases(seed):
 
 def test_empty_responses_have_a_score_of_0():
     batch = dataclasses.replace(pair(), response_mask=torch.zeros(7, dtype=torch.bool))
-    out, grad = evaluated(tc.methods.dpo(), batch)
+    out, grad = golden_pair.evaluated(tc.methods.dpo(), batch)
     assert out.loss.item() == pytest.approx(math.log(2)) and grad == [0] * 5
     means = tc.Preference(normalization="mean")
-    assert evaluated(means, batch)[0].loss.item() == pytest.approx(math.log(2))
+    assert golden_pair.evaluated(means, batch)[0].loss.item() == pytest.approx(math.log(2))
 
 
 def test_pairs_are_checked():
@@ -176,4 +164,5 @@ def test_defaults():
         reference="ref_log_probs",
         normalization="sum",
         link=logistic(beta=0.1, margin=0.0, label_smoothing=0.0),
+        transform=None,
     )

@@ -11,7 +11,7 @@ from tokcredit.rollouts import FIELDS
 pytestmark = pytest.mark.gpu
 
 # Pairs need batches of pairs, which tests/test_preference.py has on the CPU.
-POLICY = [name for name in tc.methods.names() if name != "dpo"]
+POLICY = naive.OF_GROUPS
 
 
 def spans_on(device, *edges):

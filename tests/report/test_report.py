@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import derivations
+import naive
 import numpy as np
 import pytest
 import tokcredit as tc
@@ -140,7 +141,7 @@ def test_tables_by_hand(four):
 def test_tables_are_the_stages_own(folder):
     run = report.read(folder)
     carried = {"old_log_probs", "rollout_log_probs", "entropies"}
-    names = [m for m in tc.methods.names() if tc.methods.load(m).required_inputs <= carried]
+    names = [m for m in naive.OF_GROUPS if tc.methods.load(m).required_inputs <= carried]
     assert {"tempo", "ctpo", "hapo", "divergence_weighted", "pods"} <= set(names)
     data = report.compute(replace(run, progress=0.5), names)
     tree = tc.tree.build(run.batch)

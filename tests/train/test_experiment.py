@@ -151,10 +151,9 @@ def test_every_method_trains(settings, uniform, method):
         s = dataclasses.replace(s, privileged=PrivilegedSettings("answer"))
     if method == "gtpo_conflict":  # an untrained model has a high entropy
         s = dataclasses.replace(s, objective=ObjectiveSettings(method, set=("limit=1000",)))
-    if method == "dpo":
-        with pytest.raises(
-            ValueError, match="group: expected 2 because of dpo, which compares the two responses to a prompt, got 4"
-        ):
+    if isinstance(objective, tc.Preference):
+        message = f"group: expected 2 because of {method}, which compares the two responses to a prompt, got 4"
+        with pytest.raises(ValueError, match=message):
             run(s)
         return
     run(s)
