@@ -69,3 +69,34 @@ def softplus(x):
 def total(x, positions):
     """The sum of ``x`` at some positions."""
     return sum((x[t] for t in positions), torch.zeros((), dtype=torch.float64))
+
+
+POLICY_LOGITS = [[1.0, 0.0, -1.0], [0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]
+REFERENCE_LOGITS = [[0.8, 0.1, -0.9], [0.0, 0.6, 0.2], [0.2, 0.7, 0.1]]
+
+
+def logits_pair(**extras):
+    """A chosen row of two tokens, 0 and 1, and a rejected one of token 2, with the logits of policy and reference."""
+    policy, reference = (torch.tensor(x, dtype=torch.float64) for x in (POLICY_LOGITS, REFERENCE_LOGITS))
+    tokens = torch.tensor([0, 1, 2])
+    batch = tc.Rollouts(
+        tokens,
+        torch.tensor([0, 2, 3]),
+        torch.tensor([0, 0]),
+        torch.tensor([1.0, 0.0]),
+        ref_log_probs=reference.log_softmax(1).gather(1, tokens[:, None])[:, 0],
+        extras={name: torch.tensor(x, dtype=torch.float64) for name, x in extras.items()},
+    )
+    return batch, policy.requires_grad_(), reference
+
+
+def check_logits(objective, value, gradient, batch_and_logits=None, **variables):
+    """The loss from the logits of :func:`logits_pair` and its gradient to them are the golden ones."""
+    batch, policy, reference = batch_and_logits or logits_pair()
+    log_probs = tc.log_probs.from_logits(policy, batch.tokens)
+    divergence = tc.divergence.between(policy, reference, "forward_kl")
+    out = objective.loss(objective.prepare(batch), log_probs, ref_forward_kl=divergence, **variables)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(value, abs=6e-11)
+    torch.testing.assert_close(policy.grad, torch.tensor(gradient, dtype=torch.float64), rtol=0, atol=6e-10)
+    return out

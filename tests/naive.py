@@ -57,6 +57,7 @@ def synthetic(name, batch, g):
         "teacher_mask": rows % 3 != 2,
         "reverse_kl": x**2,
         "forward_kl": x**3,
+        "ref_forward_kl": x**3,
         "disagreement": x,
         "padded_disagreement": x**2,
         "hidden_states": torch.randn(n, 4, generator=g, dtype=torch.float64),
@@ -130,17 +131,32 @@ def clipped(advantage, ratio, low, high, cap=None):
     return value
 
 
+def further(objective, variable):
+    """The variables that ``loss`` takes by name, positive and each a function of the first one at the same token."""
+    x = variable.detach()
+    return {name: x.square() * (1 + i) + 0.1 for i, name in enumerate(objective.variables[1:])}
+
+
+def loss_of(objective, prepared, variable):
+    """The loss of the first variable, with synthetic ones beside it."""
+    return objective.loss(prepared, variable, **further(objective, variable))
+
+
 def check(objective, batch, current, naive, progress=None):
-    """Loss and gradient of the objective equal those of ``naive(batch, flat log_probs)``, differentiated by torch."""
-    ours = current.clone().requires_grad_()
-    out = objective.loss(objective.prepare(batch, progress=progress), ours)
-    out.loss.backward()
-    theirs = current.clone().requires_grad_()
-    expected = naive(batch, theirs.reshape(-1))
-    expected.backward()
+    """Loss and gradients of the objective equal those of ``naive(batch, flat variables)``, differentiated by torch."""
+    others = further(objective, current)
+    ours, theirs = ([x.clone().requires_grad_() for x in (current, *others.values())] for _ in range(2))
+    out = objective.loss(
+        objective.prepare(batch, progress=progress), ours[0], **dict(zip(others, ours[1:], strict=True))
+    )
+    expected = naive(
+        batch, theirs[0].reshape(-1), **{k: x.reshape(-1) for k, x in zip(others, theirs[1:], strict=True)}
+    )
     torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
-    assert theirs.grad.abs().sum() > 0, "a comparison of zeros proves nothing"
+    grads = torch.autograd.grad(out.loss, ours), torch.autograd.grad(expected, theirs)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        assert b.abs().sum() > 0, "a comparison of zeros proves nothing"
     return out
 
 

@@ -187,6 +187,9 @@ for _entry in (
     Input("teacher_log_probs", "token", "float", "log-probs under the teacher, nats", "teacher"),
     Input("teacher_mask", "row", "bool", "True for a row whose teacher was told more than its prompt", "told"),
     Input(
+        "ref_forward_kl", "token", "float", "KL(reference || policy) of the next-token distributions, nats", "reference"
+    ),
+    Input(
         "disagreement",
         "token",
         "float",

@@ -16,10 +16,13 @@ from tokcredit import ops
 from tokcredit.arguments import row_numbers
 from tokcredit.blocks import segment
 from tokcredit.from_hidden import FromHidden
+from tokcredit.prepared import multiplied
 from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
+from tokcredit.spans import Spans
 from tokcredit.stages import link as links
+from tokcredit.stages import pair as pair_stages
 from tokcredit.stages import token_weights as weight_stages
 from tokcredit.stages.base import input_name, option, part, parts
 from tokcredit.stages.credit.group import per_token, product
@@ -34,6 +37,7 @@ class Preference(FromHidden):
 
         score[row] = sum over t of w[t] * (log_probs[t] - ref_log_probs[t])
         score[row] = transform(score[row]) / tokens[row]                          # with a transform; with "mean"
+        score[row] += strength * sum over t of KL(reference || policy)[t]         # with a divergence
         loss = mean over pairs of link(score[chosen], score[rejected])
 
     Args:
@@ -42,6 +46,7 @@ class Preference(FromHidden):
         normalization: ``sum`` over the row's tokens, or ``mean``: divided by their number.
         link: Loss of a pair.
         transform: Transform of the sum over the row's tokens, before it is divided by their number, or None.
+        divergence: Divergence from the reference policy in the score, or None.
     """
 
     token_weights: tuple[weight_stages.TokenWeight, ...] = parts(weight_stages.TokenWeight)
@@ -49,11 +54,12 @@ class Preference(FromHidden):
     normalization: str = option("sum", "mean")
     link: links.Link = part(links.Link, links.logistic)
     transform: links.Transform | None = part(links.Transform, None, optional=True)
+    divergence: pair_stages.Divergence | None = part(pair_stages.Divergence, None, optional=True)
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """``log_probs``."""
-        return ("log_probs",)
+        """``log_probs``, and ``ref_forward_kl`` with a divergence."""
+        return ("log_probs",) if self.divergence is None else ("log_probs", self.divergence.variable)
 
     @property
     def couples_rows(self) -> bool:
@@ -99,11 +105,18 @@ class Preference(FromHidden):
             batch.input(name)
         batch = batch.detached()
         pairs = _pairs(batch)
-        multiplier, ones = None, torch.ones_like(batch.rewards)[:, None]
-        for weight in objective.token_weights:
-            w = weight(batch, ones)
-            multiplier = w if multiplier is None else product(multiplier, w, batch.spans)
-        return PreparedPairs(objective, batch, pairs, multiplier, _pair_weight(denominators, len(pairs)))
+        signs = torch.ones_like(batch.rewards)
+        signs[torch.from_numpy(pairs[:, 1]).to(batch.device)] = -1
+        weights = multiplied(objective.token_weights, batch, signs[:, None])
+        of_divergence = () if objective.divergence is None else objective.divergence.token_weights
+        return PreparedPairs(
+            objective,
+            batch,
+            pairs,
+            weights,
+            _pair_weight(denominators, len(pairs)),
+            multiplied(of_divergence, batch, signs[:, None]),
+        )
 
     def loss(self, prepared: PreparedPairs, per_token: Tensor, /, **variables: Tensor) -> Loss:
         """Return the loss of prepared pairs, with its gradient to ``per_token``.
@@ -111,15 +124,16 @@ class Preference(FromHidden):
         Args:
             prepared: From :meth:`prepare` or :meth:`PreparedPairs.select`.
             per_token: float, log-probs in the layout of ``prepared.batch``: ``(B, T)`` or ``[N]``.
-            variables: None; part of the common interface.
+            variables: The further variables by name, in the same layout.
 
         Raises:
-            TypeError: A variable is given that is not needed.
+            TypeError: A variable is missing, or not needed.
             ValueError: A shape is wrong.
         """
-        check_variables(("log_probs",), variables)
+        check_variables(prepared.objective.variables, variables)
         objective, batch = prepared.objective, prepared.batch
-        scores = prepared.scores(batch.flat(per_token, "log_probs"))
+        further = {name: batch.flat(x, name) for name, x in variables.items()}
+        scores = prepared.scores(batch.flat(per_token, "log_probs"), **further)
         chosen, rejected = (scores.index_select(0, rows) for rows in prepared.rows_of_pairs)
         value = objective.link(chosen, rejected).sum() * prepared.pair_weight
         detached = value.detach()
@@ -128,8 +142,10 @@ class Preference(FromHidden):
         def metrics() -> dict[str, Tensor]:
             margins = chosen - rejected
             pairs = max(len(prepared.pairs), 1)
+            means = {f"{name}_mean": _mean(x.detach(), batch.spans) for name, x in further.items()}
             return {
                 "loss": detached,
+                **means,
                 "score_chosen_mean": chosen.sum() / pairs,
                 "score_rejected_mean": rejected.sum() / pairs,
                 "margin_mean": margins.sum() / pairs,
@@ -139,6 +155,11 @@ class Preference(FromHidden):
             }
 
         return Loss(value, Metrics(metrics))
+
+
+def _mean(x: Tensor, spans: Spans) -> Tensor:
+    """Return the mean of ``[N]`` over the unmasked tokens of all rows."""
+    return segment.sum(x, spans).sum() / segment.count(spans).sum().clamp(min=1)
 
 
 def _pairs(batch: Rollouts) -> NDArray[np.int64]:
@@ -176,6 +197,7 @@ class PreparedPairs:
         pairs: int64 ``[P, 2]`` on the host, the chosen and the rejected row of each pair.
         multiplier: Product of the token weights, ``[R, 1]`` or ``[N]``, or None.
         pair_weight: Weight of each pair's loss.
+        divergence_multiplier: Product of the token weights of the divergence, ``[R, 1]`` or ``[N]``, or None.
     """
 
     objective: Preference
@@ -183,6 +205,7 @@ class PreparedPairs:
     pairs: NDArray[np.int64]
     multiplier: Tensor | None
     pair_weight: float
+    divergence_multiplier: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -222,11 +245,12 @@ class PreparedPairs:
         either = moves.view(-1, 2).any(1)
         return self.batch.groups.per_row(either)
 
-    def scores(self, log_probs: Tensor) -> Tensor:
+    def scores(self, log_probs: Tensor, **variables: Tensor) -> Tensor:
         """Return the score of each row, float ``[R]``, with gradient.
 
         Args:
             log_probs: float ``[N]``.
+            variables: The further variables of the objective by name, float ``[N]`` each.
         """
         spans = self.batch.spans
         if self.objective.reference is None:
@@ -239,6 +263,9 @@ class PreparedPairs:
             scores = self.objective.transform(scores)
         if self.objective.normalization == "mean":
             scores = scores / self.batch.lengths.clamp(min=1)
+        if (divergence := self.objective.divergence) is not None:
+            x = variables[divergence.variable]
+            scores = scores + divergence(x, spans, self.divergence_multiplier, self.rows_of_pairs[0])
         return scores
 
     def with_denominators(
@@ -292,7 +319,17 @@ class PreparedPairs:
         if whole.sum() * 2 != len(numbers):
             raise ValueError(f"rows: expected both rows of each pair once, got {numbers.tolist()[:8]}")
         chosen = self.batch.selection(numbers)
-        multiplier = self.multiplier
-        if multiplier is not None:
-            multiplier = chosen.of_tokens(multiplier) if multiplier.dim() == 1 else chosen.of_rows(multiplier)
-        return PreparedPairs(self.objective, self.batch.take(chosen), inside[whole], multiplier, self.pair_weight)
+
+        def taken(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            return chosen.of_tokens(x) if x.dim() == 1 else chosen.of_rows(x)
+
+        return PreparedPairs(
+            self.objective,
+            self.batch.take(chosen),
+            inside[whole],
+            taken(self.multiplier),
+            self.pair_weight,
+            taken(self.divergence_multiplier),
+        )

@@ -52,7 +52,7 @@ def alone(model, row):
 def test_each_token_alone(models, batch, size):
     policy, reference, teacher = models
     names = frozenset({"old_log_probs", "entropies", "squared_probs", "ref_log_probs"})
-    names |= {"reverse_kl", "forward_kl", "hidden_states"}
+    names |= {"reverse_kl", "forward_kl", "ref_forward_kl", "hidden_states"}
     found = collectors.collect(names, batch, size, policy, reference, teacher, TEMPERATURE)
     expected = {name: [] for name in names}
     for row in ROWS:
@@ -65,6 +65,8 @@ def test_each_token_alone(models, batch, size):
         expected["squared_probs"].append(p.exp().square().sum(-1))
         expected["reverse_kl"].append((p.exp() * (p - q)).sum(-1))
         expected["forward_kl"].append((q.exp() * (q - p)).sum(-1))
+        ref = alone(reference, row)[0].log_softmax(-1)
+        expected["ref_forward_kl"].append((ref.exp() * (ref - p)).sum(-1))
         expected["hidden_states"].append(hidden)
     for name in names:
         torch.testing.assert_close(
@@ -108,22 +110,24 @@ def test_every_registered_input_of_a_forward_pass_is_computed():
         assert all(map(collectors.computes, tc.methods.load(name).variables))
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "entropies", "log_probs"])
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "ref_forward_kl", "entropies", "log_probs"])
 def test_the_gradient_of_a_variable_reaches_the_policy(models, batch, name):
-    policy, _, teacher = models
-    value = collectors.ForwardPass({name}, batch, policy, None, teacher, TEMPERATURE).read(name)
+    policy, reference, teacher = models
+    value = collectors.ForwardPass({name}, batch, policy, reference, teacher, TEMPERATURE).read(name)
     policy.zero_grad()
     value.sum().backward()
     grads = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
     total = 0.0
     for row in ROWS:
-        p, q = alone(policy, row)[0].log_softmax(-1), alone(teacher, row)[0].log_softmax(-1).detach()
+        p, q, ref = (alone(x, row)[0].log_softmax(-1) for x in (policy, teacher, reference))
+        q, ref = q.detach(), ref.detach()
         total = (
             total
             + {
                 "reverse_kl": lambda p=p, q=q: (p.exp() * (p - q)).sum(),
                 "forward_kl": lambda p=p, q=q: (q.exp() * (q - p)).sum(),
+                "ref_forward_kl": lambda p=p, ref=ref: (ref.exp() * (ref - p)).sum(),
                 "entropies": lambda p=p: -(p.exp() * p).sum(),
                 "log_probs": lambda p=p, row=row: p.gather(1, torch.tensor(row[1])[:, None]).sum(),
             }[name]()

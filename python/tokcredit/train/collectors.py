@@ -20,7 +20,8 @@ from tokcredit.train.scoring import Predicted, predict, score, scores_of
 FROM_TEACHER = frozenset({"reverse_kl", "forward_kl", "js"})
 """Divergences from the teacher."""
 
-_OF_LOGITS = FROM_TEACHER | {"squared_probs", "token_probs", "disagreement", "padded_disagreement"}
+_DIVERGENCES = FROM_TEACHER | {"ref_forward_kl"}
+_OF_LOGITS = _DIVERGENCES | {"squared_probs", "token_probs", "disagreement", "padded_disagreement"}
 
 
 class ForwardPass:
@@ -86,7 +87,7 @@ class ForwardPass:
     @cached_property
     def _scores(self) -> tuple[Tensor, Tensor]:
         # A divergence reads the logits again in its backward pass.
-        overwrite = not self._names & FROM_TEACHER
+        overwrite = not self._names & _DIVERGENCES
         return scores_of(self._predicted, self.layer, self._temperature, overwrite)
 
     @property
@@ -115,12 +116,16 @@ class ForwardPass:
             return self._batch
         return self._batch.with_inputs(prompt_tokens=self._batch.input("teacher_prompt_tokens"))
 
-    @cached_property
-    def _teacher_logits(self) -> Tensor:
+    def _logits_of(self, model: Any, batch: Rollouts) -> Tensor:
+        """Return the logits of another model, without gradient."""
         with torch.no_grad():
-            predicted = predict(self._teacher, self._taught)
+            predicted = predict(model, batch)
         assert predicted.logits is not None
         return predicted.logits[predicted.inside]
+
+    @cached_property
+    def _teacher_logits(self) -> Tensor:
+        return self._logits_of(self._teacher, self._taught)
 
     @property
     def log_probs(self) -> Tensor:
@@ -194,6 +199,12 @@ class ForwardPass:
         """Jensen-Shannon divergence of policy and teacher, nats, with gradient to the policy."""
         return self._from_teacher("js")
 
+    @cached_property
+    def ref_forward_kl(self) -> Tensor:
+        """``KL(reference || policy)`` of the next-token distributions, nats, with gradient to the policy."""
+        reference = self._logits_of(self._reference, self._batch)
+        return divergence.between(self._logits, reference, "forward_kl", temperature=self._temperature)
+
     def read(self, name: str) -> Tensor:
         """Return an input or a variable by name.
 
@@ -240,7 +251,7 @@ def collect(
         batch: Whole groups, packed, with ``prompt_tokens``.
         size: Largest number of rows of a forward pass, except for inputs that need a whole group at once.
         policy: The policy before the update.
-        reference: Reference policy, for ``ref_log_probs``.
+        reference: Reference policy, for ``ref_log_probs`` and ``ref_forward_kl``.
         teacher: Model of the teacher, for its log-probs and the divergences from it.
         temperature: Logits of all models are divided by it.
     """

@@ -76,8 +76,9 @@ class Learner:
     ) -> None:
         o = settings.optimizer
         self._settings, self._accelerator, self._ranks = settings, accelerator, Ranks(accelerator)
-        self._objective, self._model, self._teacher = objective, model, teacher
-        self._reference = copy.deepcopy(model) if objective.required_inputs & inputs.names("reference") else None
+        self._objective, self._model = objective, model
+        reference = copy.deepcopy(model) if objective.required_inputs & inputs.names("reference") else None
+        self._teacher, self._models = teacher, (model, reference, teacher.model if teacher else None)
         self._optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
         )
@@ -93,9 +94,8 @@ class Learner:
         names, o = self._objective.required_inputs | others, self._settings.optimizer
         if o.epochs * o.minibatches > 1:
             names |= {"old_log_probs"}
-        models = (self._model, self._reference, self._teacher.model if self._teacher else None)
         with self._accelerator.autocast():
-            return collectors.collect(names, batch, o.micro_batch, *models, self._settings.sampling.temperature)
+            return collectors.collect(names, batch, o.micro_batch, *self._models, self._settings.sampling.temperature)
 
     def score(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies under the policy at temperature 1, float ``[N]`` each, without gradient.
@@ -279,12 +279,10 @@ class Learner:
 
     def _forward(self, batch: Rollouts, hidden_only: bool) -> collectors.ForwardPass:
         """Return forward passes that give the variables of the objective."""
-        teacher = self._teacher.model if self._teacher else None
         return collectors.ForwardPass(
             self._objective.variables,
             batch,
-            self._model,
-            teacher=teacher,
+            *self._models,
             temperature=self._settings.sampling.temperature,
             token_loss=getattr(self._objective, "token_loss", None),
             hidden_only=hidden_only,
