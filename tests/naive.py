@@ -73,6 +73,16 @@ def synthetic(name, batch, g):
         "prompt_tokens": rows[:, None],
         "replayed": rows % 4 == 3,
         "expert": rows % 4 == 2,
+        "aligned_log_probs": -2 * x,
+        "better_log_probs": -x,
+        "worse_log_probs": -2 * x.square(),
+        "contrastive_log_probs": -x,
+        "reward_masks": x,
+        "divergence_masks": x.square(),
+        "prompt_attention": x.square(),
+        "teacher_distance": 2 * x,
+        "field_weights": 1 + x.round(),
+        "prompt_pairs": batch.group_index % 2 == 1,
         "planning_tokens": torch.arange(n) % 3 == 1,
         "truncated": rows % 3 != 1,
         "length_values": -x,
@@ -238,6 +248,8 @@ def slopes(objective, batch=None, current=None, credit=None):
 def is_integral(prepared):
     """Whether the value of the loss is the integral of its slope, with nothing held fixed."""
     objective = prepared.objective
+    if isinstance(objective, tc.Preference):
+        return not any(getattr(term, "constant_weight", False) for term in objective.pair_terms)
     if not isinstance(objective, tc.Objective):
         return True
     held = prepared.window.surrogate == "gated" or isinstance(objective.ratio, tc.ratio.one)

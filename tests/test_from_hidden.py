@@ -13,7 +13,7 @@ D, V = 4, 3  # tokens of `naive.random_batch` are below 3
 METHODS = [name for name in tc.methods.names() if set(tc.methods.load(name).variables) <= {"log_probs", "entropies"}]
 COUPLED = {
     *(set(tc.methods.names()) - set(naive.OF_GROUPS)),  # pairs
-    *("ctpo", "deepseek_v32", "fipo", "gmpo", "gspo", "gspo_n", "gspo_token", "luspo", "real", "topr", "vespo"),
+    *("ctpo", "deepseek_v32", "fipo", "gmpo", "gspo", "gspo_n", "gspo_token", "luspo", "real", "sstoken", "topr", "vespo"),
 }
 
 

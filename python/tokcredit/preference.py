@@ -20,7 +20,6 @@ from tokcredit.prepared import multiplied
 from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
-from tokcredit.spans import Spans
 from tokcredit.stages import link as links
 from tokcredit.stages import pair as pair_stages
 from tokcredit.stages import token_weights as weight_stages
@@ -38,7 +37,7 @@ class Preference(FromHidden):
         score[row] = sum over t of w[t] * (log_probs[t] - ref_log_probs[t])
         score[row] = transform(score[row]) / tokens[row]                          # with a transform; with "mean"
         score[row] += strength * sum over t of KL(reference || policy)[t]         # with a divergence
-        loss = mean over pairs of link(score[chosen], score[rejected])
+        loss = mean over pairs of link(score[chosen], score[rejected]) + sum of coefficient * term
 
     Args:
         token_weights: Factors of the tokens in the score.
@@ -47,6 +46,9 @@ class Preference(FromHidden):
         link: Loss of a pair.
         transform: Transform of the sum over the row's tokens, before it is divided by their number, or None.
         divergence: Divergence from the reference policy in the score, or None.
+        pair_terms: What is added to the loss of a pair.
+        learned_weights: Input that ``loss`` takes by name as a further factor of each token, with gradient, or None.
+        pair_weights: Weights of the pairs in the mean, or None for equal ones.
     """
 
     token_weights: tuple[weight_stages.TokenWeight, ...] = parts(weight_stages.TokenWeight)
@@ -55,11 +57,24 @@ class Preference(FromHidden):
     link: links.Link = part(links.Link, links.logistic)
     transform: links.Transform | None = part(links.Transform, None, optional=True)
     divergence: pair_stages.Divergence | None = part(pair_stages.Divergence, None, optional=True)
+    pair_terms: tuple[pair_stages.PairTerm, ...] = parts(pair_stages.PairTerm)
+    learned_weights: str | None = input_name(None, optional=True)
+    pair_weights: pair_stages.PairWeight | None = part(pair_stages.PairWeight, None, optional=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pair_terms and self.pair_weights is not None and self.pair_weights.sizes != (2,):
+            raise ValueError(f"pair_terms: expected none because of {self.pair_weights!r}, got {self.pair_terms!r}")
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """``log_probs``, and ``ref_forward_kl`` with a divergence."""
-        return ("log_probs",) if self.divergence is None else ("log_probs", self.divergence.variable)
+        """``log_probs``, and those of the learned weights, of the divergence and of the terms."""
+        learned: list[str | None] = ["log_probs", self.learned_weights]
+        if self.divergence is not None:
+            learned += [self.divergence.variable, self.divergence.learned_weights]
+        for term in self.pair_terms:
+            learned += term.variables
+        return tuple(dict.fromkeys(name for name in learned if name is not None))
 
     @property
     def couples_rows(self) -> bool:
@@ -104,7 +119,8 @@ class Preference(FromHidden):
         for name in self.required_inputs:
             batch.input(name)
         batch = batch.detached()
-        pairs = _pairs(batch)
+        weight_of_pairs = objective.pair_weights
+        pairs, groups = _pairs(batch, (2,) if weight_of_pairs is None else weight_of_pairs.sizes)
         signs = torch.ones_like(batch.rewards)
         signs[torch.from_numpy(pairs[:, 1]).to(batch.device)] = -1
         weights = multiplied(objective.token_weights, batch, signs[:, None])
@@ -114,8 +130,10 @@ class Preference(FromHidden):
             batch,
             pairs,
             weights,
-            _pair_weight(denominators, len(pairs)),
+            _pair_weight(denominators, batch.num_groups),
             multiplied(of_divergence, batch, signs[:, None]),
+            groups,
+            None if weight_of_pairs is None else weight_of_pairs(batch),
         )
 
     def loss(self, prepared: PreparedPairs, per_token: Tensor, /, **variables: Tensor) -> Loss:
@@ -133,48 +151,71 @@ class Preference(FromHidden):
         check_variables(prepared.objective.variables, variables)
         objective, batch = prepared.objective, prepared.batch
         further = {name: batch.flat(x, name) for name, x in variables.items()}
-        scores = prepared.scores(batch.flat(per_token, "log_probs"), **further)
-        chosen, rejected = (scores.index_select(0, rows) for rows in prepared.rows_of_pairs)
-        value = objective.link(chosen, rejected).sum() * prepared.pair_weight
-        detached = value.detach()
-        chosen, rejected = chosen.detach(), rejected.detach()
+        log_probs, rows = batch.flat(per_token, "log_probs"), prepared.rows_of_pairs
+        scores = prepared.scores(log_probs, **further)
+        chosen, rejected = (scores.index_select(0, x) for x in rows)
+        seen = pair_stages.Pairs(
+            batch,
+            {"log_probs": log_probs, **further},
+            prepared.multiplier,
+            prepared.divisors,
+            rows,
+            (chosen, rejected),
+            objective.link,
+        )
+        chosen, rejected = prepared.of_comparisons(chosen), prepared.of_comparisons(rejected)
+        losses, terms = objective.link(chosen, rejected), {}
+        for term in objective.pair_terms:
+            x = term(seen)
+            terms[term.metric] = x.detach()
+            losses = losses + term.coefficient * prepared.of_comparisons(x)
+        # A loss of NaN, as infinity minus infinity or 0 times infinity is, has a NaN gradient.
+        losses = losses * torch.where(losses.isnan(), losses.detach(), 1)
+        if prepared.comparison_weights is not None:
+            losses = losses * prepared.comparison_weights
+        value = losses.sum() * prepared.pair_weight
+        detached, chosen, rejected = value.detach(), chosen.detach(), rejected.detach()
 
         def metrics() -> dict[str, Tensor]:
             margins = chosen - rejected
-            pairs = max(len(prepared.pairs), 1)
-            means = {f"{name}_mean": _mean(x.detach(), batch.spans) for name, x in further.items()}
+            pairs = max(margins.numel(), 1)
+            of_variables = {
+                f"{name}_{word}_mean": segment.sum(x.detach(), batch.spans).index_select(0, own).sum() / pairs
+                for name, x in further.items()
+                for word, own in zip(("chosen", "rejected"), rows, strict=True)
+            }
             return {
                 "loss": detached,
-                **means,
+                **of_variables,
+                **{name: x.sum() / pairs for name, x in terms.items()},
                 "score_chosen_mean": chosen.sum() / pairs,
                 "score_rejected_mean": rejected.sum() / pairs,
                 "margin_mean": margins.sum() / pairs,
                 "accuracy_mean": (margins > 0).double().sum() / pairs,
-                "pairs": torch.full((), float(len(prepared.pairs)), device=margins.device),
+                "pairs": torch.full((), float(margins.numel()), device=margins.device),
                 "tokens": batch.lengths.sum().double(),
             }
 
         return Loss(value, Metrics(metrics))
 
 
-def _mean(x: Tensor, spans: Spans) -> Tensor:
-    """Return the mean of ``[N]`` over the unmasked tokens of all rows."""
-    return segment.sum(x, spans).sum() / segment.count(spans).sum().clamp(min=1)
+def _pairs(batch: Rollouts, sizes: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the chosen and the rejected row of each pair, ``[P, 2]``, and the group of each pair, after checking both.
 
-
-def _pairs(batch: Rollouts) -> NDArray[np.int64]:
-    """Return the chosen and the rejected row of each pair, ``[P, 2]``, after checking that groups are pairs."""
-    groups = batch.groups
-    if bool((groups.sizes != 2).any()):
-        wrong = int(groups.sizes[groups.sizes != 2][0])
-        raise ValueError(f"group_ids: expected pairs, groups of two rows, got a group of {wrong}")
-    rows = groups.sorted(torch.arange(batch.num_rows, device=batch.device)).view(-1, 2)
-    rewards = batch.rewards[rows]
-    if bool((rewards[:, 0] == rewards[:, 1]).any()):
+    The rows of a group that have the higher rewards are chosen, half of them.
+    """
+    index, rewards = batch.group_index.cpu().numpy(), batch.rewards.cpu().numpy()
+    size = np.bincount(index, minlength=batch.num_groups)
+    if (wrong := size[~np.isin(size, sizes)]).size:
+        expected = "groups of two rows" if sizes == (2,) else f"groups of {' or '.join(map(str, sizes))} rows"
+        raise ValueError(f"group_ids: expected pairs, {expected}, got a group of {wrong[0]}")
+    order, half = np.lexsort((-rewards, index)), size // 2
+    first = size.cumsum() - size
+    if (rewards[order[first + half - 1]] == rewards[order[first + half]]).any():
         raise ValueError("rewards: expected a higher reward for the chosen row of each pair, got equal ones")
-    swapped = torch.where((rewards[:, 0] > rewards[:, 1])[:, None], rows, rows.flip(1))
-    pairs: NDArray[np.int64] = swapped.cpu().numpy()
-    return pairs
+    group = np.repeat(np.arange(len(size)), half)
+    place = first[group] + np.arange(len(group)) - (half.cumsum() - half)[group]
+    return np.stack([order[place], order[place + half[group]]], 1), group
 
 
 def _pair_weight(denominators: Denominators, pairs: int) -> float:
@@ -198,6 +239,8 @@ class PreparedPairs:
         multiplier: Product of the token weights, ``[R, 1]`` or ``[N]``, or None.
         pair_weight: Weight of each pair's loss.
         divergence_multiplier: Product of the token weights of the divergence, ``[R, 1]`` or ``[N]``, or None.
+        comparisons: int64 ``[P]`` on the host, ascending: scores of pairs with the same number are added.
+        comparison_weights: float, a further weight of each comparison, or None.
     """
 
     objective: Preference
@@ -205,7 +248,9 @@ class PreparedPairs:
     pairs: NDArray[np.int64]
     multiplier: Tensor | None
     pair_weight: float
-    divergence_multiplier: Tensor | None = None
+    divergence_multiplier: Tensor | None
+    comparisons: NDArray[np.int64]
+    comparison_weights: Tensor | None
 
     @property
     def mask(self) -> Tensor:
@@ -217,6 +262,18 @@ class PreparedPairs:
         """Chosen and rejected rows, int64 ``[P]`` each."""
         rows = torch.from_numpy(np.ascontiguousarray(self.pairs.T)).to(self.batch.device, non_blocking=True)
         return rows[0], rows[1]
+
+    def of_comparisons(self, x: Tensor) -> Tensor:
+        """Return the sum over the pairs of each comparison.
+
+        Args:
+            x: ``[P]``.
+        """
+        count = int(self.comparisons[-1]) + 1 if len(self.comparisons) else 0
+        if count == len(self.comparisons):
+            return x
+        index = torch.from_numpy(self.comparisons).to(x.device, non_blocking=True)
+        return x.new_zeros(count).index_add(0, index, x)
 
     @property
     def advantages(self) -> Tensor:
@@ -234,16 +291,20 @@ class PreparedPairs:
     def row_weights(self) -> Tensor:
         """Weight of each row's tokens in its score and of its pair in the loss; float64 ``[R, 1]``."""
         weights = torch.full((self.batch.num_rows, 1), self.pair_weight, dtype=torch.float64, device=self.batch.device)
-        return weights / self.lengths.clamp(min=1)[:, None] if self.objective.normalization == "mean" else weights
+        return weights / self.divisors[:, None]
+
+    @property
+    def divisors(self) -> Tensor:
+        """What the sum over the tokens of each row is divided by in its score; int64 ``[R]``."""
+        lengths = self.lengths.clamp(min=1)
+        return lengths if self.objective.normalization == "mean" else torch.ones_like(lengths)
 
     @property
     def has_gradient(self) -> Tensor:
         """Rows that can have a gradient; bool ``[R]``. Both rows of a pair are needed if one of them is."""
-        moves = (self.batch.lengths > 0)[
-            self.batch.groups.order if self.batch.groups.order is not None else slice(None)
-        ]
-        either = moves.view(-1, 2).any(1)
-        return self.batch.groups.per_row(either)
+        groups = self.batch.groups
+        trained = torch.zeros(groups.count, dtype=torch.int64, device=self.batch.device)
+        return groups.per_row(trained.index_add_(0, groups.index, self.batch.lengths) > 0)
 
     def scores(self, log_probs: Tensor, **variables: Tensor) -> Tensor:
         """Return the score of each row, float ``[R]``, with gradient.
@@ -253,19 +314,19 @@ class PreparedPairs:
             variables: The further variables of the objective by name, float ``[N]`` each.
         """
         spans = self.batch.spans
-        if self.objective.reference is None:
-            scores = segment.weighted_sum(log_probs, spans, self.multiplier)
+        name, learned = self.objective.reference, self.objective.learned_weights
+        reference = torch.zeros_like(log_probs, requires_grad=False) if name is None else self.batch.input(name)
+        if learned is None:
+            scores, _ = ops.policy_loss(log_probs, spans, "k1", reference=reference, weights=self.multiplier)
         else:
-            scores, _ = ops.policy_loss(
-                log_probs, spans, "k1", reference=self.batch.input(self.objective.reference), weights=self.multiplier
-            )
+            wide = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+            weighted = pair_stages.masked_product(wide - reference, variables[learned], spans)
+            scores = segment.weighted_sum(weighted, spans, self.multiplier)
         if self.objective.transform is not None:
             scores = self.objective.transform(scores)
-        if self.objective.normalization == "mean":
-            scores = scores / self.batch.lengths.clamp(min=1)
+        scores = scores / self.divisors
         if (divergence := self.objective.divergence) is not None:
-            x = variables[divergence.variable]
-            scores = scores + divergence(x, spans, self.divergence_multiplier, self.rows_of_pairs[0])
+            scores = scores + divergence(variables, spans, self.divergence_multiplier, self.rows_of_pairs[0])
         return scores
 
     def with_denominators(
@@ -289,7 +350,7 @@ class PreparedPairs:
             ValueError: A number is missing or too small.
         """
         denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
-        return dataclasses.replace(self, pair_weight=_pair_weight(denominators, len(self.pairs)))
+        return dataclasses.replace(self, pair_weight=_pair_weight(denominators, len(np.unique(self.comparisons))))
 
     def minibatch(self, rows: Any, **denominators: int) -> PreparedPairs:
         """Return these pairs as an optimizer step of their own.
@@ -315,7 +376,7 @@ class PreparedPairs:
         place = np.full(self.batch.num_rows, -1, dtype=np.int64)
         place[numbers] = np.arange(len(numbers))
         inside = place[self.pairs]
-        whole = (inside >= 0).all(1)
+        whole = ~np.isin(self.comparisons, self.comparisons[(inside < 0).any(1)])
         if whole.sum() * 2 != len(numbers):
             raise ValueError(f"rows: expected both rows of each pair once, got {numbers.tolist()[:8]}")
         chosen = self.batch.selection(numbers)
@@ -325,6 +386,10 @@ class PreparedPairs:
                 return None
             return chosen.of_tokens(x) if x.dim() == 1 else chosen.of_rows(x)
 
+        own, numbers_of = np.unique(self.comparisons[whole], return_inverse=True)
+        weights = self.comparison_weights
+        if weights is not None:
+            weights = weights.index_select(0, torch.from_numpy(own).to(weights.device, non_blocking=True))
         return PreparedPairs(
             self.objective,
             self.batch.take(chosen),
@@ -332,4 +397,6 @@ class PreparedPairs:
             taken(self.multiplier),
             self.pair_weight,
             taken(self.divergence_multiplier),
+            numbers_of,
+            weights,
         )

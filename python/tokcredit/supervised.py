@@ -144,6 +144,34 @@ class forward_kl(Divergence):
     variable: ClassVar[str] = "forward_kl"
 
 
+class TokenSelection(Stage):
+    """Base of selections of tokens by the current policy. How many there are of each row does not depend on it.
+
+    Attributes:
+        kind: ``"selection"``.
+    """
+
+    kind: ClassVar[str] = "selection"
+
+    def count(self, lengths: Tensor) -> Tensor:
+        """Return the number of tokens of each row that are selected, int64 ``[R]``.
+
+        Args:
+            lengths: int64 ``[R]``, tokens that filters left.
+        """
+        raise NotImplementedError
+
+    def __call__(self, variable: Tensor, batch: Rollouts, spans: Spans) -> Tensor:
+        """Return the tokens that are selected, bool ``[N]``.
+
+        Args:
+            variable: float ``[N]``, the variable of the token loss, without gradient.
+            batch: The rows, which are whole.
+            spans: The rows, with the mask of the tokens that filters left.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class js(Divergence):
     """The generalised Jensen-Shannon divergence: ``share * KL(q || m) + (1 - share) * KL(p || m)``.
@@ -173,6 +201,8 @@ class Supervised(FromHidden):
         token_weights: Factors of the token losses, decided once per batch.
         scales: Factors of the token losses that depend on the current policy, without gradient.
         aggregation: How token losses become one number.
+        selection: Which of the tokens that filters left train, by the current policy, or None for all of them. Others
+            are not counted in any denominator.
     """
 
     token_loss: TokenLoss = part(TokenLoss, nll)
@@ -180,6 +210,7 @@ class Supervised(FromHidden):
     token_weights: tuple[weight_stages.TokenWeight, ...] = parts(weight_stages.TokenWeight)
     scales: tuple[scales.Scale, ...] = parts(scales.Scale)
     aggregation: aggregations.Aggregation = part(aggregations.Aggregation, aggregations.token_mean)
+    selection: TokenSelection | None = part(TokenSelection, None, optional=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,7 +238,8 @@ class Supervised(FromHidden):
         Args:
             prepared: A prepared batch of this objective.
         """
-        return not any(scale.couples_tokens for scale in prepared.objective.scales)
+        stages = prepared.objective.scales
+        return prepared.objective.selection is None and not any(scale.couples_tokens for scale in stages)
 
     def prepare(
         self,
@@ -246,9 +278,10 @@ class Supervised(FromHidden):
         multiplier = multiplied(objective.token_weights, kept, ones)
         if not self.compares_groups:
             denominators.require(objective.aggregation)
-        weights = denominators.row_weights(objective.aggregation, batch, kept.lengths)
+        lengths = kept.lengths if objective.selection is None else objective.selection.count(kept.lengths)
+        weights = denominators.row_weights(objective.aggregation, batch, lengths)
         signals = tuple(scale.signal(batch, clips.Window("clip")) for scale in objective.scales)
-        return PreparedSupervised(objective, batch, kept.spans, multiplier, signals, kept.lengths, weights)
+        return PreparedSupervised(objective, batch, kept.spans, multiplier, signals, lengths, weights)
 
     def loss(self, prepared: PreparedSupervised, per_token: Tensor, /, **variables: Tensor) -> Loss:
         """Return the loss of a prepared batch, or of a part of it, with its gradient to ``per_token``.
@@ -266,6 +299,8 @@ class Supervised(FromHidden):
         token_loss, name = objective.token_loss, objective.token_loss.variable
         check_variables(objective.variables, variables)
         x, weights = prepared.batch.flat(per_token, name), prepared.row_weights
+        if objective.selection is not None:
+            spans = spans.with_mask(prepared.mask & objective.selection(x.detach(), prepared.batch, spans))
         if prepared.multiplier is not None:
             weights = product(prepared.multiplier, weights, spans)
             if prepared.multiplier.dim() == 1:  # a divergence may be infinite at a token of weight 0
@@ -350,7 +385,7 @@ class PreparedSupervised(PreparedTokens):
     Attributes:
         objective: The objective, its schedules and controllers replaced by numbers.
         batch: The rows.
-        spans: The rows, with the mask of the tokens that train.
+        spans: The rows, with the mask of the tokens that train, or that a selection chooses from.
         multiplier: Product of the token weights, ``[R, 1]`` or ``[N]``, or None.
         signals: For each scale what it needs beside the current policy, ``[N]`` or None.
         lengths: int64 ``[R]``, training tokens of each row.

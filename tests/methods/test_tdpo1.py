@@ -36,7 +36,8 @@ def test_by_hand():
     ]
     out = golden_pair.check_logits(tc.methods.tdpo1(), 0.6851486127, rows)
     # Log-ratios 0.110753 -0.160904 | -0.183495, divergences 0.010598 0.042725 | 0.026051.
-    assert out.metrics["ref_forward_kl_mean"].item() == pytest.approx((0.010598 + 0.042725 + 0.026051) / 3, abs=1e-6)
+    assert out.metrics["ref_forward_kl_chosen_mean"].item() == pytest.approx(0.010598 + 0.042725, abs=1e-6)
+    assert out.metrics["ref_forward_kl_rejected_mean"].item() == pytest.approx(0.026051, abs=1e-6)
     assert out.metrics["margin_mean"].item() == pytest.approx(0.133344 + 0.027272, abs=2e-6)
 
 

@@ -1,16 +1,32 @@
-"""Stages of preference objectives beside the link: the divergence in the score of a row."""
+"""Stages of preference objectives beside the link: the divergence in the score of a row, and terms of a pair's loss."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from tokcredit.blocks import segment
+from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
-from tokcredit.stages.base import Stage, flag, number, parts
+from tokcredit.stages.base import Stage, flag, input_name, number, parts
+from tokcredit.stages.link import Link
 from tokcredit.stages.token_weights import TokenWeight
+
+
+def masked_product(a: Tensor, b: Tensor, spans: Spans) -> Tensor:
+    """Return ``a * b``, and 0 at masked tokens, with a gradient to both that masked tokens cannot reach.
+
+    Args:
+        a: float ``[N]``.
+        b: float ``[N]``.
+        spans: The rows, with a mask.
+    """
+    assert spans.mask is not None
+    return torch.where(spans.mask, a, 0) * torch.where(spans.mask, b, 0)
 
 
 class Divergence(Stage):
@@ -20,17 +36,19 @@ class Divergence(Stage):
         kind: ``"divergence"``.
         variable: Per-token variable that ``loss`` is given by name, with gradient.
         token_weights: Factors of the tokens.
+        learned_weights: Variable with further factors, or None.
     """
 
     kind: ClassVar[str] = "divergence"
     variable: ClassVar[str]
     token_weights: tuple[TokenWeight, ...]
+    learned_weights: str | None
 
-    def __call__(self, divergences: Tensor, spans: Spans, weights: Tensor | None, chosen: Tensor) -> Tensor:
+    def __call__(self, variables: Mapping[str, Tensor], spans: Spans, weights: Tensor | None, chosen: Tensor) -> Tensor:
         """Return what is added to the score of each row, float ``[R]``, with gradient.
 
         Args:
-            divergences: float ``[N]``, the variable.
+            variables: The variables of the objective by name, float ``[N]`` each.
             spans: The rows.
             weights: Product of the token weights, ``[R, 1]`` or ``[N]``, or None.
             chosen: int64 ``[P]``, the chosen rows.
@@ -54,6 +72,7 @@ class sequential_kl(Divergence):
         strength: Factor of the sum, at least 0.
         token_weights: Factors of the tokens.
         chosen_gradient: Whether the divergence of chosen rows has a gradient.
+        learned_weights: Input that ``loss`` takes by name as a further factor of each token, with gradient, or None.
 
     References:
         arXiv 2404.11999.
@@ -63,12 +82,96 @@ class sequential_kl(Divergence):
     strength: float = number(1.0, at_least=0)
     token_weights: tuple[TokenWeight, ...] = parts(TokenWeight)
     chosen_gradient: bool = flag(True)
+    learned_weights: str | None = input_name(None, optional=True)
 
-    def __call__(self, divergences: Tensor, spans: Spans, weights: Tensor | None, chosen: Tensor) -> Tensor:
-        total = segment.weighted_sum(divergences, spans, weights)
+    def __call__(self, variables: Mapping[str, Tensor], spans: Spans, weights: Tensor | None, chosen: Tensor) -> Tensor:
+        x = variables[self.variable]
+        if self.learned_weights is not None:
+            x = masked_product(x, variables[self.learned_weights], spans)
+        total = segment.weighted_sum(x, spans, weights)
         if not self.chosen_gradient:
             total = total.index_copy(0, chosen, total.detach().index_select(0, chosen))
         return self.strength * total
 
 
-__all__ = ["Divergence", "sequential_kl"]
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs with their scores, for terms.
+
+    Attributes:
+        batch: The rows.
+        variables: ``log_probs`` and the further variables, float ``[N]`` each, with gradient.
+        weights: Product of the token weights, ``[R, 1]`` or ``[N]``, or None.
+        divisors: What the sum over the tokens of each row is divided by in its score; int64 ``[R]``.
+        rows: int64 ``[P]`` each, the chosen and the rejected rows.
+        scores: float ``[P]`` each, their scores, with gradient.
+        link: Loss of a pair from its scores.
+    """
+
+    batch: Rollouts
+    variables: Mapping[str, Tensor]
+    weights: Tensor | None
+    divisors: Tensor
+    rows: tuple[Tensor, Tensor]
+    scores: tuple[Tensor, Tensor]
+    link: Link
+
+    def slopes(self, constant: bool) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of each pair's loss to its scores, float ``[P]`` each.
+
+        Args:
+            constant: Whether they have no gradient.
+        """
+        constant = constant or not self.scores[0].requires_grad or not torch.is_grad_enabled()
+        scores = tuple(x.detach().requires_grad_() for x in self.scores) if constant else self.scores
+        with torch.enable_grad():
+            loss = self.link(*scores).sum()
+        of_chosen, of_rejected = torch.autograd.grad(loss, scores, create_graph=not constant)
+        return of_chosen, of_rejected
+
+
+class PairTerm(Stage):
+    """Base of what is added to the loss of a pair.
+
+    Attributes:
+        kind: ``"pair_term"``.
+        metric: Name of its metric, the mean over the pairs without the coefficient.
+        variables: Variables it needs beside ``log_probs``, given to ``loss`` by name, with gradient.
+        coefficient: Factor of the term.
+    """
+
+    kind: ClassVar[str] = "pair_term"
+    metric: ClassVar[str]
+    variables: tuple[str, ...] = ()
+    coefficient: float
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        """Return the term of each pair without the coefficient, float ``[P]``, with gradient.
+
+        Args:
+            pairs: The pairs.
+        """
+        raise NotImplementedError
+
+
+class PairWeight(Stage):
+    """Base of weights of pairs.
+
+    Attributes:
+        kind: ``"pair_weight"``.
+        sizes: Numbers of rows that a group may have. The half with the higher rewards is chosen; its scores are added.
+    """
+
+    kind: ClassVar[str] = "pair_weight"
+    sizes: ClassVar[tuple[int, ...]] = (2,)
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        """Return the weight of each group's loss, float ``[groups]``.
+
+        Args:
+            batch: The rows, in groups of these sizes.
+        """
+        raise NotImplementedError
+
+
+__all__ = ["Divergence", "PairTerm", "PairWeight", "Pairs", "masked_product", "sequential_kl"]

@@ -112,4 +112,30 @@ class but_not(TokenScore):
         return self.first(batch) * (1 - self.second(batch))
 
 
-__all__ = ["TokenScore", "but_not", "either", "given", "scaled"]
+@dataclass(frozen=True)
+class log_ratio(TokenScore):
+    """``scale * (a - b)`` of the log-probs of two policies: the reward of a token that the first one implies.
+
+    Args:
+        of: Input with the log-probs a.
+        to: Input with the log-probs b.
+        scale: Factor of the difference.
+
+    References:
+        arXiv 2404.12358.
+    """
+
+    of: str = input_name()
+    to: str = input_name("ref_log_probs")
+    scale: float = number(1.0)
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """The two inputs that are compared."""
+        return frozenset({self.of, self.to})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        return self.scale * (batch.input(self.of) - batch.input(self.to))
+
+
+__all__ = ["TokenScore", "but_not", "either", "given", "log_ratio", "scaled"]

@@ -244,4 +244,18 @@ class raised(TokenWeight):
         return 1 + self.strength * self.score(batch)
 
 
-__all__ = ["TokenWeight", "from_trl", "from_verl", "icepop", "importance", "mis", "raised", "tis", "within"]
+@dataclass(frozen=True)
+class scored(TokenWeight):
+    """A score as it is.
+
+    Args:
+        score: Score of each token.
+    """
+
+    score: TokenScore = part(TokenScore)
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        return self.score(batch)
+
+
+__all__ = ["TokenWeight", "from_trl", "from_verl", "icepop", "importance", "mis", "raised", "scored", "tis", "within"]
