@@ -49,6 +49,7 @@ NAMES = {
         *(f"ratio.{name}" for name in ("token", "sequence", "cumulative", "one")),
         *(f"clip.{name}" for name in ("ppo", "growing", "gated", "soft", "unclipped")),
         *("scale.Scale", "scale.within", "term.kl", "term.entropy", "term.nll", "link.logistic"),
+        *("pair.f_divergence", "pair.sequential_kl"),
         *(f"aggregation.{name}" for name in ("token_mean", "token_sum", "sequence_mean", "sequence_sum")),
         *(f"token_score.{name}" for name in ("given", "scaled", "either", "but_not")),
     ],
@@ -109,6 +110,7 @@ def test_every_stage_module_exports_what_it_defines():
         "term",
         "token_score",
         "link",
+        "pair",
     ):
         module = getattr(tc, name)
         defined = {

@@ -55,7 +55,7 @@ class Preference(FromHidden):
     reference: str | None = input_name("ref_log_probs", optional=True)
     normalization: str = option("sum", "mean")
     link: links.Link = part(links.Link, links.logistic)
-    transform: links.Transform | None = part(links.Transform, None, optional=True)
+    transform: pair_stages.Transform | None = part(pair_stages.Transform, None, optional=True)
     divergence: pair_stages.Divergence | None = part(pair_stages.Divergence, None, optional=True)
     pair_terms: tuple[pair_stages.PairTerm, ...] = parts(pair_stages.PairTerm)
     learned_weights: str | None = input_name(None, optional=True)
@@ -172,7 +172,7 @@ class Preference(FromHidden):
         # A loss of NaN, as infinity minus infinity or 0 times infinity is, has a NaN gradient.
         losses = losses * torch.where(losses.isnan(), losses.detach(), 1)
         if prepared.comparison_weights is not None:
-            losses = losses * prepared.comparison_weights
+            losses = losses * prepared.comparison_weights.to(losses.dtype)
         value = losses.sum() * prepared.pair_weight
         detached, chosen, rejected = value.detach(), chosen.detach(), rejected.detach()
 
@@ -291,6 +291,11 @@ class PreparedPairs:
     def row_weights(self) -> Tensor:
         """Weight of each row's tokens in its score and of its pair in the loss; float64 ``[R, 1]``."""
         weights = torch.full((self.batch.num_rows, 1), self.pair_weight, dtype=torch.float64, device=self.batch.device)
+        if self.comparison_weights is not None:
+            index = torch.from_numpy(self.comparisons).to(self.batch.device, non_blocking=True)
+            of_pairs = self.comparison_weights.double().index_select(0, index)[:, None]
+            for rows in self.rows_of_pairs:
+                weights = weights.index_copy(0, rows, weights.index_select(0, rows) * of_pairs)
         return weights / self.divisors[:, None]
 
     @property

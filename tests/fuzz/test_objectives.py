@@ -103,21 +103,25 @@ def test_inputs_of_a_good_batch(data, name):
 def run(name, batch, log_probs, rows):
     objective = tc.methods.load(name)
     prepared = objective.prepare(batch, progress=0.5)
-    out = objective.loss(prepared, log_probs)
+    further = dict.fromkeys(objective.variables[1:], log_probs)
+    out = objective.loss(prepared, log_probs, **further)
     dict(out.metrics)
     if out.loss.requires_grad:
         out.loss.backward()
     part = prepared.select(rows)
-    objective.loss(part, torch.zeros(part.batch.shape or (part.batch.num_tokens,)))
+    zeros = torch.zeros(part.batch.shape or (part.batch.num_tokens,))
+    objective.loss(part, zeros, **dict.fromkeys(further, zeros))
     prepared.minibatch(rows)
 
 
-@given(st.data())
+@given(st.data(), st.sampled_from(sorted(set(tc.methods.names()) - set(METHODS))))
 @SETTINGS
-def test_pairs(data):
+def test_pairs(data, name):
     pair = {name: torch.arange(6).view(2, 3) % 4 for name in ("chosen", "rejected")}
     masks = {f"{name}_mask": torch.ones(2, 3, dtype=torch.bool) for name in pair}
-    reference = {"ref_log_probs": (-torch.rand(2, 3), -torch.rand(2, 3))}
-    batch = batch_or_none(tc.Rollouts.from_pairs, {**data.draw(broken(pair | masks, least=0)), **reference})
+    read = {x for x in tc.methods.load(name).required_inputs if tc.inputs.get(x).per == "token"}
+    given_inputs = {x: (-torch.rand(2, 3), -torch.rand(2, 3)) for x in read}
+    batch = batch_or_none(tc.Rollouts.from_pairs, {**data.draw(broken(pair | masks, least=0)), **given_inputs})
     if batch is not None:
-        survives(run, "dpo", batch, data.draw(malformed.anything(batch.num_tokens)), data.draw(malformed.anything(3)))
+        batch = batch.with_inputs(**({"prompt_pairs": batch.rewards > 2} if name == "mapl" else {}))
+        survives(run, name, batch, data.draw(malformed.anything(batch.num_tokens)), data.draw(malformed.anything(3)))

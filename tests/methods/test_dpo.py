@@ -7,7 +7,8 @@ import pytest
 import tokcredit as tc
 import torch
 from golden_pair import CHOSEN, REFERENCE, REJECTED, pair, softplus, total
-from tokcredit.stages.link import f_divergence, hinge, logistic, robust
+from tokcredit.stages.link import logistic
+from tokcredit.stages.pair import f_divergence, length_desensitized
 
 WEIGHTED = (tc.token_weights.raised(tc.token_score.given("entropies"), 0.5),)
 
@@ -56,14 +57,18 @@ def test_by_hand():
         (tc.methods.dpo(transform=f_divergence("js")), 0.6736857546, -0.023284284, 0.031648392),
         (tc.methods.dpo(transform=f_divergence("alpha")), 0.6540785588, -0.045666535, 0.064803898),
         (tc.methods.dpo(transform=f_divergence("alpha", 1 + 1e-7)), 0.6587595555487, -0.048250714, 0.048250714),
-        # Other links.
-        (tc.Preference(link=robust(label_smoothing=0.1)), 0.6500095555, -0.060750714, 0.060750714),
-        (tc.Preference(link=hinge()), 0.93, -0.1, 0.1),
     ],
 )
 def test_golden_vectors(objective, value, chosen, rejected):
     """Values of released code and of a float64 reference."""
     golden_pair.check(objective, value, [chosen] * 3 + [rejected] * 2, tolerance=6e-11)
+
+
+def test_golden_vector_of_length_desensitized_weights():
+    """Of the longer response the third token has a weight of 0.5; the reference policy's too."""
+    objective = tc.methods.dpo(token_weights=(length_desensitized(0.5),))
+    gradient = [-0.04850045, -0.04850045, -0.024250225, 0.04850045, 0.04850045]
+    golden_pair.check(objective, 0.6635971131, gradient)
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "js", "alpha"])
@@ -94,8 +99,6 @@ def test_large_and_undefined_scores_of_f_divergences():
     y.sum().backward()
     assert y[0].item() == pytest.approx(-math.exp(80)) and y[2] == 0
     assert x.grad[0] == 0 and x.grad[1].isnan() and x.grad[2] == 1
-    z = torch.tensor([math.nan, 11.0, 0.0], dtype=torch.float64)
-    assert hinge()(z, torch.zeros_like(z))[0].isnan() and hinge()(z, torch.zeros_like(z))[1:].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -3,7 +3,8 @@ import naive
 import pytest
 import tokcredit as tc
 from golden_pair import total
-from tokcredit.stages.link import f_divergence, squared
+from tokcredit.stages.link import squared
+from tokcredit.stages.pair import f_divergence
 
 
 @pytest.mark.parametrize("mean", [True, False])

@@ -36,8 +36,13 @@ def test_formula(seed):
             losses.append(weight * softplus(-z))
         return sum(losses) / 6
 
-    out = naive.check(tc.methods.mapl(0.7, 0.4, 0.3), batch, current, formula)
+    objective = tc.methods.mapl(0.7, 0.4, 0.3)
+    out = naive.check(objective, batch, current, formula)
     assert out.metrics["pairs"] == 6
+    size = [len(naive.group_rows(batch)[g]) for g in batch.group_index]
+    marks = batch.extras["prompt_pairs"].tolist()
+    expected = [(0.3 if n == 4 else 0.4 if x else 1.0) / 6 for n, x in zip(size, marks, strict=True)]
+    assert objective.prepare(batch).row_weights[:, 0].tolist() == pytest.approx(expected)
 
 
 def rows_with(rewards, scores, marked=False):

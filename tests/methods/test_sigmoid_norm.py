@@ -6,7 +6,8 @@ import pytest
 import tokcredit as tc
 import torch
 from golden_pair import softplus, total
-from tokcredit.stages.link import f_divergence, logistic
+from tokcredit.stages.link import logistic
+from tokcredit.stages.pair import f_divergence
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -25,3 +25,38 @@ def test_a_better_score_of_the_chosen_row_lowers_the_loss():
 def test_large_scores_do_not_overflow():
     loss = tc.link.logistic(1.0)(torch.tensor([-1e4, 1e4]), torch.tensor([1e4, -1e4]))
     assert loss.tolist() == [2e4, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("link", "value", "chosen", "rejected"),
+    [
+        (tc.link.logistic(label_smoothing=0.1), 0.6657595555, -0.038250714, 0.038250714),
+        (tc.link.robust(label_smoothing=0.1), 0.6500095555, -0.060750714, 0.060750714),
+        (tc.link.squared(), 18.49, -8.6, 8.6),
+        (tc.link.hinge(), 0.93, -0.1, 0.1),
+        (tc.link.exo_pair(label_smoothing=0.1), 0.4730020120, -0.053115521, 0.053115521),
+        (tc.link.nca_pair(), 1.3690380773, -0.024625003, 0.024250225),
+        (tc.link.bco_pair(), 1.3517567936, -0.049750002, 0.04850045),
+        (tc.link.sppo_hard(), 43.37, -9.8, 8.8),
+        (tc.link.apo_zero(), 0.9825045192, -0.024999375, 0.024977513),
+        (tc.link.apo_down(), 0.9850071215, 0.000029975, 0.0249694),
+        (tc.link.discopop(), 0.8782645538, 0.002503352, -0.002503352),
+    ],
+)
+def test_golden_vectors(link, value, chosen, rejected):
+    """Scores 0.1 and -0.6; values of TRL and of the official code."""
+    scores = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (0.1, -0.6)]
+    loss = link(*scores).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(value, abs=6e-11)
+    assert [x.grad.item() for x in scores] == pytest.approx([chosen, rejected], abs=6e-10)
+
+
+@pytest.mark.parametrize("name", ["robust", "hinge", "exo_pair", "nca_pair", "bco_pair", "apo_zero", "discopop"])
+def test_links_of_large_and_undefined_scores(name):
+    """Nothing overflows to NaN, and a NaN stays one."""
+    link = getattr(tc.link, name)()
+    scores = torch.tensor([[300.0, -300.0, math.nan], [-300.0, 300.0, 0.0]], dtype=torch.float64)
+    loss = link(*scores)
+    assert loss[:2].isfinite().all() and loss[2].isnan()
+    assert loss[0] < loss[1]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tokcredit.preference import Preference
-from tokcredit.stages.link import Transform, logistic
+from tokcredit.stages.link import logistic
+from tokcredit.stages.pair import Transform
 from tokcredit.stages.token_weights import TokenWeight
 
 
@@ -25,7 +26,7 @@ def dpo(
         beta: Strength of the preference, above 0.
         label_smoothing: Assumed share of wrong labels, at least 0 and below 0.5. Above 0 it is conservative DPO.
         token_weights: Factors of the tokens in ``S``.
-        transform: Transform of ``S``, for example ``link.f_divergence("js")`` for f-DPO, or None.
+        transform: Transform of ``S``, for example ``pair.f_divergence("js")`` for f-DPO, or None.
 
     Cost: Two rows per pair, and log-probs of the reference policy.
     References: Rafailov et al., arXiv 2305.18290; f-DPO, arXiv 2309.16240.

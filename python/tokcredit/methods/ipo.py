@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tokcredit.preference import Preference
-from tokcredit.stages.link import Transform, squared
+from tokcredit.stages.link import squared
+from tokcredit.stages.pair import Transform
 from tokcredit.stages.token_weights import TokenWeight
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tokcredit.preference import Preference
-from tokcredit.stages.link import Transform, logistic
+from tokcredit.stages.link import logistic
+from tokcredit.stages.pair import Transform
 from tokcredit.stages.token_weights import TokenWeight
 
 

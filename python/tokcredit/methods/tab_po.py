@@ -19,7 +19,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages.base import number, parts
 from tokcredit.stages.credit.group import per_token
 from tokcredit.stages.link import logistic
-from tokcredit.stages.pair import Pairs, PairTerm
+from tokcredit.stages.pair import Pairs, PairTerm, partners
 from tokcredit.stages.token_score import given
 from tokcredit.stages.token_weights import TokenWeight, scored
 
@@ -62,10 +62,7 @@ class differing(TokenWeight):
     factor: float = number(1.2, at_least=0)
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        if bool((batch.groups.sizes != 2).any()):
-            raise ValueError("group_ids: expected pairs because of token_weight.differing, got other groups")
-        rows = batch.groups.sorted(torch.arange(batch.num_rows, device=batch.device)).view(-1, 2)
-        other = torch.empty_like(rows.view(-1)).index_copy_(0, rows.view(-1), rows.flip(1).reshape(-1))
+        other = partners(batch)
         # The tokens of all responses in one buffer, row after row.
         row_of = ops.spread(torch.arange(batch.num_rows, device=batch.device), batch.spans)
         at = batch.response_mask.nonzero()[:, 0]

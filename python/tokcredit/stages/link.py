@@ -1,4 +1,4 @@
-"""Links: the loss of a preference pair from the scores of its rows, TRL's ``loss_type``; and transforms of scores."""
+"""Links: the loss of a preference pair from the scores of its two rows; TRL's ``loss_type``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional
 
-from tokcredit.stages.base import Stage, number, option
+from tokcredit.stages.base import Stage, number
 
 
 class Link(Stage):
@@ -116,56 +116,155 @@ class hinge(Link):
         return loss.where(~(loss <= 0), 0)  # NaN stays, with its gradient
 
 
-class Transform(Stage):
-    """Base of transforms of scores.
+@dataclass(frozen=True)
+class exo_pair(Link):
+    """EXO's reverse KL between the policy's preference and smoothed labels.
 
-    Attributes:
-        kind: ``"transform"``.
+    With ``q = sigmoid(beta * (chosen - rejected))`` and the label smoothing e::
+
+        loss = q * (log q - log(1 - e)) + (1 - q) * (log(1 - q) - log e)
+
+    Args:
+        beta: Strength of the preference, above 0.
+        label_smoothing: Assumed share of wrong labels e, above 0 and below 0.5.
+
+    References:
+        arXiv 2402.00856.
     """
 
-    kind: ClassVar[str] = "transform"
+    beta: float = number(0.1, above=0)
+    label_smoothing: float = number(0.001, above=0, below=0.5)
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Return the transformed scores, float ``[R]``, with gradient.
-
-        Args:
-            scores: float ``[R]``, sums over the tokens of each row, before they are divided by its length.
-        """
-        raise NotImplementedError
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        z, e = self.beta * (chosen - rejected), self.label_smoothing
+        of_right = z.sigmoid() * (functional.logsigmoid(z) - math.log1p(-e))
+        return of_right + (-z).sigmoid() * (functional.logsigmoid(-z) - math.log(e))
 
 
 @dataclass(frozen=True)
-class f_divergence(Transform):
-    """Scores under another divergence from the reference policy than ``KL(policy || reference)``, as in TRL.
-
-    With S the log-ratio of a response::
-
-        reverse_kl     S
-        forward_kl     1 - exp(-S)
-        js             log 2 + log sigmoid(S)
-        alpha          (exp((alpha - 1) S) - 1) / (alpha - 1)
-
-    Exponents are at most 80, above which a response has no gradient.
+class nca_pair(Link):
+    """NCA: ``-log sigmoid(beta * chosen) - (log sigmoid(-beta * chosen) + log sigmoid(-beta * rejected)) / 2``.
 
     Args:
-        divergence: ``reverse_kl``, ``forward_kl``, ``js`` or ``alpha``.
-        alpha: The alpha of ``alpha``; within 1e-6 of 1 the score is S.
+        beta: Strength of the preference, above 0.
 
     References:
-        arXiv 2309.16240.
+        arXiv 2402.05369.
     """
 
-    divergence: str = option("reverse_kl", "forward_kl", "js", "alpha")
-    alpha: float = number(0.5)
+    beta: float = number(0.1, above=0)
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        if self.divergence == "js":
-            return math.log(2) + functional.logsigmoid(scores)
-        rate = -1.0 if self.divergence == "forward_kl" else self.alpha - 1
-        if self.divergence == "reverse_kl" or abs(rate) < 1e-6:
-            return scores
-        exponents = rate * scores
-        return exponents.where(~(exponents > 80), 80).expm1() / rate  # NaN stays, with its gradient
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        below = functional.logsigmoid(-self.beta * chosen) + functional.logsigmoid(-self.beta * rejected)
+        return -functional.logsigmoid(self.beta * chosen) - below / 2
 
 
-__all__ = ["Link", "Transform", "f_divergence", "hinge", "logistic", "robust", "squared"]
+@dataclass(frozen=True)
+class bco_pair(Link):
+    """BCO without a running mean: ``-log sigmoid(beta * chosen) - log sigmoid(-beta * rejected)``.
+
+    Args:
+        beta: Strength of the preference, above 0.
+
+    References:
+        arXiv 2404.04656.
+    """
+
+    beta: float = number(0.1, above=0)
+
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return -functional.logsigmoid(self.beta * chosen) - functional.logsigmoid(-self.beta * rejected)
+
+
+@dataclass(frozen=True)
+class sppo_hard(Link):
+    """SPPO with certain labels: ``(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2``.
+
+    Args:
+        beta: Strength of the regularization, above 0.
+
+    References:
+        arXiv 2405.00675.
+    """
+
+    beta: float = number(0.1, above=0)
+
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return (chosen - 0.5 / self.beta).square() + (rejected + 0.5 / self.beta).square()
+
+
+@dataclass(frozen=True)
+class apo_zero(Link):
+    """APO for a policy worse than the chosen responses: ``1 - sigmoid(beta * chosen) + sigmoid(beta * rejected)``.
+
+    Args:
+        beta: Strength of the preference, above 0.
+
+    References:
+        arXiv 2408.06266.
+    """
+
+    beta: float = number(0.1, above=0)
+
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return 1 - (self.beta * chosen).sigmoid() + (self.beta * rejected).sigmoid()
+
+
+@dataclass(frozen=True)
+class apo_down(Link):
+    """APO for a policy better than the chosen responses, which it makes less likely, but the rejected ones more so.
+
+    ``sigmoid(beta * chosen) + 1 - sigmoid(beta * (chosen - rejected))``.
+
+    Args:
+        beta: Strength of the preference, above 0.
+
+    References:
+        arXiv 2408.06266.
+    """
+
+    beta: float = number(0.1, above=0)
+
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return (self.beta * chosen).sigmoid() + 1 - (self.beta * (chosen - rejected)).sigmoid()
+
+
+@dataclass(frozen=True)
+class discopop(Link):
+    """DiscoPOP's mixture of the logistic and the exponential loss. It is not monotone: its slope can be positive.
+
+    With ``z = beta * (chosen - rejected)`` and ``k = sigmoid(z / tau)``::
+
+        loss = (1 - k) * -log sigmoid(z) + k * exp(-z)
+
+    Args:
+        beta: Strength of the preference, above 0.
+        tau: Temperature of the mixture, above 0.
+
+    References:
+        arXiv 2406.08414.
+    """
+
+    beta: float = number(0.1, above=0)
+    tau: float = number(0.05, above=0)
+
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        z = self.beta * (chosen - rejected)
+        k = (z / self.tau).sigmoid()
+        return k * (-z).exp() - (1 - k) * functional.logsigmoid(z)
+
+
+__all__ = [
+    "Link",
+    "apo_down",
+    "apo_zero",
+    "bco_pair",
+    "discopop",
+    "exo_pair",
+    "hinge",
+    "logistic",
+    "nca_pair",
+    "robust",
+    "sppo_hard",
+    "squared",
+]

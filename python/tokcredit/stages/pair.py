@@ -1,20 +1,59 @@
-"""Stages of preference objectives beside the link: the divergence in the score of a row, and terms of a pair's loss."""
+"""Stages of preference objectives beside the link: what changes the score of a row, and what is added to a loss."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from tokcredit.blocks import segment
+from tokcredit import ops
+from tokcredit.blocks import scan, segment
 from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
-from tokcredit.stages.base import Stage, flag, input_name, number, parts
+from tokcredit.stages.base import Stage, flag, input_name, number, option, parts
 from tokcredit.stages.link import Link
 from tokcredit.stages.token_weights import TokenWeight
+
+
+def partners(batch: Rollouts) -> Tensor:
+    """Return the other row of each row's pair, int64 ``[R]``.
+
+    Args:
+        batch: Pairs.
+
+    Raises:
+        ValueError: A group is no pair.
+    """
+    if bool((batch.groups.sizes != 2).any()):
+        raise ValueError(
+            f"group_ids: expected pairs, groups of two rows, got groups of {batch.groups.sizes.tolist()[:4]}"
+        )
+    rows = batch.groups.sorted(torch.arange(batch.num_rows, device=batch.device)).view(-1, 2)
+    return torch.empty_like(rows.view(-1)).index_copy_(0, rows.view(-1), rows.flip(1).reshape(-1))
+
+
+@dataclass(frozen=True)
+class length_desensitized(TokenWeight):
+    """LD-DPO's weights: 1 up to the length of the shorter response of the pair, and ``alpha`` beyond.
+
+    Args:
+        alpha: Weight of the tokens beyond, at least 0; TRL's ``ld_alpha``.
+
+    References:
+        arXiv 2409.06411.
+    """
+
+    alpha: float = number(0.5, at_least=0)
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        shorter = torch.minimum(batch.lengths, batch.lengths.index_select(0, partners(batch)))
+        beyond = scan.positions(batch.spans) > ops.spread(shorter, batch.spans)
+        return torch.ones_like(beyond, dtype=torch.float64).masked_fill_(beyond, self.alpha)
 
 
 def masked_product(a: Tensor, b: Tensor, spans: Spans) -> Tensor:
@@ -27,6 +66,58 @@ def masked_product(a: Tensor, b: Tensor, spans: Spans) -> Tensor:
     """
     assert spans.mask is not None
     return torch.where(spans.mask, a, 0) * torch.where(spans.mask, b, 0)
+
+
+class Transform(Stage):
+    """Base of transforms of scores.
+
+    Attributes:
+        kind: ``"transform"``.
+    """
+
+    kind: ClassVar[str] = "transform"
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Return the transformed scores, float ``[R]``, with gradient.
+
+        Args:
+            scores: float ``[R]``, sums over the tokens of each row, before they are divided by its length.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class f_divergence(Transform):
+    """Scores under another divergence from the reference policy than ``KL(policy || reference)``, as in TRL.
+
+    With S the log-ratio of a response::
+
+        reverse_kl     S
+        forward_kl     1 - exp(-S)
+        js             log 2 + log sigmoid(S)
+        alpha          (exp((alpha - 1) S) - 1) / (alpha - 1)
+
+    Exponents are at most 80, above which a response has no gradient.
+
+    Args:
+        divergence: ``reverse_kl``, ``forward_kl``, ``js`` or ``alpha``.
+        alpha: The alpha of ``alpha``; within 1e-6 of 1 the score is S.
+
+    References:
+        arXiv 2309.16240.
+    """
+
+    divergence: str = option("reverse_kl", "forward_kl", "js", "alpha")
+    alpha: float = number(0.5)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        if self.divergence == "js":
+            return math.log(2) + functional.logsigmoid(scores)
+        rate = -1.0 if self.divergence == "forward_kl" else self.alpha - 1
+        if self.divergence == "reverse_kl" or abs(rate) < 1e-6:
+            return scores
+        exponents = rate * scores
+        return exponents.where(~(exponents > 80), 80).expm1() / rate  # NaN stays, with its gradient
 
 
 class Divergence(Stage):
@@ -174,4 +265,15 @@ class PairWeight(Stage):
         raise NotImplementedError
 
 
-__all__ = ["Divergence", "PairTerm", "PairWeight", "Pairs", "masked_product", "sequential_kl"]
+__all__ = [
+    "Divergence",
+    "PairTerm",
+    "PairWeight",
+    "Pairs",
+    "Transform",
+    "f_divergence",
+    "length_desensitized",
+    "masked_product",
+    "partners",
+    "sequential_kl",
+]
