@@ -186,3 +186,58 @@ def test_nan_where_the_mask_is_false_reaches_nothing():
     out.loss.backward()
     torch.testing.assert_close(out.loss, objective.loss(objective.prepare(batch), clean).loss)
     assert dirty.grad.isfinite().all() and not dirty.grad[~batch.shaped(batch.response_mask)].any()
+
+
+PAIRED = sorted(set(tc.methods.names()) - set(naive.OF_GROUPS))
+
+
+def gradient(objective, batch, current):
+    x = current.clone().requires_grad_()
+    out = naive.loss_of(objective, objective.prepare(batch), x)
+    out.loss.backward()
+    return out, x.grad
+
+
+@pytest.mark.parametrize("rewards", [[1.0, 0.0], [0.0, 1.0]])
+@pytest.mark.parametrize("name", PAIRED)
+def test_an_empty_response_has_a_score_of_0(name, rewards):
+    """The other response trains as before: the chosen one is raised, or the rejected one lowered."""
+    objective = tc.methods.load(name)
+    mask = torch.tensor([[True] * 4, [False] * 4])
+    batch = tc.Rollouts.from_padded(torch.zeros(2, 4).long(), mask, torch.zeros(2).long(), torch.tensor(rewards))
+    batch = naive.with_inputs(batch, objective.required_inputs)
+    if name == "cdpo":  # by default its synthetic tokens are the same in both rows
+        batch = batch.with_inputs(contrastive_log_probs=torch.full((8,), -2.0))
+    out, grad = gradient(objective, batch, log_probs_for(batch))
+    assert out.loss.isfinite() and all(x.isfinite() for x in out.metrics.values())
+    assert out.metrics[f"score_{'rejected' if rewards[0] else 'chosen'}_mean"] == 0
+    assert not grad[1].any() and ((grad[0] < 0) == bool(rewards[0])).all() and grad[0].all()
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "sigmoid_norm", "tgdpo", "tdpo1", "tdpo2", "cdpo", "mapl"])
+def test_two_equal_responses_have_a_margin_of_0(name):
+    """Their gradients are opposite, so that those of a model cancel."""
+    objective = tc.methods.load(name)
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    batch = tc.Rollouts.from_padded(torch.zeros(2, 4).long(), mask, torch.zeros(2).long(), torch.tensor([1.0, 0.0]))
+    same = {"ref_log_probs": -torch.rand(4).repeat(2), "aligned_log_probs": -torch.ones(8)}
+    batch = batch.with_inputs(**same, contrastive_log_probs=torch.full((8,), -math.inf))
+    batch = naive.with_inputs(batch, objective.required_inputs)
+    if name == "tgdpo":  # weights of chosen and rejected tokens differ
+        batch = batch.with_inputs(aligned_log_probs=batch.ref_log_probs)
+    current = log_probs_for(batch)[:1].repeat(2, 1)
+    out, grad = gradient(objective, batch, current)
+    assert out.metrics["margin_mean"] == 0 and out.metrics["accuracy_mean"] == 0
+    zero = torch.zeros(1)
+    assert out.loss.item() == pytest.approx(objective.link(zero, zero).item())
+    torch.testing.assert_close(grad[0], -grad[1])
+    assert grad[0].all()
+
+
+def test_combinations_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="pair_terms: expected none because of levels"):
+        tc.mix("mapl", pair_terms="barrier()")
+    with pytest.raises(TypeError, match="divergence: expected a divergence stage or None"):
+        tc.Preference(divergence=tc.link.hinge())
+    with pytest.raises(ValueError, match="learned_weights: "):
+        tc.Preference(learned_weights="reward_mask")
