@@ -33,7 +33,7 @@ def loss_of_pair(d, divergence, m, n, chosen, rejected, l1=(0.0, 0.0)):
 def test_formula(learned, independent):
     batch, current = naive.random_pairs()
     batch = naive.with_inputs(batch, {"ref_log_probs", *MASKS})
-    objective = tc.methods.sparse_po(0.7, learned, independent, 0.02, 0.03)
+    objective = tc.methods.sparse_po(0.7, learned, independent, *((0.02, 0.03) if learned else ()))
     names = {"reward_masks", *(["divergence_masks"] if independent else [])}
     assert objective.required_inputs == {"ref_log_probs"} | (set() if learned else names)
     assert set(objective.variables) == {"log_probs", "ref_forward_kl"} | (names if learned else set())
@@ -152,6 +152,11 @@ def test_the_network_of_masks():
     assert masks.tolist() == pytest.approx([0.3717480824], abs=1e-7)  # weights are rounded to float32
     masks.sum().backward()
     assert network.mix.weight.grad[0].tolist() == pytest.approx([0, 0.531068689], abs=1e-7) and states.grad is None
+
+
+def test_norms_of_masks_that_are_not_learned_are_refused():
+    with pytest.raises(ValueError, match="sparse_po: l1_divergence: expected 0 because masks are not learned, got 0"):
+        tc.methods.sparse_po(l1_divergence=0.1)
 
 
 def test_defaults():

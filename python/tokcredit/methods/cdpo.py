@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from tokcredit import ops
 from tokcredit.arguments import float_tensor
-from tokcredit.blocks import log_probs
+from tokcredit.blocks import log_probs, segment
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
-from tokcredit.stages.base import input_name
+from tokcredit.settings import Range
+from tokcredit.stages.base import input_name, number, whole_number
 from tokcredit.stages.credit.group import per_token
-from tokcredit.stages.link import logistic
+from tokcredit.stages.link import Link, logistic
+from tokcredit.stages.pair import Pairs, PairTerm, counterparts, masked_product
 from tokcredit.stages.token_weights import TokenWeight
 
 
@@ -59,7 +65,58 @@ class critical(TokenWeight):
         return torch.where(per_token(advantages, batch.spans) < 0, weights, 1)
 
 
-def cdpo(beta: float = 1.0) -> Preference:
+@dataclass(frozen=True)
+class nothing(Link):
+    """0: the loss of a pair is that of its terms alone."""
+
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return torch.zeros_like(chosen)
+
+
+@dataclass(frozen=True)
+class by_position(PairTerm):
+    """The logistic loss of each chosen token against the rejected token at the same place, as the release has it.
+
+    With ``x[t] = w[t] * (log p[t] - log p_ref[t])``, and 0 for a response that has no token at a place::
+
+        term = mean over the places of a padded row of -log sigmoid(beta * (x[chosen, place] - x[rejected, place]))
+
+    The places of the prompt and of padding count, with a loss of log 2.
+
+    Args:
+        padded_length: Number of places of a row.
+        beta: Strength of the preference, above 0.
+        coefficient: Factor of the term, at least 0.
+    """
+
+    padded_length: int = whole_number(at_least=1)
+    beta: float = number(0.1, above=0)
+    coefficient: float = number(1.0, at_least=0)
+    metric: ClassVar[str] = "by_position_mean"
+    reads = frozenset({"ref_log_probs"})
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        batch, spans = pairs.batch, pairs.batch.spans
+        weights = torch.ones_like(batch.rewards)[:, None] if pairs.weights is None else pairs.weights
+        x = pairs.variables["log_probs"] - batch.input("ref_log_probs")
+        x = masked_product(x, per_token(weights, spans), spans)
+        at = counterparts(batch)
+        other = torch.where(at >= 0, x[at], 0)
+        # Each place once: at the chosen token, or at a rejected token without a chosen one.
+        signs = ops.spread(torch.ones_like(batch.rewards).index_fill_(0, pairs.rows[1], -1), spans)
+        losses = -functional.logsigmoid(self.beta * signs * (x - other))
+        rows = segment.sum(losses, spans.with_mask(batch.response_mask & ((signs > 0) | (at < 0))))
+        chosen, rejected = (rows.index_select(0, own) for own in pairs.rows)
+        longer = torch.maximum(*(batch.lengths.index_select(0, own) for own in pairs.rows))
+        rest = (self.padded_length - longer).to(rows.dtype)
+        return (chosen + rejected + math.log(2) * rest) / self.padded_length
+
+
+def cdpo(
+    beta: Annotated[float, Range("number", above=0)] = 1.0,
+    variant: Literal["paper", "released_code"] = "paper",
+    padded_length: Annotated[int | None, Range("whole number", at_least=1, optional=True)] = None,
+) -> Preference:
     """cDPO: DPO that pushes down the critical tokens of a wrong solution and leaves the others.
 
     A token of the rejected response is critical where a model of right solutions finds it less probable than a model of
@@ -70,7 +127,12 @@ def cdpo(beta: float = 1.0) -> Preference:
         loss = mean over pairs of -log sigmoid(beta * (S[chosen] - S[rejected]))
 
     Args:
-        beta: Strength of the preference, above 0: the paper's gamma.
+        beta: Strength of the preference, above 0: the paper's gamma. The released code has 0.1.
+        variant: ``paper``, or ``released_code`` for its loss of positions.
+        padded_length: Places of a padded row with its prompt, for ``released_code``.
+
+    Raises:
+        ValueError: ``padded_length`` is missing, or not needed.
 
     Cost: DPO, and the log-probs of two more models on the rejected responses.
     References: arXiv 2411.19943.
@@ -78,6 +140,11 @@ def cdpo(beta: float = 1.0) -> Preference:
         - None known.
     Differences from the released code:
         - The release applies the loss to each position, the k-th chosen with the k-th rejected token, and averages over
-          the padded length, with a beta of 0.1. This is the paper's loss of whole responses.
+          the padded length, prompt included. This is ``variant="released_code"``; the default is the paper's loss.
     """
-    return Preference((critical(),), link=logistic(beta))
+    if (padded_length is None) != (variant == "paper"):
+        expected = "None" if variant == "paper" else "a whole number"
+        raise ValueError(f"cdpo: padded_length: expected {expected} because of {variant}, got {padded_length}")
+    if padded_length is None:
+        return Preference((critical(),), link=logistic(beta))
+    return Preference((critical(),), link=nothing(), pair_terms=(by_position(padded_length, beta),))

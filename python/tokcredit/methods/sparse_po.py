@@ -141,8 +141,8 @@ def sparse_po(
         beta: Strength of the preference, above 0.
         learned: Whether masks are variables of ``loss`` with gradient.
         independent: Whether divergences have masks of their own.
-        l1_reward: Factor of the L1 norm of learned masks of log-ratios, at least 0.
-        l1_divergence: Factor of the L1 norm of learned masks of divergences, at least 0.
+        l1_reward: Factor of the L1 norm of learned masks of log-ratios, at least 0; 0 if masks are not learned.
+        l1_divergence: Factor of the L1 norm of learned masks of divergences, likewise.
 
     Cost: TDPO1, and activations or hidden states of the reference policy.
     References: arXiv 2410.05102.
@@ -153,6 +153,9 @@ def sparse_po(
         - The release keeps minima and maxima of activations in float16. Its other networks of masks are left out.
     """
     link, of_divergence = logistic(beta), "divergence_masks" if independent else "reward_masks"
+    for name, coefficient in (("l1_reward", l1_reward), ("l1_divergence", l1_divergence)):
+        if coefficient and not learned:
+            raise ValueError(f"sparse_po: {name}: expected 0 because masks are not learned, got {coefficient}")
     if not learned:
         masks = [(scored(given(name)),) for name in ("reward_masks", of_divergence)]
         return Preference(masks[0], link=link, divergence=sequential_kl(token_weights=masks[1]))

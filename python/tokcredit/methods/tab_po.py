@@ -19,7 +19,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages.base import number, parts
 from tokcredit.stages.credit.group import per_token
 from tokcredit.stages.link import logistic
-from tokcredit.stages.pair import Pairs, PairTerm, partners
+from tokcredit.stages.pair import Pairs, PairTerm, counterparts
 from tokcredit.stages.token_score import given
 from tokcredit.stages.token_weights import TokenWeight, scored
 
@@ -62,17 +62,9 @@ class differing(TokenWeight):
     factor: float = number(1.2, at_least=0)
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        other = partners(batch)
-        # The tokens of all responses in one buffer, row after row.
-        row_of = ops.spread(torch.arange(batch.num_rows, device=batch.device), batch.spans)
-        at = batch.response_mask.nonzero()[:, 0]
-        at, row = at[order := row_of[at].argsort(stable=True)], row_of[at][order]
-        first = batch.lengths.cumsum(0) - batch.lengths
-        place = torch.arange(at.numel(), device=batch.device) - first[row]
-        inside = place < batch.lengths[other[row]]
-        at, partner = at[inside], at[(first[other[row]] + place)[inside]]
-        weights = torch.ones(batch.num_tokens, dtype=torch.float64, device=batch.device)
-        return weights.index_fill_(0, at[batch.tokens[at] != batch.tokens[partner]], self.factor)
+        other = counterparts(batch)
+        differs = (other >= 0) & (batch.tokens != batch.tokens[other])
+        return torch.ones_like(other, dtype=torch.float64).masked_fill_(differs, self.factor)
 
 
 @dataclass(frozen=True)
@@ -87,7 +79,9 @@ class unit_mean(TokenWeight):
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         weights = multiplied(self.of, batch, advantages)
-        x = per_token(advantages.abs().sign() if weights is None else weights, batch.spans)
+        if weights is None:
+            return torch.ones_like(batch.rewards)[:, None]
+        x = per_token(weights, batch.spans)
         return x * ops.spread(batch.lengths / segment.sum(x, batch.spans).clamp(min=1e-6), batch.spans).to(x.dtype)
 
 
@@ -123,7 +117,6 @@ def tab_po(
     tau: float = 0.66,
     barrier_weight: float = 0.5,
     variant: Literal["v2", "v1"] = "v2",
-    difference: float = 1.2,
 ) -> Preference:
     """TAB-PO: DPO against the SFT policy, and a barrier that keeps improbable tokens of the chosen response likely.
 
@@ -134,15 +127,14 @@ def tab_po(
         loss = mean over pairs of -log sigmoid(beta * (S[chosen] - S[rejected])) + barrier_weight * barrier
 
     With ``variant="v1"`` tokens have weights, also in the barrier, and ``S`` is a weighted mean. A weight is the
-    token's ``field_weights``, times ``difference`` where the other response has another token at the same place,
-    divided by the mean over the response.
+    token's ``field_weights``, times 1.2 where the other response has another token at the same place, divided by the
+    mean over the response. For weights of fields, ``from tokcredit.methods.tab_po import field_weights``.
 
     Args:
         beta: Strength of the preference, above 0.
         tau: Probability below which a chosen token counts in the barrier, at least 0.
         barrier_weight: Factor of the barrier, at least 0: the paper's lambda.
         variant: ``v2``, the second version of the paper, or ``v1``, the first version and the released script.
-        difference: Factor of the tokens that differ, at least 0; read by ``v1``.
 
     Cost: DPO.
     References: arXiv 2603.00025.
@@ -152,8 +144,7 @@ def tab_po(
         - The released script is ``variant="v1"``. Weights of examples, which a second copy of it has, are left out.
     """
     term = barrier(barrier_weight, tau)
-    boost = differing(difference)
     if variant == "v2":
         return Preference(link=logistic(beta), pair_terms=(term,))
-    weights = unit_mean((scored(given("field_weights")), boost))
+    weights = unit_mean((scored(given("field_weights")), differing()))
     return Preference((weights,), normalization="mean", link=logistic(beta), pair_terms=(term,))

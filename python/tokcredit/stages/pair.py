@@ -37,6 +37,29 @@ def partners(batch: Rollouts) -> Tensor:
     return torch.empty_like(rows.view(-1)).index_copy_(0, rows.view(-1), rows.flip(1).reshape(-1))
 
 
+def counterparts(batch: Rollouts) -> Tensor:
+    """Return the position of the token at the same place in the other response of the pair, int64 ``[N]``.
+
+    It is -1 for tokens beyond the end of the other response, and for masked ones.
+
+    Args:
+        batch: Pairs.
+
+    Raises:
+        ValueError: A group is no pair.
+    """
+    other = partners(batch)
+    row_of = ops.spread(torch.arange(batch.num_rows, device=batch.device), batch.spans)
+    # The tokens of all responses in one list, row after row.
+    at = batch.response_mask.nonzero()[:, 0]
+    at = at[row_of[at].argsort(stable=True)]
+    row, first = row_of[at], batch.lengths.cumsum(0) - batch.lengths
+    place = torch.arange(at.numel(), device=batch.device) - first[row]
+    inside = place < batch.lengths[other[row]]
+    found = torch.full_like(row_of, -1)
+    return found.index_copy_(0, at[inside], at[(first[other[row]] + place)[inside]])
+
+
 @dataclass(frozen=True)
 class length_desensitized(TokenWeight):
     """LD-DPO's weights: 1 up to the length of the shorter response of the pair, and ``alpha`` beyond.
@@ -271,6 +294,7 @@ __all__ = [
     "PairWeight",
     "Pairs",
     "Transform",
+    "counterparts",
     "f_divergence",
     "length_desensitized",
     "masked_product",
