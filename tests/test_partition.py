@@ -152,6 +152,21 @@ def test_supervised_and_pairs_wait_for_nothing():
     seen.check_waits_for_nothing()
 
 
+@pytest.mark.parametrize("name", sorted(set(tc.methods.names()) - set(naive.OF_GROUPS)))
+def test_pairs_of_every_method_wait_for_nothing(name):
+    objective = tc.methods.load(name)
+    batch, current = naive.random_pairs()
+    prepared = objective.prepare(naive.with_inputs(batch, objective.required_inputs))
+    prepared.batch.sizes  # noqa: B018
+    rows = batch.group_index.argsort(stable=True)[2:6].tolist()
+    with Dispatched() as seen:
+        out = naive.loss_of(objective, prepared.select(rows), current[rows].requires_grad_())
+        out.loss.backward()
+        dict(out.metrics)
+        prepared.minibatch(rows)
+    seen.check_waits_for_nothing()
+
+
 @pytest.mark.parametrize(
     "rows",
     [
