@@ -152,6 +152,22 @@ def loss_of(objective, prepared, variable):
     return objective.loss(prepared, variable, **further(objective, variable))
 
 
+def gradient(objective, batch, current):
+    """The loss, with synthetic variables beside the first, and its gradient to the first."""
+    x = current.clone().requires_grad_()
+    out = loss_of(objective, objective.prepare(batch), x)
+    out.loss.backward()
+    return out, x.grad
+
+
+def check_same(objectives, batch, current):
+    """Two objectives have the same loss and gradient."""
+    (a, of_a), (b, of_b) = (gradient(x, batch, current) for x in objectives)
+    torch.testing.assert_close(a.loss, b.loss)
+    torch.testing.assert_close(of_a, of_b)
+    assert of_a.any()
+
+
 def check(objective, batch, current, naive, progress=None):
     """Loss and gradients of the objective equal those of ``naive(batch, flat variables)``, differentiated by torch."""
     others = further(objective, current)

@@ -191,13 +191,6 @@ def test_nan_where_the_mask_is_false_reaches_nothing():
 PAIRED = sorted(set(tc.methods.names()) - set(naive.OF_GROUPS))
 
 
-def gradient(objective, batch, current):
-    x = current.clone().requires_grad_()
-    out = naive.loss_of(objective, objective.prepare(batch), x)
-    out.loss.backward()
-    return out, x.grad
-
-
 @pytest.mark.parametrize("rewards", [[1.0, 0.0], [0.0, 1.0]])
 @pytest.mark.parametrize("name", PAIRED)
 def test_an_empty_response_has_a_score_of_0(name, rewards):
@@ -208,7 +201,7 @@ def test_an_empty_response_has_a_score_of_0(name, rewards):
     batch = naive.with_inputs(batch, objective.required_inputs)
     if name == "cdpo":  # by default its synthetic tokens are the same in both rows
         batch = batch.with_inputs(contrastive_log_probs=torch.full((8,), -2.0))
-    out, grad = gradient(objective, batch, log_probs_for(batch))
+    out, grad = naive.gradient(objective, batch, log_probs_for(batch))
     assert out.loss.isfinite() and all(x.isfinite() for x in out.metrics.values())
     assert out.metrics[f"score_{'rejected' if rewards[0] else 'chosen'}_mean"] == 0
     assert not grad[1].any() and ((grad[0] < 0) == bool(rewards[0])).all() and grad[0].all()
@@ -226,7 +219,7 @@ def test_two_equal_responses_have_a_margin_of_0(name):
     if name == "tgdpo":  # weights of chosen and rejected tokens differ
         batch = batch.with_inputs(aligned_log_probs=batch.ref_log_probs)
     current = log_probs_for(batch)[:1].repeat(2, 1)
-    out, grad = gradient(objective, batch, current)
+    out, grad = naive.gradient(objective, batch, current)
     assert out.metrics["margin_mean"] == 0 and out.metrics["accuracy_mean"] == 0
     zero = torch.zeros(1)
     assert out.loss.item() == pytest.approx(objective.link(zero, zero).item())
