@@ -25,6 +25,34 @@ def mixture(**changes):
     )
 
 
+@pytest.mark.parametrize(("on", "low"), [("probability", -0.05), ("binary_kl", -0.01), ("difference", -0.1)])
+def test_a_gate_compares_the_token_whatever_the_ratio_is(on, low):
+    """Also where the ratio is one of the row: the gate looks at the token's own log-probs, old and current."""
+
+    def formula(batch, log_probs):
+        advantages, losses = naive.group_advantages(batch), []
+        for r, tokens in enumerate(naive.rows_of(batch)):
+            old = [batch.old_log_probs[t].item() for t in tokens]
+            new = [log_probs[t].item() for t in tokens]
+            ratio = math.exp(sum(b - a for a, b in zip(old, new, strict=True)) / max(len(tokens), 1))
+            row = []
+            for t, before, now in zip(tokens, old, new, strict=True):
+                p, q = math.exp(before), math.exp(now)
+                kl = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+                at = {"probability": q - p, "binary_kl": math.copysign(kl, now - before), "difference": now - before}[
+                    on
+                ]
+                stopped = (at < low and advantages[r] < 0) or (at > -low and advantages[r] > 0)
+                row.append(-advantages[r] * (0 if stopped else ratio) * log_probs[t])
+            losses.append(row)
+        return naive.sequence_mean(batch, losses)
+
+    batch, current = naive.random_batch()
+    current = current.clamp(max=-1e-3)
+    objective = tc.Objective(ratio=tc.ratio.sequence(), clip=tc.clip.gated(on, low, -low))
+    naive.check(objective, batch, current, formula)
+
+
 def test_any_mixture_is_the_product_of_its_stages():
     """Tree credit, prefix ratio, growing window and balanced weights, each written naively."""
 

@@ -368,6 +368,9 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
     current = batch.flat(log_probs, "log_probs").detach()
     reference = current if _on_policy(objective, batch) else batch.input(_divisor(objective))
     log_ratio, window = objective.ratio(batch.spans, current, reference, prepared.credit), prepared.window
+    compared = log_ratio.reference
+    if compared is None and window.gate.get("on", "ratio") != "ratio":  # a gate may look at what a ratio leaves out
+        compared = reference
     advantages = prepared.credit
     if objective.scales:
         window = window.per_token(batch.spans)
@@ -384,7 +387,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
         log_probs,
         batch.spans if along else prepared.spans,
         window.surrogate,
-        reference=log_ratio.reference,
+        reference=compared,
         log_ratio=log_ratio.log_ratio,
         advantages=advantages,
         weights=weights,

@@ -12,7 +12,15 @@ import tokcredit as tc
 import torch
 from tokcredit import cli, train
 from tokcredit.stages.credit.group import per_token
-from tokcredit.train import ObjectiveSettings, OptimizerSettings, PrivilegedSettings, ProbeSettings, compare, learner, run
+from tokcredit.train import (
+    ObjectiveSettings,
+    OptimizerSettings,
+    PrivilegedSettings,
+    ProbeSettings,
+    compare,
+    learner,
+    run,
+)
 from tokcredit.train import trainer as trainer_module
 from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved

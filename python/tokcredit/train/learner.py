@@ -94,9 +94,8 @@ class Learner:
         names, o = self._objective.required_inputs | others, self._settings.optimizer
         if o.epochs * o.minibatches > 1:
             names |= {"old_log_probs"}
-        models = (self._model, self._reference, self._teacher)
         with self._accelerator.autocast():
-            return collectors.collect(names, batch, o.micro_batch, *models, self._settings.sampling.temperature)
+            return collectors.collect(names, batch, o.micro_batch, *self._models, self._settings.sampling.temperature)
 
     def score(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies under the policy at temperature 1, float ``[N]`` each, without gradient.
