@@ -18,8 +18,9 @@ import torch
 import tyro
 
 import tokcredit as tc
-from tokcredit import analyze, exits, options, train
+from tokcredit import analyze, exits, options, pairs, train
 from tokcredit.analyze import Divergent, Shift
+from tokcredit.pairs import PairsSettings
 from tokcredit.settings import Declared, option, whole_number
 from tokcredit.train import ComparisonSettings, Settings
 
@@ -121,6 +122,12 @@ def _inspect(settings: _Flat[InspectSettings]) -> None:
         _print({"report": str(written)})
 
 
+def _pairs(settings: _Flat[PairsSettings]) -> None:
+    """Make pairs of a chosen and a rejected response from the rollouts of a run."""
+    counts = pairs.run(settings)
+    _print({"file": str(settings.output), **{name.replace("_", " "): str(n) for name, n in counts.items()}})
+
+
 def _analyze(settings: _Analysis) -> None:
     """Compare two models token by token on the responses of one of them."""
     analyze.run(settings)
@@ -132,6 +139,7 @@ _COMMANDS: dict[str, Callable[..., bool | None]] = {
     "info": info,
     "inspect": _inspect,
     "methods": methods,
+    "pairs": _pairs,
     "train": _train,
 }
 """The commands by name; each returns whether it was stopped before its end."""

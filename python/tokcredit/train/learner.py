@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from tokcredit import inputs, mismatch
 from tokcredit.from_hidden import FromHidden
+from tokcredit.preference import Preference
 from tokcredit.protocol import PreparedBatch, TrainingObjective
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State
@@ -25,7 +25,10 @@ from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import OptimizerSettings, Settings
 
 _MEANS = ("_mean", "_fraction")
-"""Endings of metrics that are means over tokens. Others add up over the micro-batches of an optimizer step."""
+"""Endings of metrics that are means over pairs, or over tokens where there are no pairs. Others add up over the
+micro-batches of an optimizer step."""
+_OVER_TOKENS = frozenset({"entropy_mean"})
+"""Means over tokens in any case."""
 _COUNTS = frozenset({"tokens", "pairs", "nonfinite_log_probs"})
 """Metrics that also add up over the optimizer steps of a step."""
 _LIMIT = 10
@@ -55,6 +58,7 @@ class Learner:
         settings: Settings of the run.
         objective: Objective to optimize.
         model: The policy, on its device.
+        reference: Reference policy, or None if nothing of it has to be computed.
         teacher: Teacher of a distilling objective, or None.
         accelerator: Devices and precision.
 
@@ -64,19 +68,27 @@ class Learner:
     """
 
     def __init__(
-        self, settings: Settings, objective: TrainingObjective[Any], model: Any, teacher: Any, accelerator: Accelerator
+        self,
+        settings: Settings,
+        objective: TrainingObjective[Any],
+        model: Any,
+        reference: Any,
+        teacher: Any,
+        accelerator: Accelerator,
     ) -> None:
         o = settings.optimizer
         self._settings, self._accelerator, self._ranks = settings, accelerator, Ranks(accelerator)
-        self._objective, self._model, self._teacher = objective, model, teacher
-        self._reference = copy.deepcopy(model) if objective.required_inputs & inputs.names("reference") else None
+        self._objective, self._model, self._reference, self._teacher = objective, model, reference, teacher
+        # A pair is never cut: its rows are in one micro-batch and in one optimizer step.
+        self._whole_groups = isinstance(objective, Preference)
+        trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = accelerator.prepare_optimizer(
-            torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
+            torch.optim.AdamW(trained, lr=o.lr, weight_decay=o.weight_decay, fused=True)
         )
         self.state, self.skipped_in_row = State(), 0
 
     def with_inputs(self, batch: Rollouts, others: frozenset[str] = frozenset()) -> Rollouts:
-        """Return the rollouts with the inputs that forward passes give.
+        """Return the rollouts with the inputs that forward passes give, but for those of the reference that they carry.
 
         Args:
             batch: Whole groups, packed, with ``prompt_tokens``.
@@ -85,6 +97,7 @@ class Learner:
         names, o = self._objective.required_inputs | others, self._settings.optimizer
         if o.epochs * o.minibatches > 1:
             names |= {"old_log_probs"}
+        names -= {name for name in inputs.names("reference") if batch.has_input(name)}
         models = (self._model, self._reference, self._teacher)
         with self._accelerator.autocast():
             return collectors.collect(names, batch, o.micro_batch, *models, self._settings.sampling.temperature)
@@ -99,6 +112,21 @@ class Learner:
         with self._accelerator.autocast():
             scored = collectors.collect(names, batch, self._settings.optimizer.micro_batch, self._model)
         return scored.input("old_log_probs"), scored.input("entropies")
+
+    @torch.no_grad()
+    def measure(self, batch: Rollouts) -> dict[str, float]:
+        """Return the loss and the metrics of the policy without an update, over all processes.
+
+        Settings with a schedule have the values that they end with.
+
+        Args:
+            batch: As in :meth:`update`.
+        """
+        prepared = self._over_ranks(self._prepare(batch, 1.0))
+        totals = _Totals(self._metrics_of_nothing(prepared))
+        for rows in self._micro_batches(prepared):
+            totals.add(self._forward(prepared.select(rows), Clock())[2])
+        return totals.metrics(self._ranks, 1)
 
     def update(self, batch: Rollouts, number: int, clock: Clock) -> Update:
         """Update the policy and return what was done.
@@ -191,11 +219,10 @@ class Learner:
         totals, steps, norms = _Totals(self._metrics_of_nothing(prepared)), 0, 0.0
         skipped: list[str] = []
         for epoch in range(o.epochs):
-            order = np.random.default_rng([self._settings.seed, number, epoch]).permutation(batch.num_rows)
-            for chosen in np.array_split(order, o.minibatches):
+            for chosen in self._minibatches(batch, np.random.default_rng([self._settings.seed, number, epoch])):
                 whole = o.minibatches == 1
                 part = prepared if whole else self._over_ranks(prepared.select(chosen))
-                parts = _micro_batches(part, o.micro_batch)
+                parts = self._micro_batches(part)
                 if not self._ranks.any(bool(parts)):
                     continue
                 measured = []
@@ -221,6 +248,26 @@ class Learner:
                 steps, self.skipped_in_row = steps + 1, 0
         return totals.metrics(self._ranks, steps) | {"grad_norm": norms / max(steps, 1)}, log_probs, skipped
 
+    def _minibatches(self, batch: Rollouts, generator: np.random.Generator) -> list[NDArray[np.int64]]:
+        """Return the rows of each optimizer step of a pass."""
+        count = self._settings.optimizer.minibatches
+        if not self._whole_groups:
+            return np.array_split(generator.permutation(batch.num_rows), count)
+        groups = batch.group_index.cpu().numpy()
+        return [
+            np.isin(groups, some).nonzero()[0]
+            for some in np.array_split(generator.permutation(batch.num_groups), count)
+        ]
+
+    def _micro_batches(self, part: PreparedBatch) -> list[NDArray[np.int64]]:
+        """Return the rows with a gradient, some at a time; those of a group are neighbours and share a prompt."""
+        size = self._settings.optimizer.micro_batch
+        if self._whole_groups:
+            size = max(2, size - size % 2)
+        rows = part.has_gradient.nonzero()[:, 0].cpu().numpy()
+        rows = rows[part.batch.group_index.cpu().numpy()[rows].argsort(kind="stable")]
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
+
     def _sources(self, part: PreparedBatch, parts: list[NDArray[np.int64]], numbers: NDArray[np.int64]) -> str:
         """Return which rows of the step make a loss or a gradient that is not finite, and at which tokens.
 
@@ -230,11 +277,11 @@ class Learner:
             numbers: Number in the step of each row.
         """
         found: dict[int, list[int]] = {}
-        names, temperature = self._objective.variables, self._settings.sampling.temperature
+        names = self._objective.variables
         for rows in parts:
             micro = part.select(rows)
             with torch.no_grad(), self._accelerator.autocast():
-                forward = collectors.ForwardPass(names, micro.batch, self._model, None, self._teacher, temperature)
+                forward = self._forward_pass(micro.batch)
                 variables = {name: forward.read(name) for name in names}
             seen = nonfinite.tokens(self._objective, micro, variables)
             found |= {int(numbers[rows[row]]): positions for row, positions in seen.items()}
@@ -259,8 +306,14 @@ class Learner:
 
     def _backward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, dict[str, float]]:
         """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
+        loss, log_probs, metrics = self._forward(part, clock)
+        loss.backward()
+        return log_probs, metrics
+
+    def _forward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Return the loss of a micro-batch, its log-probs, and its metrics."""
         names, temperature = self._objective.variables, self._settings.sampling.temperature
-        forward = collectors.ForwardPass(names, part.batch, self._model, None, self._teacher, temperature)
+        forward = self._forward_pass(part.batch)
         if forward.layer is not None and isinstance(self._objective, FromHidden):
             with self._accelerator.autocast():
                 weight, bias, settings = forward.layer
@@ -273,10 +326,13 @@ class Learner:
                 variable, further = forward.read(names[0]), {name: forward.read(name) for name in names[1:]}
             with clock("credit"):
                 loss, found = self._objective.loss(part, variable, **further)
-        loss.backward()
         metrics = {**found, "entropy_mean": entropies[part.batch.response_mask].mean()}
         values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
-        return log_probs, dict(zip(metrics, values, strict=True))
+        return loss, log_probs, dict(zip(metrics, values, strict=True))
+
+    def _forward_pass(self, batch: Rollouts) -> collectors.ForwardPass:
+        names, temperature = self._objective.variables, self._settings.sampling.temperature
+        return collectors.ForwardPass(names, batch, self._model, self._reference, self._teacher, temperature)
 
     def _over_ranks(self, part: PreparedBatch) -> PreparedBatch:
         """Return these rows as an optimizer step of their own, with denominators over all processes."""
@@ -301,26 +357,24 @@ class _Totals:
 
     def add(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._sums[name] += value * metrics["tokens"] if name.endswith(_MEANS) else value
+            self._sums[name] += value * metrics[self._over(name)] if name.endswith(_MEANS) else value
+
+    def _over(self, name: str) -> str:
+        return "pairs" if "pairs" in self._sums and name not in _OVER_TOKENS else "tokens"
 
     def metrics(self, ranks: Ranks, steps: int) -> dict[str, float]:
-        """Return means over tokens, counts, and means over the optimizer steps, over all processes."""
+        """Return means over pairs or tokens, counts, and means over the optimizer steps, over all processes."""
         sums = ranks.sum({name: torch.tensor(value, dtype=torch.float64) for name, value in self._sums.items()})
-        out, tokens = {}, sums.pop("tokens")
+        out = {}
         for name, total in sums.items():
+            if name == "tokens":
+                continue
             if name.endswith(_MEANS):
-                if tokens:
-                    out[name] = total / tokens
+                if count := sums[self._over(name)]:
+                    out[name] = total / count
             else:
                 out[name] = total if name in _COUNTS else total / (max(steps, 1) * ranks.count)
         return out
-
-
-def _micro_batches(part: PreparedBatch, size: int) -> list[NDArray[np.int64]]:
-    """Return the rows with a gradient, some at a time, those of a group side by side because they share a prompt."""
-    rows = part.has_gradient.nonzero()[:, 0].cpu().numpy()
-    rows = rows[part.batch.group_index.cpu().numpy()[rows].argsort(kind="stable")]
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def learning_rate(settings: OptimizerSettings, number: int, steps: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from importlib.util import find_spec
@@ -174,7 +175,8 @@ class Trainer:
             sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
         self.context = SamplingContext(settings, self.problems, self.tokenizer, sampler, self.ranks)
         self.rollout_collector = collector(self.context)
-        self.learner = Learner(settings, self.objective, self.model, teacher, self.accelerator)
+        reference = copy.deepcopy(self.model) if required_inputs & inputs.names("reference") else None
+        self.learner = Learner(settings, self.objective, self.model, reference, teacher, self.accelerator)
         self.prober = Prober(self.context, self.learner.score)
         self.lengths = self._length_learner() if required_inputs & inputs.names("length_head") else None
         self.accelerator.register_for_checkpointing(self)
