@@ -104,11 +104,11 @@ def test_chats_and_texts_of_other_trainers(tmp_path):
     assert lines(tmp_path / "b.jsonl") == [{"prompt": "q", "chosen": "1", "rejected": "0"}]
 
 
-def test_rows_without_a_reward_and_text(tmp_path):
+def test_token_ids_without_text_need_a_tokenizer(tmp_path):
     file = tmp_path / "own.jsonl"
-    rows = [{"group": 0, "prompt": "q", "tokens": [i], "reward": r} for i, r in enumerate((None, 1.0, 0.0))]
+    rows = [{"group": 0, "prompt": "q", "tokens": [i], "reward": r} for i, r in enumerate((1.0, 0.0))]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=r"tokenizer: expected one because row 1 of .* has token ids and no text"):
+    with pytest.raises(ValueError, match=r"tokenizer: expected one because row 0 of .* has token ids and no text"):
         run(PairsSettings(file, tmp_path / "pairs.jsonl"))
     assert [x.name for x in tmp_path.iterdir()] == [file.name]
 

@@ -99,9 +99,9 @@ def load(path: Path, names: Sequence[str], tokenizer: Any, chat: ChatSettings, m
     notes = [
         (equal, "left out because their responses are the same"),
         (long, f"left out because a response has more than {max_tokens} tokens"),
-        (reader.cut, "have a prompt whose last tokens merge with the response or are not in the chat template there"),
+        (reader.cut, "with a prompt whose last tokens are others, and left out, where a response follows"),
     ]
-    return Examples(kept, [f"{count} {option} {what}" for count, what in notes if count])
+    return Examples(kept, [f"{option} {what}: {count}" for count, what in notes if count])
 
 
 def batch_of(examples: Sequence[Example], groups: Sequence[int], device: torch.device) -> Rollouts:

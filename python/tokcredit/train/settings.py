@@ -241,6 +241,11 @@ class Settings(Declared):
     "jsonl('file.jsonl')" with lines {"prompt", "answer"}, where the prompt is a text or the messages of a chat;
     "choices('file.jsonl')" with letters as answers;
     "addition(digits=2)"; "calculator(operations=2)", which has a tool. The default suits the model."""
+    pairs: Path | None = None
+    """Pairs to train on in place of rollouts, for a preference method: JSONL of {"prompt", "chosen", "rejected"}, or a
+    folder of datasets.Dataset.save_to_disk. prompts is then the number of pairs per step. Tasks are only measured."""
+    completions: Path | None = None
+    """The same for a supervised method, with {"prompt", "completion"}."""
     teacher: str | None = None
     """Teacher of a distilling method, with the same tokens; given like model."""
     reward: str | None = None
@@ -267,6 +272,16 @@ class Settings(Declared):
     """Folder of the run; runs/MODEL-METHOD by default."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue the run in the folder from its last checkpoint, or start it if there is none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pairs and self.completions:
+            raise ValueError(f"pairs, completions: expected one of them, got {self.pairs}, {self.completions}")
+
+    @property
+    def trains_on_examples(self) -> bool:
+        """Whether pairs or completions take the place of rollouts."""
+        return self.pairs is not None or self.completions is not None
 
 
 def is_due(number: int, every: int) -> bool:

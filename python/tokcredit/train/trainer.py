@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from tokcredit.mixing import mix
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages.token_weights import tis
-from tokcredit.train import collectors, models, tasks
+from tokcredit.train import collectors, policy, tasks
 from tokcredit.train.clock import Clock
 from tokcredit.train.conversations import Conversations
 from tokcredit.train.learner import Learner, Update
@@ -29,6 +31,7 @@ from tokcredit.train.lengths import LengthHead, LengthLearner
 from tokcredit.train.probes import Prober
 from tokcredit.train.problems import Problems
 from tokcredit.train.ranks import Ranks, check_launch
+from tokcredit.train.record import REWARDS
 from tokcredit.train.replay import Replay
 from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext, SingleTurn
 from tokcredit.train.sampler import Sampler, TransformersSampler
@@ -85,21 +88,39 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
             raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {settings.sampling.adaptive}")
         if settings.objective.token_weights is None:
             objective = _corrected(objective)
-    _check_collected(objective, settings.objective.method)
+    check_collected(objective, settings.objective.method)
     if isinstance(objective, Preference) and settings.sampling.group != 2:
         raise ValueError(
             f"group: expected 2 because of {settings.objective.method}, which compares the two responses to a prompt, "
             f"got {settings.sampling.group}"
         )
-    if _distils(objective) and settings.teacher is None:
-        raise ValueError(f"teacher: expected a model because of {settings.objective.method}, got None")
+    check_teacher(objective, settings)
     if (stage := _length_stage(objective)) is not None and not hasattr(stage, "gamma"):
         raise ValueError(f"credit: expected a stage with a gamma because it reads length_values, got {stage}")
     problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
-    return objective, problems, _collector(settings, objective.required_inputs, problems)
+    return objective, problems, collector(settings, objective.required_inputs, problems)
 
 
-def _distils(objective: Any) -> bool:
+def check_teacher(objective: Any, settings: Settings) -> None:
+    """Check that there is a teacher if the objective needs one.
+
+    Args:
+        objective: The objective.
+        settings: Settings of the run.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if distils(objective) and settings.teacher is None:
+        raise ValueError(f"teacher: expected a model because of {settings.objective.method}, got None")
+
+
+def distils(objective: Any) -> bool:
+    """Return whether an objective reads or differentiates what a teacher gives.
+
+    Args:
+        objective: The objective.
+    """
     return bool(inputs.names("teacher") & (objective.required_inputs | set(objective.variables)))
 
 
@@ -107,7 +128,17 @@ def _length_stage(objective: Any) -> Any:
     return next((x for x in objective.stages() if x.reads & inputs.names("length_head")), None)
 
 
-def _collector(settings: Settings, wanted: frozenset[str], problems: Problems) -> type[RolloutCollector]:
+def collector(settings: Settings, wanted: frozenset[str], problems: Problems) -> type[RolloutCollector]:
+    """Return the class that collects rollouts.
+
+    Args:
+        settings: Settings of the run.
+        wanted: Names of the inputs that the objective requires.
+        problems: The problems.
+
+    Raises:
+        ValueError: The inputs cannot be collected with tools.
+    """
     with_tools = any(p.calls is not None for p in problems.held_out)
     plain = ("continuations", "probes", "tree_sampler", "replay")
     if with_tools and (others := wanted & frozenset().union(*map(inputs.names, plain))):
@@ -122,7 +153,16 @@ def _collector(settings: Settings, wanted: frozenset[str], problems: Problems) -
     return Replay if wanted & inputs.names("replay") else SingleTurn
 
 
-def _check_collected(objective: Any, method: str) -> None:
+def check_collected(objective: Any, method: str) -> None:
+    """Check that the trainer collects what an objective requires and computes what it differentiates.
+
+    Args:
+        objective: The objective.
+        method: Name of its method, for errors.
+
+    Raises:
+        ValueError: It does not.
+    """
     by_forward = collectors.collected()
     wanted = objective.required_inputs
     missing = wanted & (inputs.names("user") | inputs.names("host")) | {
@@ -141,27 +181,29 @@ def _check_collected(objective: Any, method: str) -> None:
 
 
 class Trainer:
-    """A policy and everything that trains it; :func:`tokcredit.train.run` records it into a folder.
+    """A policy and everything that trains it on rollouts; :func:`tokcredit.train.run` records it into a folder.
 
     Args:
         settings: Settings without open defaults; see :func:`tokcredit.train.experiment.resolved`.
 
     Raises:
         ValueError: A setting is wrong; see :func:`checked`.
+
+    Attributes:
+        curve: Which metrics the learning curve shows.
     """
+
+    curve = REWARDS
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.objective, self.problems, collector = checked(settings)
+        self.objective, self.problems, make = checked(settings)
         required_inputs = self.objective.required_inputs
         self.accelerator = Accelerator(mixed_precision=settings.optimizer.precision)
         self.ranks = Ranks(self.accelerator)
-        with self.accelerator.main_process_first():
-            model, self.tokenizer = models.load(settings.model)
-        model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        # The wrapper that converts outputs to float32 would copy all logits.
-        self.model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        teacher = self._teacher() if _distils(self.objective) else None
+        self.model, self.tokenizer = policy.load(settings, self.accelerator)
+        has_teacher = distils(self.objective)
+        teacher = policy.load_teacher(settings, self.tokenizer, self.accelerator) if has_teacher else None
         s, half = settings.sampling, settings.optimizer.precision == "bf16"
         deviations = (x for x in self.objective.stages() if isinstance(x, entropy_deviation))
         self.deviation = next(deviations, entropy_deviation())
@@ -174,7 +216,7 @@ class Trainer:
             dtype = torch.bfloat16 if half else None
             sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
         self.context = SamplingContext(settings, self.problems, self.tokenizer, sampler, self.ranks)
-        self.rollout_collector = collector(self.context)
+        self.rollout_collector = make(self.context)
         reference = copy.deepcopy(self.model) if required_inputs & inputs.names("reference") else None
         self.learner = Learner(settings, self.objective, self.model, reference, teacher, self.accelerator)
         self.prober = Prober(self.context, self.learner.score)
@@ -210,6 +252,19 @@ class Trainer:
         self.learner.state.load_state_dict(state["controllers"])
         self.learner.skipped_in_row = state["skipped_in_row"]
 
+    @property
+    def introduction(self) -> str:
+        """What is trained on, for the user."""
+        problems = self.problems
+        return (
+            f"{' + '.join(self.settings.tasks)}: {sum(map(len, problems.train))} problems to train on, "
+            f"{len(problems.held_out)} held out"
+        )
+
+    def measure(self) -> dict[str, float]:
+        """Return what is measured on held-out problems, by name."""
+        return {self.curve.held_out: self.evaluate()}
+
     def evaluate(self) -> float:
         """Return the mean reward on held-out problems, over all processes."""
         return self.context.evaluate(self.rollout_collector.attempt)
@@ -240,6 +295,34 @@ class Trainer:
                 metrics["skipped_updates"] += 1
         seconds = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
         return Step(collection, update, {**metrics, **clock.seconds, "seconds": seconds})
+
+    def columns(self, step: Step) -> dict[str, Any]:
+        """Return what is recorded of each rollout, by column.
+
+        Args:
+            step: The step.
+        """
+        problems = step.collection.problems
+        return {
+            "task": [p.task for p in problems],
+            "prompt": [p.question for p in problems],
+            "completion": step.collection.responses,
+        }
+
+    def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Return what the progress bar shows of a step.
+
+        Args:
+            metrics: Its metrics.
+        """
+        return {"reward": f"{metrics['reward_mean']:.2f}", "length": f"{metrics['length_mean']:.0f}"}
+
+    def write(self, folder: Path) -> None:
+        """Write nothing: the metrics and rollouts of the steps are all that there is.
+
+        Args:
+            folder: Folder of the run.
+        """
 
     def _measured(self, collection: RolloutCollection, update: Update) -> dict[str, Tensor]:
         """Return the means that describe the rollouts of this process."""
@@ -282,10 +365,3 @@ class Trainer:
             torch.manual_seed(self.settings.seed)
             head = LengthHead(self.model.config.hidden_size).to(self.accelerator.device)
         return LengthLearner(head, stage.gamma, self.ranks)
-
-    def _teacher(self) -> Any:
-        assert self.settings.teacher is not None
-        teacher, tokenizer = models.load(self.settings.teacher)
-        if tokenizer.get_vocab() != self.tokenizer.get_vocab():
-            raise ValueError(f"teacher: expected the tokens of {self.settings.model}, got {self.settings.teacher}")
-        return teacher.to(self.accelerator.device)
