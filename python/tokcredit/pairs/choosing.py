@@ -25,7 +25,7 @@ def choose(
     pairs = [(i, j) for i in numbers for j in numbers if rewards[i] - rewards[j] > gap and responses[i] != responses[j]]
     rule = _RULES[how]
     taken: set[int] = set()
-    for pair in sorted(pairs, key=lambda p: rule(*(rewards[i] for i in p), *(responses[i] for i in p))):
+    for pair in sorted(pairs, key=lambda p: rule(rewards[p[0]], rewards[p[1]], responses[p[0]], responses[p[1]])):
         if taken.isdisjoint(pair):
             taken |= set(pair)
             most -= 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokcredit import inputs, ops
 from tokcredit.blocks import divergence, log_probs
 from tokcredit.rollouts import Rollouts
+from tokcredit.train import adapter
 from tokcredit.train.output_layer import OutputLayer, output_layer
 from tokcredit.train.scoring import Predicted, predict, score, scores_of
 
@@ -119,7 +120,8 @@ class ForwardPass:
     @property
     def ref_log_probs(self) -> Tensor:
         """Log-probs under the reference policy, nats."""
-        return score(self._reference, self._batch, self._temperature)[0]
+        with adapter.switched_off(self._reference):
+            return score(self._reference, self._batch, self._temperature)[0]
 
     @property
     def token_probs(self) -> Tensor:

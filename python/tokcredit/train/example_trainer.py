@@ -15,7 +15,7 @@ from tokcredit import inputs
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Supervised
-from tokcredit.train import collectors, examples, policy, tasks, trainer
+from tokcredit.train import adapter, collectors, examples, policy, tasks, trainer
 from tokcredit.train.checkpoint import last
 from tokcredit.train.clock import Clock
 from tokcredit.train.examples import Example, batch_of
@@ -44,14 +44,26 @@ class ExampleStep(NamedTuple):
     """A step of training.
 
     Attributes:
+        source: Name of the file.
         examples: Its examples in this process.
         update: The update of the policy.
         metrics: Numbers by name, over all processes.
     """
 
+    source: str
     examples: list[Example]
     update: Update
     metrics: dict[str, float]
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """Texts that are recorded of each response, by column."""
+        rows = [(example, response) for example in self.examples for response in example.responses]
+        return {
+            "task": [self.source] * len(rows),
+            "prompt": [example.question for example, _ in rows],
+            "completion": [response.text for _, response in rows],
+        }
 
 
 def checked(settings: Settings) -> tuple[Any, Problems | None]:
@@ -68,6 +80,8 @@ def checked(settings: Settings) -> tuple[Any, Problems | None]:
     option, kind, wanted = (
         ("pairs", Preference, "preference") if settings.pairs else ("completions", Supervised, "supervised")
     )
+    if settings.adapter is not None:
+        adapter.config(settings.adapter)
     objective = settings.objective.build()
     if not isinstance(objective, kind):
         raise ValueError(
@@ -131,7 +145,9 @@ class ExampleTrainer:
         self._load()
         distils = trainer.distils(self.objective)
         teacher = policy.load_teacher(settings, self.tokenizer, self.accelerator) if distils else None
-        self.learner = Learner(settings, self.objective, self.model, None, teacher, self.accelerator)
+        self._of_reference = self.objective.required_inputs & inputs.names("reference")
+        reference = policy.reference(self.objective, self.model, self._of_reference)
+        self.learner = Learner(settings, self.objective, self.model, reference, teacher, self.accelerator)
         self._tasks = self._measured_tasks(problems) if problems else None
         self._reference = self._computed()
         self.accelerator.register_for_checkpointing(self)
@@ -140,6 +156,7 @@ class ExampleTrainer:
         s = self.settings
         path, names = (s.pairs, examples.PAIRS) if s.pairs else (s.completions, examples.COMPLETIONS)
         assert path is not None
+        self._path = path
         self._examples, self._notes = examples.load(path, names, self.tokenizer, s.chat, s.sampling.max_tokens)
         train, held_out = split(_Numbered.of(self._examples), s.held_out)
         if not train or not held_out:
@@ -156,7 +173,7 @@ class ExampleTrainer:
         """Return the inputs of the reference policy, which the model is now, for all steps of the run."""
         s = self.settings
         folder = s.output or Path()
-        names = self.objective.required_inputs & inputs.names("reference")
+        names = self._of_reference
         known = ReferenceInputs(names, self._examples, folder if last(folder) else None)
         blocks = [self._held_out, *(self._chosen(number) for number in range(1, s.steps + 1))]
 
@@ -201,8 +218,7 @@ class ExampleTrainer:
     @property
     def introduction(self) -> str:
         """What is trained on, for the user."""
-        path = self.settings.pairs or self.settings.completions
-        counts = f"{path}: {len(self._train)} examples to train on, {self._count} held out"
+        counts = f"{self._path}: {len(self._train)} examples to train on, {self._count} held out"
         return "\n".join([counts, *self._notes])
 
     def write(self, folder: Path) -> None:
@@ -240,22 +256,7 @@ class ExampleTrainer:
         self.learner.observe(metrics)
         seconds = clock.seconds["train_seconds"]
         chosen = [self._examples[i] for i in mine]
-        return ExampleStep(chosen, update, {**metrics, **clock.seconds, "seconds": seconds})
-
-    def columns(self, step: ExampleStep) -> dict[str, Any]:
-        """Return what is recorded of each response, by column.
-
-        Args:
-            step: The step.
-        """
-        rows = [(example, response) for example in step.examples for response in example.responses]
-        path = self.settings.pairs or self.settings.completions
-        assert path is not None
-        return {
-            "task": [path.stem] * len(rows),
-            "prompt": [example.question for example, _ in rows],
-            "completion": [response.text for _, response in rows],
-        }
+        return ExampleStep(self._path.stem, chosen, update, {**metrics, **clock.seconds, "seconds": seconds})
 
     def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Return what the progress bar shows of a step.

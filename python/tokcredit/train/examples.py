@@ -197,7 +197,7 @@ class _Reader:
         """Return the tokens of the prompt and of the responses, which begin where tokens first differ, as in TRL."""
         if isinstance(prompt, tuple):
             begin = self._prompts.templated(prompt)
-            whole = [self._prompts.templated((*prompt, *x), add_generation_prompt=False) for x in responses]  # type: ignore[misc]
+            whole = [self._prompts.templated((*prompt, *x), add_generation_prompt=False) for x in responses]
         else:
             begin = self._tokenizer(prompt).input_ids
             whole = [self._tokenizer(prompt + self._ended(str(x))).input_ids for x in responses]

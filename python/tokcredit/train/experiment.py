@@ -118,7 +118,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
                 while new:
                     record.metrics(new.pop(0))
                 if last or is_due(number, settings.rollouts_every):
-                    record.rollouts(number, _columns(number, step.update) | trainer.columns(step))
+                    record.rollouts(number, _columns(number, step.update) | step.columns)
                 if held_out in line:
                     record.curve(trainer.curve)
                 for text in step.update.skipped:
@@ -136,6 +136,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
         record.close()
         with new_folder(folder / "model") as model:
             trainer.model.save_pretrained(model)
+            trainer.model.config.save_pretrained(model)  # which the folder of an adapter lacks
             trainer.tokenizer.save_pretrained(model)
         report(folder, trainer.objective)
         write(folder / "summary.json", json.dumps(_summary(folder, trainer.curve), indent=2) + "\n")
@@ -202,9 +203,12 @@ def _header(settings: Settings, trainer: Trainer | ExampleTrainer) -> dict[str, 
 
 
 def _introduce(settings: Settings, trainer: Trainer | ExampleTrainer) -> None:
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    parameters, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    of_adapter = f" ({trained / 1e6:.2f} M in {settings.adapter})" if settings.adapter else ""
     Console().print(
-        f"[bold]{settings.model}[/bold], {parameters / 1e6:.1f} M parameters, on {trainer.accelerator.device}\n"
+        f"[bold]{settings.model}[/bold], {parameters / 1e6:.1f} M parameters{of_adapter}, "
+        f"on {trainer.accelerator.device}\n"
         f"{trainer.introduction}\n{trainer.objective}",
         highlight=False,
     )

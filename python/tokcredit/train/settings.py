@@ -236,6 +236,9 @@ class Settings(Declared):
     chat: ChatSettings = field(default_factory=ChatSettings)
     model: str = "smollm2"
     """Model to train: "smollm2", "tiny", "tiny_tools", or a folder or hub name of a causal language model."""
+    adapter: str | None = None
+    """Adapter to train in place of all weights: "lora(r=16, alpha=32.0, targets='all-linear')", where targets may be a
+    regular expression of names of layers. The model itself is then the reference policy; `tokcredit merge` merges."""
     tasks: tuple[str, ...] = ()
     """Tasks, in equal parts: a reasoning_gym data set with its configuration, for example "products(max_digits=1)";
     "jsonl('file.jsonl')" with lines {"prompt", "answer"}, where the prompt is a text or the messages of a chat;
@@ -292,6 +295,16 @@ def is_due(number: int, every: int) -> bool:
         every: Number of steps, or 0.
     """
     return every > 0 and number % every == 0
+
+
+@dataclass(frozen=True)
+class MergeSettings(Declared):
+    """Which adapter is merged into its model."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished run with an adapter, or folder of an adapter."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder of the model to write."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from tokcredit.mixing import mix
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages.token_weights import tis
-from tokcredit.train import collectors, policy, tasks
+from tokcredit.train import adapter, collectors, policy, tasks
 from tokcredit.train.clock import Clock
 from tokcredit.train.conversations import Conversations
 from tokcredit.train.learner import Learner, Update
@@ -51,6 +50,16 @@ class Step(NamedTuple):
     collection: RolloutCollection
     update: Update
     metrics: dict[str, float]
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """Texts that are recorded of each rollout, by column."""
+        problems = self.collection.problems
+        return {
+            "task": [p.task for p in problems],
+            "prompt": [p.question for p in problems],
+            "completion": self.collection.responses,
+        }
 
 
 def _with_length(objective: Any, longest: int) -> Any:
@@ -80,6 +89,8 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
         ValueError: The objective requires an input that the trainer does not collect, or a setting is wrong.
     """
     check_launch()
+    if settings.adapter is not None:
+        adapter.config(settings.adapter)
     objective = _with_length(settings.objective.build(), settings.sampling.max_tokens)
     if settings.sampling.sampler == "vllm":
         if find_spec("vllm") is None:
@@ -217,7 +228,7 @@ class Trainer:
             sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
         self.context = SamplingContext(settings, self.problems, self.tokenizer, sampler, self.ranks)
         self.rollout_collector = make(self.context)
-        reference = copy.deepcopy(self.model) if required_inputs & inputs.names("reference") else None
+        reference = policy.reference(self.objective, self.model)
         self.learner = Learner(settings, self.objective, self.model, reference, teacher, self.accelerator)
         self.prober = Prober(self.context, self.learner.score)
         self.lengths = self._length_learner() if required_inputs & inputs.names("length_head") else None
@@ -295,19 +306,6 @@ class Trainer:
                 metrics["skipped_updates"] += 1
         seconds = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
         return Step(collection, update, {**metrics, **clock.seconds, "seconds": seconds})
-
-    def columns(self, step: Step) -> dict[str, Any]:
-        """Return what is recorded of each rollout, by column.
-
-        Args:
-            step: The step.
-        """
-        problems = step.collection.problems
-        return {
-            "task": [p.task for p in problems],
-            "prompt": [p.question for p in problems],
-            "completion": step.collection.responses,
-        }
 
     def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Return what the progress bar shows of a step.
