@@ -25,9 +25,10 @@ class CreditSFTTrainer(SFTTrainer):  # type: ignore[misc]
 
     Data, tokenization, PEFT and all metrics stay TRL's. The inputs ``old_log_probs`` and ``entropies`` are those of the
     forward pass itself, so stages can choose and weigh tokens by them, for example
-    ``tc.Supervised(filters=(tc.filters.top_share(0.5, tc.token_score.given("entropies")),))``. The aggregation must be
-    a mean over tokens. Its denominator is TRL's: all tokens with a label of the optimizer step. A filter leaves it as it
-    is.
+    ``tc.Supervised(filters=(tc.filters.top_share(0.5, tc.token_score.given("entropies")),))``.
+
+    The aggregation must be a mean over tokens. Its denominator is TRL's, all tokens with a label of the optimizer step;
+    a filter does not change it.
 
     Args:
         model: As in TRL.
