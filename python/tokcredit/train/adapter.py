@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokcredit.expression import construct
 from tokcredit.settings import Range
+from tokcredit.train import virtual_tokens
 
 _FILE = "adapter.pt"
 CONFIG = "adapter_config.json"
@@ -22,10 +23,10 @@ CONFIG = "adapter_config.json"
 
 
 def config(text: str) -> Any:
-    """Return the configuration of an adapter, as peft takes it.
+    """Return the configuration of LoRA, as peft takes it, or the number of virtual tokens.
 
     Args:
-        text: ``lora(r=16, alpha=32.0, targets='all-linear')``, or its name.
+        text: ``lora(r=16, alpha=32.0, targets='all-linear')`` or ``prompt(tokens=20)``, or one of their names.
 
     Raises:
         ImportError: peft is not installed.
@@ -33,7 +34,7 @@ def config(text: str) -> Any:
     """
     if find_spec("peft") is None:
         raise ImportError('adapter: needs peft: pip install "tokcredit[train]"')
-    return construct(text, "adapter", {"lora": _lora})
+    return construct(text, "adapter", {"lora": _lora, "prompt": _prompt})
 
 
 def _lora(
@@ -53,6 +54,15 @@ def _lora(
     return LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
 
 
+def _prompt(tokens: Annotated[int, Range("whole number", at_least=1)] = 20) -> int:
+    """Return the number of virtual tokens before every prompt.
+
+    Args:
+        tokens: The number.
+    """
+    return tokens
+
+
 def add(model: Any, text: str, seed: int) -> None:
     """Add an adapter to a model, in place. From then on only the adapter requires gradients.
 
@@ -67,13 +77,44 @@ def add(model: Any, text: str, seed: int) -> None:
     made = config(text)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if isinstance(made, int):
+            virtual_tokens.add(model, made)
+            return
         try:
             model.add_adapter(made)
         except ValueError as error:
             raise ValueError(f"adapter: expected targets in {type(model).__name__}, got {text}: {error}") from error
-    # The folder of the adapter names its base, which may not depend on the working directory.
-    base = Path(model.name_or_path)
-    made.base_model_name_or_path = str(base.resolve()) if base.exists() else model.name_or_path
+    made.base_model_name_or_path = _base(model)
+
+
+def _base(model: Any) -> str:
+    """Return what the folder of an adapter calls its model, which may not depend on the working directory."""
+    path = Path(model.name_or_path)
+    return str(path.resolve()) if path.exists() else str(model.name_or_path)
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write a model, or its adapter if it has one.
+
+    Args:
+        model: Causal language model of transformers.
+        folder: Folder to write into.
+    """
+    if virtual_tokens.of(model) is not None:
+        virtual_tokens.save(model, folder, _base(model))
+    else:
+        model.save_pretrained(folder)
+    model.config.save_pretrained(folder)  # which the folder of an adapter lacks
+
+
+def prefix(model: Any) -> list[int]:
+    """Return the tokens that stand before every prompt of a model because of its adapter.
+
+    Args:
+        model: Causal language model of transformers.
+    """
+    embeddings = virtual_tokens.of(model)
+    return [] if embeddings is None else embeddings.ids
 
 
 def has_one(model: Any) -> bool:
@@ -82,6 +123,10 @@ def has_one(model: Any) -> bool:
     Args:
         model: Causal language model of transformers.
     """
+    return _has_lora(model) or virtual_tokens.of(model) is not None
+
+
+def _has_lora(model: Any) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
@@ -92,14 +137,18 @@ def switched_off(model: Any) -> Iterator[None]:
     Args:
         model: Causal language model of transformers.
     """
-    if not has_one(model):
-        yield
-        return
-    model.disable_adapters()
+    embeddings = virtual_tokens.of(model)
+    if embeddings is not None:
+        embeddings.enabled = False
+    if _has_lora(model):
+        model.disable_adapters()
     try:
         yield
     finally:
-        model.enable_adapters()
+        if embeddings is not None:
+            embeddings.enabled = True
+        if _has_lora(model):
+            model.enable_adapters()
 
 
 def keep_apart(model: Any, accelerator: Accelerator) -> None:
@@ -109,18 +158,19 @@ def keep_apart(model: Any, accelerator: Accelerator) -> None:
         model: Model with an adapter.
         accelerator: Accelerator that saves and loads checkpoints.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:
         weights.clear()
         if accelerator.is_main_process:
-            adapter = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
-            torch.save(adapter, Path(folder) / _FILE)
+            torch.save({name: p.detach() for name, p in trained.items()}, Path(folder) / _FILE)
 
+    @torch.no_grad()
     def load(models: list[Any], folder: str) -> None:
         models.clear()
         weights = torch.load(Path(folder) / _FILE, map_location=model.device, weights_only=True)
-        set_peft_model_state_dict(model, weights, adapter_name="default")
+        for name, p in trained.items():
+            p.copy_(weights[name])
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -134,7 +184,7 @@ def merged_weights(model: Any) -> dict[str, Tensor]:
         model: Causal language model of transformers.
     """
     weights = dict(model.state_dict())
-    if not has_one(model):
+    if not _has_lora(model):
         return weights
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -153,8 +203,14 @@ def merge(base: Any, folder: Path) -> Any:
     Args:
         base: The model that the adapter was trained on, which is changed.
         folder: Folder of the adapter.
+
+    Raises:
+        ValueError: It is no LoRA.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
+
+    if (kind := PeftConfig.from_pretrained(str(folder)).peft_type) != "LORA":
+        raise ValueError(f"model: expected an adapter that can be merged, LoRA, got {kind.value} in {folder}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers about what peft reads

@@ -157,7 +157,9 @@ class ExampleTrainer:
         path, names = (s.pairs, examples.PAIRS) if s.pairs else (s.completions, examples.COMPLETIONS)
         assert path is not None
         self._path = path
-        self._examples, self._notes = examples.load(path, names, self.tokenizer, s.chat, s.sampling.max_tokens)
+        found, self._notes = examples.load(path, names, self.tokenizer, s.chat, s.sampling.max_tokens)
+        prefix = adapter.prefix(self.model)
+        self._examples = [x._replace(prompt=[*prefix, *x.prompt]) for x in found]
         train, held_out = split(_Numbered.of(self._examples), s.held_out)
         if not train or not held_out:
             raise ValueError(
@@ -190,6 +192,7 @@ class ExampleTrainer:
         dtype, batch = torch.bfloat16 if half else None, self.settings.sampling.sampling_batch
         sampler = TransformersSampler(self.model, self.tokenizer, dtype, batch)
         context = SamplingContext(self.settings, problems, self.tokenizer, sampler, self.ranks)
+        context.prompt.prefix = adapter.prefix(self.model)
         return context, trainer.collector(self.settings, frozenset(), problems)(context)
 
     def state_dict(self) -> dict[str, Any]:

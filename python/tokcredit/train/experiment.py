@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tokcredit import __version__
 from tokcredit.report import report
-from tokcredit.train import checkpoint, models
+from tokcredit.train import adapter, checkpoint, models, virtual_tokens
 from tokcredit.train import example_trainer as on_examples
 from tokcredit.train import trainer as on_rollouts
 from tokcredit.train.example_trainer import ExampleTrainer
@@ -118,7 +118,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
                 while new:
                     record.metrics(new.pop(0))
                 if last or is_due(number, settings.rollouts_every):
-                    record.rollouts(number, _columns(number, step.update) | step.columns)
+                    record.rollouts(number, _columns(number, step.update, trainer.model) | step.columns)
                 if held_out in line:
                     record.curve(trainer.curve)
                 for text in step.update.skipped:
@@ -135,8 +135,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
         record = record or _begin(settings, trainer, done)
         record.close()
         with new_folder(folder / "model") as model:
-            trainer.model.save_pretrained(model)
-            trainer.model.config.save_pretrained(model)  # which the folder of an adapter lacks
+            adapter.save(trainer.model, model)
             trainer.tokenizer.save_pretrained(model)
         report(folder, trainer.objective)
         write(folder / "summary.json", json.dumps(_summary(folder, trainer.curve), indent=2) + "\n")
@@ -219,7 +218,7 @@ def _shown(line: Mapping[str, float], trainer: Trainer | ExampleTrainer) -> dict
     return shown | ({"held out": f"{line[trainer.curve.held_out]:.2f}"} if trainer.curve.held_out in line else {})
 
 
-def _columns(number: int, update: Update) -> dict[str, Any]:
+def _columns(number: int, update: Update, model: Any) -> dict[str, Any]:
     batch = update.prepared.batch
     lengths = (batch.end - batch.begin).tolist()
 
@@ -230,7 +229,8 @@ def _columns(number: int, update: Update) -> dict[str, Any]:
         # Numbers that were not computed (NaN) are null.
         return [None if row.isnan().any() else row.tolist() for row in rows]
 
-    prompts = batch.input("prompt_tokens")
+    with adapter.switched_off(model):
+        prompts = virtual_tokens.known(model, batch.input("prompt_tokens"))
     return {
         "step": [number] * batch.num_rows,
         "group": batch.group_ids.tolist(),

@@ -19,11 +19,15 @@ class Prompts:
 
     Raises:
         ValueError: There is no chat template but a setting needs one, or the template does not read an argument.
+
+    Attributes:
+        prefix: Token ids that stand before every prompt.
     """
 
     def __init__(self, tokenizer: Any, settings: ChatSettings | None = None, option: str = "tasks") -> None:
         self._tokenizer, self._settings, self._option = tokenizer, settings or ChatSettings(), option
         self._arguments = self._settings.arguments()
+        self.prefix: list[int] = []
         template = tokenizer.get_chat_template() if tokenizer.chat_template is not None else None
         if template is None and self._settings != ChatSettings():
             raise ValueError("system_prompt, chat_template_args: expected a model with a chat template, got none")
@@ -43,8 +47,8 @@ class Prompts:
             problem = Problem("", problem, "", float)
         self.check(problem)
         if self._tokenizer.chat_template is None:
-            return list(self._tokenizer(problem.question).input_ids)
-        return self.templated(problem.messages or (Message("user", problem.question),))
+            return [*self.prefix, *self._tokenizer(problem.question).input_ids]
+        return [*self.prefix, *self.templated(problem.messages or (Message("user", problem.question),))]
 
     def check(self, problem: Problem) -> None:
         """Raise an error if the problem is a chat that does not fit the tokenizer or the settings.
@@ -63,7 +67,7 @@ class Prompts:
             raise ValueError(f"system_prompt: expected none because a prompt has its own, {own[0]!r:.100}")
 
     def templated(self, messages: tuple[Message, ...], add_generation_prompt: bool = True) -> list[int]:
-        """Return the token ids of a chat.
+        """Return the token ids of a chat, without the prefix.
 
         Args:
             messages: The messages.

@@ -238,7 +238,8 @@ class Settings(Declared):
     """Model to train: "smollm2", "tiny", "tiny_tools", or a folder or hub name of a causal language model."""
     adapter: str | None = None
     """Adapter to train in place of all weights: "lora(r=16, alpha=32.0, targets='all-linear')", where targets may be a
-    regular expression of names of layers. The model itself is then the reference policy; `tokcredit merge` merges."""
+    regular expression of names of layers, or "prompt(tokens=20)", embeddings before every prompt. The model itself is
+    then the reference policy; `tokcredit merge` merges LoRA."""
     tasks: tuple[str, ...] = ()
     """Tasks, in equal parts: a reasoning_gym data set with its configuration, for example "products(max_digits=1)";
     "jsonl('file.jsonl')" with lines {"prompt", "answer"}, where the prompt is a text or the messages of a chat;

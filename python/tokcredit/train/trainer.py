@@ -89,12 +89,13 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
         ValueError: The objective requires an input that the trainer does not collect, or a setting is wrong.
     """
     check_launch()
-    if settings.adapter is not None:
-        adapter.config(settings.adapter)
+    virtual = None if settings.adapter is None else adapter.config(settings.adapter)
     objective = _with_length(settings.objective.build(), settings.sampling.max_tokens)
     if settings.sampling.sampler == "vllm":
         if find_spec("vllm") is None:
             raise ValueError("sampler: expected transformers because vllm is not installed, got vllm")
+        if isinstance(virtual, int):
+            raise ValueError(f"adapter: expected lora because the sampler is vllm, got {settings.adapter}")
         if settings.sampling.adaptive:
             raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {settings.sampling.adaptive}")
         if settings.objective.token_weights is None:
@@ -227,6 +228,7 @@ class Trainer:
             dtype = torch.bfloat16 if half else None
             sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
         self.context = SamplingContext(settings, self.problems, self.tokenizer, sampler, self.ranks)
+        self.context.prompt.prefix = adapter.prefix(self.model)
         self.rollout_collector = make(self.context)
         reference = policy.reference(self.objective, self.model)
         self.learner = Learner(settings, self.objective, self.model, reference, teacher, self.accelerator)
