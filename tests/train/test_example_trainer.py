@@ -6,7 +6,8 @@ import json
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_experiment import numbers
+from test_experiment import TIMES, numbers
+from test_ranks import free_port, join
 from tokcredit.report import report
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, ProbeSettings, SamplingSettings, example_trainer, run
 from tokcredit.train.example_trainer import ExampleTrainer
@@ -158,6 +159,43 @@ def test_tasks_are_measured(on_pairs):
     )
     run(s)
     assert [line["step"] for line in read_metrics(s.output) if line.get("held_out_reward_mean", 0) > 0] == [0, 2, 4]
+
+
+def on_rank(settings):
+    """What is measured before and after a step, and the gradient of the step."""
+    trainer, gradients = ExampleTrainer(resolved(settings)), []
+
+    def keep(parameters, norm):
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in trainer.model.parameters()]))
+        return gradients[-1].norm()
+
+    trainer.accelerator.clip_grad_norm_ = keep
+    before = trainer.measure()
+    metrics = trainer.step(1).metrics
+    return before, {k: v for k, v in metrics.items() if k not in TIMES}, trainer.measure(), gradients[0]
+
+
+def one_rank(rank, runs, port, folder):
+    join(rank, port)
+    torch.save([on_rank(s) for s in runs], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(on_pairs, tmp_path):
+    """Also where their shares of the pairs differ in length, and one has more held-out pairs."""
+    runs = [on_pairs(), on_pairs("sft", completions())]
+    torch.multiprocessing.spawn(one_rank, (runs, free_port(), tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for s, first, second in zip(runs, *ranks, strict=True):
+        whole = on_rank(s)
+        for one, a, b in zip(whole[:3], first[:3], second[:3], strict=True):
+            assert a == b and a.keys() == one.keys()
+            # The share of scores above 0 is not compared where all are 0 up to rounding.
+            compared = [name for name in a if "accuracy" not in name or one is not whole[0]]
+            assert [a[x] for x in compared] == pytest.approx([one[x] for x in compared], rel=1e-4, abs=1e-5)
+        assert torch.equal(first[3], second[3])
+        torch.testing.assert_close(first[3], whole[3], rtol=1e-3, atol=1e-6)
 
 
 WRONG = {

@@ -16,7 +16,7 @@ from tokcredit.preference import Preference
 from tokcredit.rollouts import FIELDS, Rollouts
 from tokcredit.schedule import Schedule
 from tokcredit.stages.aggregation import Aggregation
-from tokcredit.stages.base import input_name
+from tokcredit.stages.base import Stage, input_name
 from tokcredit.stages.credit import Credit
 from tokcredit.stages.token_weights import TokenWeight
 from tokcredit.supervised import Supervised
@@ -193,7 +193,7 @@ def require(
                 )
 
 
-def require_constant(objective: Objective, host: str, *, schedules: bool = False) -> None:
+def require_constant(objective: Stage, host: str, *, schedules: bool = False) -> None:
     """Check that no setting of an objective changes in a way that a host cannot follow.
 
     Args:

@@ -62,6 +62,11 @@ class CreditDPOTrainer(DPOTrainer):  # type: ignore[misc]
         RuntimeError: This version of TRL lacks a hook.
     """
 
+    # Attributes of TRL that are replaced here.
+    beta: float
+    data_collator: Any
+    precompute_ref_logps: bool
+
     def __init__(
         self,
         model: Any,
