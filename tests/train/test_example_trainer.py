@@ -5,11 +5,20 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+import tokcredit as tc
 import torch
 from test_experiment import TIMES, numbers
 from test_ranks import free_port, join
 from tokcredit.report import report
-from tokcredit.train import ObjectiveSettings, OptimizerSettings, ProbeSettings, SamplingSettings, example_trainer, run
+from tokcredit.train import (
+    ObjectiveSettings,
+    OptimizerSettings,
+    ProbeSettings,
+    SamplingSettings,
+    compare,
+    example_trainer,
+    run,
+)
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.experiment import resolved
 from tokcredit.train.record import read_metrics
@@ -76,6 +85,24 @@ def test_training_prefers_the_chosen_responses(on_pairs):
         trainer.step(number)
         margins.append(trainer.measure()["held_out_margin_mean"])
     assert 0 < margins[0] < margins[1] < margins[2]
+
+
+OF_EXAMPLES = [name for name in tc.methods.names() if not isinstance(tc.methods.load(name), tc.Objective)]
+
+
+@pytest.mark.parametrize("method", OF_EXAMPLES)
+def test_every_method_trains_by_name(method, on_pairs):
+    objective = tc.methods.load(method)
+    rows = PAIRS if isinstance(objective, tc.Preference) else completions()
+    s = resolved(on_pairs(method, rows, teacher="tiny(steps=0, seed=1)"))
+    if given := objective.required_inputs & tc.inputs.names("user"):
+        message = f"method: expected .* whose inputs the trainer collects, got {method}, .* {min(given)}"
+        with pytest.raises(ValueError, match=message):
+            ExampleTrainer(s)
+        return
+    trainer = ExampleTrainer(s)
+    assert trainer.step(1).metrics["grad_norm"] > 0
+    assert torch.tensor(list(trainer.measure().values())).isfinite().all()
 
 
 def test_held_out_prompts_are_not_trained(on_pairs):
@@ -222,6 +249,16 @@ def test_settings_that_do_not_fit(name, on_pairs):
     with pytest.raises(ValueError, match=f"^{message}"):
         run(s)
     assert not s.output.exists()
+
+
+def test_methods_are_compared(on_pairs, tmp_path):
+    folder = compare(("dpo",), on_pairs(output=tmp_path / "compared", steps=1), seeds=1)
+    table = (folder / "compare.md").read_text().splitlines()
+    summary = json.loads((folder / "dpo-seed0" / "summary.json").read_text())
+    assert table[2].startswith(
+        f"| `dpo` | {summary['held_out_before']:.3f} ± 0.000 | {summary['held_out_after']:.3f} ±"
+    )
+    assert (folder / "compare.png").exists()
 
 
 def test_one_kind_of_examples(on_pairs):

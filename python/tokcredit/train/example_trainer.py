@@ -88,7 +88,8 @@ def checked(settings: Settings) -> tuple[Any, Problems | None]:
             f"method: expected a {wanted} method because of {option}, got {settings.objective.method}, which is another"
         )
     trainer.check_collected(objective, settings.objective.method)
-    if of_rollouts := sorted(objective.required_inputs & frozenset().union(*map(inputs.names, _SAMPLED))):
+    sampled = frozenset().union(*map(inputs.names, _SAMPLED)) - {"prompt_tokens"}
+    if of_rollouts := sorted(objective.required_inputs & sampled):
         raise ValueError(
             f"method: expected one that reads no inputs of rollouts because of {option}, got "
             f"{settings.objective.method}, which requires {', '.join(of_rollouts)}"
@@ -145,7 +146,11 @@ class ExampleTrainer:
         self._load()
         distils = trainer.distils(self.objective)
         teacher = policy.load_teacher(settings, self.tokenizer, self.accelerator) if distils else None
-        self._of_reference = self.objective.required_inputs & inputs.names("reference")
+        self._of_reference = frozenset(
+            name
+            for name in self.objective.required_inputs & inputs.names("reference")
+            if inputs.get(name).per == "token" and not inputs.get(name).axes
+        )
         reference = policy.reference(self.objective, self.model, self._of_reference)
         self.learner = Learner(settings, self.objective, self.model, reference, teacher, self.accelerator)
         self._tasks = self._measured_tasks(problems) if problems else None
