@@ -79,6 +79,27 @@ def test_tasks_page(tmp_path):
     assert [m.role for m in chat.messages] == ["system", "user"]
 
 
+def test_pairs_page(tmp_path):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("transformers")
+    derivations.write(tmp_path / "runs/tiny-ctpo", groups=2, rollouts=4, length=40)
+    (block,) = blocks("docs/pairs.md")
+    assert run(block, tmp_path) == "".join(f"{said}\n" for said in re.findall("# (.*)$", block, re.M))
+    (lines,) = (block for block in blocks("docs/pairs.md", "") if block.startswith("{"))
+    (tmp_path / "file.jsonl").write_text(lines)
+    from tokcredit.train import ChatSettings, examples
+    from tokcredit.train.tiny import tokenizer
+
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    found, _ = examples.load(tmp_path / "file.jsonl", examples.PAIRS, words, ChatSettings())
+    assert [(x.question, *(said.text for said in x.responses)) for x in found] == [
+        ("2+2=", "4", "5"),
+        ("2+3=", "5", "6"),
+        ("2+4?", "6", "7"),
+    ]
+
+
 def test_contributing(tmp_path):
     """The method of the recipe passes its own test, and the stage of the recipe passes its own."""
     method, of_method, stage, of_stage = blocks("CONTRIBUTING.md")
@@ -112,10 +133,18 @@ def commands():
 def test_commands_are_understood(arguments, monkeypatch):
     """Each reaches its function with settings of the right types, and objectives that can be made."""
     pytest.importorskip("tyro")
-    from tokcredit import analyze, cli, report, train
+    from tokcredit import analyze, cli, pairs, report, train
 
     called = []
-    for module, name in ((train, "run"), (train, "compare"), (analyze, "run"), (report, "run")):
+    functions = (
+        (train, "run"),
+        (train, "compare"),
+        (train, "merge"),
+        (analyze, "run"),
+        (pairs, "run"),
+        (report, "run"),
+    )
+    for module, name in functions:
         monkeypatch.setattr(module, name, lambda *given: called.extend(given) or {})
     cli.main(arguments)
     assert called

@@ -18,10 +18,11 @@ import torch
 import tyro
 
 import tokcredit as tc
-from tokcredit import analyze, exits, options, train
+from tokcredit import analyze, exits, options, pairs, train
 from tokcredit.analyze import Divergent, Shift
+from tokcredit.pairs import PairsSettings
 from tokcredit.settings import Declared, option, whole_number
-from tokcredit.train import ComparisonSettings, Settings
+from tokcredit.train import ComparisonSettings, MergeSettings, Settings
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,18 @@ def _inspect(settings: _Flat[InspectSettings]) -> None:
         _print({"report": str(written)})
 
 
+def _merge(settings: _Flat[MergeSettings]) -> None:
+    """Merge the adapter of a run into its model."""
+    train.merge(settings)
+    _print({"model": str(settings.output)})
+
+
+def _pairs(settings: _Flat[PairsSettings]) -> None:
+    """Make pairs of a chosen and a rejected response from the rollouts of a run."""
+    counts = pairs.run(settings)
+    _print({"file": str(settings.output), **{name.replace("_", " "): str(n) for name, n in counts.items()}})
+
+
 def _analyze(settings: _Analysis) -> None:
     """Compare two models token by token on the responses of one of them."""
     analyze.run(settings)
@@ -131,7 +144,9 @@ _COMMANDS: dict[str, Callable[..., bool | None]] = {
     "compare": _compare,
     "info": info,
     "inspect": _inspect,
+    "merge": _merge,
     "methods": methods,
+    "pairs": _pairs,
     "train": _train,
 }
 """The commands by name; each returns whether it was stopped before its end."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from tokcredit import inputs, methods
 from tokcredit.objective import Objective
+from tokcredit.preference import Preference
 from tokcredit.rollouts import FIELDS, Rollouts
 from tokcredit.schedule import Schedule
 from tokcredit.stages.aggregation import Aggregation
-from tokcredit.stages.base import input_name
+from tokcredit.stages.base import Stage, input_name
 from tokcredit.stages.credit import Credit
 from tokcredit.stages.token_weights import TokenWeight
+from tokcredit.supervised import Supervised
+
+T = TypeVar("T", Objective, Preference, Supervised)
 
 
 @dataclass(frozen=True)
@@ -110,14 +114,52 @@ def chosen(method: str | None, objective: Objective | None) -> Objective:
         TypeError: Both are given, or neither, or it is not a policy-gradient objective.
         ValueError: There is no such method.
     """
+    return chosen_of(Objective, method, objective)
+
+
+def chosen_of(kind: type[T], method: str | None, objective: T | None) -> T:
+    """Return the objective of one kind that is given directly or by the name of a method.
+
+    Args:
+        kind: Class of the objective.
+        method: Name of a published method, or None.
+        objective: An objective, or None.
+
+    Raises:
+        TypeError: Both are given, or neither, or it is of another kind.
+        ValueError: There is no such method.
+    """
     if (method is None) == (objective is None):
         raise TypeError(
             f"method, objective: expected exactly one of them, got {'neither' if method is None else 'both'}"
         )
     found = methods.load(method) if method is not None else objective
-    if not isinstance(found, Objective):
-        raise TypeError(f"objective: expected a tokcredit.Objective, got {found!r}")
+    if not isinstance(found, kind):
+        raise TypeError(f"objective: expected a tokcredit.{kind.__name__}, got {found!r}")
     return found
+
+
+def require_inputs(objective: Preference | Supervised, carries: Collection[str], host: str) -> None:
+    """Check that a host carries everything that a preference or supervised objective reads, and passes log-probs only.
+
+    Args:
+        objective: The objective.
+        carries: Names of the inputs that the host carries.
+        host: Name of the host for the error.
+
+    Raises:
+        ValueError: It reads another input, or differentiates something else than log-probs.
+    """
+    if missing := sorted(objective.required_inputs - set(carries)):
+        raise ValueError(
+            f"objective: expected one that reads no more inputs than {host} carries "
+            f"({', '.join(sorted(carries)) or 'none'}), got {objective!r}, which requires {', '.join(missing)}"
+        )
+    if objective.variables != ("log_probs",):
+        raise ValueError(
+            f"objective: expected one that differentiates log_probs only, because {host} passes nothing else to the "
+            f"loss, got {objective!r}, which differentiates {', '.join(objective.variables)}"
+        )
 
 
 def require(
@@ -169,7 +211,7 @@ def require_independent_rows(objective: Objective, host: str) -> None:
             )
 
 
-def require_constant(objective: Objective, host: str, *, schedules: bool = False) -> None:
+def require_constant(objective: Stage, host: str, *, schedules: bool = False) -> None:
     """Check that no setting of an objective changes in a way that a host cannot follow.
 
     Args:
@@ -208,10 +250,10 @@ def require_defaults(settings: Any, kind: type, decided: Mapping[str, str], host
     for setting in fields(kind):
         if setting.name not in decided:
             continue
-        if (value := getattr(settings, setting.name)) != setting.default:
+        default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+        if (value := getattr(settings, setting.name)) != default:
             raise ValueError(
-                f"{setting.name}: expected {host}'s default {setting.default!r}, because {decided[setting.name]}, "
-                f"got {value!r}"
+                f"{setting.name}: expected {host}'s default {default!r}, because {decided[setting.name]}, got {value!r}"
             )
 
 

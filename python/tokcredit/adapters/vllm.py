@@ -21,6 +21,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.logprobs import FlatLogprobs
 
 from tokcredit.rollouts import Rollouts
+from tokcredit.train.adapter import merged_weights
 from tokcredit.train.sampler import Completions, end_tokens
 
 
@@ -111,7 +112,8 @@ def engine(model: Any, tokenizer: Any, **settings: Any) -> LLM:
 def update(llm: LLM, model: Any) -> None:
     """Copy the weights of a transformers model into the engine, in place, and empty its prefix cache.
 
-    A tied output layer is copied under its own name too, because the engine keeps a copy of it.
+    An adapter is merged into the copies. A tied output layer is copied under its own name too, because the engine keeps
+    a copy of it.
 
     Args:
         llm: An engine in this process, of the same architecture.
@@ -123,7 +125,7 @@ def update(llm: LLM, model: Any) -> None:
     """
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
         raise ValueError("llm: expected an engine in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), got another")
-    weights = dict(model.state_dict())
+    weights = merged_weights(model)
     if model.get_output_embeddings() is not None:
         weights.setdefault("lm_head.weight", model.get_output_embeddings().weight)
     dtype = llm.llm_engine.vllm_config.model_config.dtype

@@ -32,6 +32,8 @@ class Row:
         scored: Whether it has a reward. A row without one does not count in its group.
         pieces: Text of the response, in pieces with whether the policy wrote them, or None where there are token ids.
         columns: Further columns under the names of this package, among them ``tokens`` where the file has token ids.
+        asked: The prompt as the file has it: a text, messages, or None.
+        said: The response as the file has it: a text, messages, or None where there are only token ids.
     """
 
     where: str
@@ -41,6 +43,8 @@ class Row:
     scored: bool
     pieces: Sequence[tuple[str, bool]] | None
     columns: Record
+    asked: Any
+    said: Any
 
 
 def rows(records: Sequence[Record], file: Path, rewards: Mapping[str, float] | None = None) -> list[Row]:
@@ -67,15 +71,15 @@ def _plain(record: Record, where: str, rewards: Mapping[str, float] | None) -> R
     """Return a row whose columns have the names of this package."""
     reward, scored = _reward(record, where, "reward", rewards)
     prompt, pieces = record.get("prompt"), None
+    said = "text" if record.get("text") is not None else "completion"
     if record.get("tokens") is None:
-        said = "text" if record.get("text") is not None else "completion"
         if record.get(said) is None:
             raise ValueError(f"tokens or text: expected one of them in {where}, got neither")
         pieces = _pieces(said, record, where)
     group = record["group"] if "group" in record else _asked(prompt, where)
     # A null, or NaN where a column has numbers, is no group: such a row has nothing in common with another.
     group = where if group is None or group != group else ("group" in record, repr(group))
-    return Row(where, group, _text(prompt), reward, scored, pieces, record)
+    return Row(where, group, _text(prompt), reward, scored, pieces, record, prompt, record.get(said))
 
 
 def _trl(records: Sequence[tuple[Record, str]], file: Path, rewards: Mapping[str, float] | None) -> list[Row]:
@@ -90,6 +94,8 @@ def _trl(records: Sequence[tuple[Record, str]], file: Path, rewards: Mapping[str
             *_reward(record, where, "", rewards),
             _pieces("completion", record, where),
             {},
+            record.get("prompt"),
+            record["completion"],
         )
         for group, (_, block) in enumerate(groups)
         for record, where in block
@@ -126,7 +132,8 @@ def _verl(records: Sequence[tuple[Record, str]], file: Path, rewards: Mapping[st
                 raise ValueError(f"uid: expected one row for each session, got another part of a response in {where}")
             sessions.add(key.group(1, 2))
         reward = _reward(record, where, "score", rewards, as_text=True)
-        found.append(Row(where, group, _text(prompt), *reward, _pieces("output", record, where), {}))
+        pieces = _pieces("output", record, where)
+        found.append(Row(where, group, _text(prompt), *reward, pieces, {}, prompt, record["output"]))
     return found
 
 

@@ -105,18 +105,32 @@ def _of_step(found: list[Record], step: int | None, file: Path) -> tuple[list[Re
     return [record for record, number in zip(found, of_record, strict=True) if number == wanted], wanted
 
 
-def _file(path: Path, step: int | None) -> Path:
+def files(path: Path) -> list[Path]:
+    """Return a file by itself, or the files with rollouts in a folder, in the order of their steps.
+
+    Args:
+        path: A file, or a folder with such files.
+
+    Raises:
+        ValueError: There is no readable file.
+    """
     if path.is_file():
         if path.suffix not in (".parquet", ".jsonl"):
             raise ValueError(f"path: expected a .parquet or .jsonl file, got {path}")
-        return path
+        return [path]
     for pattern in ("rollouts-*.parquet", "completions_*.parquet", "completions/completions_*.parquet", "*.jsonl"):
-        if files := sorted(path.glob(pattern), key=_number):
-            chosen = [f for f in files if step is None or _number(f) == step]
-            if not chosen:
-                raise ValueError(f"step: expected one of {', '.join(str(_number(f)) for f in files)}, got {step}")
-            return chosen[-1]
+        if found := sorted(path.glob(pattern), key=_number):
+            return found
     raise ValueError(f"path: expected rollouts-*.parquet, completions_*.parquet or *.jsonl, got nothing in {path}")
+
+
+def _file(path: Path, step: int | None) -> Path:
+    found = files(path)
+    if path.is_file() or step is None:
+        return found[-1]
+    if not (chosen := [f for f in found if _number(f) == step]):
+        raise ValueError(f"step: expected one of {', '.join(str(_number(f)) for f in found)}, got {step}")
+    return chosen[-1]
 
 
 def _number(file: Path) -> int:

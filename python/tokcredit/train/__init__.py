@@ -15,6 +15,7 @@ from pathlib import Path
 from tokcredit.train.settings import (
     ChatSettings,
     ComparisonSettings,
+    MergeSettings,
     ObjectiveSettings,
     OptimizerSettings,
     PrivilegedSettings,
@@ -28,6 +29,7 @@ from tokcredit.train.settings import (
 __all__ = [
     "ChatSettings",
     "ComparisonSettings",
+    "MergeSettings",
     "ObjectiveSettings",
     "OptimizerSettings",
     "PrivilegedSettings",
@@ -37,6 +39,7 @@ __all__ = [
     "Settings",
     "ToolSettings",
     "compare",
+    "merge",
     "run",
 ]
 
@@ -73,3 +76,14 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
     from tokcredit.train import comparison
 
     return comparison.compare(methods, settings, seeds)
+
+
+def merge(settings: MergeSettings) -> None:
+    """Write a model with its adapter in its weights; see :func:`tokcredit.train.models.merge`.
+
+    Args:
+        settings: Folders.
+    """
+    from tokcredit.train import models
+
+    models.merge(settings.run, settings.output)

@@ -14,6 +14,7 @@ from tokcredit.blocks import divergence, log_probs
 from tokcredit.blocks.head import Head
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Divergence
+from tokcredit.train import adapter
 from tokcredit.train.output_layer import OutputLayer, output_layer
 from tokcredit.train.scoring import Predicted, predict, score, scores_of
 
@@ -156,7 +157,8 @@ class ForwardPass:
     @property
     def ref_log_probs(self) -> Tensor:
         """Log-probs under the reference policy, nats."""
-        return score(self._reference, self._batch, self._temperature)[0]
+        with adapter.switched_off(self._reference):
+            return score(self._reference, self._batch, self._temperature)[0]
 
     @property
     def token_probs(self) -> Tensor:
@@ -202,7 +204,8 @@ class ForwardPass:
     @cached_property
     def ref_forward_kl(self) -> Tensor:
         """``KL(reference || policy)`` of the next-token distributions, nats, with gradient to the policy."""
-        reference = self._logits_of(self._reference, self._batch)
+        with adapter.switched_off(self._reference):
+            reference = self._logits_of(self._reference, self._batch)
         return divergence.between(self._logits, reference, "forward_kl", temperature=self._temperature)
 
     def read(self, name: str) -> Tensor:

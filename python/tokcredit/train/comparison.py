@@ -10,12 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tokcredit.train.experiment import NEUTRAL, check_folder, read_summary, resolved, run
+from tokcredit.train.experiment import NEUTRAL, check_folder, checked, read_summary, resolved, run
 from tokcredit.train.folder import locked
 from tokcredit.train.ranks import check_launch, on_main, processes
-from tokcredit.train.record import draw_curves, read_metrics, write
+from tokcredit.train.record import Curve, curve_of, draw_curves, read_metrics, write
 from tokcredit.train.settings import Settings
-from tokcredit.train.trainer import checked
 
 
 def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Path | None:
@@ -53,7 +52,7 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
             if run(one) is None:
                 return None
         if processes().is_main_process:
-            _report(folder, methods, numbers)
+            _report(folder, methods, numbers, curve_of(settings))
     return folder
 
 
@@ -63,12 +62,11 @@ def _one(settings: Settings, method: str, seed: int, folder: Path) -> Settings:
     return resolved(dataclasses.replace(settings, objective=objective, seed=seed, output=output, resume=True))
 
 
-def _report(folder: Path, methods: tuple[str, ...], seeds: range) -> None:
+def _report(folder: Path, methods: tuple[str, ...], seeds: range, curve: Curve) -> None:
     runs = {m: [folder / f"{m}-seed{seed}" for seed in seeds] for m in methods}
-    draw_curves(folder / "compare.png", {m: [read_metrics(f) for f in folders] for m, folders in runs.items()})
-    table = Table(
-        "method", "before", "after", "best", "seconds", title=f"held-out reward, {len(seeds)} seeds, mean ± deviation"
-    )
+    draw_curves(folder / "compare.png", {m: [read_metrics(f) for f in folders] for m, folders in runs.items()}, curve)
+    title = f"{curve.titles[1]}, {len(seeds)} seeds, mean ± deviation"
+    table = Table("method", "before", "after", "best", "seconds", title=title)
     lines = ["| method | before | after | best | seconds |", "| --- | --- | --- | --- | --- |"]
     for method, folders in runs.items():
         summaries = [read_summary(f) or {} for f in folders]

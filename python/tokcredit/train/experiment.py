@@ -20,17 +20,21 @@ from transformers.utils.logging import disable_progress_bar
 
 from tokcredit import __version__
 from tokcredit.report import report
-from tokcredit.train import checkpoint, models
+from tokcredit.train import adapter, checkpoint, models, virtual_tokens
+from tokcredit.train import example_trainer as on_examples
+from tokcredit.train import trainer as on_rollouts
+from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.folder import check, locked, plain, write_settings
+from tokcredit.train.learner import Update
 from tokcredit.train.ranks import check_launch, on_main
-from tokcredit.train.record import Record, new_folder, read_metrics, write
+from tokcredit.train.record import Curve, Record, new_folder, read_metrics, write
 from tokcredit.train.settings import Settings, is_due
-from tokcredit.train.trainer import Step, Trainer
+from tokcredit.train.trainer import Trainer
 
-_HELD_OUT = "held_out_reward_mean"
 _NUMBER = "[0-9]" * 6
 _FILES = (
     *("metrics.jsonl", "tensorboard", f"rollouts-{_NUMBER}.parquet", "curve.png", "tokenizer"),
+    "reference.parquet",
     *(f"checkpoint-{_NUMBER}", "model", "report.html", "summary.json"),
 )
 NEUTRAL = frozenset({"output", "save_every", "micro_batch"})
@@ -78,21 +82,35 @@ def check_folder(settings: Settings, free: Collection[str]) -> None:
         raise ValueError(f"steps: expected at least {done}, which the run in {folder} has done, got {settings.steps}")
 
 
+def checked(settings: Settings) -> None:
+    """Check what can be checked before a model is loaded.
+
+    Args:
+        settings: Settings without open defaults.
+
+    Raises:
+        TypeError: A setting of the method has the wrong type.
+        ValueError: A setting is wrong.
+    """
+    (on_examples.checked if settings.trains_on_examples else on_rollouts.checked)(settings)
+
+
 def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
-    trainer, steps = Trainer(settings), settings.steps
+    trainer: Trainer | ExampleTrainer = ExampleTrainer(settings) if settings.trains_on_examples else Trainer(settings)
+    steps, held_out = settings.steps, trainer.curve.held_out
     main = trainer.accelerator.is_main_process
     done = checkpoint.load(trainer.accelerator, folder)
     if main and not done:
         _introduce(settings, trainer)
     record: Record | None = None
     with _stop_requests() as stopping, tqdm(total=steps, initial=done, unit="step", disable=not main) as bar:
-        new = [] if done else [{"step": 0, _HELD_OUT: trainer.evaluate()}]
+        new = [] if done else [{"step": 0, **trainer.measure()}]
         for number in range(done + 1, steps + 1):
             step = trainer.step(number)
             last = number == steps
             line = {"step": number, **step.metrics}
             if last or is_due(number, settings.eval_every):
-                line[_HELD_OUT] = trainer.evaluate()
+                line |= trainer.measure()
             new.append(line)
             if main:
                 # A run that cannot take its first step has written nothing, and its folder is free.
@@ -100,13 +118,13 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
                 while new:
                     record.metrics(new.pop(0))
                 if last or is_due(number, settings.rollouts_every):
-                    record.rollouts(number, _columns(number, step))
-                if _HELD_OUT in line:
-                    record.curve()
+                    record.rollouts(number, _columns(number, step.update, trainer.model) | step.columns)
+                if held_out in line:
+                    record.curve(trainer.curve)
                 for text in step.update.skipped:
                     bar.write(f"step {number}: skipped an update because of {text}")
             bar.update()
-            bar.set_postfix(_shown(line))
+            bar.set_postfix(_shown(line, trainer))
             stop = trainer.ranks.any(bool(stopping))
             if last or stop or is_due(number, settings.save_every):
                 checkpoint.save(trainer.accelerator, folder, number)
@@ -117,21 +135,22 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
         record = record or _begin(settings, trainer, done)
         record.close()
         with new_folder(folder / "model") as model:
-            trainer.model.save_pretrained(model)
+            adapter.save(trainer.model, model)
             trainer.tokenizer.save_pretrained(model)
         report(folder, trainer.objective)
-        write(folder / "summary.json", json.dumps(_summary(folder), indent=2) + "\n")
-        _print_summary(folder)
+        write(folder / "summary.json", json.dumps(_summary(folder, trainer.curve), indent=2) + "\n")
+        _print_summary(folder, trainer.curve)
     trainer.accelerator.wait_for_everyone()
     return read_summary(folder)
 
 
-def _begin(settings: Settings, trainer: Trainer, done: int) -> Record:
+def _begin(settings: Settings, trainer: Trainer | ExampleTrainer, done: int) -> Record:
     """Write the settings, from when on the folder has a run, and return the record of its further steps."""
     folder = settings.output or Path()
     write_settings(folder, plain(settings))
     with new_folder(folder / "tokenizer") as words:
         trainer.tokenizer.save_pretrained(words)
+    trainer.write(folder)
     return Record(folder, done + 1 if done else 0, _header(settings, trainer))
 
 
@@ -159,20 +178,20 @@ def resolved(settings: Settings) -> Settings:
         sampling=dataclasses.replace(
             sampling,
             prompts=sampling.prompts or recipe.prompts,
-            max_tokens=sampling.max_tokens or recipe.max_tokens,
+            max_tokens=sampling.max_tokens or (0 if settings.trains_on_examples else recipe.max_tokens),
         ),
         optimizer=dataclasses.replace(
             optimizer,
             lr=optimizer.lr or recipe.lr,
             precision=recipe.precision if optimizer.precision == "auto" else optimizer.precision,
         ),
-        tasks=settings.tasks or recipe.tasks,
+        tasks=settings.tasks or (() if settings.trains_on_examples else recipe.tasks),
         steps=settings.steps or recipe.steps,
         output=settings.output or Path("runs") / name,
     )
 
 
-def _header(settings: Settings, trainer: Trainer) -> dict[str, Any]:
+def _header(settings: Settings, trainer: Trainer | ExampleTrainer) -> dict[str, Any]:
     return {
         "version": __version__,
         "method": settings.objective.method,
@@ -182,28 +201,24 @@ def _header(settings: Settings, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _introduce(settings: Settings, trainer: Trainer) -> None:
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    problems = trainer.problems
+def _introduce(settings: Settings, trainer: Trainer | ExampleTrainer) -> None:
+    sizes = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    parameters, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+    of_adapter = f" ({trained / 1e6:.2f} M in {settings.adapter})" if settings.adapter else ""
     Console().print(
-        f"[bold]{settings.model}[/bold], {parameters / 1e6:.1f} M parameters, on {trainer.accelerator.device}\n"
-        f"{' + '.join(settings.tasks)}: {sum(map(len, problems.train))} problems to train on, "
-        f"{len(problems.held_out)} held out\n{trainer.objective}",
+        f"[bold]{settings.model}[/bold], {parameters / 1e6:.1f} M parameters{of_adapter}, "
+        f"on {trainer.accelerator.device}\n"
+        f"{trainer.introduction}\n{trainer.objective}",
         highlight=False,
     )
 
 
-def _shown(line: Mapping[str, float]) -> dict[str, str]:
-    shown = {
-        "reward": f"{line['reward_mean']:.2f}",
-        "length": f"{line['length_mean']:.0f}",
-        "tok/s": f"{line['tokens'] / line['seconds']:.0f}",
-    }
-    return shown | ({"held out": f"{line[_HELD_OUT]:.2f}"} if _HELD_OUT in line else {})
+def _shown(line: Mapping[str, float], trainer: Trainer | ExampleTrainer) -> dict[str, str]:
+    shown = trainer.shown(line) | {"tok/s": f"{line['tokens'] / line['seconds']:.0f}"}
+    return shown | ({"held out": f"{line[trainer.curve.held_out]:.2f}"} if trainer.curve.held_out in line else {})
 
 
-def _columns(number: int, step: Step) -> dict[str, Any]:
-    collection, update = step.collection, step.update
+def _columns(number: int, update: Update, model: Any) -> dict[str, Any]:
     batch = update.prepared.batch
     lengths = (batch.end - batch.begin).tolist()
 
@@ -214,32 +229,33 @@ def _columns(number: int, step: Step) -> dict[str, Any]:
         # Numbers that were not computed (NaN) are null.
         return [None if row.isnan().any() else row.tolist() for row in rows]
 
-    prompts = batch.input("prompt_tokens")
+    with adapter.switched_off(model):
+        prompts = virtual_tokens.known(model, batch.input("prompt_tokens"))
     return {
         "step": [number] * batch.num_rows,
         "group": batch.group_ids.tolist(),
-        "task": [p.task for p in collection.problems],
-        "prompt": [p.question for p in collection.problems],
-        "completion": collection.responses,
         "reward": batch.rewards.tolist(),
         "prompt_tokens": [row[row >= 0].tolist() for row in prompts.cpu()],
         "tokens": per_row(batch.tokens),
         "response_mask": per_row(batch.response_mask),
         "rollout_log_probs": per_row(batch.rollout_log_probs),
         "old_log_probs": per_row(batch.old_log_probs),
+        "ref_log_probs": per_row(batch.ref_log_probs),
         "log_probs": per_row(update.log_probs),
         "entropies": per_row(batch.entropies),
         "advantages": per_row(update.prepared.advantages),
     }
 
 
-def _summary(folder: Path) -> dict[str, float]:
+def _summary(folder: Path, curve: Curve) -> dict[str, float]:
     lines = read_metrics(folder)
-    measured = [line[_HELD_OUT] for line in lines if _HELD_OUT in line]
+    measured = [line for line in lines if curve.held_out in line]
+    main = [line[curve.held_out] for line in measured]
+    others = sorted(name for name in measured[0] if name.startswith("held_out_") and name != curve.held_out)
     steps = lines[1:]
 
     def total(name: str) -> float:
-        return sum(line[name] for line in steps)
+        return sum(line.get(name, 0.0) for line in steps)
 
     seconds = total("seconds") or 1.0
     if torch.cuda.is_available():
@@ -247,9 +263,10 @@ def _summary(folder: Path) -> dict[str, float]:
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     return {
-        "held_out_before": measured[0],
-        "held_out_after": measured[-1],
-        "held_out_best": max(measured),
+        "held_out_before": main[0],
+        "held_out_after": main[-1],
+        "held_out_best": max(main) if curve.higher else min(main),
+        **{f"{name}_{when}": measured[at][name] for name in others for when, at in (("before", 0), ("after", -1))},
         "steps": len(steps),
         "skipped_updates": sum(line.get("skipped_updates", 0) for line in steps),
         "seconds": seconds,
@@ -260,17 +277,20 @@ def _summary(folder: Path) -> dict[str, float]:
     }
 
 
-def _print_summary(folder: Path) -> None:
+def _print_summary(folder: Path, curve: Curve) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     table = Table(title=str(folder), show_header=False, title_justify="left")
-    table.add_row("held-out reward before", f"{summary['held_out_before']:.3f}")
-    table.add_row("held-out reward after", f"{summary['held_out_after']:.3f}")
+    table.add_row(f"{curve.titles[1]} before", f"{summary['held_out_before']:.3f}")
+    table.add_row(f"{curve.titles[1]} after", f"{summary['held_out_after']:.3f}")
+    for name in sorted(name for name in summary if name.startswith("held_out_") and name.count("_") > 2):
+        table.add_row(name.replace("held_out", "held-out").replace("_", " "), f"{summary[name]:.3f}")
     table.add_row("steps", f"{summary['steps']}")
     if summary["skipped_updates"]:
         table.add_row("updates skipped", f"{summary['skipped_updates']:.0f}")
     table.add_row("seconds of training", f"{summary['seconds']:.0f}")
     table.add_row("tokens per second", f"{summary['tokens_per_second']:.0f}")
-    table.add_row("time spent sampling", f"{summary['sampling_fraction']:.1%}")
+    if summary["sampling_fraction"]:
+        table.add_row("time spent sampling", f"{summary['sampling_fraction']:.1%}")
     table.add_row("time spent on credit", f"{summary['credit_fraction']:.2%}")
     table.add_row("peak memory", f"{summary['peak_memory_gib']:.1f} GiB")
     table.add_row("curve", str(folder / "curve.png"))

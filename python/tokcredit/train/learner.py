@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -28,7 +27,10 @@ from tokcredit.train.settings import OptimizerSettings, Settings
 from tokcredit.train.teacher import Teacher
 
 _MEANS = ("_mean", "_fraction")
-"""Endings of metrics that are means over tokens. Others add up over the micro-batches of an optimizer step."""
+"""Endings of metrics that are means over pairs, or over tokens where there are no pairs. Others add up over the
+micro-batches of an optimizer step."""
+_OVER_TOKENS = frozenset({"entropy_mean"})
+"""Means over tokens in any case."""
 _COUNTS = frozenset({"tokens", "pairs", "nonfinite_log_probs"})
 """Metrics that also add up over the optimizer steps of a step."""
 _LIMIT = 10
@@ -58,6 +60,7 @@ class Learner:
         settings: Settings of the run.
         objective: Objective to optimize.
         model: The policy, on its device.
+        reference: Reference policy, or None if nothing of it has to be computed.
         teacher: Teacher of a distilling objective, or None.
         accelerator: Devices and precision.
 
@@ -71,21 +74,22 @@ class Learner:
         settings: Settings,
         objective: TrainingObjective[Any],
         model: Any,
+        reference: Any,
         teacher: Teacher | None,
         accelerator: Accelerator,
     ) -> None:
         o = settings.optimizer
         self._settings, self._accelerator, self._ranks = settings, accelerator, Ranks(accelerator)
-        self._objective, self._model = objective, model
-        reference = copy.deepcopy(model) if objective.required_inputs & inputs.names("reference") else None
-        self._teacher, self._models = teacher, (model, reference, teacher.model if teacher else None)
+        self._objective, self._model, self._teacher = objective, model, teacher
+        self._models = (model, reference, teacher.model if teacher else None)
+        trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = accelerator.prepare_optimizer(
-            torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=o.weight_decay, fused=True)
+            torch.optim.AdamW(trained, lr=o.lr, weight_decay=o.weight_decay, fused=True)
         )
         self.state, self.skipped_in_row = State(), 0
 
     def with_inputs(self, batch: Rollouts, others: frozenset[str] = frozenset()) -> Rollouts:
-        """Return the rollouts with the inputs that forward passes give.
+        """Return the rollouts with the inputs that forward passes give, but for those of the reference that they carry.
 
         Args:
             batch: Whole groups, packed, with ``prompt_tokens``.
@@ -94,6 +98,7 @@ class Learner:
         names, o = self._objective.required_inputs | others, self._settings.optimizer
         if o.epochs * o.minibatches > 1:
             names |= {"old_log_probs"}
+        names -= {name for name in inputs.names("reference") if batch.has_input(name)}
         with self._accelerator.autocast():
             return collectors.collect(names, batch, o.micro_batch, *self._models, self._settings.sampling.temperature)
 
@@ -107,6 +112,21 @@ class Learner:
         with self._accelerator.autocast():
             scored = collectors.collect(names, batch, self._settings.optimizer.micro_batch, self._model)
         return scored.input("old_log_probs"), scored.input("entropies")
+
+    @torch.no_grad()
+    def measure(self, batch: Rollouts) -> dict[str, float]:
+        """Return the loss and the metrics of the policy without an update, over all processes.
+
+        Settings with a schedule have the values that they end with.
+
+        Args:
+            batch: As in :meth:`update`.
+        """
+        prepared = self._over_ranks(self._prepare(batch, 1.0))
+        totals = _Totals(self._metrics_of_nothing(prepared))
+        for rows in _micro_batches(prepared, self._settings.optimizer.micro_batch, self._objective.couples_rows):
+            totals.add(self._forward(prepared.select(rows), Clock())[2])
+        return totals.metrics(self._ranks, 1)
 
     def update(self, batch: Rollouts, number: int, clock: Clock) -> Update:
         """Update the policy and return what was done.
@@ -254,7 +274,7 @@ class Learner:
         for rows in parts:
             micro = part.select(rows)
             with torch.no_grad(), self._accelerator.autocast():
-                forward = self._forward(micro.batch, hidden_only=False)
+                forward = self._forward_pass(micro.batch, hidden_only=False)
                 variables = {name: forward.read(name) for name in names}
             seen = nonfinite.tokens(self._objective, micro, variables)
             found |= {int(numbers[rows[row]]): positions for row, positions in seen.items()}
@@ -277,7 +297,7 @@ class Learner:
         found = self._objective.loss(nothing, zeros, **further).metrics
         return {**{name: 0.0 for name in found}, "entropy_mean": 0.0}
 
-    def _forward(self, batch: Rollouts, hidden_only: bool) -> collectors.ForwardPass:
+    def _forward_pass(self, batch: Rollouts, hidden_only: bool) -> collectors.ForwardPass:
         """Return forward passes that give the variables of the objective."""
         return collectors.ForwardPass(
             self._objective.variables,
@@ -290,8 +310,14 @@ class Learner:
 
     def _backward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, dict[str, float]]:
         """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
+        loss, log_probs, metrics = self._forward(part, clock)
+        loss.backward()
+        return log_probs, metrics
+
+    def _forward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Return the loss of a micro-batch, its log-probs, and its metrics."""
         names, temperature = self._objective.variables, self._settings.sampling.temperature
-        forward = self._forward(part.batch, hidden_only=True)
+        forward = self._forward_pass(part.batch, hidden_only=True)
         if forward.layer is not None and isinstance(self._objective, FromHidden):
             with self._accelerator.autocast():
                 weight, bias, settings = forward.layer
@@ -306,10 +332,9 @@ class Learner:
                 variable, further = forward.read(names[0]), {name: forward.read(name) for name in names[1:]}
             with clock("credit"):
                 loss, found = self._objective.loss(part, variable, **further)
-        loss.backward()
         metrics = {**found, "entropy_mean": entropies[part.batch.response_mask].mean()}
         values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
-        return log_probs, dict(zip(metrics, values, strict=True))
+        return loss, log_probs, dict(zip(metrics, values, strict=True))
 
     def _over_ranks(self, part: PreparedBatch) -> PreparedBatch:
         """Return these rows as an optimizer step of their own, with denominators over all processes."""
@@ -334,16 +359,21 @@ class _Totals:
 
     def add(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._sums[name] += value * metrics["tokens"] if name.endswith(_MEANS) else value
+            self._sums[name] += value * metrics[self._over(name)] if name.endswith(_MEANS) else value
+
+    def _over(self, name: str) -> str:
+        return "pairs" if "pairs" in self._sums and name not in _OVER_TOKENS else "tokens"
 
     def metrics(self, ranks: Ranks, steps: int) -> dict[str, float]:
-        """Return means over tokens, counts, and means over the optimizer steps, over all processes."""
+        """Return means over pairs or tokens, counts, and means over the optimizer steps, over all processes."""
         sums = ranks.sum({name: torch.tensor(value, dtype=torch.float64) for name, value in self._sums.items()})
-        out, tokens = {}, sums.pop("tokens")
+        out = {}
         for name, total in sums.items():
+            if name == "tokens":
+                continue
             if name.endswith(_MEANS):
-                if tokens:
-                    out[name] = total / tokens
+                if count := sums[self._over(name)]:
+                    out[name] = total / count
             else:
                 out[name] = total if name in _COUNTS else total / (max(steps, 1) * ranks.count)
         return out

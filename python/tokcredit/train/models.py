@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import subprocess
@@ -19,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gguf
 
 from tokcredit.expression import construct, parse
 from tokcredit.settings import Range
+from tokcredit.train import adapter, tools
 from tokcredit.train import tiny as tiny_model
-from tokcredit.train import tools
+from tokcredit.train.record import new_folder
 
 _Count = Annotated[int, Range("whole number", at_least=0)]
 _Probability = Annotated[float, Range("number", at_least=0, at_most=1)]
@@ -91,13 +93,15 @@ def load(model: str) -> tuple[Any, Any]:
 
     Args:
         model: ``smollm2``; ``tiny(steps=..., noise=..., seed=...)`` or ``tiny_tools(...)`` with the same settings; or a
-            folder or hub name for ``from_pretrained``.
+            folder or hub name for ``from_pretrained``. The folder of an adapter is merged into the model that it names.
 
     Raises:
         ValueError: There is no such model, the settings of a built-in one are wrong, or the cache of the model holds
             something else than keys and values.
     """
     source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else model
+    if (Path(source) / adapter.CONFIG).exists():
+        return _merged(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
@@ -110,6 +114,14 @@ def load(model: str) -> tuple[Any, Any]:
     return network, tokenizer
 
 
+def _merged(folder: Path) -> tuple[Any, Any]:
+    """Return the model of an adapter with the adapter in its weights, and the tokenizer beside the adapter."""
+    base, _ = load(json.loads((folder / adapter.CONFIG).read_text())["base_model_name_or_path"])
+    network = adapter.merge(base, folder).requires_grad_(True).eval()
+    network.name_or_path = str(folder)
+    return network, AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
 @torch.no_grad()
 def _check_cache(model: str, network: Any) -> None:
     """Raise if the rows of a prompt cannot share its cache, which mixtures with recurrent layers may not tell later."""
@@ -120,6 +132,29 @@ def _check_cache(model: str, network: Any) -> None:
             f"model: expected a model whose cache holds keys and values only, because the rows of a prompt share it, "
             f"got {model} ({network.config.model_type})"
         )
+
+
+def merge(folder: Path, output: Path) -> None:
+    """Write the model of a run whose adapter is merged into its weights.
+
+    Args:
+        folder: Folder of the run, or of the adapter.
+        output: Folder to write, which does not exist.
+
+    Raises:
+        ValueError: There is no adapter, or the output exists.
+    """
+    beside = folder / "model"
+    source = beside if (beside / adapter.CONFIG).exists() else folder
+    if not (source / adapter.CONFIG).exists():
+        raise ValueError(f"run: expected a finished run with an adapter, or the folder of one, got {folder}")
+    if output.exists():
+        raise ValueError(f"output: expected a new folder, got {output}")
+    network, tokenizer = load(str(source))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(output) as target:
+        network.save_pretrained(target)
+        tokenizer.save_pretrained(target)
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:

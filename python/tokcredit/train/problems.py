@@ -6,10 +6,23 @@ import functools
 import random
 import re
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from tokcredit.rewards import matching
+
+T = TypeVar("T")
+
+
+class Asked(Protocol):
+    """What has a question."""
+
+    @property
+    def question(self) -> str:
+        """Text of the question."""
+
+
+Q = TypeVar("Q", bound=Asked)
 
 
 class Message(NamedTuple):
@@ -74,7 +87,7 @@ class Problems(NamedTuple):
             count: Number of problems.
             seed: Seed of the order.
         """
-        return [self._nth(step * count + i, seed) for i in range(count)]
+        return nth(self.train, range(step * count, (step + 1) * count), seed)
 
     def measured(self, count: int) -> list[Problem]:
         """Return held-out problems, evenly spaced.
@@ -82,14 +95,34 @@ class Problems(NamedTuple):
         Args:
             count: Largest number of problems.
         """
-        count = min(len(self.held_out), count)
-        return [self.held_out[i * len(self.held_out) // count] for i in range(count)]
+        return spaced(self.held_out, count)
 
-    def _nth(self, n: int, seed: int) -> Problem:
-        task, n = n % len(self.train), n // len(self.train)
-        problems = self.train[task]
-        turn, at = divmod(n, len(problems))
-        return problems[_order(len(problems), f"{seed}-{task}-{turn}")[at]]
+
+def nth(sources: Sequence[Sequence[T]], numbers: Iterable[int], seed: int) -> list[T]:
+    """Return items of sources in turn, each of which gives all its items in random order, then again.
+
+    Args:
+        sources: The sources.
+        numbers: Numbers of the items, from 0.
+        seed: Seed of the order.
+    """
+    out = []
+    for number in numbers:
+        source, n = number % len(sources), number // len(sources)
+        turn, at = divmod(n, len(sources[source]))
+        out.append(sources[source][_order(len(sources[source]), f"{seed}-{source}-{turn}")[at]])
+    return out
+
+
+def spaced(items: Sequence[T], count: int) -> list[T]:
+    """Return items that are evenly spaced.
+
+    Args:
+        items: The items.
+        count: Largest number of items.
+    """
+    count = min(len(items), count)
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 @functools.lru_cache(maxsize=64)
@@ -97,7 +130,7 @@ def _order(size: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(size), size)
 
 
-def split(problems: Sequence[Problem], held_out: float) -> tuple[list[Problem], list[Problem]]:
+def split(problems: Sequence[Q], held_out: float) -> tuple[list[Q], list[Q]]:
     """Return training and held-out problems.
 
     Problems with the same numbers, in any order and of any task, are on the same side: ``3 + 4`` is not measured after
@@ -108,7 +141,7 @@ def split(problems: Sequence[Problem], held_out: float) -> tuple[list[Problem], 
         problems: Problems of a task.
         held_out: Share of the sets of numbers, or of the texts, that is kept from training.
     """
-    sides: tuple[list[Problem], list[Problem]] = ([], [])
+    sides: tuple[list[Q], list[Q]] = ([], [])
     for key in (_numbers, str):
         sides = ([], [])
         for p in problems:

@@ -15,14 +15,19 @@ class Prompts:
     Args:
         tokenizer: Tokenizer of the model.
         settings: System prompt and arguments of the chat template.
+        option: Name of the option that the questions come from, for errors.
 
     Raises:
         ValueError: There is no chat template but a setting needs one, or the template does not read an argument.
+
+    Attributes:
+        prefix: Token ids that stand before every prompt.
     """
 
-    def __init__(self, tokenizer: Any, settings: ChatSettings | None = None) -> None:
-        self._tokenizer, self._settings = tokenizer, settings or ChatSettings()
+    def __init__(self, tokenizer: Any, settings: ChatSettings | None = None, option: str = "tasks") -> None:
+        self._tokenizer, self._settings, self._option = tokenizer, settings or ChatSettings(), option
         self._arguments = self._settings.arguments()
+        self.prefix: list[int] = []
         template = tokenizer.get_chat_template() if tokenizer.chat_template is not None else None
         if template is None and self._settings != ChatSettings():
             raise ValueError("system_prompt, chat_template_args: expected a model with a chat template, got none")
@@ -42,8 +47,8 @@ class Prompts:
             problem = Problem("", problem, "", float)
         self.check(problem)
         if self._tokenizer.chat_template is None:
-            return list(self._tokenizer(problem.question).input_ids)
-        return self._templated(problem.messages or (Message("user", problem.question),))
+            return [*self.prefix, *self._tokenizer(problem.question).input_ids]
+        return [*self.prefix, *self.templated(problem.messages or (Message("user", problem.question),))]
 
     def check(self, problem: Problem) -> None:
         """Raise an error if the problem is a chat that does not fit the tokenizer or the settings.
@@ -55,12 +60,22 @@ class Prompts:
             ValueError: There is no chat template, or there are two system prompts.
         """
         if problem.messages and self._tokenizer.chat_template is None:
-            raise ValueError(f"tasks: expected a model with a chat template for {problem.question[:100]!r}, got none")
+            asked = f"{problem.question[:100]!r}"
+            raise ValueError(f"{self._option}: expected a model with a chat template for {asked}, got none")
         own = [message.content for message in problem.messages if message.role == "system"]
         if own and self._settings.system_prompt is not None:
             raise ValueError(f"system_prompt: expected none because a prompt has its own, {own[0]!r:.100}")
 
-    def _templated(self, messages: tuple[Message, ...]) -> list[int]:
+    def templated(self, messages: tuple[Message, ...], add_generation_prompt: bool = True) -> list[int]:
+        """Return the token ids of a chat, without the prefix.
+
+        Args:
+            messages: The messages.
+            add_generation_prompt: Whether the beginning of a response follows them.
+
+        Raises:
+            ValueError: The chat template refuses the messages.
+        """
         from jinja2 import TemplateError
 
         if self._settings.system_prompt is not None:
@@ -68,11 +83,12 @@ class Prompts:
         try:
             text = self._tokenizer.apply_chat_template(
                 [message._asdict() for message in messages],
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **self._arguments,
             )
         except TemplateError as error:
             roles = [message.role for message in messages]
-            raise ValueError(f"tasks: expected messages that the chat template takes, got {roles}: {error}") from error
+            expected = "expected messages that the chat template takes"
+            raise ValueError(f"{self._option}: {expected}, got {roles}: {error}") from error
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)

@@ -86,10 +86,11 @@ class Ranks:
     Attributes:
         index: Number of this process, from 0.
         count: Number of processes.
+        device: Device of this process.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
+        self._accelerator, self.device = accelerator, accelerator.device
         self.index, self.count = accelerator.process_index, accelerator.num_processes
 
     def sum(self, numbers: Mapping[str, Tensor]) -> dict[str, float]:

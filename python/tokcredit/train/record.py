@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from tokcredit.train.settings import Settings
 
 _ROLLOUTS = pa.schema(
     [
@@ -24,11 +26,46 @@ _ROLLOUTS = pa.schema(
         ("prompt_tokens", pa.list_(pa.int32())),
         ("tokens", pa.list_(pa.int32())),
         ("response_mask", pa.list_(pa.bool_())),
-        *((name, pa.list_(pa.float32())) for name in ("rollout_log_probs", "old_log_probs", "log_probs")),
+        *(
+            (name, pa.list_(pa.float32()))
+            for name in ("rollout_log_probs", "old_log_probs", "ref_log_probs", "log_probs")
+        ),
         ("entropies", pa.list_(pa.float32())),
         ("advantages", pa.list_(pa.float32())),
     ]
 )
+
+
+class Curve(NamedTuple):
+    """Which metrics a learning curve shows.
+
+    Attributes:
+        training: Metric of every step.
+        held_out: Metric of the steps that measure.
+        titles: What the two are called.
+        higher: Whether more of the held-out metric is better.
+        together: Whether both are the same quantity, and have one axis.
+    """
+
+    training: str
+    held_out: str
+    titles: tuple[str, str]
+    higher: bool
+    together: bool
+
+
+REWARDS = Curve("reward_mean", "held_out_reward_mean", ("reward of the rollouts", "held-out reward"), True, True)
+PAIRS = Curve("loss", "held_out_accuracy_mean", ("loss", "held-out accuracy"), True, False)
+COMPLETIONS = Curve("loss", "held_out_loss", ("loss", "held-out loss"), False, True)
+
+
+def curve_of(settings: Settings) -> Curve:
+    """Return the learning curve of a run.
+
+    Args:
+        settings: Its settings.
+    """
+    return PAIRS if settings.pairs else COMPLETIONS if settings.completions else REWARDS
 
 
 def write(path: Path, text: str) -> None:
@@ -144,9 +181,13 @@ class Record:
         table = pa.table({k: [None] * rows if v is None else v for k, v in columns.items()}, schema=self._schema)
         write_table(self.folder / f"rollouts-{step:06}.parquet", table)
 
-    def curve(self) -> None:
-        """Draw the rewards over the steps into ``curve.png``."""
-        draw_curves(self.folder / "curve.png", {"": [self.lines]})
+    def curve(self, shown: Curve) -> None:
+        """Draw the learning curve into ``curve.png``.
+
+        Args:
+            shown: What it shows.
+        """
+        draw_curves(self.folder / "curve.png", {"": [self.lines]}, shown)
 
     def close(self) -> None:
         """Close the TensorBoard file."""
@@ -167,19 +208,20 @@ def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
     return out
 
 
-def draw_curves(path: Path, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
-    """Draw the training reward and the held-out reward of runs.
+def draw_curves(path: Path, runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], shown: Curve) -> None:
+    """Draw a metric of training, smoothed, and a held-out metric of runs.
 
     Args:
         path: PNG file to write.
         runs: For each name the metrics of one run, or of several, which become a mean and a band.
+        shown: What the curves show.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2, sharey=shown.together)
     for color, (name, seeds) in enumerate(runs.items()):
-        for axes, key, marker in ((left, "reward_mean", ""), (right, "held_out_reward_mean", "o")):
+        for axes, key, marker in ((left, shown.training, ""), (right, shown.held_out, "o")):
             lines = [{m["step"]: m[key] for m in metrics if key in m} for metrics in seeds]
             steps = sorted(set.intersection(*map(set, lines))) if lines else []
             curves = [[line[s] for s in steps] for line in lines]
@@ -192,8 +234,8 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Sequence[Mapping[str, An
             if len(curves) > 1:
                 low, high = ([f(column) for column in zip(*curves, strict=True)] for f in (min, max))
                 axes.fill_between(steps, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
-    left.set_title("reward of the rollouts, smoothed", fontsize=10)
-    right.set_title("held-out reward, greedy", fontsize=10)
+    left.set_title(f"{shown.titles[0]}, smoothed", fontsize=10)
+    right.set_title(shown.titles[1], fontsize=10)
     for axes in (left, right):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

@@ -258,11 +258,20 @@ class Settings(Declared):
     privileged: PrivilegedSettings = field(default_factory=PrivilegedSettings)
     model: str = "smollm2"
     """Model to train: "smollm2", "tiny", "tiny_tools", or a folder or hub name of a causal language model."""
+    adapter: str | None = None
+    """Adapter to train in place of all weights: "lora(r=16, alpha=32.0, targets='all-linear')", where targets may be a
+    regular expression of names of layers, or "prompt(tokens=20)", embeddings before every prompt. The model itself is
+    then the reference policy; `tokcredit merge` merges LoRA."""
     tasks: tuple[str, ...] = ()
     """Tasks, in equal parts: a reasoning_gym data set with its configuration, for example "products(max_digits=1)";
     "jsonl('file.jsonl')" with lines {"prompt", "answer"}, where the prompt is a text or the messages of a chat;
     "choices('file.jsonl')" with letters as answers;
     "addition(digits=2)"; "calculator(operations=2)", which has a tool. The default suits the model."""
+    pairs: Path | None = None
+    """Pairs to train on in place of rollouts, for a preference method: JSONL of {"prompt", "chosen", "rejected"}, or a
+    folder of datasets.Dataset.save_to_disk. prompts is then the number of pairs per step. Tasks are only measured."""
+    completions: Path | None = None
+    """The same for a supervised method, with {"prompt", "completion"}."""
     teacher: str | None = None
     """Teacher of a distilling method: a model with the same tokens, given like model; initial for the model before the
     first step; live for the model itself; ema(rate) for an average of its weights over the steps."""
@@ -291,6 +300,16 @@ class Settings(Declared):
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue the run in the folder from its last checkpoint, or start it if there is none."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pairs and self.completions:
+            raise ValueError(f"pairs, completions: expected one of them, got {self.pairs}, {self.completions}")
+
+    @property
+    def trains_on_examples(self) -> bool:
+        """Whether pairs or completions take the place of rollouts."""
+        return self.pairs is not None or self.completions is not None
+
 
 def is_due(number: int, every: int) -> bool:
     """Return whether something that happens every so many steps happens after a step; never if 0.
@@ -300,6 +319,16 @@ def is_due(number: int, every: int) -> bool:
         every: Number of steps, or 0.
     """
     return every > 0 and number % every == 0
+
+
+@dataclass(frozen=True)
+class MergeSettings(Declared):
+    """Which adapter is merged into its model."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished run with an adapter, or folder of an adapter."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder of the model to write."""
 
 
 @dataclass(frozen=True)

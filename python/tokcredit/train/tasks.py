@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from tokcredit.settings import Range
 from tokcredit.train import tools
 from tokcredit.train.judging import BoundedReward
 from tokcredit.train.problems import Message, Problem, Problems, split
+from tokcredit.train.records import Record, messages, of_file
 
 _Count = Annotated[int, Range("whole number", at_least=1)]
 _REWARDS = Path(answers.__file__).parent
@@ -71,56 +71,22 @@ class _Line(NamedTuple):
 
 def _lines(path: str) -> Iterator[_Line]:
     """Yield the prompt and the answer of each line of a JSONL file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"tasks: expected a JSONL file in UTF-8, got {path!r}: {error}") from None
-    # Only a line feed ends a line of JSON. str.splitlines also splits at U+2028 and others, which a string may hold.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _line(f"{path}:{number}", line)
+    return map(_line, of_file("tasks", path, ("prompt", "answer")))
 
 
-def _line(place: str, line: str) -> _Line:
-    def expected(what: str, got: Any) -> ValueError:
-        return ValueError(f"tasks: {place}: expected {what}, got {got}")
-
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise expected("a JSON object {'prompt', 'answer'}", repr(error)) from None
-    if not isinstance(record, dict) or not {"prompt", "answer"} <= record.keys():
-        raise expected("a JSON object {'prompt', 'answer'}", f"{line[:100]!r}")
-    prompt, answer = record["prompt"], record["answer"]
+def _line(record: Record) -> _Line:
+    prompt, answer = record.values["prompt"], record.values["answer"]
     is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
     if not (is_number or (isinstance(answer, str) and answer.strip())):
-        raise expected("an answer that is a text or a number", repr(answer))
+        raise record.expected("tasks", "an answer that is a text or a number", repr(answer))
     if isinstance(prompt, str) and prompt.strip():
-        return _Line(place, prompt, str(answer), ())
-    messages = _messages(prompt)
-    if messages is None:
+        return _Line(record.place, prompt, str(answer), ())
+    chat = messages(prompt)
+    if chat is None or chat[-1].role == "assistant":
         what = "a prompt that is a text, or messages [{'role', 'content'}, ...] of texts that do not end with assistant"
-        raise expected(what, f"{str(prompt)[:100]!r}")
-    question = messages[0].content if len(messages) == 1 else "\n\n".join(f"{m.role}: {m.content}" for m in messages)
-    return _Line(place, question, str(answer), messages)
-
-
-def _messages(prompt: Any) -> tuple[Message, ...] | None:
-    """Return the messages of a chat, or None if it is none."""
-    if not isinstance(prompt, list) or not prompt:
-        return None
-    messages = []
-    for message in prompt:
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            return None
-        content = message["content"]
-        if isinstance(content, list):  # parts, as of multimodal chats
-            texts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else None for p in content]
-            content = "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else None
-        if not isinstance(message["role"], str) or not isinstance(content, str):
-            return None
-        messages.append(Message(message["role"], content))
-    return None if messages[-1].role == "assistant" else tuple(messages)
+        raise record.expected("tasks", what, f"{str(prompt)[:100]!r}")
+    question = chat[0].content if len(chat) == 1 else "\n\n".join(f"{m.role}: {m.content}" for m in chat)
+    return _Line(record.place, question, str(answer), chat)
 
 
 def _jsonl(path: str) -> list[Problem]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from tokcredit.mixing import mix
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages.token_weights import tis
-from tokcredit.train import collectors, models, tasks
+from tokcredit.train import adapter, collectors, policy, tasks
 from tokcredit.train import teacher as teaching
 from tokcredit.train.clock import Clock
 from tokcredit.train.conversations import Conversations
@@ -29,6 +31,7 @@ from tokcredit.train.lengths import LengthHead, LengthLearner
 from tokcredit.train.probes import Prober
 from tokcredit.train.problems import Problems
 from tokcredit.train.ranks import Ranks, check_launch
+from tokcredit.train.record import REWARDS
 from tokcredit.train.replay import Replay
 from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext, SingleTurn
 from tokcredit.train.sampler import Sampler, TransformersSampler
@@ -48,6 +51,16 @@ class Step(NamedTuple):
     collection: RolloutCollection
     update: Update
     metrics: dict[str, float]
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """Texts that are recorded of each rollout, by column."""
+        problems = self.collection.problems
+        return {
+            "task": [p.task for p in problems],
+            "prompt": [p.question for p in problems],
+            "completion": self.collection.responses,
+        }
 
 
 def _with_length(objective: Any, longest: int) -> Any:
@@ -77,15 +90,18 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
         ValueError: The objective requires an input that the trainer does not collect, or a setting is wrong.
     """
     check_launch()
+    virtual = None if settings.adapter is None else adapter.config(settings.adapter)
     objective = _with_length(settings.objective.build(), settings.sampling.max_tokens)
     if settings.sampling.sampler == "vllm":
         if find_spec("vllm") is None:
             raise ValueError("sampler: expected transformers because vllm is not installed, got vllm")
+        if isinstance(virtual, int):
+            raise ValueError(f"adapter: expected lora because the sampler is vllm, got {settings.adapter}")
         if settings.sampling.adaptive:
             raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {settings.sampling.adaptive}")
         if settings.objective.token_weights is None:
             objective = _corrected(objective)
-    _check_collected(objective, settings.objective.method)
+    check_collected(objective, settings.objective.method)
     if isinstance(objective, Preference) and settings.sampling.group != 2:
         raise ValueError(
             f"group: expected 2 because of {settings.objective.method}, which compares the two responses to a prompt, "
@@ -96,19 +112,37 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
             f"micro_batch: expected at least {settings.sampling.group}, the size of a group, because the objective "
             f"compares the rows of a group, got {settings.optimizer.micro_batch}"
         )
-    if _distils(objective) and settings.teacher is None:
-        raise ValueError(f"teacher: expected a model because of {settings.objective.method}, got None")
-    if settings.teacher is not None:
-        teaching.rate_of(settings.teacher)
+    check_teacher(objective, settings)
     if (stage := _length_stage(objective)) is not None and not hasattr(stage, "gamma"):
         raise ValueError(f"credit: expected a stage with a gamma because it reads length_values, got {stage}")
     problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
-    collector = _collector(settings, objective.required_inputs, problems)
-    _check_privileged(settings, objective, collector)
-    return objective, problems, collector
+    found = collector(settings, objective.required_inputs, problems)
+    _check_privileged(settings, objective, found)
+    return objective, problems, found
 
 
-def _distils(objective: Any) -> bool:
+def check_teacher(objective: Any, settings: Settings) -> None:
+    """Check that there is a teacher if the objective needs one.
+
+    Args:
+        objective: The objective.
+        settings: Settings of the run.
+
+    Raises:
+        ValueError: There is none, or its rate is out of range.
+    """
+    if distils(objective) and settings.teacher is None:
+        raise ValueError(f"teacher: expected a model because of {settings.objective.method}, got None")
+    if settings.teacher is not None:
+        teaching.rate_of(settings.teacher)
+
+
+def distils(objective: Any) -> bool:
+    """Return whether an objective reads or differentiates what a teacher gives.
+
+    Args:
+        objective: The objective.
+    """
     found = inputs.names("teacher") & objective.required_inputs | collectors.FROM_TEACHER & set(objective.variables)
     return bool(found)
 
@@ -121,7 +155,7 @@ def _check_privileged(settings: Settings, objective: Any, collector: type[Rollou
                 f"privileged: expected answer or attempt because of {settings.objective.method}, whose teacher is told "
                 f"more than the student, got nothing"
             )
-    elif not _distils(objective):
+    elif not distils(objective):
         raise ValueError(f"privileged: expected nothing because {settings.objective.method} has no teacher, got {told}")
     elif not issubclass(collector, SingleTurn):
         raise ValueError(f"privileged: expected nothing because rows are not whole responses to a prompt, got {told}")
@@ -131,7 +165,17 @@ def _length_stage(objective: Any) -> Any:
     return next((x for x in objective.stages() if x.reads & inputs.names("length_head")), None)
 
 
-def _collector(settings: Settings, wanted: frozenset[str], problems: Problems) -> type[RolloutCollector]:
+def collector(settings: Settings, wanted: frozenset[str], problems: Problems) -> type[RolloutCollector]:
+    """Return the class that collects rollouts.
+
+    Args:
+        settings: Settings of the run.
+        wanted: Names of the inputs that the objective requires.
+        problems: The problems.
+
+    Raises:
+        ValueError: The inputs cannot be collected with tools.
+    """
     with_tools = any(p.calls is not None for p in problems.held_out)
     plain = ("continuations", "probes", "tree_sampler", "replay")
     if with_tools and (others := wanted & frozenset().union(*map(inputs.names, plain))):
@@ -146,7 +190,16 @@ def _collector(settings: Settings, wanted: frozenset[str], problems: Problems) -
     return Replay if wanted & inputs.names("replay") else SingleTurn
 
 
-def _check_collected(objective: Any, method: str) -> None:
+def check_collected(objective: Any, method: str) -> None:
+    """Check that the trainer collects what an objective requires and computes what it differentiates.
+
+    Args:
+        objective: The objective.
+        method: Name of its method, for errors.
+
+    Raises:
+        ValueError: It does not.
+    """
     by_forward = collectors.collected()
     wanted = objective.required_inputs
     missing = wanted & (inputs.names("user") | inputs.names("host")) | {
@@ -165,28 +218,29 @@ def _check_collected(objective: Any, method: str) -> None:
 
 
 class Trainer:
-    """A policy and everything that trains it; :func:`tokcredit.train.run` records it into a folder.
+    """A policy and everything that trains it on rollouts; :func:`tokcredit.train.run` records it into a folder.
 
     Args:
         settings: Settings without open defaults; see :func:`tokcredit.train.experiment.resolved`.
 
     Raises:
         ValueError: A setting is wrong; see :func:`checked`.
+
+    Attributes:
+        curve: Which metrics the learning curve shows.
     """
+
+    curve = REWARDS
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.objective, self.problems, collector = checked(settings)
+        self.objective, self.problems, make = checked(settings)
         required_inputs = self.objective.required_inputs
         self.accelerator = Accelerator(mixed_precision=settings.optimizer.precision)
         self.ranks = Ranks(self.accelerator)
-        with self.accelerator.main_process_first():
-            model, self.tokenizer = models.load(settings.model)
-        model = self.accelerator.prepare_model(model, evaluation_mode=True)
-        # The wrapper that converts outputs to float32 would copy all logits.
-        self.model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        self.model, self.tokenizer = policy.load(settings, self.accelerator)
         self.teacher = None
-        if _distils(self.objective):
+        if distils(self.objective):
             assert settings.teacher is not None
             self.teacher = teaching.made(settings.teacher, settings.model, self.model, self.tokenizer)
         s, half = settings.sampling, settings.optimizer.precision == "bf16"
@@ -201,8 +255,10 @@ class Trainer:
             dtype = torch.bfloat16 if half else None
             sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
         self.context = SamplingContext(settings, self.problems, self.tokenizer, sampler, self.ranks)
-        self.rollout_collector = collector(self.context)
-        self.learner = Learner(settings, self.objective, self.model, self.teacher, self.accelerator)
+        self.context.prompt.prefix = adapter.prefix(self.model)
+        self.rollout_collector = make(self.context)
+        reference = policy.reference(self.objective, self.model)
+        self.learner = Learner(settings, self.objective, self.model, reference, self.teacher, self.accelerator)
         longest = getattr(self.model.config, "max_position_embeddings", None)
         self.privileged = teaching.PrivilegedPrompts(settings.privileged, self.context.prompt, longest)
         self.prober = Prober(self.context, self.learner.score)
@@ -241,6 +297,19 @@ class Trainer:
         if self.teacher:
             self.teacher.load_state_dict(state["teacher"])
 
+    @property
+    def introduction(self) -> str:
+        """What is trained on, for the user."""
+        problems = self.problems
+        return (
+            f"{' + '.join(self.settings.tasks)}: {sum(map(len, problems.train))} problems to train on, "
+            f"{len(problems.held_out)} held out"
+        )
+
+    def measure(self) -> dict[str, float]:
+        """Return what is measured on held-out problems, by name."""
+        return {self.curve.held_out: self.evaluate()}
+
     def evaluate(self) -> float:
         """Return the mean reward on held-out problems, over all processes."""
         return self.context.evaluate(self.rollout_collector.attempt)
@@ -271,6 +340,21 @@ class Trainer:
                 metrics["skipped_updates"] += 1
         seconds = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
         return Step(collection, update, {**metrics, **clock.seconds, "seconds": seconds})
+
+    def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Return what the progress bar shows of a step.
+
+        Args:
+            metrics: Its metrics.
+        """
+        return {"reward": f"{metrics['reward_mean']:.2f}", "length": f"{metrics['length_mean']:.0f}"}
+
+    def write(self, folder: Path) -> None:
+        """Write nothing: the metrics and rollouts of the steps are all that there is.
+
+        Args:
+            folder: Folder of the run.
+        """
 
     def _measured(self, collection: RolloutCollection, update: Update) -> dict[str, Tensor]:
         """Return the means that describe the rollouts of this process."""

@@ -1,4 +1,4 @@
-"""TRL: ``GRPOTrainer`` with any objective.
+"""``GRPOTrainer`` with any policy-gradient objective.
 
 Everything that needs whole groups is computed once per generation batch, before TRL shuffles its rows; a micro-batch
 finds its rows by number. Tested with TRL 1.16; 1.10 is the first version with the hooks that are used.

@@ -1,0 +1,7 @@
+"""TRL: its trainers with the objectives of this package. Tested with TRL 1.16."""
+
+from tokcredit.adapters.trl.dpo import CreditDPOTrainer
+from tokcredit.adapters.trl.grpo import CreditGRPOTrainer
+from tokcredit.adapters.trl.sft import CreditSFTTrainer
+
+__all__ = ["CreditDPOTrainer", "CreditGRPOTrainer", "CreditSFTTrainer"]

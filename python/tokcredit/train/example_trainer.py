@@ -1,0 +1,302 @@
+"""The training loop on pairs or completions in place of rollouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from tokcredit import inputs
+from tokcredit.preference import Preference
+from tokcredit.rollouts import Rollouts
+from tokcredit.supervised import Supervised
+from tokcredit.train import adapter, collectors, examples, policy, tasks, trainer
+from tokcredit.train import teacher as teaching
+from tokcredit.train.checkpoint import last
+from tokcredit.train.clock import Clock
+from tokcredit.train.examples import Example, batch_of
+from tokcredit.train.learner import Learner, Update
+from tokcredit.train.problems import Problems, nth, spaced, split
+from tokcredit.train.ranks import Ranks, check_launch
+from tokcredit.train.record import curve_of
+from tokcredit.train.reference import ReferenceInputs
+from tokcredit.train.rollout_collection import RolloutCollector, SamplingContext
+from tokcredit.train.sampler import TransformersSampler
+from tokcredit.train.settings import Settings
+
+_OF_ROLLOUTS = (
+    *("group", "adaptive", "widths", "segment", "epochs", "minibatches"),
+    *(f.name for group in ("probes", "replay", "privileged") for f in dataclasses.fields(getattr(Settings(), group))),
+)
+"""Settings that only rollouts read."""
+_OF_TASKS = (
+    *("sampler", "sampling_batch", "reward", "on_reward_error"),
+    *(f.name for f in dataclasses.fields(Settings().tools)),
+)
+"""Settings that are read where tasks are measured."""
+
+
+class ExampleStep(NamedTuple):
+    """A step of training.
+
+    Attributes:
+        source: Name of the file.
+        examples: Its examples in this process.
+        update: The update of the policy.
+        metrics: Numbers by name, over all processes.
+    """
+
+    source: str
+    examples: list[Example]
+    update: Update
+    metrics: dict[str, float]
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """Texts that are recorded of each response, by column."""
+        rows = [(example, response) for example in self.examples for response in example.responses]
+        return {
+            "task": [self.source] * len(rows),
+            "prompt": [example.question for example, _ in rows],
+            "completion": [response.text for _, response in rows],
+        }
+
+
+def checked(settings: Settings) -> tuple[Any, Problems | None]:
+    """Return what the settings say before a model is loaded: the objective, and the problems that are measured.
+
+    Args:
+        settings: Settings without open defaults; see :func:`tokcredit.train.experiment.resolved`.
+
+    Raises:
+        TypeError: A setting of the method has the wrong type.
+        ValueError: The method is not one for the data, or a setting is wrong or has no effect.
+    """
+    check_launch()
+    option, kind, wanted = (
+        ("pairs", Preference, "preference") if settings.pairs else ("completions", Supervised, "supervised")
+    )
+    if settings.adapter is not None:
+        adapter.config(settings.adapter)
+    objective = settings.objective.build()
+    if not isinstance(objective, kind):
+        raise ValueError(
+            f"method: expected a {wanted} method because of {option}, got {settings.objective.method}, which is another"
+        )
+    trainer.check_collected(objective, settings.objective.method)
+    sampled = frozenset().union(*map(inputs.names, _SAMPLED)) - {"prompt_tokens"}
+    if of_rollouts := sorted(objective.required_inputs & sampled):
+        raise ValueError(
+            f"method: expected one that reads no inputs of rollouts because of {option}, got "
+            f"{settings.objective.method}, which requires {', '.join(of_rollouts)}"
+        )
+    trainer.check_teacher(objective, settings)
+    _check_read(settings, option)
+    if not settings.tasks:
+        return objective, None
+    return objective, tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
+
+
+_SAMPLED = ("told", "sampler", "continuations", "probes", "tree_sampler", "replay", "environment", "length_head")
+
+
+def _check_read(settings: Settings, option: str) -> None:
+    """Raise if a setting that has no effect here is not its default."""
+    given, default = (_flat(x) for x in (settings, Settings()))
+    for name in (*_OF_ROLLOUTS, *(() if settings.tasks else _OF_TASKS)):
+        if given[name] != default[name]:
+            reason = f"because of {option}" if name in _OF_ROLLOUTS else f"because of {option} without tasks"
+            raise ValueError(f"{name}: expected {default[name]} {reason}, got {given[name]}")
+
+
+def _flat(settings: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        out |= _flat(value) if dataclasses.is_dataclass(value) else {f.name: value}
+    return out
+
+
+class ExampleTrainer:
+    """A policy and everything that trains it on pairs or completions; :func:`tokcredit.train.run` records it.
+
+    Args:
+        settings: Settings without open defaults; see :func:`tokcredit.train.experiment.resolved`.
+
+    Raises:
+        ValueError: A setting is wrong; see :func:`checked`.
+
+    Attributes:
+        curve: Which metrics the learning curve shows.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.curve = settings, curve_of(settings)
+        self.objective, problems = checked(settings)
+        self.accelerator = Accelerator(mixed_precision=settings.optimizer.precision)
+        self.ranks = Ranks(self.accelerator)
+        if settings.sampling.prompts % self.ranks.count:
+            count, got = self.ranks.count, settings.sampling.prompts
+            raise ValueError(f"prompts: expected a multiple of the {count} processes, got {got}")
+        self.model, self.tokenizer = policy.load(settings, self.accelerator)
+        self._load()
+        self.teacher = None
+        if trainer.distils(self.objective):
+            assert settings.teacher is not None
+            self.teacher = teaching.made(settings.teacher, settings.model, self.model, self.tokenizer)
+        self._of_reference = frozenset(
+            name
+            for name in self.objective.required_inputs & inputs.names("reference")
+            if inputs.get(name).per == "token" and not inputs.get(name).axes
+        )
+        reference = policy.reference(self.objective, self.model, self._of_reference)
+        self.learner = Learner(settings, self.objective, self.model, reference, self.teacher, self.accelerator)
+        self._tasks = self._measured_tasks(problems) if problems else None
+        self._reference = self._computed()
+        self.accelerator.register_for_checkpointing(self)
+
+    def _load(self) -> None:
+        s = self.settings
+        path, names = (s.pairs, examples.PAIRS) if s.pairs else (s.completions, examples.COMPLETIONS)
+        assert path is not None
+        self._path = path
+        found, self._notes = examples.load(path, names, self.tokenizer, s.chat, s.sampling.max_tokens)
+        prefix = adapter.prefix(self.model)
+        self._examples = [x._replace(prompt=[*prefix, *x.prompt]) for x in found]
+        train, held_out = split(_Numbered.of(self._examples), s.held_out)
+        if not train or not held_out:
+            raise ValueError(
+                f"held_out: expected a share that leaves prompts on both sides, got {s.held_out} of {path}"
+            )
+        self._train = [x.number for x in train]
+        self._held_out = [x.number for x in spaced(held_out, s.eval_problems)]
+        text = repr([(x.prompt, x.responses) for x in self._examples])
+        self._digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+        self._count = len(held_out)
+
+    def _computed(self) -> ReferenceInputs:
+        """Return the inputs of the reference policy, which the model is now, for all steps of the run."""
+        s = self.settings
+        folder = s.output or Path()
+        names = self._of_reference
+        known = ReferenceInputs(names, self._examples, folder if last(folder) else None)
+        blocks = [self._held_out, *(self._chosen(number) for number in range(1, s.steps + 1))]
+
+        def collect(batch: Rollouts) -> Rollouts:
+            with self.accelerator.autocast():
+                size, temperature = s.optimizer.micro_batch, s.sampling.temperature
+                return collectors.collect(names, batch, size, None, self.model, None, temperature)
+
+        known.compute(blocks, collect, self.ranks)
+        return known
+
+    def _measured_tasks(self, problems: Problems) -> tuple[SamplingContext, RolloutCollector]:
+        half = self.settings.optimizer.precision == "bf16"
+        dtype, batch = torch.bfloat16 if half else None, self.settings.sampling.sampling_batch
+        sampler = TransformersSampler(self.model, self.tokenizer, dtype, batch)
+        context = SamplingContext(self.settings, problems, self.tokenizer, sampler, self.ranks)
+        context.prompt.prefix = adapter.prefix(self.model)
+        return context, trainer.collector(self.settings, frozenset(), problems)(context)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next step depends on beside weights, for a checkpoint."""
+        return {
+            "controllers": self.learner.state.state_dict(),
+            "skipped_in_row": self.learner.skipped_in_row,
+            "teacher": self.teacher.state_dict() if self.teacher else None,
+            "examples": self._digest,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of a checkpoint.
+
+        Args:
+            state: From :meth:`state_dict`.
+
+        Raises:
+            ValueError: The examples are not those of the run.
+        """
+        if state["examples"] != self._digest:
+            option = "pairs" if self.settings.pairs else "completions"
+            raise ValueError(f"{option}: expected those of the run in {self.settings.output}, got others in the file")
+        self.learner.state.load_state_dict(state["controllers"])
+        self.learner.skipped_in_row = state["skipped_in_row"]
+        if self.teacher:
+            self.teacher.load_state_dict(state["teacher"])
+
+    @property
+    def introduction(self) -> str:
+        """What is trained on, for the user."""
+        counts = f"{self._path}: {len(self._train)} examples to train on, {self._count} held out"
+        return "\n".join([counts, *self._notes])
+
+    def write(self, folder: Path) -> None:
+        """Write the inputs of the reference policy.
+
+        Args:
+            folder: Folder of the run.
+        """
+        self._reference.write(folder)
+
+    def measure(self) -> dict[str, float]:
+        """Return what is measured on held-out examples, and on the problems of the tasks if there are some, by name."""
+        mine = self._held_out[self.ranks.index :: self.ranks.count]
+        metrics = self.learner.measure(self._batch(mine))
+        wanted = ("loss", "margin_mean", "accuracy_mean")
+        out = {f"held_out_{name}": metrics[name] for name in wanted if name in metrics}
+        if self._tasks is not None:
+            context, collector = self._tasks
+            out["held_out_reward_mean"] = context.evaluate(collector.attempt)
+        return out
+
+    def step(self, number: int) -> ExampleStep:
+        """Update the policy on the examples of a step.
+
+        Args:
+            number: Number of the step, from 1.
+        """
+        clock = Clock()
+        mine = self._chosen(number)[self.ranks.index :: self.ranks.count]
+        with clock("train"):
+            batch = self._batch(mine)
+            update = self.learner.update(batch, number, clock)
+        metrics = update.metrics | self.ranks.mean({"length_mean": batch.lengths.double().mean()})
+        metrics |= self.ranks.sum({"tokens": batch.lengths.sum()})
+        self.learner.observe(metrics)
+        seconds = clock.seconds["train_seconds"]
+        chosen = [self._examples[i] for i in mine]
+        return ExampleStep(self._path.stem, chosen, update, {**metrics, **clock.seconds, "seconds": seconds})
+
+    def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Return what the progress bar shows of a step.
+
+        Args:
+            metrics: Its metrics.
+        """
+        names = {"loss": "loss", "margin_mean": "margin", "accuracy_mean": "accuracy"}
+        return {text: f"{metrics[name]:.3f}" for name, text in names.items() if name in metrics}
+
+    def _chosen(self, number: int) -> list[int]:
+        """Return the numbers of the examples of a step, in all processes."""
+        count = self.settings.sampling.prompts
+        return nth([self._train], range((number - 1) * count, number * count), self.settings.seed)
+
+    def _batch(self, numbers: Sequence[int]) -> Rollouts:
+        made = batch_of([self._examples[i] for i in numbers], range(len(numbers)), self.accelerator.device)
+        return self.learner.with_inputs(self._reference.add(made, numbers))
+
+
+class _Numbered(NamedTuple):
+    """An example with its number in the file, for the split by prompts."""
+
+    number: int
+    question: str
+
+    @classmethod
+    def of(cls, found: Sequence[Example]) -> list[_Numbered]:
+        return [cls(number, example.question) for number, example in enumerate(found)]

@@ -1,0 +1,46 @@
+"""The policy of a run: the model that is trained, on its device."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from accelerate import Accelerator
+
+from tokcredit import inputs
+from tokcredit.train import adapter, models
+from tokcredit.train.settings import Settings
+
+
+def load(settings: Settings, accelerator: Accelerator) -> tuple[Any, Any]:
+    """Return the model that is trained, with its adapter if it has one, and its tokenizer.
+
+    Args:
+        settings: Settings of the run.
+        accelerator: Devices and precision.
+
+    Raises:
+        ValueError: There is no such model, or the adapter does not fit it.
+    """
+    with accelerator.main_process_first():
+        model, tokenizer = models.load(settings.model)
+    if settings.adapter is not None:
+        adapter.add(model, settings.adapter, settings.seed)
+        adapter.keep_apart(model, accelerator)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    # The wrapper that converts outputs to float32 would copy all logits.
+    return accelerator.unwrap_model(model, keep_fp32_wrapper=False), tokenizer
+
+
+def reference(objective: Any, model: Any, known: frozenset[str] = frozenset()) -> Any:
+    """Return the reference policy, or None if nothing of it has to be computed.
+
+    Args:
+        objective: The objective.
+        model: The policy before its first step. With an adapter it is the reference too, with the adapter switched off.
+        known: Names of inputs that need not be computed.
+    """
+    read = (objective.required_inputs | set(objective.variables)) & inputs.names("reference")
+    if not read - known:
+        return None
+    return model if adapter.has_one(model) else copy.deepcopy(model)

@@ -1,0 +1,94 @@
+"""Inputs of the reference policy for examples: computed once with the initial model, and kept in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from tokcredit.rollouts import Rollouts
+from tokcredit.train.examples import Example, batch_of
+from tokcredit.train.ranks import Ranks
+from tokcredit.train.record import write_table
+
+_FILE = "reference.parquet"
+
+
+class ReferenceInputs:
+    """Per-token inputs of the reference policy for some of the examples.
+
+    Args:
+        names: Names of the inputs.
+        examples: All examples.
+        folder: Folder of the run that is continued, whose numbers are read, or None.
+    """
+
+    def __init__(self, names: frozenset[str], examples: Sequence[Example], folder: Path | None) -> None:
+        self._names, self._examples = sorted(names), examples
+        self._known: dict[int, dict[str, list[float]]] = {}
+        if names and folder is not None:
+            rows = pq.read_table(folder / _FILE).to_pylist()
+            self._known = {row.pop("example"): row for row in rows}
+
+    def compute(self, blocks: Iterable[Sequence[int]], collect: Callable[[Rollouts], Rollouts], ranks: Ranks) -> None:
+        """Compute the inputs of those examples that have none yet.
+
+        An example is computed together with those of the first block that has it, so a run that is continued with more
+        blocks has the same numbers as a longer one.
+
+        Args:
+            blocks: Numbers of examples.
+            collect: Returns a batch with the inputs of the reference policy.
+            ranks: The processes, which share the work.
+        """
+        if not self._names:
+            return
+        seen = set(self._known)
+        missing = []
+        for block in blocks:
+            missing.append([i for i in dict.fromkeys(block) if i not in seen])
+            seen |= set(block)
+        found = []
+        with tqdm(
+            total=sum(map(len, missing)), desc="reference policy", unit="example", disable=ranks.index > 0
+        ) as bar:
+            for part in missing:
+                mine = part[ranks.index :: ranks.count]
+                if mine:
+                    batch = collect(batch_of([self._examples[i] for i in mine], range(len(mine)), ranks.device))
+                    rows = {name: batch.input(name).cpu().split(list(map(self._tokens, mine))) for name in self._names}
+                    found += [(i, {name: rows[name][n].tolist() for name in rows}) for n, i in enumerate(mine)]
+                bar.update(len(part))
+        self._known |= dict(gather_object(found)) if ranks.count > 1 else dict(found)
+
+    def add(self, batch: Rollouts, numbers: Sequence[int]) -> Rollouts:
+        """Return a batch of examples with the inputs.
+
+        Args:
+            batch: From :func:`~tokcredit.train.examples.batch_of`.
+            numbers: Numbers of its examples.
+        """
+        return batch.with_inputs(**{name: self._column(name, numbers).to(batch.device) for name in self._names})
+
+    def write(self, folder: Path) -> None:
+        """Write the inputs into the folder of the run.
+
+        Args:
+            folder: The folder.
+        """
+        if self._names:
+            kinds = [("example", pa.int64()), *((name, pa.list_(pa.float32())) for name in self._names)]
+            rows = [{"example": i, **values} for i, values in sorted(self._known.items())]
+            write_table(folder / _FILE, pa.Table.from_pylist(rows, pa.schema(kinds)))
+
+    def _column(self, name: str, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor([x for i in numbers for x in self._known[i][name]], dtype=torch.float32)
+
+    def _tokens(self, number: int) -> int:
+        return sum(len(response.tokens) for response in self._examples[number].responses)

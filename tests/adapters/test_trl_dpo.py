@@ -1,0 +1,202 @@
+"""Against TRL's ``DPOTrainer``: the same pairs through both trainers give the same losses, gradients and metrics."""
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import tokcredit as tc
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed; make test-trl")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny
+import trl
+from datasets import Dataset
+from tokcredit.adapters.trl import CreditDPOTrainer
+from tokcredit.stages.link import logistic
+from transformers import TrainerCallback
+
+PARITY = {
+    "sigmoid": (tc.methods.dpo(beta=0.3), dict(beta=0.3)),
+    "sigmoid_norm": (
+        tc.Preference(normalization="mean", link=logistic(0.7)),
+        dict(loss_type=["sigmoid_norm"], beta=0.7),
+    ),
+}
+"""For each of TRL's losses the objective that has it, and TRL's settings."""
+SHARED = ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "rewards/accuracies", "entropy", "logps/chosen")
+NUMBERS = torch.Generator().manual_seed(0)
+
+
+def sums(count):
+    """Pairs of different lengths."""
+    rows = torch.randint(0, 10, (count, 12), generator=NUMBERS).tolist()
+    texts = [
+        ("".join(map(str, row[:3])) + "=", "".join(map(str, row[3 : 4 + row[0] % 5])), str(row[9])) for row in rows
+    ]
+    return Dataset.from_list([dict(prompt=p, chosen=c, rejected=r + "+") for p, c, r in texts])
+
+
+DATA = sums(24)
+
+
+@dataclass
+class Gradients(TrainerCallback):
+    """The gradient of each optimizer step, flat."""
+
+    steps: list = field(default_factory=list)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **rest):
+        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).clone())
+
+
+def train(kind, folder, settings, config=trl.DPOConfig, data=DATA, **keywords):
+    """Trainer, and the gradients of its steps."""
+    path = f"{folder}/start"  # TRL loads the reference model by its path
+    if not os.path.exists(path):
+        tiny.model().save_pretrained(path)
+    defaults = dict(
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        learning_rate=0.02,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        report_to=[],
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    gradients = Gradients()
+    args = config(str(folder), **(defaults | settings))
+    keywords |= dict(train_dataset=data, processing_class=tiny.tokenizer(), callbacks=[gradients])
+    trainer = kind(path, args=args, **keywords)
+    trainer.train()
+    return trainer, gradients.steps
+
+
+def equal(ours, theirs, compared=SHARED):
+    (trainer, gradients), (stock, expected) = ours, theirs
+    assert len(gradients) == len(expected) == 3
+    for a, b in zip(gradients, expected, strict=True):
+        assert (a - b).norm() <= 5e-5 * b.norm() + 1e-6
+    assert max(b.norm() for b in expected) > 1e-2, "a comparison of zeros proves nothing"
+    for a, b in zip(trainer.state.log_history[:-1], stock.state.log_history[:-1], strict=True):
+        for name in compared:
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", PARITY)
+@pytest.mark.parametrize("precompute", [False, True])
+def test_equals_stock_trl(name, precompute, tmp_path):
+    objective, settings = PARITY[name]
+    shared = dict(precompute_ref_log_probs=precompute, beta=settings["beta"])
+    ours = train(CreditDPOTrainer, tmp_path, shared, objective=objective)
+    theirs = train(trl.DPOTrainer, tmp_path, settings | shared)
+    equal(ours, theirs)
+    assert ours[0].state.log_history[2]["loss"] != ours[0].state.log_history[0]["loss"]
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_lora(precompute, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(r=4, lora_alpha=64, target_modules="all-linear")
+    shared = dict(precompute_ref_log_probs=precompute, beta=0.3)
+    ours = train(CreditDPOTrainer, tmp_path, shared, objective=PARITY["sigmoid"][0], peft_config=adapter)
+    theirs = train(trl.DPOTrainer, tmp_path, shared, peft_config=adapter)
+    equal(ours, theirs)
+    assert ours[0].ref_model is None and len(ours[1][0]) < sum(p.numel() for p in ours[0].model.parameters())
+
+
+def test_truncated_rows(tmp_path):
+    settings = dict(max_length=7, beta=0.3, precompute_ref_log_probs=True)
+    ours = train(CreditDPOTrainer, tmp_path, settings, objective=PARITY["sigmoid"][0])
+    equal(ours, train(trl.DPOTrainer, tmp_path, settings))
+
+
+def test_evaluation_equals_stock_trl(tmp_path):
+    settings = dict(eval_strategy="steps", eval_steps=1, precompute_ref_log_probs=True, beta=0.3)
+    more = dict(data=DATA.select(range(16)), eval_dataset=DATA.select(range(16, 24)))
+    ours, _ = train(CreditDPOTrainer, tmp_path, settings, objective=PARITY["sigmoid"][0], **more)
+    theirs, _ = train(trl.DPOTrainer, tmp_path, settings, **more)
+    found = [[line for line in x.state.log_history if "eval_loss" in line] for x in (ours, theirs)]
+    assert len(found[0]) == len(found[1]) == 3
+    for a, b in zip(*found, strict=True):
+        for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5)
+        assert a["eval_tokcredit/accuracy_mean"] == pytest.approx(b["eval_rewards/accuracies"])
+
+
+def test_token_weights(tmp_path):
+    """A method that TRL lacks: the weights of the tokens multiply log-ratios one by one."""
+    objective = tc.methods.dpo(beta=0.3, token_weights=(first_tokens(),))
+    for precompute in (False, True):
+        settings = dict(precompute_ref_log_probs=precompute, max_steps=1, learning_rate=0.0)
+        trainer, (gradient,) = train(
+            CreditDPOTrainer, tmp_path, settings, data=DATA.select(range(8)), objective=objective
+        )
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+        # Where the policy is the reference, the gradient is that of the weighted log-probs.
+        assert gradient.norm() > 1e-2
+        torch.testing.assert_close(gradient, by_hand(list(trainer.train_dataset)), rtol=1e-3, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class first_tokens(tc.token_weights.TokenWeight):
+    """Twice the weight for the first token of a response, and none for the others."""
+
+    def __call__(self, batch, advantages):
+        first = torch.zeros(batch.num_tokens)
+        starts = batch.response_mask.view(batch.shape).int().argmax(1) + batch.begin
+        first[starts] = 2.0
+        return first
+
+
+def by_hand(rows):
+    """Gradient of ``-0.3 / 2 * 2 * (log p of the first chosen token - the same of the rejected)``, mean over pairs."""
+    model = tiny.model()
+    loss = 0.0
+    for row in rows:
+        log_probs = model(torch.tensor([row["prompt_ids"]])).logits[0, -1].log_softmax(-1)
+        loss = loss - 0.3 * (log_probs[row["chosen_ids"][0]] - log_probs[row["rejected_ids"][0]]) / len(rows)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_a_method_without_a_reference_needs_no_model_of_it(tmp_path):
+    objective = tc.Preference(reference=None, normalization="mean", link=logistic(2.0))
+    trainer, gradients = train(CreditDPOTrainer, tmp_path, dict(precompute_ref_log_probs=True), objective=objective)
+    assert trainer.ref_model is None and not {"ref_chosen_logps"} & set(trainer.train_dataset.column_names)
+    assert all(g.norm() > 1e-3 for g in gradients)
+
+
+WRONG = {
+    "loss_type": (
+        dict(loss_type=["ipo"]),
+        {},
+        r"loss_type: expected TRL's default \['sigmoid'\], because the objective",
+    ),
+    "label_smoothing": (dict(label_smoothing=0.1), {}, "label_smoothing: expected TRL's default 0.0"),
+    "beta": (dict(beta=0.2), {}, r"beta: expected 0.3 as in logistic\(beta=0.3"),
+    "kind": ({}, dict(objective=tc.methods.grpo()), "objective: expected a tokcredit.Preference, got Objective"),
+    "neither": ({}, dict(objective=None), "method, objective: expected exactly one of them, got neither"),
+    "inputs": (
+        {},
+        dict(objective=replace(tc.methods.dpo(), token_weights=(tc.token_weights.tis(),))),
+        "objective: expected one that reads no more inputs than DPOTrainer carries .* requires",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit(name, tmp_path):
+    settings, keywords, message = WRONG[name]
+    with pytest.raises((ValueError, TypeError), match=message):
+        train(CreditDPOTrainer, tmp_path, settings, **({"objective": tc.methods.dpo(beta=0.3)} | keywords))
