@@ -15,6 +15,7 @@ from tokcredit.methods import load, names
 from tokcredit.report.data import Data, compute
 from tokcredit.report.readers import Run, read
 from tokcredit.report.recorded import as_recorded
+from tokcredit.writing import write
 
 __all__ = ["Data", "Run", "compute", "read", "report", "run"]
 
@@ -91,7 +92,5 @@ def _usual(found: Run, method: Any = None) -> Data:
 def _write(data: Data, path: Path) -> Path:
     from tokcredit.report.page import render
 
-    new = path.with_name(path.name + ".new")
-    new.write_text(render(data), encoding="utf-8", errors="replace")
-    new.replace(path)
+    write(path, render(data))
     return path

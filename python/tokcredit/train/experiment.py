@@ -23,9 +23,10 @@ from tokcredit.report import report
 from tokcredit.train import checkpoint, models
 from tokcredit.train.folder import check, locked, plain, write_settings
 from tokcredit.train.ranks import check_launch, on_main
-from tokcredit.train.record import Record, new_folder, read_metrics, write
+from tokcredit.train.record import Record, read_metrics
 from tokcredit.train.settings import Settings, is_due
 from tokcredit.train.trainer import Step, Trainer
+from tokcredit.writing import WriteError, whole_folder, write
 
 _HELD_OUT = "held_out_reward_mean"
 _NUMBER = "[0-9]" * 6
@@ -52,6 +53,7 @@ def run(settings: Settings) -> dict[str, float] | None:
     Raises:
         TypeError: A setting of the method has the wrong type.
         ValueError: A setting is wrong, or the folder holds another run, or one with other settings.
+        WriteError: The folder cannot be written, for example because the disk is full.
     """
     disable_progress_bar()
     check_launch()
@@ -59,7 +61,17 @@ def run(settings: Settings) -> dict[str, float] | None:
     folder = settings.output or Path()
     with locked(folder):
         on_main(lambda: check_folder(settings, NEUTRAL | {"steps", "on_nonfinite"}))
-        return _run(settings, folder)
+        try:
+            return _run(settings, folder)
+        except WriteError as error:
+            raise WriteError(f"{error}; {_kept(folder)}") from error
+
+
+def _kept(folder: Path) -> str:
+    """Return what a run that cannot write has kept, and how it continues."""
+    done = checkpoint.last(folder)
+    kept = f"the checkpoint of step {done} is kept" if done else "no checkpoint was saved yet"
+    return f"{kept}, and the same command with --resume {'continues from it' if done else 'begins again'}"
 
 
 def check_folder(settings: Settings, free: Collection[str]) -> None:
@@ -116,7 +128,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
     if main:
         record = record or _begin(settings, trainer, done)
         record.close()
-        with new_folder(folder / "model") as model:
+        with whole_folder(folder / "model") as model:
             trainer.model.save_pretrained(model)
             trainer.tokenizer.save_pretrained(model)
         report(folder, trainer.objective)
@@ -130,7 +142,7 @@ def _begin(settings: Settings, trainer: Trainer, done: int) -> Record:
     """Write the settings, from when on the folder has a run, and return the record of its further steps."""
     folder = settings.output or Path()
     write_settings(folder, plain(settings))
-    with new_folder(folder / "tokenizer") as words:
+    with whole_folder(folder / "tokenizer") as words:
         trainer.tokenizer.save_pretrained(words)
     return Record(folder, done + 1 if done else 0, _header(settings, trainer))
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from tokcredit.writing import naming, whole, write
 
 _ROLLOUTS = pa.schema(
     [
@@ -31,18 +33,6 @@ _ROLLOUTS = pa.schema(
 )
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all.
-
-    Args:
-        path: The file.
-        text: Its text.
-    """
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file, whole or not at all.
 
@@ -50,9 +40,8 @@ def write_table(path: Path, table: pa.Table) -> None:
         path: The file.
         table: Its table.
     """
-    new = path.with_name(path.name + ".new")
-    pq.write_table(table, new, compression="zstd")
-    new.replace(path)
+    with whole(path) as new:
+        pq.write_table(table, new, compression="zstd")
 
 
 def write_figure(path: Path, figure: Any) -> None:
@@ -62,27 +51,8 @@ def write_figure(path: Path, figure: Any) -> None:
         path: The file.
         figure: A matplotlib figure.
     """
-    new = path.with_name(path.name + ".new")
-    figure.savefig(new, dpi=120, format="png")
-    new.replace(path)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder which then takes the place of another, whole or not at all.
-
-    Args:
-        path: The folder to replace.
-    """
-    new, old = (path.with_name(path.name + ending) for ending in (".new", ".old"))
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    new.mkdir()
-    yield new
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole(path) as new:
+        figure.savefig(new, dpi=120, format="png")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -116,7 +86,9 @@ class Record:
         self._schema = _ROLLOUTS.with_metadata({"tokcredit": json.dumps(header)})
         self.lines = [line for line in read_metrics(folder) if line["step"] < first]
         write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+        _quiet_threads()
+        with naming(folder / "tensorboard"):
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """Add the metrics of a step. Numbers that are not finite are left out.
@@ -126,12 +98,14 @@ class Record:
         """
         finite = {name: value for name, value in line.items() if math.isfinite(value)}
         self.lines.append(finite)
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        path = self.folder / "metrics.jsonl"
+        with naming(path), path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
-        for name, value in finite.items():
-            if name != "step":
-                self._board.add_scalar(name, value, line["step"])
-        self._board.flush()
+        with naming(self.folder / "tensorboard"):
+            for name, value in finite.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, line["step"])
+            self._board.flush()
 
     def rollouts(self, step: int, columns: Mapping[str, Sequence[Any] | None]) -> None:
         """Write the rollouts of a step as a table.
@@ -150,7 +124,20 @@ class Record:
 
     def close(self) -> None:
         """Close the TensorBoard file."""
-        self._board.close()
+        with naming(self.folder / "tensorboard"):
+            self._board.close()
+
+
+@functools.cache
+def _quiet_threads() -> None:
+    """Print no traceback of TensorBoard's thread that writes: ``flush`` raises its error here."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            before(arguments)
+
+    threading.excepthook = hook
 
 
 def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
