@@ -16,7 +16,7 @@ from tokcredit.train.ranks import check_launch, on_main, processes
 from tokcredit.train.record import draw_curves, read_metrics
 from tokcredit.train.settings import Settings
 from tokcredit.train.trainer import checked
-from tokcredit.writing import write
+from tokcredit.writing import WriteError, write
 
 
 def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Path | None:
@@ -36,6 +36,7 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
 
     Raises:
         ValueError: There is no method or no seed, a setting is wrong, or the folder has runs with other settings.
+        WriteError: The folder cannot be written, for example because the disk is full.
     """
     check_launch()
     if not methods or seeds < 1:
@@ -54,7 +55,10 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
             if run(one) is None:
                 return None
         if processes().is_main_process:
-            _report(folder, methods, numbers)
+            try:
+                _report(folder, methods, numbers)
+            except WriteError as error:
+                raise WriteError(f"{error}; the runs are kept, and the same command shows them") from error
     return folder
 
 

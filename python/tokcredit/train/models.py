@@ -21,6 +21,7 @@ from tokcredit.expression import construct, parse
 from tokcredit.settings import Range
 from tokcredit.train import tiny as tiny_model
 from tokcredit.train import tools
+from tokcredit.writing import naming
 
 _Count = Annotated[int, Range("whole number", at_least=0)]
 _Probability = Annotated[float, Range("number", at_least=0, at_most=1)]
@@ -125,10 +126,12 @@ def _check_cache(model: str, network: Any) -> None:
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
     """Return a folder of the cache that ``make`` fills the first time, whole or not at all."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokcredit"
-    cache.mkdir(parents=True, exist_ok=True)
     target = cache / name
-    with FileLock(cache / f"{name}.lock"):
-        if not target.exists():
+    with naming(target, "model"):
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{name}.lock"):
+            if target.exists():
+                return target
             with tempfile.TemporaryDirectory(dir=cache) as work:
                 made = Path(work) / "made"
                 make(made)
