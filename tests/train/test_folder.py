@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from tokcredit import analyze
 from tokcredit.analyze import Divergent, Shift, StudySettings
+from tokcredit.files import WriteError, whole_folder, write
 from tokcredit.report import report
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, checkpoint, compare, run
 from tokcredit.train import record as record_module
@@ -24,7 +25,6 @@ from tokcredit.train.folder import locked, plain, read_settings, write_settings
 from tokcredit.train.ranks import check_launch, processes
 from tokcredit.train.record import read_metrics, write_figure, write_table
 from tokcredit.train.trainer import Trainer
-from tokcredit.writing import WriteError, whole_folder, write
 
 RANDOM = "tiny(steps=0)"
 
@@ -191,7 +191,9 @@ def test_one_process_at_a_time(settings, uniform, holder):
 def test_a_folder_that_cannot_be_written_is_named(settings, tmp_path):
     (tmp_path / "file").write_text("")
     for start in (run, lambda s: compare(("grpo",), s), lambda s: analyze.run(shift(s.output))):
-        with pytest.raises(WriteError, match=r"output: expected to write .*file/run, got Not a directory \([\d.]+ MiB free\)$"):
+        with pytest.raises(
+            WriteError, match=r"output: expected to write .*file/run, got Not a directory \([\d.]+ MiB free\)$"
+        ):
             start(settings(output=tmp_path / "file/run"))
 
 

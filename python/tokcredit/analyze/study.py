@@ -19,13 +19,13 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from tokcredit.analyze.settings import StudySettings
+from tokcredit.files import WriteError, write
 from tokcredit.train import models, tasks
 from tokcredit.train.folder import check, locked, plain, write_settings
 from tokcredit.train.problems import Problem
 from tokcredit.train.ranks import check_launch, processes
 from tokcredit.train.record import write_figure, write_table
 from tokcredit.train.sampler import end_tokens
-from tokcredit.writing import WriteError, write
 
 _FILES = ("problem-" + "[0-9]" * 6 + ".parquet", "summary.json", "summary.png")
 

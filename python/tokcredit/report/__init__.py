@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tokcredit.files import write
 from tokcredit.methods import load, names
 from tokcredit.report.data import Data, compute
 from tokcredit.report.readers import Run, read
 from tokcredit.report.recorded import as_recorded
-from tokcredit.writing import write
 
 __all__ = ["Data", "Run", "compute", "read", "report", "run"]
 

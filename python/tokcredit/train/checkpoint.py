@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from tokcredit.writing import naming
+from tokcredit.files import naming
 
 
 def save(accelerator: Accelerator, folder: Path, step: int) -> None:

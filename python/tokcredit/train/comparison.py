@@ -10,13 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tokcredit.files import WriteError, write
 from tokcredit.train.experiment import NEUTRAL, check_folder, read_summary, resolved, run
 from tokcredit.train.folder import locked
 from tokcredit.train.ranks import check_launch, on_main, processes
 from tokcredit.train.record import draw_curves, read_metrics
 from tokcredit.train.settings import Settings
 from tokcredit.train.trainer import checked
-from tokcredit.writing import WriteError, write
 
 
 def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Path | None:

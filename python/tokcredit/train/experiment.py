@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import resource
 import signal
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from tokcredit import __version__
+from tokcredit.files import WriteError, read_json, whole_folder, write
 from tokcredit.report import report
 from tokcredit.train import checkpoint, models
 from tokcredit.train.folder import check, locked, plain, write_settings
@@ -26,7 +28,6 @@ from tokcredit.train.ranks import check_launch, on_main
 from tokcredit.train.record import Record, read_metrics
 from tokcredit.train.settings import Settings, is_due
 from tokcredit.train.trainer import Step, Trainer
-from tokcredit.writing import WriteError, whole_folder, write
 
 _HELD_OUT = "held_out_reward_mean"
 _NUMBER = "[0-9]" * 6
@@ -153,8 +154,7 @@ def read_summary(folder: Path) -> dict[str, float] | None:
     Args:
         folder: Folder of the run.
     """
-    path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(folder / "summary.json")
 
 
 def resolved(settings: Settings) -> Settings:
@@ -273,7 +273,7 @@ def _summary(folder: Path) -> dict[str, float]:
 
 
 def _print_summary(folder: Path) -> None:
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_summary(folder) or {}
     table = Table(title=str(folder), show_header=False, title_justify="left")
     table.add_row("held-out reward before", f"{summary['held_out_before']:.3f}")
     table.add_row("held-out reward after", f"{summary['held_out_after']:.3f}")
@@ -299,6 +299,7 @@ def _stop_requests() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        os.write(2, b"\nstopping after this step; the same signal again stops at once\n")
 
     before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

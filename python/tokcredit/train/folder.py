@@ -13,8 +13,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tokcredit.files import WriteError, naming, read_json, write
 from tokcredit.train.ranks import on_main, processes
-from tokcredit.writing import WriteError, naming, write
 
 
 @contextmanager
@@ -117,8 +117,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     Args:
         folder: Folder of the run.
     """
-    path = folder / "settings.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(folder / "settings.json")
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:

@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 
 from tokcredit.expression import construct, parse
+from tokcredit.files import naming
 from tokcredit.settings import Range
 from tokcredit.train import tiny as tiny_model
 from tokcredit.train import tools
-from tokcredit.writing import naming
 
 _Count = Annotated[int, Range("whole number", at_least=0)]
 _Probability = Annotated[float, Range("number", at_least=0, at_most=1)]
@@ -98,17 +99,28 @@ def load(model: str) -> tuple[Any, Any]:
         ValueError: There is no such model, the settings of a built-in one are wrong, or the cache of the model holds
             something else than keys and values.
     """
-    source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else model
+    source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else _found(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
-        known = ", ".join(_EMBEDDED)
-        raise ValueError(
-            f"model: expected {known}, or a folder or hub name of a causal language model, got {model!r}: {error}"
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model: expected {_EXPECTED}, got {model!r}, which is no folder: {reason}") from error
     _check_cache(model, network)
     return network, tokenizer
+
+
+def _found(model: str) -> str:
+    """Return the name of a model that may be on the hub, or its folder if that holds a model."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").exists():
+            return str(folder)
+        hint = f"; did you mean {folder / 'model'}?" if (folder / "model/config.json").exists() else ""
+        raise ValueError(f"model: expected a folder with a config.json, got {model}, which has none{hint}")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"model: expected {_EXPECTED}, got {model!r}, which is no folder")
+    return model
 
 
 @torch.no_grad()
@@ -202,3 +214,4 @@ def _warmed(
 
 
 _EMBEDDED: dict[str, Callable[..., Path]] = {"smollm2": smollm2, "tiny": tiny, "tiny_tools": tiny_tools}
+_EXPECTED = f"{', '.join(_EMBEDDED)}, or a folder or hub name of a causal language model"

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokcredit.writing import naming, whole, write
+from tokcredit.files import naming, parsed, whole, write
 
 _ROLLOUTS = pa.schema(
     [
@@ -62,8 +62,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         folder: Folder of the run.
     """
     path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [parsed(line, f"{path}:{number}", "output") for number, line in enumerate(text.split("\n")[:-1], 1)]
 
 
 class Record:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import importlib
 import json
 import math
 import random
@@ -12,11 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+from tokcredit import files
 from tokcredit.expression import Call, call_with, parse
 from tokcredit.rewards import answers, matching
 from tokcredit.rewards.bounded import BoundedCalls
-from tokcredit.settings import Range
-from tokcredit.train import tools
+from tokcredit.settings import Range, is_unicode, nearest
+from tokcredit.train import imported, tools
 from tokcredit.train.judging import BoundedReward
 from tokcredit.train.problems import Message, Problem, Problems, split
 
@@ -35,14 +36,21 @@ def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
     from reasoning_gym.factory import DATASETS
 
     if call.name not in DATASETS:
-        raise ValueError(f"tasks: expected {', '.join(_TASKS)} or a reasoning_gym data set, got {call.name!r}")
+        got = f"{call.name!r}{nearest(call.name, (*_TASKS, *DATASETS))}"
+        raise ValueError(f"tasks: expected {', '.join(_TASKS)} or a reasoning_gym data set, got {got}")
     if call.positional:
         raise ValueError(f"tasks: expected {call.name}(key=value, ...), got positional arguments")
+    known = [f.name for f in dataclasses.fields(DATASETS[call.name][1])]
+    if unknown := [name for name in call.named if name not in known]:
+        expected, hint = f"settings among {', '.join(known)}", nearest(unknown[0], known)
+        raise ValueError(f"tasks: {call.name}: expected {expected}, got {unknown[0]}{hint}")
     configuration = {"size": 2000, "seed": seed, **call.named}
     try:
-        data = reasoning_gym.create_dataset(call.name, **configuration)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"tasks: {call.name}: {error}") from None
+        data = list(reasoning_gym.create_dataset(call.name, **configuration))
+    except Exception as error:  # the data sets check their settings each in its own way
+        given = ", ".join(f"{name}={value!r}" for name, value in configuration.items())
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"tasks: {call.name}: expected settings that it takes, got {given}: {reason}") from error
     scored = functools.partial(BoundedReward, _bounded("gym_scores.py"))
 
     def problem(entry: dict[str, Any]) -> Problem:
@@ -85,13 +93,12 @@ def _line(place: str, line: str) -> _Line:
     def expected(what: str, got: Any) -> ValueError:
         return ValueError(f"tasks: {place}: expected {what}, got {got}")
 
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise expected("a JSON object {'prompt', 'answer'}", repr(error)) from None
+    record = files.parsed(line, place, "tasks")
     if not isinstance(record, dict) or not {"prompt", "answer"} <= record.keys():
         raise expected("a JSON object {'prompt', 'answer'}", f"{line[:100]!r}")
     prompt, answer = record["prompt"], record["answer"]
+    if not is_unicode(line := json.dumps([prompt, answer], ensure_ascii=False)):
+        raise expected("a prompt and an answer without lone surrogates", ascii(line))
     is_number = isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer)
     if not (is_number or (isinstance(answer, str) and answer.strip())):
         raise expected("an answer that is a text or a number", repr(answer))
@@ -191,29 +198,6 @@ def _problems(text: str, seed: int) -> list[Problem]:
     return list(call_with(_TASKS, call._replace(named=seeded), "tasks"))
 
 
-def imported_reward(path: str) -> Callable[[str, str, str], Any]:
-    """Return a reward function of (prompt, response, answer).
-
-    Args:
-        path: ``package.module:function``.
-
-    Raises:
-        ValueError: The path has no colon, or names no module or no function.
-    """
-    module, separator, name = path.partition(":")
-    if not separator:
-        raise ValueError(f"reward: expected package.module:function, got {path!r}")
-    try:
-        function = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(f"reward: expected a module that can be imported, got {module!r}: {error}") from None
-    if not callable(function):
-        raise ValueError(f"reward: expected a function in {module}, got {name!r}")
-    return function
-
-
 def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed: int = 0) -> Problems:
     """Return the distinct problems of some tasks, split into training and held-out problems by :func:`split`.
 
@@ -230,7 +214,7 @@ def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed:
         raise ValueError(
             "tasks: expected at least one, because the model has no default, got none; for example addition"
         )
-    function = None if reward is None else imported_reward(reward)
+    function = None if reward is None else imported.function(reward, "reward", ("prompt", "reply", "answer"))
     train, measured = [], []
     for text in tasks:
         distinct = {p.question: p for p in _problems(text, seed)}

@@ -1,13 +1,15 @@
-"""Files and folders that are whole or absent, and errors that say what could not be written."""
+"""Files and folders that are whole or absent, and errors that say what could not be written or read."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 class WriteError(OSError):
@@ -96,8 +98,41 @@ def write(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8", errors="replace")
 
 
+def read_json(path: Path) -> Any:
+    """Return what a JSON file of a run says, or None without a file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: The file is not JSON.
+    """
+    return parsed(path.read_bytes(), str(path), "output") if path.exists() else None
+
+
+def parsed(text: str | bytes, where: str, setting: str) -> Any:
+    """Return what a JSON text says.
+
+    Args:
+        text: The text.
+        where: Where it stands, for errors.
+        setting: Name of the setting that chose its place.
+
+    Raises:
+        ValueError: The text is not JSON; the message has the place in the text.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"line {error.lineno}, " if error.lineno > 1 else ""
+        reason = f"{error.msg} at {at}column {error.colno}"
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+    raise ValueError(f"{setting}: expected JSON in {where}, got {reason}")
+
+
 def _reason(error: Exception) -> str | None:
-    """Return why the disk refused a write, or None for another error. Torch and safetensors have errors of their own."""
+    """Return why the disk refused a write, or None for another error; some libraries have errors of their own."""
     text = str(error)
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno else text
