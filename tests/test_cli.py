@@ -119,9 +119,8 @@ def test_the_options_that_are_offered_exist():
     assert offered <= known and not options._OF_TRL.keys() & known
     for text in options._OF_TRL.values():
         for setting in re.findall(r"--set (\w+)=", text):
-            assert any(
-                setting in inspect.signature(getattr(tc.methods, m)).parameters for m in ("grpo", "tempo", "dpo")
-            )
+            methods = (tc.methods.grpo, tc.methods.tempo, tc.methods.dpo)
+            assert any(setting in inspect.signature(method).parameters for method in methods)
     for stage in ("terms", "filters"):
         texts = [m[1] for t in options._OF_TRL.values() if (m := re.search(rf"--{stage} '(.+?)'", t))]
         assert texts and tc.mix("grpo", **{stage: texts})

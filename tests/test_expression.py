@@ -28,9 +28,7 @@ def test_construct_checks_name_and_arguments():
     assert construct("ppo(0.1, cap=3.0)", "clip", choices) == tc.clip.ppo(0.1, cap=3.0)
     with pytest.raises(ValueError, match="clip: expected one of ppo, got 'pop'"):
         construct("pop()", "clip", choices)
-    with pytest.raises(
-        ValueError, match=r"clip: ppo: expected settings among low, high, cap, got lo; did you mean low\?"
-    ):
+    with pytest.raises(ValueError, match=r"clip: ppo: expected settings among .*, got lo; did you mean low\?"):
         construct("ppo(lo=1)", "clip", choices)
 
 
