@@ -1,10 +1,14 @@
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tokcredit as tc
+from tokcredit import options
 from tokcredit.cli import main
+from tokcredit.train import Settings
 
 
 def test_info(capsys):
@@ -87,3 +91,43 @@ def test_one_method_is_no_comparison():
     message = "--method: expected --methods and the names of all methods to compare, got --method grpo"
     with pytest.raises(SystemExit, match=message):
         main(["compare", "--method", "grpo"])
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["train", "--num_generations", "4"], "--num_generations of TRL is --group here"),
+        (["train", "--learning-rate=1e-6"], "--learning-rate of TRL is --lr here"),
+        (["compare", "--beta", "0.1"], "--beta of TRL is --terms 'kl(0.04)', or --set beta=0.1 for dpo, here"),
+        (["train", "--max_completion_length", "9"], "--max_completion_length of TRL is --max-tokens here"),
+        (["train", "--group_siz", "4"], "--group_siz: expected an option of the command; did you mean --group?"),
+        (["analyze", "shift", "--base", "a", "--tuned", "b", "--temprature", "1"], "did you mean --temperature?"),
+        (["inspect", "run", "--methd", "grpo"], "--methd: expected an option of the command; did you mean --method?"),
+    ],
+)
+def test_options_that_do_not_exist_are_answered_with_those_that_do(words, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.split("\n") if x.startswith("tokcredit: ")]
+    assert line.endswith(sentence)
+
+
+def test_the_options_that_are_offered_exist():
+    known = {x.replace("_", "-") for x in options._names(Settings)}
+    offered = {x for text in options._OF_TRL.values() for x in re.findall(r"--([\w-]+)", text)}
+    assert offered <= known and not options._OF_TRL.keys() & known
+    for text in options._OF_TRL.values():
+        for setting in re.findall(r"--set (\w+)=", text):
+            methods = (tc.methods.grpo, tc.methods.tempo, tc.methods.dpo)
+            assert any(setting in inspect.signature(method).parameters for method in methods)
+    for stage in ("terms", "filters"):
+        texts = [m[1] for t in options._OF_TRL.values() if (m := re.search(rf"--{stage} '(.+?)'", t))]
+        assert texts and tc.mix("grpo", **{stage: texts})
+
+
+def test_modules_of_the_user_are_found_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [x for x in sys.path if x])
+    main(["methods"])
+    assert sys.path[-1] == str(tmp_path)

@@ -74,6 +74,8 @@ KNOWN = [
     "raise ValueError('tasks: expected jsonl, got 3')",
     "raise TypeError('set: grpo: scale: expected a bool, got 3')",
     "raise RuntimeError('model: expected the wheel of a model')",
+    "raise RuntimeError('step 12: expected a finite loss and gradient')",
+    "raise OSError('output: expected to write a, got No space left on device')",
     "raise ModuleNotFoundError('jinja2: expected to be installed')",
     "importlib.import_module('no_such_module')",
     "open('no_such_file')",

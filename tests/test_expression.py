@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import tokcredit as tc
 from tokcredit.expression import call_with, construct, parse, read, setting
@@ -26,7 +28,7 @@ def test_construct_checks_name_and_arguments():
     assert construct("ppo(0.1, cap=3.0)", "clip", choices) == tc.clip.ppo(0.1, cap=3.0)
     with pytest.raises(ValueError, match="clip: expected one of ppo, got 'pop'"):
         construct("pop()", "clip", choices)
-    with pytest.raises(ValueError, match=r"clip: expected ppo\(low.*'lo': 1"):
+    with pytest.raises(ValueError, match=r"clip: ppo: expected settings among .*, got lo; did you mean low\?"):
         construct("ppo(lo=1)", "clip", choices)
 
 
@@ -75,5 +77,14 @@ def test_words_are_read_by_the_argument():
 
 
 def test_arguments_are_those_of_the_function():
-    with pytest.raises(ValueError, match=r"ratio: expected f\(a, b=2\), got \(1, 2, 3\), \{\}: too many"):
-        call_with({"f": lambda a, b=2: a}, parse("f(1, 2, 3)", "ratio"), "ratio")
+    for text, message in (
+        ("f(1, 2, 3)", "ratio: f: expected at most 2 settings among low, high, got 3"),
+        ("f(1, hihg=2)", "ratio: f: expected settings among low, high, got hihg; did you mean high?"),
+        ("f(1, z=2)", "ratio: f: expected settings among low, high, got z"),
+        ("f(1, low=2)", "ratio: f: expected each setting once, got low twice"),
+        ("f()", "ratio: f: expected a value for low, got none"),
+        ("g(1)", "ratio: g: expected no settings, got 1"),
+        ("g(a=1)", "ratio: g: expected no settings, got a"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            call_with({"f": lambda low, high=2: low, "g": lambda: 0}, parse(text, "ratio"), "ratio")

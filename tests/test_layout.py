@@ -26,7 +26,7 @@ LAYERS = {
     "objectives": ("protocol", "from_hidden", "prepared", "objective", "preference", "supervised"),
     "methods": ("expression", "methods", "mixing", "rollout_correction"),
     "public": ("decoding", "rewards"),
-    "applications": ("train", "report", "pairs", "analyze", "adapters", "options", "exits", "cli"),
+    "applications": ("files", "train", "report", "pairs", "analyze", "adapters", "options", "exits", "cli"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 

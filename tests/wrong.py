@@ -31,7 +31,7 @@ def types(rule):
 
 def outside(rule):
     """Values of the right type that are out of range: those next to the limits, and numbers that are not finite."""
-    words = {"option": ["no such option", ""], "input name": ["no_such_input"]}
+    words = {"option": ["no such option", ""], "input name": ["no_such_input"], "text": ["a\ud800"]}
     values = words.get(rule.kind, [{"a": math.nan}] if rule.kind == "numbers by name" else [])
     if rule.kind in ("number", "whole number"):
         whole = rule.kind == "whole number"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import platform
 import signal
 import sys
@@ -189,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Arguments, or None for those of the command line.
     """
     typed = sys.argv[1:] if arguments is None else list(arguments)
+    if os.getcwd() not in map(os.path.abspath, sys.path):
+        sys.path.append(os.getcwd())  # so that modules of the user are found as with python -m
     try:
         command, debug = tyro.cli(
             _parsed,
@@ -202,6 +205,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "--debug" in typed:
             raise
         sys.exit(f"tokcredit: {options.named(str(error), [error.settings], typed)}")
+    except SystemExit as error:
+        chosen = next((x for x in typed if x in _COMMANDS), None)
+        if error.code and chosen is not None:
+            for sentence in options.meant(typed, _COMMANDS[chosen]):
+                print(f"tokcredit: {sentence}", file=sys.stderr)
+        raise
     with exits.signals() as first:
         try:
             stopped_by = first(signal.SIGTERM) if command() else None

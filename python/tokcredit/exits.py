@@ -14,7 +14,7 @@ from types import FrameType
 
 _PACKAGE = Path(__file__).parent
 _STANDARD = Path(sysconfig.get_paths()["stdlib"])
-_NAMES = re.compile(r"[\w.-]+(, [\w.-]+)*: ")
+_NAMES = re.compile(r"(step \d+|[\w.-]+(, [\w.-]+)*): ")
 
 
 def is_known(error: BaseException, typed: Sequence[str]) -> bool:

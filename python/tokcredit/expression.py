@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from tokcredit.settings import Range, RefusedError, rules
+from tokcredit.settings import Range, RefusedError, nearest, rules
 
 
 class Word(str):
@@ -112,13 +112,13 @@ def call_with(known: Mapping[str, Callable[..., Any]], call: Call, argument: str
         ValueError: There is no such name, it does not take these arguments, or one is out of range.
     """
     if call.name not in known:
-        raise ValueError(f"{argument}: expected one of {', '.join(sorted(known))}, got {call.name!r}")
+        hint = nearest(call.name, known)
+        raise ValueError(f"{argument}: expected one of {', '.join(sorted(known))}, got {call.name!r}{hint}")
     function = known[call.name]
     try:
         given = inspect.signature(function).bind(*call.positional, **call.named)
     except TypeError as error:
-        expected = f"{call.name}{inspect.signature(function)}"
-        raise ValueError(f"{argument}: expected {expected}, got {call.positional}, {call.named}: {error}") from None
+        raise ValueError(f"{argument}: {call.name}: {_misfit(call, inspect.signature(function), error)}") from None
     for name, rule in rules(function).items():
         if name in given.arguments:
             value = _read(rule, given.arguments[name])
@@ -127,6 +127,24 @@ def call_with(known: Mapping[str, Callable[..., Any]], call: Call, argument: str
         return function(*given.args, **given.kwargs)
     except RefusedError as error:
         raise error.of(f"{argument}: {error.name}") from None
+
+
+def _misfit(call: Call, signature: inspect.Signature, error: TypeError) -> str:
+    """Return in a sentence why a call does not fit a signature."""
+    names = list(signature.parameters)
+    settings = f"settings among {', '.join(names)}" if names else "no settings"
+    for name in call.named:
+        if name not in names:
+            return f"expected {settings}, got {name}{nearest(name, names)}"
+    if len(call.positional) > len(names):
+        return f"expected {f'at most {len(names)} ' if names else ''}{settings}, got {len(call.positional)}"
+    if twice := [name for name in names[: len(call.positional)] if name in call.named]:
+        return f"expected each setting once, got {twice[0]} twice"
+    given = (*names[: len(call.positional)], *call.named)
+    required = [p.name for p in signature.parameters.values() if p.default is p.empty]
+    if missing := [name for name in required if name not in given]:
+        return f"expected a value for {', '.join(missing)}, got none"
+    return f"expected {settings}, got {error}"
 
 
 def _read(rule: Range, value: Any) -> Any:

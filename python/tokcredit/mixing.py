@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from tokcredit import methods, schedule
 from tokcredit.expression import Call, call_with, parse, read
-from tokcredit.settings import Range, rules
+from tokcredit.settings import Range, nearest, rules
 from tokcredit.stages.base import Stage
 
 T = TypeVar("T")
@@ -113,7 +113,8 @@ def _stage(kind: str, rule: Range, value: Any) -> Any:
         return call_with(stages, call, kind)
     if call.name not in methods.names():
         names = sorted({*stages, *methods.names()})
-        raise ValueError(f"{kind}: expected a stage or a method, one of {', '.join(names)}, got {call.name!r}")
+        hint = nearest(call.name, names)
+        raise ValueError(f"{kind}: expected a stage or a method, one of {', '.join(names)}, got {call.name!r}{hint}")
     objective = _method(call, kind)
     if not hasattr(objective, kind):
         raise ValueError(f"{kind}: expected a method with such a stage, got {call.name}, which has none")

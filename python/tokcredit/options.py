@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import tyro
 from tyro.constructors import (
@@ -16,7 +16,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from tokcredit.settings import Declared, Range, rules
+from tokcredit.settings import Declared, Range, nearest, rules
 
 registry = ConstructorRegistry()
 """Rules for ``tyro.cli``."""
@@ -50,6 +50,66 @@ def named(message: str, settings: Iterable[type], typed: Sequence[str]) -> str:
     spelled = {t.partition("=")[0].replace("_", "-"): t.partition("=")[0] for t in typed if t.startswith("--")}
     options = ("--" + name.replace("_", "-") for name in head.split(", "))
     return ", ".join(spelled.get(x, x) for x in options) + colon + rest
+
+
+def meant(typed: Sequence[str], command: Any) -> list[str]:
+    """Return a sentence for each option that a command does not have, where another one was probably meant.
+
+    Args:
+        typed: Arguments of the command line.
+        command: Function whose annotations are the settings of the command.
+    """
+    known = {x.replace("_", "-") for hint in get_type_hints(command, include_extras=True).values() for x in _all(hint)}
+    sentences = []
+    for word in (x.partition("=")[0] for x in typed if x.startswith("--")):
+        name = word[2:].replace("_", "-")
+        if name in known | {"help", "debug"}:
+            continue
+        if name in _OF_TRL:
+            sentences.append(f"{word} of TRL is {_OF_TRL[name]} here")
+        elif near := nearest(name, known):
+            sentences.append(f"{word}: expected an option of the command{near.replace('mean ', 'mean --')}")
+    return sentences
+
+
+def _all(annotation: Any) -> frozenset[str]:
+    """Return the names of the settings of all classes in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, Declared):
+        return _names(annotation)
+    return frozenset().union(*map(_all, get_args(annotation)))
+
+
+_OF_TRL = {
+    "num-generations": "--group",
+    "max-completion-length": "--max-tokens",
+    "learning-rate": "--lr",
+    "lr-scheduler-type": "--schedule",
+    "warmup-steps": "--warmup",
+    "beta": "--terms 'kl(0.04)', or --set beta=0.1 for dpo,",
+    "epsilon": "--set clip_low=0.2",
+    "epsilon-high": "--set clip_high=0.28",
+    "delta": "--set cap=3",
+    "loss-type": "--method, or --aggregation,",
+    "scale-rewards": "--set scale=false",
+    "importance-sampling-level": "--ratio",
+    "mask-truncated-completions": "--filters 'marked(truncated, inverted=true)'",
+    "num-iterations": "--epochs",
+    "max-steps": "--steps",
+    "num-train-epochs": "--steps",
+    "per-device-train-batch-size": "--micro-batch, and --prompts for the number of prompts per step,",
+    "gradient-accumulation-steps": "--micro-batch, which changes no result,",
+    "model-name-or-path": "--model",
+    "dataset-name": "--tasks",
+    "reward-funcs": "--reward",
+    "output-dir": "--output",
+    "resume-from-checkpoint": "--resume",
+    "eval-steps": "--eval-every",
+    "save-steps": "--save-every",
+    "bf16": "--precision bf16",
+    "use-vllm": "--sampler vllm",
+    "chat-template-kwargs": "--chat-template-args",
+}
+"""Options of TRL's GRPOConfig and its scripts, and what they are here."""
 
 
 def _names(settings: type) -> frozenset[str]:

@@ -17,7 +17,7 @@ import inspect
 import math
 import numbers
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -38,9 +38,7 @@ class RefusedError(Exception):
         expected = str(rule)
         if rule.kind == "number" and isinstance(value, float) and math.isinf(value) and not rule.infinite:
             expected = expected.replace("number", "finite number", 1)
-        near = difflib.get_close_matches(str(value).lower(), rule.options, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        super().__init__(f"{name}: expected {expected}, got {shown(value)}{hint}")
+        super().__init__(f"{name}: expected {expected}, got {shown(value)}{nearest(value, rule.options)}")
         self.name, self.rule, self.value = name, rule, value
 
     def of(self, name: str) -> RefusedError:
@@ -58,6 +56,26 @@ class WrongTypeError(RefusedError, TypeError):
 
 class OutOfRangeError(RefusedError, ValueError):
     """A setting has the right type and is out of range."""
+
+
+def nearest(word: Any, words: Iterable[str]) -> str:
+    """Return the end of an error that asks whether the most similar of some words was meant, or nothing without one.
+
+    Args:
+        word: What was given.
+        words: What may be given.
+    """
+    near = difflib.get_close_matches(str(word).lower(), list(words), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text has no lone surrogates, which no tokenizer takes.
+
+    Args:
+        text: The text.
+    """
+    return not any("\ud800" <= x <= "\udfff" for x in text)
 
 
 def shown(value: Any) -> str:
@@ -193,6 +211,8 @@ class Range:
             raise TypeError
         if self.kind == "path":
             return Path(value)
+        if self.kind == "text" and not is_unicode(value):
+            raise ValueError(f"expected a text without lone surrogates, got {value!r}")
         if self.kind == "option" and value not in self.options:
             raise ValueError
         if self.kind == "input name":

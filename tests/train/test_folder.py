@@ -16,13 +16,14 @@ import pyarrow as pa
 import pytest
 from tokcredit import analyze
 from tokcredit.analyze import Divergent, Shift, StudySettings
+from tokcredit.files import WriteError, whole_folder, write
 from tokcredit.report import report
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, checkpoint, compare, run
 from tokcredit.train import record as record_module
 from tokcredit.train.experiment import _FILES, NEUTRAL, check_folder, read_summary, resolved
 from tokcredit.train.folder import locked, plain, read_settings, write_settings
 from tokcredit.train.ranks import check_launch, processes
-from tokcredit.train.record import new_folder, read_metrics, write, write_figure, write_table
+from tokcredit.train.record import read_metrics, write_figure, write_table
 from tokcredit.train.trainer import Trainer
 
 RANDOM = "tiny(steps=0)"
@@ -190,7 +191,9 @@ def test_one_process_at_a_time(settings, uniform, holder):
 def test_a_folder_that_cannot_be_written_is_named(settings, tmp_path):
     (tmp_path / "file").write_text("")
     for start in (run, lambda s: compare(("grpo",), s), lambda s: analyze.run(shift(s.output))):
-        with pytest.raises(ValueError, match=r"output: expected a folder that can be written, got .*file"):
+        with pytest.raises(
+            WriteError, match=r"output: expected to write .*file/run, got Not a directory \([\d.]+ MiB free\)$"
+        ):
             start(settings(output=tmp_path / "file/run"))
 
 
@@ -431,7 +434,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
     def fill():
-        with new_folder(folder) as work:
+        with whole_folder(folder) as work:
             (work / "weights").write_text("half")
             raise OSError("disk full")
 
@@ -457,7 +460,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in before} == before
     # What was left half written does not stop the next attempt.
     write(text, "new")
-    with new_folder(folder) as work:
+    with whole_folder(folder) as work:
         (work / "other").write_text("new")
     assert text.read_text() == "new" and [path.name for path in folder.iterdir()] == ["other"]
 

@@ -1,4 +1,5 @@
 import math
+import traceback
 from fractions import Fraction
 
 import numpy as np
@@ -77,7 +78,8 @@ def test_an_error_is_named_with_its_own_traceback():
     lines = text.splitlines()
     assert sum(line.lstrip().startswith("File ") for line in lines) == 1 and 'raise KeyError("missing")' in text
     assert "test_judging.py" in text and 'judging.py", line' not in text.replace('test_judging.py", line', "")
-    assert isinstance(caught.value.__cause__, KeyError)
+    assert isinstance(caught.value.__context__, KeyError)
+    assert "".join(traceback.format_exception(caught.value)).count("KeyError") == 3, "the message, its line, its end"
 
 
 def test_long_prompts_and_replies_are_cut():

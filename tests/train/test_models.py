@@ -85,3 +85,26 @@ def test_rows_share_the_prompt(saved, kind):
         logits = network(torch.tensor([prompt + row]), use_cache=False).logits[0, len(prompt) - 1 : -1]
         expected = logits.double().log_softmax(-1).gather(1, torch.tensor(row)[:, None])[:, 0]
         torch.testing.assert_close(log_probs.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_folders_without_a_model_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("tokcredit.train.models.AutoTokenizer", None)  # the hub is not asked
+    for name in (f"{tmp_path}/nowhere", "./nowhere", "runs/a/model"):
+        with pytest.raises(ValueError, match=f"^model: expected smollm2, .*, got '{name}', which is no folder$"):
+            models.load(name)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match=f"got {tmp_path}/run, which has none$"):
+        models.load(f"{tmp_path}/run")
+    (tmp_path / "run/model").mkdir()
+    (tmp_path / "run/model/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"got {tmp_path}/run, which has none; did you mean {tmp_path}/run/model\?$"):
+        models.load(f"{tmp_path}/run")
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors"])
+def test_a_damaged_model_is_named_in_one_line(saved, tmp_path, broken):
+    folder = saved("llama", {})
+    (tmp_path / broken).write_bytes(b"{")
+    with pytest.raises(ValueError, match=r"^model: expected .*, got '.*'.*: .+") as caught:
+        models.load(folder)
+    assert "\n" not in str(caught.value)

@@ -94,6 +94,31 @@ def test_arguments_are_checked_before_anything_is_loaded(wrong):
         ChatSettings(chat_template_args=("level=1", "level=2"))
 
 
+COMPARING = TEMPLATE + "{% if level == 'high' or level == \"low\" %}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("true", True), ("False", False), ("None", None), ("null", None), ("3", 3), ("high", "high"), ('"no"', "no")],
+)
+def test_values_of_arguments(given, read):
+    assert ChatSettings(chat_template_args=(f"level={given}",)).arguments() == {"level": read}
+
+
+@pytest.mark.parametrize("given", ["flase", "ture", "Flase", "no", "off", "Yes"])
+def test_misspelled_values_of_arguments_are_named(given):
+    message = f"chat_template_args: level: expected true or false, or a text in quotes, got {given}$"
+    with pytest.raises(ValueError, match=message):
+        ChatSettings(chat_template_args=(f"level={given}",))
+
+
+def test_values_that_the_template_compares():
+    with pytest.raises(ValueError, match=r"level: expected .*, such as high, low, got 'hihg'; did you mean high\?"):
+        Prompts(tokenizer(COMPARING), ChatSettings(chat_template_args=("level=hihg",)))
+    for value in ("high", "low", "medium", "3"):
+        Prompts(tokenizer(COMPARING), ChatSettings(chat_template_args=(f"level={value}",)))
+
+
 def test_a_template_that_refuses_the_messages_is_named():
     words = tokenizer("{% if messages[0].role == 'system' %}{{ raise_exception('No system here') }}{% endif %}")
     with pytest.raises(ValueError, match=r"tasks: expected messages .*, got \['system', 'user'\]: No system here"):

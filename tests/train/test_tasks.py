@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import reasoning_gym
-from tokcredit.train import tasks
+from tokcredit.train import imported, tasks
 from tokcredit.train.problems import Message
 
 SUMS = "chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=1, size=300)"
@@ -109,8 +109,9 @@ GOOD = '{"prompt": "1+1", "answer": "2"}'
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "expected a JSON object {'prompt', 'answer'}, got JSONDecodeError"),
-        ("[" * 100000, "expected a JSON object {'prompt', 'answer'}, got RecursionError"),
+        ("[" * 100000, "expected JSON in {place}, got maximum recursion depth"),
+        ("{", "expected JSON in {place}, got Expecting property name enclosed in double quotes at column 2"),
+        ('{"prompt": "x" "answer": 1}', "expected JSON in {place}, got Expecting ',' delimiter at column 16"),
         *((line, "expected a JSON object {'prompt', 'answer'}, got '") for line in ('{"prompt": "x"}', "[]", "7")),
         ('{"prompt": "x", "answer": null}', "expected an answer that is a text or a number, got None"),
         *(
@@ -134,7 +135,8 @@ def test_a_malformed_line_is_named(tmp_path, task, line, message):
     file.write_text(GOOD.replace("2", "B") + "\n\n" + line + "\n")
     with pytest.raises(ValueError) as caught:
         tasks.load([f"{task}({str(file)!r})"], 0.3)
-    assert str(caught.value).startswith(f"tasks: {file}:3: {message}")
+    place = "" if "{place}" in message else f"{file}:3: "
+    assert str(caught.value).startswith(f"tasks: {place}{message.replace('{place}', f'{file}:3')}")
 
 
 def test_an_answer_of_choices_has_letters(tmp_path):
@@ -251,16 +253,26 @@ def test_another_reward():
             0.2,
             "tasks: expected jsonl, choices, addition, calculator or a reasoning_gym data set, got 'no_such_data'",
         ),
-        (["products(digits=1)"], 0.2, "tasks: products: .*digits"),
-        (["products(min_terms=0)"], 0.2, "tasks: products: min_terms"),
+        (["products(digits=1)"], 0.2, "tasks: products: expected settings among min_terms, .*, got digits"),
+        (["products(min_terms=0)"], 0.2, "tasks: products: expected .*, got .*min_terms=0: min_terms must be positive"),
         ([], 0.2, "tasks: expected at least one, because the model has no default"),
         (["addition(digits=0)"], 0.2, "digits: expected a whole number at least 1, got 0"),
         (["calculator(operations=-1)"], 0.2, "operations: expected a whole number at least 1, got -1"),
         (["addition(size=1)"], 0.2, "tasks: expected at least two different problems of addition.size=1., got 1"),
         (["addition"], 0.0, "held_out: expected a share that leaves problems on both sides, got 0.0"),
         (["addition"], 1.0, "held_out: expected a share"),
-        (["jsonl"], 0.2, r"tasks: expected jsonl\(path"),
-        (["addition(digit=2)"], 0.2, r"tasks: expected addition\(digits"),
+        (["jsonl"], 0.2, "tasks: jsonl: expected a value for path, got none"),
+        (
+            ["addition(digit=2)"],
+            0.2,
+            r"tasks: addition: expected settings among digits, size, seed, got digit; did you mean digits\?",
+        ),
+        (
+            ["chain_sum(min_term=2)"],
+            0.2,
+            r"tasks: chain_sum: expected .*, size, got min_term; did you mean min_terms\?",
+        ),
+        (["adition"], 0.2, r"got 'adition'; did you mean addition\?"),
     ],
 )
 def test_bad_tasks(chosen, share, message):
@@ -281,6 +293,82 @@ def test_modules_of_rewards(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for path in ("nowhere:function", "nowhere.inner:function"):
         with pytest.raises(ValueError, match="reward: expected a module that can be imported, got 'nowhere"):
-            tasks.imported_reward(path)
+            tasks.load(["addition"], 0.2, reward=path)
     with pytest.raises(ModuleNotFoundError, match="nowhere_else"):
-        tasks.imported_reward("inner_import:function")
+        tasks.load(["addition"], 0.2, reward="inner_import:function")
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '[{"role": "user", "content": "a\\udfff"}]'])
+def test_lone_surrogates_are_named_before_they_reach_a_tokenizer(tmp_path, text):
+    file = tmp_path / "bad.jsonl"
+    for line in (f'{{"prompt": {text}, "answer": "2"}}', f'{{"prompt": "x", "answer": "2", "answer": {text}}}'):
+        file.write_text(GOOD + "\n" + line + "\n")
+        with pytest.raises(ValueError, match=r"bad\.jsonl:2: expected a prompt and an answer without lone surrogates"):
+            tasks.load([f"jsonl({str(file)!r})"], 0.3)
+    file.write_text(GOOD + '\n{"prompt": "\\ud83d\\ude00?", "answer": "2"}\n')
+    found = tasks.load([f"jsonl({str(file)!r})"], 0.5)
+    assert "\U0001f600?" in {p.question for p in (*found.held_out, *found.train[0])}
+
+
+def of_trl(completions, **columns):
+    return [0.0 for _ in completions]
+
+
+def of_trl_by_position(prompts, completions, answer):
+    return [0.0]
+
+
+def of_verl(data_source, solution_str, ground_truth, extra_info=None):
+    return 0.0
+
+
+def of_two(prompt, reply):
+    return 0.0
+
+
+def of_keywords(*, prompt, reply, answer):
+    return 0.0
+
+
+async def of_later(prompt, reply, answer):
+    return 0.0
+
+
+class Of:
+    def __init__(self, prompt, reply, answer):
+        pass
+
+    def method(self, prompt, reply, answer, weight=1.0):
+        return 0.5
+
+
+method = Of("", "", "").method
+
+
+def of_any(*given):
+    return 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("of_trl", r"got test_tasks:of_trl\(completions, \*\*columns\), which is that of TRL"),
+        ("of_trl_by_position", "which is that of TRL; write one that calls it"),
+        ("of_verl", "which is that of verl"),
+        ("of_two", r"got test_tasks:of_two\(prompt, reply\): too many positional arguments"),
+        ("of_keywords", "too many positional arguments"),
+        ("of_later", "in test_tasks, got an async function"),
+        ("Of", "in test_tasks, got a class"),
+        ("itertools", "in test_tasks, got 'itertools'"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["reward", "verifier"])
+def test_the_arguments_of_a_function_are_checked_before_it_is_called(setting, name, message):
+    with pytest.raises(ValueError, match=f"^{setting}: expected a function .*{message}"):
+        imported.function(f"test_tasks:{name}", setting, ("prompt", "reply", "answer"))
+
+
+@pytest.mark.parametrize("name", ["shortest", "method", "of_any", "max"])
+def test_functions_that_take_the_arguments(name):
+    path = "builtins:max" if name == "max" else f"test_tasks:{name}"
+    assert callable(imported.function(path, "reward", ("prompt", "reply", "answer")))

@@ -19,11 +19,12 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from tokcredit.analyze.settings import StudySettings
+from tokcredit.files import WriteError, write
 from tokcredit.train import models, tasks
 from tokcredit.train.folder import check, locked, plain, write_settings
 from tokcredit.train.problems import Problem
 from tokcredit.train.ranks import check_launch, processes
-from tokcredit.train.record import write, write_figure, write_table
+from tokcredit.train.record import write_figure, write_table
 from tokcredit.train.sampler import end_tokens
 
 _FILES = ("problem-" + "[0-9]" * 6 + ".parquet", "summary.json", "summary.png")
@@ -140,6 +141,7 @@ def opened(settings: Any) -> Iterator[Study]:
     Raises:
         ValueError: There is no such task, another process uses the folder, or it holds another analysis.
         RuntimeError: There are several processes.
+        WriteError: The folder cannot be written, for example because the disk is full.
     """
     check_launch()
     if (count := processes().num_processes) != 1:
@@ -147,8 +149,14 @@ def opened(settings: Any) -> Iterator[Study]:
     disable_progress_bar()
     asked: StudySettings = settings.study
     problems = tasks.load(asked.tasks, asked.held_out, asked.reward, asked.seed).measured(asked.problems)
-    with locked(asked.output or Path()):
-        yield Study(settings, problems)
+    folder = asked.output or Path()
+    with locked(folder):
+        try:
+            yield Study(settings, problems)
+        except WriteError as error:
+            done = len(list(folder.glob(_FILES[0])))
+            kept = f"{done} of {len(problems)} problems are kept, and the same command with --resume continues"
+            raise WriteError(f"{error}; {kept}") from error
 
 
 def report(folder: Path, summary: dict[str, Any], figure: Any, table: Table) -> dict[str, Any]:

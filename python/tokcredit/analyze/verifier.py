@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from tokcredit.train import imported as functions
 from tokcredit.train import models
 from tokcredit.train.prompts import Prompts
 from tokcredit.train.sampler import TransformersSampler
@@ -54,15 +54,9 @@ def imported(path: str) -> Verifier:
         path: ``package.module:function``.
 
     Raises:
-        ValueError: The path has another form, or names no function. The verifier raises it for a result that is not 1,
-            0 or -1.
+        ValueError: The path names no such function. The verifier raises it for a result that is not 1, 0 or -1.
     """
-    module, separator, name = path.partition(":")
-    if not separator:
-        raise ValueError(f"verifier: expected package.module:function, got {path!r}")
-    function = getattr(importlib.import_module(module), name, None)
-    if not callable(function):
-        raise ValueError(f"verifier: expected a function in {module}, got {name!r}")
+    function = functions.function(path, "verifier", ("context", "small", "large"))
 
     def verify(cases: Sequence[Case]) -> list[int]:
         verdicts = [function(*case) for case in cases]

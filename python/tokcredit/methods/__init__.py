@@ -19,7 +19,7 @@ from typing import Any
 
 from tokcredit.objective import Objective
 from tokcredit.preference import Preference
-from tokcredit.settings import Range, RefusedError, rules
+from tokcredit.settings import Range, RefusedError, nearest, rules
 from tokcredit.supervised import Supervised
 
 AnyObjective = Objective | Preference | Supervised
@@ -88,7 +88,8 @@ def load(name: str, **settings: Any) -> Any:
     known = inspect.signature(_METHODS[name]).parameters
     for setting in settings:
         if setting not in known:
-            raise TypeError(f"{setting}: expected one of {', '.join(known)} for {name}, got an unknown setting")
+            got = f"an unknown setting{nearest(setting, known)}"
+            raise TypeError(f"{setting}: expected one of {', '.join(known)} for {name}, got {got}")
     return _METHODS[name](**settings)
 
 

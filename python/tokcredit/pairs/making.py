@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from tokcredit.files import whole
 from tokcredit.pairs.choosing import choose
 from tokcredit.pairs.settings import PairsSettings
 from tokcredit.report import formats, records
@@ -36,25 +37,20 @@ def make(settings: PairsSettings) -> dict[str, int]:
     counts = dict.fromkeys(("pairs", "groups", "groups_without"), 0)
     writer = _Writer(settings, found[0].parent)
     settings.output.parent.mkdir(parents=True, exist_ok=True)
-    new = settings.output.with_name(settings.output.name + ".new")
-    try:
-        with new.open("w", encoding="utf-8") as out, tqdm(found, unit="file") as bar:
-            for file in bar:
-                for group in _groups(file, settings):
-                    lines = [writer.line(*pair) for pair in _pairs(group, settings)]
-                    out.writelines(json.dumps(line) + "\n" for line in lines)
-                    counts["pairs"] += len(lines)
-                    counts["groups"] += 1
-                    counts["groups_without"] += not lines
-                bar.set_postfix(counts)
+    with whole(settings.output) as new, new.open("w", encoding="utf-8") as out, tqdm(found, unit="file") as bar:
+        for file in bar:
+            for group in _groups(file, settings):
+                lines = [writer.line(*pair) for pair in _pairs(group, settings)]
+                out.writelines(json.dumps(line) + "\n" for line in lines)
+                counts["pairs"] += len(lines)
+                counts["groups"] += 1
+                counts["groups_without"] += not lines
+            bar.set_postfix(counts)
         if not counts["pairs"]:
             raise ValueError(
                 f"path: expected a group with different responses whose rewards differ by more than {settings.gap:g}, "
                 f"got {counts['groups']} groups without one in {settings.path}"
             )
-        new.replace(settings.output)
-    finally:
-        new.unlink(missing_ok=True)
     return counts
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tokcredit.files import write
 from tokcredit.methods import load, names
 from tokcredit.report.data import Data, compute
 from tokcredit.report.readers import Run, read
@@ -91,7 +92,5 @@ def _usual(found: Run, method: Any = None) -> Data:
 def _write(data: Data, path: Path) -> Path:
     from tokcredit.report.page import render
 
-    new = path.with_name(path.name + ".new")
-    new.write_text(render(data), encoding="utf-8", errors="replace")
-    new.replace(path)
+    write(path, render(data))
     return path

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tokcredit import files
 
 Record = Mapping[str, Any]
 
@@ -32,10 +33,7 @@ def parsed(text: str | bytes, where: str) -> dict[str, Any]:
     Raises:
         ValueError: The text is not JSON, or not an object.
     """
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"path: expected JSON in {where}, got {error}") from None
+    found = files.parsed(text, where, "path")
     if not isinstance(found, dict):
         raise ValueError(f"path: expected an object in {where}, got {type(found).__name__}")
     return found

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from tokcredit.files import naming
+
 
 def save(accelerator: Accelerator, folder: Path, step: int) -> None:
     """Save the model, the optimizer, registered objects and random states, and then remove earlier checkpoints.
@@ -16,6 +18,9 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
         accelerator: Accelerator that holds them.
         folder: Folder of the run.
         step: Number of the step after which this is.
+
+    Raises:
+        WriteError: It could not be written. Earlier checkpoints are kept.
     """
     target, work = folder / _name(step), folder / "checkpoint.new"
     if target.exists():
@@ -23,10 +28,16 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(work), safe_serialization=False)
-    accelerator.wait_for_everyone()
+    with naming(target):
+        try:
+            accelerator.save_state(str(work), safe_serialization=False)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                work.rename(target)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
     if accelerator.is_main_process:
-        work.rename(target)
         _keep_only(folder, step)
     accelerator.wait_for_everyone()
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tokcredit.files import WriteError, write
 from tokcredit.train.experiment import NEUTRAL, check_folder, checked, read_summary, resolved, run
 from tokcredit.train.folder import locked
 from tokcredit.train.ranks import check_launch, on_main, processes
-from tokcredit.train.record import Curve, curve_of, draw_curves, read_metrics, write
+from tokcredit.train.record import Curve, curve_of, draw_curves, read_metrics
 from tokcredit.train.settings import Settings
 
 
@@ -34,6 +35,7 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
 
     Raises:
         ValueError: There is no method or no seed, a setting is wrong, or the folder has runs with other settings.
+        WriteError: The folder cannot be written, for example because the disk is full.
     """
     check_launch()
     if not methods or seeds < 1:
@@ -52,7 +54,10 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
             if run(one) is None:
                 return None
         if processes().is_main_process:
-            _report(folder, methods, numbers, curve_of(settings))
+            try:
+                _report(folder, methods, numbers, curve_of(settings))
+            except WriteError as error:
+                raise WriteError(f"{error}; the runs are kept, and the same command shows them") from error
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import resource
 import signal
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from tokcredit import __version__
+from tokcredit.files import WriteError, read_json, whole_folder, write
 from tokcredit.report import report
 from tokcredit.train import adapter, checkpoint, models, virtual_tokens
 from tokcredit.train import example_trainer as on_examples
@@ -27,7 +29,7 @@ from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.folder import check, locked, plain, write_settings
 from tokcredit.train.learner import Update
 from tokcredit.train.ranks import check_launch, on_main
-from tokcredit.train.record import Curve, Record, new_folder, read_metrics, write
+from tokcredit.train.record import Curve, Record, read_metrics
 from tokcredit.train.settings import Settings, is_due
 from tokcredit.train.trainer import Trainer
 
@@ -56,6 +58,7 @@ def run(settings: Settings) -> dict[str, float] | None:
     Raises:
         TypeError: A setting of the method has the wrong type.
         ValueError: A setting is wrong, or the folder holds another run, or one with other settings.
+        WriteError: The folder cannot be written, for example because the disk is full.
     """
     disable_progress_bar()
     check_launch()
@@ -63,7 +66,17 @@ def run(settings: Settings) -> dict[str, float] | None:
     folder = settings.output or Path()
     with locked(folder):
         on_main(lambda: check_folder(settings, NEUTRAL | {"steps", "on_nonfinite"}))
-        return _run(settings, folder)
+        try:
+            return _run(settings, folder)
+        except WriteError as error:
+            raise WriteError(f"{error}; {_kept(folder)}") from error
+
+
+def _kept(folder: Path) -> str:
+    """Return what a run that cannot write has kept, and how it continues."""
+    done = checkpoint.last(folder)
+    kept = f"the checkpoint of step {done} is kept" if done else "no checkpoint was saved yet"
+    return f"{kept}, and the same command with --resume {'continues from it' if done else 'begins again'}"
 
 
 def check_folder(settings: Settings, free: Collection[str]) -> None:
@@ -134,7 +147,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
     if main:
         record = record or _begin(settings, trainer, done)
         record.close()
-        with new_folder(folder / "model") as model:
+        with whole_folder(folder / "model") as model:
             adapter.save(trainer.model, model)
             trainer.tokenizer.save_pretrained(model)
         report(folder, trainer.objective)
@@ -148,7 +161,7 @@ def _begin(settings: Settings, trainer: Trainer | ExampleTrainer, done: int) -> 
     """Write the settings, from when on the folder has a run, and return the record of its further steps."""
     folder = settings.output or Path()
     write_settings(folder, plain(settings))
-    with new_folder(folder / "tokenizer") as words:
+    with whole_folder(folder / "tokenizer") as words:
         trainer.tokenizer.save_pretrained(words)
     trainer.write(folder)
     return Record(folder, done + 1 if done else 0, _header(settings, trainer))
@@ -160,8 +173,7 @@ def read_summary(folder: Path) -> dict[str, float] | None:
     Args:
         folder: Folder of the run.
     """
-    path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(folder / "summary.json")
 
 
 def resolved(settings: Settings) -> Settings:
@@ -278,7 +290,7 @@ def _summary(folder: Path, curve: Curve) -> dict[str, float]:
 
 
 def _print_summary(folder: Path, curve: Curve) -> None:
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_summary(folder) or {}
     table = Table(title=str(folder), show_header=False, title_justify="left")
     table.add_row(f"{curve.titles[1]} before", f"{summary['held_out_before']:.3f}")
     table.add_row(f"{curve.titles[1]} after", f"{summary['held_out_after']:.3f}")
@@ -307,6 +319,7 @@ def _stop_requests() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        os.write(2, b"\nstopping after this step; the same signal again stops at once\n")
 
     before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -13,8 +13,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from tokcredit.files import WriteError, naming, read_json, write
 from tokcredit.train.ranks import on_main, processes
-from tokcredit.train.record import write
 
 
 @contextmanager
@@ -28,7 +28,8 @@ def locked(folder: Path) -> Iterator[None]:
         folder: The folder.
 
     Raises:
-        ValueError: Another process holds the folder, or it cannot be written.
+        ValueError: Another process holds the folder.
+        WriteError: The folder cannot be written.
     """
     lock = FileLock(folder / ".lock")
     made = on_main(lambda: _acquire(lock, folder))
@@ -42,15 +43,18 @@ def locked(folder: Path) -> Iterator[None]:
 def _acquire(lock: FileLock, folder: Path) -> bool:
     """Take the lock and return whether the folder was made."""
     made, owner = not folder.exists(), folder / ".owner"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        write(owner, f"process {os.getpid()} on {socket.gethostname()}")
-    except Timeout:
-        name = owner.read_text() if owner.exists() else "another process"
-        raise ValueError(f"output: expected a folder that is not in use, got {folder}, which {name} uses") from None
-    except OSError as error:
-        raise ValueError(f"output: expected a folder that can be written, got {folder}: {error}") from error
+    with naming(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            name = owner.read_text() if owner.exists() else "another process"
+            raise ValueError(f"output: expected a folder that is not in use, got {folder}, which {name} uses") from None
+        try:
+            write(owner, f"process {os.getpid()} on {socket.gethostname()}")
+        except WriteError:
+            _release(lock, folder, made)
+            raise
     return made
 
 
@@ -113,8 +117,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     Args:
         folder: Folder of the run.
     """
-    path = folder / "settings.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(folder / "settings.json")
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:

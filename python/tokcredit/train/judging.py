@@ -115,7 +115,7 @@ class Judging:
             trace = "".join(traceback.format_exception(error.with_traceback(_outside(error.__traceback__)))).rstrip()
             message = f"reward: {type(error).__name__}: {error}{_where(problem, response)}"
             if self._on_error == "stop":
-                raise RewardError(f"{message}\n{trace}") from error
+                raise RewardError(f"{message}\n{trace}") from None  # the message has the traceback
             return self._replaced(message, trace)
         if (number := _number(value)) is not None:
             return number

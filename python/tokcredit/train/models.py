@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import random
 import subprocess
@@ -16,13 +15,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 
 from tokcredit.expression import construct, parse
+from tokcredit.files import naming, read_json, whole_folder
 from tokcredit.settings import Range
 from tokcredit.train import adapter, tools
 from tokcredit.train import tiny as tiny_model
-from tokcredit.train.record import new_folder
 
 _Count = Annotated[int, Range("whole number", at_least=0)]
 _Probability = Annotated[float, Range("number", at_least=0, at_most=1)]
@@ -99,27 +99,38 @@ def load(model: str) -> tuple[Any, Any]:
         ValueError: There is no such model, the settings of a built-in one are wrong, or the cache of the model holds
             something else than keys and values.
     """
-    source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else model
+    source = construct(model, "model", _EMBEDDED) if _name(model) in _EMBEDDED else _found(model)
     if (Path(source) / adapter.CONFIG).exists():
         return _merged(Path(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         network = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
-        known = ", ".join(_EMBEDDED)
-        raise ValueError(
-            f"model: expected {known}, or a folder or hub name of a causal language model, got {model!r}: {error}"
-        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model: expected {_EXPECTED}, got {model!r}, which is no folder: {reason}") from error
     _check_cache(model, network)
     return network, tokenizer
 
 
 def _merged(folder: Path) -> tuple[Any, Any]:
     """Return the model of an adapter with the adapter in its weights, and the tokenizer beside the adapter."""
-    base, _ = load(json.loads((folder / adapter.CONFIG).read_text())["base_model_name_or_path"])
+    base, _ = load(read_json(folder / adapter.CONFIG)["base_model_name_or_path"])
     network = adapter.merge(base, folder).requires_grad_(True).eval()
     network.name_or_path = str(folder)
     return network, AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
+def _found(model: str) -> str:
+    """Return the name of a model that may be on the hub, or its folder if that holds a model."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").exists() or (folder / adapter.CONFIG).exists():
+            return str(folder)
+        hint = f"; did you mean {folder / 'model'}?" if (folder / "model/config.json").exists() else ""
+        raise ValueError(f"model: expected a folder with a config.json, got {model}, which has none{hint}")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"model: expected {_EXPECTED}, got {model!r}, which is no folder")
+    return model
 
 
 @torch.no_grad()
@@ -152,7 +163,7 @@ def merge(folder: Path, output: Path) -> None:
         raise ValueError(f"output: expected a new folder, got {output}")
     network, tokenizer = load(str(source))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(output) as target:
+    with whole_folder(output) as target:
         network.save_pretrained(target)
         tokenizer.save_pretrained(target)
 
@@ -160,10 +171,12 @@ def merge(folder: Path, output: Path) -> None:
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
     """Return a folder of the cache that ``make`` fills the first time, whole or not at all."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tokcredit"
-    cache.mkdir(parents=True, exist_ok=True)
     target = cache / name
-    with FileLock(cache / f"{name}.lock"):
-        if not target.exists():
+    with naming(target, "model"):
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{name}.lock"):
+            if target.exists():
+                return target
             with tempfile.TemporaryDirectory(dir=cache) as work:
                 made = Path(work) / "made"
                 make(made)
@@ -234,3 +247,4 @@ def _warmed(
 
 
 _EMBEDDED: dict[str, Callable[..., Path]] = {"smollm2": smollm2, "tiny": tiny, "tiny_tools": tiny_tools}
+_EXPECTED = f"{', '.join(_EMBEDDED)}, or a folder or hub name of a causal language model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from tokcredit.settings import nearest
 from tokcredit.train.problems import Message, Problem
 from tokcredit.train.settings import ChatSettings
 
@@ -33,6 +34,11 @@ class Prompts:
             raise ValueError("system_prompt, chat_template_args: expected a model with a chat template, got none")
         if unread := [name for name in self._arguments if not re.search(rf"\b{name}\b", template or "")]:
             raise ValueError(f"chat_template_args: expected names that the template reads, got {', '.join(unread)}")
+        for name, value in self._arguments.items():
+            known = re.findall(rf"\b{name}\b\s*[!=]=\s*['\"]([^'\"]+)['\"]", template or "")
+            if value not in known and (hint := nearest(value, known)):
+                expected = f"a value that the template compares, such as {', '.join(known)}"
+                raise ValueError(f"chat_template_args: {name}: expected {expected}, got {value!r}{hint}")
 
     def __call__(self, problem: Problem | str) -> list[int]:
         """Return the token ids of a question up to where the response begins.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tokcredit.files import naming, parsed, whole, write
 from tokcredit.train.settings import Settings
 
 _ROLLOUTS = pa.schema(
@@ -68,18 +69,6 @@ def curve_of(settings: Settings) -> Curve:
     return PAIRS if settings.pairs else COMPLETIONS if settings.completions else REWARDS
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all.
-
-    Args:
-        path: The file.
-        text: Its text.
-    """
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file, whole or not at all.
 
@@ -87,9 +76,8 @@ def write_table(path: Path, table: pa.Table) -> None:
         path: The file.
         table: Its table.
     """
-    new = path.with_name(path.name + ".new")
-    pq.write_table(table, new, compression="zstd")
-    new.replace(path)
+    with whole(path) as new:
+        pq.write_table(table, new, compression="zstd")
 
 
 def write_figure(path: Path, figure: Any) -> None:
@@ -99,27 +87,8 @@ def write_figure(path: Path, figure: Any) -> None:
         path: The file.
         figure: A matplotlib figure.
     """
-    new = path.with_name(path.name + ".new")
-    figure.savefig(new, dpi=120, format="png")
-    new.replace(path)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder which then takes the place of another, whole or not at all.
-
-    Args:
-        path: The folder to replace.
-    """
-    new, old = (path.with_name(path.name + ending) for ending in (".new", ".old"))
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    new.mkdir()
-    yield new
-    if path.exists():
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole(path) as new:
+        figure.savefig(new, dpi=120, format="png")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -129,8 +98,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         folder: Folder of the run.
     """
     path = folder / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [parsed(line, f"{path}:{number}", "output") for number, line in enumerate(text.split("\n")[:-1], 1)]
 
 
 class Record:
@@ -153,7 +122,9 @@ class Record:
         self._schema = _ROLLOUTS.with_metadata({"tokcredit": json.dumps(header)})
         self.lines = [line for line in read_metrics(folder) if line["step"] < first]
         write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+        _quiet_threads()
+        with naming(folder / "tensorboard"):
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         """Add the metrics of a step. Numbers that are not finite are left out.
@@ -163,12 +134,14 @@ class Record:
         """
         finite = {name: value for name, value in line.items() if math.isfinite(value)}
         self.lines.append(finite)
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        path = self.folder / "metrics.jsonl"
+        with naming(path), path.open("a") as file:
             file.write(json.dumps(finite) + "\n")
-        for name, value in finite.items():
-            if name != "step":
-                self._board.add_scalar(name, value, line["step"])
-        self._board.flush()
+        with naming(self.folder / "tensorboard"):
+            for name, value in finite.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, line["step"])
+            self._board.flush()
 
     def rollouts(self, step: int, columns: Mapping[str, Sequence[Any] | None]) -> None:
         """Write the rollouts of a step as a table.
@@ -191,7 +164,20 @@ class Record:
 
     def close(self) -> None:
         """Close the TensorBoard file."""
-        self._board.close()
+        with naming(self.folder / "tensorboard"):
+            self._board.close()
+
+
+@functools.cache
+def _quiet_threads() -> None:
+    """Print no traceback of TensorBoard's thread that writes: ``flush`` raises its error here."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not type(arguments.thread).__module__.startswith("tensorboard."):
+            before(arguments)
+
+    threading.excepthook = hook
 
 
 def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:

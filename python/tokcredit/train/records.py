@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokcredit.files import parsed
+from tokcredit.settings import is_unicode
 from tokcredit.train.problems import Message
 
 
@@ -59,12 +61,11 @@ def of_file(option: str, path: str, names: Collection[str]) -> Iterator[Record]:
 def _of_line(option: str, place: str, line: str, names: Collection[str]) -> Record:
     wanted = f"a JSON object {{{', '.join(map(repr, names))}}}"
     record = Record(place, {}, f"{line[:100]!r}")
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise record.expected(option, wanted, repr(error)) from None
+    values = parsed(line, place, option)
     if not isinstance(values, dict) or not set(names) <= values.keys():
         raise record.expected(option, wanted, record.text)
+    if not is_unicode(shown := json.dumps([values[name] for name in names], ensure_ascii=False)):
+        raise record.expected(option, "texts without lone surrogates", ascii(shown))
     return record._replace(values=values)
 
 

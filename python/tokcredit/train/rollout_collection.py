@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokcredit.blocks import segment
 from tokcredit.rollouts import Rollouts
 from tokcredit.train.judging import Judging, RewardError
 from tokcredit.train.problems import Problem, Problems
@@ -55,14 +56,25 @@ class RolloutCollection(NamedTuple):
             return self
         if not kept or not len(responses):
             raise RewardError("on_reward_error: expected a reward of at least one response of the step, got none")
-        return RolloutCollection(
-            [self.problems[row] for row in kept],
-            [self.responses[row] for row in kept],
-            self.batch.select(kept),
-            self.outcomes[responses],
-            self.outcome_groups[responses],
-            self.finished[responses.to(self.finished.device)],
-            self.dropped[kept],
+        return self._rows(kept)._replace(
+            outcomes=self.outcomes[responses],
+            outcome_groups=self.outcome_groups[responses],
+            finished=self.finished[responses.to(self.finished.device)],
+        )
+
+    def paired(self) -> RolloutCollection:
+        """Return the collection without groups that are no pair: two rows with different rewards."""
+        groups, rewards = self.batch.groups, self.batch.rewards
+        differ = segment.maximum(rewards, groups) > segment.minimum(rewards, groups)
+        return self._rows(groups.per_row(differ & (groups.sizes == 2)).nonzero()[:, 0].tolist())
+
+    def _rows(self, kept: list[int]) -> RolloutCollection:
+        """Return the collection with some of its rows, and all its responses."""
+        return self._replace(
+            problems=[self.problems[row] for row in kept],
+            responses=[self.responses[row] for row in kept],
+            batch=self.batch.select(kept),
+            dropped=self.dropped[kept],
         )
 
 

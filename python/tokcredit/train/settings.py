@@ -7,6 +7,7 @@ made, and ``--help`` shows the ranges.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,7 @@ class ChatSettings(Declared):
             ValueError: A text has another form, a name comes twice, or the name is one that the trainer sets.
         """
         pairs = [setting(text, "chat_template_args") for text in self.chat_template_args]
-        pairs = [(name, _json(value)) for name, value in pairs]
+        pairs = [(name, _json(name, value)) for name, value in pairs]
         names = [name for name, _ in pairs]
         if wrong := [name for name in names if name in _TEMPLATE_NAMES or names.count(name) > 1]:
             expected = f"different names other than {', '.join(_TEMPLATE_NAMES)}"
@@ -171,12 +172,20 @@ class ChatSettings(Declared):
         return dict(pairs)
 
 
-def _json(text: str) -> Any:
+def _json(name: str, text: str) -> Any:
     """Return what a text says in JSON, such as ``false`` or ``3``, or the text itself."""
+    word = text.strip().lower()
+    if word in _WORDS:
+        return _WORDS[word]
+    if word in ("yes", "no", "on", "off") or difflib.get_close_matches(word, ("true", "false"), cutoff=0.7):
+        raise ValueError(f"chat_template_args: {name}: expected true or false, or a text in quotes, got {text}")
     try:
         return json.loads(text)
     except ValueError:
         return text
+
+
+_WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 
 _TEMPLATE_NAMES = ("messages", "conversation", "chat_template", "add_generation_prompt", "tokenize")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import importlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +14,8 @@ from typing import Annotated, Any, NamedTuple
 from tokcredit.expression import Call, call_with, parse
 from tokcredit.rewards import answers, matching
 from tokcredit.rewards.bounded import BoundedCalls
-from tokcredit.settings import Range
-from tokcredit.train import tools
+from tokcredit.settings import Range, nearest
+from tokcredit.train import imported, tools
 from tokcredit.train.judging import BoundedReward
 from tokcredit.train.problems import Message, Problem, Problems, split
 from tokcredit.train.records import Record, messages, of_file
@@ -35,14 +35,21 @@ def _reasoning_gym(call: Call, seed: int) -> list[Problem]:
     from reasoning_gym.factory import DATASETS
 
     if call.name not in DATASETS:
-        raise ValueError(f"tasks: expected {', '.join(_TASKS)} or a reasoning_gym data set, got {call.name!r}")
+        got = f"{call.name!r}{nearest(call.name, (*_TASKS, *DATASETS))}"
+        raise ValueError(f"tasks: expected {', '.join(_TASKS)} or a reasoning_gym data set, got {got}")
     if call.positional:
         raise ValueError(f"tasks: expected {call.name}(key=value, ...), got positional arguments")
+    known = [f.name for f in dataclasses.fields(DATASETS[call.name][1])]
+    if unknown := [name for name in call.named if name not in known]:
+        expected, hint = f"settings among {', '.join(known)}", nearest(unknown[0], known)
+        raise ValueError(f"tasks: {call.name}: expected {expected}, got {unknown[0]}{hint}")
     configuration = {"size": 2000, "seed": seed, **call.named}
     try:
-        data = reasoning_gym.create_dataset(call.name, **configuration)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"tasks: {call.name}: {error}") from None
+        data = list(reasoning_gym.create_dataset(call.name, **configuration))
+    except Exception as error:  # the data sets check their settings each in its own way
+        given = ", ".join(f"{name}={value!r}" for name, value in configuration.items())
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"tasks: {call.name}: expected settings that it takes, got {given}: {reason}") from error
     scored = functools.partial(BoundedReward, _bounded("gym_scores.py"))
 
     def problem(entry: dict[str, Any]) -> Problem:
@@ -157,29 +164,6 @@ def _problems(text: str, seed: int) -> list[Problem]:
     return list(call_with(_TASKS, call._replace(named=seeded), "tasks"))
 
 
-def imported_reward(path: str) -> Callable[[str, str, str], Any]:
-    """Return a reward function of (prompt, response, answer).
-
-    Args:
-        path: ``package.module:function``.
-
-    Raises:
-        ValueError: The path has no colon, or names no module or no function.
-    """
-    module, separator, name = path.partition(":")
-    if not separator:
-        raise ValueError(f"reward: expected package.module:function, got {path!r}")
-    try:
-        function = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(f"reward: expected a module that can be imported, got {module!r}: {error}") from None
-    if not callable(function):
-        raise ValueError(f"reward: expected a function in {module}, got {name!r}")
-    return function
-
-
 def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed: int = 0) -> Problems:
     """Return the distinct problems of some tasks, split into training and held-out problems by :func:`split`.
 
@@ -196,7 +180,7 @@ def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed:
         raise ValueError(
             "tasks: expected at least one, because the model has no default, got none; for example addition"
         )
-    function = None if reward is None else imported_reward(reward)
+    function = None if reward is None else imported.function(reward, "reward", ("prompt", "reply", "answer"))
     train, measured = [], []
     for text in tasks:
         distinct = {p.question: p for p in _problems(text, seed)}

@@ -21,6 +21,7 @@ from tokcredit.methods.hapo import entropy_deviation
 from tokcredit.mixing import mix
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
+from tokcredit.stages.credit import Credit
 from tokcredit.stages.token_weights import tis
 from tokcredit.train import adapter, collectors, policy, tasks
 from tokcredit.train import teacher as teaching
@@ -102,6 +103,7 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
         if settings.objective.token_weights is None:
             objective = _corrected(objective)
     check_collected(objective, settings.objective.method)
+    _check_group(settings, objective)
     if isinstance(objective, Preference) and settings.sampling.group != 2:
         raise ValueError(
             f"group: expected 2 because of {settings.objective.method}, which compares the two responses to a prompt, "
@@ -159,6 +161,26 @@ def _check_privileged(settings: Settings, objective: Any, collector: type[Rollou
         raise ValueError(f"privileged: expected nothing because {settings.objective.method} has no teacher, got {told}")
     elif not issubclass(collector, SingleTurn):
         raise ValueError(f"privileged: expected nothing because rows are not whole responses to a prompt, got {told}")
+
+
+def _check_group(settings: Settings, objective: Any) -> None:
+    """Raise if the credit compares the responses to a prompt, and there is one response."""
+    if settings.sampling.group > 1 or objective.required_inputs & inputs.names("tree_sampler"):
+        return
+
+    def compares(credit: Credit) -> bool:
+        rows, rewards = torch.arange(2), torch.tensor([0.0, 1.0])
+        together, apart = (
+            credit(Rollouts(rows, torch.arange(3), group_ids, rewards)) for group_ids in (torch.zeros_like(rows), rows)
+        )
+        return not together.equal(apart)
+
+    credits = (x for x in objective.stages() if isinstance(x, Credit) and not x.required_inputs)
+    if any(map(compares, credits)):
+        raise ValueError(
+            f"group: expected at least 2 because the credit of {settings.objective.method} compares the responses to a "
+            f"prompt, got {settings.sampling.group}"
+        )
 
 
 def _length_stage(objective: Any) -> Any:
@@ -323,13 +345,16 @@ class Trainer:
         clock = Clock()
         with clock("sample"):
             collection = self.rollout_collector.collect(number).judged()
+            pairs: dict[str, float] = {}
+            if isinstance(self.objective, Preference):
+                collection, pairs["pairs_skipped"] = self._pairs(collection, number)
         with clock("train"):
             batch = self._with_inputs(collection, number)
             update = self.learner.update(batch, number, clock)
         if self.adaptive and not update.skipped:
             everything, _ = self.ranks.gather(batch, frozenset({"entropies"}))
             self.adaptive.statistics = self.deviation.statistics(everything)
-        metrics = update.metrics | self.ranks.mean(self._measured(collection, update))
+        metrics = update.metrics | pairs | self.ranks.mean(self._measured(collection, update))
         failures = torch.tensor(self.context.rewards.failures())
         metrics |= self.ranks.sum({"tokens": batch.lengths.sum(), "reward_failures": failures})
         self.learner.observe(metrics)
@@ -355,6 +380,18 @@ class Trainer:
         Args:
             folder: Folder of the run.
         """
+
+    def _pairs(self, collection: RolloutCollection, number: int) -> tuple[RolloutCollection, float]:
+        """Return the collection without responses of equal reward, and the number of pairs that were skipped."""
+        paired = collection.paired()
+        skipped = collection.batch.num_groups - paired.batch.num_groups
+        counts = self.ranks.sum({"left": torch.tensor(paired.batch.num_groups), "skipped": torch.tensor(skipped)})
+        if not counts["left"]:
+            raise RuntimeError(
+                f"step {number}: expected two responses with different rewards to at least one prompt, got equal "
+                f"rewards for all {counts['skipped']:g}; more --prompts, or a --reward that tells responses apart, help"
+            )
+        return paired, counts["skipped"]
 
     def _measured(self, collection: RolloutCollection, update: Update) -> dict[str, Tensor]:
         """Return the means that describe the rollouts of this process."""
