@@ -105,6 +105,18 @@ def test_select_minibatch_and_loss_wait_for_nothing(name, padded):
     metrics.check_waits_for_nothing()
 
 
+@pytest.mark.parametrize("over", ["token", "turn", "mean", "max"])
+def test_a_scale_over_turns_waits_for_nothing(over):
+    batch, current = naive.random_batch()
+    objective = tc.Objective(scales=(tc.scale.within("k3", over, high=0.01),))
+    prepared = objective.prepare(batch)
+    prepared.batch.sizes  # noqa: B018
+    with Dispatched() as seen:
+        out = objective.loss(prepared.select(PIECES[0]), current[PIECES[0]].clone().requires_grad_())
+        out.loss.backward()
+    seen.check_waits_for_nothing()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_minibatch_waits_for_nothing(name):
     objective, prepared, _ = prepared_of(name)

@@ -89,6 +89,39 @@ def test_gradients_of_losses(mode, objective, settings, policy_loss):
     assert mode == "dro" or (0 < stopped.sum() < mask.sum())
 
 
+@pytest.mark.parametrize("mode", ["clip_cov", "kl_cov"])
+def test_gradients_of_losses_that_choose_tokens_by_covariance(mode):
+    """verl takes the covariance of the current log-probs, so near to the old ones that the choice is equal."""
+    rollouts, current = batch(2)
+    mask, old = rollouts.shaped(rollouts.response_mask), rollouts.shaped(rollouts.old_log_probs)
+    current = old + (current - old) / 200
+    # All candidates of clip_cov are dropped: verl draws some, and so do we, but not the same ones.
+    bounds = {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 5.0}
+    share = {"kl_cov_ratio": 0.2, "ppo_kl_coef": 0.7}
+    chosen = {"clip_cov": tc.methods.clip_cov(0.2, 0.2, 1.0, 0.1, 5.0), "kl_cov": tc.methods.kl_cov(0.7, 0.2)}
+    prepared = chosen[mode].prepare(rollouts)
+    found = []
+    for x in (old, current):
+        recorded = rollouts.with_inputs(old_log_probs=x.reshape(-1))
+        cov = tc.filters.covariance(recorded, prepared.credit)[rollouts.response_mask]
+        count = int(0.2 * len(cov))
+        found.append(cov > (0.1 if mode == "clip_cov" else cov.sort(descending=True).values[count]))
+    assert torch.equal(*found) and 1 < found[0].sum() < len(cov) / 2
+    config = ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=ROWS,
+        policy_loss=PolicyLossConfig(loss_mode=mode, **(bounds if mode == "clip_cov" else share)),
+        loss_agg_mode="token-mean",
+    )
+    config.global_batch_info.update(dp_size=1, batch_num_tokens=int(mask.sum()), global_batch_size=ROWS)
+    ours, his = current.clone().requires_grad_(), current.clone().requires_grad_()
+    expected, _ = get_policy_loss_fn(mode)(old, his, prepared.advantages, mask.double(), "token-mean", config)
+    value = chosen[mode].loss(prepared, ours).loss
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gradient(value, ours), gradient(expected, his), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("threshold", [1.1, "0.8_1.2"])
 @pytest.mark.parametrize("normalize", [False, True])
