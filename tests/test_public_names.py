@@ -130,5 +130,5 @@ def test_the_three_objectives_share_one_protocol(objective):
     assert all(p.kind is p.KEYWORD_ONLY for name, p in prepare.items() if name not in ("self", "batch"))
     loss = list(inspect.signature(objective.loss).parameters.values())
     assert len(loss) == 4 and loss[-1].kind is loss[-1].VAR_KEYWORD
-    for name in ("required_inputs", "variables", "compares_groups", "adjustables", "is_scheduled"):
+    for name in ("required_inputs", "variables", "compares_groups", "couples_rows", "adjustables", "is_scheduled"):
         assert isinstance(inspect.getattr_static(objective, name), property) or hasattr(objective, name)
