@@ -25,7 +25,7 @@ LAYERS = {
     "stages": ("stages",),
     "objectives": ("protocol", "from_hidden", "prepared", "objective", "preference", "supervised"),
     "methods": ("expression", "methods", "mixing"),
-    "public": ("decoding", "rewards"),
+    "public": ("decoding", "packing", "rewards"),
     "applications": ("train", "report", "analyze", "adapters", "options", "exits", "cli"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
