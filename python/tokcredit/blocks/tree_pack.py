@@ -43,6 +43,13 @@ class _ToRows(torch.autograd.Function):
         return sums.to(grad.dtype), None
 
 
+def _to_rows(x: Tensor, index: Tensor, predictions: int) -> Tensor:
+    if not isinstance(x, Tensor) or x.shape != (predictions,):
+        raise ValueError(f"x: expected [{predictions}], got {describe(x)}")
+    out: Tensor = _ToRows.apply(x, index)
+    return out
+
+
 @dataclass(frozen=True, eq=False)
 class TreePart:
     """One bin of a plan: a micro-batch of whole rows that is computed in one forward pass.
@@ -80,10 +87,7 @@ class TreePart:
         Raises:
             ValueError: The shape is wrong.
         """
-        if x.shape != self.source.shape:
-            raise ValueError(f"x: expected [{self.source.numel()}], got {describe(x)}")
-        out: Tensor = _ToRows.apply(x, self.index)
-        return out
+        return _to_rows(x, self.index, self.source.numel())
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +149,22 @@ class TreePack:
         """One past the last place below each place; int64 ``[M]``."""
         return self._of_segments(self.arrays.segment_end)
 
+    @cached_property
+    def index(self) -> Tensor:
+        """Prediction of each token of the batch, -1 where it is not wanted; int64 ``[N]`` on the device of the batch."""
+        return self.arrays.index.to(self.batch.device).long()
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """Return numbers of predictions at the tokens of the batch, as :meth:`TreePart.to_rows` does for a bin.
+
+        Args:
+            x: float ``[Q]``, the predictions of one bin after another.
+
+        Raises:
+            ValueError: The shape is wrong.
+        """
+        return _to_rows(x, self.index, self.num_predictions)
+
     def _of_segments(self, x: Tensor) -> Tensor:
         return x.repeat_interleave(self.arrays.segment_begin.diff(), output_size=self.num_places)
 
@@ -155,10 +175,10 @@ class TreePack:
             number: Number of the bin.
         """
         a, device = self.arrays, self.batch.device
-        edges = [x[number : number + 2].tolist() for x in (a.bin_places, a.bin_predictions, a.bin_rows)]
-        places, predictions, rows = (slice(*edge) for edge in edges)
+        edges = (a.bin_places, a.bin_predictions, a.bin_rows)
+        places, predictions, rows = (slice(*x[number : number + 2].tolist()) for x in edges)
         chosen = a.row_order[rows].numpy()
-        index = self.batch.selection(chosen).of_tokens(a.index.to(device)).long()
+        index = self.batch.selection(chosen).of_tokens(self.index)
         first = places.start
         return TreePart(
             chosen,

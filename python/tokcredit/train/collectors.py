@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tokcredit import inputs, ops
 from tokcredit.blocks import divergence, log_probs
+from tokcredit.packing.output_layer import OutputLayer, output_layer
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.output_layer import OutputLayer, output_layer
 from tokcredit.train.scoring import Predicted, predict, score, scores_of
 
 _OF_LOGITS = frozenset(

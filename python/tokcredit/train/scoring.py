@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tokcredit.blocks import head, log_probs
+from tokcredit.packing.output_layer import OutputLayer, body, output_layer
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.output_layer import OutputLayer, body, output_layer
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
