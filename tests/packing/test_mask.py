@@ -1,3 +1,4 @@
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -70,7 +71,7 @@ def test_flex_attention_is_dense_attention(window):
 def by_segments(plan, query, key, value, window):
     """Attention of one segment after another to the places of its path, gathered."""
     begin, parent, out = plan.arrays.segment_begin.tolist(), plan.parent.tolist(), []
-    for first, last in zip(begin, begin[1:], strict=False):
+    for first, last in itertools.pairwise(begin):
         path = [last - 1]
         while parent[path[-1]] >= 0:
             path.append(parent[path[-1]])

@@ -151,8 +151,13 @@ class TreePack:
 
     @cached_property
     def index(self) -> Tensor:
-        """Prediction of each token of the batch, -1 where it is not wanted; int64 ``[N]`` on the device of the batch."""
+        """Prediction of each token, -1 where it is not wanted; int64 ``[N]``, on the device of the batch."""
         return self.arrays.index.to(self.batch.device).long()
+
+    @property
+    def target(self) -> Tensor:
+        """Token id of each prediction; int64 ``[Q]``, on the device of the batch."""
+        return self.arrays.target.to(self.batch.device)
 
     def to_rows(self, x: Tensor) -> Tensor:
         """Return numbers of predictions at the tokens of the batch, as :meth:`TreePart.to_rows` does for a bin.
@@ -192,7 +197,8 @@ class TreePack:
         )
 
     @property
-    def _empty_part(self) -> TreePart:
+    def empty_part(self) -> TreePart:
+        """A part of one place, without rows and predictions."""
         nothing = torch.zeros(0, dtype=torch.int64, device=self.batch.device)
         one = torch.zeros(1, dtype=torch.int64, device=self.batch.device)
         rows = np.zeros(0, dtype=np.int64)
@@ -201,6 +207,40 @@ class TreePack:
     def __iter__(self) -> Iterator[TreePart]:
         """Iterate over the bins."""
         return map(self.part, range(self.num_bins))
+
+    def groups(self) -> list[tuple[int, int, int, int]]:
+        """Return what the rows of each group share, bin by bin.
+
+        Returns:
+            For each group its id, the number of packed rows, their tokens, and the distinct ones of these.
+        """
+        a, ids = self.arrays, self.batch.group_ids.tolist()
+        lengths, shared, bins = a.row_length.tolist(), a.row_shared.numpy(), a.row_bin.tolist()
+        last: dict[tuple[int, int], int] = {}
+        found: dict[int, list[int]] = {}
+        for k, row in enumerate(a.row_order.tolist()):
+            group = ids[row]
+            before = last.get((group, bins[row]))
+            common = 0 if before is None else int(shared[before + 1 : k + 1].min())
+            last[group, bins[row]] = k
+            counts = found.setdefault(group, [0, 0, 0])
+            for i, count in enumerate((1, lengths[row], lengths[row] - common)):
+                counts[i] += count
+        return [(group, rows, tokens, own) for group, (rows, tokens, own) in sorted(found.items())]
+
+    def __str__(self) -> str:
+        a = self.arrays
+        lines = [
+            f"{a.row_order.numel()} of {self.batch.num_rows} rows in {self.num_bins} bins: {self.num_tokens} tokens, "
+            f"{self.num_places} forwarded ({self.num_tokens / max(self.num_places, 1):.2f} times fewer), "
+            f"{self.num_predictions} predictions of {self.num_wanted} tokens"
+        ]
+        sizes = [x.diff().tolist() for x in (a.bin_rows, a.bin_places, a.bin_predictions)]
+        for number, (rows, places, predictions) in enumerate(zip(*sizes, strict=True)):
+            lines.append(f"  bin {number}: {rows} rows, {places} places, {predictions} predictions")
+        for group, rows, tokens, distinct in self.groups():
+            lines.append(f"  group {group}: {rows} rows, {tokens} tokens, {distinct} distinct")
+        return "\n".join(lines)
 
     def for_rank(self, rank: int) -> list[TreePart]:
         """Return the bins of a rank; every rank has as many.
@@ -218,7 +258,7 @@ class TreePack:
             raise ValueError(f"rank: expected a number from 0 to {self.ranks - 1}, got {rank}")
         order = self.arrays.bin_places.diff().argsort(descending=True, stable=True).tolist()
         rounds = range(rank, -(-len(order) // self.ranks) * self.ranks, self.ranks)
-        return [self.part(order[at]) if at < len(order) else self._empty_part for at in rounds]
+        return [self.part(order[at]) if at < len(order) else self.empty_part for at in rounds]
 
 
 def _contexts(batch: Rollouts) -> tuple[Tensor, Tensor, Tensor]:

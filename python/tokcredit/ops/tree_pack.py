@@ -5,7 +5,7 @@ The sizes of the results depend on the tokens, and a plan is made on the host, s
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from tokcredit.ops.call import num_threads, result
 from tokcredit.spans import Spans
 
 
-class TreePackArrays(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TreePackArrays:
     """The results in the order of the contract; all lie on the host.
 
     Attributes:
@@ -94,8 +95,23 @@ def tree_pack(
     def allocate(size: int, dtype: str) -> Tensor:
         return result(spans.begin, (size,), getattr(torch, dtype))
 
-    limits = (budget, predictions, bin_cost, ranks, num_threads())
-    of_rows = (group, groups, together, *limits, allocate)
     return TreePackArrays(
-        *_C.tree_pack(tokens, *spans.arrays, contexts, context_begin, context_end, tags, context_tags, *of_rows)
+        *_C.tree_pack(
+            tokens,
+            *spans.arrays,
+            contexts,
+            context_begin,
+            context_end,
+            tags,
+            context_tags,
+            group,
+            groups,
+            together,
+            budget,
+            predictions,
+            bin_cost,
+            ranks,
+            num_threads(),
+            allocate,
+        )
     )

@@ -14,7 +14,9 @@ BLOCK = 128
 
 @dataclass(frozen=True, eq=False)
 class TreeMask:
-    """Place i attends to place j if and only if ``j <= i < end[j]``, and with a window ``position[i] - position[j] < w``.
+    """Place i attends to place j if and only if ``j <= i < end[j]``; with a window w also ``p[i] - p[j] < w``.
+
+    ``p`` are the positions in the full rows: places of other branches do not count.
 
     Attributes:
         end: int64 ``[M]``, one past the last place below each place.

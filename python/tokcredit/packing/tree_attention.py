@@ -139,7 +139,11 @@ def _in_backward(model: Any, out: Any) -> None:
     def start(gradient: Tensor) -> None:
         context = _implementation(model)
         context.__enter__()
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: context.__exit__(None, None, None))
+
+        def stop() -> None:
+            context.__exit__(None, None, None)
+
+        torch.autograd.Variable._execution_engine.queue_callback(stop)
 
     if out[0].requires_grad:
         out[0].register_hook(start)

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from tokcredit import inputs, ops
 from tokcredit.blocks import divergence, log_probs
+from tokcredit.packing import TreePack
 from tokcredit.packing.output_layer import OutputLayer, output_layer
+from tokcredit.packing.predictions import Predicted, gather, scores
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.scoring import Predicted, predict, score, scores_of
+from tokcredit.train.scoring import plan, predict
 
 _OF_LOGITS = frozenset(
     {"squared_probs", "token_probs", "disagreement", "padded_disagreement", "reverse_kl", "forward_kl"}
@@ -28,7 +30,7 @@ class ForwardPass:
 
     Args:
         names: Which properties will be read; this decides what the models return.
-        batch: Packed rows with ``prompt_tokens``; see :func:`~tokcredit.train.scoring.predict`.
+        batch: Packed rows with ``prompt_tokens``; tokens that they share are computed once.
         policy: Causal language model, the policy.
         reference: Reference policy, or None.
         teacher: Teacher, or None.
@@ -53,42 +55,62 @@ class ForwardPass:
         return None if self._names & _OF_LOGITS else output_layer(self._policy)
 
     @cached_property
+    def _plan(self) -> TreePack:
+        # Whole distributions and hidden states are given at every token, log-probs where the policy chose it.
+        whole = self._names & (_OF_LOGITS | {"hidden_states"})
+        return plan(self._batch, torch.ones_like(self._batch.response_mask) if whole else None)
+
+    @cached_property
     def _predicted(self) -> Predicted:
         apart = self.layer is not None
         wanted = apart or "hidden_states" in self._names
-        return predict(self._policy, self._batch, hidden_states=wanted, logits=not apart)
+        return predict(self._policy, self._plan, hidden_states=wanted, logits=not apart)
+
+    def _to_rows(self, x: Tensor) -> Tensor:
+        return torch.where(self._batch.response_mask, self._plan.to_rows(x), 0)
+
+    def _scores_of(self, model: Any, predicted: Predicted, overwrite: bool) -> tuple[Tensor, Tensor]:
+        layer = None if predicted.logits is not None else output_layer(model)
+        found = scores(predicted, self._plan.target, layer, self._temperature, overwrite)
+        return self._to_rows(found[0]), self._to_rows(found[1])
 
     @cached_property
     def _scores(self) -> tuple[Tensor, Tensor]:
         # A divergence reads the logits again in its backward pass.
-        overwrite = not self._names & inputs.names("teacher")
-        return scores_of(self._predicted, self.layer, self._temperature, overwrite)
+        return self._scores_of(self._policy, self._predicted, not self._names & inputs.names("teacher"))
+
+    @property
+    def shares_predictions(self) -> bool:
+        """Whether rows share so many predictions that the output layer is best computed once for each."""
+        return 4 * self._plan.num_predictions < 3 * self._plan.num_wanted
 
     @property
     def final_hidden_states(self) -> Tensor:
         """Final hidden states that predict the tokens, ``[N, d]``, in the dtype of the model and with gradient."""
         assert self._predicted.hidden_states is not None
-        return self._predicted.hidden_states[self._predicted.inside]
+        return self._of_rows(self._predicted.hidden_states)
 
-    @property
-    def _all_logits(self) -> Tensor:
-        assert self._predicted.logits is not None
-        return self._predicted.logits
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """Return rows of a matrix at the tokens; at a token that is not wanted, which nothing reads, any of them."""
+        return (
+            gather(x, self._plan.index.clamp(min=0)) if x.shape[0] else x.new_zeros(self._batch.num_tokens, x.shape[1])
+        )
 
     @property
     def _logits(self) -> Tensor:
-        return self._all_logits[self._predicted.inside]
+        assert self._predicted.logits is not None
+        return self._predicted.logits
 
     @cached_property
     def _scaled_logits(self) -> Tensor:
-        return self._logits.float() / self._temperature
+        return self._of_rows(self._logits).float() / self._temperature
 
     @cached_property
     def _teacher_logits(self) -> Tensor:
         with torch.no_grad():
-            predicted = predict(self._teacher, self._batch)
+            predicted = predict(self._teacher, self._plan, hidden_states=False, logits=True)
         assert predicted.logits is not None
-        return predicted.logits[predicted.inside]
+        return predicted.logits
 
     @property
     def log_probs(self) -> Tensor:
@@ -108,8 +130,7 @@ class ForwardPass:
     @property
     def squared_probs(self) -> Tensor:
         """Sums over the vocabulary of squared probabilities."""
-        seen = self._predicted
-        return log_probs.squared_probs(self._all_logits, seen.tokens, self._temperature)[seen.inside]
+        return self._to_rows(log_probs.squared_probs(self._logits, self._plan.target, self._temperature))
 
     @property
     def hidden_states(self) -> Tensor:
@@ -119,7 +140,9 @@ class ForwardPass:
     @property
     def ref_log_probs(self) -> Tensor:
         """Log-probs under the reference policy, nats."""
-        return score(self._reference, self._batch, self._temperature)[0]
+        layer = output_layer(self._reference)
+        predicted = predict(self._reference, self._plan, hidden_states=layer is not None, logits=layer is None)
+        return self._scores_of(self._reference, predicted, overwrite=True)[0]
 
     @property
     def token_probs(self) -> Tensor:
@@ -137,7 +160,8 @@ class ForwardPass:
         return divergence.disagreement(self._scaled_logits, self._batch, padded=True)
 
     def _from_teacher(self, kind: str) -> Tensor:
-        return divergence.between(self._logits, self._teacher_logits, kind, temperature=self._temperature)
+        found = divergence.between(self._logits, self._teacher_logits, kind, temperature=self._temperature)
+        return self._plan.to_rows(found)
 
     @cached_property
     def reverse_kl(self) -> Tensor:

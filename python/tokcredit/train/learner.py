@@ -261,9 +261,10 @@ class Learner:
         """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
         names, temperature = self._objective.variables, self._settings.sampling.temperature
         forward = collectors.ForwardPass(names, part.batch, self._model, None, self._teacher, temperature)
-        if forward.layer is not None and isinstance(self._objective, FromHidden):
+        layer = None if forward.shares_predictions else forward.layer
+        if layer is not None and isinstance(self._objective, FromHidden):
             with self._accelerator.autocast():
-                weight, bias, settings = forward.layer
+                weight, bias, settings = layer
                 hidden, settings = forward.final_hidden_states, {"temperature": temperature, **settings}
                 whole = self._objective.loss_from_hidden(part, hidden, weight, bias, **settings)
             loss, found, log_probs, entropies = whole
