@@ -1,6 +1,7 @@
 #include "ops/tree_pack.hpp"
 #include "cpu/bins.hpp"
 #include "cpu/forest.hpp"
+#include "ops/memory.hpp"
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -33,6 +34,29 @@ public:
 private:
   std::vector<std::vector<int64_t>> levels_;
 };
+
+// Memory that earlier calls have left, because memory that is new to the process is slow.
+template <class X> class Scratch {
+public:
+  explicit Scratch(int64_t size = 1) : memory_(take(std::max<int64_t>(size, 1) * int64_t(sizeof(X)))) {}
+  Scratch(const Scratch &) = delete;
+  ~Scratch() { give_back(memory_); }
+  X *get() const { return static_cast<X *>(memory_.data); }
+
+private:
+  Memory memory_;
+};
+
+int64_t count_true(const bool *x, int64_t n) {
+  int64_t count = 0, i = 0;
+  for (uint64_t eight; i + 8 <= n; i += 8) {
+    std::memcpy(&eight, x + i, 8);
+    count += int64_t(eight * 0x0101010101010101u >> 56); // the sum of its bytes
+  }
+  for (; i < n; ++i)
+    count += x[i];
+  return count;
+}
 
 // A run of tokens of a row's path: those from this depth on are new in row `from_row` of the bin order.
 struct Piece {
@@ -79,7 +103,7 @@ public:
   }
 
   void write(const TreePackArrays &a, int threads) const override {
-    const std::unique_ptr<int32_t[]> number(new int32_t[std::max<int64_t>(new_.back(), 1)]);
+    const Scratch<int32_t> number(new_.back());
     parallel(packed(), row_grain(packed(), new_.back(), light), threads, [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k)
         write_new(a, number.get(), k);
@@ -143,7 +167,7 @@ private:
                  int64_t n = rows_.end[r] - begin;
                  while (n > 0 && !wanted[n - 1])
                    --n;
-                 wants_[r] = std::count(wanted, wanted + n, true);
+                 wants_[r] = count_true(wanted, n);
                  length_[r] = n > 0 ? texts_[r].split + n : 0;
                }
              });
@@ -316,11 +340,11 @@ private:
       new_.push_back(new_.back() + fresh);
       places_.push_back(places_.back() + (fresh > 0 ? fresh - leaf[k] : 0));
     }
-    wanted_.reset(new bool[std::max<int64_t>(new_.back(), 1)]);
+    wanted_ = std::make_unique<Scratch<bool>>(new_.back());
     parallel(packed(), row_grain(packed(), new_.back(), light), threads, [&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) {
         const int64_t r = order_[k], split = texts_[r].split, from = std::max(shared_[k], split);
-        bool *to = wanted_.get() + new_[k];
+        bool *to = wanted_->get() + new_[k];
         std::fill(to, to + (std::min(from, length_[r]) - shared_[k]), false);
         if (length_[r] > from)
           std::copy(rows_.mask + rows_.begin[r] + from - split,
@@ -330,14 +354,13 @@ private:
     for (int64_t k = 0; k < packed(); ++k)
       over_pieces(k, shared_[k], [&](const Piece &piece, int64_t from, int64_t to) {
         const bool *mask = rows_.mask + rows_.begin[order_[k]] - texts_[order_[k]].split;
-        bool *wanted = wanted_.get() + new_[piece.owner] - shared_[piece.owner];
+        bool *wanted = wanted_->get() + new_[piece.owner] - shared_[piece.owner];
         for (int64_t d = from; d < to; ++d)
           wanted[d] = wanted[d] | mask[d];
       });
     predicted_.assign(1, 0);
     for (int64_t k = 0; k < packed(); ++k)
-      predicted_.push_back(predicted_.back() +
-                           std::count(wanted_.get() + new_[k], wanted_.get() + new_[k + 1], true));
+      predicted_.push_back(predicted_.back() + count_true(wanted_->get() + new_[k], new_[k + 1] - new_[k]));
   }
 
   // Calls body(piece, from, to) for the depths of row k's own tokens below `end`, piece by piece.
@@ -386,15 +409,29 @@ private:
       std::copy(from, from + n, tokens + (d - first));
       return n;
     });
-    const bool *wanted = wanted_.get() + new_[k];
+    const bool *wanted = wanted_->get() + new_[k];
     int32_t *numbers = number + new_[k];
     int64_t q = predicted_[k];
-    for (int64_t d = first; d < length_[r]; ++d) {
-      if (!wanted[d - first])
+    const int64_t fresh = length_[r] - first, before = places_[k] - 1;
+    if (fresh > 0 && predicted_[k + 1] - q == fresh) { // the usual case, which is fast
+      for (int64_t i = 0; i < fresh; ++i)
+        numbers[i] = int32_t(q + i);
+      for (int64_t i = 0; i < fresh; ++i)
+        a.source[q + i] = int32_t(before + i);
+      a.source[q] = int32_t(above_[k]);
+      over_runs(text.split, 0, first, length_[r], [&](int64_t d, int64_t n) {
+        const Token *from = d < text.split ? text.context + d : text.tokens + (d - text.split);
+        std::copy(from, from + n, a.target + q + (d - first));
+        return n;
+      });
+      return;
+    }
+    for (int64_t i = 0; i < fresh; ++i) {
+      if (!wanted[i])
         continue;
-      numbers[d - first] = int32_t(q);
-      a.source[q] = int32_t(d == first ? above_[k] : places_[k] + d - first - 1);
-      a.target[q] = int64_t(text.at(d));
+      numbers[i] = int32_t(q);
+      a.source[q] = int32_t(i == 0 ? above_[k] : before + i);
+      a.target[q] = int64_t(text.at(first + i));
       ++q;
     }
   }
@@ -427,7 +464,7 @@ private:
   std::vector<int64_t> above_;                    // the place before a row's new tokens, or -1
   std::vector<Piece> pieces_;
   std::vector<int64_t> pieces_from_;
-  std::unique_ptr<bool[]> wanted_; // of each new token, by any row
+  std::unique_ptr<Scratch<bool>> wanted_; // of each new token, by any row
   std::vector<Segment> segments_;
 };
 
