@@ -103,3 +103,34 @@ def test_dense_attention_is_attention_by_segments(window):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "mistral"])
+def test_a_model_with_flex_attention(monkeypatch, kind):
+    """Padded to whole blocks. Not compiled, FlexAttention runs on the CPU too."""
+    monkeypatch.setattr("tokcredit.packing.tree_attention._compiled", lambda: flex_attention)
+    model, part = causal.model(kind), tc.packing.pack(causal.batch()).part(0)
+    with torch.no_grad():
+        flex, dense = (tc.packing.forward(model, part, kind=name) for name in ("flex", "dense"))
+    for ours, theirs in zip(flex, dense, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "mistral", "gpt_oss"])
+def test_flex_attention_on_a_device(cuda, kind):
+    """Log-probs and gradients are those of the dense mask."""
+    model = causal.model(kind, head_dim=16).to(cuda)
+    with cuda:
+        part = tc.packing.pack(causal.batch()).part(0)
+    results = []
+    for name in ("flex", "dense"):
+        model.zero_grad()
+        out = tc.packing.forward(model, part, kind=name)
+        (out.log_probs.sum() + out.entropies.sum()).backward()
+        results.append((out, torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])))
+    for ours, theirs in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    scale = float(results[1][1].abs().max())
+    torch.testing.assert_close(results[0][1] / scale, results[1][1] / scale, atol=1e-3, rtol=1e-2)

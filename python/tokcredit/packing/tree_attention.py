@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -87,15 +88,49 @@ def _tree_attention(
         )
     mask = tree_mask.of_window(_window(module, sliding_window))
     if tree_mask.flex:
-        from transformers.integrations.flex_attention import flex_attention_forward
-
-        out = flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap, s_aux=s_aux)
-        return out[0], None
+        return _flex(query, key, value, mask, scaling, softcap, s_aux), None
     if softcap is None and s_aux is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0], None
     return _softmax(query, key, value, mask, scaling, softcap, s_aux), None
+
+
+@functools.cache
+def _compiled() -> Any:
+    """FlexAttention for sequences of any length: compiled anew for each one it would take seconds."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    def capped(score: Tensor, *_: Any) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    shared = query.shape[1] // key.shape[1]
+    if query.shape[1] & (query.shape[1] - 1):  # the kernel shares keys among powers of two only
+        key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
+    settings = {"score_mod": None if softcap is None else capped, "block_mask": mask, "scale": scaling}
+    settings["enable_gqa"] = shared > 1
+    if sinks is None:
+        out = _compiled()(query, key, value, **settings)
+    else:
+        out, found = _compiled()(query, key, value, **settings, return_aux=AuxRequest(lse=True))
+        # A sink takes part in the sum of the softmax, and has no value.
+        out = out * torch.sigmoid(found.lse - sinks.view(1, -1, 1).float())[..., None].to(out.dtype)
+    return out.transpose(1, 2).contiguous()
 
 
 def _softmax(
