@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # On a bare machine with torch alone the operations and methods are tested, and what needs further packages is not.
-collect_ignore = [] if find_spec("tyro") else ["test_cli.py", "train", "analyze"]
+collect_ignore = [] if find_spec("tyro") else ["test_cli.py", "train", "analyze", "packing"]
 
 sys.path.insert(0, str(Path(__file__).parent))
 # A shell lets what it starts in the background ignore this signal, which tests send.

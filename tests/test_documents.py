@@ -65,6 +65,12 @@ def test_report_page(tmp_path):
     assert abs(float(mean)) < 3
 
 
+def test_packing_page(tmp_path):
+    pytest.importorskip("transformers")
+    printed = run("\n".join(blocks("docs/packing.md")), tmp_path)
+    assert printed == blocks("docs/packing.md", "")[0]
+
+
 def test_tasks_page(tmp_path):
     pytest.importorskip("transformers")
     (function,) = blocks("docs/tasks.md")

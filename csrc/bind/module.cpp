@@ -29,6 +29,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   bind_scan(m);
   bind_tree(m);
+  bind_tree_pack(m);
   bind_segment(m);
   bind_select(m);
   bind_policy_loss(m);

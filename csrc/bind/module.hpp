@@ -6,6 +6,7 @@ namespace tokcredit::bind {
 
 void bind_scan(py::module_ &);
 void bind_tree(py::module_ &);
+void bind_tree_pack(py::module_ &);
 void bind_segment(py::module_ &);
 void bind_select(py::module_ &);
 void bind_policy_loss(py::module_ &);

@@ -16,6 +16,7 @@ TYPES = {
     "py::list": "list[Tensor | None]",
     "py::tuple": "tuple[int, ...]",
     "py::dict": "dict[str, Any]",
+    "py::function": "Callable[[int, str], Tensor]",
     "std::vector<double>": "Sequence[float]",
     "double": "float",
     "bool": "bool",
@@ -23,10 +24,10 @@ TYPES = {
     "int64_t": "int",
     "void": "None",
 }
-RESULTS = {"py::object": "Tensor"}
+RESULTS = {"py::object": "Tensor", "py::list": "list[Tensor]"}
 HEAD = '''"""Native operations; contracts in ``csrc/ops``. Made by ``csrc/bind/stub.py``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor

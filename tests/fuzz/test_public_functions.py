@@ -12,7 +12,7 @@ import tokcredit as tc
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokcredit.blocks import divergence, head, length, log_probs, scan, segment, select, tree, values
+from tokcredit.blocks import divergence, head, length, log_probs, scan, segment, select, tree, tree_pack, values
 
 RAISED = (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError, OverflowError)
 N, R, G, V = 12, 4, 2, 5
@@ -157,6 +157,19 @@ CALLS = {
     "tree.expand": (
         lambda **x: tree.build(rollouts()).expand(**x),
         {"body": floats(2 * R), "head": floats(2 * R), "row": floats(R)},
+    ),
+    "tree_pack.pack": (
+        tree_pack.pack,
+        {
+            "batch": rollouts(extras={"prompt_tokens": torch.tensor([[1, 2], [-1, 2], [1, 2], [-1, 3]])}),
+            "budget": 20,
+            "wanted": torch.ones(N, dtype=torch.bool),
+            "tags": (torch.zeros(R, 2, dtype=torch.int64), torch.zeros(N, dtype=torch.int64)),
+            "together": torch.tensor([0, 1, 1, 0]),
+            "predictions": 20,
+            "bin_cost": 1,
+            "ranks": 2,
+        },
     ),
     "values.monte_carlo": (
         lambda **x: values.monte_carlo(tree.build(rollouts()), **x),

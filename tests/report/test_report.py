@@ -275,7 +275,7 @@ def test_summary_by_hand(four):
     figures = summarize(report.compute(four, ["tempo", "grpo"]))
     tempo, grpo = figures["methods"]["tempo"], figures["methods"]["grpo"]
     assert (figures["groups"], figures["equal_rewards"], figures["rollouts"], figures["tokens"]) == (2, 1, 5, 12)
-    assert figures["branch_fraction"] == pytest.approx(7 / 12)
+    assert figures["branch_fraction"] == pytest.approx(7 / 12) and figures["distinct"] == 8
     assert grpo["token_level"] == 0 and grpo["token_level_advantage"] == 0
     # The advantages of rollout 0 are 1.15, 1.44, 0.87: the median is the first, so its other two tokens differ.
     assert tempo["token_level"] == pytest.approx((2 + 2 + 0 + 2 + 2) / 12)

@@ -161,6 +161,15 @@ def decoding() -> None:
     assert scores.shape == (1, 9) and reward == [1.0]
 
 
+def packing(batch: tc.Rollouts) -> None:
+    """A plan that computes shared tokens once."""
+    prompts = torch.ones(batch.num_rows, 1, dtype=torch.long)
+    plan: tc.packing.TreePack = tc.packing.pack(batch.with_inputs(prompt_tokens=prompts), budget=100)
+    part: tc.packing.TreePart = plan.part(0)
+    per_token: Tensor = part.to_rows(torch.zeros(part.source.numel()))
+    assert per_token.dim() == 1
+
+
 def main() -> None:
     """Run everything."""
     batch, state = data(), schedule.State()
@@ -174,6 +183,7 @@ def main() -> None:
     mixing()
     preferences()
     decoding()
+    packing(batch)
     threads: int = tc.num_threads()
     tc.set_num_threads(threads)
     info: dict[str, Any] = tc.build_info()

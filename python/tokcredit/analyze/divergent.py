@@ -19,7 +19,7 @@ from tokcredit.train.judging import Judging
 from tokcredit.train.problems import Problem
 from tokcredit.train.prompts import Prompts
 from tokcredit.train.sampler import TransformersSampler
-from tokcredit.train.scoring import left_padded, predict
+from tokcredit.train.scoring import left_padded, plan, predict
 
 _CASE = pa.struct([("position", pa.int32()), ("small", pa.string()), ("large", pa.string()), ("label", pa.int8())])
 _SCHEMA = pa.schema(
@@ -105,9 +105,9 @@ class Labeller:
             rewards=torch.zeros_like(made.finished, dtype=torch.float32),
             extras={"prompt_tokens": left_padded([prompt], -1, made.tokens.device)[0]},
         )
-        seen = predict(self._pair.first, row, hidden_states=top > 0)
+        seen = predict(self._pair.first, plan(row), hidden_states=top > 0, logits=True)
         assert seen.logits is not None
-        logits = seen.logits[0, :, : self._pair.vocabulary].float()
+        logits = seen.logits[:, : self._pair.vocabulary].float()
         response, small, finished = made.tokens.tolist(), logits.argmax(-1).tolist(), bool(made.finished)
         different = [t for t, token in enumerate(response) if small[t] != token]
         cases = self._cases(prompt, response, small, different, finished)
@@ -133,7 +133,7 @@ class Labeller:
             ],
             "top_tokens": kept.indices.tolist() if top else None,
             "top_logits": kept.values.tolist() if top else None,
-            "hidden_states": seen.hidden_states[0].float().tolist() if seen.hidden_states is not None else None,
+            "hidden_states": seen.hidden_states.float().tolist() if seen.hidden_states is not None else None,
         }
         return pa.Table.from_pylist([columns], schema=_SCHEMA)
 

@@ -35,6 +35,7 @@ from tokcredit.ops.segment import (
 )
 from tokcredit.ops.select import maximum_variance, select
 from tokcredit.ops.tree import expand, spread, tree_build, tree_fold, tree_mean
+from tokcredit.ops.tree_pack import TreePackArrays, tree_pack
 
 __all__ = [
     "COORDINATES",
@@ -50,6 +51,7 @@ __all__ = [
     "SURROGATES",
     "DivergenceRows",
     "TopRows",
+    "TreePackArrays",
     "baseline",
     "count",
     "divergence",
@@ -78,5 +80,6 @@ __all__ = [
     "tree_build",
     "tree_fold",
     "tree_mean",
+    "tree_pack",
     "weighted_moments",
 ]

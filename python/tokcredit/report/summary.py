@@ -21,10 +21,11 @@ def summarize(data: Data) -> Table:
 
     Returns:
         ``groups``: number of prompts, ``equal_rewards``: number of prompts whose rewards are all equal; ``rollouts``;
-        ``tokens``; ``reward``: the mean reward; ``means``: histogram of the prompts' mean rewards; ``edges``: bins of
-        positions and lengths; ``lengths``: histograms of the response tokens of rollouts above and below their
-        prompt's mean reward; ``branches``: fraction of branch tokens by position; ``branch_fraction``: that of all
-        tokens; ``methods``: for each objective the figures of :func:`method_figures`.
+        ``tokens``; ``distinct``: number of tokens of the prefix trees; ``reward``: the mean reward; ``means``:
+        histogram of the prompts' mean rewards; ``edges``: bins of positions and lengths; ``lengths``: histograms of the
+        response tokens of rollouts above and below their prompt's mean reward; ``branches``: fraction of branch tokens
+        by position; ``branch_fraction``: that of all tokens; ``methods``: for each objective the figures of
+        :func:`method_figures`.
     """
     rows, tokens, groups = data.rollouts, data.tokens, data.groups
     longest = int(rows["length"].max(initial=0))
@@ -35,6 +36,7 @@ def summarize(data: Data) -> Table:
         "equal_rewards": int((~groups["differ"]).sum()),
         "rollouts": len(rows["reward"]),
         "tokens": len(tokens["token"]),
+        "distinct": int(data.nodes["length"].sum()),
         "reward": float(rows["reward"].mean()) if len(rows["reward"]) else 0.0,
         "edges": edges.tolist(),
         "means": _means(groups["mean"]),

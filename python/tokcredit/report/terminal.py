@@ -62,7 +62,9 @@ def _head(data: Data, group: int, count: int) -> Any:
     step = "" if data.run.step is None else f", step {data.run.step}"
     head = _text(f"{visible(data.run.name)}{step}, prompt {group + 1} of {count}\n", "dim")
     head.append(visible(groups["prompt"][group], 2000), "bold")
-    head.append(f"\n{groups['rollouts'][group]} rollouts, mean reward {groups['mean'][group]:.3f}", "dim")
+    own = data.nodes["group"] == group
+    shared = f"{groups['tokens'][group]} tokens, {data.nodes['length'][own].sum()} distinct"
+    head.append(f"\n{groups['rollouts'][group]} rollouts, mean reward {groups['mean'][group]:.3f}, {shared}", "dim")
     return head
 
 

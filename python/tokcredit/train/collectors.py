@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 from tokcredit import inputs, ops
 from tokcredit.blocks import divergence, log_probs
 from tokcredit.blocks.head import Head
+from tokcredit.packing import TreePack
+from tokcredit.packing.output_layer import OutputLayer, output_layer
+from tokcredit.packing.predictions import Predicted, gather, scores
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Divergence
-from tokcredit.train import adapter
-from tokcredit.train.output_layer import OutputLayer, output_layer
-from tokcredit.train.scoring import Predicted, predict, score, scores_of
+from tokcredit.train import adapter, virtual_tokens
+from tokcredit.train.scoring import plan, predict
 
 FROM_TEACHER = frozenset({"reverse_kl", "forward_kl", "js"})
 """Divergences from the teacher."""
@@ -33,7 +35,7 @@ class ForwardPass:
 
     Args:
         names: Which properties will be read; this decides what the models return.
-        batch: Packed rows with ``prompt_tokens``; see :func:`~tokcredit.train.scoring.predict`.
+        batch: Packed rows with ``prompt_tokens``; tokens that they share are computed once.
         policy: Causal language model, the policy.
         reference: Reference policy, or None.
         teacher: Model of the teacher, or None. It sees ``teacher_prompt_tokens`` if the batch has them.
@@ -74,41 +76,77 @@ class ForwardPass:
         """Final hidden states of the teacher that predict the tokens, ``[N, d']``, and its output layer."""
         layer = output_layer(self._teacher)
         assert layer is not None
+        packed = self._plan_of(self._teacher, self._taught)
         with torch.no_grad():
-            predicted = predict(self._teacher, self._taught, hidden_states=True, logits=False)
-        assert predicted.hidden_states is not None
-        return predicted.hidden_states[predicted.inside], Head(layer.weight.detach(), layer.bias, **layer.settings)
+            predicted = predict(self._teacher, packed)
+            assert predicted.hidden_states is not None
+            hidden = self._of_rows(predicted.hidden_states, packed)
+        return hidden, Head(layer.weight.detach(), layer.bias, **layer.settings)
+
+    @cached_property
+    def _plan(self) -> TreePack:
+        return self._planned(self._batch)
+
+    def _planned(self, batch: Rollouts) -> TreePack:
+        # Whole distributions and hidden states are given at every token, log-probs where the policy chose it.
+        whole = self._names & (_OF_LOGITS | {"hidden_states"})
+        return plan(batch, torch.ones_like(batch.response_mask) if whole else None)
+
+    def _plan_of(self, model: Any, batch: Rollouts) -> TreePack:
+        """Return the plan of the prompts that another model sees; that of the policy if they are the same."""
+        prompts = virtual_tokens.known(model, batch.input("prompt_tokens"))
+        if batch is self._batch and prompts.equal(batch.input("prompt_tokens")):
+            return self._plan
+        return self._planned(batch.with_inputs(prompt_tokens=prompts))
 
     @cached_property
     def _predicted(self) -> Predicted:
         apart = self.layer is not None
         wanted = apart or "hidden_states" in self._names
-        return predict(self._policy, self._batch, hidden_states=wanted, logits=not apart)
+        return predict(self._policy, self._plan, hidden_states=wanted, logits=not apart)
+
+    def _to_rows(self, x: Tensor, packed: TreePack) -> Tensor:
+        return torch.where(self._batch.response_mask, packed.to_rows(x), 0)
+
+    def _scores_of(self, model: Any, packed: TreePack, predicted: Predicted, overwrite: bool) -> tuple[Tensor, Tensor]:
+        layer = None if predicted.logits is not None else output_layer(model)
+        found = scores(predicted, packed.target, layer, self._temperature, overwrite)
+        return self._to_rows(found[0], packed), self._to_rows(found[1], packed)
+
+    def _log_probs_of(self, model: Any, batch: Rollouts) -> Tensor:
+        """Return the log-probs of the tokens under another model."""
+        layer, packed = output_layer(model), self._plan_of(model, batch)
+        predicted = predict(model, packed, hidden_states=layer is not None, logits=layer is None)
+        return self._scores_of(model, packed, predicted, overwrite=True)[0]
 
     @cached_property
     def _scores(self) -> tuple[Tensor, Tensor]:
         # A divergence reads the logits again in its backward pass.
-        overwrite = not self._names & _DIVERGENCES
-        return scores_of(self._predicted, self.layer, self._temperature, overwrite)
+        return self._scores_of(self._policy, self._plan, self._predicted, not self._names & _DIVERGENCES)
+
+    @property
+    def shares_predictions(self) -> bool:
+        """Whether rows share so many predictions that the output layer is best computed once for each."""
+        return 4 * self._plan.num_predictions < 3 * self._plan.num_wanted
 
     @property
     def final_hidden_states(self) -> Tensor:
         """Final hidden states that predict the tokens, ``[N, d]``, in the dtype of the model and with gradient."""
         assert self._predicted.hidden_states is not None
-        return self._predicted.hidden_states[self._predicted.inside]
+        return self._of_rows(self._predicted.hidden_states, self._plan)
 
-    @property
-    def _all_logits(self) -> Tensor:
-        assert self._predicted.logits is not None
-        return self._predicted.logits
+    def _of_rows(self, x: Tensor, packed: TreePack) -> Tensor:
+        """Return rows of a matrix at the tokens; at a token that is not wanted, which nothing reads, any of them."""
+        return gather(x, packed.index.clamp(min=0)) if x.shape[0] else x.new_zeros(self._batch.num_tokens, x.shape[1])
 
     @property
     def _logits(self) -> Tensor:
-        return self._all_logits[self._predicted.inside]
+        assert self._predicted.logits is not None
+        return self._predicted.logits
 
     @cached_property
     def _scaled_logits(self) -> Tensor:
-        return self._logits.float() / self._temperature
+        return self._of_rows(self._logits, self._plan).float() / self._temperature
 
     @property
     def _taught(self) -> Rollouts:
@@ -117,16 +155,19 @@ class ForwardPass:
             return self._batch
         return self._batch.with_inputs(prompt_tokens=self._batch.input("teacher_prompt_tokens"))
 
-    def _logits_of(self, model: Any, batch: Rollouts) -> Tensor:
+    def _logits_of(self, model: Any, packed: TreePack) -> Tensor:
         """Return the logits of another model, without gradient."""
         with torch.no_grad():
-            predicted = predict(model, batch)
+            predicted = predict(model, packed, hidden_states=False, logits=True)
         assert predicted.logits is not None
-        return predicted.logits[predicted.inside]
+        return predicted.logits
 
-    @cached_property
-    def _teacher_logits(self) -> Tensor:
-        return self._logits_of(self._teacher, self._taught)
+    def _compared(self, between: Callable[..., Tensor], other: Tensor, packed: TreePack) -> Tensor:
+        """Return what a function of the logits of policy and another model gives at the tokens."""
+        if packed is self._plan:
+            return packed.to_rows(between(self._logits, other, temperature=self._temperature))
+        own = self._of_rows(self._logits, self._plan)
+        return between(own, self._of_rows(other, packed), temperature=self._temperature)
 
     @property
     def log_probs(self) -> Tensor:
@@ -146,8 +187,7 @@ class ForwardPass:
     @property
     def squared_probs(self) -> Tensor:
         """Sums over the vocabulary of squared probabilities."""
-        seen = self._predicted
-        return log_probs.squared_probs(self._all_logits, seen.tokens, self._temperature)[seen.inside]
+        return self._to_rows(log_probs.squared_probs(self._logits, self._plan.target, self._temperature), self._plan)
 
     @property
     def hidden_states(self) -> Tensor:
@@ -158,7 +198,7 @@ class ForwardPass:
     def ref_log_probs(self) -> Tensor:
         """Log-probs under the reference policy, nats."""
         with adapter.switched_off(self._reference):
-            return score(self._reference, self._batch, self._temperature)[0]
+            return self._log_probs_of(self._reference, self._batch)
 
     @property
     def token_probs(self) -> Tensor:
@@ -179,12 +219,14 @@ class ForwardPass:
     def teacher_log_probs(self) -> Tensor:
         """Log-probs of the tokens under the teacher, nats, without gradient."""
         with torch.no_grad():
-            return score(self._teacher, self._taught, self._temperature)[0]
+            return self._log_probs_of(self._teacher, self._taught)
 
     def _from_teacher(self, kind: str) -> Tensor:
+        packed = self._plan_of(self._teacher, self._taught)
+        logits = self._logits_of(self._teacher, packed)
         if isinstance(self._token_loss, Divergence) and self._token_loss.variable == kind:
-            return self._token_loss(self._logits, self._teacher_logits, self._temperature)
-        return divergence.between(self._logits, self._teacher_logits, kind, temperature=self._temperature)
+            return self._compared(self._token_loss, logits, packed)
+        return self._compared(partial(divergence.between, kind=kind), logits, packed)
 
     @cached_property
     def reverse_kl(self) -> Tensor:
@@ -205,8 +247,9 @@ class ForwardPass:
     def ref_forward_kl(self) -> Tensor:
         """``KL(reference || policy)`` of the next-token distributions, nats, with gradient to the policy."""
         with adapter.switched_off(self._reference):
-            reference = self._logits_of(self._reference, self._batch)
-        return divergence.between(self._logits, reference, "forward_kl", temperature=self._temperature)
+            packed = self._plan_of(self._reference, self._batch)
+            logits = self._logits_of(self._reference, packed)
+        return self._compared(partial(divergence.between, kind="forward_kl"), logits, packed)
 
     def read(self, name: str) -> Tensor:
         """Return an input or a variable by name.

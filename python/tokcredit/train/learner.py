@@ -318,9 +318,10 @@ class Learner:
         """Return the loss of a micro-batch, its log-probs, and its metrics."""
         names, temperature = self._objective.variables, self._settings.sampling.temperature
         forward = self._forward_pass(part.batch, hidden_only=True)
-        if forward.layer is not None and isinstance(self._objective, FromHidden):
+        layer = None if forward.shares_predictions and not forward.distils_hidden else forward.layer
+        if layer is not None and isinstance(self._objective, FromHidden):
             with self._accelerator.autocast():
-                weight, bias, settings = forward.layer
+                weight, bias, settings = layer
                 hidden, settings = forward.final_hidden_states, {"temperature": temperature, **settings}
                 if forward.distils_hidden:
                     settings["teacher"] = forward.teacher_states

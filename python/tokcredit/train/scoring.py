@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokcredit.blocks import head, log_probs
+from tokcredit.packing import TreePack, pack
+from tokcredit.packing import predictions as packing
+from tokcredit.packing.output_layer import output_layer
+from tokcredit.packing.predictions import Predicted, scores
 from tokcredit.rollouts import Rollouts
-from tokcredit.train.output_layer import OutputLayer, body, output_layer
-from tokcredit.train.virtual_tokens import known
+from tokcredit.train import virtual_tokens
+
+_DENSE_PLACES = 1024
+"""Places of a bin on the CPU, where the work of attention grows with their square."""
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -54,53 +59,31 @@ def prefill(model: Any, prompts: Tensor, real: Tensor) -> Any:
     ).past_key_values
 
 
-class Predicted(NamedTuple):
-    """Predictions of a model for padded rows of length T.
-
-    Attributes:
-        logits: float ``(R, T, V)``, or None; position t has the logits that predict token t.
-        hidden_states: float ``(R, T, d)``, final hidden states that the logits come from, or None.
-        tokens: int64 ``(R, T)``, -1 at padding and where the policy did not choose the token.
-        inside: bool ``(R, T)``, False at padding; indexing with it gives the packed order of the batch.
-    """
-
-    logits: Tensor | None
-    hidden_states: Tensor | None
-    tokens: Tensor
-    inside: Tensor
-
-
-def predict(model: Any, batch: Rollouts, hidden_states: bool = False, logits: bool = True) -> Predicted:
-    """Return next-token predictions along the rows, with gradient.
-
-    A prompt is computed once for all rows that continue it: they share its keys and values, and their gradients.
+def plan(batch: Rollouts, wanted: Tensor | None = None) -> TreePack:
+    """Return how the rows are forwarded: each distinct token once, in bins that suit the device.
 
     Args:
-        model: Causal language model of transformers, whose cache holds plain keys and values.
         batch: Packed rollouts with ``prompt_tokens``.
+        wanted: bool ``[N]``, tokens to predict, or None for those that the policy chose.
+    """
+    if batch.device.type != "cpu":
+        return pack(batch, wanted=wanted)
+    longest = batch.input("prompt_tokens").shape[1] + batch.width
+    return pack(batch, max(longest, _DENSE_PLACES), wanted=wanted)
+
+
+def predict(model: Any, packed: TreePack, *, hidden_states: bool = True, logits: bool = False) -> Predicted:
+    """Return hidden states and logits of the predictions of a plan, ``[Q, ...]`` each, with gradient.
+
+    Args:
+        model: Causal language model of transformers.
+        packed: The plan.
         hidden_states: Whether to return hidden states.
         logits: Whether to return logits; without them the output layer of the model is not computed.
     """
-    prompts, of_row = known(model, batch.input("prompt_tokens")).unique(dim=0, return_inverse=True)
-    prompts = prompts[:, prompts.shape[1] - int((prompts >= 0).sum(1).max()) :]
-    real, prompts = prompts >= 0, prompts.clamp(min=0)
-    shared = prefill(model, prompts, real)
-    if shared is not None:
-        shared.batch_select_indices(of_row)
-    tokens = batch.to_padded(batch.tokens).long()
-    inside = torch.arange(tokens.shape[1], device=tokens.device) < (batch.end - batch.begin)[:, None]
-    everything = torch.cat([real[of_row], inside[:, :-1]], 1)
-    out = (model if logits else body(model))(
-        torch.cat([prompts[of_row, -1:], tokens[:, :-1]], 1),
-        attention_mask=everything.long(),
-        position_ids=_positions(everything)[:, -tokens.shape[1] :],
-        past_key_values=shared,
-        use_cache=shared is not None,
-        output_hidden_states=hidden_states and logits,
-    )
-    hidden = None if not hidden_states else out.hidden_states[-1] if logits else out.last_hidden_state
-    tokens = tokens.masked_fill(~batch.to_padded(batch.response_mask), -1)
-    return Predicted(out.logits if logits else None, hidden, tokens, inside)
+    parts = list(packed) or [packed.empty_part]
+    found = [packing.predict(model, part, hidden_states=hidden_states, logits=logits) for part in parts]
+    return Predicted(*(None if x[0] is None else torch.cat(x) for x in zip(*found, strict=True)))
 
 
 def score(model: Any, batch: Rollouts, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -114,34 +97,8 @@ def score(model: Any, batch: Rollouts, temperature: float = 1.0) -> tuple[Tensor
     Returns:
         Two float tensors ``[N]``, in nats; 0 where the policy did not choose the token.
     """
-    layer = output_layer(model)
-    predicted = predict(model, batch, hidden_states=layer is not None, logits=layer is None)
-    return scores_of(predicted, layer, temperature, overwrite=True)
-
-
-def scores_of(
-    predicted: Predicted, layer: OutputLayer | None, temperature: float, overwrite: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return log-probs and entropies of predictions, with gradient.
-
-    Args:
-        predicted: From :func:`predict`.
-        layer: Output layer of the model, which predictions without logits need.
-        temperature: Logits are divided by it.
-        overwrite: Whether the backward pass may write over the logits; only if nothing else reads them.
-
-    Returns:
-        Two float tensors ``[N]``, in nats.
-    """
-    if predicted.logits is None:
-        assert layer is not None and predicted.hidden_states is not None
-        both = head.log_probs_and_entropies(
-            predicted.hidden_states,
-            layer.weight,
-            predicted.tokens,
-            layer.bias,
-            **{"temperature": temperature, **layer.settings},
-        )
-    else:
-        both = log_probs.with_entropies(predicted.logits, predicted.tokens, temperature, overwrite)
-    return both[0][predicted.inside], both[1][predicted.inside]
+    prompts = virtual_tokens.known(model, batch.input("prompt_tokens"))
+    layer, packed = output_layer(model), plan(batch.with_inputs(prompt_tokens=prompts))
+    predicted = predict(model, packed, hidden_states=layer is not None, logits=layer is None)
+    found = scores(predicted, packed.target, layer, temperature, overwrite=True)
+    return packed.to_rows(found[0]), packed.to_rows(found[1])

@@ -31,6 +31,11 @@ class VirtualTokens(torch.nn.Module):
         self.prompt = torch.nn.Parameter(base.weight.detach()[chosen].clone())
 
     @property
+    def weight(self) -> Tensor:
+        """Embeddings of the vocabulary."""
+        return self.base.weight
+
+    @property
     def ids(self) -> list[int]:
         """Token ids of the virtual tokens."""
         first = self.base.num_embeddings

@@ -6,6 +6,7 @@ function runPage() {
     prompts: whole(summary.groups),
     rollouts: whole(summary.rollouts),
     tokens: whole(summary.tokens),
+    "distinct tokens": `${whole(summary.distinct)} (${percent(summary.tokens ? summary.distinct / summary.tokens : 0, 0)})`,
     "mean reward": shown(summary.reward, 3),
     "prompts with equal rewards": `${summary.equal_rewards} of ${summary.groups}`,
     "branch tokens": percent(summary.branch_fraction),
