@@ -33,6 +33,8 @@ class Input:
         collector: How the trainer obtains it; see :data:`COLLECTORS`.
         axes: Names of further axes.
         nan_means_absent: Whether NaN marks tokens without a value.
+        of_trajectory: Which row of a trajectory has the number of the trajectory, for an input per row: ``"equal"`` if
+            all rows must have the same, ``"first"``, or ``"last"``, whose earlier rows have the same or 0.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Input:
     collector: str = "user"
     axes: tuple[str, ...] = ()
     nan_means_absent: bool = False
+    of_trajectory: Literal["equal", "first", "last"] = "equal"
 
     @property
     def shape(self) -> str:
@@ -113,6 +116,7 @@ def register(
     collector: str = "user",
     axes: tuple[str, ...] = (),
     nan_means_absent: bool = False,
+    of_trajectory: Literal["equal", "first", "last"] = "equal",
 ) -> Input:
     """Add an input to the registry and return its entry. Registering the same entry again changes nothing.
 
@@ -124,6 +128,7 @@ def register(
         collector: How the trainer obtains it, one of :data:`COLLECTORS`.
         axes: Names of further axes.
         nan_means_absent: Whether NaN marks tokens without a value.
+        of_trajectory: For an input per row, ``"equal"``, ``"first"`` or ``"last"``; see :class:`Input`.
 
     Raises:
         ValueError: The name is taken by another entry, or an argument is not one of its allowed values.
@@ -134,10 +139,11 @@ def register(
         ("per", per, ("token", "row")),
         ("dtype", dtype, ("float", "integer", "bool")),
         ("collector", collector, tuple(COLLECTORS)),
+        ("of_trajectory", of_trajectory, ("equal", "first", "last")),
     ):
         if value not in allowed:
             raise ValueError(f"{argument}: expected one of {', '.join(allowed)}, got {value!r}")
-    entry = Input(name, per, dtype, meaning, collector, tuple(axes), nan_means_absent)
+    entry = Input(name, per, dtype, meaning, collector, tuple(axes), nan_means_absent, of_trajectory)
     if _REGISTRY.get(name, entry) != entry:
         raise ValueError(f"name: expected a new name, got {name!r}, which is {_REGISTRY[name].meaning}")
     _REGISTRY[name] = entry
@@ -252,11 +258,32 @@ for _entry in (
         "probes",
         nan_means_absent=True,
     ),
+    Input(
+        "token_rewards",
+        "token",
+        "float",
+        "reward of a token that the policy chose, of a turn at its last token; 0 elsewhere",
+        "user",
+    ),
+    Input(
+        "turn_ids",
+        "token",
+        "integer",
+        "number of the turn in its trajectory, ascending; read at tokens that the policy chose",
+        "user",
+    ),
     Input("turn_rewards", "token", "float", "reward of a turn at its last token, 0 elsewhere", "environment"),
     Input("expert", "row", "bool", "True for a row that an expert wrote, which the policy did not sample", "user"),
     Input("planning_tokens", "token", "bool", "True for a token of a planning phrase", "user"),
     Input("replayed", "row", "bool", "True for a row sampled at an earlier step, by an older policy", "replay"),
-    Input("truncated", "row", "bool", "True for a row cut at the length limit, not ended by the policy", "sampler"),
+    Input(
+        "truncated",
+        "row",
+        "bool",
+        "True for a row cut at the length limit, not ended by the policy",
+        "sampler",
+        of_trajectory="last",
+    ),
     Input(
         "length_values",
         "token",
@@ -274,6 +301,14 @@ for _entry in (
         "host",
     ),
     Input("recorded_advantages", "token", "float", "advantages that a trainer wrote into the file of a report", "host"),
-    Input("prompt_tokens", "row", "integer", "token ids of the prompt, -1 on the left as padding", "sampler", ("P",)),
+    Input(
+        "prompt_tokens",
+        "row",
+        "integer",
+        "token ids of the prompt, -1 on the left as padding",
+        "sampler",
+        ("P",),
+        of_trajectory="first",
+    ),
 ):
     _REGISTRY[_entry.name] = _entry

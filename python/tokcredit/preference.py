@@ -87,9 +87,9 @@ class Preference(FromHidden):
         """
         denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
         objective = self.resolved(resolver(progress, state))
-        for name in self.required_inputs:
-            batch.input(name)
-        batch = batch.detached()
+        if batch.trajectories is not None:
+            raise ValueError("trajectory_ids: expected one row in each trajectory for pairs, got several")
+        batch = self.trajectories_of(batch)
         pairs = _pairs(batch)
         multiplier, ones = None, torch.ones_like(batch.rewards)[:, None]
         for weight in objective.token_weights:

@@ -17,6 +17,7 @@ class Selection(NamedTuple):
 
     Attributes:
         rows: int64 ``[M]``.
+        numbers: The same on the host.
         tokens: int64, positions of the tokens of these rows, or None for a padded batch.
         sizes: Tokens of each row, on the host.
         spans: The rows in the part.
@@ -24,6 +25,7 @@ class Selection(NamedTuple):
     """
 
     rows: Tensor
+    numbers: NDArray[np.int64]
     tokens: Tensor | None
     sizes: NDArray[np.int64]
     spans: Spans
@@ -48,12 +50,12 @@ class Selection(NamedTuple):
         if shape is not None:
             first = torch.arange(len(rows), device=spans.device) * shape[1]
             part = Spans.trusted(first, first + length, len(rows) * shape[1])
-            return cls(index, None, own, part, (len(rows), shape[1]))
+            return cls(index, rows, None, own, part, (len(rows), shape[1]))
         total = int(own.sum())
         end = length.cumsum(0)
         part = Spans.trusted(end - length, end, total)
         shift = torch.repeat_interleave(begin - part.begin, length, output_size=total)
-        return cls(index, shift + torch.arange(total, device=spans.device), own, part, None)
+        return cls(index, rows, shift + torch.arange(total, device=spans.device), own, part, None)
 
     def of_rows(self, x: Tensor) -> Tensor:
         """Return the rows of a per-row tensor.
@@ -115,6 +117,11 @@ class Section(NamedTuple):
         own = np.clip(end[low:high], first, last) - np.clip(begin[low:high], first, last)
         begins, ends = (x[low:high].clamp(first, last) - first for x in (spans.begin, spans.end))
         return cls(first, last, low, high, own, Spans.trusted(begins, ends, last - first))
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        """The rows on the host, int64."""
+        return np.arange(self.first_row, self.last_row)
 
     def of_rows(self, x: Tensor) -> Tensor:
         """Return the rows of a per-row tensor.

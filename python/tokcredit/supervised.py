@@ -11,17 +11,17 @@ from torch import Tensor
 
 from tokcredit.blocks import segment
 from tokcredit.from_hidden import FromHidden
-from tokcredit.prepared import PreparedTokens, filtered, multiplied
+from tokcredit.prepared import PreparedTokens, filtered, multiplied, training_tokens
 from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
-from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans
 from tokcredit.stages import aggregation as aggregations
 from tokcredit.stages import filters as filter_stages
 from tokcredit.stages import token_weights as weight_stages
 from tokcredit.stages.base import Stage, part, parts
 from tokcredit.stages.credit.group import per_token, product
+from tokcredit.trajectories import Part
 
 
 class TokenLoss(Stage):
@@ -121,8 +121,8 @@ class Supervised(FromHidden):
         Args:
             batch: The rows.
             batch_num_tokens: Training tokens over all ranks. This and the next two are counted when there is one rank.
-            global_batch_size: Rows with a training token over all ranks.
-            global_num_groups: Groups with such a row over all ranks.
+            global_batch_size: Trajectories with a training token over all ranks.
+            global_num_groups: Groups with such a trajectory over all ranks.
             dp_size: Number of ranks whose gradients the host averages. The loss is multiplied by it, so that the
                 average is the gradient of the whole batch.
             progress: From 0 at the first step of training to 1 at the last, for an objective with schedules.
@@ -134,16 +134,14 @@ class Supervised(FromHidden):
         """
         denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
         objective = self.resolved(resolver(progress, state))
-        for name in self.required_inputs:
-            batch.input(name)
-        batch = batch.detached()
+        rows, batch = batch, self.trajectories_of(batch)
         ones = torch.ones_like(batch.rewards)[:, None]
         kept = filtered(objective.filters, batch, ones)
         multiplier = multiplied(objective.token_weights, kept, ones)
         if not self.compares_groups:
             denominators.require(objective.aggregation)
         weights = denominators.row_weights(objective.aggregation, batch, kept.lengths)
-        return PreparedSupervised(objective, batch, kept.spans, multiplier, kept.lengths, weights)
+        return PreparedSupervised(objective, batch, kept.spans, multiplier, kept.lengths, weights).divided(rows)
 
     def loss(self, prepared: PreparedSupervised, per_token: Tensor, /, **variables: Tensor) -> Loss:
         """Return the loss of a prepared batch, or of a part of it, with its gradient to ``per_token``.
@@ -197,7 +195,7 @@ class PreparedSupervised(PreparedTokens):
     @property
     def advantages(self) -> Tensor:
         """Weight of each token that trains, in the layout of the batch; 0 at the other tokens."""
-        weight = torch.ones_like(self.batch.rewards)[:, None] if self.multiplier is None else self.multiplier
+        weight = torch.ones_like(self.batch.outcome_rewards)[:, None] if self.multiplier is None else self.multiplier
         return self.batch.shaped(torch.where(self.mask, per_token(weight, self.spans), 0))
 
     @property
@@ -211,15 +209,16 @@ class PreparedSupervised(PreparedTokens):
         weights = denominators.row_weights(self.objective.aggregation, self.batch, self.lengths)
         return dataclasses.replace(self, row_weights=weights)
 
-    def _part(self, chosen: Selection | Section) -> PreparedSupervised:
+    def _part(self, chosen: Part, part: Rollouts) -> PreparedSupervised:
         multiplier = self.multiplier
         if multiplier is not None:
             multiplier = chosen.of_tokens(multiplier) if multiplier.dim() == 1 else chosen.of_rows(multiplier)
+        spans = part.spans.with_mask(chosen.of_tokens(self.mask))
         return PreparedSupervised(
             self.objective,
-            self.batch.take(chosen),
-            chosen.spans.with_mask(chosen.of_tokens(self.mask)),
+            part,
+            spans,
             multiplier,
-            chosen.of_rows(self.lengths),
+            training_tokens(chosen, self.lengths, spans),
             self.row_weights if self.row_weights.dim() == 0 else chosen.of_rows(self.row_weights),
         )

@@ -57,6 +57,7 @@ class conflict(TokenWeight):
     """
 
     divided: bool = flag(False)
+    reads_contexts: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         sign = advantages[:, 0] if advantages.dim() == 2 else segment.sum(advantages, batch.spans)
