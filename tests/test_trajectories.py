@@ -163,7 +163,7 @@ def of_tokens(objective, seed):
     """A batch of one row per trajectory, and log-probs."""
     batch, current = naive.random_batch(seed, length=6)
     turns = torch.arange(6).div(2, rounding_mode="floor").repeat(12)
-    batch = naive.with_inputs(batch, objective.required_inputs).with_inputs(turn_ids=turns)
+    batch = naive.with_inputs(batch.with_inputs(turn_ids=turns), objective.required_inputs)
     return dataclasses.replace(batch, trajectory_ids=torch.arange(12)), current
 
 

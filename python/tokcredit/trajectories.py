@@ -218,7 +218,7 @@ def check_duplicates(outcome: Tensor, total: Tensor) -> None:
     Raises:
         ValueError: Outcomes are not all 0, and equal the sums in every trajectory.
     """
-    if bool((outcome != 0).any()) and torch.allclose(total - outcome, outcome, rtol=1e-6, atol=0):
+    if bool((outcome != 0).any()) and torch.allclose((total - outcome).double(), outcome.double(), rtol=1e-6, atol=0):
         raise ValueError(
             "rewards: expected outcomes beside token_rewards, got the sums of token_rewards; pass one of the two"
         )

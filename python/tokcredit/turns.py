@@ -61,10 +61,14 @@ class Turns(NamedTuple):
         last = at[begins.roll(-1)] if len(at) else at
         return cls(Spans.trusted(first, end, spans.size, spans.mask), of_row, number, first, last, counts)
 
-    def of_row(self) -> Spans:
-        """Return, for each row, the span of its turns."""
+    def of_row(self, mask: Tensor | None = None) -> Spans:
+        """Return, for each row, the span of its turns.
+
+        Args:
+            mask: bool ``[P]``, or None for all True.
+        """
         end = self.counts.cumsum(0)
-        return Spans.trusted(end - self.counts, end, len(self.row))
+        return Spans.trusted(end - self.counts, end, len(self.row), mask)
 
 
 def runs(spans: Spans, parts: Spans) -> Tensor:
