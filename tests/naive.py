@@ -68,6 +68,8 @@ def synthetic(name, batch, g):
         "turn_ids": torch.arange(n) // 2,
         "values": x,
         "bootstrap_values": torch.where(rows % 3 != 1, rows / 7.0, 0),
+        "role_ids": rows % 2,
+        "role_baselines": rows % 4 / 9.0,
         "greedy_rewards": rows % 3 / 2.0,
         "anchor_ids": torch.arange(n) % 3,
         "turn_scores": at_turns(batch, torch.where(torch.arange(n) % 4 == 1, float("nan"), x)),

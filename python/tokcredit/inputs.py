@@ -287,6 +287,14 @@ for _entry in (
         "user",
         of_trajectory="last",
     ),
+    Input("role_ids", "row", "integer", "role of the policy in the trajectory, such as the player of a game", "user"),
+    Input(
+        "role_baselines",
+        "row",
+        "float",
+        "running mean reward of the role before the trajectory (methods.rae.RoleBaselines)",
+        "user",
+    ),
     Input(
         "greedy_rewards",
         "row",
