@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-METHODS = [name for name in tc.methods.names() if not isinstance(tc.methods.load(name), tc.Preference)]
+METHODS = [*tc.methods.names(), "weighted_pairs"]
 EDGES = torch.tensor([0, 2, 4, 6])
 
 
@@ -161,7 +161,8 @@ def evaluated(objective, batch, current):
 
 def of_tokens(objective, seed):
     """A batch of one row per trajectory, and log-probs."""
-    batch, current = naive.random_batch(seed, length=6)
+    make = naive.random_pairs if isinstance(objective, tc.Preference) else naive.random_batch
+    batch, current = make(seed, length=6)
     turns = torch.arange(6).div(2, rounding_mode="floor").repeat(12)
     batch = naive.with_inputs(batch.with_inputs(turn_ids=turns), objective.required_inputs)
     return dataclasses.replace(batch, trajectory_ids=torch.arange(12)), current
@@ -173,15 +174,22 @@ def in_rows(batch, current, seed):
     return episodes.cut(batch, current, rng.randint, padded=seed % 2 == 0, shuffled=seed % 3 == 0)
 
 
+def load(name):
+    """The objective of a method, or pairs with a weight for each token."""
+    if name == "weighted_pairs":
+        return tc.mix("dpo", token_weights="raised(given(entropies), 0.5)")
+    return tc.methods.load(name)
+
+
 def bears(name):
-    return not any(stage.reads_contexts for stage in tc.methods.load(name).stages())
+    return not any(stage.reads_contexts for stage in load(name).stages())
 
 
 @pytest.mark.parametrize("name", list(filter(bears, METHODS)))
 @settings(max_examples=4)
 @given(seed=st.integers(0, 999))
 def test_any_cut_gives_the_same(name, seed):
-    objective = tc.methods.load(name)
+    objective = load(name)
     batch, current = of_tokens(objective, seed)
     loss, advantages, grad, _ = evaluated(objective, batch, current)
     other, moved, there, here = in_rows(batch, current, seed)
@@ -197,7 +205,7 @@ def test_any_cut_gives_the_same(name, seed):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if not bears(name)])
 def test_methods_that_read_contexts_say_so(name):
-    objective = tc.methods.load(name)
+    objective = load(name)
     batch = in_rows(*of_tokens(objective, 0), 0)[0]
     with pytest.raises(ValueError, match="trajectory_ids: expected one row in each trajectory because of "):
         prepared(objective, batch)
@@ -206,18 +214,19 @@ def test_methods_that_read_contexts_say_so(name):
 @pytest.mark.parametrize("name", list(filter(bears, METHODS)))
 def test_micro_batches_of_rows_add_up(name):
     """Rows go anywhere, unless the loss couples the tokens of a trajectory; then they stay together, in any order."""
-    objective = tc.methods.load(name)
+    objective = load(name)
     batch, current, *_ = in_rows(*of_tokens(objective, 3), 3)
     loss, _, grad, ready = evaluated(objective, batch, current)
     rng = random.Random(3)
     rows = list(range(batch.num_rows))
     parts = [rows[k::5] for k in range(5)]
-    if ready.couples_tokens:
+    pairs = isinstance(objective, tc.Preference)
+    if pairs or ready.couples_tokens:
         with pytest.raises(ValueError, match=r"rows: expected all [23] rows of a trajectory because the loss of a "):
             for part in parts:
                 ready.select(part)
-        number = ready.batch.trajectories.number
-        parts = [[r for r in rows if number[r] % 3 == k] for k in range(3)]
+        together = batch.group_ids.tolist() if pairs else batch.trajectory_ids.tolist()
+        parts = [[], *([r for r in rows if together[r] // 3 % 3 == k] for k in range(3))]
     total, found = 0, torch.zeros_like(grad)
     for part in parts:
         rng.shuffle(part)

@@ -87,15 +87,13 @@ class Preference(FromHidden):
         """
         denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
         objective = self.resolved(resolver(progress, state))
-        if batch.trajectories is not None:
-            raise ValueError("trajectory_ids: expected one row in each trajectory for pairs, got several")
-        batch = self.trajectories_of(batch)
+        rows, batch = batch, self.trajectories_of(batch)
         pairs = _pairs(batch)
         multiplier, ones = None, torch.ones_like(batch.rewards)[:, None]
         for weight in objective.token_weights:
             w = weight(batch, ones)
             multiplier = w if multiplier is None else product(multiplier, w, batch.spans)
-        return PreparedPairs(objective, batch, pairs, multiplier, _pair_weight(denominators, len(pairs)))
+        return PreparedPairs(objective, rows, batch, pairs, multiplier, _pair_weight(denominators, len(pairs)))
 
     def loss(self, prepared: PreparedPairs, per_token: Tensor, /, **variables: Tensor) -> Loss:
         """Return the loss of prepared pairs, with its gradient to ``per_token``.
@@ -110,8 +108,8 @@ class Preference(FromHidden):
             ValueError: A shape is wrong.
         """
         check_variables(("log_probs",), variables)
-        objective, batch = prepared.objective, prepared.batch
-        scores = prepared.scores(batch.flat(per_token, "log_probs"))
+        objective = prepared.objective
+        scores = prepared.scores(prepared.batch.flat(per_token, "log_probs"))
         chosen, rejected = (scores.index_select(0, rows) for rows in prepared.rows_of_pairs)
         value = objective.link(chosen, rejected).sum() * prepared.pair_weight
         detached = value.detach()
@@ -127,14 +125,14 @@ class Preference(FromHidden):
                 "margin_mean": margins.sum() / pairs,
                 "accuracy_mean": (margins > 0).double().sum() / pairs,
                 "pairs": torch.full((), float(len(prepared.pairs)), device=margins.device),
-                "tokens": batch.lengths.sum().double(),
+                "tokens": prepared.lengths.sum().double(),
             }
 
         return Loss(value, Metrics(metrics))
 
 
 def _pairs(batch: Rollouts) -> NDArray[np.int64]:
-    """Return the chosen and the rejected row of each pair, ``[P, 2]``, after checking that groups are pairs."""
+    """Return chosen and rejected trajectory of each pair, ``[P, 2]``, after checking that groups are pairs."""
     groups = batch.groups
     if bool((groups.sizes != 2).any()):
         wrong = int(groups.sizes[groups.sizes != 2][0])
@@ -165,13 +163,15 @@ class PreparedPairs:
     Attributes:
         objective: The objective, its schedules and controllers replaced by numbers.
         batch: The rows.
-        pairs: int64 ``[P, 2]`` on the host, the chosen and the rejected row of each pair.
-        multiplier: Product of the token weights, ``[R, 1]`` or ``[N]``, or None.
+        whole: The trajectories; the batch itself if each row is one.
+        pairs: int64 ``[P, 2]`` on the host, the chosen and the rejected trajectory of each pair.
+        multiplier: Product of the token weights, ``[J, 1]``, or in the buffers of ``whole``, or None.
         pair_weight: Weight of each pair's loss.
     """
 
     objective: Preference
     batch: Rollouts
+    whole: Rollouts
     pairs: NDArray[np.int64]
     multiplier: Tensor | None
     pair_weight: float
@@ -183,16 +183,21 @@ class PreparedPairs:
 
     @property
     def rows_of_pairs(self) -> tuple[Tensor, Tensor]:
-        """Chosen and rejected rows, int64 ``[P]`` each."""
+        """Chosen and rejected trajectories, int64 ``[P]`` each."""
         rows = torch.from_numpy(np.ascontiguousarray(self.pairs.T)).to(self.batch.device, non_blocking=True)
         return rows[0], rows[1]
+
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """Return each row's own trajectory's number."""
+        return x if self.batch.trajectories is None else self.batch.trajectories.divided.of_rows(x)
 
     @property
     def advantages(self) -> Tensor:
         """Weight of each token in the score, negative in rejected rows, in the layout of the batch."""
-        sign = torch.ones_like(self.batch.rewards).index_fill_(0, self.rows_of_pairs[1], -1)[:, None]
-        x = sign if self.multiplier is None else product(sign, self.multiplier, self.batch.spans)
-        return self.batch.shaped(torch.where(self.mask, per_token(x, self.batch.spans), 0))
+        sign = torch.ones_like(self.whole.rewards).index_fill_(0, self.rows_of_pairs[1], -1)[:, None]
+        x = sign if self.multiplier is None else product(sign, self.multiplier, self.whole.spans)
+        x = torch.where(self.whole.response_mask, per_token(x, self.whole.spans), 0)
+        return self.batch.shaped(x if self.batch.trajectories is None else self.batch.trajectories.divided.of_tokens(x))
 
     @property
     def lengths(self) -> Tensor:
@@ -201,34 +206,36 @@ class PreparedPairs:
 
     @property
     def row_weights(self) -> Tensor:
-        """Weight of each row's tokens in its score and of its pair in the loss; float64 ``[R, 1]``."""
-        weights = torch.full((self.batch.num_rows, 1), self.pair_weight, dtype=torch.float64, device=self.batch.device)
-        return weights / self.lengths.clamp(min=1)[:, None] if self.objective.normalization == "mean" else weights
+        """Weight of each row's tokens in the score and of its pair in the loss; float64 ``[R, 1]``."""
+        weights = torch.full((self.whole.num_rows, 1), self.pair_weight, dtype=torch.float64, device=self.batch.device)
+        if self.objective.normalization == "mean":
+            weights /= self.whole.lengths.clamp(min=1)[:, None]
+        return self._of_rows(weights)
 
     @property
     def has_gradient(self) -> Tensor:
-        """Rows that can have a gradient; bool ``[R]``. Both rows of a pair are needed if one of them is."""
-        moves = (self.batch.lengths > 0)[
-            self.batch.groups.order if self.batch.groups.order is not None else slice(None)
-        ]
-        either = moves.view(-1, 2).any(1)
-        return self.batch.groups.per_row(either)
+        """Rows that can have a gradient; bool ``[R]``. All rows of a pair are needed if one of them is."""
+        groups = self.whole.groups
+        either = groups.sorted(self.whole.lengths > 0).view(-1, 2).any(1)
+        return self._of_rows(groups.per_row(either))
 
     def scores(self, log_probs: Tensor) -> Tensor:
-        """Return the score of each row, float ``[R]``, with gradient.
+        """Return the score of each trajectory, float ``[J]``, with gradient.
 
         Args:
             log_probs: float ``[N]``.
         """
-        spans = self.batch.spans
+        if self.batch.trajectories is not None:
+            log_probs = self.batch.trajectories.joined.of_tokens(log_probs)
+        spans = self.whole.spans
         if self.objective.reference is None:
             scores = segment.weighted_sum(log_probs, spans, self.multiplier)
         else:
             scores, _ = ops.policy_loss(
-                log_probs, spans, "k1", reference=self.batch.input(self.objective.reference), weights=self.multiplier
+                log_probs, spans, "k1", reference=self.whole.input(self.objective.reference), weights=self.multiplier
             )
         if self.objective.normalization == "mean":
-            scores = scores / self.batch.lengths.clamp(min=1)
+            scores = scores / self.whole.lengths.clamp(min=1)
         return scores
 
     def with_denominators(
@@ -267,22 +274,36 @@ class PreparedPairs:
         """Return some pairs as a micro-batch. Losses of micro-batches of all pairs add up to the loss of the batch.
 
         Args:
-            rows: Integers ``[M]`` or bool ``[R]``, both rows of each pair: a tensor, an array or a sequence; best on
+            rows: Integers ``[M]`` or bool ``[R]``, all rows of each pair: a tensor, an array or a sequence; best on
                 the host.
 
         Raises:
             TypeError: ``rows`` holds neither integers nor bool.
-            ValueError: A row number is out of range, or a pair is cut in half.
+            ValueError: A row number is out of range, or a pair or a trajectory is cut.
         """
         numbers = row_numbers(rows, self.batch.num_rows)
-        place = np.full(self.batch.num_rows, -1, dtype=np.int64)
-        place[numbers] = np.arange(len(numbers))
-        inside = place[self.pairs]
-        whole = (inside >= 0).all(1)
-        if whole.sum() * 2 != len(numbers):
-            raise ValueError(f"rows: expected both rows of each pair once, got {numbers.tolist()[:8]}")
         chosen = self.batch.selection(numbers)
+        batch, trajectories = self.batch.take(chosen), self.batch.trajectories
+        if trajectories is None:
+            whole, kept = batch, numbers
+        else:
+            trajectories.require_whole(numbers)
+            kept = np.unique(trajectories.dense[numbers])
+            whole = batch.whole
+        place = np.full(self.whole.num_rows, -1, dtype=np.int64)
+        place[kept] = np.arange(len(kept))
+        inside = place[self.pairs]
+        both = (inside >= 0).all(1)
+        if both.sum() * 2 != len(kept) or len(np.unique(numbers)) != len(numbers):
+            raise ValueError(f"rows: expected both rows of each pair once, got {numbers.tolist()[:8]}")
         multiplier = self.multiplier
         if multiplier is not None:
-            multiplier = chosen.of_tokens(multiplier) if multiplier.dim() == 1 else chosen.of_rows(multiplier)
-        return PreparedPairs(self.objective, self.batch.take(chosen), inside[whole], multiplier, self.pair_weight)
+            if multiplier.dim() == 2:
+                multiplier = self.whole.selection(kept).of_rows(multiplier)
+            elif trajectories is None:
+                multiplier = chosen.of_tokens(multiplier)
+            else:
+                assert batch.trajectories is not None
+                of_rows = chosen.of_tokens(trajectories.divided.of_tokens(multiplier))
+                multiplier = batch.trajectories.joined.of_tokens(of_rows)
+        return PreparedPairs(self.objective, batch, whole, inside[both], multiplier, self.pair_weight)

@@ -160,7 +160,7 @@ class Trajectories:
     def joined(self) -> Joined:
         """The trajectories as rows. Nothing waits for the device."""
         order, begins = self._order
-        ends = np.append(begins[1:], len(order)) - 1
+        ends = np.append(begins, len(order))[1:] - 1
 
         def on_device(x: NDArray[np.int64]) -> Tensor:
             return torch.from_numpy(x).to(self.spans.device, non_blocking=True)
@@ -174,12 +174,17 @@ class Trajectories:
         return Joined(on_device(order[begins]), on_device(order[ends]), tokens, spans, parts)
 
     @cached_property
-    def divided(self) -> Divided:
-        """The rows as parts of the trajectories that :attr:`joined` holds. Nothing waits for the device."""
+    def dense(self) -> NDArray[np.int64]:
+        """Trajectory of each row among those of :attr:`joined`, int64 ``[R]``."""
         order, begins = self._order
         dense = np.empty_like(order)
         dense[order] = np.repeat(np.arange(len(begins)), np.diff(np.append(begins, len(order))))
-        rows = torch.from_numpy(dense).to(self.spans.device, non_blocking=True)
+        return dense
+
+    @cached_property
+    def divided(self) -> Divided:
+        """The rows as parts of the trajectories that :attr:`joined` holds. Nothing waits for the device."""
+        rows = torch.from_numpy(self.dense).to(self.spans.device, non_blocking=True)
         return Divided(rows, self.joined.tokens, self.spans.size, self.spans)
 
 
