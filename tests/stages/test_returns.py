@@ -46,22 +46,11 @@ def test_scale_of_the_group():
     assert found.tolist() == pytest.approx([x / std for x in (0.5, 0.5, 0, -0.2, -0.5, -0.3)])
 
 
-@pytest.mark.parametrize("p", [0.3, 0.5, 0.8])
-@pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"baseline": "others"}, lambda n: 1.0),
-        ({"baseline": "others", "zero_extended": True}, lambda n: 1.0),
-        ({"baseline": "none"}, lambda n: 1.0),
-        ({"baseline": "inclusive"}, lambda n: 1 - 1 / n),
-    ],
-)
-def test_the_gradient_of_going_on_has_no_bias(p, n, settings, expected):
+def gradient_of_going_on(credit, p, n):
     """Turn 1 pays 0.5, then with probability p the agent goes on and turn 2 pays 1: the reward grows by 1 with p.
 
-    The mean over all groups of n of the advantage of the first turn times the derivative of the log-probability of
-    going on. To subtract means first and sum then gives 0, whatever p and n.
+    Returns the mean over all groups of n of the advantage of the first turn times the derivative of the log-probability
+    of what the agent did.
     """
     total = 0.0
     for on in itertools.product([False, True], repeat=n):
@@ -75,11 +64,32 @@ def test_the_gradient_of_going_on_has_no_bias(p, n, settings, expected):
             token_rewards=torch.tensor(tokens, dtype=torch.float64),
             extras={"turn_ids": torch.arange(len(tokens))},
         )
-        first = tc.credit.returns(unit="turn", **settings)(batch)[batch.begin].tolist()
+        first = credit(batch)[batch.begin].tolist()
         probability = math.prod(p if x else 1 - p for x in on)
         slopes = [1 / p if x else -1 / (1 - p) for x in on]
         total += probability * sum(a * s for a, s in zip(first, slopes, strict=True)) / n
-    assert total == pytest.approx(expected(n))
+    return total
+
+
+@pytest.mark.parametrize("p", [0.3, 0.8])
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"baseline": "others"}, lambda n: 1.0),
+        ({"baseline": "others", "zero_extended": True}, lambda n: 1.0),
+        ({"baseline": "none"}, lambda n: 1.0),
+        ({"baseline": "inclusive"}, lambda n: 1 - 1 / n),
+    ],
+)
+def test_the_gradient_of_going_on_has_no_bias(p, n, settings, expected):
+    assert gradient_of_going_on(tc.credit.returns(unit="turn", **settings), p, n) == pytest.approx(expected(n))
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.3, 1.41559332), (0.5, 1.39951643)])
+def test_a_divisor_of_the_group_keeps_the_sign_of_the_gradient(p, expected):
+    credit = tc.credit.returns(unit="turn", baseline="inclusive", scale="group")
+    assert gradient_of_going_on(credit, p, 4) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
