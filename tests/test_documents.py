@@ -49,6 +49,12 @@ def test_methods_page(tmp_path):
     run("\n".join(blocks("docs/methods.md")), tmp_path)
 
 
+def test_agents_page(tmp_path):
+    (block,) = blocks("docs/agents.md")
+    (shown,) = re.findall(r"# (\[.*\])$", block, re.M)
+    assert run(block, tmp_path) == f"{shown}\n"
+
+
 def test_report_page(tmp_path):
     pytest.importorskip("pyarrow")
     pytest.importorskip("transformers")
