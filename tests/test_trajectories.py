@@ -318,6 +318,9 @@ def test_ratios_go_on_from_row_to_row(edges):
         current = d.clone().requires_grad_()
         objective.loss(objective.prepare(batch), current).loss.backward()
         assert (-current.grad).tolist() == pytest.approx(expected)
+    engine = batch.with_inputs(rollout_log_probs=-torch.tensor([1.3, 1.4, 0.9, 1.2], dtype=torch.float64).log())
+    weighted = tc.Objective(token_weights=(tc.token_weights.importance("sum"),)).prepare(engine)
+    assert weighted.multiplier[:, 0].tolist() == pytest.approx([1.9656] * rows)
     bounds = tc.Objective(clip=tc.clip.growing(0.1, 0.1, 1.0)).prepare(batch).by_token().window.high
     assert bounds.tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
@@ -329,3 +332,24 @@ def test_denominators_of_other_ranks_count_trajectories():
     own = ready.minibatch([0, 1, 2, 5])
     assert own.row_weights[:, 0].tolist() == pytest.approx([1 / 10] * 3 + [1 / 6])
     assert own.lengths.tolist() == [2, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["grpo", "ctpo", "gspo", "sft", "growing", "dpo"])
+@pytest.mark.parametrize("seed", [2, 3])
+def test_from_hidden_states(name, seed):
+    """Rows that are cut into tiles, and rows that the loss joins, give what the loss of log-probs gives."""
+    objective = tc.mix("grpo", clip="growing(0.05, 0.1)") if name == "growing" else load(name)
+    batch, current, *_ = in_rows(*of_tokens(objective, seed), seed)
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*current.shape, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 4, generator=g, dtype=torch.float64)
+    ready = prepared(objective, batch)
+    out = objective.loss_from_hidden(ready, hidden, weight)
+    out.loss.backward()
+    again = hidden.detach().clone().requires_grad_()
+    chosen = (again @ weight.T).log_softmax(-1).gather(-1, batch.shaped(batch.tokens)[..., None])[..., 0]
+    expected = objective.loss(ready, chosen)
+    expected.loss.backward()
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(hidden.grad, again.grad)
+    assert again.grad.abs().sum() > 0

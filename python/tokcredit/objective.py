@@ -276,7 +276,7 @@ class Prepared(PreparedTokens):
 
         All rows of a trajectory are needed if one of them is and the loss couples its tokens.
         """
-        if self.couples_tokens and self.batch.trajectories is not None:
+        if self.batch.trajectories is not None and self.couples_tokens:
             return self.batch.trajectories.divided.of_rows(self.joined.has_gradient)
         trains = self.lengths > 0
         acting = [mask for term, (mask, _) in zip(self.objective.terms, self.terms, strict=True) if term.coefficient]

@@ -113,7 +113,7 @@ class PreparedTokens:
             ValueError: A row number is out of range, or a trajectory is cut whose tokens the loss couples.
         """
         chosen = self.batch.selection(rows)
-        if self.couples_tokens and self.batch.trajectories is not None:
+        if self.batch.trajectories is not None and self.couples_tokens:
             self.batch.trajectories.require_whole(chosen.numbers)
         return self._part(chosen, self.batch.take(chosen))
 

@@ -162,7 +162,8 @@ class returns(Credit):
         to_go = ops.scan(steps.sums(rewards.double()), steps.spans, decay=self.discount, reverse=True)[0]
         advantages = to_go if self.baseline == "none" else self._centred(batch, to_go, steps)
         if self.scale == "group":
-            advantages = advantages / self._spread(batch, to_go, steps).index_select(0, steps.row)
+            spread = self._spread(batch, to_go, steps).index_select(0, steps.row)
+            advantages = torch.where(spread > 0, advantages / spread, 0)
         return steps.per_token(advantages).to(rewards.dtype)
 
     def _centred(self, batch: Rollouts, to_go: Tensor, steps: Steps) -> Tensor:
