@@ -67,6 +67,7 @@ def synthetic(name, batch, g):
         "token_rewards": x.masked_fill(~batch.response_mask, 0),
         "turn_ids": torch.arange(n) // 2,
         "values": x,
+        "value_targets": x**2,
         "bootstrap_values": torch.where(rows % 3 != 1, rows / 7.0, 0),
         "role_ids": rows % 2,
         "role_baselines": rows % 4 / 9.0,

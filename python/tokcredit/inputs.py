@@ -279,6 +279,7 @@ for _entry in (
         "value of the state before the token, as a critic predicts the rewards from there on",
         "user",
     ),
+    Input("value_targets", "token", "float", "what a critic is trained to predict before the token", "user"),
     Input(
         "bootstrap_values",
         "row",

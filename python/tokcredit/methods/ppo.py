@@ -34,7 +34,7 @@ def ppo(
     References: arXiv 1707.06347; generalized advantage estimates, arXiv 1506.02438.
     Differences from the paper:
         - Advantages are whitened, as in all trainers of language models.
-        - The loss of the critic is not part of the objective.
+        - The loss of the critic is not part of the objective; ``tokcredit.mix("ppo", terms="value(0.5)")`` adds it.
     """
     return Objective(
         credit.whitened(credit.gae(discount, trace, kl=kl)),
