@@ -92,7 +92,11 @@ class PreparedTokens:
         Args:
             batch: The batch of the rows.
         """
-        return self if batch.trajectories is None else self._part(batch.trajectories.divided, batch)
+        if batch.trajectories is None:
+            return self
+        made = self._part(batch.trajectories.divided, batch)
+        made.__dict__["_joined"] = self
+        return made
 
     @property
     def mask(self) -> Tensor:
@@ -113,9 +117,11 @@ class PreparedTokens:
             ValueError: A row number is out of range, or a trajectory is cut whose tokens the loss couples.
         """
         chosen = self.batch.selection(rows)
+        made = self._part(chosen, self.batch.take(chosen))
         if self.batch.trajectories is not None and self.couples_tokens:
             self.batch.trajectories.require_whole(chosen.numbers)
-        return self._part(chosen, self.batch.take(chosen))
+            _ = made.joined  # here, and not while the loss is captured in a graph
+        return made
 
     def section(self: T, first: int, last: int) -> T:
         """Return some tokens as a batch whose rows may be cut, for an objective that is separable over tokens.

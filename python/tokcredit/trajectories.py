@@ -85,6 +85,7 @@ class Divided(NamedTuple):
 
 
 Part = Selection | Section | Joined | Divided
+"""What gives the rows and the tokens of one batch in the layout of another."""
 
 
 @dataclass(frozen=True, eq=False)
