@@ -325,6 +325,13 @@ def test_ratios_go_on_from_row_to_row(edges):
     assert bounds.tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
+def test_a_row_that_the_loss_couples_is_selected_once():
+    ready = tc.methods.gspo().prepare(abc((2, 1, 2, 1, 2, 3), old_log_probs=torch.zeros(11)))
+    with pytest.raises(ValueError, match="rows: expected each row of a trajectory once, got one twice"):
+        ready.select([5, 5])
+    assert ready.select([4, 3]).joined.batch.tokens.tolist() == [5, 6, 7]  # the order along the trajectory
+
+
 def test_denominators_of_other_ranks_count_trajectories():
     batch = abc((2, 1, 2, 1, 2, 3))
     ready = tc.Objective().prepare(batch, batch_num_tokens=22, global_batch_size=6, dp_size=2)

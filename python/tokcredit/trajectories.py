@@ -140,9 +140,12 @@ class Trajectories:
             rows: int64 ``[M]``.
 
         Raises:
-            ValueError: A trajectory is cut.
+            ValueError: A trajectory is cut, or a row is there twice.
         """
-        numbers, found = np.unique(self.number[np.unique(rows)], return_counts=True)
+        once = np.unique(rows)
+        if len(once) < len(rows):
+            raise ValueError("rows: expected each row of a trajectory once, got one twice")
+        numbers, found = np.unique(self.number[once], return_counts=True)
         missing = found < self.rows[numbers]
         if missing.any():
             t = int(np.argmax(missing))

@@ -77,6 +77,8 @@ def test_components_are_weighed_with_sums():
     weighed = tc.credit.sum(component_normalized(0), component_normalized(1), 2.0)
     expected = component_normalized(0)(batch) + 2 * component_normalized(1)(batch)
     torch.testing.assert_close(weighed(batch), expected)
+    text = "batch_normalized(sum(component_normalized(0), component_normalized(1), 2.0))"
+    assert tc.mix("gdpo", credit=text).credit == batch_normalized(weighed)
     with pytest.raises(ValueError, match="rewards: expected more than 2 of them because of component_normalized"):
         component_normalized(2)(batch)
 
