@@ -70,6 +70,19 @@ def synthetic(name, batch, g):
         "answer_probs": sparse,
         "answer_confidences": (sparse * 3) % 1,
         "turn_rewards": x,
+        "token_rewards": x.masked_fill(~batch.response_mask, 0),
+        "turn_ids": torch.arange(n) // 2,
+        "values": x,
+        "value_targets": x**2,
+        "bootstrap_values": torch.where(rows % 3 != 1, rows / 7.0, 0),
+        "role_ids": rows % 2,
+        "role_baselines": rows % 4 / 9.0,
+        "greedy_rewards": rows % 3 / 2.0,
+        "anchor_ids": torch.arange(n) % 3,
+        "turn_scores": at_turns(batch, torch.where(torch.arange(n) % 4 == 1, float("nan"), x)),
+        "answer_log_probs": at_turns(batch, -3 * x),
+        "initial_answer_log_probs": -(rows % 5) / 2.0 - 0.1,
+        "implicit_rewards": x - 0.4,
         "prompt_tokens": rows[:, None],
         "replayed": rows % 4 == 3,
         "expert": rows % 4 == 2,
@@ -87,8 +100,16 @@ def synthetic(name, batch, g):
         "truncated": rows % 3 != 1,
         "length_values": -x,
     }[name]
-    if tc.inputs.get(name).per == "token" and made.is_floating_point():
+    if tc.inputs.get(name).per == "token" and made.is_floating_point() and name != "token_rewards":
         made[~batch.response_mask] = float("nan")
+    return made
+
+
+def at_turns(batch, x):
+    """Numbers at the last token of each turn, NaN elsewhere."""
+    made = torch.full_like(x, float("nan"))
+    last = [turn[-1] for row in turns_of(batch) for turn in row]
+    made[last] = x[last]
     return made
 
 
@@ -109,6 +130,80 @@ def rows_of(batch):
     flat = batch.response_mask.tolist()
     spans = zip(batch.begin.tolist(), batch.end.tolist(), strict=True)
     return [[t for t in range(b, e) if flat[t]] for b, e in spans]
+
+
+def turns_of(batch):
+    """For each row its turns, each a list of the positions of its training tokens."""
+    names = batch.input("turn_ids").tolist() if batch.has_input("turn_ids") else None
+    found = []
+    for row in rows_of(batch):
+        turns = []
+        for t in row:
+            goes_on = turns and (turns[-1][-1] == t - 1 if names is None else names[turns[-1][-1]] == names[t])
+            turns[-1].append(t) if goes_on else turns.append([t])
+        found.append(turns)
+    return found
+
+
+def token_rewards(batch):
+    """The reward of each training token by position, with the outcome at the last one of a row."""
+    dense = batch.token_rewards
+    found = {t: 0.0 if dense is None else dense[t].item() for row in rows_of(batch) for t in row}
+    for r, row in enumerate(rows_of(batch)):
+        if row:
+            found[row[-1]] += batch.rewards[r].sum().item()
+    return found
+
+
+def to_go(rewards, discount=1.0):
+    """The discounted sums of a list from each element on."""
+    found = []
+    for r in reversed(rewards):
+        found.append(r + discount * (found[-1] if found else 0.0))
+    return found[::-1]
+
+
+def total_rewards(batch):
+    """The total reward of each row."""
+    rewards = token_rewards(batch)
+    return [sum(rewards[t] for t in row) for row in rows_of(batch)]
+
+
+def turn_rewards(batch):
+    """For each row, the rewards of its turns."""
+    rewards = token_rewards(batch)
+    return [[sum(rewards[t] for t in turn) for turn in row] for row in turns_of(batch)]
+
+
+def moments(x, population=False):
+    """Mean and standard deviation of a list; 0 and 1 of fewer than two numbers."""
+    if len(x) < 2:
+        return 0.0, 1.0
+    mean = sum(x) / len(x)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in x) / (len(x) - (not population)))
+
+
+def spread_turns(batch, of_turns):
+    """Numbers of turns, row by row, as numbers of tokens by position."""
+    turns = turns_of(batch)
+    return {
+        t: x
+        for row, numbers in zip(turns, of_turns, strict=True)
+        for tokens, x in zip(row, numbers, strict=True)
+        for t in tokens
+    }
+
+
+def whitened(x):
+    """Numbers of tokens by position with mean 0 and sample variance 1."""
+    mean, std = moments(list(x.values()))
+    return {t: (v - mean) / math.sqrt(std**2 + 1e-8) for t, v in x.items()}
+
+
+def token_ppo(batch, log_probs, advantages, low, high):
+    """Clipped token losses, row by row; advantages by position."""
+    old = batch.old_log_probs
+    return [[clipped(advantages[t], (log_probs[t] - old[t]).exp(), low, high) for t in row] for row in rows_of(batch)]
 
 
 def group_rows(batch):

@@ -55,6 +55,12 @@ def test_distillation_page(tmp_path):
     assert printed == "[4, 6] True\n"
 
 
+def test_agents_page(tmp_path):
+    (block,) = blocks("docs/agents.md")
+    (shown,) = re.findall(r"# (\[.*\])$", block, re.M)
+    assert run(block, tmp_path) == f"{shown}\n"
+
+
 def test_report_page(tmp_path):
     pytest.importorskip("pyarrow")
     pytest.importorskip("transformers")

@@ -62,7 +62,7 @@ def test_every_entry_is_documented_and_collected():
         entry = inputs.get(name)
         assert entry.name == name and entry.collector in inputs.COLLECTORS and len(entry.meaning) > 10
         assert not entry.meaning.endswith(".")
-    assert set(FIELDS) == {"old_log_probs", "rollout_log_probs", "ref_log_probs", "entropies"}
+    assert set(FIELDS) == {"old_log_probs", "rollout_log_probs", "ref_log_probs", "entropies", "token_rewards"}
     assert frozenset().union(*map(inputs.names, inputs.COLLECTORS)) == inputs.names()
 
 

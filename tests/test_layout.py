@@ -20,7 +20,10 @@ ALLOWED = {
 }
 # Each layer imports its own modules and those of earlier layers.
 LAYERS = {
-    "data": ("arguments", "spans", "groups", "selection", "inputs", "settings", "schedule", "ops", "rollouts"),
+    "data": (
+        *("arguments", "spans", "layout", "groups", "selection", "trajectories", "turns"),
+        *("inputs", "settings", "schedule", "ops", "rollouts"),
+    ),
     "blocks": ("blocks",),
     "stages": ("stages",),
     "objectives": ("protocol", "from_hidden", "prepared", "objective", "preference", "supervised"),

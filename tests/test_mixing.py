@@ -72,7 +72,7 @@ def test_other_objectives_mix_too():
             r"growing: low: expected a number at least 0 \(or a schedule\), got -0\.1",
         ),
         ({"clip": tc.ratio.token()}, TypeError, "Objective: clip: expected a clip stage, got token"),
-        ({"filters": ("ppo()",)}, ValueError, "filters: expected a stage or a method, one of .*, got 'ppo'"),
+        ({"filters": ("growing()",)}, ValueError, "filters: expected a stage or a method, one of .*, got 'growing'"),
         ({"terms": ("kl(0.1)", "kl(0.2)")}, ValueError, "terms: expected at most one of each kind"),
         ({"filters": "top_share(system('ls'), given('entropies'))"}, ValueError, "filters: expected one of .*linear.*"),
     ],

@@ -172,13 +172,6 @@ def test_ids_may_be_any_integers_in_any_order():
         make(group_ids=torch.tensor([1.0, 0.0, 1.0]))
 
 
-def test_a_trajectory_is_one_row_until_several_are_supported():
-    batch = make(trajectory_ids=torch.tensor([9, 4, 7]))
-    assert batch.select([2, 0]).trajectory_ids.tolist() == [7, 9]
-    with pytest.raises(ValueError, match="trajectory_ids: expected a different id for each row"):
-        make(trajectory_ids=torch.tensor([9, 4, 9]))
-
-
 def test_rows_with_gaps_between_them():
     spans = Spans(torch.tensor([0, 3, 4]), torch.tensor([2, 3, 6]), 6)
     batch = make(cu_seqlens=spans)

@@ -33,6 +33,8 @@ class Input:
         collector: How the trainer obtains it; see :data:`COLLECTORS`.
         axes: Names of further axes.
         nan_means_absent: Whether NaN marks tokens without a value.
+        of_trajectory: Which row of a trajectory has the number of the trajectory, for an input per row: ``"equal"`` if
+            all rows must have the same, ``"first"``, or ``"last"``, whose earlier rows have the same or 0.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Input:
     collector: str = "user"
     axes: tuple[str, ...] = ()
     nan_means_absent: bool = False
+    of_trajectory: Literal["equal", "first", "last"] = "equal"
 
     @property
     def shape(self) -> str:
@@ -114,6 +117,7 @@ def register(
     collector: str = "user",
     axes: tuple[str, ...] = (),
     nan_means_absent: bool = False,
+    of_trajectory: Literal["equal", "first", "last"] = "equal",
 ) -> Input:
     """Add an input to the registry and return its entry. Registering the same entry again changes nothing.
 
@@ -125,6 +129,7 @@ def register(
         collector: How the trainer obtains it, one of :data:`COLLECTORS`.
         axes: Names of further axes.
         nan_means_absent: Whether NaN marks tokens without a value.
+        of_trajectory: For an input per row, ``"equal"``, ``"first"`` or ``"last"``; see :class:`Input`.
 
     Raises:
         ValueError: The name is taken by another entry, or an argument is not one of its allowed values.
@@ -135,10 +140,11 @@ def register(
         ("per", per, ("token", "row")),
         ("dtype", dtype, ("float", "integer", "bool")),
         ("collector", collector, tuple(COLLECTORS)),
+        ("of_trajectory", of_trajectory, ("equal", "first", "last")),
     ):
         if value not in allowed:
             raise ValueError(f"{argument}: expected one of {', '.join(allowed)}, got {value!r}")
-    entry = Input(name, per, dtype, meaning, collector, tuple(axes), nan_means_absent)
+    entry = Input(name, per, dtype, meaning, collector, tuple(axes), nan_means_absent, of_trajectory)
     if _REGISTRY.get(name, entry) != entry:
         raise ValueError(f"name: expected a new name, got {name!r}, which is {_REGISTRY[name].meaning}")
     _REGISTRY[name] = entry
@@ -258,6 +264,88 @@ for _entry in (
         "probes",
         nan_means_absent=True,
     ),
+    Input(
+        "token_rewards",
+        "token",
+        "float",
+        "reward of a token that the policy chose, of a turn at its last token; 0 elsewhere",
+        "user",
+    ),
+    Input(
+        "turn_ids",
+        "token",
+        "integer",
+        "number of the turn in its trajectory, ascending; read at tokens that the policy chose",
+        "user",
+    ),
+    Input(
+        "values",
+        "token",
+        "float",
+        "value of the state before the token, as a critic predicts the rewards from there on",
+        "user",
+    ),
+    Input("value_targets", "token", "float", "what a critic is trained to predict before the token", "user"),
+    Input(
+        "bootstrap_values",
+        "row",
+        "float",
+        "value after the last token of a trajectory that was cut, 0 if it ended",
+        "user",
+        of_trajectory="last",
+    ),
+    Input("role_ids", "row", "integer", "role of the policy in the trajectory, such as the player of a game", "user"),
+    Input(
+        "role_baselines",
+        "row",
+        "float",
+        "running mean reward of the role before the trajectory (methods.rae.RoleBaselines)",
+        "user",
+    ),
+    Input(
+        "greedy_rewards",
+        "row",
+        "float",
+        "total reward of a greedy response to the same prompt, which is no row of the batch",
+        "user",
+    ),
+    Input(
+        "anchor_ids",
+        "token",
+        "integer",
+        "state that the environment was in before a turn, at the turn's first token; equal ids are compared in a group",
+        "user",
+    ),
+    Input(
+        "turn_scores",
+        "token",
+        "float",
+        "score of the state after a turn, at the turn's last token; NaN at other tokens, and where there is none",
+        "user",
+        nan_means_absent=True,
+    ),
+    Input(
+        "answer_log_probs",
+        "token",
+        "float",
+        "mean log-prob of the true answer's tokens after a turn, at the turn's last token, nats; NaN elsewhere",
+        "user",
+        nan_means_absent=True,
+    ),
+    Input(
+        "initial_answer_log_probs",
+        "row",
+        "float",
+        "mean log-prob of the true answer's tokens after the prompt, nats",
+        "user",
+    ),
+    Input(
+        "implicit_rewards",
+        "token",
+        "float",
+        "log-prob of the token under an implicit reward model minus that under its reference, nats",
+        "user",
+    ),
     Input("turn_rewards", "token", "float", "reward of a turn at its last token, 0 elsewhere", "environment"),
     Input("expert", "row", "bool", "True for a row that an expert wrote, which the policy did not sample", "user"),
     Input(
@@ -316,7 +404,14 @@ for _entry in (
     Input("field_weights", "token", "float", "factor of a token of a field in a preference score (TAB-PO)", "user"),
     Input("planning_tokens", "token", "bool", "True for a token of a planning phrase", "user"),
     Input("replayed", "row", "bool", "True for a row sampled at an earlier step, by an older policy", "replay"),
-    Input("truncated", "row", "bool", "True for a row cut at the length limit, not ended by the policy", "sampler"),
+    Input(
+        "truncated",
+        "row",
+        "bool",
+        "True for a row cut at the length limit, not ended by the policy",
+        "sampler",
+        of_trajectory="last",
+    ),
     Input(
         "length_values",
         "token",
@@ -341,7 +436,16 @@ for _entry in (
         "token ids of the prompt that the teacher sees, -1 on the left as padding",
         "told",
         ("P",),
+        of_trajectory="first",
     ),
-    Input("prompt_tokens", "row", "integer", "token ids of the prompt, -1 on the left as padding", "sampler", ("P",)),
+    Input(
+        "prompt_tokens",
+        "row",
+        "integer",
+        "token ids of the prompt, -1 on the left as padding",
+        "sampler",
+        ("P",),
+        of_trajectory="first",
+    ),
 ):
     _REGISTRY[_entry.name] = _entry

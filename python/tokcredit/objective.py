@@ -16,7 +16,7 @@ from torch import Tensor
 from tokcredit import ops
 from tokcredit.blocks import segment
 from tokcredit.from_hidden import FromHidden
-from tokcredit.prepared import PreparedTokens, filtered, multiplied
+from tokcredit.prepared import PreparedTokens, filtered, multiplied, training_tokens
 from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
@@ -32,6 +32,7 @@ from tokcredit.stages import term as term_stages
 from tokcredit.stages import token_weights as weight_stages
 from tokcredit.stages.base import part, parts
 from tokcredit.stages.credit.group import chosen_tokens, per_token, product
+from tokcredit.trajectories import Part
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class Objective(FromHidden):
             batch: The rollouts, with whole groups. An objective that ``compares_groups`` must see the rows of all
                 ranks; each rank then takes its own with :meth:`Prepared.select`.
             batch_num_tokens: Training tokens over all ranks. This and the next two are counted when there is one rank.
-            global_batch_size: Rows with a training token over all ranks; rows without one do not count.
-            global_num_groups: Groups with such a row over all ranks.
+            global_batch_size: Trajectories with a training token over all ranks; those without one do not count.
+            global_num_groups: Groups with such a trajectory over all ranks.
             dp_size: Number of ranks whose gradients the host averages. The loss is multiplied by it, so that the
                 average is the gradient of the whole batch.
             progress: From 0 at the first step of training to 1 at the last, for an objective with schedules.
@@ -133,19 +134,22 @@ class Objective(FromHidden):
 
         Raises:
             TypeError: An argument or an input has the wrong type.
-            ValueError: An input is missing or wrong, a number is missing or too small, or only this rank's rows are
-                given to an objective that ``compares_groups``.
+            ValueError: An input is missing or wrong, a number is missing or too small, only this rank's rows are given
+                to an objective that ``compares_groups``, or several rows of a trajectory to one that reads contexts.
         """
         denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
         objective = self.resolved(resolver(progress, state))
+        rows, batch = batch, self.trajectories_of(batch)
+        if self.couples_rows and rows.trajectories is not None:
+            raise ValueError(
+                f"trajectory_ids: expected one row in each trajectory because of {self.scales!r}, which compare the rows "
+                "of a group, got several"
+            )
         if self.compares_groups and global_batch_size is not None and global_batch_size > batch.num_rows:
             raise ValueError(
                 f"batch: expected the rows of all ranks because the objective compares rows of different groups, "
                 f"got {batch.num_rows} of {global_batch_size}"
             )
-        for name in self.required_inputs:
-            batch.input(name)
-        batch = batch.detached()
         kept, advantages = objective._credit(batch)
         signs = None
         if objective.aggregation.reads_signs:
@@ -154,7 +158,7 @@ class Objective(FromHidden):
         multiplier = multiplied(objective.token_weights, kept, advantages)
         window = objective.clip(batch, advantages)
         masks = tuple(objective._mask(term, batch, kept.spans, advantages) for term in objective.terms)
-        return Prepared(
+        prepared = Prepared(
             objective,
             batch,
             advantages,
@@ -166,6 +170,7 @@ class Objective(FromHidden):
             torch.where(batch.nonempty, batch.group_index, -1).cpu().numpy() if objective.couples_rows else None,
             **objective._weights(batch, masks, kept.lengths, signs, denominators, whole=True),
         )
+        return prepared.divided(rows)
 
     def _credit(self, batch: Rollouts) -> tuple[Rollouts, Tensor]:
         """Return the batch in the mask of the filters that come before credit, and advantages in its layout."""
@@ -274,13 +279,23 @@ class Prepared(PreparedTokens):
     terms: tuple[tuple[Tensor | None, Tensor], ...]
 
     @property
+    def couples_tokens(self) -> bool:
+        """Whether a ratio, a scale or bounds depend on other tokens of the trajectory, which must then be whole."""
+        return self.window.power != 0 or not self.objective.separable(self)
+
+    @property
     def advantages(self) -> Tensor:
         """Advantage of each token, in the layout of the batch; 0 where the policy did not choose the token."""
         return self.batch.shaped(per_token(self.credit, self.batch.spans))
 
     @property
     def has_gradient(self) -> Tensor:
-        """Rows that can have a gradient; bool ``[R]``. The others need neither a forward nor a backward pass."""
+        """Rows that can have a gradient; bool ``[R]``. The others need neither a forward nor a backward pass.
+
+        All rows of a trajectory are needed if one of them is and the loss couples its tokens.
+        """
+        if self.batch.trajectories is not None and self.couples_tokens:
+            return self.batch.trajectories.divided.of_rows(self.joined.has_gradient)
         trains = self.lengths > 0
         acting = [mask for term, (mask, _) in zip(self.objective.terms, self.terms, strict=True) if term.coefficient]
         if any(mask is None for mask in acting):
@@ -303,11 +318,14 @@ class Prepared(PreparedTokens):
 
     def by_token(self) -> Prepared:
         """Return the same with the bounds of each token in place of bounds that grow along the row."""
-        return dataclasses.replace(self, window=self.window.per_token(self.batch.spans))
+        whole = self.joined
+        return dataclasses.replace(whole, window=whole.window.per_token(whole.batch.spans)).divided(self.batch)
 
-    def _part(self, chosen: Selection | Section) -> Prepared:
-        coupled = None if self.coupled is None else _whole_groups(self.coupled, chosen.numbers)
-        part = self.batch.take(chosen)
+    def _part(self, chosen: Part, part: Rollouts) -> Prepared:
+        coupled = None
+        if self.coupled is not None:
+            assert isinstance(chosen, Selection | Section), "rows are trajectories"
+            coupled = _whole_groups(self.coupled, chosen.numbers)
         whole = self.mask is self.batch.response_mask
 
         def pick(x: Tensor | None) -> Any:
@@ -315,11 +333,12 @@ class Prepared(PreparedTokens):
                 return x
             return chosen.of_tokens(x) if x.dim() == 1 else chosen.of_rows(x)
 
+        spans = part.spans if whole else part.spans.with_mask(chosen.of_tokens(self.mask))
         return Prepared(
             self.objective,
             part,
             pick(self.credit),
-            part.spans if whole else part.spans.with_mask(chosen.of_tokens(self.mask)),
+            spans,
             pick(self.multiplier),
             pick(self.signs),
             self.window.take(chosen),
@@ -328,7 +347,7 @@ class Prepared(PreparedTokens):
                 for scale, signal in zip(self.objective.scales, self.signals, strict=True)
             ),
             coupled,
-            chosen.of_rows(self.lengths),
+            training_tokens(chosen, self.lengths, spans),
             pick(self.row_weights),
             tuple((pick(mask), pick(weights)) for mask, weights in self.terms),
         )
@@ -364,6 +383,12 @@ def _on_policy(objective: Objective, batch: Rollouts) -> bool:
 
 
 def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tensor]) -> Loss:
+    trajectories = prepared.batch.trajectories
+    if trajectories is not None and prepared.couples_tokens:
+        joined, rows = trajectories.joined, prepared.batch
+        log_probs = joined.of_tokens(rows.flat(log_probs, "log_probs"))
+        further = {name: joined.of_tokens(rows.flat(x, name)) for name, x in further.items()}
+        prepared = prepared.joined
     objective, batch = prepared.objective, prepared.batch
     current = batch.flat(log_probs, "log_probs").detach()
     reference = current if _on_policy(objective, batch) else batch.input(_divisor(objective))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -116,17 +117,17 @@ class Preference(FromHidden):
         """
         denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
         objective = self.resolved(resolver(progress, state))
-        for name in self.required_inputs:
-            batch.input(name)
-        batch = batch.detached()
+        rows = batch.detached()
+        batch = self.trajectories_of(rows)
         weight_of_pairs = objective.pair_weights
         pairs, groups = _pairs(batch, (2,) if weight_of_pairs is None else weight_of_pairs.sizes)
-        signs = torch.ones_like(batch.rewards)
+        signs = torch.ones_like(batch.outcome_rewards)
         signs[torch.from_numpy(pairs[:, 1]).to(batch.device)] = -1
         weights = multiplied(objective.token_weights, batch, signs[:, None])
         of_divergence = () if objective.divergence is None else objective.divergence.token_weights
         return PreparedPairs(
             objective,
+            rows,
             batch,
             pairs,
             weights,
@@ -149,10 +150,11 @@ class Preference(FromHidden):
             ValueError: A shape is wrong.
         """
         check_variables(prepared.objective.variables, variables)
-        objective, batch = prepared.objective, prepared.batch
-        further = {name: batch.flat(x, name) for name, x in variables.items()}
-        log_probs, rows = batch.flat(per_token, "log_probs"), prepared.rows_of_pairs
-        scores = prepared.scores(log_probs, **further)
+        objective, batch, rows = prepared.objective, prepared.whole, prepared.rows_of_pairs
+        given = {"log_probs": per_token, **variables}
+        log_probs, *others = (prepared.of_whole(prepared.batch.flat(x, name)) for name, x in given.items())
+        further = dict(zip(variables, others, strict=True))
+        scores = prepared.scores_of_whole(log_probs, further)
         chosen, rejected = (scores.index_select(0, x) for x in rows)
         seen = pair_stages.Pairs(
             batch,
@@ -193,7 +195,7 @@ class Preference(FromHidden):
                 "margin_mean": margins.sum() / pairs,
                 "accuracy_mean": (margins > 0).double().sum() / pairs,
                 "pairs": torch.full((), float(margins.numel()), device=margins.device),
-                "tokens": batch.lengths.sum().double(),
+                "tokens": prepared.lengths.sum().double(),
             }
 
         return Loss(value, Metrics(metrics))
@@ -204,7 +206,7 @@ def _pairs(batch: Rollouts, sizes: tuple[int, ...]) -> tuple[NDArray[np.int64], 
 
     The rows of a group that have the higher rewards are chosen, half of them.
     """
-    index, rewards = batch.group_index.cpu().numpy(), batch.rewards.cpu().numpy()
+    index, rewards = batch.group_index.cpu().numpy(), batch.outcome_rewards.cpu().numpy()
     size = np.bincount(index, minlength=batch.num_groups)
     if (wrong := size[~np.isin(size, sizes)]).size:
         expected = "groups of two rows" if sizes == (2,) else f"groups of {' or '.join(map(str, sizes))} rows"
@@ -235,16 +237,18 @@ class PreparedPairs:
     Attributes:
         objective: The objective, its schedules and controllers replaced by numbers.
         batch: The rows.
-        pairs: int64 ``[P, 2]`` on the host, the chosen and the rejected row of each pair.
-        multiplier: Product of the token weights, ``[R, 1]`` or ``[N]``, or None.
+        whole: The trajectories; the batch itself if each row is one.
+        pairs: int64 ``[P, 2]`` on the host, the chosen and the rejected trajectory of each pair.
+        multiplier: Product of the token weights, ``[J, 1]``, or in the buffers of ``whole``, or None.
         pair_weight: Weight of each pair's loss.
-        divergence_multiplier: Product of the token weights of the divergence, ``[R, 1]`` or ``[N]``, or None.
+        divergence_multiplier: Product of the token weights of the divergence, likewise.
         comparisons: int64 ``[P]`` on the host, ascending: scores of pairs with the same number are added.
         comparison_weights: float, a further weight of each comparison, or None.
     """
 
     objective: Preference
     batch: Rollouts
+    whole: Rollouts
     pairs: NDArray[np.int64]
     multiplier: Tensor | None
     pair_weight: float
@@ -259,9 +263,21 @@ class PreparedPairs:
 
     @property
     def rows_of_pairs(self) -> tuple[Tensor, Tensor]:
-        """Chosen and rejected rows, int64 ``[P]`` each."""
+        """Chosen and rejected trajectories, int64 ``[P]`` each."""
         rows = torch.from_numpy(np.ascontiguousarray(self.pairs.T)).to(self.batch.device, non_blocking=True)
         return rows[0], rows[1]
+
+    def of_whole(self, x: Tensor) -> Tensor:
+        """Return per-token numbers of the batch in the buffers of ``whole``.
+
+        Args:
+            x: ``[N]``.
+        """
+        return x if self.batch.trajectories is None else self.batch.trajectories.joined.of_tokens(x)
+
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """Return each row's own trajectory's number."""
+        return x if self.batch.trajectories is None else self.batch.trajectories.divided.of_rows(x)
 
     def of_comparisons(self, x: Tensor) -> Tensor:
         """Return the sum over the pairs of each comparison.
@@ -278,9 +294,10 @@ class PreparedPairs:
     @property
     def advantages(self) -> Tensor:
         """Weight of each token in the score, negative in rejected rows, in the layout of the batch."""
-        sign = torch.ones_like(self.batch.rewards).index_fill_(0, self.rows_of_pairs[1], -1)[:, None]
-        x = sign if self.multiplier is None else product(sign, self.multiplier, self.batch.spans)
-        return self.batch.shaped(torch.where(self.mask, per_token(x, self.batch.spans), 0))
+        sign = torch.ones_like(self.whole.outcome_rewards).index_fill_(0, self.rows_of_pairs[1], -1)[:, None]
+        x = sign if self.multiplier is None else product(sign, self.multiplier, self.whole.spans)
+        x = torch.where(self.whole.response_mask, per_token(x, self.whole.spans), 0)
+        return self.batch.shaped(x if self.batch.trajectories is None else self.batch.trajectories.divided.of_tokens(x))
 
     @property
     def lengths(self) -> Tensor:
@@ -290,37 +307,46 @@ class PreparedPairs:
     @property
     def row_weights(self) -> Tensor:
         """Weight of each row's tokens in its score and of its pair in the loss; float64 ``[R, 1]``."""
-        weights = torch.full((self.batch.num_rows, 1), self.pair_weight, dtype=torch.float64, device=self.batch.device)
+        weights = torch.full((self.whole.num_rows, 1), self.pair_weight, dtype=torch.float64, device=self.batch.device)
         if self.comparison_weights is not None:
             index = torch.from_numpy(self.comparisons).to(self.batch.device, non_blocking=True)
             of_pairs = self.comparison_weights.double().index_select(0, index)[:, None]
             for rows in self.rows_of_pairs:
                 weights = weights.index_copy(0, rows, weights.index_select(0, rows) * of_pairs)
-        return weights / self.divisors[:, None]
+        return self._of_rows(weights / self.divisors[:, None])
 
     @property
     def divisors(self) -> Tensor:
-        """What the sum over the tokens of each row is divided by in its score; int64 ``[R]``."""
-        lengths = self.lengths.clamp(min=1)
+        """What the sum over the tokens of each trajectory is divided by in its score; int64 ``[J]``."""
+        lengths = self.whole.lengths.clamp(min=1)
         return lengths if self.objective.normalization == "mean" else torch.ones_like(lengths)
 
     @property
     def has_gradient(self) -> Tensor:
-        """Rows that can have a gradient; bool ``[R]``. Both rows of a pair are needed if one of them is."""
-        groups = self.batch.groups
+        """Rows that can have a gradient; bool ``[R]``. All rows of a pair are needed if one of them is."""
+        groups = self.whole.groups
         trained = torch.zeros(groups.count, dtype=torch.int64, device=self.batch.device)
-        return groups.per_row(trained.index_add_(0, groups.index, self.batch.lengths) > 0)
+        return self._of_rows(groups.per_row(trained.index_add_(0, groups.index, self.whole.lengths) > 0))
 
     def scores(self, log_probs: Tensor, **variables: Tensor) -> Tensor:
-        """Return the score of each row, float ``[R]``, with gradient.
+        """Return the score of each trajectory, float ``[J]``, with gradient.
 
         Args:
             log_probs: float ``[N]``.
             variables: The further variables of the objective by name, float ``[N]`` each.
         """
-        spans = self.batch.spans
+        return self.scores_of_whole(self.of_whole(log_probs), {k: self.of_whole(x) for k, x in variables.items()})
+
+    def scores_of_whole(self, log_probs: Tensor, variables: Mapping[str, Tensor]) -> Tensor:
+        """Return the same for numbers in the buffers of ``whole``.
+
+        Args:
+            log_probs: As in :meth:`scores`.
+            variables: As in :meth:`scores`.
+        """
+        spans = self.whole.spans
         name, learned = self.objective.reference, self.objective.learned_weights
-        reference = torch.zeros_like(log_probs, requires_grad=False) if name is None else self.batch.input(name)
+        reference = torch.zeros_like(log_probs, requires_grad=False) if name is None else self.whole.input(name)
         if learned is None:
             scores, _ = ops.policy_loss(log_probs, spans, "k1", reference=reference, weights=self.multiplier)
         else:
@@ -370,35 +396,48 @@ class PreparedPairs:
         """Return some pairs as a micro-batch. Losses of micro-batches of all pairs add up to the loss of the batch.
 
         Args:
-            rows: Integers ``[M]`` or bool ``[R]``, both rows of each pair: a tensor, an array or a sequence; best on
+            rows: Integers ``[M]`` or bool ``[R]``, all rows of each pair: a tensor, an array or a sequence; best on
                 the host.
 
         Raises:
             TypeError: ``rows`` holds neither integers nor bool.
-            ValueError: A row number is out of range, or a pair is cut in half.
+            ValueError: A row number is out of range, or a pair or a trajectory is cut.
         """
         numbers = row_numbers(rows, self.batch.num_rows)
-        place = np.full(self.batch.num_rows, -1, dtype=np.int64)
-        place[numbers] = np.arange(len(numbers))
-        inside = place[self.pairs]
-        whole = ~np.isin(self.comparisons, self.comparisons[(inside < 0).any(1)])
-        if whole.sum() * 2 != len(numbers):
-            raise ValueError(f"rows: expected both rows of each pair once, got {numbers.tolist()[:8]}")
         chosen = self.batch.selection(numbers)
+        batch, trajectories = self.batch.take(chosen), self.batch.trajectories
+        if trajectories is None:
+            whole, kept = batch, numbers
+        else:
+            trajectories.require_whole(numbers)
+            kept = np.unique(trajectories.dense[numbers])
+            whole = batch.whole
+        place = np.full(self.whole.num_rows, -1, dtype=np.int64)
+        place[kept] = np.arange(len(kept))
+        inside = place[self.pairs]
+        both = ~np.isin(self.comparisons, self.comparisons[(inside < 0).any(1)])
+        if both.sum() * 2 != len(kept) or len(np.unique(numbers)) != len(numbers):
+            raise ValueError(f"rows: expected both rows of each pair once, got {numbers.tolist()[:8]}")
 
         def taken(x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
-            return chosen.of_tokens(x) if x.dim() == 1 else chosen.of_rows(x)
+            if x.dim() == 2:
+                return self.whole.selection(kept).of_rows(x)
+            if trajectories is None:
+                return chosen.of_tokens(x)
+            assert batch.trajectories is not None
+            return batch.trajectories.joined.of_tokens(chosen.of_tokens(trajectories.divided.of_tokens(x)))
 
-        own, numbers_of = np.unique(self.comparisons[whole], return_inverse=True)
+        own, numbers_of = np.unique(self.comparisons[both], return_inverse=True)
         weights = self.comparison_weights
         if weights is not None:
             weights = weights.index_select(0, torch.from_numpy(own).to(weights.device, non_blocking=True))
         return PreparedPairs(
             self.objective,
-            self.batch.take(chosen),
-            inside[whole],
+            batch,
+            whole,
+            inside[both],
             taken(self.multiplier),
             self.pair_weight,
             taken(self.divergence_multiplier),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from tokcredit import ops
 from tokcredit.protocol import Denominators
 from tokcredit.rollouts import Rollouts
-from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans
 from tokcredit.stages.credit.group import chosen_tokens, product
 from tokcredit.stages.filters import Filter
 from tokcredit.stages.token_weights import TokenWeight
+from tokcredit.trajectories import Divided, Joined, Part
 
 T = TypeVar("T", bound="PreparedTokens")
 
@@ -46,6 +48,17 @@ def multiplied(token_weights: Iterable[TokenWeight], batch: Rollouts, advantages
     return multiplier
 
 
+def training_tokens(chosen: Part, lengths: Tensor, spans: Spans) -> Tensor:
+    """Return the training tokens of each row of a part, int64 ``[M]``.
+
+    Args:
+        chosen: The part.
+        lengths: int64 ``[R]``, training tokens of each row of the whole.
+        spans: Rows of the part, with the mask of the tokens that train.
+    """
+    return ops.count(spans) if isinstance(chosen, Joined | Divided) else chosen.of_rows(lengths)
+
+
 class PreparedTokens:
     """A prepared batch whose rows are weighted by an aggregation.
 
@@ -58,6 +71,34 @@ class PreparedTokens:
     spans: Spans
 
     @property
+    def couples_tokens(self) -> bool:
+        """Whether the loss of a token depends on other tokens of its trajectory, which must then be whole."""
+        return False
+
+    @property
+    def joined(self: T) -> T:
+        """The same with trajectories as rows, from which the loss is computed where it couples tokens."""
+        return self if self.batch.trajectories is None else self._joined
+
+    @cached_property
+    def _joined(self: T) -> T:
+        assert self.batch.trajectories is not None
+        chosen = self.batch.trajectories.joined
+        return self._part(chosen, self.batch.take(chosen))
+
+    def divided(self: T, batch: Rollouts) -> T:
+        """Return the same for the rows of a batch whose trajectories are the rows of this one.
+
+        Args:
+            batch: The batch of the rows.
+        """
+        if batch.trajectories is None:
+            return self
+        made = self._part(batch.trajectories.divided, batch)
+        made.__dict__["_joined"] = self
+        return made
+
+    @property
     def mask(self) -> Tensor:
         """The tokens that train; bool ``[N]``."""
         assert self.spans.mask is not None
@@ -66,16 +107,21 @@ class PreparedTokens:
     def select(self: T, rows: Any) -> T:
         """Return these rows as a micro-batch. Losses of micro-batches of all rows add up to the loss of the batch.
 
-        Nothing is checked again or sorted, and nothing waits for the device unless ``rows`` itself lies on CUDA.
+        Nothing on the device is checked again or sorted, and nothing waits for it unless ``rows`` itself lies there.
 
         Args:
             rows: Integers ``[M]`` or bool ``[R]``: a tensor, an array or a sequence; best on the host.
 
         Raises:
             TypeError: ``rows`` holds neither integers nor bool.
-            ValueError: A row number is out of range.
+            ValueError: A row number is out of range, or a trajectory is cut whose tokens the loss couples.
         """
-        return self._part(self.batch.selection(rows))
+        chosen = self.batch.selection(rows)
+        made = self._part(chosen, self.batch.take(chosen))
+        if self.batch.trajectories is not None and self.couples_tokens:
+            self.batch.trajectories.require_whole(chosen.numbers)
+            _ = made.joined  # here, and not while the loss is captured in a graph
+        return made
 
     def section(self: T, first: int, last: int) -> T:
         """Return some tokens as a batch whose rows may be cut, for an objective that is separable over tokens.
@@ -84,13 +130,14 @@ class PreparedTokens:
             first: First token.
             last: One past the last token.
         """
-        return self._part(self.batch.section(first, last))
+        chosen = self.batch.section(first, last)
+        return self._part(chosen, self.batch.take(chosen))
 
     def by_token(self: T) -> T:
         """Return the same in a form that may be cut inside of rows."""
         return self
 
-    def _part(self: T, chosen: Selection | Section) -> T:
+    def _part(self: T, chosen: Part, batch: Rollouts) -> T:
         raise NotImplementedError
 
     def _with(self: T, denominators: Denominators) -> T:
@@ -108,15 +155,16 @@ class PreparedTokens:
 
         Args:
             batch_num_tokens: Training tokens over all ranks.
-            global_batch_size: Rows with a training token over all ranks; rows without one do not count.
-            global_num_groups: Groups with such a row over all ranks.
+            global_batch_size: Trajectories with a training token over all ranks; those without one do not count.
+            global_num_groups: Groups with such a trajectory over all ranks.
             dp_size: Number of ranks whose gradients the host averages.
 
         Raises:
             TypeError: A number is not a whole number.
             ValueError: A number is missing or too small.
         """
-        return self._with(Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size))
+        counts = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
+        return self.joined._with(counts).divided(self.batch)
 
     def minibatch(self: T, rows: Any, **denominators: int) -> T:
         """Return these rows as a batch of their own, for one optimizer step.

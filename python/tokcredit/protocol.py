@@ -142,7 +142,7 @@ class Denominators:
                 rows=count("rows", lengths.count_nonzero),
                 groups=count("groups", present),
                 dp_size=self.dp_size,
-                width=batch.width if aggregation.reads_width else 0,
+                width=batch.longest if aggregation.reads_width else 0,
                 lengths=lengths,
                 signs=signs,
                 group_of_row=groups,
@@ -167,6 +167,27 @@ class ObjectiveStage(Stage):
     def couples_rows(self) -> bool:
         """Whether a part must have whole groups, because the loss of a row depends on the others of its group."""
         return False
+
+    def trajectories_of(self, batch: Rollouts) -> Rollouts:
+        """Return the batch as its stages see it, without gradients, after checking that it has all inputs.
+
+        Args:
+            batch: The rollouts.
+
+        Raises:
+            TypeError: An input has the wrong type.
+            ValueError: An input is missing or wrong, or a trajectory has several rows and a stage reads contexts.
+        """
+        for name in self.required_inputs:
+            batch.input(name)
+        if batch.trajectories is not None:
+            for stage in self.stages():
+                if stage.reads_contexts:
+                    raise ValueError(
+                        f"trajectory_ids: expected one row in each trajectory because of {stage!r}, which reads tokens "
+                        "that the policy did not choose, got several"
+                    )
+        return batch.detached().whole
 
 
 _ARGUMENTS = {"tokens": "batch_num_tokens", "rows": "global_batch_size", "groups": "global_num_groups"}

@@ -1,4 +1,4 @@
-"""The batch: rows of tokens in flat buffers, with the group, the reward and the inputs of each."""
+"""The batch: rows of tokens in flat buffers, with the group, the trajectory, the reward and the inputs of each."""
 
 from __future__ import annotations
 
@@ -7,27 +7,33 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tokcredit import inputs, ops
 from tokcredit.arguments import FLOATS, INTEGERS, describe, row_numbers, tensor
 from tokcredit.groups import Groups
+from tokcredit.layout import Layout
 from tokcredit.selection import Section, Selection
-from tokcredit.spans import Spans
+from tokcredit.spans import Spans, padded_lengths
+from tokcredit.trajectories import Joined, Trajectories, check_agreement, check_duplicates
+from tokcredit.turns import Turns, runs
 
 
 @dataclass(frozen=True, eq=False)
-class Rollouts:
+class Rollouts(Layout):
     """Rows of tokens, packed one after another, with the group and the reward of each row.
 
     A row is one response: the tokens that followed a prompt. Row r is ``tokens[cu_seqlens[r] : cu_seqlens[r + 1]]``.
     :meth:`from_padded` makes the same batch from ``(B, T)`` tensors without copying them. Making a batch checks
     everything once, which on CUDA waits for the device.
 
-    Rewards may have any finite size: group statistics are computed in float64. A row without a True token in
+    A trajectory is one episode, in one or more rows: the tokens that the policy chose, in order. It counts once in
+    every statistic and denominator, and advantages, loss and gradients do not depend on how it is cut into rows. A
+    token that a later row repeats as context must be False in its mask there. Stages see :attr:`whole`, the batch in
+    which each row is a trajectory.
+
+    Rewards may have any finite size: group statistics are computed in float64. A trajectory without a True token in
     ``response_mask`` trains nothing and is left out of group statistics.
 
     Args:
@@ -35,7 +41,9 @@ class Rollouts:
         cu_seqlens: int32 or int64 ``[R + 1]``, ascending offsets from 0 to N. :class:`~tokcredit.Spans` of N tokens for
             rows with gaps between them.
         group_ids: Integers ``[R]``, which rows share a prompt; any values in any order, groups of any size.
-        rewards: float ``[R]``, finite.
+        rewards: float ``[R]``, finite, the outcome; or ``[R, K]``, K rewards whose sum is the outcome. All rows of a
+            trajectory have the same: one reward of the trajectory, not a share of it. None for 0 beside
+            ``token_rewards``.
         response_mask: bool ``[N]``, True where the policy chose the token, or None for all True. A token that the
             policy did not choose (a tool's reply) is part of the state and has no advantage and no loss.
         old_log_probs: float ``[N]``, under the policy that the update starts from. None if the batch is used for one
@@ -44,13 +52,17 @@ class Rollouts:
         ref_log_probs: float ``[N]``, under the reference policy.
         entropies: float ``[N]``, of the next-token distributions, in nats.
         extras: Any other registered inputs by name; see :mod:`tokcredit.inputs`.
-        trajectory_ids: Integers ``[R]``, the episode that each row belongs to, all different, or None for the same.
-            Several rows of one trajectory are not supported yet.
+        trajectory_ids: Integers ``[R]``, the episode that each row belongs to. Its rows are in order, and other rows
+            may lie between them. None if each row is a trajectory.
+        token_rewards: float ``[N]``, rewards of tokens that the policy chose, 0 at the others. The reward of a turn is
+            at its last token. The total reward of a trajectory, which groups are compared by, is the sum of these
+            and of ``rewards``.
         shape: ``(B, T)`` of a padded batch, whose rows begin at multiples of T; set by :meth:`from_padded`.
 
     Raises:
         TypeError: An argument is not a tensor or has the wrong dtype.
-        ValueError: A shape, a device or a value is wrong, or an input is not registered.
+        ValueError: A shape, a device or a value is wrong, an input is not registered, rows of a trajectory differ in
+            what belongs to the trajectory, turns are out of order, or ``rewards`` repeat what ``token_rewards`` sum to.
     """
 
     tokens: Tensor
@@ -64,8 +76,10 @@ class Rollouts:
     entropies: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     trajectory_ids: Tensor | None = field(default=None, kw_only=True)
+    token_rewards: Tensor | None = field(default=None, kw_only=True)
     shape: tuple[int, int] | None = field(default=None, repr=False, kw_only=True)
     spans: Spans = field(init=False, repr=False)
+    trajectories: Trajectories | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.tokens, Tensor):
@@ -80,28 +94,59 @@ class Rollouts:
             raise ValueError(f"cu_seqlens: expected a tensor on {device}, got one on {spans.device}")
         rows = spans.num_rows
         tensor("group_ids", self.group_ids, (*INTEGERS, torch.int16, torch.uint8), (rows,), device)
-        rewards = tensor("rewards", self.rewards, FLOATS, (rows,), device, "; convert with rewards.float()")
-        if not bool(torch.isfinite(rewards).all()):
-            raise ValueError(f"rewards: expected finite numbers, got {rewards[~torch.isfinite(rewards)].tolist()[:4]}")
-        self._set("rewards", rewards if rewards.dtype == torch.float64 else rewards.float())
+        self._set("rewards", self._checked_rewards(rows))
+        trajectories = None
         if self.trajectory_ids is not None:
             ids = tensor("trajectory_ids", self.trajectory_ids, INTEGERS, (rows,), device)
-            if ids.unique().numel() != rows:
-                raise ValueError("trajectory_ids: expected a different id for each row, got one twice")
+            trajectories = Trajectories.of(ids, Spans.trusted(spans.begin, spans.end, n))
+        self._set("trajectories", trajectories)
         if self.response_mask is None:
             self._set("response_mask", torch.ones(n, dtype=torch.bool, device=device))
-        tensor("response_mask", self.response_mask, (torch.bool,), (n,), device)
+        mask = tensor("response_mask", self.response_mask, (torch.bool,), (n,), device)
+        if trajectories is not None and self.shape is None and int(trajectories.sizes.sum()) < n:
+            # Gaps between the rows of a trajectory must not count.
+            every_row = torch.ones(rows, dtype=torch.bool, device=device)
+            self._set("response_mask", ops.spread(every_row, spans.with_mask(mask)))
+        self._set("spans", spans.with_mask(self.response_mask))
         if doubled := sorted(self.extras.keys() & set(FIELDS)):
             raise ValueError(f"extras: expected {doubled[0]} as the argument of that name, got it in extras")
-        self._check_inputs({name: getattr(self, name) for name in FIELDS} | dict(self.extras), rows)
-        self._set("spans", spans.with_mask(self.response_mask))
+        self._check_inputs({name: getattr(self, name) for name in FIELDS} | dict(self.extras))
+        if trajectories is not None:
+            check_agreement(trajectories, "group_ids", self.group_ids)
+            check_agreement(trajectories, "rewards", self.rewards)
+        if self.token_rewards is not None:
+            whole = self.whole
+            check_duplicates(whole.outcome_rewards, whole.rewards)
 
-    def _check_inputs(self, named: Mapping[str, Tensor | None], rows: int) -> None:
+    def _checked_rewards(self, rows: int) -> Tensor:
+        if self.rewards is None and self.token_rewards is not None:
+            return torch.zeros(rows, device=self.device)
+        further = tuple(self.rewards.shape[1:]) if isinstance(self.rewards, Tensor) and self.rewards.dim() == 2 else ()
+        rewards = tensor(
+            "rewards", self.rewards, FLOATS, (rows, *further), self.device, "; convert with rewards.float()"
+        )
+        if not bool(torch.isfinite(rewards).all()):
+            raise ValueError(f"rewards: expected finite numbers, got {rewards[~torch.isfinite(rewards)].tolist()[:4]}")
+        return rewards if rewards.dtype == torch.float64 else rewards.float()
+
+    def _check_inputs(self, named: Mapping[str, Tensor | None]) -> None:
         for name, x in named.items():
             if name not in FIELDS:
-                inputs.get(name).check(x, self.num_tokens, rows, self.shape, self.device)
+                checked = inputs.get(name).check(x, self.num_tokens, self.num_rows, self.shape, self.device)
+                if inputs.get(name).per == "row" and self.trajectories is not None:
+                    check_agreement(self.trajectories, name, checked, inputs.get(name).of_trajectory)
             elif x is not None:
                 tensor(name, x, FLOATS, (self.num_tokens,), self.device)
+        if (rewards := named.get("token_rewards")) is not None and bool(
+            (wrong := ~rewards.isfinite() | (rewards != 0) & ~self.response_mask).any()
+        ):
+            t = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"token_rewards: expected finite numbers, and 0 where response_mask is False, got {rewards[t].item()} "
+                f"at token {t}"
+            )
+        if "turn_ids" in named:
+            _ = self.whole.turns
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -125,7 +170,7 @@ class Rollouts:
             tokens: Integers ``(B, T)``.
             response_mask: bool ``(B, T)``; integers and floats count as True where they are not 0.
             group_ids: Integers ``(B,)``.
-            rewards: float ``(B,)``.
+            rewards: float ``(B,)``, or ``(B, K)``.
             attention_mask: ``(B, T)``, True on real tokens, which come first. Without it a row ends after the last
                 True of ``response_mask``.
             extras: As in the class; per-token inputs are ``(B, T, ...)``.
@@ -149,7 +194,7 @@ class Rollouts:
 
         mask = as_mask("response_mask", response_mask)
         real = mask if attention_mask is None else as_mask("attention_mask", attention_mask)
-        length = _length(real)
+        length = padded_lengths(real)
         if attention_mask is not None:
             if not torch.equal(real.sum(1), length):
                 raise ValueError("attention_mask: expected real tokens first (right padding), got a gap in a row")
@@ -221,34 +266,55 @@ class Rollouts:
         )
 
     @property
-    def num_rows(self) -> int:
-        """Number of rows R."""
-        return self.spans.num_rows
+    def whole(self) -> Rollouts:
+        """The batch as stages see it: each row is a trajectory, and ``rewards`` are total rewards ``[J]``.
+
+        Tokens are not copied where the rows of each trajectory follow one another. This batch itself where it is so
+        already.
+        """
+        if "_components" in self.__dict__:
+            return self
+        made = self if self.trajectories is None else self.take(self.trajectories.joined)
+        if self.token_rewards is None and self.rewards.dim() == 1:
+            return made
+        total, outcome = made.outcome_rewards, made.reward_components
+        if made.token_rewards is not None:
+            dense = ops.segment_rows(
+                made.token_rewards, *made.spans.arrays, ops.REDUCTIONS.index("sum"), 0.0, ops.num_threads()
+            )
+            total = total + dense
+        return made._derived((), rewards=total, _components=outcome)
 
     @property
-    def num_tokens(self) -> int:
-        """Length N of the flat buffers, padding included."""
-        return self.tokens.numel()
+    def reward_components(self) -> Tensor:
+        """The rewards one by one, float ``[R, K]``, without ``token_rewards``."""
+        given: Tensor = self.__dict__.get("_components", self.rewards)
+        return given if given.dim() == 2 else given[:, None]
 
     @property
-    def device(self) -> torch.device:
-        """Device of the batch."""
-        return self.tokens.device
+    def outcome_rewards(self) -> Tensor:
+        """The outcome of each row's trajectory, float ``[R]``: the sum of its rewards without ``token_rewards``."""
+        components = self.reward_components
+        return components[:, 0] if components.shape[1] == 1 else components.sum(1)
 
     @property
-    def begin(self) -> Tensor:
-        """First token of each row; int64 ``[R]``."""
-        return self.spans.begin
+    def turns(self) -> Turns:
+        """The turns of each row; on CUDA this waits for the device.
+
+        A turn has the same number in ``turn_ids`` at all its tokens. In a batch without them it is a maximal run of
+        tokens that the policy chose.
+        """
+        if self.has_input("turn_ids"):
+            return Turns.of(self.policy_spans, self.input("turn_ids"))
+        return Turns.of(self.policy_spans, runs(self.policy_spans, self.__dict__.get("_parts", self.all_spans)))
 
     @property
-    def end(self) -> Tensor:
-        """One past the last token of each row; int64 ``[R]``."""
-        return self.spans.end
+    def longest(self) -> int:
+        """Largest number of tokens that the policy chose in a trajectory, if trajectories are given, else ``width``.
 
-    @property
-    def all_spans(self) -> Spans:
-        """The rows without the response mask: all real tokens."""
-        return Spans.trusted(self.spans.begin, self.spans.end, self.spans.size)
+        On CUDA the former waits for the device.
+        """
+        return self.width if self.trajectory_ids is None else int(self.lengths.max()) if self.num_rows else 0
 
     @cached_property
     def groups(self) -> Groups:
@@ -279,23 +345,6 @@ class Rollouts:
     def num_groups(self) -> int:
         """Number of groups."""
         return self.groups.count
-
-    @cached_property
-    def sizes(self) -> NDArray[np.int64]:
-        """Tokens of each row on the host, masked ones included. On CUDA the first use waits for the device."""
-        sizes: NDArray[np.int64] = self.all_spans.lengths.cpu().numpy()
-        return sizes
-
-    @cached_property
-    def starts(self) -> NDArray[np.int64]:
-        """First token of each row on the host. On CUDA the first use waits for the device."""
-        starts: NDArray[np.int64] = self.begin.cpu().numpy()
-        return starts
-
-    @property
-    def width(self) -> int:
-        """T of a padded batch, else the length of the longest row."""
-        return self.shape[1] if self.shape else int(self.sizes.max(initial=0))
 
     def input(self, name: str) -> Tensor:
         """Return a named input, with its tokens on one axis.
@@ -334,64 +383,9 @@ class Rollouts:
         own = {name: self._one_axis(x) for name, x in named.items() if name in FIELDS}
         extras = {**self.extras, **{name: x for name, x in named.items() if name not in FIELDS}}
         extras = {name: x for name, x in extras.items() if x is not None}
-        self._check_inputs(own | {name: extras[name] for name in named if name in extras}, self.num_rows)
-        return self._derived((), **own, extras=extras)
-
-    def _one_axis(self, x: Tensor | None) -> Tensor | None:
-        """Return a tensor in the layout of the batch as ``[N]``, and anything else as it is."""
-        return x.reshape(-1) if isinstance(x, Tensor) and self.shape and tuple(x.shape) == self.shape else x
-
-    def flat(self, x: Tensor, name: str = "x") -> Tensor:
-        """Return a per-token tensor in the layout of the batch as ``[N]``.
-
-        Args:
-            x: ``(B, T)`` for a padded batch, ``[N]`` for a packed one.
-            name: Argument name for the error.
-
-        Raises:
-            ValueError: The shape is wrong.
-            TypeError: It is not a tensor.
-        """
-        expected = self.shape or (self.num_tokens,)
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected torch.Tensor {list(expected)}, got {type(x).__name__}")
-        if tuple(x.shape) != expected:
-            raise ValueError(f"{name}: expected {list(expected)}, got {list(x.shape)}")
-        return x.reshape(-1)
-
-    def shaped(self, x: Tensor) -> Tensor:
-        """Return a flat ``[N]`` tensor in the layout of the batch.
-
-        Args:
-            x: ``[N]``.
-        """
-        return x if self.shape is None else x.view(self.shape)
-
-    def to_padded(self, x: Tensor) -> Tensor:
-        """Return a per-token tensor as ``(B, T)``, 0 on padding. A packed batch is as wide as its longest row.
-
-        Args:
-            x: In the layout of the batch, or ``[N]``.
-        """
-        if self.shape is not None:
-            return self.flat(x.reshape(-1).view(self.shape)).view(self.shape)
-        target = torch.arange(self.num_rows, device=x.device) * self.width
-        length = self.all_spans.lengths
-        return ops.repack(self.flat(x), self.begin, target, length, self.num_rows * self.width).view(
-            self.num_rows, self.width
-        )
-
-    def to_packed(self, x: Tensor) -> Tensor:
-        """Return a per-token tensor with the rows one after another, without padding.
-
-        Args:
-            x: In the layout of the batch.
-        """
-        if isinstance(self.cu_seqlens, Tensor):
-            return self.flat(x)
-        length = self.all_spans.lengths
-        edges = length.cumsum(0)
-        return ops.repack(self.flat(x), self.begin, edges - length, length, int(self.sizes.sum()))
+        made = self._derived((), **own, extras=extras)
+        made._check_inputs(own | {name: extras[name] for name in named if name in extras})
+        return made
 
     def selection(self, rows: Any) -> Selection:
         """Return which rows and tokens make up a part of the batch.
@@ -429,20 +423,26 @@ class Rollouts:
         """
         return self.take(self.selection(rows))
 
-    def take(self, chosen: Selection | Section) -> Rollouts:
-        """Return the batch of a selection of rows.
+    def take(self, chosen: Selection | Section | Joined) -> Rollouts:
+        """Return the batch of a selection of rows, or of trajectories as rows.
 
         Args:
-            chosen: From :meth:`selection` or :meth:`section`.
+            chosen: From :meth:`selection` or :meth:`section`, or ``trajectories.joined``.
         """
         made = object.__new__(Rollouts)
         mask = chosen.of_tokens(self.response_mask)
-        extras = {
-            name: chosen.of_tokens(self.input(name)) if inputs.get(name).per == "token" else chosen.of_rows(x)
-            for name, x in self.extras.items()
-        }
+
+        def part(name: str, x: Tensor) -> Tensor:
+            entry = inputs.get(name)
+            if entry.per == "token":
+                return chosen.of_tokens(self.input(name))
+            if isinstance(chosen, Joined) and entry.of_trajectory == "last":
+                return x.index_select(0, chosen.last)
+            return chosen.of_rows(x)
+
+        extras = {name: part(name, x) for name, x in self.extras.items()}
         per_token = {name: None if (x := getattr(self, name)) is None else chosen.of_tokens(x) for name in FIELDS}
-        values = {
+        values: dict[str, Any] = {
             "tokens": chosen.of_tokens(self.tokens),
             "cu_seqlens": chosen.spans,
             "group_ids": chosen.of_rows(self.group_ids),
@@ -451,11 +451,16 @@ class Rollouts:
             **per_token,
             "extras": extras,
             "trajectory_ids": None if self.trajectory_ids is None else chosen.of_rows(self.trajectory_ids),
-            "shape": chosen.shape,
             "spans": chosen.spans.with_mask(mask),
-            "lengths": chosen.of_rows(self.lengths),
-            "sizes": chosen.sizes,
         }
+        if isinstance(chosen, Joined):
+            values |= {"shape": None, "trajectories": None, "_parts": chosen.parts}
+        else:
+            trajectories = None if self.trajectories is None else self.trajectories.take(chosen)
+            values |= {"shape": chosen.shape, "trajectories": trajectories}
+            values |= {"lengths": chosen.of_rows(self.lengths), "sizes": chosen.sizes}
+        if "_components" in self.__dict__:
+            values["_components"] = chosen.of_rows(self.reward_components)
         for name, value in values.items():
             made._set(name, value)
         return made
@@ -495,16 +500,16 @@ class Rollouts:
         return spans
 
     def with_rewards(self, rewards: Tensor) -> Rollouts:
-        """Return the batch with other rewards. Nothing waits for the device; that they are finite is not checked.
+        """Return the batch with other rewards. Nothing waits for the device; their values are not checked.
 
         Args:
-            rewards: float ``[R]``.
+            rewards: float, in the shape of those of the batch.
 
         Raises:
             TypeError: The rewards are not float.
             ValueError: Their shape or device is wrong.
         """
-        tensor("rewards", rewards, FLOATS, (self.num_rows,), self.device)
+        tensor("rewards", rewards, FLOATS, tuple(self.rewards.shape), self.device)
         return self._derived((), rewards=rewards if rewards.dtype == torch.float64 else rewards.float())
 
     def _derived(self, stale: tuple[str, ...], **changes: Any) -> Rollouts:
@@ -523,7 +528,12 @@ class Rollouts:
 
         Args:
             rows: bool ``[R]``.
+
+        Raises:
+            ValueError: A trajectory has several rows; take :attr:`whole` first.
         """
+        if self.trajectories is not None:
+            raise ValueError("rows: expected a batch in which each row is a trajectory, got several rows in one")
         kept = tensor("rows", rows, (torch.bool,), (self.num_rows,), self.device).nonzero()[:, 0]
         mask = ops.spread(rows, self.spans)
 
@@ -531,6 +541,7 @@ class Rollouts:
             return x.index_select(0, kept)
 
         spans = Spans.trusted(of_rows(self.begin), of_rows(self.end), self.num_tokens, mask)
+        components = {"_components": of_rows(self.reward_components)} if "_components" in self.__dict__ else {}
         return self._derived(
             ("sizes", "starts", "lengths", "nonempty", "nonempty_groups", "_policy_spans"),
             cu_seqlens=spans,
@@ -541,25 +552,10 @@ class Rollouts:
             response_mask=mask,
             extras={name: x if inputs.get(name).per == "token" else of_rows(x) for name, x in self.extras.items()},
             trajectory_ids=None if self.trajectory_ids is None else of_rows(self.trajectory_ids),
+            trajectories=None,
+            **components,
         )
 
 
 FIELDS = tuple(f.name for f in fields(Rollouts) if f.name in inputs.names())
 """Registered inputs that are arguments of :class:`Rollouts` of their own."""
-
-
-def _length(mask: Tensor) -> Tensor:
-    """Return one past the last True of each row of a ``(B, T)`` mask, int64 ``[B]``; 0 in a row without any."""
-    rows, width = mask.shape
-    if rows == 0 or width == 0:
-        return torch.zeros(rows, dtype=torch.long, device=mask.device)
-    # Eight at a time where they make a word: two steps, with temporaries an eighth as large.
-    mask = mask.contiguous()
-    size = 8 if width % 8 == 0 and mask.storage_offset() % 8 == 0 else 1
-    present = mask.view(torch.int64 if size == 8 else torch.uint8) != 0
-    # Backward from the end of the row, the first True is the last one.
-    skipped = present.flip(1).view(torch.uint8).argmax(1)
-    word = present.shape[1] - 1 - skipped
-    last = mask.view(rows, -1, size)[torch.arange(rows, device=mask.device), word]
-    inside = size - last.flip(1).view(torch.uint8).argmax(1)
-    return torch.where(last.any(1), word * size + inside, 0)

@@ -186,3 +186,24 @@ def require_spans(name: str, x: Any) -> Spans:
     """
     checked: Spans = instance(name, x, Spans, "; see Spans.from_cu_seqlens and Spans.from_padded")
     return checked
+
+
+def padded_lengths(mask: Tensor) -> Tensor:
+    """Return one past the last True of each row of a mask, int64 ``[B]``; 0 in a row without any.
+
+    Args:
+        mask: bool ``(B, T)``.
+    """
+    rows, width = mask.shape
+    if rows == 0 or width == 0:
+        return torch.zeros(rows, dtype=torch.long, device=mask.device)
+    # Eight at a time where they make a word: two steps, with temporaries an eighth as large.
+    mask = mask.contiguous()
+    size = 8 if width % 8 == 0 and mask.storage_offset() % 8 == 0 else 1
+    present = mask.view(torch.int64 if size == 8 else torch.uint8) != 0
+    # Backward from the end of the row, the first True is the last one.
+    skipped = present.flip(1).view(torch.uint8).argmax(1)
+    word = present.shape[1] - 1 - skipped
+    last = mask.view(rows, -1, size)[torch.arange(rows, device=mask.device), word]
+    inside = size - last.flip(1).view(torch.uint8).argmax(1)
+    return torch.where(last.any(1), word * size + inside, 0)

@@ -15,11 +15,10 @@ from tokcredit.blocks import divergence, segment
 from tokcredit.blocks.distilled_head import distilled_loss
 from tokcredit.blocks.head import Head
 from tokcredit.from_hidden import FromHidden, HiddenLoss, chosen_tokens, tile_gradients
-from tokcredit.prepared import PreparedTokens, filtered, multiplied
+from tokcredit.prepared import PreparedTokens, filtered, multiplied, training_tokens
 from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State, resolver
-from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans
 from tokcredit.stages import aggregation as aggregations
 from tokcredit.stages import clip as clips
@@ -28,6 +27,7 @@ from tokcredit.stages import scale as scales
 from tokcredit.stages import token_weights as weight_stages
 from tokcredit.stages.base import Stage, number, option, part, parts, whole_number
 from tokcredit.stages.credit.group import per_token, product
+from tokcredit.trajectories import Part
 
 
 class TokenLoss(Stage):
@@ -152,6 +152,7 @@ class TokenSelection(Stage):
     """
 
     kind: ClassVar[str] = "selection"
+    reads_contexts: ClassVar[bool] = True
 
     def count(self, lengths: Tensor) -> Tensor:
         """Return the number of tokens of each row that are selected, int64 ``[R]``.
@@ -257,8 +258,8 @@ class Supervised(FromHidden):
         Args:
             batch: The rows.
             batch_num_tokens: Training tokens over all ranks. This and the next two are counted when there is one rank.
-            global_batch_size: Rows with a training token over all ranks.
-            global_num_groups: Groups with such a row over all ranks.
+            global_batch_size: Trajectories with a training token over all ranks.
+            global_num_groups: Groups with such a trajectory over all ranks.
             dp_size: Number of ranks whose gradients the host averages. The loss is multiplied by it, so that the
                 average is the gradient of the whole batch.
             progress: From 0 at the first step of training to 1 at the last, for an objective with schedules.
@@ -270,9 +271,7 @@ class Supervised(FromHidden):
         """
         denominators = Denominators(batch_num_tokens, global_batch_size, global_num_groups, dp_size)
         objective = self.resolved(resolver(progress, state))
-        for name in self.required_inputs:
-            batch.input(name)
-        batch = batch.detached()
+        rows, batch = batch, self.trajectories_of(batch)
         ones = torch.ones_like(batch.rewards)[:, None]
         kept = filtered(objective.filters, batch, ones)
         multiplier = multiplied(objective.token_weights, kept, ones)
@@ -281,7 +280,8 @@ class Supervised(FromHidden):
         lengths = kept.lengths if objective.selection is None else objective.selection.count(kept.lengths)
         weights = denominators.row_weights(objective.aggregation, batch, lengths)
         signals = tuple(scale.signal(batch, clips.Window("clip")) for scale in objective.scales)
-        return PreparedSupervised(objective, batch, kept.spans, multiplier, signals, lengths, weights)
+        prepared = PreparedSupervised(objective, batch, kept.spans, multiplier, signals, lengths, weights)
+        return prepared.divided(rows)
 
     def loss(self, prepared: PreparedSupervised, per_token: Tensor, /, **variables: Tensor) -> Loss:
         """Return the loss of a prepared batch, or of a part of it, with its gradient to ``per_token``.
@@ -407,7 +407,7 @@ class PreparedSupervised(PreparedTokens):
             log_probs: float ``[N]``, of the current policy, without gradient.
         """
         batch, objective = self.batch, self.objective
-        ones = torch.ones_like(batch.rewards)[:, None]
+        ones = torch.ones_like(batch.outcome_rewards)[:, None]
         old = log_probs if batch.old_log_probs is None else batch.old_log_probs
         log_ratio = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32)) - old
         window = clips.Window("clip")
@@ -417,7 +417,7 @@ class PreparedSupervised(PreparedTokens):
     @property
     def advantages(self) -> Tensor:
         """Weight of each token that trains, in the layout of the batch; 0 at the other tokens."""
-        weight = torch.ones_like(self.batch.rewards)[:, None] if self.multiplier is None else self.multiplier
+        weight = torch.ones_like(self.batch.outcome_rewards)[:, None] if self.multiplier is None else self.multiplier
         return self.batch.shaped(torch.where(self.mask, per_token(weight, self.spans), 0))
 
     @property
@@ -431,16 +431,17 @@ class PreparedSupervised(PreparedTokens):
         weights = denominators.row_weights(self.objective.aggregation, self.batch, self.lengths)
         return dataclasses.replace(self, row_weights=weights)
 
-    def _part(self, chosen: Selection | Section) -> PreparedSupervised:
+    def _part(self, chosen: Part, part: Rollouts) -> PreparedSupervised:
         multiplier = self.multiplier
         if multiplier is not None:
             multiplier = chosen.of_tokens(multiplier) if multiplier.dim() == 1 else chosen.of_rows(multiplier)
+        spans = part.spans.with_mask(chosen.of_tokens(self.mask))
         return PreparedSupervised(
             self.objective,
-            self.batch.take(chosen),
-            chosen.spans.with_mask(chosen.of_tokens(self.mask)),
+            part,
+            spans,
             multiplier,
             tuple(None if x is None else chosen.of_tokens(x) for x in self.signals),
-            chosen.of_rows(self.lengths),
+            training_tokens(chosen, self.lengths, spans),
             self.row_weights if self.row_weights.dim() == 0 else chosen.of_rows(self.row_weights),
         )

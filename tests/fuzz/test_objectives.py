@@ -72,6 +72,24 @@ def test_a_packed_batch(data, name):
         survives(run, name, batch, data.draw(malformed.anything(batch.num_tokens)), data.draw(malformed.anything(3)))
 
 
+def in_rows():
+    """Two trajectories of two rows each, with named rewards and rewards of tokens."""
+    return packed() | {
+        "rewards": torch.tensor([[1.0, 0.5], [0.0, 0.5], [0.0, 0.5], [1.0, 0.5]]),
+        "trajectory_ids": torch.tensor([3, 1, 1, 3]),
+        "token_rewards": torch.rand(B * T) * (torch.arange(B * T) % 5 != 2),
+        "extras": {"truncated": torch.tensor([False, False, True, True]), "turn_ids": torch.arange(B * T)},
+    }
+
+
+@given(st.data(), st.sampled_from(METHODS))
+@SETTINGS
+def test_trajectories_of_several_rows(data, name):
+    batch = batch_or_none(tc.Rollouts, data.draw(broken(in_rows(), least=0)))
+    if batch is not None:
+        survives(run, name, batch, data.draw(malformed.anything(batch.num_tokens)), data.draw(malformed.anything(3)))
+
+
 @given(st.data(), st.sampled_from(METHODS))
 @SETTINGS
 def test_a_padded_batch(data, name):

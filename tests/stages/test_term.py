@@ -266,3 +266,49 @@ def test_rows_that_only_a_term_moves():
     prepared = tc.methods.kl_cov(1.0, 0.05).prepare(batch)
     chosen = batch.shaped(prepared.terms[0][0]).any(1)
     assert torch.equal(prepared.has_gradient, chosen) and 0 < chosen.sum() < 12
+
+
+def test_value_by_hand():
+    """Squares 0.01, 0.09, 0, 0.64 of the values, and 0.09, 0.09, 0, 0.09 of those held within 0.2 of the old ones.
+
+    Where the held square is larger, as at the first token, there is no gradient. NaN lies beneath the masked token.
+    """
+
+    def tokens(*x):
+        return torch.tensor([*x[:2], math.nan, *x[2:]], dtype=torch.float64)
+
+    batch = tc.Rollouts(
+        torch.arange(5),
+        torch.tensor([0, 5]),
+        torch.tensor([0]),
+        torch.tensor([0.0]),
+        torch.tensor([True, True, False, True, True]),
+        extras={"values": tokens(0.5, 0.6, 0.4, 0.8), "value_targets": tokens(1, 0.2, 0.4, 0.9)},
+    )
+    objective = only(tc.term.value(0.5), aggregation=tc.aggregation.token_mean())
+    values = tokens(0.9, 0.5, 0.4, 0.1).requires_grad_()
+    out = objective.loss(objective.prepare(batch), torch.zeros(5, dtype=torch.float64), values=values)
+    out.loss.backward()
+    assert out.metrics["value_loss"].item() == pytest.approx(0.1025)
+    assert out.loss.item() == pytest.approx(0.5 * 0.1025)
+    assert values.grad.tolist() == pytest.approx([0, 0.5 * 0.3 / 4, 0, 0, 0.5 * -0.8 / 4])
+    assert tc.mix("ppo", terms="value").required_inputs == {"values", "value_targets"}
+
+
+def test_value_formula():
+    batch, current = naive.random_batch()
+    batch = naive.with_inputs(batch, {"values", "value_targets"})
+    values = batch.input("values").nan_to_num() + 0.3 * torch.randn(
+        84, dtype=torch.float64, generator=ragged.generator(2)
+    )
+    old, target = batch.extras["values"], batch.extras["value_targets"]
+    x = values.clone().requires_grad_()
+    each = torch.maximum((x - target) ** 2, (x.clamp(old - 0.2, old + 0.2) - target) ** 2) / 2
+    expected = naive.sequence_mean(batch, [[each[t] for t in row] for row in naive.rows_of(batch)])
+    expected.backward()
+    objective = only(tc.term.value(1.0))
+    variable = batch.shaped(values).clone().requires_grad_()
+    out = objective.loss(objective.prepare(batch), current, values=variable)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(variable.grad.reshape(-1), x.grad.nan_to_num())

@@ -90,7 +90,7 @@ def generalized_advantages(
     values: Tensor,
     spans: Spans,
     discount: float = 1.0,
-    trace: float = 1.0,
+    trace: float | Tensor = 1.0,
     bootstrap: Tensor | None = None,
 ) -> Tensor:
     """Return generalized advantage estimates (GAE).
@@ -105,7 +105,7 @@ def generalized_advantages(
         values: float ``[N]``, the critic's value before each token.
         spans: The rows.
         discount: gamma.
-        trace: lambda. 1 gives returns minus values, 0 the one-step difference.
+        trace: lambda. 1 gives returns minus values, 0 the one-step difference. A float ``[R]`` has one for each row.
         bootstrap: float ``[R]``, the value after the last token of each row, or None for 0 (the row ended).
 
     Returns:
@@ -120,4 +120,25 @@ def generalized_advantages(
     tensor("rewards", rewards, FLOATS, () if rewards.dim() == 0 else (spans.size,), spans.device)
     values = values.to(torch.promote_types(rewards.dtype, values.dtype))
     delta = following(values, spans, bootstrap).mul_(discount).add_(rewards).sub_(values)
+    if isinstance(trace, Tensor):
+        decay = tensor("trace", trace, FLOATS, (spans.num_rows,), spans.device)
+        return _returns(delta, spans, decay * discount)
     return ops.scan(delta, spans, decay=discount * trace, reverse=True)[0]
+
+
+def _returns(x: Tensor, spans: Spans, decay: Tensor) -> Tensor:
+    """Return ``y[t] = x[t] + decay[row] * y[next unmasked token]``, ``[N]``, in a pass for each power of two.
+
+    Each pass adds to every sum of a number of tokens the sum of as many tokens after them.
+    """
+    rows = torch.arange(spans.num_rows, device=spans.device)
+    at = ops.spread(torch.ones_like(rows, dtype=torch.bool), spans).nonzero()[:, 0]
+    row = rows.repeat_interleave(ops.count(spans))
+    y, power = x.index_select(0, at).double(), decay.double().index_select(0, row)
+    step = 1
+    while step < len(at) and bool((goes_on := row[step:] == row[:-step]).any()):
+        added = torch.where(goes_on, power[:-step] * y[step:], 0)
+        y = torch.cat([y[:-step] + added, y[-step:]])
+        power = power * power
+        step *= 2
+    return x.new_zeros(x.shape).index_copy_(0, at, y.to(x.dtype))

@@ -53,7 +53,7 @@ class entropy_shaped(Credit):
         x = torch.where(mask, batch.input("entropies").double(), 1).clamp_(min=0)
         wrong = side % 2 == 0
         x = torch.where(wrong, 1 / (x + 1e-8), x)
-        position, width = scan.positions(spans, torch.float64).long(), max(batch.width, 1)
+        position, width = scan.positions(spans, torch.float64).long(), max(batch.longest, 1)
         sides = segment.Ids(side, 2 * batch.num_groups)
         alive = segment.Ids((side * width + position - 1).masked_fill_(side < 0, -1), sides.segments * width)
         if alive.segments == 0:

@@ -58,6 +58,7 @@ class conflict(TokenWeight):
     """
 
     divided: bool = flag(False)
+    reads_contexts: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         sign = outcome(batch).sign().to(advantages.dtype)

@@ -94,7 +94,7 @@ class token_group_average(Credit):
         bound = self.limit * (var.sqrt() + self.epsilon)
         extreme = torch.maximum(highest - mean, mean - lowest) >= bound
         if self.limit_padding:
-            padded = segment.maximum((batch.lengths < batch.width).double(), batch.groups) > 0
+            padded = segment.maximum((batch.lengths < batch.longest).double(), batch.groups) > 0
             extreme |= padded & (mean.abs() >= bound)
         size.clamp_(min=2)  # a single token is no exception
         advantages = segment.standardize(rewards, index, moments, "normalized", self.epsilon)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tokcredit import ops
@@ -21,14 +20,14 @@ from tokcredit.stages.credit import Credit
 class turns(Credit):
     """MatchTIR's dual-level advantage: the rewards of the whole row plus the discounted rewards from the turn on.
 
-    A turn is a maximal run of tokens that the policy chose, and its reward ``r`` the sum of ``turn_rewards`` over it::
+    The reward ``r`` of a turn is the sum of ``turn_rewards`` over its tokens::
 
         R = sum over turns of r[t]
         G[t] = r[t] + discount * G[t + 1]
         A[t] = (R - mean(R)) / (std(R) + epsilon) + (G[t] - mean(G[t])) / (std(G[t]) + epsilon)
 
-    Statistics of ``R`` are over the rows of the group, those of ``G[t]`` over the rows of the group that have a turn
-    ``t``, with the sample standard deviation. Over a single row the mean is 0 and the standard deviation 1.
+    Statistics of ``R`` are over the trajectories of the group, those of ``G[t]`` over those that have a turn ``t``,
+    with the sample standard deviation. Over a single one the mean is 0 and the standard deviation 1.
 
     Args:
         discount: Factor of the rewards of the next turn, from 0 to 1.
@@ -44,12 +43,11 @@ class turns(Credit):
     reads: ClassVar[frozenset[str]] = frozenset({"turn_rewards"})
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        reward, turn = batch.input("turn_rewards"), segment.runs(batch.spans)
+        reward, turn = batch.input("turn_rewards"), batch.turns
         each = segment.sum(reward, turn.spans)
         later = ops.scan(each, turn.of_row(), decay=self.discount, reverse=True)[0]
-        number = torch.arange(each.numel(), device=each.device) - turn.offsets.index_select(0, turn.row)
-        most = int(number.max()) + 1 if number.numel() else 0
-        scope = batch.group_index.index_select(0, turn.row).mul_(most).add_(number)
+        most = int(turn.number.max()) + 1 if turn.number.numel() else 0
+        scope = batch.group_index.index_select(0, turn.row).mul_(most).add_(turn.number)
         local = self._normalized(later, scope, segment.Ids(scope, most * batch.num_groups))
         whole = self._normalized(segment.sum(reward, batch.spans), batch.group_index, batch.nonempty_groups)
         total = local.add_(whole.index_select(0, turn.row))
@@ -102,6 +100,6 @@ def match_tir(
         - There is no dual clip; the scripts of the release have ``cap=3.0``.
         - Calls are matched optimally. The function that the release calls Hungarian is greedy, as is
           ``tokcredit.rewards.matching.greedy``.
-        - The release finds turns twice, by end-of-turn tokens and by the mask; here they are found by the mask.
+        - The release finds turns twice, by end-of-turn tokens and by the mask; here they are those of the batch.
     """
     return Objective(turns(discount, epsilon, halve, center_alone), clip=clip.ppo(clip_low, clip_high, cap))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class optimal_baseline(Credit):
 
     by_turn: bool = flag(False)
     epsilon: float = number(1e-8, at_least=0)
+    reads_contexts: ClassVar[bool] = True
 
     @property
     def required_inputs(self) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -38,6 +39,7 @@ class tempo_credit(Credit):
     scale: bool = flag(True)
     epsilon: float = number(1e-6, at_least=0)
     count_empty: bool = flag(False)
+    reads_contexts: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts) -> Tensor:
         groups, rewards = counted(batch, self.count_empty), batch.rewards

@@ -137,7 +137,7 @@ def _counted(batch: Rollouts) -> Groups:
 
 
 def _groups(run: Run, batch: Rollouts) -> Table:
-    statistics = segment.moments(batch.rewards, _counted(batch), ddof=0)
+    statistics = segment.moments(batch.outcome_rewards, _counted(batch), ddof=0)
     tokens = segment.sum(batch.all_spans.lengths.double(), batch.groups)
     return {
         "prompt": run.prompts,
@@ -153,7 +153,7 @@ def _rollouts(trees: tree.PrefixTree) -> Table:
     batch = trees.batch
     return {
         "group": _numpy(batch.group_index),
-        "reward": _numpy(batch.rewards.double()),
+        "reward": _numpy(batch.outcome_rewards.double()),
         "begin": _numpy(batch.begin),
         "length": _numpy(batch.all_spans.lengths),
         "leaf": _numpy(trees.leaf),
@@ -161,7 +161,7 @@ def _rollouts(trees: tree.PrefixTree) -> Table:
 
 
 def _nodes(trees: tree.PrefixTree) -> Table:
-    size, rewards, counted = int(trees.size), trees.batch.rewards.double(), trees.batch.lengths > 0
+    size, rewards, counted = int(trees.size), trees.batch.outcome_rewards.double(), trees.batch.lengths > 0
     known = values.monte_carlo(trees, torch.ones_like(rewards), counted) > 0
     value = torch.where(known, values.monte_carlo(trees, rewards, counted), values.monte_carlo(trees, rewards))
     before = value - values.temporal_difference(trees, value)

@@ -1,7 +1,8 @@
-"""Aggregation stages: the weight of each row's tokens in the loss.
+"""Aggregation stages: the weight of each trajectory's tokens in the loss.
 
-``loss = sum over rows of weight[row] * (sum of the row's token losses)``. The weights come from the whole batch, so the
-loss does not depend on how the batch is cut into micro-batches or ranks.
+``loss = sum over trajectories of weight * (sum of the trajectory's token losses)``. The weights come from the whole
+batch, so the loss does not depend on how the batch is cut into micro-batches or ranks. Without ``trajectory_ids`` each
+row is a trajectory.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ class Counts(NamedTuple):
 
     Attributes:
         tokens: 0-d, training tokens over all ranks.
-        rows: 0-d, rows with a training token over all ranks.
-        groups: 0-d, groups with such a row over all ranks.
+        rows: 0-d, trajectories with a training token over all ranks.
+        groups: 0-d, groups with such a trajectory over all ranks.
         dp_size: Ranks whose gradients the host averages.
-        width: T of a padded batch, else the longest row.
-        lengths: int64 ``[R]``, training tokens of each row of this rank.
-        signs: ``[R]``, sign of the row's outcome advantage.
+        width: ``longest`` of the batch.
+        lengths: int64 ``[J]``, training tokens of each trajectory of this rank.
+        signs: ``[J]``, sign of the trajectory's outcome advantage.
         group_of_row: Groups of this rank.
     """
 
@@ -54,7 +55,7 @@ class Aggregation(Stage):
     reads_signs: ClassVar[bool] = False
 
     def __call__(self, counts: Counts) -> Tensor:
-        """Return the weight of each row's tokens, float64 ``[R, 1]``, or 0-d for the same weight everywhere.
+        """Return the weight of each trajectory's tokens, float64 ``[J, 1]``, or 0-d for the same weight everywhere.
 
         Args:
             counts: The denominators.
@@ -94,9 +95,9 @@ class token_sum(Aggregation):
 
 @dataclass(frozen=True)
 class sequence_mean(Aggregation):
-    """Mean over rows of the mean over the row's tokens: verl's ``seq-mean-token-mean``, TRL's ``grpo``.
+    """Mean over trajectories of the mean over their tokens: verl's ``seq-mean-token-mean``, TRL's ``grpo``.
 
-    Rows without a training token do not count.
+    Trajectories without a training token do not count.
     """
 
     counts: ClassVar[frozenset[str]] = frozenset({"rows"})
@@ -109,13 +110,15 @@ class sequence_mean(Aggregation):
 
 @dataclass(frozen=True)
 class sequence_sum(Aggregation):
-    """Mean over rows of the sum over the row's tokens, divided by ``length``; verl's ``seq-mean-token-sum-norm``.
+    """Mean over trajectories of the sum over their tokens, divided by ``length``.
 
-    This is verl's ``seq-mean-token-sum-norm`` and TRL's ``dr_grpo``. Rows without a training token do not count.
+    This is verl's ``seq-mean-token-sum-norm`` and TRL's ``dr_grpo``. Trajectories without a training token do not
+    count.
 
     Args:
-        length: A constant, usually the generation limit; at least 1. None takes the longest row of the batch, or T of a
-            padded one, which varies between batches.
+        length: A constant, usually the generation limit; at least 1. None takes a number that varies between batches:
+            the longest row, or T of a padded batch; if the batch has ``trajectory_ids``, the largest number of tokens
+            that the policy chose in a trajectory.
     """
 
     length: int | None = whole_number(None, at_least=1, optional=True)

@@ -40,6 +40,8 @@ class Stage(Declared):
         kind: Word for the kind of stage, for example ``clip``; empty for a part that is no stage of an objective.
         reads: Names of the inputs that the stage itself reads. ``required_inputs`` adds those of inner stages.
         whole_batch: Whether the stage compares rows of different groups.
+        reads_contexts: Whether the result depends on tokens that the policy did not choose, so that it is not known for
+            trajectories of several rows, whose contexts the rows may repeat, shorten or leave out.
         reads_rollouts: Whether a clip stage or a scale reads token ids, groups or rewards, which some hosts do not hand
             to their policy loss.
     """
@@ -47,6 +49,7 @@ class Stage(Declared):
     kind: ClassVar[str] = ""
     reads: ClassVar[frozenset[str]] = frozenset()
     whole_batch: ClassVar[bool] = False
+    reads_contexts: ClassVar[bool] = False
     reads_rollouts: ClassVar[bool] = False
 
     def _named(self, name: str) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tokcredit.blocks import scan
 from tokcredit.rollouts import Rollouts
-from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans
 from tokcredit.stages.base import Stage, flag, number, option
+from tokcredit.trajectories import Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Window:
     score: Tensor | None = None
     ranges: tuple[float, float, float] | None = None
 
-    def take(self, chosen: Selection | Section) -> Window:
+    def take(self, chosen: Part) -> Window:
         """Return the window of the tokens of some rows.
 
         Args:

@@ -172,4 +172,41 @@ class nll(Term):
         return -segment.weighted_sum(variables["log_probs"], spans, weights).sum()
 
 
-__all__ = ["Term", "entropy", "kl", "nll"]
+@dataclass(frozen=True)
+class value(Term):
+    """The loss of a critic: half the squared error of its values, held where they moved far from the old ones.
+
+    With ``V`` the current values, ``V_old`` the input ``values`` and ``G`` the input ``value_targets``::
+
+        loss = max((V - G)^2, (clip(V, V_old - limit, V_old + limit) - G)^2) / 2
+
+    Of equal squares the first counts. ``loss`` takes the values by name, with their gradient:
+    ``loss(prepared, log_probs, values=...)``. The targets are ``credit.gae.targets(batch)``.
+
+    Args:
+        coefficient: Factor of the term, at least 0; may be a schedule or a controller.
+        limit: How far a value may move from the old one before its gradient ends, above 0. TRL uses 0.2, verl 0.5.
+        aggregation: How tokens are averaged, or None for the aggregation of the objective.
+    """
+
+    coefficient: float = number(1.0, at_least=0, scheduled=True)
+    limit: float = number(0.2, above=0, infinite=True)
+    aggregation: Aggregation | None = part(Aggregation, None, optional=True)
+    metric: ClassVar[str] = "value_loss"
+    variables: ClassVar[frozenset[str]] = frozenset({"values"})
+    reads: ClassVar[frozenset[str]] = frozenset({"values", "value_targets"})
+
+    couples_tokens = False
+
+    def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
+        assert spans.mask is not None
+        current, old, target = (
+            torch.where(spans.mask, x, 0)
+            for x in (variables["values"], batch.input("values"), batch.input("value_targets"))
+        )
+        free = (current - target).square()
+        held = (old + (current - old).clamp(-self.limit, self.limit) - target).square()
+        return segment.weighted_sum(torch.where(held > free, held, free) / 2, spans, weights).sum()
+
+
+__all__ = ["Term", "entropy", "kl", "nll", "value"]

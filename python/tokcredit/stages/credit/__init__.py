@@ -18,17 +18,20 @@ from tokcredit.stages.credit.group import (
     thresholded,
     whitened,
 )
+from tokcredit.stages.credit.returns import gae, returns
 from tokcredit.stages.credit.values import improbable_cuts, value_changes
 
 __all__ = [
     "Credit",
     "constant",
     "distilled",
+    "gae",
     "group_normalized",
     "improbable_cuts",
     "leave_one_out",
     "negative_part",
     "outcome",
+    "returns",
     "sum",
     "thresholded",
     "value_changes",
