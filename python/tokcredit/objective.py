@@ -142,7 +142,7 @@ class Objective(FromHidden):
         rows, batch = batch, self.trajectories_of(batch)
         if self.couples_rows and rows.trajectories is not None:
             raise ValueError(
-                f"trajectory_ids: expected one row in each trajectory because of {self.scales!r}, which compare the rows "
+                f"trajectory_ids: expected one row in each trajectory because {self.scales!r} compare the rows "
                 "of a group, got several"
             )
         if self.compares_groups and global_batch_size is not None and global_batch_size > batch.num_rows:
