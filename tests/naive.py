@@ -239,7 +239,7 @@ def clipped(advantage, ratio, low, high, cap=None):
 def further(objective, variable):
     """The variables that ``loss`` takes by name, positive and each a function of the first one at the same token."""
     x = variable.detach()
-    return {name: x.square() * (1 + i) + 0.1 for i, name in enumerate(objective.variables[1:])}
+    return {name: x.square() * (1 + i) + 0.1 for i, name in enumerate(getattr(objective, "variables", ("",))[1:])}
 
 
 def loss_of(objective, prepared, variable):
