@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -187,6 +188,8 @@ def setting(text: str, argument: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
     if not separator or not name.strip().isidentifier():
         raise ValueError(f"{argument}: expected name=value, got {text!r}")
+    if re.fullmatch(r"[^()]*,\s*\w+=[^()]*", value):
+        raise ValueError(f"{argument}: expected spaces between several name=value, got {text!r}")
     return name.strip(), value
 
 

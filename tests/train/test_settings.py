@@ -87,6 +87,13 @@ def test_settings_of_a_method_are_read_by_their_types():
     assert ObjectiveSettings("pods", ("count=3",)).build().filters[0].count == 3
 
 
+def test_several_settings_are_separated_by_spaces():
+    with pytest.raises(ValueError, match=r"set: expected spaces between .*, got 'clip_low=0.1,cap=3'"):
+        ObjectiveSettings("tempo", ("clip_low=0.1,cap=3",)).build()
+    both = ObjectiveSettings("tempo", ("clip_low=linear(start=0.1, end=0.2)", "cap=3")).build()
+    assert both.clip == tc.clip.ppo(tc.schedule.linear(0.1, 0.2), 0.28, 3.0)
+
+
 def test_settings_that_do_not_fit_together():
     with pytest.raises(ValueError, match="widths: expected at least one number, got none"):
         SamplingSettings(widths=())

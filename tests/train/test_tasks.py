@@ -272,6 +272,12 @@ def test_another_reward():
             0.2,
             r"tasks: chain_sum: expected .*, size, got min_term; did you mean min_terms\?",
         ),
+        (["a/b.jsonl"], 0.2, r"^tasks: expected a path in quotes, jsonl\('a/b.jsonl'\), got a/b.jsonl$"),
+        (
+            ["choices(a.jsonl)"],
+            0.2,
+            r"^tasks: expected a path in quotes, choices\('a.jsonl'\), got choices",
+        ),
         (["adition"], 0.2, r"got 'adition'; did you mean addition\?"),
     ],
 )

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,6 +158,8 @@ _TASKS: dict[str, Callable[..., list[Problem]]] = {
 
 
 def _problems(text: str, seed: int) -> list[Problem]:
+    if file := re.fullmatch(r"(?:(\w+)\()?([^'\"()]+\.jsonl?)\)?", text.strip()):
+        raise ValueError(f"tasks: expected a path in quotes, {file[1] or 'jsonl'}('{file[2]}'), got {text}")
     call = parse(text, "tasks")
     if call.name not in _TASKS:
         return _reasoning_gym(call, seed)
