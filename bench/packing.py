@@ -84,7 +84,7 @@ def by_rows(net, batch, size=8):
         target = ids.masked_fill(~wanted, -1)[:, 1:]
         loss = tc.head.log_probs_and_entropies(hidden, net.lm_head.weight, target)[0].sum()
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     net.zero_grad()
     return torch.tensor(total)
 
@@ -95,7 +95,7 @@ def on_tree(net, batch, budget=BUDGET):
     for part in tc.packing.pack(batch, budget):
         loss = tc.packing.forward(net, part).log_probs.sum()
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     net.zero_grad()
     return torch.tensor(total)
 
