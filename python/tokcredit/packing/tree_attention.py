@@ -188,7 +188,7 @@ def _in_backward(model: Any, out: Any) -> None:
 
 
 @contextmanager
-def attention(model: Any, part: TreePart, kind: Kind = "auto") -> Iterator[dict[str, Any]]:
+def attention(model: Any, part: TreePart, attention: Kind = "auto") -> Iterator[dict[str, Any]]:
     """Have a model attend along the prefix tree, and give the arguments of its call.
 
     Example::
@@ -203,19 +203,19 @@ def attention(model: Any, part: TreePart, kind: Kind = "auto") -> Iterator[dict[
     Args:
         model: Causal language model of transformers.
         part: A bin of a plan.
-        kind: ``"dense"`` makes a mask of all pairs of places and uses ``scaled_dot_product_attention``; ``"flex"`` uses
-            FlexAttention, whose work and memory follow the tree and which has a gradient on CUDA only; ``"auto"`` takes
-            flex on CUDA and dense elsewhere.
+        attention: ``"dense"`` makes a mask of all pairs of places and uses ``scaled_dot_product_attention``;
+            ``"flex"`` uses FlexAttention, whose work and memory follow the tree and which has a gradient on CUDA only;
+            ``"auto"`` takes flex on CUDA and dense elsewhere.
 
     Raises:
         ValueError: The model has layers in which tokens of one branch reach another, active dropout, or a sliding
             window that it does not pass on.
     """
     instance("part", part, TreePart)
-    if kind not in ("auto", "flex", "dense"):
-        raise ValueError(f"kind: expected auto, flex or dense, got {kind!r}")
+    if attention not in ("auto", "flex", "dense"):
+        raise ValueError(f"attention: expected auto, flex or dense, got {attention!r}")
     refuse(model)
-    flex = kind == "flex" or (kind == "auto" and part.tokens.is_cuda)
+    flex = attention == "flex" or (attention == "auto" and part.tokens.is_cuda)
     tokens, position_ids, end = part.tokens, part.position_ids, part.end
     if flex and (rest := -tokens.numel() % BLOCK):
         alone = torch.arange(tokens.numel() + 1, tokens.numel() + rest + 1, device=end.device)
