@@ -68,6 +68,9 @@ NAMES = {
         *("decoding.temperature.AdaptiveTemperature", "decoding.length.LengthTilt", "decoding.length.LengthLimit"),
         *("rewards.matching.rewards", "num_threads", "set_num_threads", "build_info"),
     ],
+    "packing": [
+        *(f"packing.{name}" for name in ("pack", "forward", "log_probs", "attention", "check", "TreePack.for_rank")),
+    ],
     "methods": [
         f"methods.{name}" for name in ("grpo", "tempo", "ctpo", "ba", "dpo", "sft", "tip", "gspo", "dapo", "rloo")
     ],

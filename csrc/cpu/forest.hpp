@@ -1,8 +1,8 @@
 // The depth-first order of rows that are texts of two spans, and how much each shares with the one before.
 #pragma once
+#include "cpu/common_run.hpp"
 #include "cpu/parallel.hpp"
 #include "ops/tree_pack.hpp"
-#include <cstring>
 #include <unordered_map>
 
 namespace tokcredit::cpu {
@@ -16,16 +16,6 @@ template <class Token> struct Text {
   Token at(int64_t i) const { return i < split ? context[i] : tokens[i - split]; }
   int64_t tag(int64_t i) const { return !tags ? 0 : i < split ? context_tags[i] : tags[i - split]; }
 };
-
-template <class X> int64_t common_run(const X *a, const X *b, int64_t n) {
-  constexpr int64_t block = 32;
-  int64_t i = 0;
-  while (i + block <= n && std::memcmp(a + i, b + i, block * sizeof(X)) == 0)
-    i += block;
-  while (i < n && a[i] == b[i])
-    ++i;
-  return i;
-}
 
 // Calls body(i, n) for the runs of [from, to) on which neither text changes its span, until it stops short.
 template <class Body> int64_t over_runs(int64_t split, int64_t other, int64_t from, int64_t to, Body body) {

@@ -1,10 +1,10 @@
 #include "ops/tree.hpp"
+#include "cpu/common_run.hpp"
 #include "cpu/expand_rows.hpp"
 #include "cpu/parallel.hpp"
 #include "cpu/rows.hpp"
 #include "math/dispatch.hpp"
 #include "math/mean.hpp"
-#include <cstring>
 #include <vector>
 
 namespace tokcredit::cpu {
@@ -19,17 +19,6 @@ struct Node {
   int64_t next_sibling;
   int64_t number; // in the final order, -1 until seen
 };
-
-// Length of the common prefix of a and b, at most n: whole blocks first, then the token that differs.
-template <class Token> int64_t common_prefix(const Token *a, const Token *b, int64_t n) {
-  constexpr int64_t block = 32;
-  int64_t i = 0;
-  while (i + block <= n && std::memcmp(a + i, b + i, block * sizeof(Token)) == 0)
-    i += block;
-  while (i < n && a[i] == b[i])
-    ++i;
-  return i;
-}
 
 template <class Token> struct GroupTree {
   const TreeBuild &build;
@@ -69,8 +58,8 @@ template <class Token> struct GroupTree {
     int64_t v = root;
     for (;;) {
       const int64_t depth = nodes[v].depth;
-      const int64_t shared = common_prefix(text(row, depth), text(nodes[v].row, depth),
-                                           std::min(nodes[v].length, length - depth));
+      const int64_t shared =
+          common_run(text(row, depth), text(nodes[v].row, depth), std::min(nodes[v].length, length - depth));
       if (shared < nodes[v].length)
         v = split(v, shared);
       const int64_t at = depth + shared;

@@ -112,7 +112,7 @@ def test_a_model_with_flex_attention(monkeypatch, kind):
     monkeypatch.setattr("tokcredit.packing.tree_attention._compiled", lambda: flex_attention)
     model, part = causal.model(kind), tc.packing.pack(causal.batch()).part(0)
     with torch.no_grad():
-        flex, dense = (tc.packing.forward(model, part, kind=name) for name in ("flex", "dense"))
+        flex, dense = (tc.packing.forward(model, part, attention=name) for name in ("flex", "dense"))
     for ours, theirs in zip(flex, dense, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
@@ -127,7 +127,7 @@ def test_flex_attention_on_a_device(cuda, kind):
     results = []
     for name in ("flex", "dense"):
         model.zero_grad()
-        out = tc.packing.forward(model, part, kind=name)
+        out = tc.packing.forward(model, part, attention=name)
         (out.log_probs.sum() + out.entropies.sum()).backward()
         results.append((out, torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])))
     for ours, theirs in zip(results[0][0], results[1][0], strict=True):

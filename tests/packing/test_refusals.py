@@ -80,5 +80,5 @@ def test_a_second_sequence(part):
 
 
 def test_unknown_kind(part):
-    with pytest.raises(ValueError, match="kind: expected auto, flex or dense, got 'eager'"):
-        tc.packing.forward(causal.model("llama"), part, kind="eager")
+    with pytest.raises(ValueError, match="attention: expected auto, flex or dense, got 'eager'"):
+        tc.packing.forward(causal.model("llama"), part, attention="eager")

@@ -4,7 +4,7 @@ import pytest
 import tokcredit as tc
 import torch
 from tokcredit.decoding.temperature import AdaptiveTemperature
-from tokcredit.train import ObjectiveSettings, SamplingSettings, collectors, run, tiny
+from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, collectors, run, tiny
 from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
 from tokcredit.train.record import read_metrics
@@ -206,3 +206,32 @@ def test_an_input_that_is_not_collected_is_named(settings, monkeypatch, collecto
     objective = ObjectiveSettings("grpo", filters=("top_share(0.5, score=given('surprise'))",))
     with pytest.raises(ValueError, match=r"method: expected an objective whose inputs .* which requires surprise"):
         Trainer(resolved(settings(objective=objective)))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_gradient_of_an_update_is_that_of_separate_rows(settings, gradients, monkeypatch, shared):
+    """Where rows share predictions, the output layer is computed once for each; elsewhere together with the loss."""
+    optimizer = OptimizerSettings(lr=1e-5, micro_batch=16, precision="no")
+    trainer = Trainer(resolved(settings("tempo", optimizer=optimizer)))
+    rows = [[5, 9, 4, 7], [5, 9, 4, 8], [5, 9, 4, 8], [5, 9]] if shared else [[5, 9], [4, 8, 7], [6], [8, 8, 5, 9]]
+    batch = tc.Rollouts(
+        torch.tensor([t for row in rows for t in row]),
+        torch.tensor([0, *map(len, rows)]).cumsum(0),
+        torch.zeros(4, dtype=torch.int64),
+        torch.tensor([1.0, 0.0, 0.25, 0.5]),
+        extras={"prompt_tokens": torch.tensor([PROMPTS[0]] * 4)},
+    )
+    calls, own = [], tc.Objective.loss_from_hidden
+    monkeypatch.setattr(tc.Objective, "loss_from_hidden", lambda *a, **k: calls.append(1) or own(*a, **k))
+    model = trainer.model
+    log_probs = []
+    for row in rows:
+        logits = model(torch.tensor([[*PROMPTS[0], *row]])).logits[0, len(PROMPTS[0]) - 1 : -1]
+        log_probs.append((logits / trainer.settings.sampling.temperature).log_softmax(-1)[range(len(row)), row])
+    current = torch.cat(log_probs)
+    trainer.objective.loss(trainer.objective.prepare(batch), current).loss.backward()
+    expected = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    trainer.learner.update(trainer.learner.with_inputs(batch), 1, Clock())
+    assert len(calls) == (0 if shared else 1)
+    torch.testing.assert_close(gradients[0], expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)

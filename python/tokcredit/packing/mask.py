@@ -82,9 +82,14 @@ class TreeMask:
             return chosen.sum(1).int()[None, None], order.int()[None, None]
 
         ends, positions = self.end, self.position_ids
+        # A tensor, because a number would become a symbol in compiled code.
+        oldest = positions if window is None else positions - window + 1
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            inside = (key <= query) & (query < ends[key])
-            return inside if window is None else inside & (positions[query] - positions[key] < window)
+            return (key <= query) & (query < ends[key])
 
-        return BlockMask.from_kv_blocks(*listed(part), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=sees)
+        def sees_near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (query < ends[key]) & (positions[key] >= oldest[query])
+
+        rule = sees if window is None else sees_near
+        return BlockMask.from_kv_blocks(*listed(part), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=rule)

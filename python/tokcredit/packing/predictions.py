@@ -11,10 +11,12 @@ from torch import Tensor
 from tokcredit.blocks import head
 from tokcredit.blocks import log_probs as logits_of
 from tokcredit.blocks.tree_pack import TreePack, TreePart, pack
+from tokcredit.packing import tree_attention
 from tokcredit.packing.output_layer import OutputLayer, body, output_layer
-from tokcredit.packing.tree_attention import Kind, attention
+from tokcredit.packing.tree_attention import Kind
 from tokcredit.rollouts import Rollouts
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _checked: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
@@ -53,7 +55,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def predict(
-    model: Any, part: TreePart, *, hidden_states: bool = True, logits: bool = False, kind: Kind = "auto"
+    model: Any, part: TreePart, *, hidden_states: bool = True, logits: bool = False, attention: Kind = "auto"
 ) -> Predicted:
     """Return hidden states and logits of the predictions of a part, with gradient.
 
@@ -64,21 +66,21 @@ def predict(
         part: A bin of a plan.
         hidden_states: Whether to return hidden states.
         logits: Whether to return logits; without them the output layer of the model is not computed.
-        kind: As in :func:`attention`.
+        attention: As in :func:`attention`.
 
     Raises:
         ValueError: Packed rows would not be what they are alone.
     """
     known = _checked.setdefault(model, set())
-    device = f"{kind} on {part.tokens.device.type}"
+    device = f"{attention} on {part.tokens.device.type}"
     if device not in known:
-        check(model, kind)
+        check(model, attention)
         known.add(device)
-    return _predict(model, part, hidden_states, logits, kind)
+    return _predict(model, part, hidden_states, logits, attention)
 
 
-def _predict(model: Any, part: TreePart, hidden_states: bool, logits: bool, kind: Kind) -> Predicted:
-    with attention(model, part, kind) as arguments:
+def _predict(model: Any, part: TreePart, hidden_states: bool, logits: bool, attention: Kind) -> Predicted:
+    with tree_attention.attention(model, part, attention) as arguments:
         if not logits:
             return Predicted(gather(body(model)(**arguments)[0][0], part.source), None)
         out = model(**arguments, output_hidden_states=hidden_states)
@@ -105,9 +107,9 @@ def scores(
     return head.log_probs_and_entropies(predicted.hidden_states, layer.weight, target, layer.bias, **settings)
 
 
-def _scored(model: Any, part: TreePart, temperature: float, kind: Kind) -> tuple[Tensor, Tensor]:
+def _scored(model: Any, part: TreePart, temperature: float, attention: Kind) -> tuple[Tensor, Tensor]:
     layer = output_layer(model)
-    predicted = predict(model, part, hidden_states=layer is not None, logits=layer is None, kind=kind)
+    predicted = predict(model, part, hidden_states=layer is not None, logits=layer is None, attention=attention)
     found = scores(predicted, part.target, layer, temperature, overwrite=True)
     if part.source.numel():
         return found
@@ -116,7 +118,7 @@ def _scored(model: Any, part: TreePart, temperature: float, kind: Kind) -> tuple
     return found[0] + kept, found[1] + kept
 
 
-def forward(model: Any, part: TreePart, temperature: float = 1.0, kind: Kind = "auto") -> PerToken:
+def forward(model: Any, part: TreePart, temperature: float = 1.0, attention: Kind = "auto") -> PerToken:
     """Return log-probs and entropies of the tokens of a part's rows, with gradient, from one forward pass.
 
     Rows that share tokens get the same numbers, and the gradient of a shared token is the sum over its rows. They equal
@@ -126,7 +128,7 @@ def forward(model: Any, part: TreePart, temperature: float = 1.0, kind: Kind = "
         model: Causal language model of transformers.
         part: A bin of a plan.
         temperature: Logits are divided by it.
-        kind: As in :func:`attention`.
+        attention: As in :func:`attention`.
 
     Returns:
         Numbers in the layout of ``batch.select(part.rows)``.
@@ -134,19 +136,19 @@ def forward(model: Any, part: TreePart, temperature: float = 1.0, kind: Kind = "
     Raises:
         ValueError: Packed rows would not be what they are alone; see :func:`check`.
     """
-    found = _scored(model, part, temperature, kind)
+    found = _scored(model, part, temperature, attention)
     return PerToken(*(part.to_rows(x) for x in found))
 
 
 @torch.no_grad()
-def log_probs(model: Any, plan: TreePack, temperature: float = 1.0, kind: Kind = "auto") -> PerToken:
+def log_probs(model: Any, plan: TreePack, temperature: float = 1.0, attention: Kind = "auto") -> PerToken:
     """Return log-probs and entropies of all tokens of the batch of a plan, without gradient, bin by bin.
 
     Args:
         model: Causal language model of transformers.
         plan: The plan.
         temperature: Logits are divided by it.
-        kind: As in :func:`attention`.
+        attention: As in :func:`attention`.
 
     Returns:
         Numbers in the layout of the batch.
@@ -154,7 +156,7 @@ def log_probs(model: Any, plan: TreePack, temperature: float = 1.0, kind: Kind =
     Raises:
         ValueError: Packed rows would not be what they are alone; see :func:`check`.
     """
-    found = [_scored(model, part, temperature, kind) for part in plan]
+    found = [_scored(model, part, temperature, attention) for part in plan]
     if not found:
         zeros = torch.zeros(plan.batch.num_tokens, device=plan.batch.device)
         return PerToken(plan.batch.shaped(zeros), plan.batch.shaped(zeros))
@@ -163,7 +165,7 @@ def log_probs(model: Any, plan: TreePack, temperature: float = 1.0, kind: Kind =
 
 
 @torch.no_grad()
-def check(model: Any, kind: Kind = "auto") -> None:
+def check(model: Any, attention: Kind = "auto") -> None:
     """Raise if packed rows are not what they are alone.
 
     Five forward passes over a few tokens: the log-probs of three rows that share tokens must equal those of each row
@@ -171,7 +173,7 @@ def check(model: Any, kind: Kind = "auto") -> None:
 
     Args:
         model: Causal language model of transformers.
-        kind: As in :func:`attention`.
+        attention: As in :func:`attention`.
 
     Raises:
         ValueError: Naming which of both fails.
@@ -183,13 +185,13 @@ def check(model: Any, kind: Kind = "auto") -> None:
     model.eval()
     try:
         with torch.autocast(device.type, enabled=False):
-            _check(model, rows, device, kind)
+            _check(model, rows, device, attention)
     finally:
         for module in trained:
             module.training = True
 
 
-def _check(model: Any, rows: list[list[int]], device: torch.device, kind: Kind) -> None:
+def _check(model: Any, rows: list[list[int]], device: torch.device, attention: Kind) -> None:
     batch = Rollouts(
         torch.tensor([x for row in rows for x in row[1:]], device=device),
         torch.tensor([0, *(len(row) - 1 for row in rows)], device=device).cumsum(0),
@@ -199,7 +201,7 @@ def _check(model: Any, rows: list[list[int]], device: torch.device, kind: Kind) 
     )
     part = pack(batch).part(0)
     name = f"model: expected rows that do not depend on other branches, got {model.config.model_type}, in which "
-    packed = _predict(model, part, True, True, kind)
+    packed = _predict(model, part, True, True, attention)
     assert packed.logits is not None
     found = packed.logits.float().log_softmax(-1).gather(1, part.target[:, None])[part.index, 0]
     alone = []
@@ -207,16 +209,20 @@ def _check(model: Any, rows: list[list[int]], device: torch.device, kind: Kind) 
         ids = torch.tensor(rows[row], device=device)
         logits = model(ids[None], use_cache=False).logits[0, :-1].float()
         alone.append(logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0])
-    exact = packed.logits.dtype in (torch.float32, torch.float64)
+    whole = packed.logits.dtype in (torch.float32, torch.float64)
+    exact = whole and (device.type == "cpu" or torch.get_float32_matmul_precision() == "highest")
+    tolerance = 1e-4 if exact else 0.3
     difference = float((torch.cat(alone) - found).abs().max())
-    if not difference <= (1e-4 if exact else 0.3):
+    if not difference <= tolerance:
         raise ValueError(f"{name}log-probs of packed rows differ by {difference:.2g} nats from those of rows alone")
     # The places of the second row's own tokens; only what is below the first of them may change.
     changed = int((part.position_ids == 3).nonzero()[-1])
     tokens = part.tokens.clone()
     tokens[changed] = rows[0][0]
-    other = _predict(model, TreePart(**{**vars(part), "tokens": tokens}), True, True, kind)
+    other = _predict(model, TreePart(**{**vars(part), "tokens": tokens}), True, True, attention)
     assert packed.hidden_states is not None and other.hidden_states is not None
     outside = (part.source < changed) | (part.source >= part.end[changed])
-    if not torch.equal(packed.hidden_states[outside], other.hidden_states[outside]):
+    # On CUDA the bits of an expert's product may depend on the number of its tokens.
+    slack = tolerance if device.type != "cpu" and any(getattr(model.config, x, None) for x in _EXPERTS) else 0.0
+    if not torch.allclose(packed.hidden_states[outside], other.hidden_states[outside], rtol=0, atol=slack):
         raise ValueError(f"{name}a token changes hidden states of other branches")

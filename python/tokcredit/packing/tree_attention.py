@@ -115,14 +115,17 @@ def _flex(
 ) -> Tensor:
     from torch.nn.attention.flex_attention import AuxRequest
 
+    # A number would become a symbol, which compiled score functions do not take.
+    cap = None if softcap is None else torch.tensor(softcap, device=query.device, dtype=torch.float32)
+
     def capped(score: Tensor, *_: Any) -> Tensor:
-        assert softcap is not None
-        return softcap * torch.tanh(score / softcap)
+        assert cap is not None
+        return cap * torch.tanh(score / cap)
 
     shared = query.shape[1] // key.shape[1]
     if query.shape[1] & (query.shape[1] - 1):  # the kernel shares keys among powers of two only
         key, value, shared = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), 1
-    settings = {"score_mod": None if softcap is None else capped, "block_mask": mask, "scale": scaling}
+    settings = {"score_mod": None if cap is None else capped, "block_mask": mask, "scale": scaling}
     settings["enable_gqa"] = shared > 1
     if sinks is None:
         out = _compiled()(query, key, value, **settings)
@@ -185,7 +188,7 @@ def _in_backward(model: Any, out: Any) -> None:
 
 
 @contextmanager
-def attention(model: Any, part: TreePart, kind: Kind = "auto") -> Iterator[dict[str, Any]]:
+def attention(model: Any, part: TreePart, attention: Kind = "auto") -> Iterator[dict[str, Any]]:
     """Have a model attend along the prefix tree, and give the arguments of its call.
 
     Example::
@@ -200,18 +203,19 @@ def attention(model: Any, part: TreePart, kind: Kind = "auto") -> Iterator[dict[
     Args:
         model: Causal language model of transformers.
         part: A bin of a plan.
-        kind: ``"dense"`` makes a mask of all pairs of places and uses ``scaled_dot_product_attention``; ``"flex"`` uses
-            FlexAttention, whose work and memory follow the tree; ``"auto"`` takes flex on CUDA and dense elsewhere.
+        attention: ``"dense"`` makes a mask of all pairs of places and uses ``scaled_dot_product_attention``;
+            ``"flex"`` uses FlexAttention, whose work and memory follow the tree and which has a gradient on CUDA only;
+            ``"auto"`` takes flex on CUDA and dense elsewhere.
 
     Raises:
         ValueError: The model has layers in which tokens of one branch reach another, active dropout, or a sliding
             window that it does not pass on.
     """
     instance("part", part, TreePart)
-    if kind not in ("auto", "flex", "dense"):
-        raise ValueError(f"kind: expected auto, flex or dense, got {kind!r}")
+    if attention not in ("auto", "flex", "dense"):
+        raise ValueError(f"attention: expected auto, flex or dense, got {attention!r}")
     refuse(model)
-    flex = kind == "flex" or (kind == "auto" and part.tokens.is_cuda)
+    flex = attention == "flex" or (attention == "auto" and part.tokens.is_cuda)
     tokens, position_ids, end = part.tokens, part.position_ids, part.end
     if flex and (rest := -tokens.numel() % BLOCK):
         alone = torch.arange(tokens.numel() + 1, tokens.numel() + rest + 1, device=end.device)
