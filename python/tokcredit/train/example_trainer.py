@@ -172,8 +172,10 @@ class ExampleTrainer:
             )
         self._train = [x.number for x in train]
         self._held_out = [x.number for x in spaced(held_out, s.eval_problems)]
-        text = repr([(x.prompt, x.responses) for x in self._examples])
-        self._digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+        digest = hashlib.sha256()
+        for example in self._examples:
+            digest.update(repr((example.prompt, example.responses)).encode(errors="surrogatepass"))
+        self._digest = digest.hexdigest()
         self._count = len(held_out)
 
     def _computed(self) -> ReferenceInputs:
