@@ -181,11 +181,10 @@ def held_out(trainer):
 
 
 def test_tasks_are_measured(on_pairs):
-    s = on_pairs(
-        tasks=("addition(digits=1)",), reward="uniform:digest", sampling=SamplingSettings(prompts=4, max_tokens=9)
-    )
-    run(s)
-    assert [line["step"] for line in read_metrics(s.output) if line.get("held_out_reward_mean", 0) > 0] == [0, 2, 4]
+    s = resolved(on_pairs(tasks=("addition(digits=1)",), reward="uniform:digest", eval_problems=3))
+    trainer = ExampleTrainer(s)
+    assert s.sampling.max_tokens == 0 and trainer._tasks[0].settings.sampling.max_tokens == 28
+    assert 0 < trainer.measure()["held_out_reward_mean"] < 1
 
 
 def on_rank(settings):
@@ -232,6 +231,10 @@ WRONG = {
     ),
     "sft": ({"objective": ObjectiveSettings("sft")}, "method: expected a preference method because of pairs, got sft"),
     "group": ({"sampling": SamplingSettings(group=4)}, "group: expected 8 because of pairs, got 4"),
+    "sampler": (
+        {"sampling": SamplingSettings("vllm"), "tasks": ("addition(digits=1)",)},
+        "sampler: expected transformers because of pairs, got vllm",
+    ),
     "probes": ({"probes": ProbeSettings(interval=3)}, "interval: expected 5 because of pairs, got 3"),
     "epochs": ({"optimizer": OptimizerSettings(epochs=2)}, "epochs: expected 1 because of pairs, got 2"),
     "reward": (

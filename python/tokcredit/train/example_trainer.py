@@ -15,7 +15,7 @@ from tokcredit import inputs
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Supervised
-from tokcredit.train import adapter, collectors, examples, policy, tasks, trainer
+from tokcredit.train import adapter, collectors, examples, models, policy, tasks, trainer
 from tokcredit.train.checkpoint import last
 from tokcredit.train.clock import Clock
 from tokcredit.train.examples import Example, batch_of
@@ -29,12 +29,12 @@ from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.settings import Settings
 
 _OF_ROLLOUTS = (
-    *("group", "adaptive", "widths", "segment", "epochs", "minibatches"),
+    *("sampler", "group", "adaptive", "widths", "segment", "epochs", "minibatches"),
     *(f.name for group in ("probes", "replay") for f in dataclasses.fields(getattr(Settings(), group))),
 )
 """Settings that only rollouts read."""
 _OF_TASKS = (
-    *("sampler", "sampling_batch", "reward", "on_reward_error"),
+    *("sampling_batch", "reward", "on_reward_error"),
     *(f.name for f in dataclasses.fields(Settings().tools)),
 )
 """Settings that are read where tasks are measured."""
@@ -198,9 +198,13 @@ class ExampleTrainer:
         half = self.settings.optimizer.precision == "bf16"
         dtype, batch = torch.bfloat16 if half else None, self.settings.sampling.sampling_batch
         sampler = TransformersSampler(self.model, self.tokenizer, dtype, batch)
-        context = SamplingContext(self.settings, problems, self.tokenizer, sampler, self.ranks)
+        # No limit of the examples is none of sampling.
+        limit = self.settings.sampling.max_tokens or models.recipe(self.settings.model).max_tokens
+        sampling = dataclasses.replace(self.settings.sampling, max_tokens=limit)
+        settings = dataclasses.replace(self.settings, sampling=sampling)
+        context = SamplingContext(settings, problems, self.tokenizer, sampler, self.ranks)
         context.prompt.prefix = adapter.prefix(self.model)
-        return context, trainer.collector(self.settings, frozenset(), problems)(context)
+        return context, trainer.collector(settings, frozenset(), problems)(context)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on beside weights, for a checkpoint."""
