@@ -125,7 +125,7 @@ class Learner:
         prepared = self._over_ranks(self._prepare(batch, 1.0))
         totals = _Totals(self._metrics_of_nothing(prepared))
         for rows in self._micro_batches(prepared):
-            totals.add(self._forward(prepared.select(rows), Clock())[2])
+            totals.add(_numbers(self._forward(prepared.select(rows), Clock())[2]))
         return totals.metrics(self._ranks, 1)
 
     def update(self, batch: Rollouts, number: int, clock: Clock) -> Update:
@@ -308,9 +308,9 @@ class Learner:
         """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
         loss, log_probs, metrics = self._forward(part, clock)
         loss.backward()
-        return log_probs, metrics
+        return log_probs, _numbers(metrics)
 
-    def _forward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def _forward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the loss of a micro-batch, its log-probs, and its metrics."""
         names, temperature = self._objective.variables, self._settings.sampling.temperature
         forward = self._forward_pass(part.batch)
@@ -326,9 +326,7 @@ class Learner:
                 variable, further = forward.read(names[0]), {name: forward.read(name) for name in names[1:]}
             with clock("credit"):
                 loss, found = self._objective.loss(part, variable, **further)
-        metrics = {**found, "entropy_mean": entropies[part.batch.response_mask].mean()}
-        values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
-        return loss, log_probs, dict(zip(metrics, values, strict=True))
+        return loss, log_probs, {**found, "entropy_mean": entropies[part.batch.response_mask].mean()}
 
     def _forward_pass(self, batch: Rollouts) -> collectors.ForwardPass:
         names, temperature = self._objective.variables, self._settings.sampling.temperature
@@ -347,6 +345,12 @@ class Learner:
             }
         )
         return part.with_denominators(**{name: int(x) for name, x in counts.items()}, dp_size=self._ranks.count)
+
+
+def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return metrics as Python numbers. This waits for the device."""
+    values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))
 
 
 class _Totals:
