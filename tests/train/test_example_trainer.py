@@ -22,6 +22,7 @@ from tokcredit.train import (
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.experiment import resolved
 from tokcredit.train.record import read_metrics
+from tokcredit.train.trainer import Trainer
 
 PAIRS = [
     {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "x" * (1 + (a + 2 * b) % 3) + str(a - b)}
@@ -120,6 +121,14 @@ def test_micro_batches_do_not_change_the_step(on_pairs, gradients):
     assert len(gradients) == 3
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-6)
+
+
+def test_pairs_of_rollouts_are_never_cut(settings, uniform):
+    """Optimizer steps and micro-batches of the two responses to each prompt have whole pairs, for any size."""
+    optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, minibatches=2, precision="no")
+    sampling = SamplingSettings(prompts=5, group=2, max_tokens=6)
+    metrics = Trainer(resolved(settings("dpo", sampling=sampling, optimizer=optimizer))).step(1).metrics
+    assert metrics["pairs"] == 5 and 0 <= metrics["accuracy_mean"] <= 1 and metrics["grad_norm"] > 0
 
 
 def test_a_run_on_pairs(on_pairs):
