@@ -132,22 +132,23 @@ def _has_lora(model: Any) -> bool:
 
 @contextmanager
 def switched_off(model: Any) -> Iterator[None]:
-    """Make a model what it was before LoRA was added, inside this context. Any other model stays as it is.
-
-    A model with virtual tokens is what it was for prompts without them; see
-    :func:`tokcredit.train.virtual_tokens.without`.
+    """Make a model what it was before its adapter was added, inside this context. Without an adapter nothing changes.
 
     Args:
         model: Causal language model of transformers.
     """
-    if not _has_lora(model):
-        yield
-        return
-    model.disable_adapters()
+    embeddings = virtual_tokens.of(model)
+    if embeddings is not None:
+        embeddings.enabled = False
+    if _has_lora(model):
+        model.disable_adapters()
     try:
         yield
     finally:
-        model.enable_adapters()
+        if embeddings is not None:
+            embeddings.enabled = True
+        if _has_lora(model):
+            model.enable_adapters()
 
 
 def keep_apart(model: Any, accelerator: Accelerator) -> None:
@@ -210,6 +211,7 @@ def merge(base: Any, folder: Path) -> Any:
 
     if (kind := PeftConfig.from_pretrained(str(folder)).peft_type) != "LORA":
         raise ValueError(f"model: expected an adapter that can be merged, LoRA, got {kind.value} in {folder}")
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers about what peft reads
         return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()

@@ -15,7 +15,6 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.train import adapter
 from tokcredit.train.output_layer import OutputLayer, output_layer
 from tokcredit.train.scoring import Predicted, predict, score, scores_of
-from tokcredit.train.virtual_tokens import without
 
 _OF_LOGITS = frozenset(
     {"squared_probs", "token_probs", "disagreement", "padded_disagreement", "reverse_kl", "forward_kl"}
@@ -88,7 +87,7 @@ class ForwardPass:
     @cached_property
     def _teacher_logits(self) -> Tensor:
         with torch.no_grad():
-            predicted = predict(self._teacher, without(self._policy, self._batch))
+            predicted = predict(self._teacher, self._batch)
         assert predicted.logits is not None
         return predicted.logits[predicted.inside]
 
@@ -122,7 +121,7 @@ class ForwardPass:
     def ref_log_probs(self) -> Tensor:
         """Log-probs under the reference policy, nats."""
         with adapter.switched_off(self._reference):
-            return score(self._reference, without(self._reference, self._batch), self._temperature)[0]
+            return score(self._reference, self._batch, self._temperature)[0]
 
     @property
     def token_probs(self) -> Tensor:

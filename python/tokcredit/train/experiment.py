@@ -229,7 +229,8 @@ def _columns(number: int, update: Update, model: Any) -> dict[str, Any]:
         # Numbers that were not computed (NaN) are null.
         return [None if row.isnan().any() else row.tolist() for row in rows]
 
-    prompts = virtual_tokens.without(model, batch).input("prompt_tokens")
+    with adapter.switched_off(model):
+        prompts = virtual_tokens.known(model, batch.input("prompt_tokens"))
     return {
         "step": [number] * batch.num_rows,
         "group": batch.group_ids.tolist(),

@@ -125,7 +125,7 @@ class Learner:
         prepared = self._over_ranks(self._prepare(batch, 1.0))
         totals = _Totals(self._metrics_of_nothing(prepared))
         for rows in self._micro_batches(prepared):
-            totals.add(_numbers(self._forward(prepared.select(rows), Clock())[2]))
+            totals.add(self._forward(prepared.select(rows), Clock())[2])
         return totals.metrics(self._ranks, 1)
 
     def update(self, batch: Rollouts, number: int, clock: Clock) -> Update:
@@ -306,11 +306,12 @@ class Learner:
 
     def _backward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, dict[str, float]]:
         """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
-        loss, log_probs, metrics = self._forward(part, clock)
-        loss.backward()
-        return log_probs, _numbers(metrics)
+        _, log_probs, metrics = self._forward(part, clock, backward=True)
+        return log_probs, metrics
 
-    def _forward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _forward(
+        self, part: PreparedBatch, clock: Clock, backward: bool = False
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Return the loss of a micro-batch, its log-probs, and its metrics."""
         names, temperature = self._objective.variables, self._settings.sampling.temperature
         forward = self._forward_pass(part.batch)
@@ -326,7 +327,11 @@ class Learner:
                 variable, further = forward.read(names[0]), {name: forward.read(name) for name in names[1:]}
             with clock("credit"):
                 loss, found = self._objective.loss(part, variable, **further)
-        return loss, log_probs, {**found, "entropy_mean": entropies[part.batch.response_mask].mean()}
+        if backward:  # before the numbers are waited for
+            loss.backward()
+        metrics = {**found, "entropy_mean": entropies[part.batch.response_mask].mean()}
+        values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
+        return loss, log_probs, dict(zip(metrics, values, strict=True))
 
     def _forward_pass(self, batch: Rollouts) -> collectors.ForwardPass:
         names, temperature = self._objective.variables, self._settings.sampling.temperature
@@ -345,12 +350,6 @@ class Learner:
             }
         )
         return part.with_denominators(**{name: int(x) for name, x in counts.items()}, dp_size=self._ranks.count)
-
-
-def _numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return metrics as Python numbers. This waits for the device."""
-    values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
-    return dict(zip(metrics, values, strict=True))
 
 
 class _Totals:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokcredit.blocks import head, log_probs
 from tokcredit.rollouts import Rollouts
 from tokcredit.train.output_layer import OutputLayer, body, output_layer
+from tokcredit.train.virtual_tokens import known
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ def predict(model: Any, batch: Rollouts, hidden_states: bool = False, logits: bo
         hidden_states: Whether to return hidden states.
         logits: Whether to return logits; without them the output layer of the model is not computed.
     """
-    prompts, of_row = batch.input("prompt_tokens").unique(dim=0, return_inverse=True)
+    prompts, of_row = known(model, batch.input("prompt_tokens")).unique(dim=0, return_inverse=True)
     prompts = prompts[:, prompts.shape[1] - int((prompts >= 0).sum(1).max()) :]
     real, prompts = prompts >= 0, prompts.clamp(min=0)
     shared = prefill(model, prompts, real)

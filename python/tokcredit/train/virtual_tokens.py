@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokcredit.rollouts import Rollouts
-
 
 class VirtualTokens(torch.nn.Module):
     """Input embeddings of a model, and those of further tokens, which are trained.
@@ -21,11 +19,14 @@ class VirtualTokens(torch.nn.Module):
     Args:
         base: Input embeddings of the model.
         count: Number of virtual tokens. They begin as random tokens of the vocabulary.
+
+    Attributes:
+        enabled: Whether there are virtual tokens; the model is else what it was.
     """
 
     def __init__(self, base: torch.nn.Embedding, count: int) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.enabled = base, True
         chosen = torch.randint(base.num_embeddings, (count,))
         self.prompt = torch.nn.Parameter(base.weight.detach()[chosen].clone())
 
@@ -68,18 +69,18 @@ def add(model: Any, count: int) -> None:
     model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), count))
 
 
-def without(model: Any, batch: Rollouts) -> Rollouts:
-    """Return rollouts whose prompts have no virtual tokens, for models that have none.
+def known(model: Any, prompts: Tensor) -> Tensor:
+    """Return left-padded prompts without the virtual tokens that a model does not have.
 
     Args:
-        model: Causal language model of transformers whose virtual tokens may be in the prompts.
-        batch: Packed rollouts with ``prompt_tokens``.
+        model: Causal language model of transformers.
+        prompts: Integers ``(B, P)``, -1 at padding.
     """
     embeddings = of(model)
-    if embeddings is None:
-        return batch
-    prompts = batch.input("prompt_tokens")
-    return batch.with_inputs(prompt_tokens=prompts.masked_fill(prompts >= embeddings.base.num_embeddings, -1))
+    if embeddings is not None and embeddings.enabled:
+        return prompts
+    size = embeddings.base.num_embeddings if embeddings is not None else model.get_input_embeddings().num_embeddings
+    return prompts.masked_fill(prompts >= size, -1)
 
 
 def save(model: Any, folder: Path, base: str) -> None:
