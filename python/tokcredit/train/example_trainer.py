@@ -15,11 +15,12 @@ from tokcredit import inputs
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Supervised
-from tokcredit.train import adapter, collectors, examples, models, policy, tasks, trainer
+from tokcredit.train import adapter, collectors, examples, policy, tasks, trainer
 from tokcredit.train.checkpoint import last
 from tokcredit.train.clock import Clock
 from tokcredit.train.examples import Example, batch_of
 from tokcredit.train.learner import Learner, Update
+from tokcredit.train.models import recipe
 from tokcredit.train.problems import Problems, nth, spaced, split
 from tokcredit.train.ranks import Ranks, check_launch
 from tokcredit.train.record import curve_of
@@ -29,7 +30,8 @@ from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.settings import Settings
 
 _OF_ROLLOUTS = (
-    *("sampler", "group", "adaptive", "widths", "segment", "epochs", "minibatches"),
+    "sampler",
+    *("group", "adaptive", "widths", "segment", "epochs", "minibatches"),
     *(f.name for group in ("probes", "replay") for f in dataclasses.fields(getattr(Settings(), group))),
 )
 """Settings that only rollouts read."""
@@ -199,7 +201,7 @@ class ExampleTrainer:
         dtype, batch = torch.bfloat16 if half else None, self.settings.sampling.sampling_batch
         sampler = TransformersSampler(self.model, self.tokenizer, dtype, batch)
         # No limit of the examples is none of sampling.
-        limit = self.settings.sampling.max_tokens or models.recipe(self.settings.model).max_tokens
+        limit = self.settings.sampling.max_tokens or recipe(self.settings.model).max_tokens
         sampling = dataclasses.replace(self.settings.sampling, max_tokens=limit)
         settings = dataclasses.replace(self.settings, sampling=sampling)
         context = SamplingContext(settings, problems, self.tokenizer, sampler, self.ranks)
