@@ -5,7 +5,7 @@ import torch
 from test_example_trainer import on_pairs  # noqa: F401
 from test_experiment import TIMES
 from tokcredit.cli import main
-from tokcredit.train import ObjectiveSettings, checkpoint, run
+from tokcredit.train import ObjectiveSettings, checkpoint, policy, run
 from tokcredit.train import adapter as adapters
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.experiment import resolved
@@ -132,7 +132,7 @@ def test_policy_gradients(settings, uniform):
     """The reference of a KL term is the model without its adapter, not a copy of it."""
     s = settings("grpo", adapter=LORA, objective=ObjectiveSettings("grpo", terms=("kl(0.5)",)), steps=3)
     trainer = Trainer(resolved(s))
-    assert trainer.learner._reference is trainer.model
+    assert policy.reference(trainer.objective, trainer.model) is trainer.model
     kl = [trainer.step(number).metrics["kl"] for number in (1, 2, 3)]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[2] > 1e-5
     batch = trainer.learner.with_inputs(trainer.rollout_collector.collect(4).batch)
