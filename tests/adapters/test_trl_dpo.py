@@ -115,6 +115,13 @@ def test_lora(precompute, tmp_path):
     assert ours[0].ref_model is None and len(ours[1][0]) < sum(p.numel() for p in ours[0].model.parameters())
 
 
+def test_files_of_tokcredit_pairs(tmp_path):
+    """Token ids in the file do not disturb TRL, which makes its own from the texts."""
+    named = DATA.map(lambda row: {name: [9, 9] for name in ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask")})
+    ours = train(CreditDPOTrainer, tmp_path, dict(beta=0.3), data=named, objective=PARITY["sigmoid"][0])
+    equal(ours, train(trl.DPOTrainer, tmp_path, dict(beta=0.3)))
+
+
 def test_truncated_rows(tmp_path):
     settings = dict(max_length=7, beta=0.3, precompute_ref_log_probs=True)
     ours = train(CreditDPOTrainer, tmp_path, settings, objective=PARITY["sigmoid"][0])

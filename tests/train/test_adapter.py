@@ -1,13 +1,11 @@
 """LoRA: what trains, what the reference is, and what is saved, resumed and merged."""
 
-import dataclasses
-
 import pytest
 import torch
 from test_example_trainer import on_pairs  # noqa: F401
-from test_experiment import numbers
+from test_experiment import TIMES
 from tokcredit.cli import main
-from tokcredit.train import ObjectiveSettings, run
+from tokcredit.train import ObjectiveSettings, checkpoint, policy, run
 from tokcredit.train import adapter as adapters
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.experiment import resolved
@@ -77,36 +75,50 @@ def test_the_gradient_is_that_of_the_layer(on_pairs, gradients):  # noqa: F811
     torch.testing.assert_close(of_b, 2 * kept[-1] @ a.T, rtol=1e-3, atol=1e-5)
 
 
-def test_a_resumed_run_gives_the_numbers_of_a_whole_one(on_pairs, tmp_path):  # noqa: F811
-    whole = on_pairs(adapter=LORA, output=tmp_path / "whole", eval_every=0)
-    run(whole)
-    parts = dataclasses.replace(whole, output=tmp_path / "parts", steps=2)
-    run(parts)
-    run(dataclasses.replace(parts, steps=4, resume=True))
-    a, b = ([{k: v for k, v in x.items() if "held_out" not in k} for x in numbers(s.output)] for s in (whole, parts))
-    assert a == b and len(a) == 5
-    sizes = {path.name: path.stat().st_size for path in (whole.output / "checkpoint-000004").iterdir()}
+@pytest.mark.parametrize("text", [LORA, "prompt(tokens=5)"])
+def test_resumed_training_gives_the_numbers_of_an_uninterrupted_one(text, on_pairs, tmp_path):  # noqa: F811
+    s = resolved(on_pairs(adapter=text))
+
+    def steps(trainer, numbers):
+        lines = [trainer.step(number).metrics for number in numbers]
+        return [{name: x for name, x in line.items() if name not in TIMES} for line in lines]
+
+    expected = steps(ExampleTrainer(s), (1, 2, 3, 4))
+    first, second = ExampleTrainer(s), ExampleTrainer(s)
+    found = steps(first, (1, 2))
+    checkpoint.save(first.accelerator, tmp_path, 2)
+    assert checkpoint.load(second.accelerator, tmp_path) == 2
+    assert found + steps(second, (3, 4)) == expected
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint-000002").iterdir()}
     assert not any(name.startswith(("model", "pytorch_model")) for name in sizes)
-    assert sizes["adapter.pt"] < sum(p.numel() for p in load("tiny(steps=0)")[0].parameters())
+    assert sizes["adapter.pt"] < sum(p.numel() for p in first.model.parameters())
 
 
-def test_merged_models(on_pairs, tmp_path, monkeypatch, capsys):  # noqa: F811
+def saved(trainer, folder):
+    """The folder ``model`` of a run, as its end writes it."""
+    folder.mkdir(parents=True)
+    adapters.save(trainer.model, folder)
+    trainer.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_merged_models(on_pairs, tmp_path, monkeypatch):  # noqa: F811
     """The folder of an adapter works as a model, also one that was trained on such a folder; merge writes it whole."""
     monkeypatch.chdir(tmp_path)
-    first = on_pairs(adapter=LORA, output=tmp_path / "first")
-    run(first)
-    trained, _ = load(str(first.output / "model"))
+    trainer = ExampleTrainer(resolved(on_pairs(adapter=LORA)))
+    expected = logits(stepped(trainer, 2))
+    trained, _ = load(saved(trainer, tmp_path / "first" / "model"))
     assert not adapters.has_one(trained) and all(p.requires_grad for p in trained.parameters())
-    trainer = ExampleTrainer(resolved(dataclasses.replace(first, output=tmp_path / "again")))
-    expected = logits(stepped(trainer, 4))
     torch.testing.assert_close(logits(trained), expected, rtol=1e-4, atol=1e-4)
     main(["merge", "first", "-o", "whole"])
     torch.testing.assert_close(logits(load("whole")[0]), expected, rtol=1e-4, atol=1e-4)
     assert not (tmp_path / "whole" / "adapter_config.json").exists()
-    second = on_pairs(model="first/model", adapter=LORA, output=tmp_path / "second", steps=1)
-    run(second)
-    difference = (logits(load(str(second.output / "model"))[0]) - expected).abs().max()
-    assert 1e-6 < difference < (logits(load("tiny(steps=0)")[0]) - expected).abs().max()
+    second = ExampleTrainer(resolved(on_pairs(model="first/model", adapter=LORA)))
+    torch.testing.assert_close(logits(second.model), expected, rtol=1e-4, atol=1e-4)
+    again = logits(stepped(second, 1))
+    assert (again - expected).abs().max() > 1e-3
+    loaded, _ = load(saved(second, tmp_path / "second"))
+    torch.testing.assert_close(logits(loaded), again, rtol=1e-4, atol=1e-4)
     for arguments, message in (
         (["first", "-o", "whole"], "--output: expected a new folder, got whole"),
         (["whole", "-o", "new"], "run: expected a finished run with an adapter, or the folder of one, got whole"),
@@ -120,7 +132,7 @@ def test_policy_gradients(settings, uniform):
     """The reference of a KL term is the model without its adapter, not a copy of it."""
     s = settings("grpo", adapter=LORA, objective=ObjectiveSettings("grpo", terms=("kl(0.5)",)), steps=3)
     trainer = Trainer(resolved(s))
-    assert trainer.learner._reference is trainer.model
+    assert policy.reference(trainer.objective, trainer.model) is trainer.model
     kl = [trainer.step(number).metrics["kl"] for number in (1, 2, 3)]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[2] > 1e-5
     batch = trainer.learner.with_inputs(trainer.rollout_collector.collect(4).batch)

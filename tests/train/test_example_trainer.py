@@ -22,6 +22,7 @@ from tokcredit.train import (
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.experiment import resolved
 from tokcredit.train.record import read_metrics
+from tokcredit.train.trainer import Trainer
 
 PAIRS = [
     {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "x" * (1 + (a + 2 * b) % 3) + str(a - b)}
@@ -100,6 +101,11 @@ def test_every_method_trains_by_name(method, on_pairs):
         with pytest.raises(ValueError, match=message):
             ExampleTrainer(s)
         return
+    of_rollouts = frozenset().union(*map(tc.inputs.names, example_trainer._SAMPLED)) - {"prompt_tokens"}
+    if objective.required_inputs & of_rollouts:
+        with pytest.raises(ValueError, match=f"method: expected one that reads no inputs of rollouts .* got {method}"):
+            ExampleTrainer(s)
+        return
     trainer = ExampleTrainer(s)
     assert trainer.step(1).metrics["grad_norm"] > 0
     assert torch.tensor(list(trainer.measure().values())).isfinite().all()
@@ -120,6 +126,14 @@ def test_micro_batches_do_not_change_the_step(on_pairs, gradients):
     assert len(gradients) == 3
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-6)
+
+
+def test_pairs_of_rollouts_are_never_cut(settings, uniform):
+    """Optimizer steps and micro-batches of the two responses to each prompt have whole pairs, for any size."""
+    optimizer = OptimizerSettings(lr=1e-3, micro_batch=3, minibatches=2, precision="no")
+    sampling = SamplingSettings(prompts=5, group=2, max_tokens=6)
+    metrics = Trainer(resolved(settings("dpo", sampling=sampling, optimizer=optimizer))).step(1).metrics
+    assert metrics["pairs"] == 5 and 0 <= metrics["accuracy_mean"] <= 1 and metrics["grad_norm"] > 0
 
 
 def test_a_run_on_pairs(on_pairs):
@@ -181,11 +195,10 @@ def held_out(trainer):
 
 
 def test_tasks_are_measured(on_pairs):
-    s = on_pairs(
-        tasks=("addition(digits=1)",), reward="uniform:digest", sampling=SamplingSettings(prompts=4, max_tokens=9)
-    )
-    run(s)
-    assert [line["step"] for line in read_metrics(s.output) if line.get("held_out_reward_mean", 0) > 0] == [0, 2, 4]
+    s = resolved(on_pairs(tasks=("addition(digits=1)",), reward="uniform:digest", eval_problems=3))
+    trainer = ExampleTrainer(s)
+    assert s.sampling.max_tokens == 0 and trainer._tasks[0].settings.sampling.max_tokens == 28
+    assert 0 < trainer.measure()["held_out_reward_mean"] < 1
 
 
 def on_rank(settings):
@@ -218,8 +231,8 @@ def test_two_ranks_equal_one(on_pairs, tmp_path):
         whole = on_rank(s)
         for one, a, b in zip(whole[:3], first[:3], second[:3], strict=True):
             assert a == b and a.keys() == one.keys()
-            # The share of scores above 0 is not compared where all are 0 up to rounding.
-            compared = [name for name in a if "accuracy" not in name or one is not whole[0]]
+            # Before the update all scores are 0 up to rounding, and their signs mean nothing.
+            compared = [name for name in a if "accuracy" not in name or one is whole[2]]
             assert [a[x] for x in compared] == pytest.approx([one[x] for x in compared], rel=1e-4, abs=1e-5)
         assert torch.equal(first[3], second[3])
         torch.testing.assert_close(first[3], whole[3], rtol=1e-3, atol=1e-6)
@@ -232,6 +245,10 @@ WRONG = {
     ),
     "sft": ({"objective": ObjectiveSettings("sft")}, "method: expected a preference method because of pairs, got sft"),
     "group": ({"sampling": SamplingSettings(group=4)}, "group: expected 8 because of pairs, got 4"),
+    "sampler": (
+        {"sampling": SamplingSettings("vllm"), "tasks": ("addition(digits=1)",)},
+        "sampler: expected transformers because of pairs, got vllm",
+    ),
     "probes": ({"probes": ProbeSettings(interval=3)}, "interval: expected 5 because of pairs, got 3"),
     "epochs": ({"optimizer": OptimizerSettings(epochs=2)}, "epochs: expected 1 because of pairs, got 2"),
     "reward": (

@@ -21,6 +21,7 @@ from tokcredit.train.checkpoint import last
 from tokcredit.train.clock import Clock
 from tokcredit.train.examples import Example, batch_of
 from tokcredit.train.learner import Learner, Update
+from tokcredit.train.models import recipe
 from tokcredit.train.problems import Problems, nth, spaced, split
 from tokcredit.train.ranks import Ranks, check_launch
 from tokcredit.train.record import curve_of
@@ -30,12 +31,13 @@ from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.settings import Settings
 
 _OF_ROLLOUTS = (
+    "sampler",
     *("group", "adaptive", "widths", "segment", "epochs", "minibatches"),
     *(f.name for group in ("probes", "replay", "privileged") for f in dataclasses.fields(getattr(Settings(), group))),
 )
 """Settings that only rollouts read."""
 _OF_TASKS = (
-    *("sampler", "sampling_batch", "reward", "on_reward_error"),
+    *("sampling_batch", "reward", "on_reward_error"),
     *(f.name for f in dataclasses.fields(Settings().tools)),
 )
 """Settings that are read where tasks are measured."""
@@ -175,8 +177,10 @@ class ExampleTrainer:
             )
         self._train = [x.number for x in train]
         self._held_out = [x.number for x in spaced(held_out, s.eval_problems)]
-        text = repr([(x.prompt, x.responses) for x in self._examples])
-        self._digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+        digest = hashlib.sha256()
+        for example in self._examples:
+            digest.update(repr((example.prompt, example.responses)).encode(errors="surrogatepass"))
+        self._digest = digest.hexdigest()
         self._count = len(held_out)
 
     def _computed(self) -> ReferenceInputs:
@@ -199,9 +203,13 @@ class ExampleTrainer:
         half = self.settings.optimizer.precision == "bf16"
         dtype, batch = torch.bfloat16 if half else None, self.settings.sampling.sampling_batch
         sampler = TransformersSampler(self.model, self.tokenizer, dtype, batch)
-        context = SamplingContext(self.settings, problems, self.tokenizer, sampler, self.ranks)
+        # No limit of the examples is none of sampling.
+        limit = self.settings.sampling.max_tokens or recipe(self.settings.model).max_tokens
+        sampling = dataclasses.replace(self.settings.sampling, max_tokens=limit)
+        settings = dataclasses.replace(self.settings, sampling=sampling)
+        context = SamplingContext(settings, problems, self.tokenizer, sampler, self.ranks)
         context.prompt.prefix = adapter.prefix(self.model)
-        return context, trainer.collector(self.settings, frozenset(), problems)(context)
+        return context, trainer.collector(settings, frozenset(), problems)(context)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on beside weights, for a checkpoint."""

@@ -310,11 +310,12 @@ class Learner:
 
     def _backward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, dict[str, float]]:
         """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
-        loss, log_probs, metrics = self._forward(part, clock)
-        loss.backward()
+        _, log_probs, metrics = self._forward(part, clock, backward=True)
         return log_probs, metrics
 
-    def _forward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, Tensor, dict[str, float]]:
+    def _forward(
+        self, part: PreparedBatch, clock: Clock, backward: bool = False
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Return the loss of a micro-batch, its log-probs, and its metrics."""
         names, temperature = self._objective.variables, self._settings.sampling.temperature
         forward = self._forward_pass(part.batch, hidden_only=True)
@@ -333,6 +334,8 @@ class Learner:
                 variable, further = forward.read(names[0]), {name: forward.read(name) for name in names[1:]}
             with clock("credit"):
                 loss, found = self._objective.loss(part, variable, **further)
+        if backward:  # before the numbers are waited for
+            loss.backward()
         metrics = {**found, "entropy_mean": entropies[part.batch.response_mask].mean()}
         values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
         return loss, log_probs, dict(zip(metrics, values, strict=True))

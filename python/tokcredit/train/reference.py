@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,10 +33,12 @@ class ReferenceInputs:
 
     def __init__(self, names: frozenset[str], examples: Sequence[Example], folder: Path | None) -> None:
         self._names, self._examples = sorted(names), examples
-        self._known: dict[int, dict[str, list[float]]] = {}
+        self._known: dict[int, dict[str, NDArray[np.float32]]] = {}
         if names and folder is not None:
-            rows = pq.read_table(folder / _FILE).to_pylist()
-            self._known = {row.pop("example"): row for row in rows}
+            table = pq.read_table(folder / _FILE)
+            columns = [table[name].to_numpy() for name in self._names]
+            for number, *values in zip(table["example"].to_pylist(), *columns, strict=True):
+                self._known[number] = dict(zip(self._names, values, strict=True))
 
     def compute(self, blocks: Iterable[Sequence[int]], collect: Callable[[Rollouts], Rollouts], ranks: Ranks) -> None:
         """Compute the inputs of those examples that have none yet.
@@ -63,7 +67,7 @@ class ReferenceInputs:
                 if mine:
                     batch = collect(batch_of([self._examples[i] for i in mine], range(len(mine)), ranks.device))
                     rows = {name: batch.input(name).cpu().split(list(map(self._tokens, mine))) for name in self._names}
-                    found += [(i, {name: rows[name][n].tolist() for name in rows}) for n, i in enumerate(mine)]
+                    found += [(i, {name: rows[name][n].float().numpy() for name in rows}) for n, i in enumerate(mine)]
                 bar.update(len(part))
         self._known |= dict(gather_object(found)) if ranks.count > 1 else dict(found)
 
@@ -83,12 +87,12 @@ class ReferenceInputs:
             folder: The folder.
         """
         if self._names:
-            kinds = [("example", pa.int64()), *((name, pa.list_(pa.float32())) for name in self._names)]
-            rows = [{"example": i, **values} for i, values in sorted(self._known.items())]
-            write_table(folder / _FILE, pa.Table.from_pylist(rows, pa.schema(kinds)))
+            numbers, kind = sorted(self._known), pa.list_(pa.float32())
+            columns = {name: pa.array([self._known[i][name] for i in numbers], kind) for name in self._names}
+            write_table(folder / _FILE, pa.table({"example": numbers, **columns}))
 
     def _column(self, name: str, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor([x for i in numbers for x in self._known[i][name]], dtype=torch.float32)
+        return torch.from_numpy(np.concatenate([self._known[i][name] for i in numbers]))
 
     def _tokens(self, number: int) -> int:
         return sum(len(response.tokens) for response in self._examples[number].responses)
