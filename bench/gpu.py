@@ -41,9 +41,7 @@ KERNELS = {
     "logits forward": "logits: forward<{}, 512>",
     "logits backward": "logits: backward<{}, 512>",
     "divergence forward_kl, forward": "divergence: forward<0, {}, 256>",
-    "divergence forward_kl, backward": "divergence: backward<0, {}, 256>",
     "divergence js, forward": "divergence: forward<2, {}, 256>",
-    "divergence js, backward": "divergence: backward<2, {}, 256>",
 }
 DEVICE = "cuda"  # or "cpu", on small inputs
 SASS_NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
