@@ -333,13 +333,13 @@ def main():
     parser.add_argument("objects", type=Path)
     parser.add_argument("--check", action="store_true")
     a = parser.parse_args()
-    wrong, compiler = [], said("nvcc", "--version")
+    wrong = []
     with tempfile.TemporaryDirectory() as folder:
         found = cubins(a.objects, folder)
         if not found:
             raise SystemExit(f"objects: expected a folder with compiled .cu files below it, got {a.objects}")
         if not a.check:
-            version = re.search(r"V([0-9.]+)", compiler)[1]
+            version = re.search(r"V([0-9.]+)", said("nvcc", "--version"))[1]
             print(f"nvcc {version}; instructions per 128 items; accesses of 16 bytes per pass")
         for architecture in sorted({architecture for _, architecture in found}, key=int):
             title = f"sm_{architecture} ({DEVICES[architecture][0]})"

@@ -214,7 +214,7 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
     store_slopes(t, slope);
     return true;
   }
-  template <class OfRow> __device__ bool take_shared(int64_t t, OfRow &own) const {
+  template <class Row> __device__ bool take_shared(int64_t t, Row &own) const {
     A x[quad], slope[quad];
     load_log_probs(p.log_probs, t, x);
     subtract_reference(t, x);
