@@ -62,9 +62,9 @@ STREAMS = {
     "divergence": [
         Stream("forward<0, bf16, 256>", 512, 6, stores=False),
         Stream("forward<2, bf16, 256>", 512, 6, stores=False),
-        Stream("backward<0, bf16, 256>", 512, 8),
-        Stream("backward<1, bf16, 256>", 512, 8),
-        Stream("backward<2, bf16, 256>", 512, 8),
+        Stream("backward<0, bf16, 256>", 512, 8, work="MUFU"),
+        Stream("backward<1, bf16, 256>", 512, 8, work="MUFU"),
+        Stream("backward<2, bf16, 256>", 512, 8, work="MUFU"),
     ],
     "segment": [
         *(

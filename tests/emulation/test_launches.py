@@ -51,8 +51,8 @@ def test_a_batch_takes_few_launches(emulator, op):
     assert allocations <= MOST[op][1]
 
 
-def test_tree_and_tempo_take_six_launches(emulator):
-    """Four for the tree, one for values and their changes, one to write the advantages."""
+def test_tempo_takes_ten_launches(emulator):
+    """Four for the tree, one for values and their changes, two for moments, two to standardize, one to expand."""
     rollouts = tc.Rollouts(
         torch.randint(0, 2, (ROWS * LENGTH,)),
         torch.arange(ROWS + 1) * LENGTH,
@@ -62,7 +62,7 @@ def test_tree_and_tempo_take_six_launches(emulator):
     credit = tc.methods.tempo().credit
     credit(rollouts)  # what the batch keeps is there
     launches, allocations = emulator.work_of_host(lambda: credit(rollouts))
-    assert (launches, allocations) == (6, 2)
+    assert (launches, allocations) == (10, 3)
 
 
 @pytest.mark.parametrize(("dtype", "ranks", "most"), [(torch.float32, False, 8), (torch.bfloat16, True, 4)])
