@@ -20,8 +20,13 @@ BUILD := $(if $(wildcard /dev/nvidia0),-C cmake.define.TOKCREDIT_CUDA=ON -C cmak
 	$(BIN)/pip install -q -c constraints.txt pybind11 pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis scipy selenium ruff mypy clang-format
 	touch $@
 
-.venv/installed: .venv/tools $(SOURCES)
-	$(BIN)/pip install -q -c constraints.txt --no-deps --force-reinstall $(BUILD) .
+build/wheel/built: .venv/tools $(SOURCES)
+	rm -rf build/wheel
+	$(BIN)/pip wheel -q --no-deps -w build/wheel $(BUILD) .
+	touch $@
+
+.venv/installed: build/wheel/built
+	$(BIN)/pip install -q --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
 
 train: .venv/installed

@@ -11,11 +11,6 @@ ENVIRONMENTS := $(HOSTS) bench
 
 .PHONY: test-hosts $(HOSTS:%=test-%)
 
-build/host/wheel: .venv/tools $(SOURCES)
-	rm -rf build/host
-	$(BIN)/pip wheel -q --no-deps -w build/host -C cmake.define.TOKCREDIT_CUDA=OFF .
-	touch $@
-
 $(ENVIRONMENTS:%=.venv-%/tools): .venv-%/tools: requirements/%.txt
 	rm -rf .venv-$*
 	$(PYTHON) -m venv .venv-$*
@@ -24,8 +19,8 @@ $(ENVIRONMENTS:%=.venv-%/tools): .venv-%/tools: requirements/%.txt
 	.venv-$*/bin/pip install -q --no-deps -r $<
 	touch $@
 
-$(ENVIRONMENTS:%=.venv-%/installed): .venv-%/installed: .venv-%/tools build/host/wheel
-	.venv-$*/bin/pip install -q --no-deps --force-reinstall build/host/*.whl
+$(ENVIRONMENTS:%=.venv-%/installed): .venv-%/installed: .venv-%/tools build/wheel/built
+	.venv-$*/bin/pip install -q --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
 
 $(HOSTS:%=test-%): test-%: .venv-%/installed

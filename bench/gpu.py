@@ -1,17 +1,21 @@
 """Measure every operation on the GPU beside torch eager, torch.compile, torch's own operation and a Triton kernel.
 
 Run: ``python bench/gpu.py [--json FILE] [--tokens N]``. Results are compared before anything is timed. For rates and
-their share of the copy rate see ``harness.py``.
+their share of the copy rate see ``harness.py``; beside it stands the share that ``sass.txt`` says the machine code
+allows. ``--device cpu --tokens 50000`` runs all of it on small inputs without a GPU, but for CUDA graphs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import warnings
+from pathlib import Path
 
 import tokcredit as tc
 import torch
+from divergence import with_torch as torch_divergence
 from harness import Table
 from tokcredit import ops
 from tokcredit.blocks import scan, segment, select, tree, values
@@ -23,6 +27,42 @@ except ImportError:
     triton = None
 
 
+# The kernel that does most of an operation's work, in sass.txt; {} is the dtype.
+KERNELS = {
+    "expand": "expand: expand_tiles<float>",
+    "scan": "scan: scan_tiles<{}, false>",
+    "segment sum": "segment: reduce_tiles<{}, 0>",
+    "segment var": "segment: reduce_tiles<{}, 2>",
+    "segment logsumexp": "segment: reduce_tiles<{}, 6>",
+    "policy loss, clip": "policy_loss: policy_loss_tiles<0, {}, true>",
+    "policy loss, soft": "policy_loss: policy_loss_tiles<1, {}, true>",
+    "policy loss, k3": "policy_loss: policy_loss_tiles<3, {}, true>",
+    "policy loss, cumulative": "policy_loss: policy_loss_chained<0, {}>",
+    "logits forward": "logits: forward<{}, 512>",
+    "logits backward": "logits: backward<{}, 512>",
+    "divergence forward_kl, forward": "divergence: forward<0, {}, 256>",
+    "divergence js, forward": "divergence: forward<2, {}, 256>",
+}
+DEVICE = "cuda"  # or "cpu", on small inputs
+SASS_NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
+
+
+def model_shares():
+    """Return the shares of the copy rate in sass.txt, by kernel, for the device's architecture."""
+    major, minor = torch.cuda.get_device_capability() if DEVICE == "cuda" else (9, 0)
+    found, wanted = {}, f"sm_{major}{minor}"
+    for line in (Path(__file__).parent / "sass.txt").read_text().splitlines():
+        if line.startswith("sm_"):
+            architecture = line.split()[0]
+        elif (row := re.match(r"(\S+: .*?>)\s.*?(\d+)%$", line)) and architecture == wanted:
+            found[row[1]] = int(row[2]) / 100
+    return found
+
+
+def named(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
 def close(a, b, rtol=1e-4, atol=1e-4):
     for x, y in zip(a if isinstance(a, tuple) else (a,), b if isinstance(b, tuple) else (b,), strict=False):
         if x is not None and y is not None:
@@ -30,18 +70,18 @@ def close(a, b, rtol=1e-4, atol=1e-4):
 
 
 def equal_rows(rows, length):
-    return tc.Spans.from_cu_seqlens(torch.arange(rows + 1, device="cuda") * length)
+    return tc.Spans.from_cu_seqlens(torch.arange(rows + 1, device=DEVICE) * length)
 
 
 def random(*shape, scale=1.0):
-    return scale * torch.randn(*shape, device="cuda")
+    return scale * torch.randn(*shape, device=DEVICE)
 
 
 def streams(table, rows, length):
     """Measure operations that read and write each token once."""
     n, shape = rows * length, f"{rows} x {length}"
     spans = equal_rows(rows, length)
-    mask = torch.rand(n, device="cuda") > 0.05
+    mask = torch.rand(n, device=DEVICE) > 0.05
 
     table.measure(
         "expand (one per row)",
@@ -73,7 +113,7 @@ def streams(table, rows, length):
         9 * n,
         {"tokcredit": lambda x: scan.returns(x, spans.with_mask(mask), 0.99)},
     )
-    offsets = torch.arange(rows + 1, device="cuda") * length
+    offsets = torch.arange(rows + 1, device=DEVICE) * length
     for name in ("sum", "maximum", "var"):
         theirs = {"sum": "sum", "maximum": "max"}.get(name)
         providers = {
@@ -97,7 +137,7 @@ def streams(table, rows, length):
         5 * n,
         {
             "tokcredit": lambda x: select.top_k(x, k, spans),
-            "torch.topk": lambda x: torch.zeros(rows, length, dtype=torch.bool, device="cuda").scatter_(
+            "torch.topk": lambda x: torch.zeros(rows, length, dtype=torch.bool, device=DEVICE).scatter_(
                 1, x.view(rows, length).topk(k, 1).indices, True
             ),
         },
@@ -116,16 +156,68 @@ def streams(table, rows, length):
     )
 
 
+def packed(table, name, lengths, dtype):
+    """Measure what reads and writes each token once on packed rows of these lengths, in one launch or a few."""
+    ends = lengths.to(DEVICE).cumsum(0)
+    spans = tc.Spans.from_cu_seqlens(torch.cat([ends.new_zeros(1), ends]))
+    n, width, rows = spans.size, dtype.itemsize, spans.num_rows
+    marks = torch.rand(n, device=DEVICE) < 0.02
+    some = spans.with_mask(torch.rand(n, device=DEVICE) > 0.05)
+    advantages = torch.randn(rows, 1, device=DEVICE)
+    shape = f"{name} {named(dtype)}"
+
+    def loss(surrogate, **settings):
+        return lambda x, y: ops.policy_loss(
+            x.requires_grad_(), some, surrogate, reference=y, advantages=advantages, clamp=(-20.0, 20.0), **settings
+        )
+
+    def one():
+        return (random(n, scale=0.1).to(dtype),)
+
+    def pair():
+        return (*one(), *one())
+
+    works = {
+        "expand": (lambda: (random(rows),), 4, lambda x: ops.spread(x, spans)),
+        "scan": (one, width + 4, lambda x: scan.cumulative(x, spans)),
+        "scan, masked, decay 0.99": (one, width + 5, lambda x: scan.returns(x, some, 0.99)),
+        "segment sum": (one, width + 1, lambda x: segment.sum(x, some)),
+        "segment var": (one, width + 1, lambda x: segment.var(x, some)),
+        "segment logsumexp": (one, width + 1, lambda x: segment.logsumexp(x, some)),
+        "policy loss, clip": (pair, 2 * width + 5, loss("clip", low=-0.2, high=0.2)),
+        "policy loss, soft": (pair, 2 * width + 5, loss("soft", low=1.05, high=1.0)),
+        "policy loss, k3": (pair, 2 * width + 5, loss("k3")),
+        "policy loss, cumulative": (
+            pair,
+            2 * width + 5,
+            loss("clip", low=-1.0, high=1.0, cumulative=True, bound=20.0),
+        ),
+        "log deviation": (
+            lambda: (random(n).to(dtype).abs(),),
+            width + 5,
+            lambda x: ops.log_deviation(x, some, 0.8, 1e-8),
+        ),
+        "score factor": (
+            pair,
+            2 * width + 4,
+            lambda x, y: ops.score_factor(x.float(), y.float(), 1.0, (0.2, 0.28, 1.0)),
+        ),
+        "pieces": (lambda: (marks.clone(),), 2, lambda x: ops.pieces(x, spans, "before")),
+    }
+    for operation, (make, moved, ours) in works.items():
+        table.measure(operation, shape, make, moved * n, {"tokcredit": ours})
+
+
 def losses(table, rows, length):
     """Measure losses forward and backward. They must read log_probs, old_log_probs and mask and write the gradient."""
     n, shape = rows * length, f"{rows} x {length}"
-    old = -torch.rand(rows, length, device="cuda")
-    mask = torch.rand(rows, length, device="cuda") > 0.05
+    old = -torch.rand(rows, length, device=DEVICE)
+    mask = torch.rand(rows, length, device=DEVICE) > 0.05
     batch = tc.Rollouts.from_padded(
-        torch.zeros(rows, length, dtype=torch.int32, device="cuda"),
+        torch.zeros(rows, length, dtype=torch.int32, device=DEVICE),
         mask,
-        torch.arange(rows, device="cuda") // 8,
-        torch.rand(rows, device="cuda"),
+        torch.arange(rows, device=DEVICE) // 8,
+        torch.rand(rows, device=DEVICE),
         old_log_probs=old,
     )
     position = mask.cumsum(1).clamp(min=1).float()
@@ -159,7 +251,7 @@ def losses(table, rows, length):
     for name, eager in (("dapo", clipped), ("ctpo", cumulative)):
         objective = tc.methods.load(name)
         prepared = objective.prepare(batch)
-        compiled = torch.compile(eager)
+        compiled = torch.compile(eager) if DEVICE == "cuda" else eager
         advantages = prepared.credit
         table.measure(
             f"loss + gradient ({name})",
@@ -173,7 +265,7 @@ def losses(table, rows, length):
             },
             mostly_equal,
         )
-    spans, advantages = batch.spans, torch.ones(rows, 1, device="cuda")
+    spans, advantages = batch.spans, torch.ones(rows, 1, device=DEVICE)
     for label, options in (("", {}), (", cumulative", {"cumulative": True, "power": 0.5})):
         settings = {"low": -1.0, "high": 1.0, "bound": 20.0, "clamp": (-20.0, 10.0), **options}
         table.measure(
@@ -214,8 +306,8 @@ if triton is not None:
 
 
 def with_triton(logits, tokens):
-    log_probs = torch.empty(tokens.shape, device="cuda")
-    entropies = torch.empty(tokens.shape, device="cuda")
+    log_probs = torch.empty(tokens.shape, device=DEVICE)
+    entropies = torch.empty(tokens.shape, device=DEVICE)
     _log_prob_entropy[(logits.shape[0],)](
         logits, tokens, log_probs, entropies, logits.shape[1], BLOCK=4096, num_warps=8
     )
@@ -231,10 +323,10 @@ def with_torch(logits, tokens):
 
 def logits(table, rows, vocabulary, dtype):
     shape = f"{rows} x {vocabulary} {str(dtype).removeprefix('torch.')}"
-    tokens = torch.randint(0, vocabulary, (rows,), device="cuda")
-    make = lambda: ((3 * torch.randn(rows, vocabulary, device="cuda")).to(dtype),)  # noqa: E731
+    tokens = torch.randint(0, vocabulary, (rows,), device=DEVICE)
+    make = lambda: ((3 * torch.randn(rows, vocabulary, device=DEVICE)).to(dtype),)  # noqa: E731
     size = rows * vocabulary * dtype.itemsize
-    compiled = torch.compile(with_torch)
+    compiled = torch.compile(with_torch) if DEVICE == "cuda" else with_torch
     providers = {
         "tokcredit": lambda x: tc.log_probs.with_entropies(x, tokens),
         "torch eager": lambda x: with_torch(x, tokens),
@@ -277,16 +369,93 @@ def logits(table, rows, vocabulary, dtype):
     )
 
 
+def divergences(table, rows, vocabulary, dtype):
+    """Measure divergences, which read the logits of both, and their gradient, which is written beside."""
+    shape = f"{rows} x {vocabulary} {named(dtype)}"
+    size = rows * vocabulary * dtype.itemsize
+
+    def make():
+        return tuple((3 * random(rows, vocabulary)).to(dtype) for _ in range(2))
+
+    def gradient(student, teacher, kind, share):
+        student = student.detach().requires_grad_()
+        tc.divergence.between(student, teacher, kind, share).sum().backward()
+        return student.grad
+
+    for kind, share in (("forward_kl", None), ("js", 0.5)):
+        providers = {
+            "tokcredit": lambda x, y, k=kind, s=share: tc.divergence.between(x, y, k, s),
+            "torch eager": lambda x, y, k=kind, s=share: torch_divergence(x, y, k, s),
+        }
+        table.measure(f"divergence {kind}, forward", shape, make, 2 * size, providers, close)
+        table.measure(
+            f"divergence {kind}, both passes",
+            shape,
+            make,
+            5 * size,
+            {"tokcredit": lambda x, y, k=kind, s=share: gradient(x, y, k, s)},
+        )
+
+
+def captured(name, step):
+    """Return the replay of a step's launches as a CUDA graph, or None where it cannot be captured."""
+    if DEVICE == "cpu":
+        return None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        print(f"{name}: no CUDA graph: {str(error).splitlines()[0]}")
+        return None
+    return graph.replay
+
+
+def whole_methods(table, rows, length, group=8):
+    """Measure all that a step asks of the library: prepare, loss and backward, and the last two alone."""
+    n, shape = rows * length, f"{rows} x {length}"
+    old, current = (-torch.rand(rows, length, device=DEVICE) for _ in range(2))
+    batch = tc.Rollouts.from_padded(
+        torch.randint(0, 50_000, (rows, length), device=DEVICE),
+        torch.rand(rows, length, device=DEVICE) > 0.05,
+        torch.arange(rows, device=DEVICE) // group,
+        torch.rand(rows, device=DEVICE),
+        old_log_probs=old,
+    )
+    for name in ("grpo", "tempo", "ctpo"):
+        objective, log_probs = tc.methods.load(name), current.clone().requires_grad_()
+        prepared = objective.prepare(batch)
+
+        def train(prepared, objective=objective, log_probs=log_probs):
+            log_probs.grad = None
+            objective.loss(prepared, log_probs).loss.backward()
+
+        steps = {
+            "prepare + loss + backward": lambda o=objective, f=train: f(o.prepare(batch)),
+            "loss + backward": lambda p=prepared, f=train: f(p),
+        }
+        for what, step in steps.items():
+            providers = {"eager": step}
+            if replay := captured(f"{name}, {what}", step):
+                providers["CUDA graph"] = replay
+            table.measure(f"{name}, {what}", shape, lambda: (), 13 * n, providers)
+
+
 def trees(table, rows, length, group=16):
     """Measure prefix trees of rollouts that share about their first half and branch one after another from there."""
     n, shape = rows * length, f"{rows} x {length}"
-    tokens = torch.randint(0, 50_000, (rows, length), device="cuda", dtype=torch.int64)
-    shared = (length // 2 * torch.rand(rows, device="cuda")).long() + length // 4
-    first = torch.arange(rows, device="cuda") // group * group
-    tokens = torch.where(torch.arange(length, device="cuda") < shared[:, None], tokens[first], tokens)
-    mask = torch.ones(rows, length, dtype=torch.bool, device="cuda")
-    batch = tc.Rollouts.from_padded(tokens, mask, first, torch.rand(rows, device="cuda"))
-    like = torch.empty(n, device="cuda")
+    tokens = torch.randint(0, 50_000, (rows, length), device=DEVICE, dtype=torch.int64)
+    shared = (length // 2 * torch.rand(rows, device=DEVICE)).long() + length // 4
+    first = torch.arange(rows, device=DEVICE) // group * group
+    tokens = torch.where(torch.arange(length, device=DEVICE) < shared[:, None], tokens[first], tokens)
+    mask = torch.ones(rows, length, dtype=torch.bool, device=DEVICE)
+    batch = tc.Rollouts.from_padded(tokens, mask, first, torch.rand(rows, device=DEVICE))
+    like = torch.empty(n, device=DEVICE)
     table.measure("write N floats", shape, lambda: (), 4 * n, {"torch zero_": lambda: like.zero_()})
     compared = int(shared.sum()) * 2 * tokens.element_size()
     table.measure("tree", shape, lambda: (), compared, {"tokcredit": lambda: tree.build(batch)})
@@ -296,16 +465,9 @@ def trees(table, rows, length, group=16):
         change = values.temporal_difference(built, values.monte_carlo(built))
         return built.expand(row=batch.rewards, head=change)
 
-    credit()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        credit()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        credit()
-    providers = {"tokcredit": credit, "tokcredit, as a graph": graph.replay}
+    providers = {"tokcredit": credit}
+    if replay := captured("tree + values + expand", credit):
+        providers["tokcredit, as a graph"] = replay
     table.measure("tree + values + expand", shape, lambda: (), compared + 5 * n, providers)
     objective = tc.methods.load("tempo")
     table.measure(
@@ -313,25 +475,48 @@ def trees(table, rows, length, group=16):
     )
 
 
+def with_model(result, shares):
+    """Return a line of the table, with the model's share where it knows the kernel."""
+    dtype = next((d for d in SASS_NAMES if named(d) in result.shape), torch.float32)
+    share = shares.get(KERNELS.get(result.operation, "").format(SASS_NAMES[dtype]))
+    return Table.line(result) + (f"  model {share:.0%}" if share and result.provider == "tokcredit" else "")
+
+
 def main():
+    global DEVICE
     parser = argparse.ArgumentParser()
     parser.add_argument("--json")
     parser.add_argument("--tokens", type=int, default=64 << 20)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     a = parser.parse_args()
+    DEVICE, small = a.device, a.device == "cpu"
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    table = Table()
-    streams(table, a.tokens // 16_384, 16_384)
-    streams(table, a.tokens // 131_072 // 8, 131_072)
-    streams(table, a.tokens // 128, 128)
-    losses(table, a.tokens // 16_384, 16_384)
-    losses(table, 1024, 16_384)
-    logits(table, 4096, 151_936, torch.bfloat16)
-    logits(table, 1024, 151_936, torch.float32)
-    trees(table, 1024, 16_384)
+    table, tokens = Table(DEVICE), a.tokens
+    lengths = {
+        "rows of 2k-14k": torch.randint(2000, 14_001, (max(2, tokens // 8000),)),
+        "rows of 20-400": torch.randint(20, 401, (min(65_536, tokens // 210),)),
+        "rows of 1000": torch.full((tokens // 1000,), 1000),
+        "a row of 1M": torch.tensor([min(tokens, 1_000_000)]),
+        "16 rows of 500": torch.full((16,), 500),  # launches
+    }
+    for name, each in lengths.items():
+        for dtype in SASS_NAMES:
+            packed(table, name, each, dtype)
+    for rows, length in ((32, 512), (8, 1000)) if small else ((32, 512), (1024, 9200)):
+        whole_methods(table, rows, length)
+    for length in (128,) if small else (16_384, 131_072, 128):
+        streams(table, tokens // length // (8 if length > 100_000 else 1), length)
+    losses(table, 8 if small else 1024, 1000 if small else 16_384)
+    vocabulary = 500 if small else 151_936
+    logits(table, 4 if small else 4096, vocabulary, torch.bfloat16)
+    logits(table, 4 if small else 1024, vocabulary, torch.float32)
+    divergences(table, 4 if small else 1024, vocabulary, torch.bfloat16)
+    trees(table, 16 if small else 1024, 500 if small else 16_384)
+    shares = model_shares()
     print()
     for r in table.results:
-        print(Table.line(r))
+        print(with_model(r, shares))
     if a.json:
         with open(a.json, "w") as file:
             json.dump(table.summary(), file, indent=1)

@@ -241,7 +241,7 @@ class Table:
         if r.dispatched:
             target += "  dispatched: " + ", ".join(f"{name} {count}" for name, count in r.dispatched.items())
         return (
-            f"{r.operation:<30}{r.shape:<24}{r.provider:<26}{r.milliseconds:>10.3f} ms"
+            f"{r.operation:<36}{r.shape:<26}{r.provider:<26}{r.milliseconds:>10.3f} ms"
             f"{r.gigabytes_per_second:>7.1f} GB/s{r.share:>6.0%} of copy{memory}{r.relative:>9.2f} x ours{target}"
         )
 

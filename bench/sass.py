@@ -1,8 +1,9 @@
 """What the machine code of the kernels says about their speed, without a GPU.
 
-Run: ``python bench/sass.py [--architectures 80 90 100] > bench/sass.txt``; needs nvcc, and ``nvdisasm`` from the
-package nvidia-cuda-nvdisasm. ``--check`` prints nothing but what is wrong: kernels that spill registers, or that have
-lost their stores of 16 bytes.
+Run: ``python bench/sass.py FOLDER > bench/sass.txt`` on a folder with compiled objects, such as the build folder of
+``cmake --preset ci -DCMAKE_CUDA_ARCHITECTURES="80-real;90-real;100-real"``. It needs ``cuobjdump`` and ``nvdisasm``,
+from the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm. ``--check`` prints nothing but what is wrong: kernels
+that keep something in local memory, as spilled registers are, or that have lost their stores of 16 bytes.
 
 For a kernel that streams, the instructions are those of a warp on its way through the loop over its tokens, or through
 the kernel if it has no such loop, without slow cases: the way with most accesses of 16 bytes and most of its
@@ -22,8 +23,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror=all-warnings", "-Xcompiler=-Wall,-fPIC"]
 IPC = 2.5
 
 # Of the device with this architecture: SMs, GHz, bytes per second that a copy reads and writes.
@@ -48,8 +47,9 @@ class Stream:
 # Kinds of segment's reductions (sum, var, logsumexp, moments), and what each does to every token.
 REDUCTIONS = {0: "DADD", 2: "DADD|DFMA", 6: "MUFU.EX2", 7: "DADD|DFMA"}
 
-# What clip does to every token, and what a step does that must go token by token.
-CLIP, SLOW = "FFMA|MUFU.EX2|DADD", r"FSETP.NEU|SHFL.IDX P[^ ]* R\d+, R\d+, R\d"
+# What clip does to every token, what soft and the estimators of a divergence do, and what a step does that must go
+# token by token.
+CLIP, SHARED, SLOW = "FFMA|MUFU.EX2|DADD", "FADD|FFMA|MUFU", r"FSETP.NEU|SHFL.IDX P[^ ]* R\d+, R\d+, R\d"
 
 STREAMS = {
     "logits": [
@@ -58,12 +58,13 @@ STREAMS = {
         Stream(r"backward<bf16, 512>", 512, 4),
         Stream(r"backward<float, 512>", 256, 8),
     ],
+    # From a mixture of two teachers: three rows are read. Of Jensen-Shannon's two passes over the rows the first.
     "divergence": [
-        Stream("forward<0, bf16, 256>", 512, 4, stores=False),
-        Stream("forward<2, bf16, 256>", 512, 4, stores=False),
-        Stream("backward<0, bf16, 256>", 512, 6),
-        Stream("backward<1, bf16, 256>", 512, 6),
-        Stream("backward<2, bf16, 256>", 512, 6),
+        Stream("forward<0, bf16, 256>", 512, 6, stores=False),
+        Stream("forward<2, bf16, 256>", 512, 6, stores=False),
+        Stream("backward<0, bf16, 256>", 512, 8, work="MUFU"),
+        Stream("backward<1, bf16, 256>", 512, 8, work="MUFU"),
+        Stream("backward<2, bf16, 256>", 512, 8, work="MUFU"),
     ],
     "segment": [
         *(
@@ -87,6 +88,17 @@ STREAMS = {
         Stream("policy_loss_alike<float>", 512, 9, True, True, f"{CLIP}|LDG.E R", 4, SLOW),
         Stream("policy_loss_alike<bf16>", 512, 7, True, True, f"{CLIP}|LDG.E R", 4, SLOW),
         Stream("policy_loss_chained<0, float>", 512, 13, True, True, CLIP, 4, SLOW),
+        Stream("policy_loss_chained<0, bf16>", 512, 9, True, True, CLIP, 4, SLOW),
+        *(
+            Stream(f"policy_loss_tiles<{kind}, {dtype}, true>", 512, size, True, True, f"{SHARED}|LDG.E R", 4, SLOW)
+            for kind in (1, 3)  # soft; estimators of a divergence
+            for dtype, size in (("float", 13), ("bf16", 9))
+        ),
+    ],
+    # Of two rows' tokens, of which those of the group's first row come from the cache.
+    "tree": [
+        Stream("compare_first<int>", 512, 4, stores=False),
+        Stream("compare_first<long>", 256, 8, stores=False),
     ],
     "scan": [
         Stream("scan_tiles<float, false>", 512, 9, False),
@@ -103,12 +115,18 @@ class Instruction:
     target: str | None
 
 
-def nvdisasm():
-    found = shutil.which("nvdisasm")
-    packaged = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/nvdisasm"))
+def tool(name):
+    """Path of a tool that reads binaries."""
+    found = shutil.which(name)
+    packaged = sorted(Path(sysconfig.get_paths()["purelib"]).glob(f"nvidia/*/bin/{name}"))
     if not found and not packaged:
-        raise SystemExit("nvdisasm: expected on the path or from `pip install nvidia-cuda-nvdisasm`, found neither")
+        raise SystemExit(f"{name}: expected on the path or from `pip install nvidia-cuda-{name}`, found neither")
     return found or str(packaged[-1])
+
+
+def said(*command, folder=None):
+    """What a command prints."""
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
 
 def short(name):
@@ -121,30 +139,30 @@ def demangled(names):
     return dict(zip(names, map(short, done.stdout.splitlines()), strict=True))
 
 
-def compiled(source, architecture, folder):
-    """The cubin, and registers, shared bytes and spilled bytes by mangled name."""
-    cubin = f"{folder}/{source.stem}.{architecture}.cubin"
-    command = ["nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "-cubin", str(source), "-o", cubin]
-    command += [f"-arch=sm_{architecture}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    usage, kernel, spills = {}, None, 0
-    for line in done.stderr.splitlines():
-        if found := re.search(r"Compiling entry function '(.*)' for", line):
-            kernel = found[1]
-        elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            spills = max(spills, int(found[1]), int(found[2]))
-        elif kernel and (found := re.search(r"Used (\d+) registers", line)):
-            shared = re.search(r"(\d+) bytes smem", line)
-            usage[kernel] = int(found[1]), int(shared[1]) if shared else 0, spills
-            kernel, spills = None, 0
-    return cubin, usage
+def cubins(objects, folder):
+    """Files of machine code by source and architecture, taken out of compiled objects into ``folder``."""
+    found = {}
+    for path in sorted(objects.rglob("*.cu.o")):
+        into = Path(folder, path.name)
+        into.mkdir()
+        said(tool("cuobjdump"), "--extract-elf", "all", str(path.resolve()), folder=into)
+        for cubin in into.glob("*.cubin"):
+            found[path.name.removesuffix(".cu.o"), cubin.suffixes[-2].removeprefix(".sm_")] = str(cubin)
+    return found
 
 
-def functions(cubin):
-    """Instructions and labels of each function of a cubin."""
-    text = subprocess.run([nvdisasm(), "-c", cubin], capture_output=True, text=True, check=True).stdout
+def usage_of(cubin):
+    """Registers, shared bytes and bytes of local memory by mangled name."""
+    line = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    found = re.findall(line, said(tool("cuobjdump"), "--dump-resource-usage", cubin))
+    return {
+        name: (int(registers), int(shared), int(stack) + int(local)) for name, registers, stack, shared, local in found
+    }
+
+
+def code_of(cubin):
+    """Instructions and labels of each function of a cubin, and threads per block, from its launch bounds."""
+    text = said(tool("nvdisasm"), cubin)
     code, name = {}, None
     for line in text.splitlines():
         if found := re.match(r"\.text\.(\S+):", line):
@@ -155,15 +173,9 @@ def functions(cubin):
         elif name and (found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line)):
             target = re.search(r"`\((\.L_x_\d+)\)", found[2])
             code[name][0].append(Instruction(int(found[1], 16), found[2].strip(), target and target[1]))
-    return code
-
-
-def threads_of(cubin, names):
-    """Threads per block by mangled name, from the launch bounds in the binary."""
-    text = subprocess.run([nvdisasm(), cubin], capture_output=True, text=True, check=True).stdout
     pattern = r"\.nv\.info\.(\S+?),.*?EIATTR_MAX_THREADS\s+\.align\s+4\s+.*?\.word\s+(0x[0-9a-f]+)"
-    found = dict(re.findall(pattern, text, re.S))
-    return {name: int(found.get(name, "0x100"), 16) for name in names}
+    threads = {name: int(bound, 16) for name, bound in re.findall(pattern, text, re.S)}
+    return code, threads
 
 
 def wide(instruction, kind):
@@ -285,63 +297,70 @@ def hot_path(instructions, labels, stream):
     return [*before, *turns, *after]
 
 
-def rows(architecture, folder):
-    """Kernel, registers, shared, spills, warps per SM, and for one that streams its pass."""
+def rows(architecture, sources):
+    """Kernel, registers, shared, local, warps per SM, and for one that streams its pass."""
     _, sms, clock, copy = DEVICES[architecture]
-    for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        cubin, usage = compiled(source, architecture, folder)
-        names, code, threads = demangled(list(usage)), functions(cubin), threads_of(cubin, usage)
+    for source, cubin in sources.items():
+        usage, (code, threads) = usage_of(cubin), code_of(cubin)
+        names = demangled(list(usage))
         for name in sorted(usage, key=lambda n: names[n]):
             if names[name].startswith("cub::"):
                 continue
-            registers, shared, spills = usage[name]
-            warps = threads[name] // 32
-            blocks = min(65536 // (-(-registers // 8) * 8 * threads[name]), 64 // warps, 32)
+            registers, shared, local = usage[name]
+            if shared and architecture != "80":
+                shared -= 1024  # what the system keeps for itself is counted here
+            bound = threads.get(name, 256)
+            warps = bound // 32
+            blocks = min(65536 // (-(-registers // 8) * 8 * bound), 64 // warps, 32)
             if shared:
                 blocks = min(blocks, (163 if architecture == "80" else 227) * 1024 // (shared + 1024))
-            row = [names[name], registers, shared, spills, blocks * warps]
-            stream = next((s for s in STREAMS.get(source.stem, []) if s.kernel == names[name]), None)
+            row = [names[name], registers, shared, local, blocks * warps]
+            stream = next((s for s in STREAMS.get(source, []) if s.kernel == names[name]), None)
             if stream:
                 path = hot_path(*code[name], stream)
                 if not path:
                     raise SystemExit(
-                        f"sm_{architecture} {source.stem}: {names[name]}: expected a loop over tokens, found none"
+                        f"sm_{architecture} {source}: {names[name]}: expected a loop over tokens, found none"
                     )
                 loads, stores = (sum(wide(i, kind) for i in path) for kind in ("LDG", "STG"))
                 rate = stream.items * stream.bytes / (len(path) / IPC) * sms * clock * 1e9
                 row += [len(path) * 128 / stream.items, loads, stores, min(rate / copy, 1)]
-            yield source.stem, stream, row
+            yield source, stream, row
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--architectures", nargs="+", default=["80", "90"], choices=list(DEVICES))
+    parser.add_argument("objects", type=Path)
     parser.add_argument("--check", action="store_true")
     a = parser.parse_args()
-    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    if not a.check:
-        print(f"nvcc {re.search(r'V([0-9.]+)', version)[1]}; instructions per 128 items; accesses of 16 bytes per pass")
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
-        for architecture in a.architectures:
+        found = cubins(a.objects, folder)
+        if not found:
+            raise SystemExit(f"objects: expected a folder with compiled .cu files below it, got {a.objects}")
+        if not a.check:
+            version = re.search(r"V([0-9.]+)", said("nvcc", "--version"))[1]
+            print(f"nvcc {version}; instructions per 128 items; accesses of 16 bytes per pass")
+        for architecture in sorted({architecture for _, architecture in found}, key=int):
             title = f"sm_{architecture} ({DEVICES[architecture][0]})"
             if not a.check:
-                print(f"\n{title:<56}{'registers':>10}{'shared':>8}{'spills':>8}{'warps':>7}", end="")
+                print(f"\n{title:<56}{'registers':>10}{'shared':>8}{'local':>8}{'warps':>7}", end="")
                 print(f"{'instr.':>9}{'loads':>7}{'stores':>8}{'copy':>7}")
-            for file, stream, row in rows(architecture, folder):
-                kernel, registers, shared, spills, warps, *measured = row
+            sources = {source: cubin for (source, built_for), cubin in found.items() if built_for == architecture}
+            for file, stream, row in rows(architecture, sources):
+                kernel, registers, shared, local, warps, *measured = row
                 label = f"{file}: {kernel}"
-                if spills:
-                    wrong.append(f"sm_{architecture} {label}: {spills} bytes of registers are spilled")
+                if local:
+                    wrong.append(f"sm_{architecture} {label}: {local} bytes of local memory, as for spilled registers")
                 if stream and stream.stores and not measured[2]:
                     wrong.append(f"sm_{architecture} {label}: no store of 16 bytes on the way of most tokens")
                 if not a.check:
-                    line = f"{label:<56}{registers:>10}{shared:>8}{spills:>8}{warps:>7}"
+                    line = f"{label:<56}{registers:>10}{shared:>8}{local:>8}{warps:>7}"
                     if measured:
                         line += f"{measured[0]:>9.0f}{measured[1]:>7}{measured[2]:>8}{measured[3]:>7.0%}"
                     print(line, flush=True)
     if a.check:
-        print("\n".join(wrong) or "no spills, and every stream stores 16 bytes at once")
+        print("\n".join(wrong) or "nothing in local memory, and every stream stores 16 bytes at once")
         raise SystemExit(bool(wrong))
 
 

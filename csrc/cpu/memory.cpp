@@ -1,6 +1,6 @@
 // Why results do not come from malloc. Memory that is new to a process is handed over page by page, zeroed,
 // as it is first written. malloc returns blocks of 32 MiB and more to the system as soon as they are freed,
-// so each result of that size pays again; and so, from 8 MiB on, does one that happened to lie at the end of
+// so each result of that size is new; and so, from 8 MiB on, is one that happened to lie at the end of
 // the heap. CPU time of an operation with plain allocation, divided by its time with this cache (one core of
 // an AMD EPYC, glibc 2.36, medians):
 //

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(block_threads)
 // `upto`: stretches of the groups up to and including each. Where rewards are per token, advantages hold G.
 template <class T>
 __global__ void __launch_bounds__(block_threads)
-    pay(Baseline b, Members members, const int64_t *upto, const accumulate_t<T> *energy) {
+    write_advantages(Baseline b, Members members, const int64_t *upto, const accumulate_t<T> *energy) {
   using A = accumulate_t<T>;
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   const int64_t g = count_at_most(upto, b.groups, place);
@@ -165,8 +165,8 @@ void baseline(const Baseline &b, Queue &queue) {
     const Members members = members_of(b, queue);
     const int64_t *upto = stretches_of(b, members, queue);
     // A group has at most one stretch that its longest row does not fill.
-    launch(op, queue, pay<T>, ceil_div(N / stretch + b.groups, warps_per_block), block_threads, b, members,
-           upto, static_cast<const A *>(energies));
+    launch(op, queue, write_advantages<T>, ceil_div(N / stretch + b.groups, warps_per_block), block_threads,
+           b, members, upto, static_cast<const A *>(energies));
     const int64_t tiles = tiles_of(N);
     launch(op, queue, clear_padding<A>, ceil_div(tiles, warps_per_block), block_threads, b, tiles);
   });

@@ -2,7 +2,7 @@
 // trains, else one per lane.
 #pragma once
 #include "cuda/lane.cuh"
-#include "cuda/policy_loss_clip.cuh"
+#include "cuda/policy_loss_row.cuh"
 #include <type_traits>
 
 namespace tokcredit::cuda {
@@ -30,6 +30,8 @@ enum class Steps { operands, log_probs, alike, running };
 template <Surrogate kind, class T, Steps steps> struct Piece {
   using A = accumulate_t<T>;
   static constexpr bool rowwise = steps != Steps::operands, running = steps == Steps::running;
+  static constexpr bool shared = steps == Steps::log_probs && std::is_same_v<A, float> &&
+                                 (kind == Surrogate::soft || kind == Surrogate::k1);
   const PolicyLoss &p;
   const Call<A> &call;
   const Taking &taking;
@@ -212,6 +214,15 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
     store_slopes(t, slope);
     return true;
   }
+  template <class Row> __device__ bool take_shared(int64_t t, Row &own) const {
+    A x[quad], slope[quad];
+    load_log_probs(p.log_probs, t, x);
+    subtract_reference(t, x);
+    if (!own.take(x, are_within(x, call.reach), slope))
+      return false;
+    store_slopes(t, slope);
+    return true;
+  }
   __device__ bool take_clipped(int64_t t, TokenClip<A> &clip) const {
     A x[quad], advantage[quad], factor[quad], slope[quad];
     load_log_probs(p.log_probs, t, x);
@@ -245,13 +256,17 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
       x[k] -= reference[k];
   }
 
-  // All tokens of the warp; not if one is NaN.
-  static __device__ bool all_within(const A (&x)[quad], A bound) {
+  // Not if one is NaN.
+  static __device__ bool are_within(const A (&x)[quad], A bound) {
     bool within = true;
 #pragma unroll
     for (int k = 0; k < quad; ++k)
       within &= std::fabs(x[k]) <= bound;
-    return __all_sync(all_lanes, within);
+    return within;
+  }
+  // All tokens of the warp.
+  static __device__ bool all_within(const A (&x)[quad], A bound) {
+    return __all_sync(all_lanes, are_within(x, bound));
   }
 
   __device__ void take_singly(int step, Tally &tally) {
@@ -280,17 +295,30 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
     clip.add_to(tally);
   }
 
+  __device__ void take_plain(Tally &tally) {
+    each_plain([&](int64_t t) {
+      take(Few<quad>{t, true, true, true}, tally);
+      return true;
+    });
+  }
+
   // Evaluates all tokens.
   __device__ Stats evaluate() {
     Tally tally;
-    if constexpr (kind == Surrogate::clip)
+    if constexpr (kind == Surrogate::clip) {
       take_clipped<std::conditional_t<steps == Steps::alike, AlikeClip<A>,
                                       std::conditional_t<rowwise, RowClip<A>, TokenClip<A>>>>(tally);
-    else
-      each_plain([&](int64_t t) {
-        take(Few<quad>{t, true, true, true}, tally);
-        return true;
-      });
+    } else if constexpr (shared) {
+      std::conditional_t<kind == Surrogate::soft, RowSoft, RowDivergence> own(p, row);
+      if (call.different && own.usual()) {
+        each_plain([&](int64_t t) { return take_shared(t, own); });
+        own.add_to(tally);
+      } else {
+        take_plain(tally);
+      }
+    } else {
+      take_plain(tally);
+    }
     for (int step = first / int(step_size); step * int(step_size) < last; ++step)
       if (!(plain >> step & 1))
         take_singly(step, tally);

@@ -6,8 +6,8 @@
 
 #ifdef __CUDACC__
 #define TOKCREDIT_FN __host__ __device__ inline
-#elif defined(__GNUC__)
-// Inlined always: a function that stayed would be shared by files that are compiled for different machines.
+#elif defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
+// Inlined always: files for several machines would share one that stays. Sanitizers are for one machine.
 #define TOKCREDIT_FN inline __attribute__((always_inline))
 #else
 #define TOKCREDIT_FN inline

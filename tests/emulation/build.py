@@ -5,6 +5,7 @@ memory. Objects are kept by a hash of what the compiler reads, so what has not c
 """
 
 import argparse
+import functools
 import hashlib
 import os
 import subprocess
@@ -34,7 +35,7 @@ def binding_flags():
 
 
 def compile_one(root, source, flags):
-    """The object of a source; ``root`` may be a changed copy of the tree."""
+    """The object of a source below ``root``."""
     command = [*COMMON, *flags]
     read = subprocess.run([*command, "-E", "-fno-working-directory", source], cwd=root, capture_output=True)
     if read.returncode:
@@ -67,22 +68,38 @@ def link(target, parts):
     stamp.write_text(key)
 
 
-def build_kernels(flavour, root, folder):
-    """The library with the emulator and the kernels below ``root``."""
-    extra = FLAVOURS[flavour] + ([] if root == ROOT else ["-Wno-error"])
-    kernels = sorted(str(p.relative_to(root)) for p in (root / "csrc/cuda").glob("*.cu") if p.stem != "launch")
-    jobs = [(source, KERNEL + extra) for source in kernels]
-    emulator = ["-O2", *(flag for flag in extra if flag.startswith("-D"))]
-    jobs += [(str(HERE / source), emulator) for source in ("schedule.cpp", "collectives.cpp", "memory.cpp")]
+def kernel_objects(flavour, root, sources):
+    """The objects of kernels below ``root``, which may be a changed copy of the tree."""
+    extra = [] if root == ROOT else ["-Wno-error"]
+    return objects(
+        root, [(str(Path("csrc/cuda", source)), [*KERNEL, *FLAVOURS[flavour], *extra]) for source in sources]
+    )
+
+
+@functools.cache
+def emulator_and_kernels(flavour):
+    kernels = sorted(p.name for p in (ROOT / "csrc/cuda").glob("*.cu") if p.stem != "launch")
+    flags = ["-O2", *(flag for flag in FLAVOURS[flavour] if flag.startswith("-D"))]
+    emulator = [(str(HERE / source), flags) for source in ("schedule.cpp", "collectives.cpp", "memory.cpp")]
+    return [*kernel_objects(flavour, ROOT, kernels), *objects(ROOT, emulator)]
+
+
+def build_library(flavour, folder, changed=()):
+    """The library with the emulator and the kernels; ``changed`` are objects of kernels to take instead.
+
+    A kernel that is in two objects is taken from the first.
+    """
+    names = {Path(part).name.rpartition("-")[0] for part in changed}
+    others = [part for part in emulator_and_kernels(flavour) if Path(part).name.rpartition("-")[0] not in names]
     library = folder / f"libkernels_{flavour}.so"
-    link(library, [*objects(root, jobs), f"-Wl,-soname,{library.name}"])
+    link(library, [*changed, *others, f"-Wl,-soname,{library.name}"])
     return library
 
 
 def build(flavour):
     """Path of the module of a flavour."""
     folder = CACHE / flavour
-    library = build_kernels(flavour, ROOT, folder)
+    library = build_library(flavour, folder)
     bind = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/bind").glob("*.cpp"))
     jobs = [(source, binding_flags()) for source in bind] + [("csrc/cpu/memory.cpp", ["-O1"])]
     module = folder / "_C.so"

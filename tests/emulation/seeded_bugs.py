@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .build import ROOT, build, build_kernels
+from .build import ROOT, build, build_library, kernel_objects
 
 
 @dataclass
@@ -24,6 +24,13 @@ class Bug:
     old: str
     new: str
     ops: str
+
+    @property
+    def sources(self):
+        """The kernels to compile: the file, or those of the operations that include it."""
+        kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        concerned = [p.name for p in kernels if any(op.startswith(p.stem) for op in self.ops.split())]
+        return [self.file] if self.file.endswith(".cu") else concerned
 
 
 BUGS = [
@@ -242,6 +249,262 @@ BUGS = [
         "int64_t m = members.starts[g] + 1; m < end",
         "baseline",
     ),
+    Bug(
+        "the place after the last row of a tile is told a state that is none",
+        "policy_loss.cu",
+        "begins ? Chain<Running>::carry : Chain<Running>::total, own",
+        "Chain<Running>::carry, own",
+        "policy_loss",
+    ),
+    Bug(
+        "a place in the middle of a row publishes no sums",
+        "policy_loss.cu",
+        "            chain->publish(place, Chain<Running>::carry, in.then(own));\n",
+        "            (void)0;\n",
+        "policy_loss --long",
+    ),
+    Bug(
+        "a row is written before its parts are merged",
+        "policy_loss.cu",
+        "if (begins && ends)\n",
+        "if (begins)\n",
+        "policy_loss",
+    ),
+    Bug(
+        "stats lie in the slot of another row",
+        "policy_loss.cu",
+        "part_of(place, !begins)",
+        "part_of(place, begins)",
+        "policy_loss",
+    ),
+    Bug(
+        "a row starts with the stats of another",
+        "policy_loss.cu",
+        "part_of(k, k > first)",
+        "part_of(k, true)",
+        "policy_loss",
+    ),
+    Bug(
+        "slopes between rows are not written",
+        "policy_loss.cu",
+        "          fill_zero(slopes, first, last);\n",
+        "          (void)(first + last);\n",
+        "policy_loss",
+    ),
+    Bug(
+        "sums are overwritten while the row before reads them",
+        "policy_loss_running.cuh",
+        "    __syncwarp(); // all lanes have read those of the row before\n",
+        "",
+        "policy_loss",
+    ),
+    Bug(
+        "four slopes are stored at an odd address",
+        "policy_loss_call.cuh",
+        "plain(aligned && quads_aligned(static_cast<const A *>(p.slopes)))",
+        "plain(aligned)",
+        "policy_loss",
+    ),
+    Bug(
+        "a bound per token is taken from the row",
+        "policy_loss_call.cuh",
+        "quads_aligned(static_cast<const A *>(o.data)) && i < varying_count",
+        "quads_aligned(static_cast<const A *>(o.data))",
+        "policy_loss",
+    ),
+    Bug(
+        "a factor reaches the next row",
+        "scale_rows.cu",
+        "store_quad(x, t, first, last,",
+        "store_quad(x, t, first, s.rows.size,",
+        "scale_rows",
+    ),
+    Bug("factors are read past their end", "scale_rows.cu", "s.per_row ? r : 0", "s.per_row ? r + 1 : 0", "scale_rows"),
+    Bug(
+        "the normalizers of both are read too soon",
+        "divergence.cu",
+        "  if constexpr (has_mixture(kind)) {\n    __syncthreads();\n",
+        "  if constexpr (has_mixture(kind)) {\n",
+        "divergence",
+    ),
+    Bug(
+        "a teacher is loaded from an odd address",
+        "divergence.cu",
+        "place(student) == place(teacher) && place(student) == place(result)",
+        "place(student) == place(result)",
+        "divergence",
+    ),
+    Bug(
+        "the slope of a mixture is not kept",
+        "divergence.cu",
+        "      saved[2] = sum.slope;\n",
+        "",
+        "divergence",
+    ),
+    Bug(
+        "the slope of a large probability is another's",
+        "divergence.cu",
+        "row.student_at(j + at), row.teacher_at(j + at)",
+        "row.student_at(j), row.teacher_at(j)",
+        "divergence_gradient",
+    ),
+    Bug(
+        "ids are sorted before all are there",
+        "divergence_top.cu",
+        "    __syncthreads();\n    for (int a = threadIdx.x; a < in.top; a += threads) {\n      int rank",
+        "    for (int a = threadIdx.x; a < in.top; a += threads) {\n      int rank",
+        "divergence_top",
+    ),
+    Bug(
+        "ids are searched before they are sorted",
+        "divergence_top.cu",
+        "    __syncthreads();\n    return sorted[0] >= 0;",
+        "    return sorted[0] >= 0;",
+        "divergence_top",
+    ),
+    Bug(
+        "the sums outside of the ids are used again too soon",
+        "divergence_top.cu",
+        "  __syncthreads(); // scratch is used again\n",
+        "",
+        "divergence_top",
+    ),
+    Bug(
+        "the normalizer is read too soon",
+        "divergence_top.cu",
+        "  __syncthreads();\n  const auto log_p = ",
+        "  const auto log_p = ",
+        "divergence_top",
+    ),
+    Bug(
+        "the masses of the ids are read too soon",
+        "divergence_top.cu",
+        "    inside = masses;\n  __syncthreads();\n",
+        "    inside = masses;\n",
+        "divergence_top",
+    ),
+    Bug(
+        "the sum of all outcomes is read too soon",
+        "divergence_top.cu",
+        "  __syncthreads();\n  for (int a = threadIdx.x; a < top; a += threads) {\n    int first = 0;",
+        "  for (int a = threadIdx.x; a < top; a += threads) {\n    int first = 0;",
+        "divergence_top",
+    ),
+    Bug(
+        "slopes of ids are overwritten by what is outside of them",
+        "divergence_top.cu",
+        "  __syncthreads();\n  if (!reads)\n",
+        "  if (!reads)\n",
+        "divergence_top_gradient",
+    ),
+    Bug(
+        "an id counts among the others as well",
+        "divergence_top.cu",
+        "int at = ids.from(j, top)",
+        "int at = ids.from(j + 1, top)",
+        "divergence_top",
+    ),
+    Bug(
+        "logits are loaded where the gradient would be aligned",
+        "divergence_top.cu",
+        "(reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(grad)) % 16 == 0",
+        "true",
+        "divergence_top_gradient",
+    ),
+    Bug(
+        "moments of lanes are merged before they are there",
+        "score.cu",
+        "d.rows.count));\n  __syncwarp();\n",
+        "d.rows.count));\n",
+        "log_deviation",
+    ),
+    Bug("the last moments are left out", "score.cu", "m.merge(part[lane])", "m.merge(part[lane - 1])", "log_deviation"),
+    Bug(
+        "the rank of the quantile is not published",
+        "score.cu",
+        "  *rank = nearest_rank(d.quantile, m.count);\n",
+        "",
+        "log_deviation",
+    ),
+    Bug(
+        "rows lie in scopes from what was there",
+        "score.cu",
+        '  clear("score", queue, scope, rows * int64_t(sizeof(int64_t)));\n',
+        "",
+        "log_deviation",
+    ),
+    Bug(
+        "a number is stored past the end",
+        "score.cu",
+        "store_quad(p, t, 0, size, aligned, x)",
+        "store_quad(p, t, 0, size + 1, aligned, x)",
+        "score_bounds score_factor",
+    ),
+    Bug(
+        "the upper bounds are the lower ones",
+        "score.cu",
+        "above = high.load(t);",
+        "above = low.load(t);",
+        "score_factor",
+    ),
+    Bug(
+        "a run goes on from the wrong lane",
+        "pieces.cu",
+        "(lane_id() + 31) % 32",
+        "(lane_id() + 1) % 32",
+        "piece_offsets",
+    ),
+    Bug(
+        "a run ends where a tile does",
+        "pieces.cu",
+        "    last = __shfl_sync(all_lanes, marked >> (own_tokens - 1), 31);\n",
+        "",
+        "piece_offsets",
+    ),
+    Bug(
+        "a last run has no end",
+        "pieces.cu",
+        "    over(end, count - 1);\n",
+        "    (void)over;\n",
+        "pieces",
+    ),
+    Bug(
+        "the number of all pieces is not published",
+        "pieces.cu",
+        "    p.offset[p.rows.count] = sum;\n",
+        "    (void)sum;\n",
+        "piece_offsets",
+    ),
+    Bug("pieces of rows before are forgotten", "pieces.cu", "    sum += all;\n", "    sum = all;\n", "piece_offsets"),
+    Bug(
+        "only some lanes add up",
+        "pieces.cu",
+        "    const T other = __shfl_sync(all_lanes, sum, lane_id() >= step ? lane_id() - step : lane_id());\n"
+        "    sum += lane_id() >= step ? other : T(0);\n",
+        "    if (lane_id() >= step)\n      sum += __shfl_sync(all_lanes, sum, lane_id() - step);\n",
+        "piece_offsets",
+    ),
+    Bug(
+        "rows of no scope are in the first",
+        "maximum_variance.cu",
+        "g >= 0 && g < m.scopes ? g : m.scopes",
+        "g >= 0 && g < m.scopes ? g : 0",
+        "maximum_variance",
+    ),
+    Bug(
+        "rows are chosen from what was there",
+        "maximum_variance.cu",
+        "  clear(op, queue, m.chosen, m.rows);\n",
+        "",
+        "maximum_variance",
+    ),
+    Bug(
+        "groups begin before rows are sorted",
+        "sort.cuh",
+        "  __syncthreads();\n  for (int64_t k = threadIdx.x; k <= count;",
+        "  for (int64_t k = threadIdx.x; k <= count;",
+        "tree_build",
+    ),
 ]
 
 
@@ -260,7 +523,8 @@ def mutated(bug, folder):
 def seen(bug, binding, seconds):
     """What the fuzz said first, or None."""
     with tempfile.TemporaryDirectory() as folder:
-        library = build_kernels("instrumented", mutated(bug, Path(folder)), Path(folder) / "out")
+        changed = kernel_objects("instrumented", mutated(bug, Path(folder)), bug.sources)
+        library = build_library("instrumented", Path(folder) / "out", changed)
         module = shutil.copy(binding, library.parent)
         command = [sys.executable, "-m", "tests.emulation.fuzz", "--no-junk", "--most", "1", "--module", str(module)]
         command += ["--seconds", str(seconds), "--ops", *bug.ops.split()]
@@ -278,10 +542,10 @@ def seen(bug, binding, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=20, help="of fuzz for each bug")
-    parser.add_argument("--only", default="", help="bugs whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="bugs whose name or file contains one of these")
     a = parser.parse_args()
     missed, start, binding = [], time.monotonic(), build("instrumented")
-    chosen = [bug for bug in BUGS if a.only in bug.name]
+    chosen = [bug for bug in BUGS if any(part in f"{bug.file}: {bug.name}" for part in a.only)]
     for bug in chosen:
         found = seen(bug, binding, a.seconds)
         print(f"{'seen  ' if found else 'MISSED'} {bug.name}: {found}", flush=True)

@@ -1,5 +1,7 @@
 """Rows that go from tile to tile wait for each other; how long such a chain of waits is, counted on the emulator."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tokcredit import Spans, ops
@@ -34,9 +36,19 @@ def waits_of_scan(emulator, spans, reverse=False):
     return waits
 
 
-def waits_of_policy_loss(emulator, spans):
-    x = torch.ones(spans.size)
-    return emulator.longest_chain(lambda: ops.policy_loss(x, spans, "k1", reference=x, cumulative=True))
+# What goes along a row: sums of log-ratios, or only the number of tokens before, by which bounds grow.
+ALONG = {"cumulative": {"cumulative": True}, "growing": {"power": 0.5, "low": -0.1, "high": 0.1}}
+
+
+def waits_of_policy_loss(emulator, spans, along="cumulative"):
+    x, surrogate = torch.ones(spans.size), "clip" if along == "growing" else "k1"
+    return emulator.longest_chain(lambda: ops.policy_loss(x, spans, surrogate, reference=x, **ALONG[along]))
+
+
+@pytest.mark.usefixtures("emulator")  # is left out without a GPU or the emulator otherwise
+def test_every_kernel_that_chains_is_here():
+    cuda = Path(__file__).parents[2] / "csrc/cuda"
+    assert {path.name for path in cuda.glob("*.cu") if "Chain<" in path.read_text()} == {"scan.cu", "policy_loss.cu"}
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -45,9 +57,9 @@ def test_scan_does_not_wait_for_rows_that_end(emulator, case, reverse):
     assert waits_of_scan(emulator, spans_of(*CASES[case]), reverse) <= MOST
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_policy_loss_does_not_wait_for_rows_that_end(emulator, case):
-    assert waits_of_policy_loss(emulator, spans_of(*CASES[case])) <= MOST
+@pytest.mark.parametrize(("case", "along"), [("packed", "cumulative"), ("padded", "cumulative"), ("padded", "growing")])
+def test_policy_loss_does_not_wait_for_rows_that_end(emulator, case, along):
+    assert waits_of_policy_loss(emulator, spans_of(*CASES[case]), along) <= MOST
 
 
 # Long rows are scaled down from 10^6 tokens: with all blocks resident the emulator takes a second for 20,000.

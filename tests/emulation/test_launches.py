@@ -1,6 +1,7 @@
 """What operations cost the host, counted on the emulator: launches, and pieces of scratch."""
 
 import pytest
+import tokcredit as tc
 import torch
 
 from .fuzz import NODES
@@ -48,6 +49,20 @@ def test_a_batch_takes_few_launches(emulator, op):
     launches, allocations = emulator.work_of_host(lambda: getattr(emulator.module, op)(*given))
     assert launches <= MOST[op][0]
     assert allocations <= MOST[op][1]
+
+
+def test_tempo_takes_ten_launches(emulator):
+    """Four for the tree, one for values and their changes, two for moments, two to standardize, one to expand."""
+    rollouts = tc.Rollouts(
+        torch.randint(0, 2, (ROWS * LENGTH,)),
+        torch.arange(ROWS + 1) * LENGTH,
+        torch.arange(ROWS) // GROUP,
+        torch.rand(ROWS),
+    )
+    credit = tc.methods.tempo().credit
+    credit(rollouts)  # what the batch keeps is there
+    launches, allocations = emulator.work_of_host(lambda: credit(rollouts))
+    assert (launches, allocations) == (10, 3)
 
 
 @pytest.mark.parametrize(("dtype", "ranks", "most"), [(torch.float32, False, 8), (torch.bfloat16, True, 4)])
