@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokcredit import ops
@@ -330,15 +331,17 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
     reference = current if _on_policy(objective, batch) else batch.input(_divisor(objective))
     log_ratio, window = objective.ratio(batch.spans, current, reference, prepared.credit), prepared.window
     advantages = prepared.credit
-    if objective.scales:
+    if any(scale.needs_bounds for scale in objective.scales):
         window = window.per_token(batch.spans)
-        ratios_of_tokens = log_ratio.per_token(batch.spans, current)
-        for scale, signal in zip(objective.scales, prepared.signals, strict=True):
-            factor = scale(current, ratios_of_tokens, prepared.credit, batch.spans, window, signal)
-            advantages = product(advantages, factor, batch.spans)
+    for scale, signal in zip(objective.scales, prepared.signals, strict=True):
+        seen = log_ratio.per_row if scale.takes_rows else None
+        seen = log_ratio.per_token(batch.spans, current) if seen is None else seen
+        factor = scale(current, seen, prepared.credit, batch.spans, window, signal)
+        advantages = product(advantages, factor, batch.spans)
     weights = prepared.row_weights
     if prepared.multiplier is not None:
-        weights = product(prepared.multiplier, weights, batch.spans)
+        wide = torch.promote_types(prepared.multiplier.dtype, ops.accumulated(log_probs.dtype))
+        weights = product(prepared.multiplier, weights.to(wide), batch.spans)
     # Along a row, tokens that do not train still count in sums and positions.
     along = (log_ratio.cumulative or window.power != 0) and prepared.spans.mask is not batch.response_mask
     total, stats = ops.policy_loss(

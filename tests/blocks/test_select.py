@@ -77,6 +77,40 @@ def test_k_per_scope_and_worked_example():
     assert select.top_k(x, torch.tensor([0, 1]), two).tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize(
+    ("share", "numbers"),
+    [
+        (select.Share(0.7), [7, 4]),  # 7.000000000000001 of 10
+        (select.Share(0.3, "down"), [3, 1]),
+        (select.Share(0.5, "nearest"), [5, 2]),  # 2.5 of 5
+        (select.Share(0.0, least=2), [2, 2]),
+        (select.Share(0.0, least=0), [0, 0]),
+        (select.Share(1.0, "down"), [10, 5]),
+    ],
+)
+def test_a_share_of_each_scope(share, numbers):
+    mask = torch.arange(22) != 5
+    spans = ragged.packed(6, 5, 5, 6, mask=mask)  # of the first row 5 tokens compete
+    scope = torch.tensor([0, 1, 0, -1])
+    x = ragged.values(22)
+    by = Ids(scope, 2)
+    assert torch.equal(select.top_k(x, share, spans, by), select.top_k(x, torch.tensor(numbers), spans, by))
+    rows = torch.tensor([0] * 10 + [1] * 5 + [-1] * 7)
+    picked = select.maximum_variance(x, share, Ids(rows, 2))
+    assert [int(picked[rows == g].sum()) for g in (0, 1)] == numbers
+    one = ragged.packed(10)
+    assert int(select.top_k(x[:10], share, one, select.everything(one)).sum()) == numbers[0]
+
+
+def test_a_share_that_is_none_is_refused():
+    spans = ragged.packed(4)
+    for share in (select.Share(1.5), select.Share(float("nan")), select.Share(0.5, "sideways")):
+        with pytest.raises(ValueError, match="k: expected"):
+            select.top_k(ragged.values(4), share, spans)
+    with pytest.raises(ValueError, match="k: least: expected at least 0"):
+        select.top_k(ragged.values(4), select.Share(0.5, least=-1), spans)
+
+
 def test_above_the_size_torch_refuses(monkeypatch):
     n = 2**24 + 5
     x = torch.randperm(n, generator=ragged.generator(0)).float()
@@ -130,10 +164,12 @@ def test_opcheck_and_compile():
     x = ragged.values(6)
     spans = ragged.packed(2, 4, mask=torch.tensor([True, False, True] * 2))
     for ranks in (False, True):
-        call = (x, *spans.arrays, torch.tensor([0, 0]), torch.tensor([2]), ranks, 1)
+        call = (x, *spans.arrays, torch.tensor([0, 0]), torch.tensor([2]), 1, 0.0, 0, 0, ranks, 1)
         torch.library.opcheck(torch.ops.tokcredit.select.default, call)
     ids = torch.tensor([0, 0, 1, 1, 0, 1])
-    torch.library.opcheck(torch.ops.tokcredit.maximum_variance.default, (x, ids, torch.tensor([2, 1]), True))
+    torch.library.opcheck(
+        torch.ops.tokcredit.maximum_variance.default, (x, ids, torch.tensor([2, 1]), 2, 0.0, 0, 0, True)
+    )
 
     def f(x):
         return select.top_k(x, 1, spans), select.quantile(x, 0.5, spans)
@@ -189,11 +225,10 @@ def test_many_tokens(dtype, distinct):
     spans = ragged.packed(*[50_000] * 3, mask=mask)
     tokens = mask.nonzero()[:, 0]
     order = tokens[x[tokens].argsort(descending=True, stable=True)]
-    chosen = torch.ops.tokcredit.select(
-        x, *spans.arrays, torch.zeros(3, dtype=torch.int64), torch.tensor([k]), False, 1
-    )
+    wanted = (torch.zeros(3, dtype=torch.int64), torch.tensor([k]), 1, 0.0, 0, 0)
+    chosen = torch.ops.tokcredit.select(x, *spans.arrays, *wanted, False, 1)
     assert torch.equal(chosen.nonzero()[:, 0], order[:k].sort().values)
-    many = torch.ops.tokcredit.select(x, *spans.arrays, torch.zeros(3, dtype=torch.int64), torch.tensor([k]), False, 5)
+    many = torch.ops.tokcredit.select(x, *spans.arrays, *wanted, False, 5)
     assert torch.equal(chosen, many)
     for rank in (0, k, len(order) - 200):
         ours = select.kth(x, rank, spans, select.everything(spans))

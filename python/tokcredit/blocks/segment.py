@@ -160,7 +160,7 @@ def count(by: By) -> Tensor:
         return by.counts
     _length(by)
     ones = torch.ones(by.ids.shape, dtype=torch.float64, device=by.ids.device)
-    return _reduce("count", ones, by).long()
+    return _reduce("count", ones, by)
 
 
 def mean(x: Tensor, by: By) -> Tensor:

@@ -16,6 +16,7 @@ from tokcredit.spans import Spans
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.aggregation import Aggregation
 from tokcredit.stages.base import flag, number, part
+from tokcredit.stages.credit.group import product
 from tokcredit.stages.filters import Filter, marked
 from tokcredit.stages.term import Term
 from tokcredit.stages.token_weights import TokenWeight
@@ -72,7 +73,7 @@ class expert_nll(Term):
         log_probs = variables["log_probs"]
         if self.uncertain:
             p = log_probs.detach().exp()
-            log_probs = log_probs * torch.where(batch.response_mask, p * (1 - p), 0)
+            weights = product((1 - p).mul_(p), weights.to(p.dtype), spans)
         return -segment.weighted_sum(log_probs, spans, weights).sum()
 
 

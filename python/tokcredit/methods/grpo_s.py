@@ -14,7 +14,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import number
 from tokcredit.stages.credit import Credit
-from tokcredit.stages.credit.group import shares, standard_scores
+from tokcredit.stages.credit.group import EQUAL
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ class mean_entropy_shaped(Credit):
         correct = batch.rewards > self.threshold
         x = segment.mean(batch.input("entropies").double(), batch.spans).clamp_(min=0)
         x = torch.where(correct, x, 1 / (x + 1e-8))
-        ids = (2 * batch.group_index + correct).masked_fill_(~batch.nonempty, -1)
-        side = segment.Ids(ids, 2 * batch.num_groups)
-        if side.segments == 0:
-            return torch.zeros_like(batch.rewards)[:, None]
-        rewards = torch.where(correct, 1, -1) * (self.base + self.bonus * shares(x, side))
-        return standard_scores(rewards, side)[:, None].to(batch.rewards.dtype)
+        side = 2 * batch.group_index + correct
+        moments = segment.moment_table(x, segment.Ids(side, 2 * batch.num_groups, batch.nonempty), ddof=0.0)
+        # Neither a base nor the mean that shares are relative to changes a standard score.
+        equal = abs(self.bonus) * moments[:, 2].sqrt() <= EQUAL * moments[:, 1]
+        scores = segment.standardize(x, side, moments, "normalized")
+        scores.masked_fill_(equal.index_select(0, side) | ~batch.nonempty, 0)
+        up = correct if self.bonus > 0 else ~correct
+        return torch.where(up, scores, -scores)[:, None].to(batch.rewards.dtype)
 
 
 def grpo_s(

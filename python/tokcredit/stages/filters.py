@@ -152,10 +152,7 @@ def highest(
     Returns:
         bool ``[N]``.
     """
-    wanted = select.sizes(spans, scope).double().mul_(share)
-    # A share like 0.7 of 10 must not become 8 for its rounding error.
-    wanted = wanted.sub_(1e-9).ceil_() if round_up else wanted.add_(1e-9).floor_()
-    return select.top_k(score, wanted.long().clamp_(min=1), spans, scope)
+    return select.top_k(score, select.Share(share, "up" if round_up else "down"), spans, scope)
 
 
 @dataclass(frozen=True)

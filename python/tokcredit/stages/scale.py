@@ -25,10 +25,12 @@ class Scale(Stage):
     Attributes:
         kind: ``"scale"``.
         needs_bounds: Whether it reads the bounds of the window.
+        takes_rows: Whether it is given the log-ratio as ``[R, 1]`` where that is the same for all tokens of a row.
     """
 
     kind: ClassVar[str] = "scale"
     needs_bounds: ClassVar[bool] = False
+    takes_rows: ClassVar[bool] = False
 
     @property
     def couples_tokens(self) -> bool:
@@ -36,7 +38,7 @@ class Scale(Stage):
         return True
 
     def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
-        """Return what the scale needs beside the current policy, float ``[N]``, or None.
+        """Return what the scale needs beside the current policy, ``[N]``, or None.
 
         Args:
             batch: The rollouts.
@@ -57,10 +59,10 @@ class Scale(Stage):
 
         Args:
             log_probs: float ``[N]``, of the current policy, without gradient.
-            log_ratio: float ``[N]``, of the ratio stage.
+            log_ratio: float ``[N]``, of the ratio stage; or ``[R, 1]``, see ``takes_rows``.
             advantages: float ``[R, 1]`` or ``[N]``.
             spans: The rows, with the mask of the tokens that the policy chose.
-            window: Bounds of each token.
+            window: Of the clip stage; with ``needs_bounds`` each bound is one number or ``[N]``.
             signal: From :meth:`signal`, for these tokens.
 
         Returns:

@@ -112,8 +112,8 @@ class kl(Term):
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
         log_probs, log_ratio = variables["log_probs"], None
-        rounded = torch.promote_types(log_probs.dtype, torch.float32)
         if self.estimator == "k3_corrected" and batch.old_log_probs is not None:
+            rounded = torch.promote_types(log_probs.dtype, torch.float32)
             log_ratio = (log_probs.detach().to(rounded) - batch.old_log_probs).clamp_(-20.0, 20.0)
         rows, _ = ops.policy_loss(
             log_probs,

@@ -35,6 +35,10 @@ class Credit(Stage):
         raise NotImplementedError
 
 
+EQUAL = 1e-9
+"""Numbers near 1 with a standard deviation of at most this count as equal: their differences are rounding."""
+
+
 def counted(batch: Rollouts, count_empty: bool) -> Groups:
     """Return the groups that statistics are taken over.
 
@@ -152,7 +156,7 @@ def product(a: Tensor, b: Tensor, spans: Spans) -> Tensor:
     """
     if a.dim() == b.dim() or a.dim() == 0 or b.dim() == 0:
         return a * b
-    return per_token(a, spans) * per_token(b, spans)
+    return ops.row_product(a, b, spans) if a.dim() == 1 else ops.row_product(b, a, spans)
 
 
 @dataclass(frozen=True)
