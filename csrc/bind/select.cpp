@@ -50,12 +50,25 @@ void maximum_variance(const py::object &x, const py::object &scope, const py::ob
   call.run([&] { cpu::maximum_variance(m); }, [&](auto &queue) { cuda::maximum_variance(m, queue); });
 }
 
+void within_mean(const py::object &x, const py::object &begin, const py::object &end, const py::object &mask,
+                 double budget, int64_t least, const py::object &chosen) {
+  Call call("within_mean");
+  const Array values = call.read("x", x);
+  if (values.type != Type::f32 && values.type != Type::f64)
+    call.fail("x", "float32 or float64", name_of(values.type));
+  const Rows rows = call.rows(begin, end, mask, values.size);
+  const WithinMean w{rows,   values.type, values.data,
+                     budget, least,       call.read("chosen", chosen, Type::b8, rows.size).as<bool>()};
+  call.run([&] { cpu::within_mean(w); }, [&](auto &queue) { cuda::within_mean(w, queue); });
+}
+
 } // namespace
 
 void bind_select(py::module_ &m) {
   m.attr("ROUNDINGS") = words(Rounding_words);
   m.def("select", &select);
   m.def("maximum_variance", &maximum_variance);
+  m.def("within_mean", &within_mean);
 }
 
 } // namespace tokcredit::bind

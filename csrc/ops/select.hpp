@@ -50,16 +50,34 @@ struct MaximumVariance {
   bool *chosen; // [R]
 };
 
+// The smallest tokens whose mean is at most a budget, of all rows together. In ascending order, ties in the
+// order of the tokens, chosen are those before the first k for which the mean of k + 1 tokens exceeds the
+// budget, and in any case the first `least`. NaN is never chosen. Sums are in double.
+//
+//     x .1 .9 .4 .3   budget .3 -> 1 0 1 1     least 4, budget 0 -> 1 1 1 1
+//
+// Must read: x, mask; must write: chosen. On CUDA tokens are sorted.
+struct WithinMean {
+  Rows rows;
+  Type type; // f32 or f64
+  const void *x;
+  double budget;
+  int64_t least;
+  bool *chosen; // [N]
+};
+
 namespace cpu {
 void top_k(const Select &, bool *chosen, int threads); // [N]
 void kth(const Select &, void *values, int threads);   // [scopes] of x's accumulation type, NaN if none
 void maximum_variance(const MaximumVariance &);
+void within_mean(const WithinMean &);
 } // namespace cpu
 namespace cuda {
 class Queue;
 void top_k(const Select &, bool *chosen, Queue &);
 void kth(const Select &, void *values, Queue &);
 void maximum_variance(const MaximumVariance &, Queue &);
+void within_mean(const WithinMean &, Queue &);
 } // namespace cuda
 
 } // namespace tokcredit

@@ -145,6 +145,35 @@ def test_maximum_variance(values, k, grouped):
         assert reference.variance(picked) == pytest.approx(best, abs=1e-12)
 
 
+@pytest.mark.parametrize("size", [0, 1, 40, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_within_mean(size, dtype):
+    generator = ragged.generator(size)
+    mask = torch.rand(size + 3, generator=generator) < 0.7
+    spans = Spans(torch.tensor([0, size // 3 + 1]), torch.tensor([size // 3, size + 1]), size + 3, mask)
+    # Multiples of 1/8, so that sums are exact and ties are many.
+    x = (torch.randn(size + 3, generator=generator) * 8).round().div(8).square().to(dtype)
+    x[::7], x[3::50] = math.nan, math.inf
+    tokens = [t for b, e in zip(spans.begin, spans.end, strict=True) for t in range(b, e) if mask[t]]
+    for budget, least in ((0.3, 0), (0.0, 0), (-1.0, 3), (math.inf, 0), (0.02, 5), (-1.0, size)):
+        chosen = reference.within_mean([x[t].item() for t in tokens], budget, least)
+        found = select.within_mean(x, budget, spans, least)
+        assert found.nonzero()[:, 0].tolist() == sorted(tokens[i] for i in chosen)
+    if size == 40:
+        torch.library.opcheck(torch.ops.tokcredit.within_mean.default, (x.float(), *spans.arrays, 0.3, 1))
+
+
+def test_within_mean_takes_values_of_any_size():
+    x = torch.cat([torch.logspace(-12, 3, 5000, dtype=torch.float64), torch.full((5000,), 1e-3, dtype=torch.float64)])
+    x = x[torch.randperm(10_000, generator=ragged.generator(1))]
+    for values in (x, x.float()):
+        ordered = values.double().sort().values
+        above = ordered.cumsum(0) / torch.arange(1, 10_001) > 0.5
+        found = select.within_mean(values, 0.5, ragged.packed(4_000, 6_000))
+        assert int(found.sum()) == 10_000 - int(above.sum()) < 10_000
+        assert values[found].max() < values[~found].min()
+
+
 def test_the_largest_win_a_tie_if_preferred():
     x = torch.tensor([0.0, 1.0, 0.0, 0.0, 2.0, 1.0])
     assert select.maximum_variance(x[:4], 3).tolist() == [False, True, True, True]

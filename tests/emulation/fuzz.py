@@ -307,6 +307,21 @@ def maximum_variance(d):
     }
 
 
+def within_mean(d):
+    rows, count, size = d.rows(most=3000)
+    x = d.normal(d.choice(FLOATS[:2]), size, scale=8)
+    x.round_().div_(8)  # sums are exact in any order
+    if d.chance(0.3):
+        x[torch.rand(x.shape, generator=d.torch) < 0.1] = d.choice([math.nan, math.inf])
+    return {
+        **rows,
+        "x": x,
+        "budget": d.choice([-1.0, 0.0, 0.01, 0.7, 100.0]),
+        "least": d.choice([0, 1, 40, size + 1]),
+        "chosen": d.empty(torch.bool, size),
+    }
+
+
 def policy_loss(d):
     usual = d.chance(0.5)  # most tokens are evaluated four at a time
     d.aligned = usual
@@ -594,6 +609,7 @@ GENERATORS = {
     "segment_ids": segment_ids,
     "select": select,
     "maximum_variance": maximum_variance,
+    "within_mean": within_mean,
     "policy_loss": policy_loss,
     "scale_rows": scale_rows,
     "logits": logits,

@@ -18,6 +18,7 @@ SIGNATURES = {
     "standardize": "x group moments standard epsilon =y",
     "select": "x begin end mask scope wanted scopes share rounding least ranks =y threads",
     "maximum_variance": "x scope wanted scopes share rounding least largest =chosen",
+    "within_mean": "x begin end mask budget least =chosen",
     "policy_loss": "log_probs reference operands numbers begin end mask trains surrogate source on value both_sides "
     "bound power limit clamp_low clamp_high =values =stats =slopes threads",
     "scale_rows": "x factor begin end =y threads",

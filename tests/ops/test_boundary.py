@@ -131,6 +131,13 @@ VALID = {
         "largest": True,
         "chosen": torch.zeros(N, dtype=torch.bool),
     },
+    "within_mean": lambda: {
+        "x": floats(N),
+        **spans(),
+        "budget": 0.5,
+        "least": 1,
+        "chosen": torch.zeros(N, dtype=torch.bool),
+    },
     "tree_build": lambda: {
         "tokens": torch.arange(N) % 2,
         "begin": integers(0, 4, 6),

@@ -212,3 +212,24 @@ def maximum_variance(
     instance("by", by, Ids)
     tensor("by.ids", by.ids, (torch.int64,), tuple(x.shape), x.device)
     return ops.maximum_variance(x, by.ids, *_quota("k", k, by), prefer_largest)
+
+
+def within_mean(x: Tensor, budget: float, spans: Spans, least: int = 0) -> Tensor:
+    """Return a mask of the smallest numbers of all rows together whose mean is at most a budget.
+
+    In ascending order, ties in the order of the tokens, these are the numbers before the first one with which the mean
+    would exceed the budget. NaN is never among them.
+
+    Args:
+        x: float ``[N]``.
+        budget: Largest mean.
+        spans: The rows, with the mask of the tokens that compete.
+        least: So many of the smallest numbers are taken whatever their mean.
+
+    Returns:
+        bool ``[N]``.
+    """
+    require_spans("spans", spans)
+    per_token("x", x, spans.size, spans.device)
+    x = x if x.dtype == torch.float64 else x.float()
+    return ops.within_mean(x, *spans.arrays, float(budget), whole_number("least", least))

@@ -33,7 +33,7 @@ from tokcredit.ops.segment import (
     standardize,
     weighted_moments,
 )
-from tokcredit.ops.select import ROUNDINGS, maximum_variance, select
+from tokcredit.ops.select import ROUNDINGS, maximum_variance, select, within_mean
 from tokcredit.ops.tree import expand, spread, tree_build, tree_fold, tree_mean
 
 __all__ = [
@@ -82,4 +82,5 @@ __all__ = [
     "tree_fold",
     "tree_mean",
     "weighted_moments",
+    "within_mean",
 ]

@@ -82,3 +82,18 @@ def maximum_variance(
     quota = (plain(wanted), scopes, share, rounding, least)
     _C.maximum_variance(x.double().contiguous(), scope.contiguous(), *quota, largest, chosen)
     return chosen
+
+
+def _within_mean_output(x: Tensor, *arguments: object) -> Tensor:
+    return result(x, x.shape, torch.bool)
+
+
+@operation(
+    "within_mean(Tensor x, Tensor begin, Tensor end, Tensor? mask, float budget, int least) -> Tensor",
+    _within_mean_output,
+)
+def within_mean(x: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, budget: float, least: int) -> Tensor:
+    """Return the smallest tokens whose mean is at most a budget, bool ``[N]``; see ``csrc/ops/select.hpp``."""
+    chosen = _within_mean_output(x)
+    _C.within_mean(x.contiguous(), begin, end, plain(mask), budget, least, chosen)
+    return chosen
