@@ -11,8 +11,8 @@ namespace {
 constexpr uint64_t none = ~uint64_t(0);
 
 struct Search {
-  int64_t span[2];              // all sorted tokens, as one row
-  unsigned long long first_out; // the first place where the mean exceeds the budget
+  int64_t span[2];   // all sorted tokens, as one row
+  int64_t first_out; // the first place where the mean exceeds the budget
 };
 
 __global__ void begin_search(int64_t size, uint64_t *keys, uint32_t *tokens, Search *search) {
@@ -22,7 +22,7 @@ __global__ void begin_search(int64_t size, uint64_t *keys, uint32_t *tokens, Sea
     tokens[t] = uint32_t(t);
   }
   if (t == 0)
-    *search = {{0, size}, static_cast<unsigned long long>(size)};
+    *search = {{0, size}, size};
 }
 
 template <class T>
@@ -48,18 +48,24 @@ __global__ void make_values(const uint64_t *keys, int64_t size, double *values) 
     values[i] = number_of(keys[i]);
 }
 
+// By one thread: the mean of the smallest tokens grows with their number.
 __global__ void find_first_out(WithinMean w, const double *sums, Search *search) {
-  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
-  const auto out = [&](int64_t k) { return !(sums[k] / double(k + 1) <= w.budget); };
-  if (i < w.rows.size && out(i) && (i == 0 || !out(i - 1)))
-    atomicMin(&search->first_out, static_cast<unsigned long long>(i));
+  int64_t low = 0, high = w.rows.size;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (sums[middle] / double(middle + 1) <= w.budget)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  search->first_out = low;
 }
 
 __global__ void choose_tokens(WithinMean w, const uint64_t *keys, const uint32_t *tokens,
                               const Search *search) {
   const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
   if (i < w.rows.size)
-    w.chosen[tokens[i]] = keys[i] != none && (i < int64_t(search->first_out) || i < w.least);
+    w.chosen[tokens[i]] = keys[i] != none && (i < search->first_out || i < w.least);
 }
 
 } // namespace
@@ -83,7 +89,7 @@ void within_mean(const WithinMean &w, Queue &queue) {
   launch(op, queue, make_values, blocks, block_threads, sorted.keys, size, values);
   const Rows all{search->span, search->span + 1, nullptr, 1, size};
   scan({all, Type::f64, values, nullptr, sums, last, 1.0, false, false}, queue);
-  launch(op, queue, find_first_out, blocks, block_threads, w, sums, search);
+  launch(op, queue, find_first_out, 1, 1, w, sums, search);
   launch(op, queue, choose_tokens, blocks, block_threads, w, sorted.keys, sorted.values, search);
 }
 

@@ -308,7 +308,7 @@ def maximum_variance(d):
 
 
 def within_mean(d):
-    rows, count, size = d.rows(most=3000)
+    rows, _, size = d.rows(most=3000)
     x = d.normal(d.choice(FLOATS[:2]), size, scale=8)
     x.round_().div_(8)  # sums are exact in any order
     if d.chance(0.3):
