@@ -15,7 +15,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import number
 from tokcredit.stages.credit import Credit
-from tokcredit.stages.credit.group import shares, standard_scores
+from tokcredit.stages.credit.group import EQUAL
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,31 @@ class entropy_shaped(Credit):
     reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        mask, spans = batch.response_mask, batch.spans
-        correct = batch.rewards > self.threshold
-        # Group and side in one number; -1 at tokens that do not count.
-        side = ops.spread(2 * batch.group_index + correct + 1, spans) - 1
-        x = torch.where(mask, batch.input("entropies").double(), 1).clamp_(min=0)
-        wrong = side % 2 == 0
-        x = torch.where(wrong, 1 / (x + 1e-8), x)
-        position, width = scan.positions(spans, torch.float64).long(), max(batch.width, 1)
-        sides = segment.Ids(side, 2 * batch.num_groups)
-        alive = segment.Ids((side * width + position - 1).masked_fill_(side < 0, -1), sides.segments * width)
-        if alive.segments == 0:
-            return torch.zeros_like(x).to(batch.rewards.dtype)
-        rewards = torch.where(wrong, -1, 1) * (self.base + self.bonus * shares(x, alive))
-        return standard_scores(rewards, sides).to(batch.rewards.dtype)
+        spans, correct = batch.spans, batch.rewards > self.threshold
+        side, sides, width = 2 * batch.group_index + correct, 2 * batch.num_groups, max(batch.width, 1)
+        if sides == 0:
+            return torch.zeros(batch.num_tokens, dtype=batch.rewards.dtype, device=batch.device)
+        # Where all entropies are 0, they are equal.
+        x = batch.input("entropies").double().clamp_(min=1e-300)
+        x = torch.where(ops.spread(correct, spans), x, (x + 1e-8).reciprocal_())
+        # One cell for each position of a side.
+        cell = scan.positions(spans, torch.float64).add_(ops.spread((side * width - 1).double(), spans)).long()
+        mean = segment.mean(x, segment.Ids(cell, sides * width, batch.response_mask))
+        share = x.div_(mean.index_select(0, cell))
+        # A standard score does not depend on the base and the size of the bonus. From the moments of the rows:
+        size, centre, var, _, _ = segment.moments(share, spans, ddof=0.0)
+        of_side = segment.Ids(side, sides)
+
+        def average(of_row: Tensor) -> Tensor:
+            return (segment.sum(size * of_row, of_side) / tokens).index_select(0, side)
+
+        tokens = segment.sum(size, of_side).clamp_(min=1)
+        middle = average(centre)
+        std = average(var + (centre - middle).square()).sqrt()
+        up = correct if self.bonus > 0 else ~correct
+        slope = torch.where(up, 1 / std, -1 / std).masked_fill_(abs(self.bonus) * std <= EQUAL, 0)
+        scores = ops.row_product(share.sub_(ops.spread(middle, spans)), slope, spans)
+        return scores.masked_fill_(~batch.response_mask, 0).to(batch.rewards.dtype)
 
 
 def gtpo(

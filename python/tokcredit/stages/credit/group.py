@@ -98,33 +98,6 @@ def standardized(
     return segment.standardize(batch.rewards, groups.index, moments, standard, epsilon, dtype)
 
 
-def shares(x: Tensor, by: segment.Ids) -> Tensor:
-    """Return ``x / mean(x)`` of each segment; 1 where its sum is 0.
-
-    Args:
-        x: float64 ``[M]``, at least 0.
-        by: Segments; the result means nothing at elements of none of them.
-    """
-    own = by.ids.clamp(min=0)
-    total = segment.sum(x, by)[own]
-    return torch.where(total == 0, 1, x * segment.count(by)[own] / total)
-
-
-def standard_scores(x: Tensor, by: segment.Ids) -> Tensor:
-    """Return ``(x - mean) / std`` with the population statistics of each segment; 0 where its numbers are equal.
-
-    Numbers near 1 whose standard deviation is at most 1e-9 count as equal: their differences are rounding.
-
-    Args:
-        x: float64 ``[M]``.
-        by: Segments; elements of none of them are 0.
-    """
-    own = by.ids.clamp(min=0)
-    centred = x - segment.mean(x, by)[own]
-    std = segment.var(x, by, ddof=0.0).sqrt()[own]
-    return torch.where((by.ids < 0) | (std <= 1e-9), 0, centred / std)
-
-
 def per_token(x: Tensor, spans: Spans) -> Tensor:
     """Return a stage's result, ``[R, 1]`` or ``[N]``, as ``[N]``.
 
