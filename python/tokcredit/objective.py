@@ -333,10 +333,12 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
     advantages = prepared.credit
     if any(scale.needs_bounds for scale in objective.scales):
         window = window.per_token(batch.spans)
+    of_rows, of_tokens = log_ratio.per_row, None
     for scale, signal in zip(objective.scales, prepared.signals, strict=True):
-        seen = log_ratio.per_row if scale.takes_rows else None
-        seen = log_ratio.per_token(batch.spans, current) if seen is None else seen
-        factor = scale(current, seen, prepared.credit, batch.spans, window, signal)
+        by_row = scale.takes_rows and of_rows is not None
+        if not by_row and of_tokens is None:
+            of_tokens = log_ratio.per_token(batch.spans, current)
+        factor = scale(current, of_rows if by_row else of_tokens, prepared.credit, batch.spans, window, signal)
         advantages = product(advantages, factor, batch.spans)
     weights = prepared.row_weights
     if prepared.multiplier is not None:

@@ -539,6 +539,7 @@ class Rollouts:
             groups=self.groups.subset(kept),
             rewards=of_rows(self.rewards),
             response_mask=mask,
+            lengths=of_rows(self.lengths),
             extras={name: x if inputs.get(name).per == "token" else of_rows(x) for name, x in self.extras.items()},
             trajectory_ids=None if self.trajectory_ids is None else of_rows(self.trajectory_ids),
         )

@@ -115,7 +115,7 @@ class kl(Term):
         if self.estimator == "k3_corrected" and batch.old_log_probs is not None:
             rounded = torch.promote_types(log_probs.dtype, torch.float32)
             log_ratio = (log_probs.detach().to(rounded) - batch.old_log_probs).clamp_(-20.0, 20.0)
-        rows, _ = ops.policy_loss(
+        total, _ = ops.policy_loss(
             log_probs,
             spans,
             self.estimator,
@@ -124,8 +124,9 @@ class kl(Term):
             weights=weights,
             clamp=(-20.0, 20.0),
             limit=self.limit,
+            total=True,
         )
-        return rows.sum()
+        return total
 
 
 @dataclass(frozen=True)
