@@ -163,7 +163,7 @@ class Supervised(FromHidden):
         weights = prepared.row_weights
         if prepared.multiplier is not None:
             weights = product(prepared.multiplier, weights, spans)
-        value = prepared.objective.token_loss.sign * segment.weighted_sum(x, spans, weights).sum()
+        value = prepared.objective.token_loss.sign * segment.weighted_sum(x, spans, weights, total=True)
         detached = value.detach()
 
         def metrics() -> dict[str, Tensor]:

@@ -149,7 +149,7 @@ class entropy(Term):
     couples_tokens = False
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
-        return -segment.weighted_sum(variables["entropies"], spans, weights).sum()
+        return segment.weighted_sum(variables["entropies"], spans, -weights, total=True)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class nll(Term):
     couples_tokens = False
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
-        return -segment.weighted_sum(variables["log_probs"], spans, weights).sum()
+        return segment.weighted_sum(variables["log_probs"], spans, -weights, total=True)
 
 
 __all__ = ["Term", "entropy", "kl", "nll"]
