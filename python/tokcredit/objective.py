@@ -335,10 +335,11 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
         window = window.per_token(batch.spans)
     of_rows, of_tokens = log_ratio.per_row, None
     for scale, signal in zip(objective.scales, prepared.signals, strict=True):
-        by_row = scale.takes_rows and of_rows is not None
-        if not by_row and of_tokens is None:
-            of_tokens = log_ratio.per_token(batch.spans, current)
-        factor = scale(current, of_rows if by_row else of_tokens, prepared.credit, batch.spans, window, signal)
+        seen = of_rows if scale.takes_rows else None
+        if seen is None:
+            of_tokens = log_ratio.per_token(batch.spans, current) if of_tokens is None else of_tokens
+            seen = of_tokens
+        factor = scale(current, seen, prepared.credit, batch.spans, window, signal)
         advantages = product(advantages, factor, batch.spans)
     weights = prepared.row_weights
     if prepared.multiplier is not None:
