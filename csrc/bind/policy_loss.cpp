@@ -86,7 +86,7 @@ void policy_loss(const py::object &log_probs, const py::object &reference, const
 }
 
 void scale_rows(const py::object &x, const py::object &factor, const py::object &begin, const py::object &end,
-                int threads) {
+                const py::object &y, int threads) {
   Call call("scale_rows");
   const Array slopes = call.read("x", x);
   if (slopes.type != Type::f32 && slopes.type != Type::f64)
@@ -96,7 +96,12 @@ void scale_rows(const py::object &x, const py::object &factor, const py::object 
   if (factors.type != slopes.type || (factors.size != 1 && factors.size != rows.count))
     call.fail("factor", name_of(slopes.type) + " [" + std::to_string(rows.count) + "] or one number",
               text(factors));
-  const ScaleRows s{rows, slopes.type, slopes.data, factors.data, factors.dimensions > 0};
+  const ScaleRows s{rows,
+                    slopes.type,
+                    slopes.data,
+                    factors.data,
+                    factors.dimensions > 0,
+                    call.read("y", y, slopes.type, slopes.size).data};
   call.run([&] { cpu::scale_rows(s, threads); }, [&](auto &queue) { cuda::scale_rows(s, queue); });
 }
 

@@ -5,7 +5,7 @@ namespace tokcredit::bind {
 namespace {
 
 Type result_type(Reduction kind, Type type) {
-  return kind == Reduction::moments ? Type::f64 : accumulated(type);
+  return kind == Reduction::moments ? Type::f64 : kind == Reduction::count ? Type::i64 : accumulated(type);
 }
 
 void segment_rows(const py::object &x, const py::object &begin, const py::object &end, const py::object &mask,

@@ -173,7 +173,10 @@ template <class A> struct Pack {
       return x.each([](A v) { return tokcredit::exponential(v); });
   }
   TOKCREDIT_FN friend Pack exponential_less_one(const Pack &x) {
-    return x.each([](A v) { return tokcredit::exponential_less_one(v); });
+    if constexpr (std::is_same_v<A, float>)
+      return exponentials_from(x).less_one;
+    else
+      return x.each([](A v) { return tokcredit::exponential_less_one(v); });
   }
   TOKCREDIT_FN friend Exponentials<Pack> exponentials(const Pack &x) {
     if constexpr (std::is_same_v<A, float>)
@@ -188,7 +191,10 @@ template <class A> struct Pack {
       return x.each([](A v) { return tokcredit::log_one_plus(v); });
   }
   TOKCREDIT_FN friend Pack logarithm(const Pack &x) {
-    return x.each([](A v) { return tokcredit::logarithm(v); });
+    if constexpr (std::is_same_v<A, float>)
+      return choose(x == x, logarithm_from(x, x - 1.0f), x);
+    else
+      return x.each([](A v) { return tokcredit::logarithm(v); });
   }
 };
 

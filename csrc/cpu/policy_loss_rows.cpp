@@ -48,6 +48,15 @@ template <class A> struct Block {
       width[block];
 };
 
+inline bool any_unmasked(const uint8_t (&unmasked)[block]) {
+  uint64_t found = 0, eight;
+  for (int64_t i = 0; i < block; i += 8) {
+    __builtin_memcpy(&eight, unmasked + i, 8);
+    found |= eight;
+  }
+  return found;
+}
+
 // The operands of one row, each with its place in a block.
 template <class A> struct Lanes {
   struct Place {
@@ -152,6 +161,11 @@ void evaluate(const PolicyLoss &call, const Block<A> &b, int64_t n, A *slopes, T
   Count<A> tokens, below, above, capped, nonfinite;
   for (int64_t i = 0; i < n; i += lanes) {
     const mask_t<P> live = P(b.live + i) != P{};
+    if (!any(live)) {
+      if (slopes)
+        P{}.store(slopes + i, n - i);
+      continue;
+    }
     const P log_prob(b.log_prob + i), reference(b.reference + i), log_ratio(b.log_ratio + i);
     const P difference = p.reference ? log_prob - reference : log_ratio;
     Token<P> t{p.source == Source::difference ? difference : log_ratio,
@@ -214,6 +228,11 @@ template <Surrogate kind, class T, class A> void row(const PolicyLoss &p, int64_
   for (int64_t first = p.rows.begin[r]; first < p.rows.end[r]; first += block) {
     const int64_t left = p.rows.end[r] - first, n = left < block ? left : block;
     read_mask(p.rows, first, n, b.unmasked);
+    if (!any_unmasked(b.unmasked)) {
+      if (slopes)
+        std::fill(slopes + first, slopes + first + n, A(0));
+      continue;
+    }
     for (int64_t i = 0; i < block; ++i)
       b.live[i] = A(int32_t(b.unmasked[i]));
     read(log_probs + first, n, b.live, b.log_prob);
@@ -246,11 +265,24 @@ template <class A> void scale(A *x, int64_t n, A factor) {
   }
 }
 
+template <class A> void multiply(const A *x, A *__restrict y, int64_t n, A factor) {
+  for (int64_t i = 0; i < n; ++i)
+    y[i] = x[i] * factor;
+}
+
 template <class A> void scale_all(const ScaleRows &s, int64_t first, int64_t last) {
-  const A *factor = static_cast<const A *>(s.factor);
-  for (int64_t r = first; r < last; ++r)
-    if (const A by = factor[s.per_row ? r : 0]; by != A(1))
-      scale(static_cast<A *>(s.x) + s.rows.begin[r], s.rows.end[r] - s.rows.begin[r], by);
+  const A *factor = static_cast<const A *>(s.factor), *x = static_cast<const A *>(s.x);
+  A *y = static_cast<A *>(s.y);
+  for (int64_t r = first; r < last; ++r) {
+    const A by = factor[s.per_row ? r : 0];
+    const int64_t begin = s.rows.begin[r], n = s.rows.end[r] - begin;
+    if (!s.in_place()) {
+      multiply(x + begin, y + begin, n, by);
+      clear_padding(s.rows, r, y);
+    } else if (by != A(1)) {
+      scale(y + begin, n, by);
+    }
+  }
 }
 
 } // namespace

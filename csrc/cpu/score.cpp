@@ -16,10 +16,9 @@ template <class A> void deviate(const LogDeviation &d, Type type, int threads) {
   std::vector<double> table(size_t(rows * width_of(Reduction::moments)));
   segment_rows({d.rows, type, d.y, Reduction::moments, 0, table.data()}, threads);
   const auto moments = merged(table.data(), 0, rows);
-  const std::vector<int64_t> scope(size_t(rows), 0);
   const int64_t rank = nearest_rank(d.quantile, moments.count);
   A quantile;
-  kth({d.rows, type, d.y, scope.data(), &rank, 1}, &quantile, threads);
+  kth({d.rows, type, d.y, nullptr, {&rank}, 1}, &quantile, threads);
   parallel(d.rows.size, light, threads, [&](int64_t first, int64_t last) {
     TOKCREDIT_CHOOSE(distance_tokens)(d, moments, &quantile, first, last);
   });

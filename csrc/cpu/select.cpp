@@ -4,6 +4,7 @@
 #include "cpu/select_rows.hpp"
 #include "math/dispatch.hpp"
 #include "math/order.hpp"
+#include "math/quota.hpp"
 #include "math/variance.hpp"
 #include <algorithm>
 #include <array>
@@ -22,16 +23,17 @@ struct Scopes {
   std::vector<int64_t> start, row;
 
   Scopes(const int64_t *scope, int64_t rows, int64_t scopes) : start(scopes + 1, 0) {
-    const auto inside = [&](int64_t r) { return scope[r] >= 0 && scope[r] < scopes; };
+    const auto of = [&](int64_t r) { return scope ? scope[r] : 0; };
+    const auto inside = [&](int64_t r) { return of(r) >= 0 && of(r) < scopes; };
     for (int64_t r = 0; r < rows; ++r)
       if (inside(r))
-        ++start[scope[r] + 1];
+        ++start[of(r) + 1];
     std::partial_sum(start.begin(), start.end(), start.begin());
     row.resize(start.back());
     std::vector<int64_t> next(start.begin(), start.end() - 1);
     for (int64_t r = 0; r < rows; ++r)
       if (inside(r))
-        row[next[scope[r]]++] = r;
+        row[next[of(r)]++] = r;
   }
 };
 
@@ -248,11 +250,12 @@ void top_k(const Select &s, bool *chosen, int threads) {
   with_float(s.type, [&](auto t) {
     using T = typename decltype(t)::type;
     each_scope<T>(s, threads, [&](int64_t g, const Scope<T> &scope, int inner) {
-      if (s.wanted[g] <= 0)
+      const int64_t size = scope.size(), wanted = wanted_of(s.wanted, g, size);
+      if (wanted <= 0)
         return;
       typename Scope<T>::Key threshold;
       int64_t above;
-      if (!scope.find(s.wanted[g] - 1, scope.size(), inner, threshold, above)) {
+      if (!scope.find(wanted - 1, size, inner, threshold, above)) {
         for (int64_t i = 0; i < scope.rows; ++i)
           scope.each(i, [&](int64_t t, auto) { chosen[t] = true; });
         return;
@@ -264,7 +267,7 @@ void top_k(const Select &s, bool *chosen, int threads) {
           ties[size_t(i)] =
               TOKCREDIT_CHOOSE(mark)(scope.tokens_of(i), threshold, chosen + s.rows.begin[scope.row[i]]);
       });
-      int64_t left = s.wanted[g] - above;
+      int64_t left = wanted - above;
       for (int64_t i = 0; left > 0 && i < scope.rows; ++i)
         if (ties[size_t(i)])
           scope.each(i, [&](int64_t t, auto k) {
@@ -283,7 +286,8 @@ void kth(const Select &s, void *values, int threads) {
       typename Scope<T>::Key found;
       int64_t above;
       // Found by its rank from the largest; below 0 there is none.
-      const int64_t size = scope.size(), rank = s.wanted[g] < 0 ? -1 : size - 1 - s.wanted[g];
+      const int64_t size = scope.size(), wanted = wanted_of(s.wanted, g, size),
+                    rank = wanted < 0 ? -1 : size - 1 - wanted;
       const bool exists = rank >= 0 && scope.find(rank, size, inner, found, above);
       static_cast<A *>(values)[g] = exists ? number_of(found) : std::numeric_limits<A>::quiet_NaN();
     });
@@ -295,7 +299,8 @@ void maximum_variance(const MaximumVariance &m) {
   Scopes scopes(m.scope, m.rows, m.scopes);
   for (int64_t g = 0; g < m.scopes; ++g) {
     int64_t *row = scopes.row.data() + scopes.start[g];
-    const int64_t size = scopes.start[g + 1] - scopes.start[g], keep = std::min(m.wanted[g], size);
+    const int64_t size = scopes.start[g + 1] - scopes.start[g],
+                  keep = std::min(wanted_of(m.wanted, g, size), size);
     if (keep <= 0)
       continue;
     std::stable_sort(row, row + size,

@@ -2,6 +2,7 @@
 // thread per scope walks its rows. A scope is a group of rollouts: few rows.
 #include "cuda/sort.cuh"
 #include "math/order.hpp"
+#include "math/quota.hpp"
 #include "math/variance.hpp"
 #include "ops/select.hpp"
 
@@ -29,7 +30,7 @@ __global__ void choose(MaximumVariance m, const uint32_t *rows, const int64_t *s
   if (g >= m.scopes)
     return;
   const uint32_t *row = rows + starts[g];
-  const int64_t size = starts[g + 1] - starts[g], keep = min(m.wanted[g], size);
+  const int64_t size = starts[g + 1] - starts[g], keep = min(wanted_of(m.wanted, g, size), size);
   if (keep <= 0)
     return;
   const int64_t best = most_varied(size, keep, m.largest, [&](int64_t i) { return m.x[row[i]]; });

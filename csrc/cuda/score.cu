@@ -122,10 +122,9 @@ void log_deviation(const LogDeviation &d, Queue &queue) {
   const int64_t rows = d.rows.count, blocks = ceil_div(d.rows.size, block_tokens);
   AllMoments *all;
   double *table;
-  int64_t *rank, *scope;
+  int64_t *rank;
   allocate_together(queue, Wanted{all, 1}, Wanted{table, rows * width_of(Reduction::moments)},
-                    Wanted{rank, 1}, Wanted{scope, rows});
-  clear("score", queue, scope, rows * int64_t(sizeof(int64_t)));
+                    Wanted{rank, 1});
   with_float(d.type, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = accumulate_t<T>;
@@ -134,7 +133,7 @@ void log_deviation(const LogDeviation &d, Queue &queue) {
     launch("score", queue, logs<T>, blocks, block_threads, d);
     segment_rows({d.rows, wide, d.y, Reduction::moments, 0, table}, queue);
     launch("score", queue, merge_rows, 1, 32, d, table, all, rank);
-    kth({d.rows, wide, d.y, scope, rank, 1}, quantile, queue);
+    kth({d.rows, wide, d.y, nullptr, {rank}, 1}, quantile, queue);
     launch("score", queue, distances<A>, blocks, block_threads, d, all, quantile);
   });
 }

@@ -4,6 +4,7 @@
 #include "cuda/tile.cuh"
 #include "math/dispatch.hpp"
 #include "math/order.hpp"
+#include "math/quota.hpp"
 #include "ops/select.hpp"
 #include <cuda/atomic>
 
@@ -57,10 +58,12 @@ __global__ void start(Goal<Key> *goals, int64_t scopes, unsigned long long *coun
     *finished = 0;
 }
 
+__device__ int64_t scope_of(const Select &s, int64_t r) { return s.scope ? s.scope[r] : 0; }
+
 // Finds the digit in which the wanted rank of a scope of the batch falls, and clears its counts for the next
 // pass; by a warp.
 template <class Key>
-__device__ void choose_digit(int64_t place, Goal<Key> *goals, const int64_t *wanted, const Pass<Key> &pass,
+__device__ void choose_digit(int64_t place, Goal<Key> *goals, const Quota &wanted, const Pass<Key> &pass,
                              unsigned long long *counts) {
   const int64_t g = pass.first_scope + place;
   Goal<Key> goal = goals[g];
@@ -85,7 +88,7 @@ __device__ void choose_digit(int64_t place, Goal<Key> *goals, const int64_t *wan
     upto += lane_id() >= step ? before : 0;
   }
   if (pass.first && !pass.index) {
-    const int64_t total = __shfl_sync(all_lanes, upto, 31), k = wanted[g];
+    const int64_t total = __shfl_sync(all_lanes, upto, 31), k = wanted_of(wanted, g, total);
     const bool inside = k >= 0 && k < total;
     goal.rank = pass.ranks ? total - 1 - k : k - 1;
     if (pass.ranks ? !inside : k <= 0 || k >= total) {
@@ -120,7 +123,7 @@ __device__ void choose_digit(int64_t place, Goal<Key> *goals, const int64_t *wan
 
 template <class Key>
 __global__ void __launch_bounds__(block_threads)
-    choose_digits(Goal<Key> *goals, const int64_t *wanted, Pass<Key> pass, unsigned long long *counts) {
+    choose_digits(Goal<Key> *goals, Quota wanted, Pass<Key> pass, unsigned long long *counts) {
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
   if (place < pass.scopes)
     choose_digit(place, goals, wanted, pass, counts);
@@ -159,7 +162,7 @@ __global__ void __launch_bounds__(block_threads, sizeof(Key) == 4 ? 6 : 5)
   each_piece<false>(
       s.rows, min(from, s.rows.size), min(from + span, s.rows.size),
       [&](int64_t r, int64_t first, int64_t last, bool, bool) {
-        const int64_t g = s.scope[r];
+        const int64_t g = scope_of(s, r);
         if (g < pass.first_scope || g >= pass.first_scope + pass.scopes)
           return;
         const Goal<Key> goal = goals[g];
@@ -221,7 +224,7 @@ __global__ void __launch_bounds__(block_threads)
   each_piece<false>(
       s.rows, from, to,
       [&](int64_t r, int64_t first, int64_t last, bool, bool) {
-        const int64_t g = s.scope[r];
+        const int64_t g = scope_of(s, r);
         Goal<Key> goal{0, 0, 0, nothing};
         if (g >= 0 && g < s.scopes)
           goal = goals[g];

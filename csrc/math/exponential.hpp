@@ -72,14 +72,13 @@ template <class A> TOKCREDIT_FN Exponentials<A> exponentials_from(A x) {
 TOKCREDIT_FN Exponentials<float> exponentials(float x) { return exponentials_from(x); }
 TOKCREDIT_FN Exponentials<double> exponentials(double x) { return {std::exp(x), std::expm1(x)}; }
 
-// log(1 + x) for -1 < x <= 0, within 2 ulp.
-template <class A> TOKCREDIT_FN A log_one_plus_from(A x) {
-  const A y = x + 1.0f;
+// log(y) for a normal number y above 0, within 2 ulp; less_one is y - 1, with digits that y may have lost.
+template <class A> TOKCREDIT_FN A logarithm_from(A y, A less_one) {
   // y = 2^n * m, m from sqrt(1/2) to sqrt(2): the exponent of y * sqrt(2).
   const auto exponent = (bits(y) + (0x3f800000u - 0x3f3504f3u)) >> 23;
   const A n = from_bits(exponent + 0x4b000000u) - 8388735.0f; // 2^23 + 127
   const A m = from_bits(bits(y) - (exponent << 23) + 0x3f800000u);
-  const A f = choose(n == A{}, x, m - 1.0f); // where y is not scaled, x has digits that y lost
+  const A f = choose(n == A{}, less_one, m - 1.0f); // where y is not scaled
   // (log(1 + f) - f + f^2 / 2) / f^3
   A q = f * 7.0376836292e-2f - 1.1514610310e-1f;
   q = q * f + 1.1676998740e-1f;
@@ -92,10 +91,13 @@ template <class A> TOKCREDIT_FN A log_one_plus_from(A x) {
   const A square = f * f;
   return (f + (f * square * q + n * -2.1219444005e-4f - square * 0.5f)) + n * 0.693359375f;
 }
+
+// log(1 + x) for -1 < x <= 0.
+template <class A> TOKCREDIT_FN A log_one_plus_from(A x) { return logarithm_from(x + 1.0f, x); }
 TOKCREDIT_FN float log_one_plus(float x) { return log_one_plus_from(x); }
 TOKCREDIT_FN double log_one_plus(double x) { return std::log1p(x); }
 
-// exp(x) - 1 and log(x); packs call them number by number.
+// exp(x) - 1, and log(x) for a normal number x above 0; NaN stays NaN.
 TOKCREDIT_FN float exponential_less_one(float x) { return std::expm1(x); }
 TOKCREDIT_FN double exponential_less_one(double x) { return std::expm1(x); }
 TOKCREDIT_FN float logarithm(float x) { return std::log(x); }

@@ -3,6 +3,7 @@
 #include "math/number.hpp"
 #include "ops/segment.hpp"
 #include <cmath>
+#include <type_traits>
 
 namespace tokcredit {
 
@@ -106,7 +107,7 @@ template <Reduction kind> struct Moments {
       return scaled > 0 || scaled != scaled ? maximum + std::log(scaled) : -double(INFINITY);
   }
 
-  // The result of a segment, where the contract wants it; A is the accumulation type.
+  // The result of a segment, where the contract wants it; A is the accumulation type of what is no count.
   template <class A> TOKCREDIT_FN void write(void *y, int64_t segment, double ddof) const {
     if constexpr (kind == Reduction::moments) {
       const double all[] = {count, mean, variance(ddof), minimum, maximum};
@@ -114,7 +115,8 @@ template <Reduction kind> struct Moments {
       for (int k = 0; k < int(width_of(kind)); ++k)
         static_cast<double *>(y)[segment * width_of(kind) + k] = all[k];
     } else {
-      static_cast<A *>(y)[segment] = A(result(ddof));
+      using Y = std::conditional_t<kind == Reduction::count, int64_t, A>;
+      static_cast<Y *>(y)[segment] = Y(result(ddof));
     }
   }
 };

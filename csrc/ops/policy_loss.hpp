@@ -102,18 +102,23 @@ struct PolicyLoss {
   void *slopes;  // [N] of the accumulation type, or null
 };
 
-// Multiplies the slopes of each row by one number, in place: x[t] *= factor[r]. An x of 0 stays 0, whatever
-// the factor, so nothing comes out from under a mask; rows whose factor is 1 are not touched.
+// Multiplies the tokens of each row by one number: y[t] = x[t] factor[r], and 0 outside of rows.
 //
-//     x 1 2 | 3 0   factor 1 and inf   ->   1 2 | inf 0
+// In place (y is x) this scales slopes: an x of 0 stays 0, whatever the factor, so nothing comes out from
+// under a mask; rows whose factor is 1, and tokens outside of rows, are not touched.
 //
-// Must read: factor; must read and write: x, in rows whose factor is not 1.
+//     x 1 2 | 3 0   factor 1 and inf   y 1 2 | inf NaN   in place 1 2 | inf 0
+//
+// Must read: factor, x; must write: y; in place only in rows whose factor is not 1.
 struct ScaleRows {
   Rows rows; // the mask is not read
-  Type type; // f32 or f64, of x and factor
-  void *x;
+  Type type; // f32 or f64, of x, factor and y
+  const void *x;
   const void *factor; // [R], or one number
   bool per_row;
+  void *y;
+
+  constexpr bool in_place() const { return x == y; }
 };
 
 namespace cpu {

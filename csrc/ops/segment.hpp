@@ -30,7 +30,7 @@ struct SegmentRows {
   const void *x;
   Reduction reduction;
   double ddof;
-  void *y; // [R] of the accumulation type; for moments [R, 5] float64
+  void *y; // [R] of the accumulation type; for count int64, for moments [R, 5] float64
 };
 
 // The moments of rows whose tokens each count weights[t] times, which need not be whole; those of a weight of

@@ -65,8 +65,8 @@ class Groups:
         """
         index = self.index.index_select(0, rows)
         sizes = torch.bincount(index, minlength=self.count)
-        present = sizes > 0
-        if not bool(present.all()):
+        if not bool(sizes.all()):
+            present = sizes > 0
             index, sizes = (present.cumsum(0) - 1).index_select(0, index), sizes[present]
         end = sizes.cumsum(0)
         spans = Spans.trusted(end - sizes, end, index.numel())

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokcredit.arguments import describe
+from tokcredit.arguments import INTEGERS, describe
 
 Dtype = Literal["float", "integer", "bool"]
 Per = Literal["token", "row"]
@@ -67,12 +67,11 @@ class Input:
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"{self.name}: expected torch.Tensor {self.shape}, got {type(x).__name__}")
-        fits = {
-            "float": x.dtype.is_floating_point,
-            "integer": x.dtype in (torch.int32, torch.int64),
-            "bool": x.dtype == torch.bool,
-        }
-        if not fits[self.dtype]:
+        if self.dtype == "float":
+            fits = x.dtype.is_floating_point
+        else:
+            fits = x.dtype in (INTEGERS if self.dtype == "integer" else (torch.bool,))
+        if not fits:
             raise TypeError(f"{self.name}: expected {self.dtype} {self.shape}, got {describe(x)}")
         flat = x
         padded = self.per == "token" and shape is not None and x.dim() == 2 + len(self.axes)

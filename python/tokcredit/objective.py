@@ -397,15 +397,20 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
     if compared is None and window.gate.get("on", "ratio") != "ratio":  # a gate may look at what a ratio leaves out
         compared = reference
     advantages = prepared.credit
-    if objective.scales:
+    if any(scale.needs_bounds for scale in objective.scales):
         window = window.per_token(batch.spans)
-        ratios_of_tokens = log_ratio.per_token(batch.spans, current)
-        for scale, signal in zip(objective.scales, prepared.signals, strict=True):
-            factor = scale(current, ratios_of_tokens, prepared.credit, batch.spans, window, signal)
-            advantages = product(advantages, factor, batch.spans)
+    of_rows, of_tokens = log_ratio.per_row, None
+    for scale, signal in zip(objective.scales, prepared.signals, strict=True):
+        seen = of_rows if scale.takes_rows else None
+        if seen is None:
+            of_tokens = log_ratio.per_token(batch.spans, current) if of_tokens is None else of_tokens
+            seen = of_tokens
+        factor = scale(current, seen, prepared.credit, batch.spans, window, signal)
+        advantages = product(advantages, factor, batch.spans)
     weights = prepared.row_weights
     if prepared.multiplier is not None:
-        weights = product(prepared.multiplier, weights, batch.spans)
+        wide = torch.promote_types(prepared.multiplier.dtype, ops.accumulated(log_probs.dtype))
+        weights = product(prepared.multiplier, weights.to(wide), batch.spans)
     # Along a row, tokens that do not train still count in sums and positions.
     along = (log_ratio.cumulative or window.power != 0) and prepared.spans.mask is not batch.response_mask
     total, stats = ops.policy_loss(

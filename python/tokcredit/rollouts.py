@@ -482,8 +482,7 @@ class Rollouts(Layout):
             TypeError: The mask is not bool.
             ValueError: Its shape or device is wrong.
         """
-        stale = ("lengths", "nonempty", "nonempty_groups")
-        return self._derived(stale, response_mask=response_mask, spans=self.spans.with_mask(response_mask))
+        return self._derived(_OF_MASK, response_mask=response_mask, spans=self.spans.with_mask(response_mask))
 
     def filtered(self, response_mask: Tensor) -> Rollouts:
         """Return the batch in the mask of a filter. ``policy_spans`` still has the tokens that it rejects.
@@ -491,7 +490,8 @@ class Rollouts(Layout):
         Args:
             response_mask: bool ``[N]``.
         """
-        return self.with_mask(response_mask)._derived((), _policy_spans=self.policy_spans)
+        spans = self.spans.with_mask(response_mask)
+        return self._derived(_OF_MASK, response_mask=response_mask, spans=spans, _policy_spans=self.policy_spans)
 
     @property
     def policy_spans(self) -> Spans:
@@ -543,19 +543,23 @@ class Rollouts(Layout):
         spans = Spans.trusted(of_rows(self.begin), of_rows(self.end), self.num_tokens, mask)
         components = {"_components": of_rows(self.reward_components)} if "_components" in self.__dict__ else {}
         return self._derived(
-            ("sizes", "starts", "lengths", "nonempty", "nonempty_groups", "_policy_spans"),
+            ("sizes", "starts", *_OF_MASK, "_policy_spans"),
             cu_seqlens=spans,
             spans=spans,
             group_ids=of_rows(self.group_ids),
             groups=self.groups.subset(kept),
             rewards=of_rows(self.rewards),
             response_mask=mask,
+            lengths=of_rows(self.lengths),
             extras={name: x if inputs.get(name).per == "token" else of_rows(x) for name, x in self.extras.items()},
             trajectory_ids=None if self.trajectory_ids is None else of_rows(self.trajectory_ids),
             trajectories=None,
             **components,
         )
 
+
+_OF_MASK = ("lengths", "nonempty", "nonempty_groups")
+"""Cached attributes that depend on the response mask."""
 
 FIELDS = tuple(f.name for f in fields(Rollouts) if f.name in inputs.names())
 """Registered inputs that are arguments of :class:`Rollouts` of their own."""

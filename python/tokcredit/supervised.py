@@ -309,7 +309,7 @@ class Supervised(FromHidden):
             current = prepared.batch.flat(variables.get("log_probs", per_token), "log_probs").detach()
             for factor in prepared.factors(current):
                 weights = product(weights, factor, spans)
-        value = token_loss.sign * segment.weighted_sum(token_loss.limited(x), spans, weights).sum()
+        value = token_loss.sign * segment.weighted_sum(token_loss.limited(x), spans, weights, total=True)
         detached = value.detach()
 
         def metrics() -> dict[str, Tensor]:

@@ -77,6 +77,40 @@ def test_k_per_scope_and_worked_example():
     assert select.top_k(x, torch.tensor([0, 1]), two).tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize(
+    ("share", "numbers"),
+    [
+        (select.Share(0.7), [7, 4]),  # 7.000000000000001 of 10
+        (select.Share(0.3, "down"), [3, 1]),
+        (select.Share(0.5, "nearest"), [5, 2]),  # 2.5 of 5
+        (select.Share(0.0, least=2), [2, 2]),
+        (select.Share(0.0, least=0), [0, 0]),
+        (select.Share(1.0, "down"), [10, 5]),
+    ],
+)
+def test_a_share_of_each_scope(share, numbers):
+    mask = torch.arange(22) != 5
+    spans = ragged.packed(6, 5, 5, 6, mask=mask)  # of the first row 5 tokens compete
+    scope = torch.tensor([0, 1, 0, -1])
+    x = ragged.values(22)
+    by = Ids(scope, 2)
+    assert torch.equal(select.top_k(x, share, spans, by), select.top_k(x, torch.tensor(numbers), spans, by))
+    rows = torch.tensor([0] * 10 + [1] * 5 + [-1] * 7)
+    picked = select.maximum_variance(x, share, Ids(rows, 2))
+    assert [int(picked[rows == g].sum()) for g in (0, 1)] == numbers
+    one = ragged.packed(10)
+    assert int(select.top_k(x[:10], share, one, select.everything(one)).sum()) == numbers[0]
+
+
+def test_a_share_that_is_none_is_refused():
+    spans = ragged.packed(4)
+    for share in (select.Share(1.5), select.Share(float("nan")), select.Share(0.5, "sideways")):
+        with pytest.raises(ValueError, match="k: expected"):
+            select.top_k(ragged.values(4), share, spans)
+    with pytest.raises(ValueError, match="k: least: expected at least 0"):
+        select.top_k(ragged.values(4), select.Share(0.5, least=-1), spans)
+
+
 def test_above_the_size_torch_refuses(monkeypatch):
     n = 2**24 + 5
     x = torch.randperm(n, generator=ragged.generator(0)).float()
@@ -111,6 +145,35 @@ def test_maximum_variance(values, k, grouped):
         assert reference.variance(picked) == pytest.approx(best, abs=1e-12)
 
 
+@pytest.mark.parametrize("size", [0, 1, 40, 3000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_within_mean(size, dtype):
+    generator = ragged.generator(size)
+    mask = torch.rand(size + 3, generator=generator) < 0.7
+    spans = Spans(torch.tensor([0, size // 3 + 1]), torch.tensor([size // 3, size + 1]), size + 3, mask)
+    # Multiples of 1/8, so that sums are exact and ties are many.
+    x = (torch.randn(size + 3, generator=generator) * 8).round().div(8).square().to(dtype)
+    x[::7], x[3::50] = math.nan, math.inf
+    tokens = [t for b, e in zip(spans.begin, spans.end, strict=True) for t in range(b, e) if mask[t]]
+    for budget, least in ((0.3, 0), (0.0, 0), (-1.0, 3), (math.inf, 0), (0.02, 5), (-1.0, size)):
+        chosen = reference.within_mean([x[t].item() for t in tokens], budget, least)
+        found = select.within_mean(x, budget, spans, least)
+        assert found.nonzero()[:, 0].tolist() == sorted(tokens[i] for i in chosen)
+    if size == 40:
+        torch.library.opcheck(torch.ops.tokcredit.within_mean.default, (x.float(), *spans.arrays, 0.3, 1))
+
+
+def test_within_mean_takes_values_of_any_size():
+    x = torch.cat([torch.logspace(-12, 3, 5000, dtype=torch.float64), torch.full((5000,), 1e-3, dtype=torch.float64)])
+    x = x[torch.randperm(10_000, generator=ragged.generator(1))]
+    for values in (x, x.float()):
+        ordered = values.double().sort().values
+        above = ordered.cumsum(0) / torch.arange(1, 10_001) > 0.5
+        found = select.within_mean(values, 0.5, ragged.packed(4_000, 6_000))
+        assert int(found.sum()) == 10_000 - int(above.sum()) < 10_000
+        assert values[found].max() < values[~found].min()
+
+
 def test_the_largest_win_a_tie_if_preferred():
     x = torch.tensor([0.0, 1.0, 0.0, 0.0, 2.0, 1.0])
     assert select.maximum_variance(x[:4], 3).tolist() == [False, True, True, True]
@@ -130,10 +193,12 @@ def test_opcheck_and_compile():
     x = ragged.values(6)
     spans = ragged.packed(2, 4, mask=torch.tensor([True, False, True] * 2))
     for ranks in (False, True):
-        call = (x, *spans.arrays, torch.tensor([0, 0]), torch.tensor([2]), ranks, 1)
+        call = (x, *spans.arrays, torch.tensor([0, 0]), torch.tensor([2]), 1, 0.0, 0, 0, ranks, 1)
         torch.library.opcheck(torch.ops.tokcredit.select.default, call)
     ids = torch.tensor([0, 0, 1, 1, 0, 1])
-    torch.library.opcheck(torch.ops.tokcredit.maximum_variance.default, (x, ids, torch.tensor([2, 1]), True))
+    torch.library.opcheck(
+        torch.ops.tokcredit.maximum_variance.default, (x, ids, torch.tensor([2, 1]), 2, 0.0, 0, 0, True)
+    )
 
     def f(x):
         return select.top_k(x, 1, spans), select.quantile(x, 0.5, spans)
@@ -189,11 +254,10 @@ def test_many_tokens(dtype, distinct):
     spans = ragged.packed(*[50_000] * 3, mask=mask)
     tokens = mask.nonzero()[:, 0]
     order = tokens[x[tokens].argsort(descending=True, stable=True)]
-    chosen = torch.ops.tokcredit.select(
-        x, *spans.arrays, torch.zeros(3, dtype=torch.int64), torch.tensor([k]), False, 1
-    )
+    wanted = (torch.zeros(3, dtype=torch.int64), torch.tensor([k]), 1, 0.0, 0, 0)
+    chosen = torch.ops.tokcredit.select(x, *spans.arrays, *wanted, False, 1)
     assert torch.equal(chosen.nonzero()[:, 0], order[:k].sort().values)
-    many = torch.ops.tokcredit.select(x, *spans.arrays, torch.zeros(3, dtype=torch.int64), torch.tensor([k]), False, 5)
+    many = torch.ops.tokcredit.select(x, *spans.arrays, *wanted, False, 5)
     assert torch.equal(chosen, many)
     for rank in (0, k, len(order) - 200):
         ours = select.kth(x, rank, spans, select.everything(spans))

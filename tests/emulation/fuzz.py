@@ -236,10 +236,10 @@ def expand(d):
     }
 
 
-def reduction(d, dtype, size, segments, rows):
+def reduction(d, dtype, size, segments):
     kind, x = d.integer(0, len(REDUCTIONS) - 1), d.values(dtype, size)
     name = REDUCTIONS[kind]
-    out = torch.float64 if name == "moments" or (name == "count" and rows) else accumulated(dtype)
+    out = {"moments": torch.float64, "count": torch.int64}.get(name, accumulated(dtype))
     width = [len(_C.MOMENTS)] if name == "moments" else []
     if width:
         x.clamp_(-100, 100)  # whether a mean with infinities is NaN depends on the order of the values
@@ -248,7 +248,7 @@ def reduction(d, dtype, size, segments, rows):
 
 def segment_rows(d):
     rows, count, size = d.rows()
-    return {**rows, **reduction(d, d.choice(FLOATS), size, count, rows=True)}
+    return {**rows, **reduction(d, d.choice(FLOATS), size, count)}
 
 
 def weighted_moments(d):
@@ -267,18 +267,30 @@ def segment_ids(d):
     return {
         "ids": d.index([d.integer(-1, segments) for _ in range(size)]),
         "mask": d.choice([None, d.bools(size)]),
-        **reduction(d, d.choice(FLOATS), size, segments, rows=False),
+        **reduction(d, d.choice(FLOATS), size, segments),
+    }
+
+
+def quota(d, scopes, number):
+    """A number for each scope, or a share."""
+    return {
+        "wanted": d.index([number() for _ in range(scopes)]) if d.chance(0.5) else None,
+        "scopes": scopes,
+        "share": d.choice([0.0, 0.02, 0.25, 0.7, 1.0]),
+        "rounding": d.integer(0, len(_C.ROUNDINGS) - 1),
+        "least": d.integer(0, 3),
     }
 
 
 def select(d):
     rows, count, size = d.rows(most=3000)
     dtype, ranks, scopes = d.choice(FLOATS), d.chance(0.5), d.choice([1, 2, 7, 40])
+    scope = d.index([d.integer(-1, scopes) if d.chance(0.1) else d.integer(0, scopes - 1) for _ in range(count)])
     return {
         **rows,
         "x": d.values(dtype, size),
-        "scope": d.index([d.integer(-1, scopes) if d.chance(0.1) else d.integer(0, scopes - 1) for _ in range(count)]),
-        "wanted": d.index([d.integer(-1, size // d.choice([1, 4, 50]) + 1) for _ in range(scopes)]),
+        "scope": scope if scopes > 1 or d.chance(0.5) else None,
+        **quota(d, scopes, lambda: d.integer(-1, size // d.choice([1, 4, 50]) + 1)),
         "ranks": ranks,
         "y": d.empty(accumulated(dtype), scopes) if ranks else d.empty(torch.bool, size),
     }
@@ -289,8 +301,23 @@ def maximum_variance(d):
     return {
         "x": d.normal(torch.float64, size),
         "scope": d.index([d.integer(-1, scopes) for _ in range(size)]),
-        "wanted": d.index([d.integer(-1, 12) for _ in range(scopes)]),
+        **quota(d, scopes, lambda: d.integer(-1, 12)),
         "largest": d.chance(0.5),
+        "chosen": d.empty(torch.bool, size),
+    }
+
+
+def within_mean(d):
+    rows, _, size = d.rows(most=3000)
+    x = d.normal(d.choice(FLOATS[:2]), size, scale=8)
+    x.round_().div_(8)  # sums are exact in any order
+    if d.chance(0.3):
+        x[torch.rand(x.shape, generator=d.torch) < 0.1] = d.choice([math.nan, math.inf])
+    return {
+        **rows,
+        "x": x,
+        "budget": d.choice([-1.0, 0.0, 0.01, 0.7, 100.0]),
+        "least": d.choice([0, 1, 40, size + 1]),
         "chosen": d.empty(torch.bool, size),
     }
 
@@ -365,7 +392,9 @@ def scale_rows(d):
     dtype = d.choice(FLOATS[:2])
     factor = d.normal(dtype, *d.choice([(count,), ()]))
     factor[torch.rand(factor.shape, generator=d.torch) < 0.5] = 1.0
-    return {"begin": rows["begin"], "end": rows["end"], "x": d.normal(dtype, size), "factor": factor}
+    x = d.normal(dtype, size)
+    y = x if d.chance(0.5) else d.empty(dtype, size)
+    return {"begin": rows["begin"], "end": rows["end"], "x": x, "factor": factor, "y": y}
 
 
 def logits(d):
@@ -580,6 +609,7 @@ GENERATORS = {
     "segment_ids": segment_ids,
     "select": select,
     "maximum_variance": maximum_variance,
+    "within_mean": within_mean,
     "policy_loss": policy_loss,
     "scale_rows": scale_rows,
     "logits": logits,

@@ -16,11 +16,12 @@ SIGNATURES = {
     "weighted_moments": "x weights begin end mask ddof =y",
     "segment_ids": "x ids mask reduction ddof =y",
     "standardize": "x group moments standard epsilon =y",
-    "select": "x begin end mask scope wanted ranks =y threads",
-    "maximum_variance": "x scope wanted largest =chosen",
+    "select": "x begin end mask scope wanted scopes share rounding least ranks =y threads",
+    "maximum_variance": "x scope wanted scopes share rounding least largest =chosen",
+    "within_mean": "x begin end mask budget least =chosen",
     "policy_loss": "log_probs reference operands numbers begin end mask trains surrogate source on value both_sides "
     "bound power limit clamp_low clamp_high =values =stats =slopes threads",
-    "scale_rows": "=x factor begin end threads",
+    "scale_rows": "x factor begin end =y threads",
     "logits": "logits tokens temperature =log_probs =entropies =logsumexp threads",
     "logits_gradient": "logits tokens temperature logsumexp entropies grad_log_probs grad_entropies =grad threads",
     "divergence": "student teacher other weights mask kind share temperature =values =entropies =saved threads",
@@ -36,9 +37,6 @@ SIGNATURES = {
     "score_factor": "score log_ratio low_bound high_bound low high widen strength =y threads",
     "baseline": "log_probs squares rewards begin end mask group groups epsilon =advantages =returns threads",
 }
-
-IN_PLACE = {"scale_rows": {"x"}}
-"""Results that are read before they are written."""
 
 
 def names(op):
@@ -73,7 +71,7 @@ def poison(op, arguments, value):
     """Fills results, except those that are inputs too: what an operation fails to write then differs."""
     named = dict(zip(names(op), arguments, strict=True))
     inputs = {x.data_ptr() for x in tensors([x for name, x in named.items() if name not in results(op)])}
-    for name in set(results(op)) - IN_PLACE.get(op, set()):
+    for name in results(op):
         x = named[name]
         if x is not None and x.data_ptr() not in inputs:
             x.view(torch.uint8).fill_(value) if x.dim() else x.fill_(value)
@@ -81,8 +79,7 @@ def poison(op, arguments, value):
 
 def differences(op, arguments, ours, expected):
     """One line per result that differs: integers and bools exactly, floats to the digits of the inputs' dtype."""
-    written = set(results(op)) - IN_PLACE.get(op, set())  # full of poison before
-    read = [x for name, x in zip(names(op), arguments, strict=True) if name not in written]
+    read = [x for name, x in zip(names(op), arguments, strict=True) if name not in results(op)]
     floats = [x for x in tensors(read) if x.is_floating_point()]
     double = all(x.dtype == torch.float64 for x in floats)
     for name, a, b in zip(names(op), ours, expected, strict=True):

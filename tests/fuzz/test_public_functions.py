@@ -152,6 +152,7 @@ CALLS = {
         select.quantile_nearest,
         {"x": floats(N), "q": 0.3, "spans": spans(), "by": PER_ROW["by"]},
     ),
+    "select.within_mean": (select.within_mean, {"x": floats(N), "budget": 0.5, "spans": spans(), "least": 1}),
     "select.maximum_variance": (select.maximum_variance, {"x": floats(R), "k": 2, "by": PER_ROW["by"]}),
     "tree.build": (tree.build, {"batch": rollouts()}),
     "tree.expand": (

@@ -347,6 +347,20 @@ def test_scaling_rows_keeps_zeros_and_rows_of_factor_one():
     assert str(x.tolist()) == "[nan, 0.0, 7.0, inf, 0.0, nan, 5.0, 1.5]"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_product_of_rows_and_tokens(dtype):
+    x = torch.tensor([1.0, 0.0, 7.0, 2.0, -3.0], dtype=dtype)
+    factor = torch.tensor([[math.inf], [0.5]], dtype=dtype)
+    spans = Spans(torch.tensor([0, 3]), torch.tensor([2, 5]), 5)
+    y = ops.row_product(x, factor, spans)
+    assert str(y.tolist()) == "[inf, nan, 0.0, 1.0, -1.5]" and y.dtype == dtype
+    assert x.tolist() == [1.0, 0.0, 7.0, 2.0, -3.0]
+    assert ops.row_product(x, factor.double(), spans).dtype == torch.float64
+    torch.library.opcheck(torch.ops.tokcredit.row_product.default, (x, x[1:3], spans.begin, spans.end, 1))
+    empty = Spans(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), 3)
+    assert ops.row_product(x[:3], factor[:0], empty).tolist() == [0.0] * 3
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_sums_and_positions_go_on_over_blocks(masked):
     """A row much longer than what is held at once, with a window that widens along it."""

@@ -27,3 +27,15 @@ def variance(values):
 def most_varied(values, k):
     """The largest variance that a subset of k has."""
     return max(variance(subset) for subset in itertools.combinations(values, k))
+
+
+def within_mean(values, budget, least):
+    """Positions of the smallest values whose mean is at most the budget, ties to the lower one; never NaN."""
+    ranked = sorted((i for i in range(len(values)) if not math.isnan(values[i])), key=lambda i: (values[i], i))
+    chosen, total = set(), 0.0
+    for n, i in enumerate(ranked, 1):
+        total += values[i]
+        if n > least and total / n > budget:
+            break
+        chosen.add(i)
+    return chosen

@@ -123,7 +123,7 @@ def sum(x: Tensor, by: By) -> Tensor:
     return _Sum.apply(x, by) if _differentiable(x) else _reduce("sum", x, by)
 
 
-def weighted_sum(x: Tensor, spans: Spans, weights: Tensor | None = None) -> Tensor:
+def weighted_sum(x: Tensor, spans: Spans, weights: Tensor | None = None, total: bool = False) -> Tensor:
     """Return the weighted sum of each row, ``sum over t of weights[t] * x[t]``, with its gradient to ``x``.
 
     Unlike the gradient of ``(weights * x).sum()``, NaN in ``x`` at an unmasked token gives a NaN gradient there, and
@@ -133,9 +133,10 @@ def weighted_sum(x: Tensor, spans: Spans, weights: Tensor | None = None) -> Tens
         x: float ``[N]``.
         spans: The rows.
         weights: float ``[N]`` per token, ``[R, 1]`` per row or 0-d, or None for 1.
+        total: Whether to return the sum over all rows.
 
     Returns:
-        float ``[R]``.
+        float ``[R]``, or 0-d with ``total``.
 
     Raises:
         TypeError: ``x`` or ``weights`` is not a float tensor.
@@ -144,8 +145,8 @@ def weighted_sum(x: Tensor, spans: Spans, weights: Tensor | None = None) -> Tens
     per_token("x", x, spans.size, spans.device)
     if weights is not None:
         float_tensor("weights", weights)
-    rows, _ = ops.policy_loss(x, spans, "k1", reference=torch.zeros_like(x, requires_grad=False), weights=weights)
-    return rows
+    zero = torch.zeros_like(x, requires_grad=False)
+    return ops.policy_loss(x, spans, "k1", reference=zero, weights=weights, total=total)[0]
 
 
 def count(by: By) -> Tensor:
@@ -160,7 +161,7 @@ def count(by: By) -> Tensor:
         return by.counts
     _length(by)
     ones = torch.ones(by.ids.shape, dtype=torch.float64, device=by.ids.device)
-    return _reduce("count", ones, by).long()
+    return _reduce("count", ones, by)
 
 
 def mean(x: Tensor, by: By) -> Tensor:

@@ -8,11 +8,13 @@ tokens never compete. Sizes are unlimited: ranks are counted in integers. Ties g
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import FLOATS, INTEGERS, describe, instance, per_token, tensor
+from tokcredit.arguments import FLOATS, INTEGERS, describe, instance, per_token, tensor, whole_number
 from tokcredit.blocks import segment
 from tokcredit.blocks.segment import Ids
 from tokcredit.groups import Groups
@@ -21,6 +23,21 @@ from tokcredit.spans import Spans, require_spans
 
 class _Everything(Ids):
     """One scope that holds all rows."""
+
+
+class Share(NamedTuple):
+    """How many elements of a scope are wanted, as a share of all that compete in it.
+
+    Attributes:
+        share: From 0 to 1.
+        rounding: ``"up"``, ``"down"`` or ``"nearest"``, with halves to even. Up and down ignore a rounding error of
+            1e-9, so that 0.7 of 10 is 7.
+        least: Smallest number that is wanted.
+    """
+
+    share: float
+    rounding: str = "up"
+    least: int = 1
 
 
 def everything(spans: Spans) -> Ids:
@@ -44,6 +61,22 @@ def _scopes(spans: Spans, by: Ids | Groups | None) -> Ids:
     if by.mask is not None:
         raise ValueError("by: expected scopes without a mask, got one; give a row that takes no part the id -1")
     return by
+
+
+def _ids(by: Ids) -> Tensor | None:
+    return None if isinstance(by, _Everything) else by.ids
+
+
+def _quota(name: str, x: int | Tensor | Share, by: Ids) -> tuple[Tensor | None, int, float, int, int]:
+    """Return what native operations take: numbers of the scopes or None, scopes, share, rounding, least."""
+    if isinstance(x, Share):
+        share, rounding, least = x
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: expected a share from 0 to 1, got {share}")
+        if rounding not in ops.ROUNDINGS:
+            raise ValueError(f"{name}: expected rounding {', '.join(ops.ROUNDINGS)}, got {rounding!r}")
+        return None, by.segments, float(share), ops.ROUNDINGS.index(rounding), whole_number(f"{name}: least", least)
+    return _per_scope(name, x, by), by.segments, 0.0, 0, 0
 
 
 def _per_scope(name: str, x: int | Tensor, by: Ids) -> Tensor:
@@ -72,14 +105,14 @@ def sizes(spans: Spans, by: Ids | Groups | None = None) -> Tensor:
     return segment.sum(counts.double(), _scopes(spans, by)).long()
 
 
-def top_k(score: Tensor, k: int | Tensor, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
+def top_k(score: Tensor, k: int | Tensor | Share, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
     """Return a mask of the k largest scores of each scope, or of all its scores if there are fewer.
 
     Ties go to the lower index.
 
     Args:
         score: float ``[N]``.
-        k: How many, for all scopes or int64 ``[scopes]``.
+        k: How many, for all scopes or int64 ``[scopes]``, or a :class:`Share` of each scope.
         spans: The rows.
         by: The scopes; see the module.
 
@@ -88,8 +121,7 @@ def top_k(score: Tensor, k: int | Tensor, spans: Spans, by: Ids | Groups | None 
     """
     by = _scopes(spans, by)
     per_token("score", score, spans.size, spans.device)
-    wanted = _per_scope("k", k, by)
-    return ops.select(score, *spans.arrays, by.ids, wanted, False, ops.num_threads())
+    return ops.select(score, *spans.arrays, _ids(by), *_quota("k", k, by), False, ops.num_threads())
 
 
 def kth(x: Tensor, rank: int | Tensor, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
@@ -106,8 +138,8 @@ def kth(x: Tensor, rank: int | Tensor, spans: Spans, by: Ids | Groups | None = N
     """
     by = _scopes(spans, by)
     per_token("x", x, spans.size, spans.device)
-    wanted = _per_scope("rank", rank, by)
-    return ops.select(x, *spans.arrays, by.ids, wanted, True, ops.num_threads())
+    wanted = _quota("rank", rank, by)
+    return ops.select(x, *spans.arrays, _ids(by), *wanted, True, ops.num_threads())
 
 
 def _place(q: float, spans: Spans, by: Ids) -> Tensor:
@@ -152,7 +184,7 @@ def quantile_nearest(x: Tensor, q: float, spans: Spans, by: Ids | Groups | None 
 
 
 def maximum_variance(
-    x: Tensor, k: int | Tensor, by: Ids | Groups | None = None, *, prefer_largest: bool = False
+    x: Tensor, k: int | Tensor | Share, by: Ids | Groups | None = None, *, prefer_largest: bool = False
 ) -> Tensor:
     """Return a mask of the k rows of each scope whose values have the largest population variance as a set.
 
@@ -161,7 +193,8 @@ def maximum_variance(
 
     Args:
         x: float ``[R]``, one value per row.
-        k: How many, for all scopes or int64 ``[scopes]``. A scope with fewer rows is taken whole.
+        k: How many, for all scopes or int64 ``[scopes]``, or a :class:`Share` of each scope. A scope with fewer rows is
+            taken whole.
         by: The scopes, or None for a single one. A row with an id outside of them takes no part.
         prefer_largest: Whether the k largest values win a tie in which they take part.
 
@@ -178,4 +211,25 @@ def maximum_variance(
         by = Ids(by.index, by.count)
     instance("by", by, Ids)
     tensor("by.ids", by.ids, (torch.int64,), tuple(x.shape), x.device)
-    return ops.maximum_variance(x, by.ids, _per_scope("k", k, by), prefer_largest)
+    return ops.maximum_variance(x, by.ids, *_quota("k", k, by), prefer_largest)
+
+
+def within_mean(x: Tensor, budget: float, spans: Spans, least: int = 0) -> Tensor:
+    """Return a mask of the smallest numbers of all rows together whose mean is at most a budget.
+
+    In ascending order, ties in the order of the tokens, these are the numbers before the first one with which the mean
+    would exceed the budget. NaN is never among them.
+
+    Args:
+        x: float ``[N]``.
+        budget: Largest mean.
+        spans: The rows, with the mask of the tokens that compete.
+        least: So many of the smallest numbers are taken whatever their mean.
+
+    Returns:
+        bool ``[N]``.
+    """
+    require_spans("spans", spans)
+    per_token("x", x, spans.size, spans.device)
+    x = x if x.dtype == torch.float64 else x.float()
+    return ops.within_mean(x, *spans.arrays, float(budget), whole_number("least", least))

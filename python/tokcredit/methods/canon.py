@@ -71,7 +71,8 @@ class by_mean_reward(Stage):
     whole_batch: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        return self.failed + (self.solved - self.failed) * batch.rewards[batch.lengths > 0].double().mean()
+        mean = (batch.rewards.double() * batch.nonempty).sum() / batch.nonempty.sum()
+        return self.failed + (self.solved - self.failed) * mean
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class conditional(Credit):
         half = groups.scope * 2 + is_low  # negative for rows that do not count
         means = segment.mean(r, Ids(half, 2 * groups.count))
         half = groups.index * 2 + is_low
-        mean_of_own, mean_of_other = means[half], means[half ^ 1]
+        mean_of_own, mean_of_other = means.index_select(0, half), means.index_select(0, half ^ 1)
 
         def by_half(low: float, high: float) -> Tensor | float:
             return high if low == high else torch.full_like(r, high).masked_fill_(is_low, low)

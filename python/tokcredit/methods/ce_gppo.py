@@ -38,8 +38,8 @@ class stopped_above(Scale):
         window: Window,
         signal: Tensor | None,
     ) -> Tensor:
-        stopped = (per_token(advantages, spans) < 0) & (log_ratio > math.log(self.bound))
-        return torch.where(stopped, 0, torch.ones_like(log_ratio))
+        most = torch.full_like(advantages, math.inf).masked_fill_(advantages < 0, math.log(self.bound))
+        return (log_ratio > per_token(most, spans)).logical_not_().to(log_ratio.dtype)
 
 
 def ce_gppo(

@@ -16,6 +16,7 @@ from tokcredit.spans import Spans
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.aggregation import Aggregation
 from tokcredit.stages.base import flag, number, part
+from tokcredit.stages.credit.group import product
 from tokcredit.stages.filters import Filter, marked
 from tokcredit.stages.term import Term
 from tokcredit.stages.token_weights import TokenWeight
@@ -69,11 +70,11 @@ class expert_nll(Term):
     couples_tokens = False
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
-        log_probs = variables["log_probs"]
+        log_probs, weights = variables["log_probs"], -weights
         if self.uncertain:
             p = log_probs.detach().exp()
-            log_probs = log_probs * torch.where(batch.response_mask, p * (1 - p), 0)
-        return -segment.weighted_sum(log_probs, spans, weights).sum()
+            weights = product((1 - p).mul_(p), weights.to(p.dtype), spans)
+        return segment.weighted_sum(log_probs, spans, weights, total=True)
 
 
 def chord(share: float = 0.1, uncertain: bool = True, clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tokcredit.blocks import segment, select
@@ -39,8 +38,8 @@ class varied_rows(Filter):
         assert advantages is not None
         of_row = advantages[:, 0] if advantages.dim() == 2 else segment.mean(advantages, batch.spans)
         candidates = batch.nonempty
-        count = candidates.sum(dtype=torch.float64).mul_(self.share).round_().long().clamp_(min=2)
-        return select.maximum_variance(of_row, count, Ids(candidates.long().sub_(1), 1))[:, None]
+        wanted = select.Share(self.share, "nearest", least=2)
+        return select.maximum_variance(of_row, wanted, Ids(candidates.long().sub_(1), 1))[:, None]
 
 
 def d3s(

@@ -38,9 +38,9 @@ class clipped_mean(Ratio):
 
     def __call__(self, spans: Spans, log_probs: Tensor, reference: Tensor, advantages: Tensor) -> LogRatio:
         difference = (log_probs.float() if log_probs.dtype.itemsize < 4 else log_probs) - reference
-        sign = per_token(advantages, spans)
-        held = torch.where(sign > 0, difference.clamp(max=self.high), difference)
-        held = torch.where(sign < 0, difference.clamp(min=-self.low), held)
+        low = torch.full_like(advantages, -math.inf).masked_fill_(advantages < 0, -self.low)
+        high = torch.full_like(advantages, math.inf).masked_fill_(advantages > 0, self.high)
+        held = difference.clamp_(per_token(low, spans), per_token(high, spans))
         return LogRatio(segment.mean(held, spans)[:, None], reference, (-math.inf, 10.0))
 
 

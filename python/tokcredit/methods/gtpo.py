@@ -15,7 +15,6 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import number
 from tokcredit.stages.credit import Credit
-from tokcredit.stages.credit.group import shares, standard_scores
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,33 @@ class entropy_shaped(Credit):
     reads: ClassVar[frozenset[str]] = frozenset({"entropies"})
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        mask, spans = batch.response_mask, batch.spans
-        correct = batch.rewards > self.threshold
-        # Group and side in one number; -1 at tokens that do not count.
-        side = ops.spread(2 * batch.group_index + correct + 1, spans) - 1
-        x = torch.where(mask, batch.input("entropies").double(), 1).clamp_(min=0)
-        wrong = side % 2 == 0
-        x = torch.where(wrong, 1 / (x + 1e-8), x)
-        position, width = scan.positions(spans, torch.float64).long(), max(batch.longest, 1)
-        sides = segment.Ids(side, 2 * batch.num_groups)
-        alive = segment.Ids((side * width + position - 1).masked_fill_(side < 0, -1), sides.segments * width)
-        if alive.segments == 0:
-            return torch.zeros_like(x).to(batch.rewards.dtype)
-        share, reward = self.bonus * shares(x, alive), ops.spread(batch.rewards.double(), spans)
-        rewards = torch.where(wrong, -self.base - share, self.base * reward + share)
-        return standard_scores(rewards, sides).to(batch.rewards.dtype)
+        spans, correct = batch.spans, batch.rewards > self.threshold
+        side, sides, width = 2 * batch.group_index + correct, 2 * batch.num_groups, max(batch.longest, 1)
+        if sides == 0:
+            return torch.zeros(batch.num_tokens, dtype=batch.rewards.dtype, device=batch.device)
+        # Where all entropies are 0, they are equal.
+        x = batch.input("entropies").double().clamp_(min=1e-300)
+        x = torch.where(ops.spread(correct, spans), x, (x + 1e-8).reciprocal_())
+        # One cell for each position of a side.
+        cell = scan.positions(spans, torch.float64).add_(ops.spread((side * width - 1).double(), spans)).long()
+        mean = segment.mean(x, segment.Ids(cell, sides * width, batch.response_mask))
+        share = x.div_(mean.index_select(0, cell))
+        # The reward of a token is base + factor * share; from the moments of the rows those of the side.
+        base = torch.where(correct, self.base * batch.rewards.double(), -self.base)
+        factor = torch.where(correct, self.bonus, -self.bonus).to(base.dtype)
+        size, centre, var, _, _ = segment.moments(share, spans, ddof=0.0)
+        of_side = segment.Ids(side, sides)
+        tokens = segment.sum(size, of_side).clamp_(min=1)
+
+        def average(of_row: Tensor) -> Tensor:
+            return (segment.sum(size * of_row, of_side) / tokens).index_select(0, side)
+
+        centre = base + factor * centre
+        middle = average(centre)
+        std = average(factor.square() * var + (centre - middle).square()).sqrt()
+        inverse = std.reciprocal().masked_fill_(std <= EQUAL, 0)
+        scores = ops.row_product(share, factor * inverse, spans) + ops.spread((base - middle) * inverse, spans)
+        return scores.masked_fill_(~batch.response_mask, 0).to(batch.rewards.dtype)
 
 
 def gtpo(

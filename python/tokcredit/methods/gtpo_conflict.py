@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.blocks import segment, tree, values
+from tokcredit.blocks import segment
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip, ratio
 from tokcredit.stages.base import flag, number, part
 from tokcredit.stages.credit import Credit, group_normalized, outcome
+from tokcredit.stages.credit.group import per_token
 from tokcredit.stages.token_weights import TokenWeight
 
 
@@ -35,14 +36,11 @@ class entropy_penalized(Credit):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         advantages = self.of(batch)
-        mean = segment.mean(batch.input("entropies").double(), batch.spans)
-        penalty = (self.penalty * mean).to(advantages.dtype)
-        inside = ~(mean > self.limit)
+        mean = segment.mean(batch.input("entropies").double(), batch.spans)[:, None]
+        penalty, beyond = (self.penalty * mean).to(advantages.dtype), mean > self.limit
         if advantages.dim() == 1:
-            penalty, inside = ops.spread(penalty, batch.spans), ops.spread(inside, batch.spans)
-        else:
-            penalty, inside = penalty[:, None], inside[:, None]
-        return torch.where(inside, advantages - penalty, 0)
+            penalty, beyond = per_token(penalty, batch.spans), per_token(beyond, batch.spans)
+        return (advantages - penalty).masked_fill_(beyond, 0)
 
 
 @dataclass(frozen=True)
@@ -61,30 +59,27 @@ class conflict(TokenWeight):
     reads_contexts: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        sign = outcome(batch).sign().to(advantages.dtype)
-        # The token at the other end of the row, as far from it.
-        mirrored = ops.spread(batch.begin + batch.end, batch.all_spans) - 1
-        here = torch.arange(batch.num_tokens, device=batch.device)
-        mirrored = torch.where(mirrored >= 0, mirrored - here, here)
-        backward = Rollouts(
-            batch.tokens[mirrored], batch.all_spans, batch.group_ids, batch.rewards, batch.response_mask[mirrored]
-        )
+        sign = outcome(batch).sign()
+        # The token at the other end of the row, as far from it; any token for padding.
+        last = ops.spread(batch.begin + batch.end - 1, batch.all_spans)
+        mirrored = (last - torch.arange(batch.num_tokens, device=batch.device)).clamp_(min=0)
         judged = ops.spread(sign != 0, batch.spans)
-        start, end = _shared(batch, sign) & judged, _shared(backward, sign)[mirrored] & judged
-        factor = torch.where(ops.spread(sign > 0, batch.spans), 2, 0).to(advantages.dtype)
-        one = torch.ones_like(factor)
-        weights = torch.where(start, factor, one) * torch.where(end, factor, one)
+        start = _shared(batch, batch.tokens, sign) & judged
+        end = _shared(batch, batch.tokens.index_select(0, mirrored), sign).index_select(0, mirrored) & judged
+        factor = ops.spread((sign > 0).to(advantages.dtype) * 2, batch.spans)
+        weights = factor.masked_fill(~start, 1).mul_(factor.masked_fill(~end, 1))
         if self.divided:
             count = ops.count(batch.spans.with_mask(batch.response_mask & (start | end))).clamp(min=1)
             weights = weights / ops.spread(count, batch.spans).clamp(min=1)
         return weights
 
 
-def _shared(batch: Rollouts, sign: Tensor) -> Tensor:
+def _shared(batch: Rollouts, tokens: Tensor, sign: Tensor) -> Tensor:
     """Return the tokens whose prefix rows of both signs have, bool ``[N]``."""
-    trees = tree.build(batch)
-    good, bad = (values.monte_carlo(trees, side.to(sign.dtype)) > 0 for side in (sign > 0, sign < 0))
-    return trees.expand(body=good & bad)
+    rows = batch.all_spans
+    leaf, parent, _, depth, *_ = ops.tree_build(tokens, rows, batch.group_index, batch.num_groups)
+    good, bad = (ops.tree_mean(leaf, parent, None, side.double(), False) > 0 for side in (sign > 0, sign < 0))
+    return ops.expand(rows, torch.bool, leaf, parent, depth, None, good & bad, None)
 
 
 def gtpo_conflict(penalty: float = 0.1, limit: float = 0.7, divided: bool = False) -> Objective:

@@ -90,16 +90,17 @@ class token_group_average(Credit):
     def __call__(self, batch: Rollouts) -> Tensor:
         rewards, index = batch.rewards, batch.group_index
         moments = segment.moment_table(rewards, batch.groups, ddof=0, weights=batch.lengths.double())
-        size, mean, var, lowest, highest = moments.unbind(1)
-        bound = self.limit * (var.sqrt() + self.epsilon)
-        extreme = torch.maximum(highest - mean, mean - lowest) >= bound
+        moments[:, 0].clamp_(min=2)  # a single token is no exception
+        advantages = segment.standardize(rewards, index, moments, "normalized", self.epsilon, torch.float64)
+        advantages.masked_fill_(~batch.nonempty, 0)
+        extreme = segment.maximum(advantages.abs(), batch.groups) >= self.limit
         if self.limit_padding:
             padded = segment.maximum((batch.lengths < batch.longest).double(), batch.groups) > 0
-            extreme |= padded & (mean.abs() >= bound)
-        size.clamp_(min=2)  # a single token is no exception
-        advantages = segment.standardize(rewards, index, moments, "normalized", self.epsilon)
-        advantages = advantages.masked_fill_(~batch.nonempty, 0)[:, None]
-        return torch.where(extreme.index_select(0, index)[:, None], self.otherwise(batch), advantages)
+            mean, var = moments[:, 1], moments[:, 2]
+            extreme |= padded & (mean.abs() >= self.limit * (var.sqrt() + self.epsilon))
+        otherwise = self.otherwise(batch)
+        advantages = advantages[:, None].to(otherwise.dtype)
+        return torch.where(extreme.index_select(0, index)[:, None], otherwise, advantages)
 
 
 @dataclass(frozen=True)

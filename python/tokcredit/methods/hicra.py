@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from tokcredit.objective import Objective
@@ -28,8 +27,8 @@ class favoured(TokenWeight):
     reads: ClassVar[frozenset[str]] = frozenset({"planning_tokens"})
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        sign = per_token(advantages, batch.spans).sign()
-        return torch.where(batch.input("planning_tokens"), 1 + self.strength * sign, 1)
+        favoured = per_token(1 + self.strength * advantages.sign(), batch.spans)
+        return favoured.masked_fill(~batch.input("planning_tokens"), 1)
 
 
 def hicra(strength: float = 0.2, clip_low: float = 0.2, clip_high: float = 0.2) -> Objective:

@@ -36,13 +36,12 @@ class sampled_baseline(Credit):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         sampled = batch.groups.counting(batch.nonempty & ~batch.input("expert"))
-        rewards, some = batch.rewards.double(), sampled.counts > 0
-        mean = torch.where(some, segment.mean(rewards, sampled), 0)
-        advantages = rewards - sampled.per_row(mean)
+        rewards = batch.rewards.double()
+        advantages = rewards - sampled.per_row(segment.mean(rewards, sampled))
         if self.scale:
             std = torch.where(sampled.counts > 1, segment.var(rewards, sampled), 0).sqrt()
             advantages = advantages / sampled.per_row(torch.where(std > 0, std, 1))
-        return torch.where(batch.nonempty, advantages, 0)[:, None].to(batch.rewards.dtype)
+        return advantages.masked_fill_(~batch.nonempty, 0)[:, None].to(batch.rewards.dtype)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class ratio_of_samples(Clip):
     has_bounds: ClassVar[bool] = False
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Window:
-        expert = ops.spread(batch.input("expert"), batch.spans)
+        expert = batch.input("expert")[:, None]
         low = torch.full(expert.shape, -math.inf, dtype=advantages.dtype, device=batch.device).masked_fill_(expert, 0)
         gate = {"on": "ratio", "outside_low": 1.0, "outside_high": 1.0, "both_sides": True}
         return Window("gated", low, -low, gate=gate)
@@ -78,13 +77,13 @@ class shaped(Scale):
     couples_tokens = False
 
     def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
-        """Return 1 at the tokens of expert rows and 0 elsewhere, float ``[N]``.
+        """Return the tokens of sampled rows, bool ``[N]``.
 
         Args:
             batch: The rollouts.
             window: Window of the clip stage.
         """
-        return ops.spread(batch.input("expert").to(batch.rewards.dtype), batch.spans)
+        return ops.spread(~batch.input("expert"), batch.spans)
 
     def __call__(
         self,
@@ -97,7 +96,7 @@ class shaped(Scale):
     ) -> Tensor:
         assert signal is not None
         share = torch.sigmoid(log_probs.to(log_ratio.dtype) - math.log(self.shift))
-        return torch.where(signal > 0, share * (1 - share), 1)
+        return (1 - share).mul_(share).masked_fill_(signal, 1)
 
 
 def luffy(shift: float = 0.1, scale: bool = False, max_length: int | None = None) -> Objective:

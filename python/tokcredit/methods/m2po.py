@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokcredit.blocks import select
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip, ratio
 from tokcredit.stages.base import InputName, flag, input_name, number
-from tokcredit.stages.credit.group import per_token
+from tokcredit.stages.credit.group import product
 from tokcredit.stages.token_weights import TokenWeight
 from tokcredit.stages.within import log_ratio
 
@@ -46,19 +47,14 @@ class second_moment(TokenWeight):
         return frozenset({self.of, self.to})
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        x = log_ratio(batch.input(self.of).double(), batch.input(self.to).double())
+        x = log_ratio(batch.input(self.of), batch.input(self.to))
         competes = batch.response_mask
         if not self.every_token:
-            competes = competes & (per_token(advantages, batch.spans) * x > 0)
-        at = competes.nonzero()[:, 0]
-        square, order = x.index_select(0, at).square().sort(stable=True)
-        count = torch.arange(1, len(square) + 1, device=x.device)
-        above = square.cumsum(0) / count > self.budget
-        if self.every_token:
-            above[:1] = False
-        weights = torch.ones_like(x).masked_fill_(x.isnan(), torch.nan)
-        weights[at[order]] = 1 - above.to(x.dtype)
-        return weights.to(batch.input(self.of).dtype)
+            competes = competes & (product(x, advantages.sign(), batch.spans) > 0)
+        competing = batch.spans.with_mask(competes)
+        kept = select.within_mean(x.square(), self.budget, competing, least=int(self.every_token))
+        weights = torch.ones_like(x).masked_fill_(competes ^ kept, 0)
+        return weights.masked_fill_(x.isnan(), torch.nan)
 
 
 def m2po(budget: float = 0.04, every_token: bool = False, of: InputName = "old_log_probs") -> Objective:
@@ -77,7 +73,7 @@ def m2po(budget: float = 0.04, every_token: bool = False, of: InputName = "old_l
         every_token: Whether all tokens compete, whatever their advantage, as in AReaL.
         of: Input with the log-probs that are compared with the behaviour policy's.
 
-    Cost: GRPO plus one sort per batch.
+    Cost: GRPO plus one selection per batch.
     References: arXiv 2510.01161.
     Differences from the paper:
         - Tokens are dropped once per batch, by the policy that the update starts from, so that the result does not

@@ -42,15 +42,24 @@ class surprising(TokenWeight):
     whole_batch: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        own, mask = per_token(advantages, batch.spans), batch.response_mask
-        everything = Spans.single(batch.num_tokens, batch.device, mask)
+        everything = Spans.single(batch.num_tokens, batch.device, batch.response_mask)
         entropy = segment.mean(batch.input("entropies").double(), everything)
-        low, weights = entropy < self.target, torch.ones_like(own).masked_fill_(entropy.isnan(), math.nan)
-        for side, factor in ((own > 0, self.positive), (own < 0, self.negative)):
-            spans = batch.spans.with_mask(mask & side)
-            chosen = highest(-batch.input("old_log_probs"), self.share, spans, select.everything(spans))
-            weights = torch.where(chosen & low, factor, weights)
-        return weights
+        one = torch.ones_like(entropy, dtype=advantages.dtype).masked_fill_(entropy.isnan(), math.nan)
+        factor = torch.ones_like(advantages).masked_fill_(advantages > 0, self.positive)
+        factor = torch.where(entropy < self.target, factor.masked_fill_(advantages < 0, self.negative), one)
+        return per_token(factor, batch.spans).masked_fill_(~self._improbable(batch, advantages), one[0])
+
+    def _improbable(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        """Return the share of the tokens of each sign with the lowest old log-probs, bool ``[N]``."""
+        score = -batch.input("old_log_probs")
+        if advantages.dim() == 2:  # all tokens of a row have the same sign, of which each is a scope
+            signs = segment.Ids(advantages[:, 0].sign().long() + 1, 3)
+            return highest(score, self.share, batch.spans, signs)
+        found = torch.zeros_like(batch.response_mask)
+        for side in (advantages > 0, advantages < 0):
+            spans = batch.spans.with_mask(batch.response_mask & side)
+            found |= highest(score, self.share, spans, select.everything(spans))
+        return found
 
 
 def stare(

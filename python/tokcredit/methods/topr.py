@@ -14,7 +14,6 @@ from tokcredit.stages import aggregation, ratio
 from tokcredit.stages.base import InputName
 from tokcredit.stages.clip import Clip, Window
 from tokcredit.stages.credit import Credit, group_normalized
-from tokcredit.stages.credit.group import per_token
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,9 @@ class tapered(Clip):
     """Weight 1 where ``A >= 0``, and the ratio, at most 1, where ``A < 0``."""
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Window:
-        negative = per_token(advantages, batch.spans) < 0
-        low = torch.zeros(batch.num_tokens, dtype=advantages.dtype, device=batch.device)
+        low = torch.zeros_like(advantages).masked_fill_(advantages < 0, -math.inf)
         gate = {"on": "ratio", "outside_low": 1.0, "outside_high": 1.0, "both_sides": True}
-        return Window("gated", low.masked_fill_(negative, -math.inf), 0.0, gate=gate)
+        return Window("gated", low, 0.0, gate=gate)
 
 
 def topr(baseline: bool = True, token_ratio: bool = False, to: InputName = "old_log_probs") -> Objective:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class gamma(Scale):
     lam_negative: float = number(2.0, at_least=1e-4, scheduled=True)
 
     couples_tokens = False
+    takes_rows: ClassVar[bool] = True
 
     def __call__(
         self,
@@ -44,10 +46,12 @@ class gamma(Scale):
         window: Window,
         signal: Tensor | None,
     ) -> Tensor:
-        z = log_ratio.clamp(math.log(1e-8), 20.0)
-        negative = per_token(advantages, spans) < 0
-        up = self.lam_positive + self.k_positive * z - self.lam_positive * z.exp()
-        down = self.lam_negative + self.k_negative * z - self.lam_negative * z.exp()
+        z, negative = log_ratio.clamp(math.log(1e-8), 20.0), advantages < 0
+        if z.dim() != negative.dim():
+            z, negative = per_token(z, spans), per_token(negative, spans)
+        moved = z.expm1()
+        up = (self.k_positive * z).sub_(moved, alpha=self.lam_positive)
+        down = (self.k_negative * z).sub_(moved, alpha=self.lam_negative)
         return torch.where(negative, down, up).exp_()
 
 

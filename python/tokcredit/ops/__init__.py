@@ -6,7 +6,7 @@ call goes through torch's dispatcher only where torch must see it; see :class:`t
 """
 
 from tokcredit.ops.baseline import baseline
-from tokcredit.ops.call import empty_cache, num_threads, set_num_threads
+from tokcredit.ops.call import accumulated, empty_cache, num_threads, set_num_threads
 from tokcredit.ops.divergence import (
     DIVERGENCES,
     MOST_TOP,
@@ -19,7 +19,7 @@ from tokcredit.ops.divergence import (
 )
 from tokcredit.ops.logits import logits, logits_forward, logits_gradient_
 from tokcredit.ops.pieces import CUTS, pieces
-from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss
+from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss, row_product
 from tokcredit.ops.repack import repack
 from tokcredit.ops.scan import scan
 from tokcredit.ops.score import log_deviation, score_bounds, score_factor
@@ -33,7 +33,7 @@ from tokcredit.ops.segment import (
     standardize,
     weighted_moments,
 )
-from tokcredit.ops.select import maximum_variance, select
+from tokcredit.ops.select import ROUNDINGS, maximum_variance, select, within_mean
 from tokcredit.ops.tree import expand, spread, tree_build, tree_fold, tree_mean
 from tokcredit.ops.tree_pack import TreePackArrays, tree_pack
 
@@ -47,11 +47,13 @@ __all__ = [
     "MOST_TOP",
     "OUTSIDES",
     "REDUCTIONS",
+    "ROUNDINGS",
     "STANDARDS",
     "SURROGATES",
     "DivergenceRows",
     "TopRows",
     "TreePackArrays",
+    "accumulated",
     "baseline",
     "count",
     "divergence",
@@ -68,6 +70,7 @@ __all__ = [
     "pieces",
     "policy_loss",
     "repack",
+    "row_product",
     "scan",
     "score_bounds",
     "score_factor",
@@ -82,4 +85,5 @@ __all__ = [
     "tree_mean",
     "tree_pack",
     "weighted_moments",
+    "within_mean",
 ]

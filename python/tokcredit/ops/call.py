@@ -13,6 +13,9 @@ from torch.library import define, impl, register_fake
 
 from tokcredit import _C
 
+# Types of arguments that are told at a glance to be no subclass of Tensor.
+_ORDINARY = frozenset({Tensor, int, float, bool, type(None)})
+
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
@@ -39,7 +42,7 @@ def set_num_threads(count: int) -> None:
 def _watched(arguments: tuple[Any, ...]) -> bool:
     """Return whether torch must see a call: it compiles, traces, transforms or profiles, or a tensor is special."""
     for x in arguments:
-        if type(x) is not Tensor and isinstance(x, Tensor):
+        if type(x) not in _ORDINARY and isinstance(x, Tensor):
             return True
     return (
         torch.compiler.is_compiling()

@@ -77,7 +77,32 @@ def _scale_rows_outputs(*arguments: Any) -> None:
 @operation("scale_rows_(Tensor(a!) x, Tensor factor, Tensor begin, Tensor end, int threads) -> ()", _scale_rows_outputs)
 def _scale_rows(x: Tensor, factor: Tensor, begin: Tensor, end: Tensor, threads: int) -> None:
     if begin.numel():
-        _C.scale_rows(x, factor.contiguous(), begin, end, threads)
+        _C.scale_rows(x, factor.contiguous(), begin, end, x, threads)
+
+
+def _row_product_output(x: Tensor, *arguments: Any) -> Tensor:
+    return result(x, x.shape)
+
+
+@operation("row_product(Tensor x, Tensor factor, Tensor begin, Tensor end, int threads) -> Tensor", _row_product_output)
+def _row_product(x: Tensor, factor: Tensor, begin: Tensor, end: Tensor, threads: int) -> Tensor:
+    y = _row_product_output(x)
+    if begin.numel() == 0:
+        return y.zero_()
+    _C.scale_rows(x.contiguous(), factor.contiguous(), begin, end, y, threads)
+    return y
+
+
+def row_product(x: Tensor, factor: Tensor, spans: Spans) -> Tensor:
+    """Return each token's number times that of its row, ``[N]``; 0 outside of rows.
+
+    Args:
+        x: float ``[N]``.
+        factor: float, one number per row, ``[R]`` or ``[R, 1]``.
+        spans: The rows; their mask is not read.
+    """
+    dtype = accumulated(torch.promote_types(x.dtype, factor.dtype))
+    return _row_product(x.to(dtype), factor.to(dtype), spans.begin, spans.end, num_threads())
 
 
 class _PolicyLoss(torch.autograd.Function):

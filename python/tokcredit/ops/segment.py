@@ -18,14 +18,12 @@ _MOMENTS, _COUNT = REDUCTIONS.index("moments"), REDUCTIONS.index("count")
 def _outputs(x: Tensor, segments: int, reduction: int) -> Tensor:
     if reduction == _MOMENTS:
         return x.new_empty((segments, len(MOMENTS)), dtype=torch.float64)
-    return x.new_empty((segments,), dtype=accumulated(x.dtype))
+    return x.new_empty((segments,), dtype=torch.int64 if reduction == _COUNT else accumulated(x.dtype))
 
 
 def _segment_rows_output(
     x: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, reduction: int, ddof: float, threads: int
 ) -> Tensor:
-    if reduction == _COUNT:
-        return x.new_empty(begin.shape, dtype=torch.float64)
     return _outputs(x, begin.shape[0], reduction)
 
 
@@ -107,5 +105,5 @@ def count(spans: Spans) -> Tensor:
     """
     if spans.mask is None:
         return spans.lengths
-    counts = segment_rows(spans.mask, *spans.arrays, _COUNT, 0.0, num_threads())
-    return counts.long()
+    counts: Tensor = segment_rows(spans.mask, *spans.arrays, _COUNT, 0.0, num_threads())
+    return counts

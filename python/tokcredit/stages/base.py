@@ -94,6 +94,17 @@ class Stage(Declared):
         """Whether a setting depends on the progress of training."""
         return any(isinstance(x, Schedule) for x in self.adjustables)
 
+    @cached_property
+    def _adjusted(self) -> tuple[str, ...]:
+        """Names of the settings in which there is a schedule or a controller."""
+
+        def adjusts(value: Any) -> bool:
+            if isinstance(value, tuple):
+                return any(adjusts(x) for x in value)
+            return isinstance(value, Adjustable) or (isinstance(value, Stage) and bool(value.adjustables))
+
+        return tuple(f.name for f in fields(self) if adjusts(getattr(self, f.name)))  # type: ignore[arg-type]
+
     def resolved(self: T, number: Callable[[Adjustable], float]) -> T:
         """Return the stage with every schedule and controller replaced by its number.
 
@@ -106,14 +117,15 @@ class Stage(Declared):
         # What was remembered of the stage holds of this one as well, but for its schedules.
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__)
-        made.__dict__.pop("adjustables", None)
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
+        for stale in ("adjustables", "_adjusted"):
+            made.__dict__.pop(stale, None)
+        for name in self._adjusted:
+            value = getattr(self, name)
             if isinstance(value, Adjustable):
-                made._set(f.name, number(value))
+                made._set(name, number(value))
             elif isinstance(value, Stage):
-                object.__setattr__(made, f.name, value.resolved(number))
-            elif isinstance(value, tuple):  # of stages
+                object.__setattr__(made, name, value.resolved(number))
+            else:  # a tuple of stages
                 parts = tuple(x.resolved(number) if isinstance(x, Stage) else x for x in value)
-                object.__setattr__(made, f.name, parts)
+                object.__setattr__(made, name, parts)
         return made

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokcredit import ops
 from tokcredit.blocks import scan
 from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
@@ -19,7 +20,7 @@ from tokcredit.trajectories import Part
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """A surrogate with bounds, each of which is one number or ``[N]``.
+    """A surrogate with bounds, each of which is one number, one per row ``[R, 1]`` or one per token ``[N]``.
 
     Bounds are log-ratios, except where a gated surrogate looks at another coordinate. They grow with
     ``position ** power``; positions count the tokens of the row that the policy chose, from 1.
@@ -52,19 +53,27 @@ class Window:
         """
 
         def pick(x: Any) -> Any:
-            return chosen.of_tokens(x) if isinstance(x, Tensor) else x
+            if not isinstance(x, Tensor):
+                return x
+            return chosen.of_tokens(x) if x.dim() == 1 else chosen.of_rows(x)
 
         bounds = {name: pick(getattr(self, name)) for name in ("low", "high", "cap", "score")}
         return replace(self, **bounds) if any(isinstance(x, Tensor) for x in bounds.values()) else self
 
     def per_token(self, spans: Spans) -> Window:
-        """Return the same window with the bounds of each token in place of the power.
+        """Return the same window, in which bounds that are not one number are those of each token, without a power.
 
         Args:
             spans: The rows, with the mask of the tokens that the policy chose.
         """
+
+        def spread(x: Any) -> Any:
+            return ops.spread(x[:, 0], spans) if isinstance(x, Tensor) and x.dim() == 2 else x
+
         if not self.power:
-            return self
+            bounds = {name: spread(getattr(self, name)) for name in ("low", "high", "cap")}
+            same = all(bounds[name] is getattr(self, name) for name in bounds)
+            return self if same else replace(self, **bounds)
         width = scan.positions(spans, torch.float64).clamp_(min=1).pow_(self.power)
         cap = None if self.cap is None else self.cap * width
         return replace(self, low=self.low * width, high=self.high * width, cap=cap, power=0.0)

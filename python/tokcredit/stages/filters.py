@@ -132,9 +132,12 @@ def covariance(batch: Rollouts, advantages: Tensor) -> Tensor:
     """
     log_probs = batch.input("old_log_probs")
     log_probs = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
-    own = advantages if advantages.dim() == 1 else ops.spread(advantages[:, 0], batch.spans)
     tokens = Spans.single(batch.num_tokens, batch.device, batch.response_mask)
-    return (own - segment.mean(own, tokens)) * (log_probs - segment.mean(log_probs, tokens))
+    log_probs = log_probs - segment.mean(log_probs, tokens)
+    if advantages.dim() == 1:
+        return (advantages - segment.mean(advantages, tokens)) * log_probs
+    mean = segment.mean(ops.spread(advantages[:, 0], batch.spans), tokens)
+    return ops.row_product(log_probs, advantages - mean, batch.spans)
 
 
 def highest(
@@ -152,10 +155,7 @@ def highest(
     Returns:
         bool ``[N]``.
     """
-    wanted = select.sizes(spans, scope).double().mul_(share)
-    # A share like 0.7 of 10 must not become 8 for its rounding error.
-    wanted = wanted.sub_(1e-9).ceil_() if round_up else wanted.add_(1e-9).floor_()
-    return select.top_k(score, wanted.long().clamp_(min=1), spans, scope)
+    return select.top_k(score, select.Share(share, "up" if round_up else "down"), spans, scope)
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class top_share(Filter):
         score, spans = self.score(batch), batch.spans
         if self.times_advantage:
             size = advantages.abs()
-            score = score * (size if size.dim() == 1 else ops.spread(size[:, 0], spans))
+            score = score * size if size.dim() == 1 else ops.row_product(score, size, spans)
         scope = None if self.per_row else select.everything(spans)
         return highest(score, self.share, spans, scope, self.round_up)
 

@@ -35,6 +35,12 @@ class LogRatio(NamedTuple):
     cumulative: bool = False
     bound: float = math.inf
 
+    @property
+    def per_row(self) -> Tensor | None:
+        """The log-ratio of each row as the loss computes it, ``[R, 1]``, or None where that of tokens differs."""
+        given = self.log_ratio
+        return None if given is None or given.dim() == 1 else given.clamp(*self.clamp)
+
     def per_token(self, spans: Spans, log_probs: Tensor) -> Tensor:
         """Return the log-ratio of each token as the loss computes it, ``[N]``.
 

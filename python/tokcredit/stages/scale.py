@@ -28,11 +28,13 @@ class Scale(Stage):
         couples_rows: Whether the factor of a row depends on current log-probs of other rows of its group. Parts of a
             batch must then have whole groups, and the signal is the number of each row's group, from 0 and below the
             number of rows; int64 ``[R, 1]``.
+        takes_rows: Whether it is given the log-ratio as ``[R, 1]`` where that is the same for all tokens of a row.
     """
 
     kind: ClassVar[str] = "scale"
     needs_bounds: ClassVar[bool] = False
     couples_rows: ClassVar[bool] = False
+    takes_rows: ClassVar[bool] = False
 
     @property
     def couples_tokens(self) -> bool:
@@ -61,10 +63,10 @@ class Scale(Stage):
 
         Args:
             log_probs: float ``[N]``, of the current policy, without gradient.
-            log_ratio: float ``[N]``, of the ratio stage.
+            log_ratio: float ``[N]``, of the ratio stage; or ``[R, 1]``, see ``takes_rows``.
             advantages: float ``[R, 1]`` or ``[N]``.
             spans: The rows, with the mask of the tokens that the policy chose.
-            window: Bounds of each token.
+            window: Of the clip stage; with ``needs_bounds`` each bound is one number or ``[N]``.
             signal: From :meth:`signal`, for these tokens.
 
         Returns:

@@ -112,10 +112,10 @@ class kl(Term):
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
         log_probs, log_ratio = variables["log_probs"], None
-        rounded = torch.promote_types(log_probs.dtype, torch.float32)
         if self.estimator == "k3_corrected" and batch.old_log_probs is not None:
+            rounded = torch.promote_types(log_probs.dtype, torch.float32)
             log_ratio = (log_probs.detach().to(rounded) - batch.old_log_probs).clamp_(-20.0, 20.0)
-        rows, _ = ops.policy_loss(
+        total, _ = ops.policy_loss(
             log_probs,
             spans,
             self.estimator,
@@ -124,8 +124,9 @@ class kl(Term):
             weights=weights,
             clamp=(-20.0, 20.0),
             limit=self.limit,
+            total=True,
         )
-        return rows.sum()
+        return total
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class entropy(Term):
     couples_tokens = False
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
-        return -segment.weighted_sum(variables["entropies"], spans, weights).sum()
+        return segment.weighted_sum(variables["entropies"], spans, -weights, total=True)
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class nll(Term):
     couples_tokens = False
 
     def __call__(self, variables: Mapping[str, Tensor], batch: Rollouts, spans: Spans, weights: Tensor) -> Tensor:
-        return -segment.weighted_sum(variables["log_probs"], spans, weights).sum()
+        return segment.weighted_sum(variables["log_probs"], spans, -weights, total=True)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ class Credit(Stage):
         raise NotImplementedError
 
 
+EQUAL = 1e-9
+"""Numbers near 1 with a standard deviation of at most this count as equal: their differences are rounding."""
+
+
 def counted(batch: Rollouts, count_empty: bool) -> Groups:
     """Return the groups that statistics are taken over.
 
@@ -109,16 +113,14 @@ def shares(x: Tensor, by: segment.Ids) -> Tensor:
 def standard_scores(x: Tensor, by: segment.Ids) -> Tensor:
     """Return ``(x - mean) / std`` with the population statistics of each segment; 0 where its numbers are equal.
 
-    Numbers near 1 whose standard deviation is at most 1e-9 count as equal: their differences are rounding.
-
     Args:
-        x: float64 ``[M]``.
+        x: float64 ``[M]``, near 1; see :data:`EQUAL`.
         by: Segments; elements of none of them are 0.
     """
     own = by.ids.clamp(min=0)
     centred = x - segment.mean(x, by)[own]
     std = segment.var(x, by, ddof=0.0).sqrt()[own]
-    return torch.where((by.ids < 0) | (std <= 1e-9), 0, centred / std)
+    return torch.where((by.ids < 0) | (std <= EQUAL), 0, centred / std)
 
 
 def per_token(x: Tensor, spans: Spans) -> Tensor:
@@ -152,7 +154,7 @@ def product(a: Tensor, b: Tensor, spans: Spans) -> Tensor:
     """
     if a.dim() == b.dim() or a.dim() == 0 or b.dim() == 0:
         return a * b
-    return per_token(a, spans) * per_token(b, spans)
+    return ops.row_product(a, b, spans) if a.dim() == 1 else ops.row_product(b, a, spans)
 
 
 @dataclass(frozen=True)
