@@ -14,6 +14,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import number
 from tokcredit.stages.credit import Credit
+from tokcredit.stages.credit.group import shares, standard_scores
 
 
 @dataclass(frozen=True)
