@@ -101,7 +101,9 @@ def build(flavour):
     folder = CACHE / flavour
     library = build_library(flavour, folder)
     bind = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/bind").glob("*.cpp"))
-    jobs = [(source, binding_flags()) for source in bind] + [("csrc/cpu/memory.cpp", ["-O1"])]
+    # What runs on the host only.
+    host = [(f"csrc/cpu/{name}.cpp", ["-O1"]) for name in ("memory", "tree_pack")]
+    jobs = [(source, binding_flags()) for source in bind] + host
     module = folder / "_C.so"
     # By name beside the module, so that a copy of it takes the library beside the copy.
     link(module, ["-Wl,-rpath,$ORIGIN", *objects(ROOT, jobs), str(library)])
