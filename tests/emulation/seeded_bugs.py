@@ -1,6 +1,8 @@
 """Known bugs in copies of the kernels, which the fuzz must see: ``python -m tests.emulation.seeded_bugs``.
 
-Result of the last run, with 30 seconds for each: 32 of 32 bugs seen, in 231 s.
+Results: the last run of the whole list, when it had 32 bugs, saw 32 of 32. Of the 80 bugs of today, 36 were run on
+today's kernels, and all were seen: those of pieces.cu, score.cu, maximum_variance.cu, sort.cuh, divergence.cu and
+divergence_top.cu, two of scale_rows.cu, five of the policy loss and one of segment.cu.
 """
 
 import argparse
@@ -250,7 +252,7 @@ BUGS = [
         "baseline",
     ),
     Bug(
-        "the place after the last row of a tile is told a state that is none",
+        "a total is published as a carry",
         "policy_loss.cu",
         "begins ? Chain<Running>::carry : Chain<Running>::total, own",
         "Chain<Running>::carry, own",
