@@ -117,7 +117,6 @@ def test_prompts_whose_end_merges_are_counted(tmp_path):
 
 
 ERRORS = {
-    "no JSON": ("{", r"expected a JSON object \{'chosen', 'rejected'\}, got JSONDecodeError"),
     "no rejected": ({"prompt": "a", "chosen": "b"}, r"expected a JSON object \{'chosen', 'rejected'\}"),
     "a number": ({"prompt": "a", "chosen": 4, "rejected": "b"}, "expected chosen that is a text, or messages"),
     "null": ({"prompt": "a", "chosen": "b", "rejected": None}, "expected rejected that is a text, or messages"),
@@ -150,6 +149,13 @@ def test_errors_name_the_line_and_the_field(name, tmp_path):
     words = CHAT if name in ("tool", "no message", "prompt of a chat", "one of each") else WORDS
     with pytest.raises(ValueError, match=rf"^pairs: .*file\.jsonl:2: {message}"):
         load(tmp_path, FORMS["texts"][0], row, words=words)
+
+
+def test_a_broken_line_is_named_with_its_column(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^pairs: expected JSON in .*file\.jsonl:2, got Expecting property .* at column 2"
+    ):
+        load(tmp_path, FORMS["texts"][0], "{")
 
 
 def test_completions_need_a_prompt(tmp_path):

@@ -309,7 +309,7 @@ def test_lone_surrogates_are_named_before_they_reach_a_tokenizer(tmp_path, text)
     file = tmp_path / "bad.jsonl"
     for line in (f'{{"prompt": {text}, "answer": "2"}}', f'{{"prompt": "x", "answer": "2", "answer": {text}}}'):
         file.write_text(GOOD + "\n" + line + "\n")
-        with pytest.raises(ValueError, match=r"bad\.jsonl:2: expected a prompt and an answer without lone surrogates"):
+        with pytest.raises(ValueError, match=r"bad\.jsonl:2: expected texts without lone surrogates"):
             tasks.load([f"jsonl({str(file)!r})"], 0.3)
     file.write_text(GOOD + '\n{"prompt": "\\ud83d\\ude00?", "answer": "2"}\n')
     found = tasks.load([f"jsonl({str(file)!r})"], 0.5)

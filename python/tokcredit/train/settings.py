@@ -214,7 +214,7 @@ class PrivilegedSettings(Declared):
     The methods sdpo, sdft and opsd need one; their teacher is initial, live or ema(0.05)."""
     privileged_template: str = "{question}\n\nA correct solution:\n\n{told}\n\nNow solve the problem yourself.\n"
     """Question that the teacher sees, with {question} and {told}."""
-    success_reward: float = number(0.5)
+    success_reward: float = number(0.5, at_least=0)
     """Smallest reward of a successful attempt."""
 
     def __post_init__(self) -> None:
