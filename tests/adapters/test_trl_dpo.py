@@ -21,10 +21,9 @@ from transformers import TrainerCallback
 
 PARITY = {
     "sigmoid": (tc.methods.dpo(beta=0.3), dict(beta=0.3)),
-    "sigmoid_norm": (
-        tc.Preference(normalization="mean", link=logistic(0.7)),
-        dict(loss_type=["sigmoid_norm"], beta=0.7),
-    ),
+    "sigmoid_norm": (tc.methods.sigmoid_norm(0.7), dict(loss_type=["sigmoid_norm"], beta=0.7)),
+    "ipo": (tc.methods.ipo(0.3), dict(loss_type=["ipo"], beta=0.3)),
+    "robust": (tc.Preference(link=tc.link.robust(0.3, 0.1)), dict(loss_type=["robust"], beta=0.3, label_smoothing=0.1)),
 }
 """For each of TRL's losses the objective that has it, and TRL's settings."""
 SHARED = ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "rewards/accuracies", "entropy", "logps/chosen")
