@@ -26,7 +26,7 @@ def batch_for(name, dtype, seed=0):
 def step(objective, batch, current):
     prepared = objective.prepare(batch, progress=0.5)
     x = current.clone().requires_grad_()
-    out = objective.loss(prepared, x)
+    out = naive.loss_of(objective, prepared, x)
     out.loss.backward()
     return prepared.advantages, out.loss.detach(), x.grad, dict(out.metrics)
 
@@ -85,11 +85,12 @@ def test_float64_goes_through(name):
     prepared = objective.prepare(batch, progress=0.5)
     assert prepared.advantages.dtype == torch.float64
     x = current.clone().requires_grad_()
-    loss = objective.loss(prepared, x).loss
+    further = naive.further(objective, current)
+    loss = objective.loss(prepared, x, **further).loss
     (grad,) = torch.autograd.grad(loss, x)
     assert loss.dtype == grad.dtype == torch.float64
     direction = torch.where(grad != 0, torch.sin(torch.arange(84.0, dtype=torch.float64)).view(12, 7), 0)
-    moved = objective.loss(prepared, current + 1e-9 * direction).loss.item() - loss.item()
+    moved = objective.loss(prepared, current + 1e-9 * direction, **further).loss.item() - loss.item()
     if isinstance(getattr(objective, "ratio", None), tc.ratio.one):
         return  # the value of the score function does not depend on the log-probs
     # Rounded to float32 anywhere, a move of 1e-9 would change nothing, or a hundred times too much.

@@ -139,7 +139,9 @@ def mixing() -> None:
     pairs: tc.Preference = tc.methods.dpo()
     texts: tc.Supervised = tc.methods.sft()
     required: frozenset[str] = mixed.required_inputs | pairs.required_inputs | texts.required_inputs
+    corrected: tc.Objective = tc.rollout_correction.from_verl(tc.methods.grpo(), {"rollout_is": "token"})
     entry: tc.inputs.Input = tc.inputs.get("entropies")
+    assert "rollout_log_probs" in corrected.required_inputs
     assert "grpo" in names and required == {"ref_log_probs"} and entry.shape == "[N]"
 
 
@@ -147,7 +149,7 @@ def preferences() -> None:
     """Pairs of a chosen and a rejected row."""
     tokens, mask = torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool)
     batch = tc.Rollouts.from_pairs(tokens, tokens, mask, mask, ref_log_probs=(-torch.ones(1, 3), -torch.ones(1, 3)))
-    dpo = tc.Preference(link=tc.link.logistic(beta=0.5))
+    dpo = tc.Preference(link=tc.link.logistic(beta=0.5), transform=tc.pair.f_divergence("js"))
     loss: tc.Loss = dpo.loss(dpo.prepare(batch), -torch.ones(2, 3))
     assert loss.loss.dim() == 0
 

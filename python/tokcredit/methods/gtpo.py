@@ -59,7 +59,7 @@ class entropy_shaped(Credit):
         share = x.div_(mean.index_select(0, cell))
         # The reward of a token is base + factor * share; from the moments of the rows those of the side.
         base = torch.where(correct, self.base * batch.rewards.double(), -self.base)
-        factor = torch.where(correct, self.bonus, -self.bonus).to(base.dtype)
+        factor = torch.where(correct, torch.full_like(base, self.bonus), -self.bonus)
         size, centre, var, _, _ = segment.moments(share, spans, ddof=0.0)
         of_side = segment.Ids(side, sides)
         tokens = segment.sum(size, of_side).clamp_(min=1)
