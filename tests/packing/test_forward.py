@@ -123,7 +123,7 @@ def test_stock_attention_never_sees_positions_of_a_tree(monkeypatch):
 
 
 @dataclass(frozen=True)
-class given(Credit):
+class planted(Credit):
     def __call__(self, batch):
         return batch.input("advantages")
 
@@ -137,7 +137,7 @@ def test_a_shared_token_keeps_one_loss_term_per_row(ratio):
     batch = causal.batch([([5], [20])] * 3)
     part = tc.packing.pack(batch).part(0)
     per_prediction = torch.tensor([ratio]).log().requires_grad_()
-    objective = tc.Objective(given(), clip=tc.clip.ppo(0.2, 0.2), aggregation=tc.aggregation.token_sum())
+    objective = tc.Objective(planted(), clip=tc.clip.ppo(0.2, 0.2), aggregation=tc.aggregation.token_sum())
     batch = batch.with_inputs(old_log_probs=torch.zeros(3), advantages=torch.tensor([1.0, -1.0, 0.5]))
     prepared = objective.prepare(batch)
     objective.loss(prepared, part.to_rows(per_prediction)).loss.backward()
