@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tokcredit.files import WriteError, write
+from tokcredit.train.curve import Curve, curve_of
 from tokcredit.train.experiment import NEUTRAL, check_folder, checked, read_summary, resolved, run
 from tokcredit.train.folder import locked
 from tokcredit.train.ranks import check_launch, on_main, processes
-from tokcredit.train.record import Curve, curve_of, draw_curves, read_metrics
+from tokcredit.train.record import draw_curves, read_metrics
 from tokcredit.train.settings import Settings
 
 

@@ -19,12 +19,12 @@ from tokcredit.train import adapter, collectors, examples, policy, tasks, traine
 from tokcredit.train import teacher as teaching
 from tokcredit.train.checkpoint import last
 from tokcredit.train.clock import Clock
+from tokcredit.train.curve import curve_of
 from tokcredit.train.examples import Example, batch_of
 from tokcredit.train.learner import Learner, Update
 from tokcredit.train.models import recipe
 from tokcredit.train.problems import Problems, nth, spaced, split
 from tokcredit.train.ranks import Ranks, check_launch
-from tokcredit.train.record import curve_of
 from tokcredit.train.reference import ReferenceInputs
 from tokcredit.train.rollout_collection import RolloutCollector, SamplingContext
 from tokcredit.train.sampler import TransformersSampler

@@ -25,11 +25,12 @@ from tokcredit.report import report
 from tokcredit.train import adapter, checkpoint, models, virtual_tokens
 from tokcredit.train import example_trainer as on_examples
 from tokcredit.train import trainer as on_rollouts
+from tokcredit.train.curve import Curve
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.folder import check, locked, plain, write_settings
 from tokcredit.train.learner import Update
 from tokcredit.train.ranks import check_launch, on_main
-from tokcredit.train.record import Curve, Record, read_metrics
+from tokcredit.train.record import Record, read_metrics
 from tokcredit.train.settings import Settings, is_due
 from tokcredit.train.trainer import Trainer
 

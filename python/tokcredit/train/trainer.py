@@ -27,12 +27,12 @@ from tokcredit.train import adapter, collectors, policy, tasks
 from tokcredit.train import teacher as teaching
 from tokcredit.train.clock import Clock
 from tokcredit.train.conversations import Conversations
+from tokcredit.train.curve import REWARDS
 from tokcredit.train.learner import Learner, Update
 from tokcredit.train.lengths import LengthHead, LengthLearner
 from tokcredit.train.probes import Prober
 from tokcredit.train.problems import Problems
 from tokcredit.train.ranks import Ranks, check_launch
-from tokcredit.train.record import REWARDS
 from tokcredit.train.replay import Replay
 from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext, SingleTurn
 from tokcredit.train.sampler import Sampler, TransformersSampler
