@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.train import ObjectiveSettings, PrivilegedSettings, collectors, run, tiny
+from tokcredit.train import ObjectiveSettings, PrivilegedSettings, collectors, comparison, run, tiny
 from tokcredit.train.experiment import resolved
 from tokcredit.train.problems import Message, Problem
 from tokcredit.train.record import read_metrics
@@ -158,6 +158,7 @@ def test_the_update_from_hidden_states_is_that_of_logits(settings, uniform, grad
             {"privileged": PrivilegedSettings("answer")},
             "privileged: expected nothing because grpo has no teacher, got answer",
         ),
+        ("grpo", {"teacher": "initial"}, "teacher: expected none because grpo reads none, got initial"),
         (
             "opd",
             {"teacher": "ema(2)"},
@@ -174,3 +175,9 @@ def test_settings_that_do_not_fit(settings, method, changes, message):
 def test_a_template_must_say_both():
     with pytest.raises(ValueError, match=r"privileged_template: expected a text with \{told\}, got 'x \{question\}'"):
         PrivilegedSettings("answer", "x {question}")
+
+
+def test_a_comparison_gives_the_teacher_to_the_methods_that_read_one(settings, tmp_path):
+    given = settings("grpo", teacher="initial")
+    runs = {method: comparison._one(given, method, 0, tmp_path) for method in ("grpo", "gkd")}
+    assert [run.teacher for run in runs.values()] == [None, "initial"]

@@ -17,6 +17,7 @@ from tokcredit.train.folder import locked
 from tokcredit.train.ranks import check_launch, on_main, processes
 from tokcredit.train.record import draw_curves, read_metrics
 from tokcredit.train.settings import Settings
+from tokcredit.train.trainer import distils
 
 
 def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Path | None:
@@ -65,7 +66,9 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
 def _one(settings: Settings, method: str, seed: int, folder: Path) -> Settings:
     objective = dataclasses.replace(settings.objective, method=method)
     output = folder / f"{method}-seed{seed}"
-    return resolved(dataclasses.replace(settings, objective=objective, seed=seed, output=output, resume=True))
+    one = dataclasses.replace(settings, objective=objective, seed=seed, output=output, resume=True)
+    # The methods that read no teacher have none.
+    return resolved(one if distils(objective.build()) else dataclasses.replace(one, teacher=None))
 
 
 def _report(folder: Path, methods: tuple[str, ...], seeds: range, curve: Curve) -> None:

@@ -124,18 +124,21 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
 
 
 def check_teacher(objective: Any, settings: Settings) -> None:
-    """Check that there is a teacher if the objective needs one.
+    """Check that there is a teacher if the objective needs one, and only then.
 
     Args:
         objective: The objective.
         settings: Settings of the run.
 
     Raises:
-        ValueError: There is none, or its rate is out of range.
+        ValueError: There is none, or one that nothing reads, or its rate is out of range.
     """
-    if distils(objective) and settings.teacher is None:
-        raise ValueError(f"teacher: expected a model because of {settings.objective.method}, got None")
+    needed, method = distils(objective), settings.objective.method
+    if needed and settings.teacher is None:
+        raise ValueError(f"teacher: expected a model because of {method}, got None")
     if settings.teacher is not None:
+        if not needed:
+            raise ValueError(f"teacher: expected none because {method} reads none, got {settings.teacher}")
         teaching.rate_of(settings.teacher)
 
 
