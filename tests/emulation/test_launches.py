@@ -72,7 +72,7 @@ def test_a_selection_takes_a_launch_for_each_digit(emulator, dtype, ranks, most)
     x, begin = torch.randn(size).to(dtype), torch.arange(ROWS) * LENGTH
     scope, wanted = torch.zeros(ROWS, dtype=torch.int64), torch.tensor([size // 3])
     y = torch.empty(1) if ranks else torch.empty(size, dtype=torch.bool)
-    given = [x, begin, begin + LENGTH, None, scope, wanted, ranks, y, 1]
+    given = [x, begin, begin + LENGTH, None, scope, wanted, 1, 0.0, 0, 0, ranks, y, 1]
     launches, allocations = emulator.work_of_host(lambda: emulator.module.select(*given))
     assert launches <= most
     assert allocations <= 1
