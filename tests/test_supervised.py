@@ -74,6 +74,34 @@ def test_nan_at_a_token_that_trains_reaches_the_loss():
     assert objective.loss(objective.prepare(batch), current).loss.isnan()
 
 
+@pytest.mark.parametrize(
+    "stages",
+    [
+        {"token_weights": (tc.token_weights.icepop(high=1.5),)},
+        {"token_weights": (tc.token_weights.mis(high=1.5),)},
+        {"scales": (tc.scale.within("ratio", "token", 0.5, 2.0, "any"),)},
+    ],
+)
+def test_an_infinite_divergence_at_a_token_of_weight_0_does_not_count(stages):
+    """Whether a token has the weight, or a row, or the current policy says it."""
+    old = torch.zeros(4, dtype=torch.float64)
+    batch = tc.Rollouts(
+        torch.arange(4),
+        torch.tensor([0, 2, 4]),
+        torch.arange(2),
+        torch.zeros(2, dtype=torch.float64),
+        old_log_probs=old,
+        rollout_log_probs=torch.tensor([-1.0, -1.0, 0.0, 0.0]).double(),
+    )
+    objective = tc.Supervised(tc.supervised.forward_kl(), **stages)
+    prepared = objective.prepare(batch)
+    current = dict.fromkeys(objective.variables[1:], torch.tensor([-3.0, -3.0, 0.0, 0.0]).double())
+    value = torch.tensor([math.inf, math.inf, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    out = objective.loss(prepared, value, **current)
+    out.loss.backward()
+    assert out.loss.item() == 0.75 and value.grad.tolist() == [0, 0, 0.25, 0.25]
+
+
 def test_advantages_are_the_weights_of_tokens():
     batch, _ = naive.random_batch()
     batch = naive.with_inputs(batch, {"entropies"})

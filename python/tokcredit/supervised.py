@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokcredit.arguments import float_tensor
 from tokcredit.blocks import divergence, segment
 from tokcredit.blocks.distilled_head import distilled_loss
 from tokcredit.blocks.head import Head
@@ -77,7 +78,7 @@ class Divergence(TokenLoss):
         top_of: Whose most likely tokens these are: ``student`` or ``teacher``.
         outside: What is done about the other tokens; see :class:`tokcredit.divergence.Top`.
         cap: Largest value of a token, nats. The loss of a token with a larger one, and its gradient, are multiplied by
-            ``cap / value``, without gradient through the factor.
+            ``cap / value``, without gradient through the factor. An infinite one becomes ``cap``, without gradient.
     """
 
     top_k: int | None = whole_number(None, at_least=1, at_most=divergence.MOST_TOP, optional=True)
@@ -107,9 +108,11 @@ class Divergence(TokenLoss):
             TypeError: A dtype is wrong, or the teacher is not logits although ``top_k`` is given.
             ValueError: Shapes disagree, or a setting is out of range.
         """
-        if self.top_k is not None and self.top_k < student.shape[-1]:
+        if self.top_k is not None and self.top_k < float_tensor("student", student).shape[-1]:
             if not isinstance(teacher, Tensor):
                 raise TypeError(f"teacher: expected logits because of {self!r}, got {type(teacher).__name__}")
+            if float_tensor("teacher", teacher).shape != (shape := student.shape):
+                raise ValueError(f"teacher: expected the shape of student, {list(shape)}, got {list(teacher.shape)}")
             with torch.no_grad():
                 wide = torch.promote_types(teacher.dtype, torch.float32)
                 ids = (student if self.top_of == "student" else teacher).topk(self.top_k).indices
@@ -127,7 +130,7 @@ class Divergence(TokenLoss):
         if self.cap == math.inf:
             return value
         size = value.detach()
-        return value * torch.where(size > self.cap, self.cap / size, 1)
+        return torch.where(size == math.inf, self.cap, value * torch.where(size > self.cap, self.cap / size, 1))
 
 
 @dataclass(frozen=True)
@@ -301,14 +304,13 @@ class Supervised(FromHidden):
         x, weights = prepared.batch.flat(per_token, name), prepared.row_weights
         if objective.selection is not None:
             spans = spans.with_mask(prepared.mask & objective.selection(x.detach(), prepared.batch, spans))
-        if prepared.multiplier is not None:
-            weights = product(prepared.multiplier, weights, spans)
-            if prepared.multiplier.dim() == 1:  # a divergence may be infinite at a token of weight 0
-                x = torch.where(prepared.multiplier == 0, 0, x)
+        factors = [] if prepared.multiplier is None else [prepared.multiplier]
         if objective.scales:
             current = prepared.batch.flat(variables.get("log_probs", per_token), "log_probs").detach()
-            for factor in prepared.factors(current):
-                weights = product(weights, factor, spans)
+            factors += prepared.factors(current)
+        for factor in factors:
+            weights = product(weights, factor, spans)
+            x = _zero_where_zero(x, factor, spans)
         value = token_loss.sign * segment.weighted_sum(token_loss.limited(x), spans, weights, total=True)
         detached = value.detach()
 
@@ -376,6 +378,11 @@ class Supervised(FromHidden):
             hidden, weight, chosen_tokens(batch), teacher, token_loss, slopes, total, bias, **settings
         )
         return whole[0]._replace(loss=loss)
+
+
+def _zero_where_zero(x: Tensor, factor: Tensor, spans: Spans) -> Tensor:
+    # A divergence may be infinite at a token of weight 0.
+    return torch.where(per_token(factor, spans) == 0, 0, x)
 
 
 @dataclass(frozen=True, eq=False)

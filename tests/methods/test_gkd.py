@@ -1,3 +1,5 @@
+import math
+
 import naive
 import pytest
 import tokcredit as tc
@@ -82,11 +84,11 @@ def test_the_teacher_tells_the_rest_of_the_vocabulary_when_all_but_one_token_are
 
 def test_a_cap_bounds_the_influence_of_a_token():
     objective = tc.methods.gkd(supervised.forward_kl(cap=0.1))
-    value = torch.tensor([0.05, 0.4, 0.0], dtype=torch.float64, requires_grad=True)
-    out = objective.loss(objective.prepare(batch_of(3)), value)
+    value = torch.tensor([0.05, 0.4, 0.0, math.inf], dtype=torch.float64, requires_grad=True)
+    out = objective.loss(objective.prepare(batch_of(4)), value)
     out.loss.backward()
-    assert out.loss.item() == pytest.approx((0.05 + 0.1 + 0.0) / 3)
-    assert value.grad.tolist() == pytest.approx([1 / 3, 0.25 / 3, 1 / 3])
+    assert out.loss.item() == pytest.approx((0.05 + 0.1 + 0.0 + 0.1) / 4)
+    assert value.grad.tolist() == pytest.approx([1 / 4, 0.25 / 4, 1 / 4, 0])
 
 
 def test_settings_that_mean_nothing_are_refused():
@@ -97,6 +99,22 @@ def test_settings_that_mean_nothing_are_refused():
     with pytest.raises(TypeError, match="teacher: expected logits because of"):
         ids = torch.zeros(1, 1, dtype=torch.long)
         supervised.js(top_k=2)(rows(STUDENT), tc.divergence.Top(ids, torch.zeros(1, 1)))
+
+
+@pytest.mark.parametrize("top_of", ["student", "teacher"])
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 3, 3), (4, 3, 5), (2, 4, 5), (2, 1, 5)])
+def test_logits_of_another_shape_are_refused(shape, top_k, top_of):
+    """Also those of which the ids of the top tokens could be taken."""
+    token_loss = supervised.reverse_kl(top_k=top_k, top_of=top_of)
+    with pytest.raises(ValueError, match=r"teacher: expected the shape of student, \[2, 3, 5\], got"):
+        token_loss(torch.zeros(2, 3, 5), torch.zeros(shape))
+
+
+def test_logits_must_be_floats():
+    for top_k in (None, 2):
+        with pytest.raises(TypeError, match="teacher: expected"):
+            supervised.js(top_k=top_k)(torch.zeros(3, 5), torch.zeros(3, 5, dtype=torch.long))
 
 
 def test_defaults():

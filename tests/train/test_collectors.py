@@ -110,6 +110,41 @@ def test_every_registered_input_of_a_forward_pass_is_computed():
         assert all(map(collectors.computes, tc.methods.load(name).variables))
 
 
+@pytest.mark.parametrize("longer", [False, True])
+@pytest.mark.parametrize("larger", ["policy", "teacher"])
+def test_ids_that_pad_the_output_layer_of_one_model_are_not_compared(batch, larger, longer):
+    """Models of one family have the same tokens, but output layers of different sizes."""
+    policy, teacher = (tiny.model(WORDS, seed).double().eval() for seed in range(2))
+    (policy if larger == "policy" else teacher).resize_token_embeddings(len(WORDS) + 5, mean_resizing=False)
+    told = [[4, 4, *prompt] if longer else prompt for prompt in PROMPTS]
+    prompts = left_padded([told[group] for group, _ in ROWS], -1, torch.device("cpu"))[0]
+    batch = batch.with_inputs(teacher_prompt_tokens=prompts)
+    objective = tc.methods.gkd(tc.supervised.js(0.3, top_k=4))
+    prepared, values, gradients = objective.prepare(batch), [], []
+    for hidden_only in (False, True):
+        forward = collectors.ForwardPass(
+            {"js"}, batch, policy, teacher=teacher, token_loss=objective.token_loss, hidden_only=hidden_only
+        )
+        if hidden_only:
+            weight, bias, settings = forward.layer
+            settings["teacher"] = forward.teacher_states
+            loss = objective.loss_from_hidden(prepared, forward.final_hidden_states, weight, bias, **settings).loss
+        else:
+            loss = objective.loss(prepared, forward.read("js")).loss
+        values.append(loss.item())
+        gradients.append(torch.cat([x.reshape(-1) for x in torch.autograd.grad(loss, list(policy.parameters()))]))
+    each = []
+    for group, tokens in ROWS:
+        own, other = (
+            model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1, : len(WORDS)]
+            for model, prompt in ((policy, PROMPTS[group]), (teacher, told[group]))
+        )
+        each.append(objective.token_loss(own, other))
+    assert values == pytest.approx([torch.cat(each).mean().item()] * 2)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].norm() > 1e-3
+
+
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "ref_forward_kl", "entropies", "log_probs"])
 def test_the_gradient_of_a_variable_reaches_the_policy(models, batch, name):
     policy, reference, teacher = models

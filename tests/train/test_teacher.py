@@ -32,10 +32,10 @@ def batch():
     )
 
 
-def told(privileged, longest=None, problems=None):
+def told(privileged, longest=None, problems=None, responses=RESPONSES):
     settings = PrivilegedSettings(privileged, TEMPLATE)
     prompts = PrivilegedPrompts(settings, lambda problem: WORDS(problem.question).input_ids, longest)
-    found = prompts(batch(), problems or [PROBLEMS[g] for g in GROUPS], RESPONSES)
+    found = prompts(batch(), problems or [PROBLEMS[g] for g in GROUPS], responses)
     texts = [WORDS.decode([t for t in row if t >= 0]) for row in found.input("teacher_prompt_tokens").tolist()]
     return texts, found.input("teacher_mask").tolist()
 
@@ -50,6 +50,23 @@ def test_the_teacher_is_told_the_first_other_attempt_that_succeeded():
     texts, mask = told("attempt")
     assert texts == ["8|1+2=", "4+4=", "44|1+2=", "8|1+2=", "7|4+4="]
     assert mask == [True, False, True, True, True]
+
+
+def test_an_attempt_without_anything_but_thoughts_is_passed_over():
+    texts, mask = told("attempt", responses=["12", "<think>7</think> ", "<think>8", "44", "5"])
+    assert texts == ["44|1+2=", "4+4=", "44|1+2=", "1+2=", "4+4="]
+    assert mask == [True, False, True, False, False]
+
+
+def test_thoughts_that_begin_in_the_prompt_are_left_out():
+    texts, _ = told("attempt", responses=["12", "no</think>\n7", "8</think> 8", "44", "5"])
+    assert texts == ["8|1+2=", "4+4=", "44|1+2=", "8|1+2=", "7|4+4="]
+
+
+def test_a_question_may_contain_the_names_of_the_template():
+    problem = Problem("t", "{told}{question}=", "3", float)
+    texts, _ = told("answer", problems=[problem] * 5)
+    assert texts == ["3|{told}{question}="] * 5
 
 
 def test_a_row_that_would_be_too_long_is_left_out():
@@ -158,7 +175,7 @@ def test_the_update_from_hidden_states_is_that_of_logits(settings, uniform, grad
             {"privileged": PrivilegedSettings("answer")},
             "privileged: expected nothing because grpo has no teacher, got answer",
         ),
-        ("grpo", {"teacher": "initial"}, "teacher: expected none because grpo reads none, got initial"),
+        ("grpo", {"teacher": "live"}, "teacher: expected None because grpo has no teacher, got live"),
         (
             "opd",
             {"teacher": "ema(2)"},

@@ -138,6 +138,9 @@ def distilled_loss(
     def of_all(*found: Tensor) -> Tensor:
         return total(*(scattered(x, rows, tokens.shape) for x in found))
 
+    weight, bias = head.weight, head.bias
+    if not torch.is_grad_enabled():  # autograd would ask for their gradients all the same
+        h, weight, bias = h.detach(), weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _OnePass.apply(h, head.weight, head.bias, tiles, others, values, of_tile, of_all)
+        loss: Tensor = _OnePass.apply(h, weight, bias, tiles, others, values, of_tile, of_all)
     return loss

@@ -62,7 +62,9 @@ class ForwardPass:
     @cached_property
     def layer(self) -> OutputLayer | None:
         """Output layer of the policy, or None if something that is read needs the logits."""
-        return output_layer(self._policy) if self.distils_hidden or not self._names & _OF_LOGITS else None
+        if self.distils_hidden:
+            return self._compared_layers[0]
+        return None if self._names & _OF_LOGITS else output_layer(self._policy)
 
     @cached_property
     def distils_hidden(self) -> bool:
@@ -72,10 +74,16 @@ class ForwardPass:
         return divergent and all(output_layer(model) is not None for model in models)
 
     @property
+    def _compared_layers(self) -> list[OutputLayer]:
+        """Output layers of the policy and the teacher, without the padding by which one has more ids."""
+        layers = [layer for model in (self._policy, self._teacher) if (layer := output_layer(model)) is not None]
+        ids = min(layer.weight.shape[0] for layer in layers)
+        return [layer._replace(settings={**layer.settings, "vocabulary": ids}) for layer in layers]
+
+    @property
     def teacher_states(self) -> tuple[Tensor, Head]:
         """Final hidden states of the teacher that predict the tokens, ``[N, d']``, and its output layer."""
-        layer = output_layer(self._teacher)
-        assert layer is not None
+        layer = self._compared_layers[1]
         packed = self._plan_of(self._teacher, self._taught)
         with torch.no_grad():
             predicted = predict(self._teacher, packed)
@@ -163,11 +171,18 @@ class ForwardPass:
         return predicted.logits
 
     def _compared(self, between: Callable[..., Tensor], other: Tensor, packed: TreePack) -> Tensor:
-        """Return what a function of the logits of policy and another model gives at the tokens."""
+        """Return what a function of the logits of policy and another model gives at the tokens.
+
+        Models with the same tokens may have output layers that are padded to different numbers of ids.
+        """
+        own = self._logits
+        if own.shape[1] != other.shape[1]:
+            ids = min(own.shape[1], other.shape[1])
+            own, other = own[:, :ids], other[:, :ids]
         if packed is self._plan:
-            return packed.to_rows(between(self._logits, other, temperature=self._temperature))
-        own = self._of_rows(self._logits, self._plan)
-        return between(own, self._of_rows(other, packed), temperature=self._temperature)
+            return packed.to_rows(between(own, other, temperature=self._temperature))
+        own, other = self._of_rows(own, self._plan), self._of_rows(other, packed)
+        return between(own, other, temperature=self._temperature)
 
     @property
     def log_probs(self) -> Tensor:

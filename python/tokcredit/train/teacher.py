@@ -17,7 +17,8 @@ from tokcredit.train.problems import Problem
 from tokcredit.train.scoring import left_padded
 from tokcredit.train.settings import PrivilegedSettings
 
-_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)\s*", re.S)
+# Where the prompt ends with <think>, the thoughts begin with the response.
+_THOUGHT = re.compile(r"\A((?!<think>).)*?</think>\s*|<think>.*?(</think>|\Z)\s*", re.S)
 
 
 class Teacher:
@@ -141,14 +142,16 @@ class PrivilegedPrompts:
         if self._settings.privileged == "answer":
             return problems[row].answer or None
         same: Tensor = (batch.group_ids == batch.group_ids[row]) & (batch.rewards >= self._settings.success_reward)
-        others = [other for other in same.nonzero()[:, 0].tolist() if other != row]
-        return _THOUGHT.sub("", responses[others[0]]) if others else None
+        others = (_THOUGHT.sub("", responses[other]) for other in same.nonzero()[:, 0].tolist() if other != row)
+        return next((text for text in others if text), None)
 
     def _asked(self, problem: Problem, told: str) -> Problem:
         """Return the problem with the question that the teacher sees."""
 
         def words(question: str) -> str:
-            return self._settings.privileged_template.replace("{question}", question).replace("{told}", told)
+            # In one pass, because the question may itself contain such a name.
+            texts = {"{question}": question, "{told}": told}
+            return re.sub(r"\{question\}|\{told\}", lambda found: texts[found[0]], self._settings.privileged_template)
 
         *before, last = problem.messages or (None,)
         messages = () if last is None else (*before, last._replace(content=words(last.content)))

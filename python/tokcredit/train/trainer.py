@@ -124,22 +124,23 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
 
 
 def check_teacher(objective: Any, settings: Settings) -> None:
-    """Check that there is a teacher if the objective needs one, and only then.
+    """Check that there is a teacher if, and only if, the objective needs one.
 
     Args:
         objective: The objective.
         settings: Settings of the run.
 
     Raises:
-        ValueError: There is none, or one that nothing reads, or its rate is out of range.
+        ValueError: There is none or a superfluous one, or its rate is out of range.
     """
-    needed, method = distils(objective), settings.objective.method
-    if needed and settings.teacher is None:
-        raise ValueError(f"teacher: expected a model because of {method}, got None")
-    if settings.teacher is not None:
-        if not needed:
-            raise ValueError(f"teacher: expected none because {method} reads none, got {settings.teacher}")
-        teaching.rate_of(settings.teacher)
+    method, given = settings.objective.method, settings.teacher
+    if given is None:
+        if distils(objective):
+            raise ValueError(f"teacher: expected a model because of {method}, got None")
+    elif not distils(objective):
+        raise ValueError(f"teacher: expected None because {method} has no teacher, got {given}")
+    else:
+        teaching.rate_of(given)
 
 
 def distils(objective: Any) -> bool:
