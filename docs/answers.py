@@ -43,7 +43,8 @@ def table():
         "math-verify, bare formulas in `$ $` too": [wrapped(row["gold"], row["reply"]) for row in ROWS],
     }
     right = sum(row["right"] for row in ROWS)
-    lines = [f"| judge | false rights of {len(ROWS) - right} wrong replies | false wrongs of {right} right replies |"]
+    wrong = len(ROWS) - right
+    lines = [f"| judge | false rights of {wrong} wrong responses | false wrongs of {right} right responses |"]
     lines.append("| --- | --- | --- |")
     for name, said in judges.items():
         pairs = [(x, row["right"]) for x, row in zip(said, ROWS, strict=True)]

@@ -183,7 +183,7 @@ def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed:
         raise ValueError(
             "tasks: expected at least one, because the model has no default, got none; for example addition"
         )
-    function = None if reward is None else imported.function(reward, "reward", ("prompt", "reply", "answer"))
+    function = None if reward is None else imported.function(reward, "reward", ("prompt", "response", "answer"))
     train, measured = [], []
     for text in tasks:
         distinct = {p.question: p for p in _problems(text, seed)}
