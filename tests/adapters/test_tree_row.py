@@ -5,7 +5,10 @@ import random
 
 import pytest
 import torch
-from tokcredit.adapters.tree_row import TreeRow
+
+pytest.importorskip("trl", reason="TRL is not installed; make test-trl")
+
+from tokcredit.adapters.trl import TreeRow
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 

@@ -3,5 +3,6 @@
 from tokcredit.adapters.trl.dpo import CreditDPOTrainer
 from tokcredit.adapters.trl.grpo import CreditGRPOTrainer
 from tokcredit.adapters.trl.sft import CreditSFTTrainer
+from tokcredit.adapters.trl.tree_row import TreeRow
 
-__all__ = ["CreditDPOTrainer", "CreditGRPOTrainer", "CreditSFTTrainer"]
+__all__ = ["CreditDPOTrainer", "CreditGRPOTrainer", "CreditSFTTrainer", "TreeRow"]

@@ -28,7 +28,6 @@ from tokcredit.adapters.capabilities import (
     require_independent_rows,
     with_length,
 )
-from tokcredit.adapters.tree_row import TreeRow as TreeRow
 from tokcredit.blocks import segment
 from tokcredit.objective import Objective, Prepared
 from tokcredit.rollouts import Rollouts

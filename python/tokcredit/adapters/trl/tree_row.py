@@ -5,7 +5,7 @@ trainer multiplies advantages loss term by loss term, so a sample may bring one 
 
     from trl.experimental.async_grpo import async_grpo_trainer
 
-    async_grpo_trainer.TreeRow = tokcredit.adapters.tree_row.TreeRow
+    async_grpo_trainer.TreeRow = tokcredit.adapters.trl.TreeRow
 """
 
 from __future__ import annotations
