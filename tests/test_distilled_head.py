@@ -8,6 +8,7 @@ import tokcredit as tc
 import torch
 from tokcredit import supervised
 from tokcredit.blocks import tiles
+from tokcredit.methods.sstoken import improved_share
 
 D, E, V = 4, 6, 9
 METHODS = ["gkd", "sdpo", "sdft", "opsd", "tip"]
@@ -125,6 +126,14 @@ def test_wrong_arguments():
         objective.loss_from_hidden(prepared, *student, teacher=(teacher[0], warm))
     with pytest.raises(ValueError, match=r"teacher: expected hidden states \[12, 7, 6\], got"):
         objective.loss_from_hidden(prepared, *student, teacher=(teacher[0][:3], head))
+    share = improved_share(0.6, 0.5, "ref_log_probs", "prompt_attention")
+    chosen = tc.mix("gkd", selection=share)
+    inputs = naive.with_inputs(prepared.batch, chosen.required_inputs)
+    with pytest.raises(ValueError, match=r"selection: expected None because of js\(.*got improved_share"):
+        chosen.loss_from_hidden(chosen.prepare(inputs), *student, teacher=(teacher[0], head))
+    coupled = tc.mix("gkd", scales="within('k1', 'mean')")
+    with pytest.raises(ValueError, match=r"scales: expected scales of single tokens, got \(within"):
+        coupled.loss_from_hidden(coupled.prepare(prepared.batch), *student, teacher=(teacher[0], head))
     half = [x.detach().half() for x in student]
     with pytest.raises(TypeError, match="hidden: expected bfloat16, float32 or float64, got float16"):
         objective.loss_from_hidden(prepared, *half, teacher=(teacher[0], head))

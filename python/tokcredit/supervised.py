@@ -348,7 +348,7 @@ class Supervised(FromHidden):
 
         Raises:
             TypeError: The teacher is missing, or not needed, or a dtype is wrong.
-            ValueError: A shape or number is wrong, or a scale combines tokens.
+            ValueError: A shape or number is wrong, or of a divergence a scale combines tokens or there is a selection.
         """
         objective, batch = prepared.objective, prepared.batch
         token_loss = objective.token_loss
@@ -358,6 +358,8 @@ class Supervised(FromHidden):
             return super().loss_from_hidden(prepared, hidden, weight, bias, **settings)
         if teacher is None:
             raise TypeError(f"teacher: expected hidden states and an output layer because of {token_loss!r}, got None")
+        if objective.selection is not None:
+            raise ValueError(f"selection: expected None because of {token_loss!r}, got {objective.selection!r}")
         if not objective.separable(prepared):
             raise ValueError(f"scales: expected scales of single tokens, got {objective.scales!r}")
         by_token, whole = prepared.by_token(), list[HiddenLoss]()
