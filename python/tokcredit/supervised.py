@@ -74,7 +74,7 @@ class Divergence(TokenLoss):
 
     Args:
         top_k: Number of tokens of which probabilities are compared. None, or as many as the vocabulary has, compares
-            all.
+            all; ``top_of`` and ``outside`` then have no effect.
         top_of: Whose most likely tokens these are: ``student`` or ``teacher``.
         outside: What is done about the other tokens; see :class:`tokcredit.divergence.Top`.
         cap: Largest value of a token, nats. The loss of a token with a larger one, and its gradient, are multiplied by

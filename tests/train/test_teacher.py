@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.train import ObjectiveSettings, PrivilegedSettings, collectors, run, tiny
+from tokcredit.train import ObjectiveSettings, PrivilegedSettings, SamplingSettings, collectors, run, tiny
 from tokcredit.train.experiment import resolved
 from tokcredit.train.problems import Message, Problem
 from tokcredit.train.record import read_metrics
@@ -174,6 +174,15 @@ def test_the_update_from_hidden_states_is_that_of_logits(settings, uniform, grad
             "grpo",
             {"privileged": PrivilegedSettings("answer")},
             "privileged: expected nothing because grpo has no teacher, got answer",
+        ),
+        (
+            "sdpo",
+            {
+                "teacher": "live",
+                "privileged": PrivilegedSettings("attempt"),
+                "sampling": SamplingSettings(prompts=2, group=1, max_tokens=6),
+            },
+            "group: expected at least 2 because the teacher is told another response of the group, got 1",
         ),
         ("grpo", {"teacher": "live"}, "teacher: expected None because grpo has no teacher, got live"),
         (

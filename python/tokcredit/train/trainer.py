@@ -165,6 +165,8 @@ def _check_privileged(settings: Settings, objective: Any, collector: type[Rollou
         raise ValueError(f"privileged: expected nothing because {settings.objective.method} has no teacher, got {told}")
     elif not issubclass(collector, SingleTurn):
         raise ValueError(f"privileged: expected nothing because rows are not whole responses to a prompt, got {told}")
+    elif told == "attempt" and settings.sampling.group == 1:
+        raise ValueError("group: expected at least 2 because the teacher is told another response of the group, got 1")
 
 
 def _check_group(settings: Settings, objective: Any) -> None:
