@@ -69,6 +69,21 @@ def test_top_tokens_a_softcap_and_a_cap():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("kind", ["js", "reverse_kl", "forward_kl"])
+def test_an_id_that_both_models_forbid_has_no_gradient(kind, top_k, softcap):
+    objective = tc.methods.gkd(getattr(supervised, kind)(top_k=top_k))
+    prepared, student, teacher = case(objective)
+    for _, _, bias in (student, teacher):
+        bias.detach()[V - 1] = -math.inf
+    head = tc.head.Head(*teacher[1:], softcap=softcap)
+    loss = objective.loss_from_hidden(prepared, *student, teacher=(teacher[0], head), softcap=softcap).loss
+    gradients = torch.autograd.grad(loss, student)
+    assert loss.isfinite() and all(x.isfinite().all() for x in gradients)
+    assert not gradients[1][V - 1].any() and gradients[2][V - 1] == 0 and gradients[1].abs().sum() > 0.01
+
+
 def test_without_gradient_only_the_value_is_computed(monkeypatch):
     monkeypatch.setattr(tiles.Sums, "add", lambda *_: pytest.fail("a gradient was computed"))
     objective = tc.methods.gkd()

@@ -87,6 +87,7 @@ def minillm(
         - ``R[t]`` contains ``r[t]``, as in the released code. The paper leaves it to the exact divergence.
         - Responses come from the policy alone. The paper samples from a mixture with the teacher and corrects for it.
         - The paper adds the language-modelling loss on a pretraining corpus.
+        - Discount, whitening and clip range are those of the released code.
     Differences from the released code:
         - Mixture and pretraining corpus, as in the paper.
         - The release takes the mean and the standard deviation of A over a micro-batch on all ranks, with its padding.

@@ -1,4 +1,4 @@
-"""Self-distillation of a policy from itself, told a successful attempt or the environment's feedback."""
+"""Self-distillation: the teacher is the policy itself, told a successful attempt or the environment's feedback."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def sdpo(token_loss: Divergence | None = None, ratio_cap: float = 2.0) -> Superv
         w = sg(min(rho, ratio_cap))
         loss = mean over all tokens of w * JS(p, sg(q))
 
-    The divergence compares the student's 100 most likely tokens, and all others as one outcome. Rows for which the
-    teacher has nothing to tell, False in the input ``teacher_mask``, do not train. ``loss`` is given the divergences
-    with their gradient, ``objective.token_loss(student_logits, teacher_logits)``, and the log-probs by name:
+    The divergence compares the student's 100 most likely tokens, and all others as one outcome. Rows whose
+    teacher is told nothing, False in the input ``teacher_mask``, do not train. ``loss`` is given the divergences with
+    their gradient, ``objective.token_loss(student_logits, teacher_logits)``, and the log-probs by name:
     ``loss(prepared, divergences, log_probs=...)``.
 
     Args:
