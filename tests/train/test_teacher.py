@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.train import ObjectiveSettings, PrivilegedSettings, SamplingSettings, collectors, run, tiny
+from tokcredit.train import ObjectiveSettings, PrivilegedSettings, SamplingSettings, collectors, models, run, tiny
 from tokcredit.train.experiment import resolved
 from tokcredit.train.problems import Message, Problem
 from tokcredit.train.record import read_metrics
@@ -163,6 +163,23 @@ def test_the_update_from_hidden_states_is_that_of_logits(settings, uniform, grad
         assert x == pytest.approx(update[1].metrics[name], rel=1e-4, abs=1e-6), name
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
     assert gradients[0].norm() > 1e-3
+
+
+@pytest.mark.parametrize(("longest", "trained"), [(8, 0.0), (1024, 1.0)])
+def test_a_prompt_must_not_be_too_long_for_the_teacher(settings, uniform, monkeypatch, longest, trained):
+    load = models.load
+
+    def loaded(text):
+        model, words = load(text)
+        if "seed=1" in text:
+            model.config.max_position_embeddings = longest
+        return model, words
+
+    monkeypatch.setattr(models, "load", loaded)
+    trainer = Trainer(
+        resolved(settings("sdpo", teacher="tiny(steps=0, seed=1)", privileged=PrivilegedSettings("answer")))
+    )
+    assert trainer.step(1).metrics["rows_with_gradient_fraction"] == trained
 
 
 @pytest.mark.parametrize(
