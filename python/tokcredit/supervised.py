@@ -348,7 +348,8 @@ class Supervised(FromHidden):
 
         Raises:
             TypeError: The teacher is missing, or not needed, or a dtype is wrong.
-            ValueError: A shape or number is wrong, or of a divergence a scale combines tokens or there is a selection.
+            ValueError: A shape or number is wrong. With a divergence also if a scale combines tokens, or if there is a
+                selection.
         """
         objective, batch = prepared.objective, prepared.batch
         token_loss = objective.token_loss

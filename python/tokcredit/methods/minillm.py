@@ -1,4 +1,4 @@
-"""MiniLLM: distillation by policy gradients of the reverse KL divergence, with returns per token that remains."""
+"""MiniLLM: distillation by policy gradients of the reverse KL divergence, each return per token that is left."""
 
 from __future__ import annotations
 

@@ -14,10 +14,10 @@ def opd(coefficient: float = 1.0, discount: float = 0.0) -> Objective:
         A[t] = coefficient * sum over s >= t of discount^(s - t) * (log p_teacher[s] - log p_old[s])
         loss = mean over all tokens of -A * q
 
-    With a discount of 0 only ``s = t`` counts. The expected gradient of the first update after sampling is then that of
-    ``KL(policy || teacher)`` of the next token, averaged over the tokens. The teacher's credit is added to any other
-    with ``credit.sum``, for example ``tc.mix("grpo", credit=tc.credit.sum(tc.credit.group_normalized(),
-    tc.credit.distilled()))``.
+    With a discount of 0 only ``s = t`` counts. The expected gradient of the first update after sampling is then
+    ``coefficient`` times that of ``KL(policy || teacher)`` of the next token, averaged over the tokens. The teacher's
+    credit is added to any other with ``credit.sum``, for example ``tc.mix("grpo",
+    credit=tc.credit.sum(tc.credit.group_normalized(), tc.credit.distilled()))``.
 
     Args:
         coefficient: Factor of the advantages; may be a schedule.

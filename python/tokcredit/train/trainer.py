@@ -287,8 +287,8 @@ class Trainer:
         self.rollout_collector = make(self.context)
         reference = policy.reference(self.objective, self.model)
         self.learner = Learner(settings, self.objective, self.model, reference, self.teacher, self.accelerator)
-        sees = self.teacher.model if self.teacher else self.model
-        longest = getattr(sees.config, "max_position_embeddings", None)
+        reader = self.teacher.model if self.teacher else self.model
+        longest = getattr(reader.config, "max_position_embeddings", None)
         self.privileged = teaching.PrivilegedPrompts(settings.privileged, self.context.prompt, longest)
         self.prober = Prober(self.context, self.learner.score)
         self.lengths = self._length_learner() if required_inputs & inputs.names("length_head") else None
