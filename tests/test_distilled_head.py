@@ -8,6 +8,7 @@ import tokcredit as tc
 import torch
 from tokcredit import supervised
 from tokcredit.blocks import tiles
+from tokcredit.methods.sstoken import improved_share
 
 D, E, V = 4, 6, 9
 METHODS = ["gkd", "sdpo", "sdft", "opsd", "tip"]
@@ -68,6 +69,21 @@ def test_top_tokens_a_softcap_and_a_cap():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("top_k", [None, 3])
+@pytest.mark.parametrize("kind", ["js", "reverse_kl", "forward_kl"])
+def test_an_id_that_both_models_forbid_has_no_gradient(kind, top_k, softcap):
+    objective = tc.methods.gkd(getattr(supervised, kind)(top_k=top_k))
+    prepared, student, teacher = case(objective)
+    for _, _, bias in (student, teacher):
+        bias.detach()[V - 1] = -math.inf
+    head = tc.head.Head(*teacher[1:], softcap=softcap)
+    loss = objective.loss_from_hidden(prepared, *student, teacher=(teacher[0], head), softcap=softcap).loss
+    gradients = torch.autograd.grad(loss, student)
+    assert loss.isfinite() and all(x.isfinite().all() for x in gradients)
+    assert not gradients[1][V - 1].any() and gradients[2][V - 1] == 0 and gradients[1].abs().sum() > 0.01
+
+
 def test_without_gradient_only_the_value_is_computed(monkeypatch):
     monkeypatch.setattr(tiles.Sums, "add", lambda *_: pytest.fail("a gradient was computed"))
     objective = tc.methods.gkd()
@@ -125,6 +141,14 @@ def test_wrong_arguments():
         objective.loss_from_hidden(prepared, *student, teacher=(teacher[0], warm))
     with pytest.raises(ValueError, match=r"teacher: expected hidden states \[12, 7, 6\], got"):
         objective.loss_from_hidden(prepared, *student, teacher=(teacher[0][:3], head))
+    share = improved_share(0.6, 0.5, "ref_log_probs", "prompt_attention")
+    chosen = tc.mix("gkd", selection=share)
+    inputs = naive.with_inputs(prepared.batch, chosen.required_inputs)
+    with pytest.raises(ValueError, match=r"selection: expected None because of js\(.*got improved_share"):
+        chosen.loss_from_hidden(chosen.prepare(inputs), *student, teacher=(teacher[0], head))
+    coupled = tc.mix("gkd", scales="within('k1', 'mean')")
+    with pytest.raises(ValueError, match=r"scales: expected scales of single tokens, got \(within"):
+        coupled.loss_from_hidden(coupled.prepare(prepared.batch), *student, teacher=(teacher[0], head))
     half = [x.detach().half() for x in student]
     with pytest.raises(TypeError, match="hidden: expected bfloat16, float32 or float64, got float16"):
         objective.loss_from_hidden(prepared, *half, teacher=(teacher[0], head))

@@ -74,7 +74,7 @@ class Divergence(TokenLoss):
 
     Args:
         top_k: Number of tokens of which probabilities are compared. None, or as many as the vocabulary has, compares
-            all.
+            all; ``top_of`` and ``outside`` then have no effect.
         top_of: Whose most likely tokens these are: ``student`` or ``teacher``.
         outside: What is done about the other tokens; see :class:`tokcredit.divergence.Top`.
         cap: Largest value of a token, nats. The loss of a token with a larger one, and its gradient, are multiplied by
@@ -348,7 +348,8 @@ class Supervised(FromHidden):
 
         Raises:
             TypeError: The teacher is missing, or not needed, or a dtype is wrong.
-            ValueError: A shape or number is wrong, or a scale combines tokens.
+            ValueError: A shape or number is wrong. With a divergence also if a scale combines tokens, or if there is a
+                selection.
         """
         objective, batch = prepared.objective, prepared.batch
         token_loss = objective.token_loss
@@ -358,6 +359,8 @@ class Supervised(FromHidden):
             return super().loss_from_hidden(prepared, hidden, weight, bias, **settings)
         if teacher is None:
             raise TypeError(f"teacher: expected hidden states and an output layer because of {token_loss!r}, got None")
+        if objective.selection is not None:
+            raise ValueError(f"selection: expected None because of {token_loss!r}, got {objective.selection!r}")
         if not objective.separable(prepared):
             raise ValueError(f"scales: expected scales of single tokens, got {objective.scales!r}")
         by_token, whole = prepared.by_token(), list[HiddenLoss]()

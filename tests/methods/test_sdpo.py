@@ -63,6 +63,12 @@ def test_by_hand():
     assert student.grad[1].tolist() == pytest.approx(expected, abs=1e-9)
 
 
+def test_tokens_beside_the_most_likely_of_the_student_are_one_outcome():
+    _, student, teacher = case()
+    value = tc.mix("sdpo", token_loss="js(0.5, top_k=2)").token_loss(student, teacher)
+    assert value[0].item() == pytest.approx(0.0567187674, abs=1e-9)
+
+
 def test_on_policy_every_weight_is_one():
     batch, student, teacher = case()
     batch = dataclasses.replace(batch, old_log_probs=None)

@@ -5,7 +5,16 @@ import dataclasses
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.train import ObjectiveSettings, PrivilegedSettings, collectors, comparison, run, tiny
+from tokcredit.train import (
+    ObjectiveSettings,
+    PrivilegedSettings,
+    SamplingSettings,
+    collectors,
+    comparison,
+    models,
+    run,
+    tiny,
+)
 from tokcredit.train.experiment import resolved
 from tokcredit.train.problems import Message, Problem
 from tokcredit.train.record import read_metrics
@@ -165,6 +174,23 @@ def test_the_update_from_hidden_states_is_that_of_logits(settings, uniform, grad
     assert gradients[0].norm() > 1e-3
 
 
+@pytest.mark.parametrize(("longest", "trained"), [(8, 0.0), (1024, 1.0)])
+def test_a_prompt_must_not_be_too_long_for_the_teacher(settings, uniform, monkeypatch, longest, trained):
+    load = models.load
+
+    def loaded(text):
+        model, words = load(text)
+        if "seed=1" in text:
+            model.config.max_position_embeddings = longest
+        return model, words
+
+    monkeypatch.setattr(models, "load", loaded)
+    trainer = Trainer(
+        resolved(settings("sdpo", teacher="tiny(steps=0, seed=1)", privileged=PrivilegedSettings("answer")))
+    )
+    assert trainer.step(1).metrics["rows_with_gradient_fraction"] == trained
+
+
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
@@ -174,6 +200,15 @@ def test_the_update_from_hidden_states_is_that_of_logits(settings, uniform, grad
             "grpo",
             {"privileged": PrivilegedSettings("answer")},
             "privileged: expected nothing because grpo has no teacher, got answer",
+        ),
+        (
+            "sdpo",
+            {
+                "teacher": "live",
+                "privileged": PrivilegedSettings("attempt"),
+                "sampling": SamplingSettings(prompts=2, group=1, max_tokens=6),
+            },
+            "group: expected at least 2 because the teacher is told another response of the group, got 1",
         ),
         ("grpo", {"teacher": "live"}, "teacher: expected None because grpo has no teacher, got live"),
         (

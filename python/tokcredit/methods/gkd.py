@@ -25,6 +25,7 @@ def gkd(token_loss: Divergence | None = None) -> Supervised:
     Differences from the paper:
         - The share of responses that come from a data set is the caller's choice; the paper's lambda is not a setting.
     Differences from the released code:
-        - TRL divides the logits of both by a temperature of 0.9. Pass ``temperature`` to the token loss for the same.
+        - In TRL a ``beta`` of 0 is the forward and 1 the reverse KL divergence. Here these are
+          ``supervised.forward_kl()`` and ``supervised.reverse_kl()``.
     """
     return Supervised(js(0.5) if token_loss is None else token_loss)

@@ -1,4 +1,4 @@
-"""On-policy distillation that weighs a token by how much of the row's difference from the teacher lies ahead."""
+"""On-policy distillation with larger advantages where most of the row's log-ratios to the teacher are still to come."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from tokcredit.stages.credit import Credit
 
 @dataclass(frozen=True)
 class ahead_weighted(Credit):
-    """Another credit times ``1 + gamma * (1 - share)``, with the share of the row's ``|A|`` before the token.
+    """Another credit A times ``1 + gamma * (1 - share)``, so that it counts more at the start of a row.
+
+    ``share`` is the sum of ``|A|`` over the tokens before this one, divided by the sum over the row.
 
     Args:
         of: The other credit.
-        gamma: Additional weight of the first token, at least 0.
+        gamma: Additional weight of the first token, at least 0; may be a schedule or a controller.
     """
 
     of: Credit = part(Credit, credit.distilled)
@@ -40,7 +42,7 @@ class ahead_weighted(Credit):
 def iw_opd(
     gamma: float = 0.5, clip_low: float = 0.2, clip_high: float = 0.2, clip_cap: float | None = 3.0
 ) -> Objective:
-    """IW-OPD: the advantage of OPD, larger at tokens before which the response has not yet left the teacher.
+    """IW-OPD: the advantage of OPD times a weight that falls from ``1 + gamma`` towards 1 along the row.
 
     With ``a[t] = log p_teacher[t] - log p_old[t]`` and ``q`` the importance ratio::
 
@@ -61,7 +63,8 @@ def iw_opd(
     Differences from the paper:
         - None known; clip ranges and dual clip are as TRL's index of papers gives them.
     Differences from the released code:
-        - TRL's loss is ``-A * log p`` without a ratio, which has the same gradient on policy.
+        - TRL's loss is ``-A * log p`` without a ratio. Its gradient is that of the first update after sampling here.
+        - TRL raises an error where the teacher's log-prob is missing (NaN). Here the advantages of the row become NaN.
     """
     return Objective(
         ahead_weighted(credit.distilled(), gamma),

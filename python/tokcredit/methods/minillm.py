@@ -1,4 +1,4 @@
-"""MiniLLM: distillation by policy gradients of the reverse KL divergence, with returns averaged over what is left."""
+"""MiniLLM: distillation by policy gradients of the reverse KL divergence, each return per token that is left."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class mean_ahead(Credit):
 
     Args:
         of: The other credit.
-        discount: Factor of each later token, from 0 to 1.
+        discount: Factor of each later token, from 0 to 1; may be a schedule or a controller.
     """
 
     of: Credit = part(Credit, credit.distilled)
@@ -64,11 +64,11 @@ class teacher_kl(Term):
 def minillm(
     discount: float = 0.95, coefficient: float = 1.0, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> Objective:
-    """MiniLLM: policy gradients of ``KL(policy || teacher)`` over the rest of the response, plus its exact first term.
+    """MiniLLM: policy gradients of the reverse KL of the rest of the response, plus the exact one of the next token.
 
-    With ``r[t] = log p_teacher[t] - log p_old[t]``, ``n`` the tokens of the row and ``q`` the importance ratio::
+    With ``r[t] = log p_teacher[t] - log p_old[t]``, tokens 1 to ``n`` in the row and ``q`` the importance ratio::
 
-        R[t] = sum over s >= t of discount^(s - t) * r[s] / (n - t + 1)
+        R[t] = (sum over s >= t of discount^(s - t) * r[s]) / (n - t + 1)
         A = (R - mean(R)) / std(R) over all tokens of the batch
         loss = mean over all tokens of PPO's clipped loss of A and q
                + coefficient * mean over all tokens of KL(policy || teacher) of the next token
@@ -86,8 +86,11 @@ def minillm(
     Differences from the paper:
         - ``R[t]`` contains ``r[t]``, as in the released code. The paper leaves it to the exact divergence.
         - Responses come from the policy alone. The paper samples from a mixture with the teacher and corrects for it.
+        - The paper adds the language-modelling loss on a pretraining corpus.
+        - Discount, whitening and clip range are those of the released code.
     Differences from the released code:
-        - None known beside the mixture.
+        - Mixture and pretraining corpus, as in the paper.
+        - The release takes the mean and the standard deviation of A over a micro-batch on all ranks, with its padding.
     """
     return Objective(
         credit.whitened(mean_ahead(credit.distilled(), discount)),

@@ -17,8 +17,8 @@ def opsd(token_loss: Divergence | None = None) -> Supervised:
     their gradient: ``objective.token_loss(student_logits, teacher_logits)``.
 
     Args:
-        token_loss: The divergence; None takes ``supervised.forward_kl()``. The first release has
-            ``supervised.js(0.5)`` and divides the logits of both by a temperature of 1.1.
+        token_loss: The divergence; None takes ``supervised.forward_kl()``, that of later releases. The first release
+            has ``supervised.js(0.5)`` and divides the logits of both by a temperature of 1.1.
             ``supervised.forward_kl(cap=0.05)`` bounds the influence of each token.
 
     Cost: No groups and no rewards; a forward pass of the initial policy under the longer prompt.

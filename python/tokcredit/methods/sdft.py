@@ -29,7 +29,7 @@ class after(TokenWeight):
 
 
 def sdft(token_loss: Divergence | None = None, skip: int = 3) -> Supervised:
-    """SDFT: the student, who sees the question, imitates itself with an expert's demonstration in the prompt.
+    """SDFT: the policy, given a question, imitates itself with an expert's demonstration in the prompt.
 
     With p the student and q the teacher::
 
@@ -48,7 +48,7 @@ def sdft(token_loss: Divergence | None = None, skip: int = 3) -> Supervised:
         - The paper has ``KL(p || q)``: pass ``supervised.reverse_kl()``.
         - The teacher's weights are the caller's choice; the authors average the policy's over the steps.
     Differences from the released code:
-        - Tokens that are skipped stay in the denominator. The release divides by the number of the others.
+        - Tokens that are skipped stay in the denominator. The release divides by the number of other tokens.
         - The weight ``mean over the row of min(p_old / p_engine, 2)`` is not applied; ``tc.mix("sdft",
           token_weights="tis()")`` corrects each token.
     """

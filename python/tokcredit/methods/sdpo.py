@@ -1,4 +1,4 @@
-"""Self-distillation of a policy from itself, told a successful attempt or the environment's feedback."""
+"""Self-distillation: the teacher is the policy itself, told a successful attempt or the environment's feedback."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from tokcredit.supervised import Divergence, Supervised, js
 def sdpo(token_loss: Divergence | None = None, ratio_cap: float = 2.0) -> Supervised:
     """SDPO: the teacher is the policy itself, whose prompt also has a successful attempt of the group, or feedback.
 
-    With p the student, q the teacher, ``rho = p / p_old`` of the token, and ``sg`` the stop-gradient::
+    With p the student, q the teacher, ``rho = p / p_old`` of the sampled token, and ``sg`` the stop-gradient::
 
         w = sg(min(rho, ratio_cap))
         loss = mean over all tokens of w * JS(p, sg(q))
 
-    The divergence compares the student's 100 most likely tokens, and all others as one outcome. Rows for which the
-    teacher has nothing to tell, False in the input ``teacher_mask``, do not train. ``loss`` is given the divergences
-    with their gradient, ``objective.token_loss(student_logits, teacher_logits)``, and the log-probs by name:
+    The divergence compares the student's 100 most likely tokens, and all others as one outcome. Rows whose
+    teacher is told nothing, False in the input ``teacher_mask``, do not train. ``loss`` is given the divergences with
+    their gradient, ``objective.token_loss(student_logits, teacher_logits)``, and the log-probs by name:
     ``loss(prepared, divergences, log_probs=...)``.
 
     Args:
@@ -31,7 +31,9 @@ def sdpo(token_loss: Divergence | None = None, ratio_cap: float = 2.0) -> Superv
           0.05.
     Differences from the released code:
         - Tokens that the policy did not choose stay visible to the teacher. The release hides them.
-        - The loss on sampled tokens alone is not a setting here; ``tc.methods.opd()`` has its gradient.
+        - The weight ``min(p_old / p_engine, 2)`` is not applied; ``tc.mix("sdpo", token_weights="tis()")`` applies it.
+        - The loss on sampled tokens alone is not a setting here. ``tc.methods.opd()`` has its gradient at the first
+          update after sampling.
     """
     return Supervised(
         js(0.5, top_k=100) if token_loss is None else token_loss,

@@ -137,7 +137,7 @@ class within(Scale):
 
 @dataclass(frozen=True)
 class truncated_ratio(Scale):
-    """The importance ratio of the token, at most ``cap``: ``min(exp(clamp(log_ratio, -bound, bound)), cap)``.
+    """The importance ratio, at most ``cap``: ``min(exp(clamp(log_ratio, -bound, bound)), cap)``.
 
     It is 1 in a batch without ``old_log_probs``.
 

@@ -105,7 +105,7 @@ class PrivilegedPrompts:
     Args:
         settings: What it is told, and in which words.
         prompt: Token ids of a problem up to where the response begins.
-        longest: Largest number of tokens of prompt and response, or None for no limit.
+        longest: Largest number of tokens of prompt and response that the teacher can read, or None for no limit.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class PrivilegedPrompts:
         """Return the batch with ``teacher_mask``, and with ``teacher_prompt_tokens`` if the teacher is told anything.
 
         A row whose teacher cannot be told anything keeps its own prompt and is False in ``teacher_mask``. So is one
-        that would be too long for the model: a response is never cut.
+        that would be too long for the teacher: a response is never cut.
 
         Args:
             batch: The rows, with ``prompt_tokens``.

@@ -165,6 +165,8 @@ def _check_privileged(settings: Settings, objective: Any, collector: type[Rollou
         raise ValueError(f"privileged: expected nothing because {settings.objective.method} has no teacher, got {told}")
     elif not issubclass(collector, SingleTurn):
         raise ValueError(f"privileged: expected nothing because rows are not whole responses to a prompt, got {told}")
+    elif told == "attempt" and settings.sampling.group == 1:
+        raise ValueError("group: expected at least 2 because the teacher is told another response of the group, got 1")
 
 
 def _check_group(settings: Settings, objective: Any) -> None:
@@ -285,7 +287,8 @@ class Trainer:
         self.rollout_collector = make(self.context)
         reference = policy.reference(self.objective, self.model)
         self.learner = Learner(settings, self.objective, self.model, reference, self.teacher, self.accelerator)
-        longest = getattr(self.model.config, "max_position_embeddings", None)
+        reader = self.teacher.model if self.teacher else self.model
+        longest = getattr(reader.config, "max_position_embeddings", None)
         self.privileged = teaching.PrivilegedPrompts(settings.privileged, self.context.prompt, longest)
         self.prober = Prober(self.context, self.learner.score)
         self.lengths = self._length_learner() if required_inputs & inputs.names("length_head") else None

@@ -17,9 +17,10 @@ from tokcredit.stages.credit.group import Credit
 class distilled(Credit):
     """The log-ratio of a teacher to the policy that sampled: ``coefficient * (log q - log p_old)`` of each token.
 
-    Its expected gradient is that of the reverse KL divergence from the teacher. Rewards are not read, and nothing is
-    normalised; ``tokcredit.credit.sum`` adds it to a credit of rewards. A token at which the teacher's log-prob is NaN
-    gets an advantage of NaN.
+    With a discount of 0 the expected gradient of the first update after sampling is ``coefficient`` times that of
+    ``KL(policy || teacher)`` of the next token. Rewards are not read, and nothing is normalised;
+    ``tokcredit.credit.sum`` adds it to a credit of rewards. A token at which the teacher's log-prob is NaN gets an
+    advantage of NaN.
 
     Args:
         coefficient: Factor of the advantages; may be a schedule or a controller.
