@@ -6,6 +6,7 @@ import os
 import re
 import resource
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import accelerate
@@ -143,40 +144,41 @@ def test_the_report_that_a_user_asks_for(settings, uniform, full, tmp_path):
     assert not list(tmp_path.glob("page.html*"))
 
 
-@pytest.fixture
-def largest():
-    """The system refuses larger files from here on, as it does on a full disk."""
+@contextmanager
+def largest(size):
+    """The system refuses larger files, as it does on a full disk; also those that pytest writes its output to."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_torch_says_when_the_system_refuses(settings, uniform, largest):
+def test_what_torch_says_when_the_system_refuses(settings, uniform):
     s = settings("grpo", steps=2, save_every=1, eval_every=0, eval_problems=1)
     run(dataclasses.replace(s, steps=1))
-    largest(200_000)
-    with pytest.raises(WriteError, match=r"write .*checkpoint-000002, got .* the checkpoint of step 1 is kept, and"):
+    kept = r"write .*checkpoint-000002, got .* the checkpoint of step 1 is kept, and"
+    with largest(200_000), pytest.raises(WriteError, match=kept):
         run(dataclasses.replace(s, resume=True))
-    largest(resource.RLIM_INFINITY)
     assert {p.name for p in s.output.glob("checkpoint*")} == {"checkpoint-000001"}
     assert run(dataclasses.replace(s, resume=True))["steps"] == 2
 
 
-def test_what_safetensors_says_when_the_system_refuses(tmp_path, largest):
+def test_what_safetensors_says_when_the_system_refuses(tmp_path):
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     )
-    largest(10_000)
     message = r"output: expected to write .*/model, got File too large \("
-    with pytest.raises(WriteError, match=message), whole_folder(tmp_path / "model") as folder:
+    with largest(10_000), pytest.raises(WriteError, match=message), whole_folder(tmp_path / "model") as folder:
         model.save_pretrained(folder)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_cache_of_the_embedded_models(tmp_path, monkeypatch, largest):
+def test_the_cache_of_the_embedded_models(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    largest(10_000)
-    with pytest.raises(WriteError, match=r"model: expected to write .*/tiny-0-0.5-1, got File too large \("):
+    message = r"model: expected to write .*/tiny-0-0.5-1, got File too large \("
+    with largest(10_000), pytest.raises(WriteError, match=message):
         models.tiny(steps=0, noise=0.5, seed=1)
     assert [p.name for p in (tmp_path / "tokcredit").iterdir() if p.suffix != ".lock"] == []
 
