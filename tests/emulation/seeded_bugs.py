@@ -1,7 +1,8 @@
 """Known bugs in copies of the kernels, which the fuzz must see: ``python -m tests.emulation.seeded_bugs``.
 
 Results: 78 of the 79 bugs were seen on today's kernels, "a bound per token is taken from the row" only with
-``--seconds 70``. "Four slopes are stored at an odd address" was not seen: no result that the library allocates lies at one.
+``--seconds 70``. "Four slopes are stored at an odd address" was not seen: no result that the library allocates lies at
+one.
 """
 
 import argparse
