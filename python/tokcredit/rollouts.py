@@ -306,7 +306,9 @@ class Rollouts(Layout):
         """
         if self.has_input("turn_ids"):
             return Turns.of(self.policy_spans, self.input("turn_ids"))
-        return Turns.of(self.policy_spans, runs(self.policy_spans, self.__dict__.get("_parts", self.all_spans)))
+        if "_parts" in self.__dict__:
+            return Turns.of(self.policy_spans, runs(self.policy_spans, self.__dict__["_parts"]))
+        return Turns.of_runs(self.policy_spans)
 
     @property
     def longest(self) -> int:

@@ -61,6 +61,18 @@ class Turns(NamedTuple):
         last = at[begins.roll(-1)] if len(at) else at
         return cls(Spans.trusted(first, end, spans.size, spans.mask), of_row, number, first, last, counts)
 
+    @classmethod
+    def of_runs(cls, spans: Spans) -> Turns:
+        """Return the maximal runs of tokens that the policy chose. On CUDA this waits for the device.
+
+        Args:
+            spans: The rows, with the mask of the tokens that the policy chose.
+        """
+        assert spans.mask is not None
+        begin, end, row, _, offsets = ops.pieces(spans.mask, spans, "runs")
+        number = torch.arange(len(row), device=row.device) - offsets.index_select(0, row)
+        return cls(Spans.trusted(begin, end, spans.size, spans.mask), row, number, begin, end - 1, offsets.diff())
+
     def of_row(self, mask: Tensor | None = None) -> Spans:
         """Return, for each row, the span of its turns.
 
