@@ -74,6 +74,14 @@ def test_each_token_alone(models, batch, size):
         )
 
 
+def test_one_pass_of_the_teacher_gives_all_divergences(models, batch):
+    passes = []
+    hook = models[2].register_forward_hook(lambda *_: passes.append(1))
+    collectors.collect(collectors.FROM_TEACHER, batch, len(ROWS), models[0], None, models[2], TEMPERATURE)
+    hook.remove()
+    assert len(passes) == 1
+
+
 def test_inputs_of_whole_groups(models, batch):
     names = frozenset({"token_probs", "disagreement", "padded_disagreement"})
     found = collectors.collect(names, batch, 1, models[0], temperature=TEMPERATURE)

@@ -236,9 +236,13 @@ class ForwardPass:
         with torch.no_grad():
             return self._log_probs_of(self._teacher, self._taught)
 
-    def _from_teacher(self, kind: str) -> Tensor:
+    @cached_property
+    def _teacher_logits(self) -> tuple[Tensor, TreePack]:
         packed = self._plan_of(self._teacher, self._taught)
-        logits = self._logits_of(self._teacher, packed)
+        return self._logits_of(self._teacher, packed), packed
+
+    def _from_teacher(self, kind: str) -> Tensor:
+        logits, packed = self._teacher_logits
         if isinstance(self._token_loss, Divergence) and self._token_loss.variable == kind:
             return self._compared(self._token_loss, logits, packed)
         return self._compared(partial(divergence.between, kind=kind), logits, packed)
