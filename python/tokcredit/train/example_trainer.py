@@ -147,17 +147,14 @@ class ExampleTrainer:
             raise ValueError(f"prompts: expected a multiple of the {count} processes, got {got}")
         self.model, self.tokenizer = policy.load(settings, self.accelerator)
         self._load()
-        self.teacher = None
-        if trainer.distils(self.objective):
-            assert settings.teacher is not None
-            self.teacher = teaching.made(settings.teacher, settings.model, self.model, self.tokenizer)
+        teacher = teaching.made(settings, self.model, self.tokenizer)
         self._of_reference = frozenset(
             name
             for name in self.objective.required_inputs & inputs.names("reference")
             if inputs.get(name).per == "token" and not inputs.get(name).axes
         )
         reference = policy.reference(self.objective, self.model, self._of_reference)
-        self.learner = Learner(settings, self.objective, self.model, reference, self.teacher, self.accelerator)
+        self.learner = Learner(settings, self.objective, self.model, reference, teacher, self.accelerator)
         self._tasks = self._measured_tasks(problems) if problems else None
         self._reference = self._computed()
         self.accelerator.register_for_checkpointing(self)
@@ -214,9 +211,7 @@ class ExampleTrainer:
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on beside weights, for a checkpoint."""
         return {
-            "controllers": self.learner.state.state_dict(),
-            "skipped_in_row": self.learner.skipped_in_row,
-            "teacher": self.teacher.state_dict() if self.teacher else None,
+            **self.learner.state_dict(),
             "examples": self._digest,
         }
 
@@ -232,10 +227,7 @@ class ExampleTrainer:
         if state["examples"] != self._digest:
             option = "pairs" if self.settings.pairs else "completions"
             raise ValueError(f"{option}: expected those of the run in {self.settings.output}, got others in the file")
-        self.learner.state.load_state_dict(state["controllers"])
-        self.learner.skipped_in_row = state["skipped_in_row"]
-        if self.teacher:
-            self.teacher.load_state_dict(state["teacher"])
+        self.learner.load_state_dict(state)
 
     @property
     def introduction(self) -> str:

@@ -88,6 +88,25 @@ class Learner:
         )
         self.state, self.skipped_in_row = State(), 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next update depends on beside weights, for a checkpoint."""
+        return {
+            "controllers": self.state.state_dict(),
+            "skipped_in_row": self.skipped_in_row,
+            "teacher": self._teacher.state_dict() if self._teacher else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the state of a checkpoint.
+
+        Args:
+            state: From :meth:`state_dict`; other keys are left to others.
+        """
+        self.state.load_state_dict(state["controllers"])
+        self.skipped_in_row = state["skipped_in_row"]
+        if self._teacher:
+            self._teacher.load_state_dict(state["teacher"])
+
     def with_inputs(self, batch: Rollouts, others: frozenset[str] = frozenset()) -> Rollouts:
         """Return the rollouts with the inputs that forward passes give, but for those of the reference that they carry.
 

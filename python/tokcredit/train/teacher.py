@@ -15,7 +15,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.train import models
 from tokcredit.train.problems import Problem
 from tokcredit.train.scoring import left_padded
-from tokcredit.train.settings import PrivilegedSettings
+from tokcredit.train.settings import PrivilegedSettings, Settings
 
 # Where the prompt ends with <think>, the thoughts begin with the response.
 _THOUGHT = re.compile(r"\A((?!<think>).)*?</think>\s*|<think>.*?(</think>|\Z)\s*", re.S)
@@ -76,18 +76,20 @@ def rate_of(text: str) -> float | None:
     return float(rate)
 
 
-def made(text: str, of: str, policy: Any, tokenizer: Any) -> Teacher:
-    """Return the teacher that a setting says.
+def made(settings: Settings, policy: Any, tokenizer: Any) -> Teacher | None:
+    """Return the teacher that the setting ``teacher`` says, or None without it.
 
     Args:
-        text: ``initial``, ``live``, ``ema(rate)``, or a model.
-        of: Name of the policy's model, for an error.
+        settings: Settings of the run.
         policy: The policy before the first step, on its device.
         tokenizer: Tokenizer of the policy.
 
     Raises:
         ValueError: The teacher has other tokens.
     """
+    text = settings.teacher
+    if text is None:
+        return None
     if text == "live":
         return Teacher(policy)
     rate = rate_of(text)
@@ -95,7 +97,7 @@ def made(text: str, of: str, policy: Any, tokenizer: Any) -> Teacher:
         return Teacher(copy.deepcopy(policy), rate or 0.0)
     model, words = models.load(text)
     if words.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"teacher: expected the tokens of {of}, got {text}")
+        raise ValueError(f"teacher: expected the tokens of {settings.model}, got {text}")
     return Teacher(model.to(policy.device))
 
 

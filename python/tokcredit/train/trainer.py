@@ -267,10 +267,7 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=settings.optimizer.precision)
         self.ranks = Ranks(self.accelerator)
         self.model, self.tokenizer = policy.load(settings, self.accelerator)
-        self.teacher = None
-        if distils(self.objective):
-            assert settings.teacher is not None
-            self.teacher = teaching.made(settings.teacher, settings.model, self.model, self.tokenizer)
+        teacher = teaching.made(settings, self.model, self.tokenizer)
         s, half = settings.sampling, settings.optimizer.precision == "bf16"
         deviations = (x for x in self.objective.stages() if isinstance(x, entropy_deviation))
         self.deviation = next(deviations, entropy_deviation())
@@ -286,10 +283,11 @@ class Trainer:
         self.context.prompt.prefix = adapter.prefix(self.model)
         self.rollout_collector = make(self.context)
         reference = policy.reference(self.objective, self.model)
-        self.learner = Learner(settings, self.objective, self.model, reference, self.teacher, self.accelerator)
-        reader = self.teacher.model if self.teacher else self.model
-        longest = getattr(reader.config, "max_position_embeddings", None)
-        self.privileged = teaching.PrivilegedPrompts(settings.privileged, self.context.prompt, longest)
+        self.learner = Learner(settings, self.objective, self.model, reference, teacher, self.accelerator)
+        self.privileged = None
+        if teacher:
+            longest = getattr(teacher.model.config, "max_position_embeddings", None)
+            self.privileged = teaching.PrivilegedPrompts(settings.privileged, self.context.prompt, longest)
         self.prober = Prober(self.context, self.learner.score)
         self.lengths = self._length_learner() if required_inputs & inputs.names("length_head") else None
         self.accelerator.register_for_checkpointing(self)
@@ -305,9 +303,7 @@ class Trainer:
             "temperature": self.adaptive.statistics if self.adaptive else None,
             "rollout_collector": self.rollout_collector.state_dict(),
             "lengths": self.lengths.state_dict() if self.lengths else None,
-            "controllers": self.learner.state.state_dict(),
-            "skipped_in_row": self.learner.skipped_in_row,
-            "teacher": self.teacher.state_dict() if self.teacher else None,
+            **self.learner.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -321,10 +317,7 @@ class Trainer:
         if self.lengths:
             self.lengths.load_state_dict(state["lengths"])
         self.rollout_collector.load_state_dict(state["rollout_collector"])
-        self.learner.state.load_state_dict(state["controllers"])
-        self.learner.skipped_in_row = state["skipped_in_row"]
-        if self.teacher:
-            self.teacher.load_state_dict(state["teacher"])
+        self.learner.load_state_dict(state)
 
     @property
     def introduction(self) -> str:
@@ -429,7 +422,7 @@ class Trainer:
         if self.lengths:
             others |= {"hidden_states"}
         batch = collection.batch
-        if self.teacher:
+        if self.privileged:
             batch = self.privileged(batch, collection.problems, collection.responses)
         batch = self.learner.with_inputs(batch, others)
         if wanted & (inputs.names("continuations") | inputs.names("probes")):
