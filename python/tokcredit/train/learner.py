@@ -144,7 +144,7 @@ class Learner:
         prepared = self._over_ranks(self._prepare(batch, 1.0))
         totals = _Totals(self._metrics_of_nothing(prepared))
         for rows in _micro_batches(prepared, self._settings.optimizer.micro_batch, self._objective.couples_rows):
-            totals.add(self._forward(prepared.select(rows), Clock())[2])
+            totals.add(self._pass(prepared.select(rows), Clock(), backward=False)[1])
         return totals.metrics(self._ranks, 1)
 
     def update(self, batch: Rollouts, number: int, clock: Clock) -> Update:
@@ -257,7 +257,7 @@ class Learner:
                     continue
                 measured = []
                 for rows in parts:
-                    micro, metrics = self._backward(part.select(rows), clock)
+                    micro, metrics = self._pass(part.select(rows), clock)
                     log_probs[batch.selection(rows if whole else chosen[rows]).tokens] = micro
                     measured.append(metrics)
                 self._ranks.average_gradients(self._model)
@@ -300,7 +300,7 @@ class Learner:
         if not found:
             for rows in parts:
                 self._optimizer.zero_grad()
-                self._backward(part.select(rows), Clock())
+                self._pass(part.select(rows), Clock())
                 gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
                 if not torch.nn.utils.get_total_norm(gradients).isfinite():
                     found |= {int(numbers[row]): [] for row in rows}
@@ -327,15 +327,8 @@ class Learner:
             hidden_only=hidden_only,
         )
 
-    def _backward(self, part: PreparedBatch, clock: Clock) -> tuple[Tensor, dict[str, float]]:
-        """Add the gradient of a micro-batch; return its log-probs, and its metrics."""
-        _, log_probs, metrics = self._forward(part, clock, backward=True)
-        return log_probs, metrics
-
-    def _forward(
-        self, part: PreparedBatch, clock: Clock, backward: bool = False
-    ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """Return the loss of a micro-batch, its log-probs, and its metrics."""
+    def _pass(self, part: PreparedBatch, clock: Clock, backward: bool = True) -> tuple[Tensor, dict[str, float]]:
+        """Add the gradient of a micro-batch if it is wanted; return its log-probs and its metrics."""
         names, temperature = self._objective.variables, self._settings.sampling.temperature
         forward = self._forward_pass(part.batch, hidden_only=True)
         layer = None if forward.shares_predictions and not forward.distils_hidden else forward.layer
@@ -357,7 +350,7 @@ class Learner:
             loss.backward()
         metrics = {**found, "entropy_mean": entropies[part.batch.response_mask].mean()}
         values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
-        return loss, log_probs, dict(zip(metrics, values, strict=True))
+        return log_probs, dict(zip(metrics, values, strict=True))
 
     def _over_ranks(self, part: PreparedBatch) -> PreparedBatch:
         """Return these rows as an optimizer step of their own, with denominators over all processes."""
