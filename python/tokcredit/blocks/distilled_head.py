@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tokcredit.arguments import describe, float_tensor, instance
-from tokcredit.blocks.head import dtype_of, positions, scattered
+from tokcredit.blocks.head import OnePass, dtype_of, positions, scattered
 from tokcredit.blocks.tiles import Head, Sums, Tiles, joined
 
 Values = Callable[..., Tensor]
@@ -19,8 +18,8 @@ Slopes = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Total = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class _OnePass(torch.autograd.Function):
-    """The gradients are computed in the forward pass and multiplied in the backward pass."""
+class _DistilledLoss(OnePass):
+    """Four products, where a gradient is wanted."""
 
     @staticmethod
     def forward(
@@ -65,14 +64,6 @@ class _OnePass(torch.autograd.Function):
         tiles.free()
         teacher.free()
         return total(*joined(results, 3, hidden))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("loss_from_hidden: expected one backward pass, got a second one through the same loss")
-        return (*(None if x is None else x.mul_(grad) for x in gradients), *(None,) * 5)
 
 
 def distilled_loss(
@@ -142,5 +133,5 @@ def distilled_loss(
     if not torch.is_grad_enabled():  # autograd would ask for their gradients all the same
         h, weight, bias = h.detach(), weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _OnePass.apply(h, weight, bias, tiles, others, values, of_tile, of_all)
+        loss: Tensor = _DistilledLoss.apply(h, weight, bias, tiles, others, values, of_tile, of_all)
     return loss

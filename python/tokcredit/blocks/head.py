@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, tensor
 from tokcredit.blocks.tiles import Head, Sums, Tiles, joined, pieces
 
-__all__ = ["Head", "dtype_of", "log_probs_and_entropies", "positions", "scattered", "separable_loss"]
+__all__ = ["Head", "OnePass", "dtype_of", "log_probs_and_entropies", "positions", "scattered", "separable_loss"]
 
 
 class _TwoPasses(torch.autograd.Function):
@@ -73,8 +73,34 @@ Slopes = Callable[[int, int, Tensor, Tensor], tuple[Tensor | None, Tensor | None
 Total = Callable[[Tensor, Tensor], Tensor]
 
 
-class _OnePass(torch.autograd.Function):
-    """Three products: the gradients are computed in the forward pass and multiplied in the backward pass."""
+class OnePass(torch.autograd.Function):
+    """Base of a loss whose gradients are computed in the forward pass and multiplied in the backward pass.
+
+    The first three arguments of ``forward`` are hidden states, weight and bias; it leaves their gradients in
+    ``ctx.gradients``.
+    """
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients, once.
+
+        Args:
+            ctx: From the forward pass.
+            grad: Gradient to the loss.
+
+        Raises:
+            RuntimeError: This is the second backward pass.
+        """
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("loss_from_hidden: expected one backward pass, got a second one through the same loss")
+        others = len(ctx.needs_input_grad) - len(gradients)
+        return (*(None if x is None else x.mul_(grad) for x in gradients), *(None,) * others)
+
+
+class _SeparableLoss(OnePass):
+    """Three products."""
 
     @staticmethod
     def forward(
@@ -97,14 +123,6 @@ class _OnePass(torch.autograd.Function):
         tiles.free()
         ctx.gradients = sums.results()
         return total(*joined(results, 2, hidden))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("loss_from_hidden: expected one backward pass, got a second one through the same loss")
-        return (*(None if x is None else x.mul_(grad) for x in gradients), None, None, None)
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
@@ -257,5 +275,5 @@ def separable_loss(
         return total(scattered(log_probs, rows, tokens.shape), scattered(entropies, rows, tokens.shape))
 
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _OnePass.apply(h, head.weight, head.bias, tiles, of_tile, of_all)
+        loss: Tensor = _SeparableLoss.apply(h, head.weight, head.bias, tiles, of_tile, of_all)
     return loss
