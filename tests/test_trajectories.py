@@ -141,6 +141,20 @@ def test_turns(padded):
         assert whole.tokens[turns.last].tolist() == ([3, 7, 11] if not extras else [1, 7, 10, 11])
 
 
+def test_turns_follow_the_ids_and_the_mask():
+    """A batch that is made of another does not keep turns that no longer are its own."""
+    mask = torch.tensor([True, True, False, True, True, True])
+    batch = tc.Rollouts(torch.arange(6), torch.tensor([0, 6]), torch.tensor([0]), torch.tensor([1.0]), mask)
+    assert batch.turns is batch.turns and batch.turns.first.tolist() == [0, 3]
+    assert batch.with_rewards(torch.tensor([0.0])).turns is batch.turns
+    named = batch.with_inputs(turn_ids=torch.tensor([0, 1, 1, 1, 2, 2]))
+    assert named.turns.first.tolist() == [0, 1, 4]
+    assert named.with_inputs(turn_ids=None).turns.first.tolist() == [0, 3]
+    assert batch.with_mask(~mask).turns.first.tolist() == [2]
+    assert batch.filtered(mask & (torch.arange(6) > 3)).turns.first.tolist() == [0, 3]
+    assert batch.keeping(torch.tensor([False])).turns.first.tolist() == []
+
+
 def test_a_batch_without_decisions_has_no_turns():
     batch = make(response_mask=torch.zeros(6, dtype=torch.bool))
     assert batch.whole.turns.counts.tolist() == [0, 0] and batch.whole.turns.last.tolist() == []

@@ -297,7 +297,7 @@ class Rollouts(Layout):
         components = self.reward_components
         return components[:, 0] if components.shape[1] == 1 else components.sum(1)
 
-    @property
+    @cached_property
     def turns(self) -> Turns:
         """The turns of each row; on CUDA this waits for the device.
 
@@ -385,7 +385,7 @@ class Rollouts(Layout):
         own = {name: self._one_axis(x) for name, x in named.items() if name in FIELDS}
         extras = {**self.extras, **{name: x for name, x in named.items() if name not in FIELDS}}
         extras = {name: x for name, x in extras.items() if x is not None}
-        made = self._derived((), **own, extras=extras)
+        made = self._derived(("turns",) if "turn_ids" in named else (), **own, extras=extras)
         made._check_inputs(own | {name: extras[name] for name in named if name in extras})
         return made
 
@@ -560,7 +560,7 @@ class Rollouts(Layout):
         )
 
 
-_OF_MASK = ("lengths", "nonempty", "nonempty_groups")
+_OF_MASK = ("lengths", "nonempty", "nonempty_groups", "turns")
 """Cached attributes that depend on the response mask."""
 
 FIELDS = tuple(f.name for f in fields(Rollouts) if f.name in inputs.names())
