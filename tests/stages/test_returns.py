@@ -47,7 +47,9 @@ def test_scale_of_the_group():
 
 
 def gradient_of_going_on(credit, p, n):
-    """Turn 1 pays 0.5, then with probability p the agent goes on and turn 2 pays 1: the reward grows by 1 with p.
+    """Turn 1 has reward 0.5, then with probability p the agent goes on to turn 2, whose reward is 1.
+
+    The expected total reward grows by 1 with p.
 
     Returns the mean over all groups of n of the advantage of the first turn times the derivative of the log-probability
     of what the agent did.
