@@ -18,6 +18,7 @@ from tqdm import tqdm
 from trl import DPOConfig, DPOTrainer
 
 from tokcredit.adapters.capabilities import chosen_of, require_constant, require_defaults, require_inputs
+from tokcredit.adapters.trl.progress import progress
 from tokcredit.adapters.trl.recorder import Recorder
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
@@ -145,9 +146,8 @@ class CreditDPOTrainer(DPOTrainer):  # type: ignore[misc]
             inputs["attention_mask"][:, 1:],
             ref_log_probs=reference,
         )
-        done = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
         objective = self.credit_objective
-        prepared = objective.prepare(batch, progress=done if objective.is_scheduled else None)
+        prepared = objective.prepare(batch, progress=progress(objective, self.state))
         loss, metrics = objective.loss(prepared, log_probs)
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * recorder.outputs.aux_loss

@@ -28,6 +28,7 @@ from tokcredit.adapters.capabilities import (
     require_independent_rows,
     with_length,
 )
+from tokcredit.adapters.trl.progress import progress
 from tokcredit.blocks import segment
 from tokcredit.objective import Objective, Prepared
 from tokcredit.rollouts import Rollouts
@@ -257,9 +258,8 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         if given_weights(_CORRECTION) in self.credit_objective.token_weights:
             named[_CORRECTION] = whole(batch[_CORRECTION]).expand(tokens.shape)  # (B, 1) where it is per row
         rollouts = Rollouts.from_padded(tokens, response, groups, rewards[numbers], real, **arguments(named))
-        state, objective = self.state, self.credit_objective
-        done = min(state.global_step / max(state.max_steps, 1), 1.0)
-        prepared = objective.prepare(rollouts, progress=done if objective.is_scheduled else None)
+        objective = self.credit_objective
+        prepared = objective.prepare(rollouts, progress=progress(objective, self.state))
         trained = prepared.lengths > 0
         present = rollouts.group_index[trained].unique().numel()
         counts = torch.stack([prepared.lengths.sum(), trained.sum(), trained.new_tensor(present, dtype=torch.long)])

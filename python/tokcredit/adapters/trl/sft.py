@@ -7,6 +7,7 @@ from typing import Any
 from trl import SFTConfig, SFTTrainer
 
 from tokcredit.adapters.capabilities import chosen_of, require_constant, require_defaults, require_inputs
+from tokcredit.adapters.trl.progress import progress
 from tokcredit.adapters.trl.recorder import Recorder
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Supervised
@@ -93,11 +94,8 @@ class CreditSFTTrainer(SFTTrainer):  # type: ignore[misc]
             entropies=recorder.read("entropy", width).detach(),
         )
         objective = self.credit_objective
-        done = min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
         tokens = int(mask.sum() if num_items_in_batch is None else num_items_in_batch)
-        prepared = objective.prepare(
-            batch, batch_num_tokens=max(tokens, 1), progress=done if objective.is_scheduled else None
-        )
+        prepared = objective.prepare(batch, batch_num_tokens=max(tokens, 1), progress=progress(objective, self.state))
         loss, _ = objective.loss(prepared, log_probs)
         kept = prepared.lengths.sum() / mask.sum().clamp(min=1)
         mode = "train" if self.model.training else "eval"
