@@ -230,11 +230,8 @@ class Supervised(FromHidden):
     @cached_property
     def variables(self) -> tuple[str, ...]:
         """The variable of the token loss, and ``log_probs`` if a scale needs them too."""
-        return (self.token_loss.variable, *self._further)
-
-    @property
-    def _further(self) -> tuple[str, ...]:
-        return ("log_probs",) if self.scales and self.token_loss.variable != "log_probs" else ()
+        own = self.token_loss.variable
+        return (own, "log_probs") if self.scales and own != "log_probs" else (own,)
 
     def separable(self, prepared: PreparedSupervised) -> bool:
         """Return whether the derivative of the loss at a token depends on that token alone.
