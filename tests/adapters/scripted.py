@@ -5,14 +5,13 @@ Run as a script by ``torch.distributed.run``, it trains on this rank and rank 0 
 
 import os
 import sys
-from dataclasses import dataclass, field
 
 import tiny
 import torch
 import trl
 from datasets import Dataset
 from tokcredit.adapters.trl import CreditGRPOTrainer
-from transformers import TrainerCallback
+from trl_run import SETTINGS, Gradients, start
 
 GENERATIONS = 4
 PROMPTS = ["1+2=", "3+4=", "5+5=", "0+9="]
@@ -46,47 +45,22 @@ def sometimes(completion_ids, **columns):
 
 def arguments(output_dir, **settings):
     defaults = dict(
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
         steps_per_generation=4,
         num_iterations=2,
         num_generations=GENERATIONS,
         max_completion_length=10,
         max_steps=4,
         learning_rate=0.004,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        report_to=[],
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
     )
-    return trl.GRPOConfig(str(output_dir), **(defaults | settings))
-
-
-@dataclass
-class Gradients(TrainerCallback):
-    """The gradient of each optimizer step, flat."""
-
-    steps: list = field(default_factory=list)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **rest):
-        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters()]).clone())
+    return trl.GRPOConfig(str(output_dir), **(SETTINGS | defaults | settings))
 
 
 def train(kind, args, rewards=reward, prepare=None, **keywords):
     """Trainer, and the gradients of its steps."""
     gradients = Gradients()
     data = Dataset.from_dict({"prompt": PROMPTS * 8})
-    path = f"{args.output_dir}/start"  # TRL loads the reference model by its path
-    if not os.path.exists(path):
-        tiny.model().save_pretrained(path)
     trainer = kind(
-        path,
+        start(args.output_dir),
         rewards,
         args,
         train_dataset=data,

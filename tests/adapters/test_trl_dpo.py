@@ -1,8 +1,7 @@
 """Against TRL's ``DPOTrainer``: the same pairs through both trainers give the same losses, gradients and metrics."""
 
-import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ import trl
 from datasets import Dataset
 from tokcredit.adapters.trl import CreditDPOTrainer
 from tokcredit.stages.link import logistic
-from transformers import TrainerCallback
+from trl_run import SETTINGS, Gradients, start
 
 PARITY = {
     "sigmoid": (tc.methods.dpo(beta=0.3), dict(beta=0.3)),
@@ -42,41 +41,12 @@ def sums(count):
 DATA = sums(24)
 
 
-@dataclass
-class Gradients(TrainerCallback):
-    """The gradient of each optimizer step, flat."""
-
-    steps: list = field(default_factory=list)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **rest):
-        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).clone())
-
-
 def train(kind, folder, settings, config=trl.DPOConfig, data=DATA, **keywords):
     """Trainer, and the gradients of its steps."""
-    path = f"{folder}/start"  # TRL loads the reference model by its path
-    if not os.path.exists(path):
-        tiny.model().save_pretrained(path)
-    defaults = dict(
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        max_steps=3,
-        learning_rate=0.02,
-        lr_scheduler_type="constant",
-        optim="sgd",
-        max_grad_norm=0.0,
-        report_to=[],
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
     gradients = Gradients()
-    args = config(str(folder), **(defaults | settings))
+    args = config(str(folder), **(SETTINGS | dict(max_steps=3, learning_rate=0.02) | settings))
     keywords |= dict(train_dataset=data, processing_class=tiny.tokenizer(), callbacks=[gradients])
-    trainer = kind(path, args=args, **keywords)
+    trainer = kind(start(folder), args=args, **keywords)
     trainer.train()
     return trainer, gradients.steps
 
