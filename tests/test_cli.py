@@ -16,7 +16,8 @@ def test_info(capsys):
     out = capsys.readouterr().out
     for word in (
         tc.__version__,
-        "built with CUDA",
+        "CPU kernels",
+        "CUDA kernels",
         "compiler",
         "torch",
         "threads",

@@ -4,9 +4,20 @@
 namespace tokcredit::bind {
 namespace {
 
+const char *cpu_level() {
+#ifdef TOKCREDIT_LEVELS
+  return __builtin_cpu_supports("x86-64-v4")   ? "x86-64-v4"
+         : __builtin_cpu_supports("x86-64-v3") ? "x86-64-v3"
+                                               : "x86-64";
+#else
+  return "generic";
+#endif
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = TOKCREDIT_COMPILER;
+  info["cpu_level"] = cpu_level();
 #ifdef TOKCREDIT_CUDA
   info["cuda"] = true;
   info["cuda_architectures"] = TOKCREDIT_CUDA_ARCHITECTURES;

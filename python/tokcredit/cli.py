@@ -19,7 +19,7 @@ import torch
 import tyro
 
 import tokcredit as tc
-from tokcredit import analyze, exits, options, pairs, train
+from tokcredit import analyze, exits, kernels, options, pairs, train
 from tokcredit.analyze import Divergent, Shift
 from tokcredit.pairs import PairsSettings
 from tokcredit.settings import Declared, option, whole_number
@@ -78,14 +78,13 @@ def _print(lines: dict[str, str]) -> None:
 
 
 def info() -> None:
-    """Print the version, the build, torch, the threads, the methods and the installed host trainers."""
-    build = tc.build_info()
-    cuda = f"yes, for {build['cuda_architectures']}" if build["cuda"] else "no (CPU only)"
+    """Print the version, the kernels in use, torch, the threads, the methods and the installed host trainers."""
     _print(
         {
             "tokcredit": tc.__version__,
-            "built with CUDA": cuda,
-            "compiler": build["compiler"],
+            "compiler": tc.build_info()["compiler"],
+            "CPU kernels": kernels.cpu(),
+            "CUDA kernels": kernels.cuda(),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "threads": str(tc.num_threads()),
