@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 10000
 # Kernels for the GPU of this machine, if it has one; a wheel for others is built with plain pip.
 BUILD := $(if $(wildcard /dev/nvidia0),-C cmake.define.TOKCREDIT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native,-C cmake.define.TOKCREDIT_CUDA=OFF)
 
-.PHONY: train test test-emulated wheel sanitize fuzz lint bench bench-quick clean
+.PHONY: train test test-emulated wheel sanitize fuzz lint bench bench-quick docs clean
 
 .venv/tools: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -93,6 +93,17 @@ bench: .venv-bench/installed
 bench-quick: .venv-bench/installed
 	.venv-bench/bin/python -m pytest -q -p no:randomly bench
 	.venv-bench/bin/python bench/report.py --quick
+
+# The documentation site, in build/site; warnings are errors.
+.venv-docs/tools: requirements/docs.txt
+	rm -rf .venv-docs
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -U pip
+	.venv-docs/bin/pip install -q --no-deps -r $<
+	touch $@
+
+docs: .venv-docs/tools
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -q --strict
 
 clean:
 	rm -rf .venv .venv-* build dist

@@ -14,10 +14,14 @@ import derivations
 import pytest
 from pages import PAGES, ROOT, blocks
 
+sys.path.insert(0, str(ROOT / "docs"))
+import outputs
+
 
 def test_every_page_is_run():
     """No page has a Python block that no test runs, or one that is not marked as Python."""
     run_here = set(re.findall(r'blocks\("([\w./]+)"\)', Path(__file__).read_text()))
+    run_here |= {f"docs/{name}.md" for name in outputs.PAGES}
     assert {page for page in PAGES if blocks(page)} == run_here | {"docs/hosts.md"}  # adapters/test_recipes.py
     for page in PAGES:
         for fence in re.findall(r"^ *(```.*|~~~.*)$", (ROOT / page).read_text(), re.M):
@@ -43,6 +47,12 @@ def test_readme(tmp_path):
     assert printed.startswith(shown)
     comments = re.findall(r"# ((?:loss|tensor\().*)$", "".join(own), re.M)
     assert printed == shown + "".join(f"{line}\n" for line in comments) and len(comments) == 2
+
+
+@pytest.mark.parametrize("name", outputs.PAGES)
+def test_what_pages_print(name):
+    page = (ROOT / f"docs/{name}.md").read_text()
+    assert outputs.filled(page) == page
 
 
 def test_methods_page(tmp_path):

@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 
 import derivations
 import numpy as np
@@ -11,7 +10,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("transformers")
 pytest.importorskip("selenium", reason="selenium is not installed: the page is not tested in a browser")
 
-from selenium import webdriver
+import chromium
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -20,19 +19,6 @@ from tokcredit import report
 from tokcredit.report import packing
 from tokcredit.report.page import render
 
-CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-needs_chromium = pytest.mark.skipif(not CHROMIUM or not DRIVER, reason="chromium or chromium-driver is not installed")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1440,1000",
-)
 METHODS = ("tempo", "ctpo")
 
 
@@ -40,12 +26,7 @@ class Browser:
     """A page in Chromium: opened, looked at, and free of errors."""
 
     def __init__(self, profile):
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+        self.driver = chromium.started(profile)
 
     def open(self, path, view="run"):
         self.driver.get("about:blank")
@@ -211,7 +192,7 @@ def test_prompts_are_left_out_where_all_do_not_fit(example):
 # -- in a browser ----------------------------------------------------------------------------------------------------
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_the_run(browser, example):
     _, page = example
     browser.open(page)
@@ -225,7 +206,7 @@ def test_the_run(browser, example):
     assert browser.js("return performance.getEntriesByType('resource').length") == 0
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_hover_shows_the_computed_numbers(browser, example):
     data, page = example
     browser.open(page, "2")
@@ -259,7 +240,7 @@ def test_hover_shows_the_computed_numbers(browser, example):
     assert checked == 14 and branches >= 7
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_colours(browser, example):
     data, page = example
     browser.open(page, "1")
@@ -277,7 +258,7 @@ def test_colours(browser, example):
     assert browser.js("return [shade(9, 1), shade(-9, 1), shade(.5, 1)]") == ["p12", "n12", "p6"]
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_click_on_a_node_keeps_its_rollouts(browser, example):
     data, page = example
     browser.open(page, "0")
@@ -313,7 +294,7 @@ def test_click_on_a_node_keeps_its_rollouts(browser, example):
     assert browser.shown() == through(v)
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_filters_and_search(browser, example):
     data, page = example
     browser.open(page, "3")
@@ -357,7 +338,7 @@ def test_filters_and_search(browser, example):
     assert "Multiply" in hit
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_keyboard(browser, example):
     data, page = example
     browser.open(page)
@@ -392,7 +373,7 @@ def test_keyboard(browser, example):
     browser.wait(lambda: browser.js("return document.body.dataset.ready") == "run")
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_light_and_dark(browser, example):
     _, page = example
     ground = "return getComputedStyle(document.body).backgroundColor"
@@ -416,7 +397,7 @@ HOSTILE = [
 ]
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_untrusted_text_stays_text(browser, tmp_path):
     words = derivations.tokenizer(["The product of 2 and 2 is 4"])
     words.add_tokens(["x" * 5000])
@@ -457,7 +438,7 @@ def test_untrusted_text_stays_text(browser, tmp_path):
     assert browser.js("return document.documentElement.scrollWidth <= innerWidth")
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_odd_rollouts(browser, tmp_path):
     rows = [
         {"group": 0, "prompt": "", "tokens": [], "reward": 0, "response_mask": []},
@@ -490,7 +471,7 @@ def test_odd_rollouts(browser, tmp_path):
     assert number(card["advantage", "tempo"]) == 0 == number(card["weight", "tempo"])
 
 
-@needs_chromium
+@chromium.needs_chromium
 def test_objectives_without_a_ratio(browser, tmp_path):
     rows = [
         {
@@ -519,7 +500,7 @@ def test_objectives_without_a_ratio(browser, tmp_path):
     assert agrees(card["ratio", "grpo"], np.exp(-0.5)) and card["clip", "grpo"] == "no gradient"
 
 
-@needs_chromium
+@chromium.needs_chromium
 @pytest.mark.slow
 def test_a_large_run(browser, tmp_path):
     derivations.write(tmp_path, groups=64, rollouts=16, length=2000)
