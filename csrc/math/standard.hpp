@@ -6,6 +6,9 @@
 
 namespace tokcredit {
 
+// a / b, and 0 for 0 / 0.
+TOKCREDIT_FN double quotient(double a, double b) { return a == 0 ? 0 : a / b; }
+
 TOKCREDIT_FN double standardized(double x, const double *moments, Standard standard, double epsilon) {
   const double size = moments[int(Moment::size)];
   const bool alone = size < 2;
@@ -15,9 +18,9 @@ TOKCREDIT_FN double standardized(double x, const double *moments, Standard stand
   case Standard::centred:
     return centred;
   case Standard::normalized:
-    return centred / (deviation + epsilon);
+    return quotient(centred, deviation + epsilon);
   case Standard::scaled:
-    return x / (deviation + epsilon);
+    return quotient(x, deviation + epsilon);
   default:
     return alone ? 0 : centred * (size / (size - 1));
   }

@@ -147,7 +147,9 @@ def test_standardized_of_equal_numbers_is_0():
     group = torch.zeros(7, dtype=torch.int64)
     moments = segment.moment_table(x, segment.Ids(group, 1))
     for standard in ("centred", "normalized", "leave_one_out"):
-        assert segment.standardize(x, group, moments, standard, 1e-6).tolist() == [0.0] * 7
+        for epsilon in (1e-6, 0.0):
+            assert segment.standardize(x, group, moments, standard, epsilon).tolist() == [0.0] * 7
+    assert segment.standardize(x * 0, group, moments, "scaled", 0.0).tolist() == [0.0] * 7
     wide = segment.standardize(x.float(), group, moments, "centred", dtype=torch.float64)
     assert wide.dtype == torch.float64 and wide[0] == torch.tensor(0.1).double() - 0.1
     with pytest.raises(ValueError, match="standard: expected one of centred"):

@@ -302,6 +302,23 @@ def test_infinity_at_a_training_token(name, value):
             assert out.metrics["nonfinite_log_probs"] == 1
 
 
+WITH_EPSILON = [name for name in METHODS if "epsilon" in inspect.signature(getattr(tc.methods, name)).parameters]
+
+
+@pytest.mark.parametrize("name", WITH_EPSILON)
+def test_equal_rewards_without_epsilon(name):
+    """A method that allows an epsilon of 0 does not divide 0 by 0 where the rewards of a group are equal."""
+    try:
+        objective = tc.methods.load(name, epsilon=0.0)
+    except ValueError as error:
+        assert "epsilon: expected a number above 0, got 0" in str(error)
+        return
+    batch, current = carried(objective)
+    equal = batch.with_rewards(torch.full_like(batch.rewards, 0.1))
+    assert prepare(objective, equal).credit.isfinite().all()
+    assert loss(objective, equal, current).loss.isfinite()
+
+
 @each
 def test_all_masked_is_constant_and_attached(name):
     objective = tc.methods.load(name)

@@ -112,6 +112,8 @@ def test_by_hand():
     five = shaped([*FOUR, [9.0] * 5], [0.0] * 4 + [1.0], [True] * 5, [False] * 4 + [True])
     got = tc.methods.r3(alpha=2.0, max_length=10).credit(five)[:, 0]
     assert got.tolist() == pytest.approx([0, *[-0.288675] * 3, 0.866025], abs=1e-5)
+    alike = shaped([[1.0], [1.0]], [0.0, 0.0], [False, False], [False, True])
+    assert tc.methods.r3(alpha=2.0, epsilon=0.0).credit(alike).tolist() == [[0], [0]]
     # The same row drawn now: the group is not all wrong, nobody is ranked. 0 four times and 1.5: std 0.670820.
     now = dataclasses.replace(five, extras=five.extras | {"replayed": torch.zeros(5, dtype=torch.bool)})
     got = tc.methods.r3(alpha=2.0, max_length=10).credit(now)[:, 0]

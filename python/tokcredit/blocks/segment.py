@@ -268,7 +268,8 @@ def standardize(
     ``"leave_one_out"``   ``(x - m) * n / (n - 1)``
     ====================  =======================
 
-    In a group of fewer than two rows ``m`` is 0, ``s`` is 1, and ``"leave_one_out"`` gives 0. Computed in float64.
+    In a group of fewer than two rows ``m`` is 0, ``s`` is 1, and ``"leave_one_out"`` gives 0. A numerator of 0 gives 0
+    whatever it is divided by. Computed in float64.
 
     Args:
         x: float32 or float64 ``[M]``.

@@ -143,7 +143,8 @@ class pooled(Credit):
             return standardized(shaped, "normalized", self.epsilon)[:, None]
         joined = segment.count(groups.counting(batch.input("replayed"))) > 0
         scale = groups.per_row(torch.full_like(joined, self.scale, dtype=torch.float64).masked_fill_(~joined, 1))
-        return (outcome(shaped) / (scale * deviation(shaped, 0.0) + self.epsilon)).to(rewards.dtype)[:, None]
+        centred, divisor = outcome(shaped), scale * deviation(shaped, 0.0) + self.epsilon
+        return torch.where(centred == 0, 0, centred / divisor).to(rewards.dtype)[:, None]
 
 
 def r3(
