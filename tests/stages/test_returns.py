@@ -1,5 +1,6 @@
 """Returns and generalized advantages along trajectories, in one row or in several."""
 
+import dataclasses
 import itertools
 import math
 
@@ -44,6 +45,43 @@ def test_scale_of_the_group():
     found = tc.credit.returns(unit="turn", baseline="inclusive", scale="group", epsilon=0.0)(abc())
     std = naive.moments([1.2, 0.5, 0.4])[1]
     assert found.tolist() == pytest.approx([x / std for x in (0.5, 0.5, 0, -0.2, -0.5, -0.3)])
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scale_of_a_group_of_equal_returns(dtype, epsilon):
+    """Totals of 0.3 in three orders, which differ by rounding, are no standard deviation to divide by."""
+    rewards = torch.tensor([0.1, 0.2, 0, 0.2, 0.1, 0, 0, 0.1 + 0.2, 0], dtype=dtype)
+    batch = abc(
+        tokens=torch.arange(9),
+        cu_seqlens=torch.tensor([0, 3, 6, 9]),
+        token_rewards=rewards,
+        extras={"turn_ids": torch.arange(9)},
+    )
+    for baseline in ("others", "inclusive"):
+        credit = tc.credit.returns(unit="turn", baseline=baseline, scale="group", epsilon=epsilon)
+        assert credit(batch).tolist() == [0] * 9
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_missing_value_is_an_error(value):
+    """What is masked is not read, and with turns only the first token of each."""
+    values = torch.tensor([0.1, value, 0.3])
+    batch = tc.Rollouts(
+        torch.arange(3),
+        torch.tensor([0, 3]),
+        torch.zeros(1, dtype=torch.long),
+        torch.ones(1),
+        extras={"values": values, "turn_ids": torch.tensor([0, 0, 1])},
+    )
+    with pytest.raises(ValueError, match=f"values: expected finite numbers .* got {value}"):
+        tc.methods.ppo().prepare(batch)
+    assert tc.credit.gae(unit="turn")(batch).isfinite().all()
+    masked = dataclasses.replace(batch, response_mask=torch.tensor([True, False, True]))
+    assert tc.methods.ppo().prepare(masked).advantages.isfinite().all()
+    cut = masked.with_inputs(bootstrap_values=torch.tensor([value]))
+    with pytest.raises(ValueError, match=f"bootstrap_values: expected finite numbers, got {value}"):
+        tc.credit.gae().targets(cut)
 
 
 def gradient_of_going_on(credit, p, n):

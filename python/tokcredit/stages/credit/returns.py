@@ -138,7 +138,8 @@ class returns(Credit):
         baseline: ``none``, ``others`` or ``inclusive``.
         zero_extended: Whether a trajectory that has ended counts with ``G = 0`` at later steps.
         alone: A step without others has advantage 0 with ``zero``, and ``b = 0`` with ``raw``.
-        scale: ``none`` for ``s = 1``, ``group`` for the sample standard deviation of ``G[i, 0]`` over the group.
+        scale: ``none`` for ``s = 1``, ``group`` for the sample standard deviation of ``G[i, 0]`` over the group. In a
+            group in which ``G[i, 0]`` is the same for all i, within 1e-6 of its size, advantages are 0.
         epsilon: Added to that standard deviation, at least 0.
         kl: Factor of a penalty in the rewards, ``-kl * (old_log_probs - ref_log_probs)`` at every token; at least 0.
     """
@@ -182,7 +183,10 @@ class returns(Credit):
         first = segment.sum(to_go.masked_fill(steps.number != 0, 0), steps.spans)
         groups = batch.nonempty_groups
         moments = segment.moments(first, groups)
-        return groups.per_row(moments.var.sqrt().masked_fill(moments.size < 2, 1) + self.epsilon)
+        std = moments.var.sqrt()
+        equal = std <= 1e-6 * segment.maximum(first.abs(), groups)
+        spread = torch.where(equal, 0, std + self.epsilon).masked_fill(moments.size < 2, 1 + self.epsilon)
+        return groups.per_row(spread)
 
 
 def adaptive_trace(lengths: Tensor, alpha: float) -> Tensor:
@@ -221,6 +225,9 @@ class gae(Credit):
             place of ``trace``.
         target_trace: lambda of the estimates that :meth:`targets` are made of.
         kl: Factor of a penalty in the rewards, ``-kl * (old_log_probs - ref_log_probs)`` at every token; at least 0.
+
+    Raises:
+        ValueError: The value of a token or turn that the policy chose, or a bootstrap value, is NaN or infinite.
 
     References:
         Schulman et al., arXiv 1506.02438.
@@ -262,7 +269,13 @@ class gae(Credit):
         steps, dtype = Steps.of(batch, self.unit), torch.promote_types(rewards.dtype, values.dtype)
         if self.unit == "turn":
             values = values.index_select(0, batch.turns.first)
+        if bool((wrong := (steps.number >= 0) & ~values.isfinite()).any()):
+            raise ValueError(
+                f"values: expected finite numbers at tokens that the policy chose, got {values[wrong][0].item()}"
+            )
         bootstrap = batch.input("bootstrap_values").to(dtype) if batch.has_input("bootstrap_values") else None
+        if bootstrap is not None and bool((wrong := batch.nonempty & ~bootstrap.isfinite()).any()):
+            raise ValueError(f"bootstrap_values: expected finite numbers, got {bootstrap[wrong][0].item()}")
         estimates = scan.generalized_advantages(
             steps.sums(rewards.to(dtype)), values.to(dtype), steps.spans, self.discount, trace, bootstrap
         )
