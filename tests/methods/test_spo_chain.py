@@ -84,7 +84,7 @@ def test_rows_without_a_value_or_without_tokens_have_no_advantage():
     assert tc.methods.spo_chain().prepare(batch).advantages.tolist() == [0, 0, 0, 0.25, 0.25]
 
 
-def test_equal_advantages_are_not_whitened():
+def test_equal_advantages_become_0():
     batch = tc.Rollouts(
         torch.arange(3),
         torch.tensor([0, 3]),
@@ -93,7 +93,7 @@ def test_equal_advantages_are_not_whitened():
         old_log_probs=torch.full((3,), -1.0),
         extras={"state_values": torch.tensor([0.5, math.nan, math.nan])},
     )
-    assert tc.methods.spo_chain(whiten=True).prepare(batch).advantages.tolist() == [0.5, 0.5, 0.5]
+    assert tc.methods.spo_chain(whiten=True).prepare(batch).advantages.tolist() == [0, 0, 0]
 
 
 def test_defaults():

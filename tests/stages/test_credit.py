@@ -119,6 +119,13 @@ def test_whitened(nonzero, below):
         assert ours[t].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("length", [1, 3, 7])
+@pytest.mark.parametrize("below", [None, 0.6])
+def test_equal_advantages_whitened_are_0(length, below):
+    batch = batch_of([0.1], [0], [length], old_log_probs=torch.full((length,), -0.7))
+    assert tc.credit.whitened(tc.credit.returns(), below)(batch).tolist() == [0] * length
+
+
 def test_value_changes_by_hand():
     """Values before tokens 1 and 3 of a row with reward 1; the first token comes before any value."""
     values = torch.tensor([math.nan, 0.25, math.nan, 0.75, math.nan])

@@ -33,7 +33,7 @@ def spo_chain(below: float = 0.9, clip_low: float = 0.2, clip_high: float = 0.2,
           ``tokcredit.mix("spo_chain", terms="kl(1e-4, limit=10000, aggregation=sequence_sum(1))")``.
         - A continuation that is cut at the length limit has the reward of its text.
     Differences from the released code:
-        - Advantages are not whitened unless ``whiten`` is set. Advantages that are all equal are never whitened.
+        - Advantages are not whitened unless ``whiten`` is set.
         - The release skips a micro-batch whose mean ratio exceeds 10.
     """
     changes: Credit = credit.value_changes()

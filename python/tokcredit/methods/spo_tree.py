@@ -117,7 +117,7 @@ def spo_tree(
         - There is no KL term. The release adds 1e-4 times the mean over rows of the sum of k3 over tokens that train:
           ``tokcredit.mix("spo_tree", terms="kl(1e-4, limit=10000, aggregation=sequence_sum(1))")``.
     Differences from the released code:
-        - Advantages are not whitened unless ``whiten`` is set. Advantages that are all equal are never whitened.
+        - Advantages are not whitened unless ``whiten`` is set.
         - A change within the rounding error of the values is 0. The release drops exact zeros only and so keeps edges
           for their rounding error.
         - The replay of edges of earlier iterations belongs to the trainer and is not done.

@@ -264,7 +264,7 @@ class sum(Credit):
 class whitened(Credit):
     """Another credit with mean 0 and variance 1 over the tokens of the batch: ``(A - mean) / sqrt(var + epsilon)``.
 
-    The variance is the sample variance. Advantages that are all equal stay as they are.
+    The variance is the sample variance. Advantages that are all equal become 0.
 
     Args:
         of: The other credit.
@@ -297,7 +297,7 @@ class whitened(Credit):
         whole = Spans.single(batch.num_tokens, batch.device, within)
         mean, var = segment.mean(advantages, whole), segment.var(advantages, whole)
         scale = torch.where(var == 0, 1, (var + self.epsilon).rsqrt())
-        return torch.where(mask, (advantages - torch.where(var == 0, 0, mean)).mul_(scale), 0).to(given.dtype)
+        return torch.where(mask, (advantages - mean).mul_(scale), 0).to(given.dtype)
 
 
 __all__ = [
