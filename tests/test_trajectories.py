@@ -49,6 +49,16 @@ def make(**changes):
             "rewards: expected outcomes beside token_rewards, got the sums of token_rewards",
         ),
         (
+            # A third trajectory without a token that the policy chose has no sum to compare with.
+            {
+                "trajectory_ids": None,
+                "rewards": torch.tensor([0.5, 2.0, 7.0]),
+                "response_mask": torch.arange(6) < 4,
+                "token_rewards": torch.tensor([0.5, 0, 0, 2, 0, 0]),
+            },
+            "rewards: expected outcomes beside token_rewards, got the sums of token_rewards",
+        ),
+        (
             {"extras": {"turn_ids": torch.tensor([0, 1, 0, 1, 0, 0])}},
             "turn_ids: expected ids that do not descend along a trajectory, got 0 after 1",
         ),

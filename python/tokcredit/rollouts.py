@@ -116,7 +116,7 @@ class Rollouts(Layout):
             check_agreement(trajectories, "rewards", self.rewards)
         if self.token_rewards is not None:
             whole = self.whole
-            check_duplicates(whole.outcome_rewards, whole.rewards)
+            check_duplicates(whole.outcome_rewards, whole.rewards, whole.nonempty)
 
     def _checked_rewards(self, rows: int) -> Tensor:
         if self.rewards is None and self.token_rewards is not None:

@@ -217,16 +217,18 @@ def check_agreement(trajectories: Trajectories, name: str, x: Tensor, of_traject
         )
 
 
-def check_duplicates(outcome: Tensor, total: Tensor) -> None:
+def check_duplicates(outcome: Tensor, total: Tensor, counts: Tensor) -> None:
     """Check that outcomes do not repeat what rewards of tokens sum to.
 
     Args:
         outcome: float ``[J]``, outcome of each trajectory.
         total: float ``[J]``, outcome plus the rewards of its tokens.
+        counts: bool ``[J]``, trajectories with a token that the policy chose. The others have no reward of a token.
 
     Raises:
         ValueError: Outcomes are not all 0, and equal the sums in every trajectory.
     """
+    outcome, total = outcome[counts], total[counts]
     if bool((outcome != 0).any()) and torch.allclose((total - outcome).double(), outcome.double(), rtol=1e-6, atol=0):
         raise ValueError(
             "rewards: expected outcomes beside token_rewards, got the sums of token_rewards; pass one of the two"

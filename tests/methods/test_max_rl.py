@@ -1,3 +1,5 @@
+import dataclasses
+
 import naive
 import pytest
 import tokcredit as tc
@@ -41,6 +43,11 @@ def test_by_hand(rewards, expected):
 def test_negative_rewards_are_an_error():
     with pytest.raises(ValueError, match=r"rewards: expected at least 0 for max_rl, got -0\.5"):
         tc.methods.max_rl().prepare(batch_of([1.0, -0.5]))
+
+
+def test_a_negative_reward_of_an_empty_trajectory_is_not_read():
+    batch = dataclasses.replace(batch_of([1.0, 0.0, -1.0]), response_mask=torch.tensor([True, True, False]))
+    assert tc.methods.max_rl().prepare(batch).advantages.tolist() == [1, -1, 0]
 
 
 def test_defaults():

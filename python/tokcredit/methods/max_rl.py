@@ -19,8 +19,8 @@ class relative(Credit):
     """``(R - mean) / mean`` over the group; 0 in a group of one and where the mean is 0. Rewards must be at least 0."""
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        if bool((batch.rewards < 0).any()):
-            raise ValueError(f"rewards: expected at least 0 for max_rl, got {batch.rewards.min().item()}")
+        if bool((wrong := batch.nonempty & (batch.rewards < 0)).any()):
+            raise ValueError(f"rewards: expected at least 0 for max_rl, got {batch.rewards[wrong].min().item()}")
         groups = batch.nonempty_groups
         statistics = segment.moments(batch.rewards, groups)
         mean = groups.per_row(statistics.mean.masked_fill(statistics.size < 2, 0))
