@@ -1,3 +1,5 @@
+import math
+
 import naive
 import pytest
 import tokcredit as tc
@@ -54,6 +56,20 @@ def test_by_hand():
     whitened = tc.methods.rto().prepare(batch).advantages * 1.5**0.5  # of the sample in place of the population
     assert whitened.tolist() == pytest.approx([1.360368114, -1.014921187, -0.345446926], abs=1e-3)
     assert credit(one_row(50.0))[2] - credit(one_row(10.0))[2] == 0
+
+
+def test_half_precision_keeps_the_bound_of_the_outcome():
+    batch = one_row(12.3125)
+    half = {name: batch.input(name).bfloat16() for name in ("old_log_probs", "ref_log_probs", "aligned_log_probs")}
+    exact, rounded = batch.with_inputs(**{name: x.double() for name, x in half.items()}), batch.with_inputs(**half)
+    credit = tc.methods.rto().credit.of
+    torch.testing.assert_close(credit(rounded), credit(exact), rtol=1e-12, atol=0)
+
+
+def test_a_missing_log_prob_is_an_error():
+    batch = one_row().with_inputs(aligned_log_probs=torch.tensor([-0.4, math.nan, -0.1]))
+    with pytest.raises(ValueError, match="aligned_log_probs, ref_log_probs: expected numbers"):
+        tc.methods.rto().prepare(batch)
 
 
 def test_without_the_aligned_policy_it_is_ppo():

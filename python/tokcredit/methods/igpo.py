@@ -30,9 +30,9 @@ class information_gain(Credit):
         A[k] = z[k] + discount * A[k + 1]
 
     Statistics are those of the population, over the turns of the group that have a gain, and over its outcomes. A turn
-    without ``answer_log_probs`` has no gain. With ``return_first`` raw rewards are summed to
-    ``G[k] = r[k] + discount * G[k + 1]``, and ``A[k] = G[k] - mean(G[k])`` over the trajectories of the group that have
-    a turn k.
+    without ``answer_log_probs`` has no gain. Numbers with a standard deviation of at most 1e-9 count as equal and give
+    0. With ``return_first`` raw rewards are summed to ``G[k] = r[k] + discount * G[k + 1]``, and
+    ``A[k] = G[k] - mean(G[k])`` over the trajectories of the group that have a turn k.
 
     Args:
         log_gain: Whether a gain is a difference of log-probs.

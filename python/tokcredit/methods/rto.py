@@ -25,6 +25,9 @@ class aligned_rewards(Credit):
         scale: Factor of the log-ratio, at least 0.
         bound: Largest size of the further reward, above 0.
         outcome_bound: Largest size of the reward of a response, above 0.
+
+    Raises:
+        ValueError: The log-ratio of a token that the policy chose is NaN, or inf without a bound.
     """
 
     of: Credit = part(Credit)
@@ -34,11 +37,18 @@ class aligned_rewards(Credit):
     reads: ClassVar[frozenset[str]] = frozenset({"aligned_log_probs", "ref_log_probs"})
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        further = self.scale * (batch.input("aligned_log_probs") - batch.input("ref_log_probs"))
+        outcome, (rows, last) = batch.outcome_rewards, last_tokens(batch)
+        aligned, ref = batch.input("aligned_log_probs"), batch.input("ref_log_probs")
+        dtype = torch.promote_types(torch.promote_types(aligned.dtype, ref.dtype), outcome.dtype)
+        further = self.scale * (aligned.to(dtype) - ref)
         further = torch.where(batch.response_mask, further.clamp(-self.bound, self.bound), 0)
+        if not bool(further.isfinite().all()):
+            raise ValueError(
+                "aligned_log_probs, ref_log_probs: expected numbers whose clipped difference is finite at tokens that "
+                "the policy chose, got NaN or inf"
+            )
         if batch.token_rewards is not None:
             further = further + batch.token_rewards
-        outcome, (rows, last) = batch.outcome_rewards, last_tokens(batch)
         excess = outcome - outcome.clamp(-self.outcome_bound, self.outcome_bound)
         further = further.index_add(0, last, excess.index_select(0, rows).to(further.dtype), alpha=-1)
         return self.of(batch.with_inputs(token_rewards=further))
