@@ -303,6 +303,16 @@ def test_statistics_count_each_episode_once(cut):
 
 
 @CUTS
+def test_weights_of_rows_repair_a_mean_over_rows(cut):
+    """As docs/agents.md says, for a host whose loss is the mean over rows of the mean over tokens."""
+    batch = abc(cut)
+    rows, whole = batch.lengths.double(), batch.whole.lengths.double()
+    weights = batch.num_rows * rows / (len(whole) * whole[batch.trajectory_ids])
+    means = tc.blocks.segment.mean(torch.arange(1.0, 12).double(), batch.spans)
+    assert (weights * means).mean().item() == pytest.approx(20 / 3)
+
+
+@CUTS
 def test_denominators_count_each_episode_once(cut):
     """The loss is the aggregation of 1 to 11. Weights of rows would give 5.417 in place of 6.667 for the second cut."""
     batch, losses = abc(cut), torch.arange(1.0, 12)

@@ -77,6 +77,14 @@ def test_equal_states_of_different_tasks_are_not_compared():
     assert anchored_returns(scale=False)(apart).tolist() == [0.0, 0.0]
 
 
+def test_without_the_second_term_it_is_grpo():
+    batch, _ = naive.random_batch()
+    batch = naive.with_inputs(batch, {"anchor_ids", "token_rewards"})
+    assert torch.equal(
+        tc.methods.gigpo(weight=0.0).prepare(batch).advantages, tc.methods.grpo().prepare(batch).advantages
+    )
+
+
 def test_defaults():
     assert tc.methods.gigpo() == tc.Objective(
         tc.credit.sum(tc.credit.group_normalized(True, 1e-6), anchored_returns(0.95, True, False, 1e-6), 1.0),
