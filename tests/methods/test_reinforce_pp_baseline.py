@@ -1,3 +1,5 @@
+import dataclasses
+
 import naive
 import pytest
 import tokcredit as tc
@@ -29,6 +31,17 @@ def test_by_hand():
     )
     advantages = tc.methods.reinforce_pp_baseline().prepare(batch).advantages.tolist()
     assert advantages == pytest.approx([1.10701857] * 2 + [-1.54982599] + [-0.22140371] * 3, rel=1e-7)
+
+
+def test_credits_that_the_docstring_names():
+    batch, _ = naive.random_batch()
+    batch = naive.with_inputs(batch, {"ref_log_probs"})
+    of_trajectories = tc.mix("reinforce_pp_baseline", credit="batch_normalized(group_normalized(scale=False))")
+    found = of_trajectories.prepare(batch).credit[batch.nonempty, 0]
+    assert found.mean().item() == pytest.approx(0, abs=1e-6) and found.std().item() == pytest.approx(1, rel=1e-3)
+    alone = dataclasses.replace(batch, group_ids=torch.arange(batch.num_rows))
+    without = tc.mix("reinforce_pp_baseline", credit="whitened(group_normalized(scale=False, alone=zero))")
+    assert not without.prepare(alone).advantages.any()
 
 
 def test_defaults():

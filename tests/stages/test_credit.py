@@ -119,11 +119,24 @@ def test_whitened(nonzero, below):
         assert ours[t].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("length", [1, 3, 7])
+@pytest.mark.parametrize("reward", [0.1, 2.1, -0.7])
 @pytest.mark.parametrize("below", [None, 0.6])
-def test_equal_advantages_whitened_are_0(length, below):
-    batch = batch_of([0.1], [0], [length], old_log_probs=torch.full((length,), -0.7))
-    assert tc.credit.whitened(tc.credit.returns(), below)(batch).tolist() == [0] * length
+def test_equal_advantages_whitened_are_0(reward, below):
+    for length in range(1, 20):
+        old = torch.full((length,), -0.7)
+        batch = batch_of([reward], [0], [length], dtype=torch.float64, old_log_probs=old)
+        assert tc.credit.whitened(tc.credit.returns(), below)(batch).tolist() == [0] * length
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_a_group_of_one(scale):
+    """Its reward, or 0. A row without a token that the policy chose does not make a second."""
+    batch = batch_of([2.0, 3.0, 1.0, 5.0], [0, 1, 1, 0], response_mask=torch.tensor([True, True, True, False]))
+    raw, zero = (tc.credit.group_normalized(scale, 0.0, alone=alone)(batch)[:3, 0] for alone in ("raw", "zero"))
+    assert raw[0] == 2 and zero[0] == 0
+    assert torch.equal(raw[1:], zero[1:]) and raw[1] == -raw[2] > 0
+    counted = tc.credit.group_normalized(scale, 0.0, count_empty=True, alone="zero")(batch)
+    assert counted[0, 0] < 0
 
 
 def test_value_changes_by_hand():

@@ -14,7 +14,10 @@ def reinforce_pp_baseline(kl: float = 0.01, clip_low: float = 0.2, clip_high: fl
         A = whiten(R - mean(R))
         loss = clipped loss + kl * mean of (log p - log p_ref)^2 / 2
 
-    ``mean`` is over the group, ``whiten`` over all tokens of the batch, so long trajectories weigh more in it.
+    ``mean`` is over the group, ``whiten`` over all tokens of the batch, so long trajectories weigh more in it. In a
+    group of one ``mean`` is 0: with the credit ``whitened(group_normalized(scale=False, alone=zero))`` its advantage
+    before ``whiten`` is 0. The credit ``batch_normalized(group_normalized(scale=False))`` normalizes over trajectories
+    in place of tokens.
 
     Args:
         kl: Factor of the KL term, at least 0.

@@ -13,7 +13,7 @@ from tokcredit.blocks import segment
 from tokcredit.groups import Groups
 from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
-from tokcredit.stages.base import Stage, flag, number, part
+from tokcredit.stages.base import Stage, flag, number, option, part
 from tokcredit.stages.filters import improbable_tokens
 
 
@@ -161,21 +161,28 @@ def product(a: Tensor, b: Tensor, spans: Spans) -> Tensor:
 class group_normalized(Credit):
     """GRPO's advantage: ``(r - mean) / (std + epsilon)`` over the group, with the sample standard deviation.
 
-    A group of one has mean 0 and std 1. A group of equal rewards has advantages of exactly 0.
+    A group of one has mean 0 and std 1, unless ``alone`` is ``zero``. A group of equal rewards has advantages of
+    exactly 0.
 
     Args:
         scale: Whether to divide by the standard deviation.
         epsilon: Added to the standard deviation, at least 0.
         count_empty: Whether rows without a token that the policy chose count in the group, as in TRL and verl.
+        alone: A group of one keeps its reward with ``raw``, and has advantage 0 with ``zero``.
     """
 
     scale: bool = flag(True)
     epsilon: float = number(1e-6, at_least=0)
     count_empty: bool = flag(False)
+    alone: str = option("raw", "zero")
 
     def __call__(self, batch: Rollouts) -> Tensor:
         standard = "normalized" if self.scale else "centred"
-        return standardized(batch, standard, self.epsilon, self.count_empty)[:, None]
+        advantages = standardized(batch, standard, self.epsilon, self.count_empty)
+        if self.alone == "zero":
+            groups = counted(batch, self.count_empty)
+            advantages = advantages.masked_fill(groups.per_row(groups.counts) < 2, 0)
+        return advantages[:, None]
 
 
 @dataclass(frozen=True)
@@ -297,7 +304,9 @@ class whitened(Credit):
         whole = Spans.single(batch.num_tokens, batch.device, within)
         mean, var = segment.mean(advantages, whole), segment.var(advantages, whole)
         scale = torch.where(var == 0, 1, (var + self.epsilon).rsqrt())
-        return torch.where(mask, (advantages - mean).mul_(scale), 0).to(given.dtype)
+        # The mean of equal numbers may differ from them in the last digit.
+        moves = mask & ~(within & (var == 0))
+        return torch.where(moves, (advantages - mean).mul_(scale), 0).to(given.dtype)
 
 
 __all__ = [
