@@ -33,6 +33,7 @@ def make(**changes):
         ({"rewards": torch.tensor([1.0, 0.5, 2.0])}, r"rewards: expected the same in .*, got 0.5 in row 1 beside 1.0"),
         ({"rewards": torch.tensor([[1.0, 2], [2, 1], [0, 0]])}, r"rewards: expected the same .* got \[2.0, 1.0\] in"),
         ({"rewards": torch.tensor([[1.0], [1], [float("nan")]])}, "rewards: expected finite numbers"),
+        ({"rewards": torch.ones(3, 0)}, r"rewards: expected \[3\] or \[3, K\] with K at least 1, got float32 \[3, 0\]"),
         ({"rewards": torch.ones(2, 2)}, r"rewards: expected .* \[3, 2\], got float32 \[2, 2\]"),
         ({"trajectory_ids": torch.tensor([4, 4])}, r"trajectory_ids: expected .* \[3\], got int64 \[2\]"),
         ({"token_rewards": torch.ones(5)}, r"token_rewards: expected .* \[6\], got float32 \[5\]"),

@@ -122,6 +122,10 @@ class Rollouts(Layout):
         if self.rewards is None and self.token_rewards is not None:
             return torch.zeros(rows, device=self.device)
         further = tuple(self.rewards.shape[1:]) if isinstance(self.rewards, Tensor) and self.rewards.dim() == 2 else ()
+        if further == (0,):
+            raise ValueError(
+                f"rewards: expected [{rows}] or [{rows}, K] with K at least 1, got {describe(self.rewards)}"
+            )
         rewards = tensor(
             "rewards", self.rewards, FLOATS, (rows, *further), self.device, "; convert with rewards.float()"
         )

@@ -67,6 +67,11 @@ def test_groups_that_are_too_easy_or_too_hard_are_left_out():
     assert accuracy_within()(batch, None)[:, 0].tolist() == [True] * 5 + [False] * 5 + [True] * 5
 
 
+def test_bounds_are_checked():
+    with pytest.raises(ValueError, match=r"low: expected at most high, 0\.1, got 0\.9"):
+        tc.methods.prime(low=0.9, high=0.1)
+
+
 def test_defaults():
     assert tc.methods.prime() == tc.Objective(
         tc.credit.whitened(implicit_process(0.05, 5.0, 5.0)),

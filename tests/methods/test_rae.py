@@ -1,3 +1,5 @@
+import json
+
 import naive
 import pytest
 import tokcredit as tc
@@ -56,6 +58,14 @@ def test_each_trajectory_moves_a_baseline_once():
         found = baselines(batch).input("role_baselines").tolist()
         moved.append((found[0], found[-2], baselines.state_dict()))
     assert moved[0] == moved[1] == (0.0, 0.5, {7: 1.25})
+
+
+def test_state_survives_json():
+    baselines = RoleBaselines()
+    baselines(games([1.0], [3]))
+    again = RoleBaselines()
+    again.load_state_dict(json.loads(json.dumps(baselines.state_dict())))
+    assert again.state_dict() == baselines.state_dict() == pytest.approx({3: 0.05})
 
 
 def test_decay_is_checked():

@@ -27,11 +27,19 @@ class accuracy_within(Filter):
     Args:
         low: Lower bound.
         high: Upper bound.
+
+    Raises:
+        ValueError: ``low`` exceeds ``high``.
     """
 
     low: float = number(0.2)
     high: float = number(0.8)
     before_credit: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.low > self.high:
+            raise ValueError(f"accuracy_within: low: expected at most high, {self.high}, got {self.low}")
 
     def __call__(self, batch: Rollouts, advantages: Tensor | None) -> Tensor:
         groups = batch.nonempty_groups

@@ -64,13 +64,13 @@ class RoleBaselines:
         """Return the running mean of each role, for a checkpoint."""
         return dict(self._of)
 
-    def load_state_dict(self, state: Mapping[int, float]) -> None:
+    def load_state_dict(self, state: Mapping[int, float] | Mapping[str, float]) -> None:
         """Take the running means of a checkpoint.
 
         Args:
-            state: From :meth:`state_dict`.
+            state: From :meth:`state_dict`, also after JSON, which makes texts of the roles.
         """
-        self._of = dict(state)
+        self._of = {int(role): float(mean) for role, mean in state.items()}
 
 
 @dataclass(frozen=True)
