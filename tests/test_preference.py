@@ -6,6 +6,9 @@ import pytest
 import ragged
 import tokcredit as tc
 import torch
+from tokcredit.methods.cdpo import by_position
+from tokcredit.methods.t_reg import regularized
+from tokcredit.methods.tab_po import barrier
 
 MASK = torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0], [0, 1, 0, 1]]).bool()
 
@@ -225,6 +228,67 @@ def test_two_equal_responses_have_a_margin_of_0(name):
     assert out.loss.item() == pytest.approx(objective.link(zero, zero).item())
     torch.testing.assert_close(grad[0], -grad[1])
     assert grad[0].all()
+
+
+MASKED = (tc.token_weights.scored(tc.token_score.given("reward_masks")),)
+WEIGHTLESS = {
+    "token_weights": (tc.Preference(MASKED), "log_probs"),
+    "divergence": (tc.methods.sparse_po(), "ref_forward_kl"),
+    "barrier": (tc.Preference(MASKED, pair_terms=(barrier(threshold=2.0),)), "log_probs"),
+    "by_position": (tc.Preference(MASKED, pair_terms=(by_position(4),)), "log_probs"),
+    "regularized": (tc.Preference(MASKED, pair_terms=(regularized(),)), "log_probs"),
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
+@pytest.mark.parametrize("name", WEIGHTLESS)
+def test_a_token_of_weight_0_does_not_count(name, value):
+    """Whatever the variable is at the token, as in a supervised objective."""
+    objective, poisoned = WEIGHTLESS[name]
+    batch = naive.with_inputs(naive.random_pairs(pairs=3, length=4)[0], {*objective.required_inputs, "reward_masks"})
+    at = batch.response_mask.nonzero()[:, 0].tolist()
+    for t in at[:1] + at[-1:]:  # of a chosen and of a rejected row
+        batch.extras["reward_masks"][t] = 0.0
+        if name == "regularized":
+            batch.extras["worse_log_probs"][t] = batch.extras["better_log_probs"][t]
+
+    def evaluated(x):
+        given = {k: -log_probs_for(batch, i) for i, k in enumerate(objective.variables)}
+        given["log_probs"] = -given["log_probs"]
+        for t in at[:1] + at[-1:]:
+            given[poisoned].view(-1)[t] = x
+        given = {k: v.requires_grad_() for k, v in given.items()}
+        loss = objective.loss(
+            objective.prepare(batch), given["log_probs"], **{k: given[k] for k in objective.variables[1:]}
+        ).loss
+        return loss, *torch.autograd.grad(loss, tuple(given.values()))
+
+    for clean, dirty in zip(evaluated(-1.0), evaluated(value), strict=True):
+        assert dirty.isfinite().all()
+        torch.testing.assert_close(dirty, clean)
+
+
+@pytest.mark.parametrize("term", [barrier(0.0, 2.0), regularized(0.0), by_position(4, coefficient=0.0)])
+def test_a_term_with_a_coefficient_of_0_adds_nothing(term):
+    """Also where it is infinite or NaN."""
+    objective = tc.Preference(link=tc.link.hinge(), pair_terms=(term,))
+    batch, clean = naive.random_pairs(pairs=3, length=4)
+    batch = naive.with_inputs(batch, objective.required_inputs)
+    for value in (-math.inf, -1.0):
+        current = clean.clone()
+        current.view(-1)[int(batch.response_mask.nonzero()[-1])] = value
+        naive.check_same((objective, tc.Preference(link=tc.link.hinge())), batch, current)
+
+
+def test_a_divergence_of_strength_0_adds_nothing():
+    batch = pairs()
+    divergence = torch.full(batch.shape, math.inf, dtype=torch.float64, requires_grad=True)
+    objective = tc.methods.tdpo2(alpha=0.0)
+    current = log_probs_for(batch)
+    loss = objective.loss(objective.prepare(batch), current, ref_forward_kl=divergence).loss
+    plain = tc.methods.dpo()
+    torch.testing.assert_close(loss, plain.loss(plain.prepare(batch), current).loss)
+    assert not torch.autograd.grad(loss, divergence)[0].any()
 
 
 def test_combinations_that_mean_nothing_are_refused():

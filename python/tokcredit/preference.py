@@ -121,6 +121,8 @@ class Preference(FromHidden):
         batch = self.trajectories_of(rows)
         weight_of_pairs = objective.pair_weights
         pairs, groups = _pairs(batch, (2,) if weight_of_pairs is None else weight_of_pairs.sizes)
+        for term in objective.pair_terms:
+            term.check(batch)
         signs = torch.ones_like(batch.outcome_rewards)
         signs[torch.from_numpy(pairs[:, 1]).to(batch.device)] = -1
         weights = multiplied(objective.token_weights, batch, signs[:, None])
@@ -170,7 +172,8 @@ class Preference(FromHidden):
         for term in objective.pair_terms:
             x = term(seen)
             terms[term.metric] = x.detach()
-            losses = losses + term.coefficient * prepared.of_comparisons(x)
+            if term.coefficient:  # 0 times an infinite term is NaN
+                losses = losses + term.coefficient * prepared.of_comparisons(x)
         # A loss of NaN, as infinity minus infinity or 0 times infinity is, has a NaN gradient.
         losses = losses * torch.where(losses.isnan(), losses.detach(), 1)
         if prepared.comparison_weights is not None:
@@ -345,14 +348,15 @@ class PreparedPairs:
             variables: As in :meth:`scores`.
         """
         spans = self.whole.spans
+        weighing = pair_stages.weighing(spans, self.multiplier)
         name, learned = self.objective.reference, self.objective.learned_weights
         reference = torch.zeros_like(log_probs, requires_grad=False) if name is None else self.whole.input(name)
         if learned is None:
-            scores, _ = ops.policy_loss(log_probs, spans, "k1", reference=reference, weights=self.multiplier)
+            scores, _ = ops.policy_loss(log_probs, weighing, "k1", reference=reference, weights=self.multiplier)
         else:
             wide = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
-            weighted = pair_stages.masked_product(wide - reference, variables[learned], spans)
-            scores = segment.weighted_sum(weighted, spans, self.multiplier)
+            weighted = pair_stages.masked_product(wide - reference, variables[learned], weighing)
+            scores = segment.weighted_sum(weighted, weighing, self.multiplier)
         if self.objective.transform is not None:
             scores = self.objective.transform(scores)
         scores = scores / self.divisors

@@ -86,6 +86,12 @@ def test_the_padded_length_is_that_of_the_released_code():
             tc.methods.cdpo(**settings)
 
 
+def test_a_padded_length_below_the_longest_response_is_refused():
+    batch = golden_pair.pair(contrastive_log_probs=([-1.0] * 3, [-1.0] * 2))
+    with pytest.raises(ValueError, match=r"padded_length: expected at least 3, .* got 2"):
+        tc.methods.cdpo(variant="released_code", padded_length=2).prepare(batch)
+
+
 def test_without_contrast_scores_are_those_of_the_first_model():
     tokens = torch.tensor([2, 0])
     found = contrastive_log_probs(POSITIVE, NEGATIVE, tokens, 0.0)

@@ -19,7 +19,7 @@ from tokcredit.settings import Range
 from tokcredit.stages.base import input_name, number, whole_number
 from tokcredit.stages.credit.group import per_token
 from tokcredit.stages.link import Link, logistic
-from tokcredit.stages.pair import Pairs, PairTerm, counterparts, masked_product
+from tokcredit.stages.pair import Pairs, PairTerm, counterparts, masked_product, weighing
 from tokcredit.stages.token_weights import TokenWeight
 
 
@@ -84,7 +84,7 @@ class by_position(PairTerm):
     The places of the prompt and of padding count, with a loss of log 2.
 
     Args:
-        padded_length: Number of places of a row.
+        padded_length: Number of places of a row, at least the tokens of the longest response.
         beta: Strength of the preference, above 0.
         coefficient: Factor of the term, at least 0.
     """
@@ -95,11 +95,18 @@ class by_position(PairTerm):
     metric: ClassVar[str] = "by_position_mean"
     reads = frozenset({"ref_log_probs"})
 
+    def check(self, batch: Rollouts) -> None:
+        if bool((batch.lengths > self.padded_length).any()):
+            raise ValueError(
+                f"padded_length: expected at least {int(batch.lengths.max())}, the tokens of the longest response, got "
+                f"{self.padded_length}"
+            )
+
     def __call__(self, pairs: Pairs) -> Tensor:
         batch, spans = pairs.batch, pairs.batch.spans
         weights = torch.ones_like(batch.rewards)[:, None] if pairs.weights is None else pairs.weights
         x = pairs.variables["log_probs"] - batch.input("ref_log_probs")
-        x = masked_product(x, per_token(weights, spans), spans)
+        x = masked_product(x, per_token(weights, spans), weighing(spans, weights))
         at = counterparts(batch)
         other = torch.where(at >= 0, x[at], 0)
         # Each place once: at the chosen token, or at a rejected token without a chosen one.
@@ -141,6 +148,7 @@ def cdpo(
     Differences from the released code:
         - The release applies the loss to each position, the k-th chosen with the k-th rejected token, and averages over
           the padded length, prompt included. This is ``variant="released_code"``; the default is the paper's loss.
+        - There the last token of a rejected response has weight 1. Here this is a ``contrastive_log_probs`` of -inf.
     """
     if (padded_length is None) != (variant == "paper"):
         expected = "None" if variant == "paper" else "a whole number"

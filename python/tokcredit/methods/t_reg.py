@@ -13,7 +13,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.settings import Range
 from tokcredit.stages.base import flag, input_name, number, part
 from tokcredit.stages.link import logistic
-from tokcredit.stages.pair import Pairs, PairTerm
+from tokcredit.stages.pair import Pairs, PairTerm, weighing
 from tokcredit.stages.token_score import TokenScore
 
 
@@ -64,7 +64,8 @@ class regularized(PairTerm):
 
     def __call__(self, pairs: Pairs) -> Tensor:
         reward = self.reward(pairs.batch)
-        rows = -segment.weighted_sum(pairs.variables["log_probs"], pairs.batch.spans, reward) / pairs.divisors
+        spans = weighing(pairs.batch.spans, reward)
+        rows = -segment.weighted_sum(pairs.variables["log_probs"], spans, reward) / pairs.divisors
         chosen, rejected = (rows.index_select(0, x) for x in pairs.rows)
         of_chosen, of_rejected = pairs.slopes(self.constant_weight)
         return of_rejected * rejected - of_chosen * chosen
@@ -85,7 +86,8 @@ def t_reg(
         z = beta * (S[chosen] - S[rejected])
         loss = mean over pairs of -log sigmoid(z) + alpha * sigmoid(-z) * (L(chosen) + L(rejected))
 
-    Its gradient is DPO's with the factors ``1 + alpha * r`` of chosen and ``1 - alpha * r`` of rejected tokens.
+    With a constant weight its gradient is DPO's with the factors ``1 + alpha * r`` of chosen and ``1 - alpha * r`` of
+    rejected tokens.
 
     Args:
         beta: Strength of the preference, above 0.

@@ -19,7 +19,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages.base import number, parts
 from tokcredit.stages.credit.group import per_token
 from tokcredit.stages.link import logistic
-from tokcredit.stages.pair import Pairs, PairTerm, counterparts
+from tokcredit.stages.pair import Pairs, PairTerm, counterparts, weighing
 from tokcredit.stages.token_score import given
 from tokcredit.stages.token_weights import TokenWeight, scored
 
@@ -107,7 +107,7 @@ class barrier(PairTerm):
         log_probs, spans = pairs.variables["log_probs"], pairs.batch.spans
         bound = math.log(self.threshold) if self.threshold else -math.inf
         weights = torch.ones_like(log_probs) if pairs.weights is None else per_token(pairs.weights, spans)
-        spans = spans.with_mask(pairs.batch.response_mask & (log_probs.detach() < bound))
+        spans = weighing(spans.with_mask(pairs.batch.response_mask & (log_probs.detach() < bound)), weights)
         total = -segment.weighted_sum(log_probs, spans, weights)
         return (total / segment.sum(weights, spans).clamp(min=1)).index_select(0, pairs.rows[0])
 

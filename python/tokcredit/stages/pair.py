@@ -16,6 +16,7 @@ from tokcredit.blocks import scan, segment
 from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
 from tokcredit.stages.base import Stage, flag, input_name, number, option, parts
+from tokcredit.stages.credit.group import per_token
 from tokcredit.stages.link import Link
 from tokcredit.stages.token_weights import TokenWeight
 
@@ -89,6 +90,19 @@ def masked_product(a: Tensor, b: Tensor, spans: Spans) -> Tensor:
     """
     assert spans.mask is not None
     return torch.where(spans.mask, a, 0) * torch.where(spans.mask, b, 0)
+
+
+def weighing(spans: Spans, weights: Tensor | None) -> Spans:
+    """Return the rows without the tokens of weight 0, whose numbers do not count, even if they are infinite or NaN.
+
+    Args:
+        spans: The rows, with a mask.
+        weights: ``[R, 1]`` or ``[N]``, or None for 1.
+    """
+    if weights is None:
+        return spans
+    assert spans.mask is not None
+    return spans.with_mask(spans.mask & (per_token(weights, spans) != 0))
 
 
 class Transform(Stage):
@@ -199,7 +213,9 @@ class sequential_kl(Divergence):
     learned_weights: str | None = input_name(None, optional=True)
 
     def __call__(self, variables: Mapping[str, Tensor], spans: Spans, weights: Tensor | None, chosen: Tensor) -> Tensor:
-        x = variables[self.variable]
+        x, spans = variables[self.variable], weighing(spans, weights)
+        if not self.strength:
+            spans = spans.with_mask(torch.zeros_like(spans.mask))
         if self.learned_weights is not None:
             x = masked_product(x, variables[self.learned_weights], spans)
         total = segment.weighted_sum(x, spans, weights)
@@ -259,6 +275,16 @@ class PairTerm(Stage):
     variables: tuple[str, ...] = ()
     coefficient: float
 
+    def check(self, batch: Rollouts) -> None:
+        """Check that the settings fit a batch; ``prepare`` calls it.
+
+        Args:
+            batch: The rows.
+
+        Raises:
+            ValueError: They do not.
+        """
+
     def __call__(self, pairs: Pairs) -> Tensor:
         """Return the term of each pair without the coefficient, float ``[P]``, with gradient.
 
@@ -300,4 +326,5 @@ __all__ = [
     "masked_product",
     "partners",
     "sequential_kl",
+    "weighing",
 ]
