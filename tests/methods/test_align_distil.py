@@ -1,3 +1,5 @@
+import math
+
 import naive
 import pytest
 import tokcredit as tc
@@ -85,6 +87,16 @@ def test_distances_of_many_rows():
     assert far.item() == pytest.approx(2)
     with pytest.raises(ValueError, match=r"other: expected \[3, 4, 5\], got \[3, 4, 4\]"):
         teacher_distance(x, y[..., 1:])
+    with pytest.raises(ValueError, match="logits: expected"):
+        teacher_distance(x[..., :0], y[..., :0])
+
+
+@pytest.mark.parametrize(("name", "value"), [("strength", -1.0), ("strength", math.nan), ("epsilon", 0.0)])
+def test_settings_of_the_teacher_are_those_of_the_method(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected a number"):
+        teacher(row(MODEL), row(REVERSED), **{name: value})
+    with pytest.raises(ValueError, match=f"{name}: expected a number"):
+        tc.methods.align_distil(**{name: value})
 
 
 def test_defaults():

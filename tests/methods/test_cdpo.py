@@ -98,6 +98,9 @@ def test_without_contrast_scores_are_those_of_the_first_model():
     torch.testing.assert_close(found, POSITIVE.log_softmax(1)[[0, 1], tokens])
     with pytest.raises(ValueError, match=r"negative: expected \[2, 3\], got \[2, 2\]"):
         contrastive_log_probs(POSITIVE, NEGATIVE[:, :2], tokens)
+    for strength in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="strength: expected a number at least 0"):
+            contrastive_log_probs(POSITIVE, NEGATIVE, tokens, strength)
 
 
 def test_improbable_tokens_are_dpo():

@@ -126,6 +126,20 @@ def test_masks_from_activations():
     torch.testing.assert_close(found, ((expected + reversed_) / 2 + expected) / 2)
     with pytest.raises(ValueError, match="activations: expected at least one of each kind"):
         activation_masks({"mlp": []}, spans)
+    for wrong in (torch.zeros(7, 2), torch.zeros(8), torch.zeros(8, 0)):
+        with pytest.raises(ValueError, match=r"mlp: expected float \[8, features\], got"):
+            activation_masks({"mlp": [wrong]}, spans)
+    with pytest.raises(TypeError, match="mlp: expected a float tensor, got int64"):
+        activation_masks({"mlp": [wide.long()]}, spans)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_activation_that_is_no_number_shows_in_the_masks(value):
+    """Beneath the mask of the rows it reaches nothing."""
+    spans = tc.Spans(torch.tensor([0, 3]), torch.tensor([3, 6]), 6, torch.tensor([0, 1, 1, 1, 1, 1]).bool())
+    x = torch.tensor([value, 0.0, 1.0, value, 2.0, 2.0])[:, None]
+    masks = activation_masks({"mlp": [x]}, spans)
+    assert masks[:3].tolist() == [0.0, 0.0, 1.0] and masks[3].isnan()
 
 
 def test_the_network_of_masks():
@@ -142,6 +156,14 @@ def test_the_network_of_masks():
     assert masks.tolist() == pytest.approx([0.3717480824], abs=1e-7)  # weights are rounded to float32
     masks.sum().backward()
     assert network.mix.weight.grad[0].tolist() == pytest.approx([0, 0.531068689], abs=1e-7) and states.grad is None
+
+
+def test_a_network_of_nothing_is_refused():
+    for settings, name in (((0, 3), "layers"), ((2, 0), "width"), ((2, 3, 1.0), "dropout")):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            MaskNetwork(*settings)
+    with pytest.raises(ValueError, match="states: expected 2, one of each layer, got 1"):
+        MaskNetwork(2, 3)([torch.zeros(1, 3)])
 
 
 def test_norms_of_masks_that_are_not_learned_are_refused():

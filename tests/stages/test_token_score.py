@@ -1,3 +1,5 @@
+import math
+
 import naive
 import pytest
 import tokcredit as tc
@@ -21,6 +23,13 @@ def batch_with_scores(a, b=None, lengths=None):
 def test_scaled_to_each_row():
     batch = batch_with_scores([1.0, 3.0, 2.0, 5.0, 5.0], lengths=[3, 2])
     assert tc.token_score.scaled(A)(batch).tolist() == [0.0, 1.0, 0.5, 0.0, 0.0]
+
+
+def test_a_row_with_a_nan_is_scaled_to_nan():
+    """Like a row of other scores, not like one of equal scores."""
+    batch = batch_with_scores([1.0, math.nan, 2.0, 5.0, 6.0], lengths=[3, 2])
+    scores = tc.token_score.scaled(A)(batch)
+    assert scores[:3].isnan().all() and scores[3:].tolist() == [0.0, 1.0]
 
 
 def test_scaled_below_a_quantile_of_the_batch():

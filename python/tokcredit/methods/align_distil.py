@@ -36,6 +36,8 @@ def teacher_distance(logits: Tensor, other: Tensor) -> Tensor:
     """
     if float_tensor("logits", logits).shape != float_tensor("other", other).shape or not logits.dim():
         raise ValueError(f"other: expected {list(logits.shape)}, got {list(other.shape)}")
+    if not logits.shape[-1]:
+        raise ValueError(f"logits: expected (..., V) with V above 0, got {list(logits.shape)}")
     wide = torch.promote_types(torch.promote_types(logits.dtype, other.dtype), torch.float32)
     shape, width = logits.shape[:-1], logits.shape[-1]
     pairs = zip(*(x.reshape(-1, width).split(max(1, _BLOCK // max(width, 1))) for x in (logits, other)), strict=True)
@@ -54,7 +56,12 @@ def teacher(logits: Tensor, other: Tensor, strength: float = 10.0, epsilon: floa
         other: float ``(..., V)``, of the reversed model.
         strength: As in :func:`align_distil`.
         epsilon: As in :func:`align_distil`.
+
+    Raises:
+        ValueError: The shapes differ, or a setting is out of range.
     """
+    Range("number", at_least=0).checked("strength", strength)
+    Range("number", above=0).checked("epsilon", epsilon)
     return Mixture(logits, other, strength * teacher_distance(logits, other) + epsilon)
 
 

@@ -37,8 +37,10 @@ def contrastive_log_probs(positive: Tensor, negative: Tensor, tokens: Tensor, st
         ``(...)``, float32, or float64 for float64 logits.
 
     Raises:
-        ValueError: The shapes differ, the vocabularies among them.
+        TypeError: The logits are not float tensors.
+        ValueError: The shapes differ, the vocabularies among them, or the strength is out of range.
     """
+    Range("number", at_least=0).checked("strength", strength)
     if float_tensor("positive", positive).shape != float_tensor("negative", negative).shape:
         raise ValueError(f"negative: expected {list(positive.shape)}, got {list(negative.shape)}")
     wide = torch.promote_types(torch.promote_types(positive.dtype, negative.dtype), torch.float32)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
+from tokcredit.arguments import float_tensor
 from tokcredit.blocks import segment
 from tokcredit.preference import Preference
 from tokcredit.settings import Range
@@ -25,8 +26,8 @@ from tokcredit.stages.token_weights import scored
 def activation_masks(activations: Mapping[str, Sequence[Tensor]], spans: Spans) -> Tensor:
     """Return MaPO's masks from activations of the reference policy, 0 outside of responses.
 
-    The mean of an activation over its features is min-max scaled to ``[0, 1]`` in each response, and 1 where all are
-    equal. A mask is the mean over the kinds of the mean over the activations of a kind.
+    The mean of an activation over its features is min-max scaled to ``[0, 1]`` in each response, 1 where all are equal.
+    A NaN or infinite one gives NaN. A mask is the mean over the kinds of the mean over the activations of a kind.
 
     Args:
         activations: float ``[N, features]`` by kind, for example ``mlp``, ``attention``, ``residual`` and ``logits``,
@@ -37,16 +38,21 @@ def activation_masks(activations: Mapping[str, Sequence[Tensor]], spans: Spans) 
         float32 ``[N]``.
 
     Raises:
-        ValueError: There is no activation.
+        TypeError: An activation is not a float tensor.
+        ValueError: There is no activation, or its shape is wrong.
     """
-    if not activations or not all(activations.values()):
+    if not activations or not all(len(x) for x in activations.values()):
         raise ValueError(f"activations: expected at least one of each kind, got {list(activations)}")
+    for kind, of_kind in activations.items():
+        for x in of_kind:
+            if float_tensor(kind, x).dim() != 2 or x.shape[0] != spans.size or not x.shape[1]:
+                raise ValueError(f"{kind}: expected float [{spans.size}, features], got {list(x.shape)}")
 
     def scaled(activation: Tensor) -> Tensor:
         x = activation.float().mean(-1)
         low = segment.minimum(x, spans)
         width = ops.spread(segment.maximum(x, spans) - low, spans)
-        return torch.where(width > 0, (x - ops.spread(low, spans)) / width, 1)
+        return torch.where(width == 0, 1, (x - ops.spread(low, spans)) / width)
 
     kinds = [torch.stack([scaled(x) for x in of_kind]).mean(0) for of_kind in activations.values()]
     inside = ops.spread(torch.ones(spans.num_rows, dtype=torch.bool, device=spans.device), spans)
@@ -59,13 +65,20 @@ class MaskNetwork(torch.nn.Module):
     ``mask = relu(sum over layers of mix[l] * relu(w[l] . layer_norm(state[l]) + b[l]))``, with dropout after both.
 
     Args:
-        layers: Number of layers.
-        width: Size of a hidden state.
-        dropout: Probability with which numbers are dropped in training.
+        layers: Number of layers, at least 1.
+        width: Size of a hidden state, at least 1.
+        dropout: Probability with which numbers are dropped in training, at least 0 and below 1.
+
+    Raises:
+        TypeError: A number has the wrong type.
+        ValueError: It is out of range.
     """
 
     def __init__(self, layers: int, width: int, dropout: float = 0.01) -> None:
         super().__init__()
+        for name, number_of in (("layers", layers), ("width", width)):
+            Range("whole number", at_least=1).checked(name, number_of)
+        Range("number", at_least=0, below=1).checked("dropout", dropout)
         self.norm = torch.nn.LayerNorm(width)
         self.of_layer = torch.nn.ModuleList(torch.nn.Linear(width, 1) for _ in range(layers))
         self.mix = torch.nn.Linear(layers, 1, bias=False)
@@ -79,7 +92,12 @@ class MaskNetwork(torch.nn.Module):
         Args:
             states: float ``(..., width)`` of each layer, without that of the embeddings, at the position that predicts
                 the token.
+
+        Raises:
+            ValueError: There are fewer or more states than layers.
         """
+        if len(states) != len(self.of_layer):
+            raise ValueError(f"states: expected {len(self.of_layer)}, one of each layer, got {len(states)}")
         each = [layer(self.norm(x.detach())) for layer, x in zip(self.of_layer, states, strict=True)]
         mixed: Tensor = self.mix(self.dropout(torch.cat(each, -1).relu()))
         masks: Tensor = self.dropout(mixed.relu())

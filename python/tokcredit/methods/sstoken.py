@@ -73,7 +73,8 @@ class improved_share(TokenSelection):
         score = gamma * scaled(improvement) + (1 - gamma) * attention
         selected = the ceil(share * tokens) largest scores; ties go to the lower index
 
-    A token whose log-prob is NaN or infinite is selected first, so that it shows in the loss, and is not scaled with.
+    A token whose improvement is NaN or infinite is selected first, so that a log-prob that is so shows in the loss, and
+    the others are scaled without it.
 
     Args:
         share: Share of the tokens, above 0 and at most 1.

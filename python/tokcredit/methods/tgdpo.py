@@ -62,7 +62,8 @@ def tgdpo(
     References: arXiv 2506.14574.
     Differences from the paper:
         - The paper leaves the form of f open and uses the one above.
-        - ``reward_beta`` and ``f_min`` are additions. The theory assumes positive weights, which neither enforces.
+        - ``reward_beta`` and ``f_min`` are additions. The theory assumes positive weights; without a positive ``f_min``
+          a token whose log-probs differ by more than 20 nats has a negative one with the default settings.
     Differences from the released code:
         - Its optional negative log-likelihood of chosen responses, which cannot run there, is left out.
     """

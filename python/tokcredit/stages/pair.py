@@ -215,7 +215,7 @@ class sequential_kl(Divergence):
     def __call__(self, variables: Mapping[str, Tensor], spans: Spans, weights: Tensor | None, chosen: Tensor) -> Tensor:
         x, spans = variables[self.variable], weighing(spans, weights)
         if not self.strength:
-            spans = spans.with_mask(torch.zeros_like(spans.mask))
+            spans = spans.with_mask(torch.zeros_like(x, dtype=torch.bool))
         if self.learned_weights is not None:
             x = masked_product(x, variables[self.learned_weights], spans)
         total = segment.weighted_sum(x, spans, weights)

@@ -53,7 +53,7 @@ class given(TokenScore):
 
 @dataclass(frozen=True)
 class scaled(TokenScore):
-    """Another score, min-max scaled to ``[0, 1]`` in each row; 0 in a row of equal scores.
+    """Another score, min-max scaled to ``[0, 1]`` in each row; 0 in a row of equal scores, NaN in a row with a NaN.
 
     Args:
         of: The other score.
@@ -75,7 +75,7 @@ class scaled(TokenScore):
             x = torch.minimum(x, select.quantile(x, self.quantile, spans, select.everything(spans)).to(x.dtype))
         low = segment.minimum(x, spans)
         width = ops.spread(segment.maximum(x, spans) - low, spans)
-        return torch.where(width > 0, (x - ops.spread(low, spans)) / width, 0)
+        return torch.where(width == 0, 0, (x - ops.spread(low, spans)) / width)
 
 
 @dataclass(frozen=True)
