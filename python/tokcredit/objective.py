@@ -238,10 +238,10 @@ class Objective(FromHidden):
             variables: Further variables by name, in the same layout; see :attr:`variables`.
 
         Raises:
-            TypeError: A variable is missing, or not needed.
+            TypeError: A variable is missing, not needed, or not a float tensor.
             ValueError: A shape is wrong.
         """
-        check_variables(prepared.objective.variables, variables)
+        check_variables(prepared.objective.variables, log_probs, variables)
         return _evaluate(prepared, log_probs, variables)
 
 

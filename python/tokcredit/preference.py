@@ -148,10 +148,10 @@ class Preference(FromHidden):
             variables: The further variables by name, in the same layout.
 
         Raises:
-            TypeError: A variable is missing, or not needed.
+            TypeError: A variable is missing, not needed, or not a float tensor.
             ValueError: A shape is wrong.
         """
-        check_variables(prepared.objective.variables, variables)
+        check_variables(prepared.objective.variables, per_token, variables)
         objective, batch, rows = prepared.objective, prepared.whole, prepared.rows_of_pairs
         given = {"log_probs": per_token, **variables}
         log_probs, *others = (prepared.of_whole(prepared.batch.flat(x, name)) for name, x in given.items())

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from tokcredit.arguments import whole_number
+from tokcredit.arguments import float_tensor, whole_number
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State
 from tokcredit.stages.aggregation import Aggregation, Counts
@@ -274,15 +274,16 @@ class TrainingObjective(Protocol, Generic[P]):
         """Return the loss of a prepared batch, or of a part of it."""
 
 
-def check_variables(expected: tuple[str, ...], given: Mapping[str, Any]) -> None:
-    """Check that ``loss`` is given the further variables that an objective needs, and no others.
+def check_variables(expected: tuple[str, ...], first: Any, given: Mapping[str, Any]) -> None:
+    """Check that ``loss`` is given the variables that an objective needs, and no others.
 
     Args:
         expected: Names of all variables, the first by position.
+        first: The first variable.
         given: Further variables by name.
 
     Raises:
-        TypeError: One is missing, or not needed.
+        TypeError: One is missing, not needed, or not a float tensor.
     """
     for name in expected[1:]:
         if name not in given:
@@ -290,3 +291,5 @@ def check_variables(expected: tuple[str, ...], given: Mapping[str, Any]) -> None
     for name in given:
         if name not in expected[1:]:
             raise TypeError(f"{name}: expected {', '.join(expected[1:]) or 'no further variable'}, got {name}")
+    for name, x in {expected[0]: first, **given}.items():
+        float_tensor(name, x)

@@ -292,12 +292,12 @@ class Supervised(FromHidden):
             variables: ``log_probs`` in the same layout, if :attr:`variables` names them. Their gradient is not used.
 
         Raises:
-            TypeError: A variable is missing, or not needed.
+            TypeError: A variable is missing, not needed, or not a float tensor.
             ValueError: A shape is wrong.
         """
         objective, spans = prepared.objective, prepared.spans
         token_loss, name = objective.token_loss, objective.token_loss.variable
-        check_variables(objective.variables, variables)
+        check_variables(objective.variables, per_token, variables)
         x, weights = prepared.batch.flat(per_token, name), prepared.row_weights
         if objective.selection is not None:
             spans = spans.with_mask(prepared.mask & objective.selection(x.detach(), prepared.batch, spans))

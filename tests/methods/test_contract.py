@@ -288,6 +288,19 @@ def test_nan_at_a_training_token_reaches_loss_and_gradient(name):
 
 
 @each
+def test_variables_are_float_tensors(name):
+    """An integer tensor has no gradient, so a loss of it would train nothing."""
+    objective = tc.methods.load(name)
+    batch, current = carried(objective)
+    prepared, further = prepare(objective, batch), naive.further(objective, current)
+    for wrong in objective.variables:
+        given = {objective.variables[0]: current, **further}
+        given[wrong] = given[wrong].long()
+        with pytest.raises(TypeError, match=f"{wrong}: expected a float tensor, got int64"):
+            objective.loss(prepared, given.pop(objective.variables[0]), **given)
+
+
+@each
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 def test_infinity_at_a_training_token(name, value):
     """The loss is as its formula says; where that is NaN, so is the gradient of the token."""
