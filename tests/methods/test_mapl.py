@@ -73,6 +73,13 @@ def test_by_hand():
     assert out.metrics["margin_mean"].item() == pytest.approx(0.13) and out.metrics["accuracy_mean"] == 1
 
 
+@pytest.mark.parametrize("marks", [[True, False], [False, True], [True] * 4, [False, False, True, False]])
+def test_rows_that_are_marked_are_a_pair(marks):
+    batch, _ = rows_with([1.0, 0.0] * (len(marks) // 2), [0.0] * len(marks))
+    with pytest.raises(ValueError, match="prompt_pairs: expected True for both rows of a pair or for neither"):
+        tc.methods.mapl().prepare(batch.with_inputs(prompt_pairs=torch.tensor(marks)))
+
+
 def test_pairs_of_responses_alone_are_dpo():
     batch, current = naive.random_pairs()
     batch = naive.with_inputs(batch, {"ref_log_probs"})

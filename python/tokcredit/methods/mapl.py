@@ -22,6 +22,9 @@ class levels(PairWeight):
     Args:
         intra: Weight of a pair whose rows are marked in ``prompt_pairs``, at least 0.
         inter: Weight of a group of four, at least 0.
+
+    Raises:
+        ValueError: One row of a pair is marked, or a row of a group of four.
     """
 
     intra: float = number(1.0, at_least=0)
@@ -33,6 +36,10 @@ class levels(PairWeight):
         groups = batch.groups
         marked = batch.input("prompt_pairs").to(batch.rewards.dtype)
         intra = torch.zeros(groups.count, dtype=marked.dtype, device=marked.device).index_add_(0, groups.index, marked)
+        if bool(((intra > 0) & ((intra != 2) | (groups.sizes != 2))).any()):
+            raise ValueError(
+                "prompt_pairs: expected True for both rows of a pair or for neither, and False in groups of four"
+            )
         weights = torch.ones_like(intra).masked_fill_(intra > 0, self.intra)
         return weights.masked_fill_(groups.sizes == 4, self.inter)
 
