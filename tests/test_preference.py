@@ -1,6 +1,7 @@
 import dataclasses
 import math
 
+import golden_pair
 import naive
 import pytest
 import ragged
@@ -278,6 +279,27 @@ def test_a_term_with_a_coefficient_of_0_adds_nothing(term):
         current = clean.clone()
         current.view(-1)[int(batch.response_mask.nonzero()[-1])] = value
         naive.check_same((objective, tc.Preference(link=tc.link.hinge())), batch, current)
+
+
+def test_likelihood_of_chosen_responses():
+    """A mean over the tokens of each response, and over the pairs; 0 for an empty one."""
+    objective = tc.mix("dpo", pair_terms="chosen_nll(0.3)")
+    batch, current = naive.random_pairs(1)
+    batch = naive.with_inputs(batch, {"ref_log_probs"})
+    empty = torch.arange(batch.num_tokens) // batch.shape[1] == int(batch.rewards.argmax())
+    batch = batch.with_mask(batch.response_mask & ~empty)
+
+    def formula(batch, log_probs):
+        d = log_probs - batch.ref_log_probs
+
+        def loss(chosen, rejected):
+            likelihood = golden_pair.total(log_probs, chosen) / max(len(chosen), 1)
+            margin = golden_pair.total(d, chosen) - golden_pair.total(d, rejected)
+            return golden_pair.softplus(-0.1 * margin) - 0.3 * likelihood
+
+        return golden_pair.mean_of_pairs(batch, loss)
+
+    naive.check(objective, batch, current, formula)
 
 
 def test_a_divergence_of_strength_0_adds_nothing():

@@ -60,3 +60,16 @@ def test_links_of_large_and_undefined_scores(name):
     loss = link(*scores)
     assert loss[:2].isfinite().all() and loss[2].isnan()
     assert loss[0] < loss[1]
+
+
+def test_alpha_logistic():
+    """AlphaPO on the means of the golden pair; an alpha near 0 is SimPO."""
+    chosen, rejected = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-1.7 / 3, -1.2))
+    loss = tc.link.alpha_logistic(2.5, 0.3125, 0.25)(chosen, rejected)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.1734061836, abs=6e-11)
+    assert chosen.grad.item() / 3 == pytest.approx(-0.152861355, abs=6e-10)
+    assert rejected.grad.item() / 2 == pytest.approx(0.268628605, abs=6e-10)
+    for alpha in (0.0, 1e-9, -1e-9):
+        near = tc.link.alpha_logistic(2.5, 0.3, alpha)(chosen, rejected)
+        torch.testing.assert_close(near, tc.link.logistic(2.5, 0.3)(chosen, rejected))

@@ -98,6 +98,14 @@ class by_position(PairTerm):
     reads = frozenset({"ref_log_probs"})
 
     def check(self, batch: Rollouts) -> None:
+        """Check that no response is longer than a padded row.
+
+        Args:
+            batch: The rows.
+
+        Raises:
+            ValueError: One is.
+        """
         if bool((batch.lengths > self.padded_length).any()):
             raise ValueError(
                 f"padded_length: expected at least {int(batch.lengths.max())}, the tokens of the longest response, got "

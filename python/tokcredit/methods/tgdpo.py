@@ -65,7 +65,8 @@ def tgdpo(
         - ``reward_beta`` and ``f_min`` are additions. The theory assumes positive weights; without a positive ``f_min``
           a token whose log-probs differ by more than 20 nats has a negative one with the default settings.
     Differences from the released code:
-        - Its optional negative log-likelihood of chosen responses, which cannot run there, is left out.
+        - Its optional negative log-likelihood of chosen responses cannot run there. Here it is
+          ``tc.mix("tgdpo", pair_terms="chosen_nll()")``.
     """
     reward = log_ratio("aligned_log_probs", scale=beta if reward_beta is None else reward_beta)
     return Preference((guided(reward, alpha, f_min),), link=logistic(beta))

@@ -58,6 +58,35 @@ class logistic(Link):
 
 
 @dataclass(frozen=True)
+class alpha_logistic(Link):
+    """AlphaPO's logistic loss of scores that are bent by an exponential; TRL's CPO with ``alpha``.
+
+    With ``f(score) = (1 - exp(-alpha * score)) / alpha``, or the score itself with an alpha of 0::
+
+        loss = -log sigmoid(beta * (f(chosen) - f(rejected)) - margin)
+
+    Scores should be means over tokens. A sum can be so large that the exponential overflows.
+
+    Args:
+        beta: Strength of the preference, above 0.
+        margin: Wanted margin, at least 0.
+        alpha: Shape. Above 0 a low score counts more than in SimPO, below 0 less.
+
+    References:
+        arXiv 2501.03884.
+    """
+
+    beta: float = number(2.5, above=0)
+    margin: float = number(0.0, at_least=0)
+    alpha: float = number(0.25)
+
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        if self.alpha:
+            chosen, rejected = (-(-self.alpha * x).expm1() / self.alpha for x in (chosen, rejected))
+        return -functional.logsigmoid(self.beta * (chosen - rejected) - self.margin)
+
+
+@dataclass(frozen=True)
 class robust(Link):
     """The logistic loss without the bias of wrong labels; TRL's ``robust``.
 
@@ -256,6 +285,7 @@ class discopop(Link):
 
 __all__ = [
     "Link",
+    "alpha_logistic",
     "apo_down",
     "apo_zero",
     "bco_pair",

@@ -294,6 +294,28 @@ class PairTerm(Stage):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class chosen_nll(PairTerm):
+    """The negative log-likelihood of the chosen response, the mean over its tokens: the term of CPO and RPO.
+
+    TRL's ``sft`` loss and ``cpo_alpha`` average over all chosen tokens of the batch instead, so that a long response
+    counts more.
+
+    Args:
+        coefficient: Factor of the term, at least 0; may be a schedule or a controller. CPO and RPO use 1.
+
+    References:
+        CPO, arXiv 2401.08417; RPO, arXiv 2404.19733.
+    """
+
+    coefficient: float = number(1.0, at_least=0, scheduled=True)
+    metric: ClassVar[str] = "chosen_nll_mean"
+
+    def __call__(self, pairs: Pairs) -> Tensor:
+        rows = -segment.weighted_sum(pairs.variables["log_probs"], pairs.batch.spans)
+        return (rows / pairs.batch.lengths.clamp(min=1)).index_select(0, pairs.rows[0])
+
+
 class PairWeight(Stage):
     """Base of weights of pairs.
 
@@ -320,6 +342,7 @@ __all__ = [
     "PairWeight",
     "Pairs",
     "Transform",
+    "chosen_nll",
     "counterparts",
     "f_divergence",
     "length_desensitized",
