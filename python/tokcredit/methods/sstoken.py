@@ -74,7 +74,7 @@ class improved_share(TokenSelection):
         selected = the ceil(share * tokens) largest scores; ties go to the lower index
 
     A token whose improvement is NaN or infinite is selected first, so that a log-prob that is so shows in the loss, and
-    the others are scaled without it.
+    the others are scaled without it. Of the other tokens, one whose attention is NaN is selected last.
 
     Args:
         share: Share of the tokens, above 0 and at most 1.
