@@ -83,7 +83,27 @@ def test_report_page(tmp_path):
 
 def test_packing_page(tmp_path):
     pytest.importorskip("transformers")
-    printed = run("\n".join(blocks("docs/packing.md")), tmp_path)
+    hosts = """
+ids = torch.randint(1, 64, (3, 7))
+ids[1, :5] = ids[0, :5]
+real = torch.ones(3, 7, dtype=torch.bool)
+real[0, 0] = real[2, 6] = False  # a shorter prompt, a shorter response
+with torch.no_grad():
+    logits = model(ids, attention_mask=real, position_ids=(real.cumsum(1) - 1).clamp(min=0)).logits
+expected = logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[:, 2:, 0]
+with torch.no_grad():
+    found = verl_log_probs(model, {"prompts": ids[:, :3], "responses": ids[:, 3:], "attention_mask": real.long()})
+torch.testing.assert_close(found, expected * real[:, 3:])
+real[0, 0] = True
+with torch.no_grad():
+    expected = model(ids).logits.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    given = {"input_ids": ids, "token_mask": real.float(), "sample_mask": torch.tensor([1.0, 1.0, 0.0])}
+    found = nemo_log_probs(model, given)
+expected[2] = 0
+torch.testing.assert_close(found[:, 1:], expected)
+assert not found[:, 0].any()
+"""
+    printed = run("\n".join([*blocks("docs/packing.md"), hosts]), tmp_path)
     assert printed == blocks("docs/packing.md", "")[0]
 
 
