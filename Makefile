@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 10000
 # Kernels for the GPU of this machine, if it has one; a wheel for others is built with plain pip.
 BUILD := $(if $(wildcard /dev/nvidia0),-C cmake.define.TOKCREDIT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native,-C cmake.define.TOKCREDIT_CUDA=OFF)
 
-.PHONY: train test test-emulated wheel sanitize fuzz lint bench bench-quick docs clean
+.PHONY: train test test-emulated test-aarch64 wheel sanitize fuzz lint bench bench-quick docs clean
 
 .venv/tools: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -57,6 +57,10 @@ test: .venv/installed
 test-emulated: .venv/installed
 	$(BIN)/python -m tests.emulation.run $(ARGS)
 
+# The CPU operations for ARM, under qemu: the bits of their results are those of this machine.
+test-aarch64:
+	$(PYTHON) tests/portability/run.py
+
 # Tests of the native operations on a module that stops at memory errors and undefined behaviour. Python itself is not
 # built so: the sanitizer comes first in the process, and what the interpreter leaks is not counted.
 SANITIZED = LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 \
@@ -82,7 +86,7 @@ fuzz: build/sanitize/site
 lint: .venv/tools
 	$(BIN)/ruff check python tests bench docs examples
 	$(BIN)/ruff format --check python tests bench docs examples
-	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/emulation -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run -Werror $$(find csrc tests/emulation tests/portability -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh')
 	$(BIN)/mypy
 
 # Beside the incumbents, in an environment of their own (requirements/bench.txt); `make bench RUN="runs/A runs/B"`
