@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tokcredit.train import examples
-from tokcredit.train.examples import COMPLETIONS, PAIRS
+from tokcredit.train.examples import PAIRS
 from tokcredit.train.settings import ChatSettings
 from tokcredit.train.tiny import tokenizer
 
@@ -73,9 +73,9 @@ def test_a_system_prompt_is_for_chats(tmp_path):
 
 
 def test_completions(tmp_path):
-    (example,), _ = load(tmp_path, {"prompt": "2+2=", "completion": "4"}, names=COMPLETIONS)
+    (example,), _ = load(tmp_path, {"prompt": "2+2=", "completion": "4"}, names=("completion",))
     assert texts(example) == ["2+2=", "4<end>"]
-    (example,), _ = load(tmp_path, {"prompt": [ASKED], "completion": [said("4")]}, names=COMPLETIONS, words=CHAT)
+    (example,), _ = load(tmp_path, {"prompt": [ASKED], "completion": [said("4")]}, names=("completion",), words=CHAT)
     assert texts(example, CHAT) == ["(u)2+2=<end>(a)", "4<end>"]
 
 
@@ -160,11 +160,11 @@ def test_a_broken_line_is_named_with_its_column(tmp_path):
 
 def test_completions_need_a_prompt(tmp_path):
     with pytest.raises(ValueError, match=r"completions: .*:1: expected a JSON object \{'prompt', 'completion'\}"):
-        load(tmp_path, {"completion": "a"}, names=COMPLETIONS)
+        load(tmp_path, {"completion": "a"}, names=("completion",))
     with pytest.raises(ValueError, match=r"completions: .*:1: expected a prompt that is a chat"):
-        load(tmp_path, {"prompt": "a", "completion": [said("4")]}, names=COMPLETIONS, words=CHAT)
+        load(tmp_path, {"prompt": "a", "completion": [said("4")]}, names=("completion",), words=CHAT)
     with pytest.raises(ValueError, match="completions: expected a JSONL file in UTF-8, got"):
-        examples.load(tmp_path / "nothing.jsonl", COMPLETIONS, WORDS, ChatSettings())
+        examples.load(tmp_path / "nothing.jsonl", ("completion",), WORDS, ChatSettings())
 
 
 def test_a_folder_of_datasets(tmp_path):
@@ -189,4 +189,4 @@ def test_a_folder_of_datasets(tmp_path):
     with pytest.raises(
         ValueError, match=r"completions: .*: expected the columns prompt, completion, got .* without comp"
     ):
-        examples.load(tmp_path / "data", COMPLETIONS, WORDS, ChatSettings())
+        examples.load(tmp_path / "data", ("completion",), WORDS, ChatSettings())

@@ -11,6 +11,7 @@ from test_experiment import TIMES, numbers
 from test_ranks import free_port, join
 from tokcredit.report import report
 from tokcredit.train import (
+    CollectorSettings,
     ObjectiveSettings,
     OptimizerSettings,
     ProbeSettings,
@@ -91,11 +92,16 @@ def test_training_prefers_the_chosen_responses(on_pairs):
 OF_EXAMPLES = [name for name in tc.methods.names() if not isinstance(tc.methods.load(name), tc.Objective)]
 
 
+OTHER = [f"tiny(steps=0, seed={seed})" for seed in (1, 2)]
+COLLECTORS = {"tgdpo": CollectorSettings(aligned=OTHER[0]), "cdpo": CollectorSettings(None, *OTHER)}
+
+
 @pytest.mark.parametrize("method", OF_EXAMPLES)
 def test_every_method_trains_by_name(method, on_pairs):
     objective = tc.methods.load(method)
     rows = PAIRS if isinstance(objective, tc.Preference) else completions()
-    s = resolved(on_pairs(method, rows, teacher="tiny(steps=0, seed=1)" if distils(objective) else None))
+    teacher = "tiny(steps=0, seed=1)" if distils(objective) else None
+    s = resolved(on_pairs(method, rows, teacher=teacher, collectors=COLLECTORS.get(method, CollectorSettings())))
     if given := objective.required_inputs & tc.inputs.names("user"):
         message = f"method: expected .* whose inputs the trainer collects, got {method}, .* {min(given)}"
         with pytest.raises(ValueError, match=message):
@@ -144,10 +150,10 @@ def test_a_run_on_pairs(on_pairs):
     assert summary["held_out_before"] == lines[0]["held_out_accuracy_mean"]
     assert summary["held_out_loss_after"] == lines[4]["held_out_loss"] and summary["tokens_per_second"] > 0
     names = {path.name for path in s.output.iterdir()}
-    assert {"model", "tokenizer", "curve.png", "report.html", "summary.json", "reference.parquet"} <= names
+    assert {"model", "tokenizer", "curve.png", "report.html", "summary.json", "fixed_inputs.parquet"} <= names
     rows = pq.read_table(s.output / "rollouts-000003.parquet").to_pylist()
     assert [row["reward"] for row in rows] == [1.0, 0.0] * 4 and rows[0]["completion"] != rows[1]["completion"]
-    reference = pq.read_table(s.output / "reference.parquet").to_pylist()
+    reference = pq.read_table(s.output / "fixed_inputs.parquet").to_pylist()
     kept = {tuple(row["ref_log_probs"]) for row in reference}
     for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
         assert (*chosen["ref_log_probs"], *rejected["ref_log_probs"]) in kept
@@ -159,7 +165,7 @@ def test_a_resumed_run_gives_the_numbers_of_a_whole_one(on_pairs, tmp_path, monk
     run(whole)
     parts = dataclasses.replace(whole, output=tmp_path / "parts", steps=2)
     run(parts)
-    monkeypatch.setattr(example_trainer.collectors, "collect", None)  # everything is in the folder
+    monkeypatch.setattr(example_trainer.FixedCollectors, "__call__", None)  # everything is in the folder
     with pytest.raises(TypeError):
         run(dataclasses.replace(parts, steps=200, resume=True))
     monkeypatch.undo()
@@ -187,7 +193,18 @@ def test_completions(on_pairs):
     ]
     expected = -sum(x for x, _ in values) / sum(n for _, n in values)
     assert trainer.measure()["held_out_loss"] == pytest.approx(expected, abs=1e-5) == summary["held_out_before"]
-    assert not (s.output / "reference.parquet").exists()
+    assert not (s.output / "fixed_inputs.parquet").exists()
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_one_side_of_pairs(on_pairs, side):
+    """The models that cdpo contrasts are trained in this way."""
+    pairs = on_pairs()
+    trainer = ExampleTrainer(
+        resolved(dataclasses.replace(on_pairs("sft"), pairs=None, completions=pairs.pairs, imitate=side))
+    )
+    assert [x.responses[0].text for x in trainer._examples] == [row[side] for row in PAIRS]
+    assert trainer.step(1).metrics["grad_norm"] > 0
 
 
 def held_out(trainer):
@@ -279,6 +296,8 @@ def test_methods_are_compared(on_pairs, tmp_path):
 
 
 def test_one_kind_of_examples(on_pairs):
+    with pytest.raises(ValueError, match="imitate: expected completion because there are no completions, got chosen"):
+        on_pairs(imitate="chosen")
     with pytest.raises(ValueError, match="pairs, completions: expected one of them, got"):
         dataclasses.replace(on_pairs(), completions=on_pairs("sft", completions()).completions)
     with pytest.raises(ValueError, match="method: expected a supervised method because of completions, got dpo"):

@@ -18,6 +18,7 @@ from tokcredit.train import (
     PrivilegedSettings,
     ProbeSettings,
     compare,
+    fixed_collectors,
     learner,
     run,
 )
@@ -143,7 +144,8 @@ def test_every_method_trains(settings, uniform, method):
     objective = tc.methods.load(method)
     if "turn_rewards" in objective.required_inputs:
         pytest.skip("needs tools, see test_conversations.py")
-    if given := objective.required_inputs & tc.inputs.names("user"):
+    others = frozenset().union(*map(tc.inputs.names, ("user", *fixed_collectors.OF_EXAMPLES)))
+    if given := objective.required_inputs & others:
         message = f"method: expected .* whose inputs the trainer collects, got {method}, .* {min(given)}"
         with pytest.raises(ValueError, match=message):
             run(settings(method))

@@ -71,12 +71,26 @@ def predict(
     Raises:
         ValueError: Packed rows would not be what they are alone.
     """
+    check_once(model, part, attention)
+    return _predict(model, part, hidden_states, logits, attention)
+
+
+def check_once(model: Any, part: TreePart, attention: Kind = "auto") -> None:
+    """Run :func:`check` if it did not yet run for the model and the device of the part.
+
+    Args:
+        model: Causal language model of transformers.
+        part: A bin of a plan.
+        attention: As in :func:`attention`.
+
+    Raises:
+        ValueError: Packed rows would not be what they are alone.
+    """
     known = _checked.setdefault(model, set())
     device = f"{attention} on {part.tokens.device.type}"
     if device not in known:
         check(model, attention)
         known.add(device)
-    return _predict(model, part, hidden_states, logits, attention)
 
 
 def _predict(model: Any, part: TreePart, hidden_states: bool, logits: bool, attention: Kind) -> Predicted:

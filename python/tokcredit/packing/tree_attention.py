@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,25 @@ NAME = "tokcredit_tree"
 _LAYERS = {"full_attention", "sliding_attention", "attention"}
 
 Kind = Literal["auto", "flex", "dense"]
+
+
+class Observed(NamedTuple):
+    """What the attention of a layer reads and gives.
+
+    Attributes:
+        module: The attention module.
+        query: ``(1, H, M, d)``, with the positions rotated in.
+        key: ``(1, G, M, d)``, likewise; each serves ``H / G`` heads.
+        scaling: Factor of the dot products, or None for ``1 / sqrt(d)``.
+        plain: Whether every ancestor is attended to by a softmax of the scaled dot products alone: there is no window,
+            cap or sink.
+    """
+
+    module: Any
+    query: Tensor
+    key: Tensor
+    scaling: float | None
+    plain: bool
 
 
 def refuse(model: Any) -> None:
@@ -76,6 +95,7 @@ def _tree_attention(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     tree_mask: TreeMask | None = None,
+    observe: Callable[[Observed], None] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Return attention ``(1, M, H, d)`` of queries ``(1, H, M, d)``, as transformers calls it."""
@@ -86,7 +106,10 @@ def _tree_attention(
             "model: expected attention without dropout, position bias and cache, for one sequence, "
             f"got dropout {dropout}, queries {list(query.shape)}, keys {list(key.shape)}"
         )
-    mask = tree_mask.of_window(_window(module, sliding_window))
+    window = _window(module, sliding_window)
+    if observe is not None:
+        observe(Observed(module, query, key, scaling, window is None and softcap is None and s_aux is None))
+    mask = tree_mask.of_window(window)
     if tree_mask.flex:
         return _flex(query, key, value, mask, scaling, softcap, s_aux), None
     if softcap is None and s_aux is None:
@@ -198,7 +221,8 @@ def attention(model: Any, part: TreePart, attention: Kind = "auto") -> Iterator[
         hidden[part.source]  # predicts part.target
 
     The attention that the model had before is restored at the end. Layers that gradient checkpointing computes again
-    attend in the same way. Nothing else may be passed that depends on the sequence: no mask and no cache.
+    attend in the same way. Nothing else may be passed that depends on the sequence: no mask and no cache. A function
+    that is passed as ``observe`` is called by every layer with :class:`Observed`.
 
     Args:
         model: Causal language model of transformers.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tokcredit.train.settings import (
     ChatSettings,
+    CollectorSettings,
     ComparisonSettings,
     MergeSettings,
     ObjectiveSettings,
@@ -28,6 +29,7 @@ from tokcredit.train.settings import (
 
 __all__ = [
     "ChatSettings",
+    "CollectorSettings",
     "ComparisonSettings",
     "MergeSettings",
     "ObjectiveSettings",

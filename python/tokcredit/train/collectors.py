@@ -17,11 +17,14 @@ from tokcredit.packing.output_layer import OutputLayer, output_layer
 from tokcredit.packing.predictions import Predicted, gather, scores
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Divergence
-from tokcredit.train import adapter, virtual_tokens
+from tokcredit.train import activations, adapter, virtual_tokens
 from tokcredit.train.scoring import plan, predict
 
 FROM_TEACHER = frozenset({"reverse_kl", "forward_kl", "js"})
 """Divergences from the teacher."""
+
+LEARNED = frozenset({"reward_masks", "divergence_masks"})
+"""Variables that networks of their own give, from hidden states of the reference policy."""
 
 _DIVERGENCES = FROM_TEACHER | {"ref_forward_kl"}
 _OF_LOGITS = _DIVERGENCES | {"squared_probs", "token_probs", "disagreement", "padded_disagreement"}
@@ -42,6 +45,7 @@ class ForwardPass:
         temperature: Logits of all models are divided by it.
         token_loss: Token loss of the objective, which says how its divergence is taken, or None.
         hidden_only: Whether the loss takes hidden states where it can, so that divergences are not read.
+        masks: Networks of :data:`LEARNED` by name, or None.
     """
 
     def __init__(
@@ -54,9 +58,10 @@ class ForwardPass:
         temperature: float = 1.0,
         token_loss: Any = None,
         hidden_only: bool = False,
+        masks: Any = None,
     ) -> None:
         self._names, self._batch, self._temperature = frozenset(names), batch, temperature
-        self._token_loss, self._hidden_only = token_loss, hidden_only
+        self._token_loss, self._hidden_only, self._masks = token_loss, hidden_only, masks
         self._policy, self._reference, self._teacher = policy, reference, teacher
 
     @cached_property
@@ -265,10 +270,37 @@ class ForwardPass:
     @cached_property
     def ref_forward_kl(self) -> Tensor:
         """``KL(reference || policy)`` of the next-token distributions, nats, with gradient to the policy."""
+        logits, _, packed = self._of_reference
+        return self._compared(partial(divergence.between, kind="forward_kl"), logits, packed)
+
+    @cached_property
+    def _of_reference(self) -> tuple[Tensor, list[Tensor], TreePack]:
+        """Logits of the reference policy, its hidden states after each layer if masks are read, and its plan."""
         with adapter.switched_off(self._reference):
             packed = self._plan_of(self._reference, self._batch)
-            logits = self._logits_of(self._reference, packed)
-        return self._compared(partial(divergence.between, kind="forward_kl"), logits, packed)
+            if self._names & LEARNED:
+                return *activations.layers(self._reference, packed), packed
+            return self._logits_of(self._reference, packed), [], packed
+
+    def _mask(self, name: str) -> Tensor:
+        _, states, packed = self._of_reference
+        found: Tensor = self._masks[name]([self._of_rows(x, packed) for x in states])
+        return torch.where(self._batch.response_mask, found.float(), 0)
+
+    @property
+    def reward_masks(self) -> Tensor:
+        """Learned factors of the log-ratios, at least 0, with gradient to their network."""
+        return self._mask("reward_masks")
+
+    @property
+    def divergence_masks(self) -> Tensor:
+        """Learned factors of the divergences, likewise."""
+        return self._mask("divergence_masks")
+
+    @property
+    def prompt_attention(self) -> Tensor:
+        """Attention of the tokens to the prompt in the last layer of the policy, from 0 to 1, without gradient."""
+        return activations.attention_to_prompt(self._policy, self._batch)
 
     def read(self, name: str) -> Tensor:
         """Return an input or a variable by name.

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokcredit.files import WriteError, write
+from tokcredit.train import fixed_collectors
 from tokcredit.train.curve import Curve, curve_of
 from tokcredit.train.experiment import NEUTRAL, check_folder, checked, read_summary, resolved, run
 from tokcredit.train.folder import locked
@@ -67,8 +68,10 @@ def _one(settings: Settings, method: str, seed: int, folder: Path) -> Settings:
     objective = dataclasses.replace(settings.objective, method=method)
     output = folder / f"{method}-seed{seed}"
     one = dataclasses.replace(settings, objective=objective, seed=seed, output=output, resume=True)
-    # The methods that read no teacher have none.
-    return resolved(one if distils(objective.build()) else dataclasses.replace(one, teacher=None))
+    # What a method does not read is not given to it.
+    built = objective.build()
+    one = dataclasses.replace(one, collectors=fixed_collectors.read(built, one.collectors))
+    return resolved(one if distils(built) else dataclasses.replace(one, teacher=None))
 
 
 def _report(folder: Path, methods: tuple[str, ...], seeds: range, curve: Curve) -> None:

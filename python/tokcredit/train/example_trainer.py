@@ -15,17 +15,18 @@ from tokcredit import inputs
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Supervised
-from tokcredit.train import adapter, collectors, examples, policy, tasks, trainer
+from tokcredit.train import adapter, examples, fixed_collectors, policy, tasks, trainer
 from tokcredit.train import teacher as teaching
 from tokcredit.train.checkpoint import last
 from tokcredit.train.clock import Clock
 from tokcredit.train.curve import curve_of
 from tokcredit.train.examples import Example, batch_of
+from tokcredit.train.fixed_collectors import FixedCollectors
+from tokcredit.train.fixed_inputs import FixedInputs
 from tokcredit.train.learner import Learner, Update
 from tokcredit.train.models import recipe
 from tokcredit.train.problems import Problems, nth, spaced, split
 from tokcredit.train.ranks import Ranks, check_launch
-from tokcredit.train.reference import ReferenceInputs
 from tokcredit.train.rollout_collection import RolloutCollector, SamplingContext
 from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.settings import Settings
@@ -90,7 +91,7 @@ def checked(settings: Settings) -> tuple[Any, Problems | None]:
         raise ValueError(
             f"method: expected a {wanted} method because of {option}, got {settings.objective.method}, which is another"
         )
-    trainer.check_collected(objective, settings.objective.method)
+    trainer.check_collected(objective, settings.objective.method, ("user", "host"))
     sampled = frozenset().union(*map(inputs.names, _SAMPLED)) - {"prompt_tokens"}
     if of_rollouts := sorted(objective.required_inputs & sampled):
         raise ValueError(
@@ -98,6 +99,7 @@ def checked(settings: Settings) -> tuple[Any, Problems | None]:
             f"{settings.objective.method}, which requires {', '.join(of_rollouts)}"
         )
     trainer.check_teacher(objective, settings)
+    fixed_collectors.check(objective, settings)
     _check_read(settings, option)
     if not settings.tasks:
         return objective, None
@@ -148,20 +150,16 @@ class ExampleTrainer:
         self.model, self.tokenizer = policy.load(settings, self.accelerator)
         self._load()
         teacher = teaching.made(settings, self.model, self.tokenizer)
-        self._of_reference = frozenset(
-            name
-            for name in self.objective.required_inputs & inputs.names("reference")
-            if inputs.get(name).per == "token" and not inputs.get(name).axes
-        )
-        reference = policy.reference(self.objective, self.model, self._of_reference)
+        self._fixed_names = fixed_collectors.names() & self.objective.required_inputs
+        reference = policy.reference(self.objective, self.model, self._fixed_names)
         self.learner = Learner(settings, self.objective, self.model, reference, teacher, self.accelerator)
         self._tasks = self._measured_tasks(problems) if problems else None
-        self._reference = self._computed()
+        self._fixed = self._computed()
         self.accelerator.register_for_checkpointing(self)
 
     def _load(self) -> None:
         s = self.settings
-        path, names = (s.pairs, examples.PAIRS) if s.pairs else (s.completions, examples.COMPLETIONS)
+        path, names = (s.pairs, examples.PAIRS) if s.pairs else (s.completions, (s.imitate,))
         assert path is not None
         self._path = path
         found, self._notes = examples.load(path, names, self.tokenizer, s.chat, s.sampling.max_tokens)
@@ -180,20 +178,15 @@ class ExampleTrainer:
         self._digest = digest.hexdigest()
         self._count = len(held_out)
 
-    def _computed(self) -> ReferenceInputs:
-        """Return the inputs of the reference policy, which the model is now, for all steps of the run."""
+    def _computed(self) -> FixedInputs:
+        """Return the inputs that do not change, for all steps of the run; the model is the reference policy now."""
         s = self.settings
         folder = s.output or Path()
-        names = self._of_reference
-        known = ReferenceInputs(names, self._examples, folder if last(folder) else None)
+        known = FixedInputs(self._fixed_names, self._examples, folder if last(folder) else None)
         blocks = [self._held_out, *(self._chosen(number) for number in range(1, s.steps + 1))]
-
-        def collect(batch: Rollouts) -> Rollouts:
-            with self.accelerator.autocast():
-                size, temperature = s.optimizer.micro_batch, s.sampling.temperature
-                return collectors.collect(names, batch, size, None, self.model, None, temperature)
-
-        known.compute(blocks, collect, self.ranks)
+        collect = FixedCollectors(self._fixed_names, s, self.model, self.tokenizer)
+        with self.accelerator.autocast():
+            known.compute(blocks, collect, self.ranks)
         return known
 
     def _measured_tasks(self, problems: Problems) -> tuple[SamplingContext, RolloutCollector]:
@@ -236,12 +229,12 @@ class ExampleTrainer:
         return "\n".join([counts, *self._notes])
 
     def write(self, folder: Path) -> None:
-        """Write the inputs of the reference policy.
+        """Write the inputs that do not change.
 
         Args:
             folder: Folder of the run.
         """
-        self._reference.write(folder)
+        self._fixed.write(folder)
 
     def measure(self) -> dict[str, float]:
         """Return what is measured on held-out examples, and on the problems of the tasks if there are some, by name."""
@@ -288,7 +281,7 @@ class ExampleTrainer:
 
     def _batch(self, numbers: Sequence[int]) -> Rollouts:
         made = batch_of([self._examples[i] for i in numbers], range(len(numbers)), self.accelerator.device)
-        return self.learner.with_inputs(self._reference.add(made, numbers))
+        return self.learner.with_inputs(self._fixed.add(made, numbers))
 
 
 class _Numbered(NamedTuple):

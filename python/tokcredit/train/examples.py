@@ -17,8 +17,8 @@ from tokcredit.train.records import Record
 from tokcredit.train.scoring import left_padded
 from tokcredit.train.settings import ChatSettings
 
-PAIRS, COMPLETIONS = ("chosen", "rejected"), ("completion",)
-"""Names of the responses of an example, the best first."""
+PAIRS = ("chosen", "rejected")
+"""Names of the responses of a pair, the best first."""
 Said = str | tuple[Message, ...]
 
 
@@ -43,11 +43,13 @@ class Example(NamedTuple):
         question: Text of the prompt.
         prompt: Its token ids.
         responses: The responses, the best first.
+        messages: The prompt, if it is a chat.
     """
 
     question: str
     prompt: list[int]
     responses: list[Response]
+    messages: tuple[Message, ...] = ()
 
 
 class Examples(NamedTuple):
@@ -72,7 +74,7 @@ def load(path: Path, names: Sequence[str], tokenizer: Any, chat: ChatSettings, m
 
     Args:
         path: The file or folder.
-        names: :data:`PAIRS` or :data:`COMPLETIONS`.
+        names: :data:`PAIRS`, or the name of the completion.
         tokenizer: Tokenizer of the model.
         chat: System prompt and arguments of the chat template.
         max_tokens: Examples with a longer response are left out; 0 for no limit.
@@ -162,7 +164,7 @@ class _Reader:
             Response(_text(said), tokens, self._mask(record, name, len(tokens)))
             for name, said, tokens in zip(self._names, responses, ids[1:], strict=True)
         ]
-        return Example(_text(prompt), ids[0], made)
+        return Example(_text(prompt), ids[0], made, prompt if isinstance(prompt, tuple) else ())
 
     def _said(self, record: Record) -> list[Said]:
         """Return the prompt and the responses, all texts or all chats."""

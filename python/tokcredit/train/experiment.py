@@ -37,7 +37,7 @@ from tokcredit.train.trainer import Trainer
 _NUMBER = "[0-9]" * 6
 _FILES = (
     *("metrics.jsonl", "tensorboard", f"rollouts-{_NUMBER}.parquet", "curve.png", "tokenizer"),
-    "reference.parquet",
+    "fixed_inputs.parquet",
     *(f"checkpoint-{_NUMBER}", "model", "report.html", "summary.json"),
 )
 NEUTRAL = frozenset({"output", "save_every", "micro_batch"})

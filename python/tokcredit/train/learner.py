@@ -20,7 +20,7 @@ from tokcredit.protocol import PreparedBatch, TrainingObjective
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State
 from tokcredit.stages.token_weights import importance
-from tokcredit.train import collectors, nonfinite
+from tokcredit.train import collectors, masks, nonfinite
 from tokcredit.train.clock import Clock
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import OptimizerSettings, Settings
@@ -82,7 +82,10 @@ class Learner:
         self._settings, self._accelerator, self._ranks = settings, accelerator, Ranks(accelerator)
         self._objective, self._model, self._teacher = objective, model, teacher
         self._models = (model, reference, teacher.model if teacher else None)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        self._masks = masks.networks(objective, model, settings.seed)
+        # What is trained; the names of a policy's own parameters are those of the model.
+        self._trained: Any = torch.nn.ModuleList([model, self._masks]) if self._masks else model
+        trained = [p for p in self._trained.parameters() if p.requires_grad]
         self._optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(trained, lr=o.lr, weight_decay=o.weight_decay, fused=True)
         )
@@ -94,6 +97,7 @@ class Learner:
             "controllers": self.state.state_dict(),
             "skipped_in_row": self.skipped_in_row,
             "teacher": self._teacher.state_dict() if self._teacher else None,
+            "masks": self._masks.state_dict() if self._masks else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -106,6 +110,8 @@ class Learner:
         self.skipped_in_row = state["skipped_in_row"]
         if self._teacher:
             self._teacher.load_state_dict(state["teacher"])
+        if self._masks:
+            self._masks.load_state_dict(state["masks"])
 
     def with_inputs(self, batch: Rollouts, others: frozenset[str] = frozenset()) -> Rollouts:
         """Return the rollouts with the inputs that forward passes give, but for those of the reference that they carry.
@@ -231,9 +237,9 @@ class Learner:
 
     def _check_weights(self, number: int) -> None:
         with torch.no_grad():
-            finite = torch.nn.utils.get_total_norm(self._model.parameters()).isfinite()
+            finite = torch.nn.utils.get_total_norm(self._trained.parameters()).isfinite()
         # The norm of finite weights may still overflow.
-        if not finite and (bad := [name for name, x in self._model.named_parameters() if not x.isfinite().all()]):
+        if not finite and (bad := [name for name, x in self._trained.named_parameters() if not x.isfinite().all()]):
             raise RuntimeError(
                 f"step {number}: expected finite weights after the update, got others in {len(bad)} parameters, the "
                 f"first is {bad[0]}; nothing of this step was saved; a smaller lr may help"
@@ -260,8 +266,8 @@ class Learner:
                     micro, metrics = self._pass(part.select(rows), clock)
                     log_probs[batch.selection(rows if whole else chosen[rows]).tokens] = micro
                     measured.append(metrics)
-                self._ranks.average_gradients(self._model)
-                norm = float(self._accelerator.clip_grad_norm_(self._model.parameters(), o.max_grad_norm))
+                self._ranks.average_gradients(self._trained)
+                norm = float(self._accelerator.clip_grad_norm_(self._trained.parameters(), o.max_grad_norm))
                 total = torch.tensor([metrics["loss"] for metrics in measured], dtype=torch.float64).sum()
                 loss = self._ranks.mean({"loss": total})["loss"]
                 if not math.isfinite(norm + loss):
@@ -301,7 +307,7 @@ class Learner:
             for rows in parts:
                 self._optimizer.zero_grad()
                 self._pass(part.select(rows), Clock())
-                gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
+                gradients = [p.grad for p in self._trained.parameters() if p.grad is not None]
                 if not torch.nn.utils.get_total_norm(gradients).isfinite():
                     found |= {int(numbers[row]): [] for row in rows}
         prefix = f"process {self._ranks.index}: " if self._ranks.count > 1 else ""
@@ -325,6 +331,7 @@ class Learner:
             temperature=self._settings.sampling.temperature,
             token_loss=getattr(self._objective, "token_loss", None),
             hidden_only=hidden_only,
+            masks=self._masks,
         )
 
     def _pass(self, part: PreparedBatch, clock: Clock, backward: bool = True) -> tuple[Tensor, dict[str, float]]:

@@ -112,6 +112,27 @@ def load(model: str) -> tuple[Any, Any]:
     return network, tokenizer
 
 
+def beside(option: str, model: str, tokenizer: Any, policy: str) -> Any:
+    """Return another model with the tokens of the policy, in float32.
+
+    Args:
+        option: Name of the setting, for errors.
+        model: The model, as :func:`load` takes it.
+        tokenizer: Tokenizer of the policy.
+        policy: The policy, for errors.
+
+    Raises:
+        ValueError: There is no such model, or it has other tokens.
+    """
+    try:
+        network, words = load(model)
+    except ValueError as error:
+        raise ValueError(f"{option}{str(error).removeprefix('model')}") from error
+    if words.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{option}: expected the tokens of {policy}, got {model}")
+    return network
+
+
 def _merged(folder: Path) -> tuple[Any, Any]:
     """Return the model of an adapter with the adapter in its weights, and the tokenizer beside the adapter."""
     base, _ = load(read_json(folder / adapter.CONFIG)["base_model_name_or_path"])

@@ -10,6 +10,16 @@ from tokcredit.train.problems import Message, Problem
 from tokcredit.train.settings import ChatSettings
 
 
+def filled(template: str, **texts: str) -> str:
+    """Return a template with a text in place of each ``{name}``, in one pass, because a text may contain such a name.
+
+    Args:
+        template: The template.
+        texts: Texts by name.
+    """
+    return re.sub("|".join(rf"\{{{name}\}}" for name in texts), lambda found: texts[found[0][1:-1]], template)
+
+
 class Prompts:
     """Turns questions into token ids, in the chat template of the tokenizer if there is one.
 

@@ -227,6 +227,34 @@ class PrivilegedSettings(Declared):
 
 
 @dataclass(frozen=True)
+class CollectorSettings(Declared):
+    """Other models and prompts that methods on pairs read. A setting that the method does not read is refused."""
+
+    aligned: str | None = None
+    """Aligned model of tgdpo, for example one trained by dpo: a model with the same tokens, given like model."""
+    positive: str | None = None
+    """Model of cdpo that was trained on right solutions, given like model."""
+    negative: str | None = None
+    """Model of cdpo that was trained on wrong solutions, given like model."""
+    contrast: float = number(1.0, at_least=0)
+    """Strength of the contrast of both models in cdpo; 0 takes the positive one alone."""
+    better_template: str = "{question}\n\nGive a helpful, correct, coherent and concise answer.\n"
+    """Prompt of t_reg that asks for a better answer, with {question}; {response} stands for the response itself."""
+    worse_template: str = "{question}\n\nGive an unhelpful, incorrect, incoherent and verbose answer.\n"
+    """Prompt of t_reg that asks for a worse answer."""
+    mask_activations: tuple[str, ...] = option(("mlp", "attention", "residual", "logits"), several=True)
+    """Activations of the reference model from which sparse_po makes masks that are not learned."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("better_template", "worse_template"):
+            if "{question}" not in getattr(self, name):
+                raise ValueError(f"{name}: expected a text with {{question}}, got {getattr(self, name)!r}")
+        if not self.mask_activations:
+            raise ValueError("mask_activations: expected at least one kind, got none")
+
+
+@dataclass(frozen=True)
 class OptimizerSettings(Declared):
     """How a step updates the policy."""
 
@@ -265,6 +293,7 @@ class Settings(Declared):
     tools: ToolSettings = field(default_factory=ToolSettings)
     chat: ChatSettings = field(default_factory=ChatSettings)
     privileged: PrivilegedSettings = field(default_factory=PrivilegedSettings)
+    collectors: CollectorSettings = field(default_factory=CollectorSettings)
     model: str = "smollm2"
     """Model to train: "smollm2", "tiny", "tiny_tools", or a folder or hub name of a causal language model."""
     adapter: str | None = None
@@ -281,6 +310,8 @@ class Settings(Declared):
     folder of datasets.Dataset.save_to_disk. prompts is then the number of pairs per step. Tasks are only measured."""
     completions: Path | None = None
     """The same for a supervised method, with {"prompt", "completion"}."""
+    imitate: str = option("completion", "chosen", "rejected")
+    """Field with the completion; chosen and rejected take one side of a file of pairs, as the models of cdpo need."""
     teacher: str | None = None
     """Teacher of a distilling method: a model with the same tokens, given like model; initial for the model before the
     first step; live for the model itself; ema(rate) for an average of its weights over the steps."""
@@ -313,6 +344,8 @@ class Settings(Declared):
         super().__post_init__()
         if self.pairs and self.completions:
             raise ValueError(f"pairs, completions: expected one of them, got {self.pairs}, {self.completions}")
+        if self.imitate != "completion" and not self.completions:
+            raise ValueError(f"imitate: expected completion because there are no completions, got {self.imitate}")
 
     @property
     def trains_on_examples(self) -> bool:

@@ -14,6 +14,7 @@ from tokcredit.expression import parse
 from tokcredit.rollouts import Rollouts
 from tokcredit.train import models
 from tokcredit.train.problems import Problem
+from tokcredit.train.prompts import filled
 from tokcredit.train.scoring import left_padded
 from tokcredit.train.settings import PrivilegedSettings, Settings
 
@@ -95,10 +96,7 @@ def made(settings: Settings, policy: Any, tokenizer: Any) -> Teacher | None:
     rate = rate_of(text)
     if rate is not None or text == "initial":
         return Teacher(copy.deepcopy(policy), rate or 0.0)
-    model, words = models.load(text)
-    if words.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"teacher: expected the tokens of {settings.model}, got {text}")
-    return Teacher(model.to(policy.device))
+    return Teacher(models.beside("teacher", text, tokenizer, settings.model).to(policy.device))
 
 
 class PrivilegedPrompts:
@@ -151,9 +149,7 @@ class PrivilegedPrompts:
         """Return the problem with the question that the teacher sees."""
 
         def words(question: str) -> str:
-            # In one pass, because the question may itself contain such a name.
-            texts = {"{question}": question, "{told}": told}
-            return re.sub(r"\{question\}|\{told\}", lambda found: texts[found[0]], self._settings.privileged_template)
+            return filled(self._settings.privileged_template, question=question, told=told)
 
         *before, last = problem.messages or (None,)
         messages = () if last is None else (*before, last._replace(content=words(last.content)))

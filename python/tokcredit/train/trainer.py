@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages.credit import Credit
 from tokcredit.stages.token_weights import tis
-from tokcredit.train import adapter, collectors, policy, tasks
+from tokcredit.train import adapter, collectors, fixed_collectors, policy, tasks
 from tokcredit.train import teacher as teaching
 from tokcredit.train.clock import Clock
 from tokcredit.train.conversations import Conversations
@@ -102,7 +102,7 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
             raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {settings.sampling.adaptive}")
         if settings.objective.token_weights is None:
             objective = _corrected(objective)
-    check_collected(objective, settings.objective.method)
+    check_collected(objective, settings.objective.method, ("user", "host", *fixed_collectors.OF_EXAMPLES))
     _check_group(settings, objective)
     if isinstance(objective, Preference) and settings.sampling.group != 2:
         raise ValueError(
@@ -115,6 +115,7 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
             f"compares the rows of a group, got {settings.optimizer.micro_batch}"
         )
     check_teacher(objective, settings)
+    fixed_collectors.check(objective, settings)
     if (stage := _length_stage(objective)) is not None and not hasattr(stage, "gamma"):
         raise ValueError(f"credit: expected a stage with a gamma because it reads length_values, got {stage}")
     problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
@@ -218,19 +219,20 @@ def collector(settings: Settings, wanted: frozenset[str], problems: Problems) ->
     return Replay if wanted & inputs.names("replay") else SingleTurn
 
 
-def check_collected(objective: Any, method: str) -> None:
+def check_collected(objective: Any, method: str, others: Collection[str]) -> None:
     """Check that the trainer collects what an objective requires and computes what it differentiates.
 
     Args:
         objective: The objective.
         method: Name of its method, for errors.
+        others: Collectors that the trainer does not have.
 
     Raises:
         ValueError: It does not.
     """
     by_forward = collectors.collected()
     wanted = objective.required_inputs
-    missing = wanted & (inputs.names("user") | inputs.names("host")) | {
+    missing = wanted & frozenset().union(*map(inputs.names, others)) | {
         x for x in wanted & by_forward if not collectors.computes(x)
     }
     if missing:

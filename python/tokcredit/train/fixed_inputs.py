@@ -1,4 +1,4 @@
-"""Inputs of the reference policy for examples: computed once with the initial model, and kept in the run folder."""
+"""Inputs of examples that do not change in training: computed once before it, and kept in the run folder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tokcredit.train.examples import Example, batch_of
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.record import write_table
 
-_FILE = "reference.parquet"
+_FILE = "fixed_inputs.parquet"
 
 
-class ReferenceInputs:
-    """Per-token inputs of the reference policy for some of the examples.
+class FixedInputs:
+    """Per-token inputs of some of the examples.
 
     Args:
         names: Names of the inputs.
@@ -40,7 +40,12 @@ class ReferenceInputs:
             for number, *values in zip(table["example"].to_pylist(), *columns, strict=True):
                 self._known[number] = dict(zip(self._names, values, strict=True))
 
-    def compute(self, blocks: Iterable[Sequence[int]], collect: Callable[[Rollouts], Rollouts], ranks: Ranks) -> None:
+    def compute(
+        self,
+        blocks: Iterable[Sequence[int]],
+        collect: Callable[[Sequence[Example], Rollouts], Rollouts],
+        ranks: Ranks,
+    ) -> None:
         """Compute the inputs of those examples that have none yet.
 
         An example is computed together with those of the first block that has it, so a run that is continued with more
@@ -48,7 +53,7 @@ class ReferenceInputs:
 
         Args:
             blocks: Numbers of examples.
-            collect: Returns a batch with the inputs of the reference policy.
+            collect: Returns a batch of examples with the inputs.
             ranks: The processes, which share the work.
         """
         if not self._names:
@@ -59,13 +64,12 @@ class ReferenceInputs:
             missing.append([i for i in dict.fromkeys(block) if i not in seen])
             seen |= set(block)
         found = []
-        with tqdm(
-            total=sum(map(len, missing)), desc="reference policy", unit="example", disable=ranks.index > 0
-        ) as bar:
+        with tqdm(total=sum(map(len, missing)), desc="inputs", unit="example", disable=ranks.index > 0) as bar:
             for part in missing:
                 mine = part[ranks.index :: ranks.count]
                 if mine:
-                    batch = collect(batch_of([self._examples[i] for i in mine], range(len(mine)), ranks.device))
+                    examples = [self._examples[i] for i in mine]
+                    batch = collect(examples, batch_of(examples, range(len(mine)), ranks.device))
                     rows = {name: batch.input(name).cpu().split(list(map(self._tokens, mine))) for name in self._names}
                     found += [(i, {name: rows[name][n].float().numpy() for name in rows}) for n, i in enumerate(mine)]
                 bar.update(len(part))
