@@ -130,7 +130,7 @@ def sstoken(
 
     The ``ceil(rho * tokens)`` tokens of each response with the largest score are selected anew at every step. The
     ``prompt_attention`` is that of a deep layer at the token's own position, where it is the input:
-    ``from tokcredit.methods.sstoken import prompt_attention``. Rows may not be cut.
+    ``from tokcredit.methods.sstoken import prompt_attention``. The trainer takes the last layer. Rows may not be cut.
 
     Args:
         rho: Share of the tokens of each response that train, above 0 and at most 1. With 1 it is SFT.
@@ -142,7 +142,8 @@ def sstoken(
     Cost: SFT, log-probs of the history model, and the attention of one layer.
     References: arXiv 2510.18250.
     Differences from the paper:
-        - The history model is fixed, as in the released code; whoever makes the batch may move it.
+        - The history model is fixed, as in the released code. In the trainer it moves with
+          ``history="teacher_log_probs"`` and ``--teacher "ema(0.05)"``.
         - The paper's mean is over the tokens of one response; ``per_row`` averages that over rows.
     Differences from the released code:
         - Its first 10000 samples are selected by attention alone; a schedule of ``gamma`` does the same.

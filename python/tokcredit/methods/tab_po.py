@@ -128,7 +128,8 @@ def tab_po(
 
     With ``variant="v1"`` tokens have weights, also in the barrier, and ``S`` is a weighted mean. A weight is the
     token's ``field_weights``, times 1.2 where the other response has another token at the same place, divided by the
-    mean over the response. For weights of fields, ``from tokcredit.methods.tab_po import field_weights``.
+    mean over the response. The trainer computes weights of fields; elsewhere, ``from tokcredit.methods.tab_po import
+    field_weights``.
 
     Args:
         beta: Strength of the preference, above 0.
