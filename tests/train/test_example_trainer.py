@@ -241,7 +241,8 @@ def one_rank(rank, runs, port, folder):
 @pytest.mark.slow
 def test_two_ranks_equal_one(on_pairs, tmp_path):
     """Also where their shares of the pairs differ in length, and one has more held-out pairs."""
-    runs = [on_pairs(), on_pairs("sft", completions())]
+    learned = ObjectiveSettings("sparse_po", set=("learned=true", "l1_reward=0.1"))
+    runs = [on_pairs(objective=learned), on_pairs("sft", completions())]
     torch.multiprocessing.spawn(one_rank, (runs, free_port(), tmp_path), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for s, first, second in zip(runs, *ranks, strict=True):

@@ -12,6 +12,7 @@ from tokcredit.train import (
     CollectorSettings,
     ObjectiveSettings,
     SamplingSettings,
+    activations,
     checkpoint,
     compare,
     example_trainer,
@@ -292,6 +293,26 @@ def test_what_the_policy_did_not_choose_is_prompt_to_attention(made):
         _, out = logits(trainer.model, e.prompt, x.tokens, output_attentions=True)
         whole = out.attentions[-1][0].mean(0)
         torch.testing.assert_close(found, whole[2:, [0, 1, 3]].sum(-1), rtol=1e-4, atol=1e-5)
+
+
+def small(kind, **settings):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 101, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **settings)).eval()
+
+
+def test_models_whose_layers_do_not_fit(made):
+    _, batch = batch_of(ExampleTrainer(resolved(made("sstoken"))))
+    windowed = small("mistral", intermediate_size=16, num_key_value_heads=2, sliding_window=4)
+    with pytest.raises(ValueError, match=r"model: expected a last layer of attention without window, .* got mistral"):
+        activations.attention_to_prompt(windowed, batch)
+    other = small("gpt_neox", intermediate_size=16)
+    with pytest.raises(
+        ValueError, match=r"model: expected layers with mlp\.down_proj because of mask_activations, got GPT"
+    ):
+        activations.means(other, batch, ("mlp",))
+    assert len(activations.means(other, batch, ("residual",))["residual"]) == 3
 
 
 def test_the_history_model_of_sstoken_may_follow_the_policy(made):

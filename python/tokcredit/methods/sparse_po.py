@@ -169,8 +169,8 @@ def sparse_po(
         - A common mask has the factor ``(l1_reward + l1_divergence) / 2``, as in the released code.
     Differences from the released code:
         - The release keeps minima and maxima of activations in float16. Its other networks of masks are left out.
-        - The trainer's networks have no dropout. In the trainer, the residual stream is read after the embeddings, between
-          layers, and after the final norm.
+        - The trainer's networks have no dropout, and it reads the residual stream after the embeddings, between layers,
+          and after the final norm.
     """
     link, of_divergence = logistic(beta), "divergence_masks" if independent else "reward_masks"
     for name, coefficient in (("l1_reward", l1_reward), ("l1_divergence", l1_divergence)):

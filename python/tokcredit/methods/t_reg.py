@@ -100,7 +100,7 @@ def t_reg(
     Differences from the paper:
         - Whether the factor has a gradient is not verified; it has none, which matches the factors above.
         - The form for SimPO is not verified: L is divided by the length, like the score.
-        - The prompts that ask for better and worse answers are not verified. Those of the trainer put a request after the
+        - The prompts that ask for better and worse answers are not verified. The trainer's put a request after the
           question, and may quote the response (``--better-template``, ``--worse-template``).
     Differences from the released code:
         - It was not available.

@@ -83,7 +83,6 @@ class Learner:
         self._objective, self._model, self._teacher = objective, model, teacher
         self._models = (model, reference, teacher.model if teacher else None)
         self._masks = masks.networks(objective, model, settings.seed)
-        # What is trained; the names of a policy's own parameters are those of the model.
         self._trained: Any = torch.nn.ModuleList([model, self._masks]) if self._masks else model
         trained = [p for p in self._trained.parameters() if p.requires_grad]
         self._optimizer = accelerator.prepare_optimizer(
