@@ -16,6 +16,7 @@ from torch import Tensor
 from tokcredit.expression import construct
 from tokcredit.settings import Range
 from tokcredit.train import virtual_tokens
+from tokcredit.train.virtual_tokens import VirtualPrompt
 
 _FILE = "adapter.pt"
 CONFIG = "adapter_config.json"
@@ -23,10 +24,11 @@ CONFIG = "adapter_config.json"
 
 
 def config(text: str) -> Any:
-    """Return the configuration of LoRA, as peft takes it, or the number of virtual tokens.
+    """Return the configuration of LoRA, as peft takes it, or which virtual tokens there are.
 
     Args:
-        text: ``lora(r=16, alpha=32.0, targets='all-linear')`` or ``prompt(tokens=20)``, or one of their names.
+        text: ``lora(r=16, alpha=32.0, targets='all-linear')``, ``prompt(tokens=20)``, ``control(tokens=20, steps=50)``,
+            or one of their names.
 
     Raises:
         ImportError: peft is not installed.
@@ -34,7 +36,7 @@ def config(text: str) -> Any:
     """
     if find_spec("peft") is None:
         raise ImportError('adapter: needs peft: pip install "tokcredit[train]"')
-    return construct(text, "adapter", {"lora": _lora, "prompt": _prompt})
+    return construct(text, "adapter", {"lora": _lora, "prompt": _prompt, "control": _control})
 
 
 def _lora(
@@ -54,13 +56,26 @@ def _lora(
     return LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
 
 
-def _prompt(tokens: Annotated[int, Range("whole number", at_least=1)] = 20) -> int:
-    """Return the number of virtual tokens before every prompt.
+def _prompt(tokens: Annotated[int, Range("whole number", at_least=1)] = 20) -> VirtualPrompt:
+    """Return the virtual tokens of prompt tuning.
 
     Args:
-        tokens: The number.
+        tokens: Number before every prompt.
     """
-    return tokens
+    return VirtualPrompt(tokens)
+
+
+def _control(
+    tokens: Annotated[int, Range("whole number", at_least=1)] = 20,
+    steps: Annotated[int, Range("whole number", at_least=0)] = 50,
+) -> VirtualPrompt:
+    """Return the control tokens of MEET, arXiv 2310.00819: good ones and bad ones, learned before the model.
+
+    Args:
+        tokens: Number before every prompt: of good ones, or of bad ones where the response is a rejected one.
+        steps: Number of steps in which only they train. Then the whole model trains with them.
+    """
+    return VirtualPrompt(tokens, steps)
 
 
 def add(model: Any, text: str, seed: int) -> None:
@@ -77,7 +92,7 @@ def add(model: Any, text: str, seed: int) -> None:
     made = config(text)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if isinstance(made, int):
+        if isinstance(made, VirtualPrompt):
             virtual_tokens.add(model, made)
             return
         try:
@@ -152,12 +167,14 @@ def switched_off(model: Any) -> Iterator[None]:
 
 
 def keep_apart(model: Any, accelerator: Accelerator) -> None:
-    """Make checkpoints hold the adapter of a model in place of all its weights.
+    """Make checkpoints hold the adapter of a model in place of all its weights, unless all of them train.
 
     Args:
         model: Model with an adapter.
         accelerator: Accelerator that saves and loads checkpoints.
     """
+    if all(p.requires_grad for p in model.parameters()):
+        return
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def save(models: list[Any], weights: list[Any], folder: str) -> None:

@@ -15,7 +15,7 @@ from tokcredit import inputs
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Supervised
-from tokcredit.train import adapter, examples, fixed_collectors, policy, tasks, trainer
+from tokcredit.train import adapter, examples, fixed_collectors, policy, tasks, trainer, virtual_tokens
 from tokcredit.train import teacher as teaching
 from tokcredit.train.checkpoint import last
 from tokcredit.train.clock import Clock
@@ -30,6 +30,7 @@ from tokcredit.train.ranks import Ranks, check_launch
 from tokcredit.train.rollout_collection import RolloutCollector, SamplingContext
 from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.settings import Settings
+from tokcredit.train.virtual_tokens import VirtualPrompt
 
 _OF_ROLLOUTS = (
     "sampler",
@@ -84,8 +85,13 @@ def checked(settings: Settings) -> tuple[Any, Problems | None]:
     option, kind, wanted = (
         ("pairs", Preference, "preference") if settings.pairs else ("completions", Supervised, "supervised")
     )
-    if settings.adapter is not None:
-        adapter.config(settings.adapter)
+    virtual = None if settings.adapter is None else adapter.config(settings.adapter)
+    controlled = isinstance(virtual, VirtualPrompt) and virtual.steps is not None
+    if not controlled == (settings.imitate == "both") == (settings.objective.method == "meet"):
+        raise ValueError(
+            f"method, imitate, adapter: expected meet, both and control(...) together, or none of them, got "
+            f"{settings.objective.method}, {settings.imitate}, {settings.adapter}"
+        )
     objective = settings.objective.build()
     if not isinstance(objective, kind):
         raise ValueError(
@@ -159,7 +165,8 @@ class ExampleTrainer:
 
     def _load(self) -> None:
         s = self.settings
-        path, names = (s.pairs, examples.PAIRS) if s.pairs else (s.completions, (s.imitate,))
+        both = s.pairs or s.imitate == "both"
+        path, names = s.pairs or s.completions, examples.PAIRS if both else (s.imitate,)
         assert path is not None
         self._path = path
         found, self._notes = examples.load(path, names, self.tokenizer, s.chat, s.sampling.max_tokens)
@@ -281,6 +288,8 @@ class ExampleTrainer:
 
     def _batch(self, numbers: Sequence[int]) -> Rollouts:
         made = batch_of([self._examples[i] for i in numbers], range(len(numbers)), self.accelerator.device)
+        prompts = virtual_tokens.of_rejected(self.model, made.input("prompt_tokens"), made.rewards == 0)
+        made = made.with_inputs(prompt_tokens=prompts)
         return self.learner.with_inputs(self._fixed.add(made, numbers))
 
 

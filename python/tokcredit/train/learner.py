@@ -20,7 +20,7 @@ from tokcredit.protocol import PreparedBatch, TrainingObjective
 from tokcredit.rollouts import Rollouts
 from tokcredit.schedule import State
 from tokcredit.stages.token_weights import importance
-from tokcredit.train import collectors, masks, nonfinite
+from tokcredit.train import collectors, masks, nonfinite, virtual_tokens
 from tokcredit.train.clock import Clock
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import OptimizerSettings, Settings
@@ -165,6 +165,7 @@ class Learner:
         """
         with clock("credit"):
             prepared = self._over_ranks(self._prepare(batch, (number - 1) / max(self._settings.steps - 1, 1)))
+        virtual_tokens.for_step(self._model, number)
         lr = learning_rate(self._settings.optimizer, number, self._settings.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = lr

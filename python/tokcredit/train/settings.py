@@ -299,7 +299,8 @@ class Settings(Declared):
     adapter: str | None = None
     """Adapter to train in place of all weights: "lora(r=16, alpha=32.0, targets='all-linear')", where targets may be a
     regular expression of names of layers, or "prompt(tokens=20)", embeddings before every prompt. The model itself is
-    then the reference policy; `tokcredit merge` merges LoRA."""
+    then the reference policy; `tokcredit merge` merges LoRA. "control(tokens=20, steps=50)" has embeddings for chosen
+    and others for rejected responses, which train alone for some steps, then with all weights (meet)."""
     tasks: tuple[str, ...] = ()
     """Tasks, in equal parts: a reasoning_gym data set with its configuration, for example "products(max_digits=1)";
     "jsonl('file.jsonl')" with lines {"prompt", "answer"}, where the prompt is a text or the messages of a chat;
@@ -310,8 +311,9 @@ class Settings(Declared):
     folder of datasets.Dataset.save_to_disk. prompts is then the number of pairs per step. Tasks are only measured."""
     completions: Path | None = None
     """The same for a supervised method, with {"prompt", "completion"}."""
-    imitate: str = option("completion", "chosen", "rejected")
-    """Field with the completion; chosen and rejected take one side of a file of pairs, as the models of cdpo need."""
+    imitate: str = option("completion", "chosen", "rejected", "both")
+    """Field with the completion; chosen and rejected take one side of a file of pairs, as the models of cdpo need; both
+    takes each side with the control tokens for it (meet)."""
     teacher: str | None = None
     """Teacher of a distilling method: a model with the same tokens, given like model; initial for the model before the
     first step; live for the model itself; ema(rate) for an average of its weights over the steps."""

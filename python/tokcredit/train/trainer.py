@@ -38,6 +38,7 @@ from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollect
 from tokcredit.train.sampler import Sampler, TransformersSampler
 from tokcredit.train.settings import Settings
 from tokcredit.train.trees import Trees
+from tokcredit.train.virtual_tokens import VirtualPrompt
 
 
 class Step(NamedTuple):
@@ -92,11 +93,13 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
     """
     check_launch()
     virtual = None if settings.adapter is None else adapter.config(settings.adapter)
+    if settings.objective.method == "meet" or (isinstance(virtual, VirtualPrompt) and virtual.steps is not None):
+        raise ValueError("completions: expected a file of pairs because of meet and its adapter, control, got None")
     objective = _with_length(settings.objective.build(), settings.sampling.max_tokens)
     if settings.sampling.sampler == "vllm":
         if find_spec("vllm") is None:
             raise ValueError("sampler: expected transformers because vllm is not installed, got vllm")
-        if isinstance(virtual, int):
+        if isinstance(virtual, VirtualPrompt):
             raise ValueError(f"adapter: expected lora because the sampler is vllm, got {settings.adapter}")
         if settings.sampling.adaptive:
             raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {settings.sampling.adaptive}")

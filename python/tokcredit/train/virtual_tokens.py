@@ -7,10 +7,23 @@ other tokens of a prompt. The model cannot choose them: the output layer stays a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class VirtualPrompt(NamedTuple):
+    """Which virtual tokens an adapter adds.
+
+    Attributes:
+        tokens: Number of them before a prompt.
+        steps: None if only they are trained. A number if there are as many further tokens, which stand before rejected
+            responses, and the whole model trains after so many steps.
+    """
+
+    tokens: int
+    steps: int | None = None
 
 
 class VirtualTokens(torch.nn.Module):
@@ -18,16 +31,17 @@ class VirtualTokens(torch.nn.Module):
 
     Args:
         base: Input embeddings of the model.
-        count: Number of virtual tokens. They begin as random tokens of the vocabulary.
+        kind: Which virtual tokens there are. They begin as random tokens of the vocabulary.
 
     Attributes:
+        kind: The same.
         enabled: Whether there are virtual tokens; the model is else what it was.
     """
 
-    def __init__(self, base: torch.nn.Embedding, count: int) -> None:
+    def __init__(self, base: torch.nn.Embedding, kind: VirtualPrompt) -> None:
         super().__init__()
-        self.base, self.enabled = base, True
-        chosen = torch.randint(base.num_embeddings, (count,))
+        self.base, self.kind, self.enabled = base, kind, True
+        chosen = torch.randint(base.num_embeddings, (kind.tokens if kind.steps is None else 2 * kind.tokens,))
         self.prompt = torch.nn.Parameter(base.weight.detach()[chosen].clone())
 
     @property
@@ -37,9 +51,9 @@ class VirtualTokens(torch.nn.Module):
 
     @property
     def ids(self) -> list[int]:
-        """Token ids of the virtual tokens."""
+        """Token ids of the virtual tokens that stand before a prompt, unless the response is a rejected one."""
         first = self.base.num_embeddings
-        return list(range(first, first + len(self.prompt)))
+        return list(range(first, first + self.kind.tokens))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of tokens, ``(..., d)``.
@@ -63,15 +77,43 @@ def of(model: Any) -> VirtualTokens | None:
     return embeddings if isinstance(embeddings, VirtualTokens) else None
 
 
-def add(model: Any, count: int) -> None:
-    """Give a model virtual tokens, in place. From then on only they require gradients.
+def add(model: Any, kind: VirtualPrompt) -> None:
+    """Give a model virtual tokens, in place. Unless the whole model is to train later, only they require gradients.
 
     Args:
         model: Causal language model of transformers.
-        count: Number of virtual tokens.
+        kind: Which virtual tokens.
     """
-    model.requires_grad_(False)
-    model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), count))
+    model.requires_grad_(kind.steps is not None)
+    model.set_input_embeddings(VirtualTokens(model.get_input_embeddings(), kind))
+
+
+def for_step(model: Any, number: int) -> None:
+    """Let all weights of a model require gradients, or its virtual tokens alone, if that depends on the step.
+
+    Args:
+        model: Causal language model of transformers.
+        number: Number of the step, from 1.
+    """
+    embeddings = of(model)
+    if embeddings is not None and embeddings.kind.steps is not None:
+        model.requires_grad_(number > embeddings.kind.steps)
+        embeddings.prompt.requires_grad_(True)
+
+
+def of_rejected(model: Any, prompts: Tensor, rejected: Tensor) -> Tensor:
+    """Return prompts that have, in rows of rejected responses, the virtual tokens for these.
+
+    Args:
+        model: Causal language model of transformers.
+        prompts: Integers ``(R, P)``.
+        rejected: bool ``[R]``.
+    """
+    embeddings = of(model)
+    if embeddings is None or embeddings.kind.steps is None:
+        return prompts
+    virtual = prompts >= embeddings.base.num_embeddings
+    return torch.where(virtual & rejected[:, None], prompts + embeddings.kind.tokens, prompts)
 
 
 def known(model: Any, prompts: Tensor) -> Tensor:
@@ -91,18 +133,33 @@ def known(model: Any, prompts: Tensor) -> Tensor:
 def save(model: Any, folder: Path, base: str) -> None:
     """Write the virtual tokens as peft does.
 
+    If the whole model trained, it is written as a model without virtual tokens, and these into ``good`` and ``bad``.
+
     Args:
         model: Model with virtual tokens.
         folder: Folder to write into.
         base: Name or folder of the model.
     """
+    embeddings = of(model)
+    assert embeddings is not None
+    if embeddings.kind.steps is None:
+        _save(embeddings.prompt, folder, base)
+        return
+    model.set_input_embeddings(embeddings.base)
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.set_input_embeddings(embeddings)
+    for name, part in zip(("good", "bad"), embeddings.prompt.split(embeddings.kind.tokens), strict=True):
+        _save(part, folder / name, "..")
+
+
+def _save(prompt: Tensor, folder: Path, base: str) -> None:
     from peft import PromptTuningConfig
     from safetensors.torch import save_file
 
-    embeddings = of(model)
-    assert embeddings is not None
-    count, width = embeddings.prompt.shape
+    count, width = prompt.shape
     PromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=count, token_dim=width, base_model_name_or_path=base
     ).save_pretrained(str(folder))
-    save_file({"prompt_embeddings": embeddings.prompt.detach().cpu()}, str(folder / "adapter_model.safetensors"))
+    save_file({"prompt_embeddings": prompt.detach().clone().cpu()}, str(folder / "adapter_model.safetensors"))
