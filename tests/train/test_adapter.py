@@ -150,7 +150,7 @@ def test_the_sampler_has_the_adapter(on_pairs):  # noqa: F811
 
 WRONG = {
     "lora(r=0)": "adapter: lora: r: expected a whole number at least 1, got 0",
-    "dora": "adapter: expected one of lora, prompt, control, got 'dora'",
+    "dora": "adapter: expected one of control, lora, prompt, got 'dora'",
     "prompt(0)": "adapter: prompt: tokens: expected a whole number at least 1, got 0",
     "lora(targets='nothing')": "adapter: expected targets in LlamaForCausalLM, got",
 }

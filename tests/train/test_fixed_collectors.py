@@ -12,6 +12,7 @@ from tokcredit.train import (
     CollectorSettings,
     ObjectiveSettings,
     SamplingSettings,
+    Settings,
     activations,
     checkpoint,
     compare,
@@ -166,6 +167,15 @@ def test_weights_of_fields(made):
         expected.append(torch.tensor(field_weights(x.text, offsets)))
     check(batch, "field_weights", expected)
     assert torch.cat(expected).unique().tolist() == pytest.approx([1.0, 1.1, 1.2])
+
+
+def test_weights_of_fields_in_several_messages():
+    """Their text is then that of the tokens."""
+    _, words = models.load("tiny(steps=0)")
+    collect = fixed_collectors.FixedCollectors(frozenset(), Settings(model="tiny(steps=0)"), None, words)
+    ids = words('x{"Code": "ab"}').input_ids
+    for text in ('{"Code": "ab"}', 'assistant: {"Code": "ab"}'):
+        assert collect._of_fields(text, ids) == [1.0] * 11 + [1.1] * 2 + [1.0] * 2
 
 
 def test_offsets_of_tokens_that_are_parts_of_characters():
@@ -334,9 +344,7 @@ def test_the_history_model_of_sstoken_may_follow_the_policy(made):
 @pytest.mark.parametrize(
     ("name", "adapter"),
     [
-        ("t_reg", "prompt(tokens=2)"),
         ("cdpo", "prompt(tokens=2)"),
-        ("sparse_po", "lora(r=2)"),
         ("sparse_po", "prompt(tokens=2)"),
         ("sparse_po learned", "lora(r=2)"),
         ("sstoken", "prompt(tokens=2)"),

@@ -182,7 +182,9 @@ class FixedCollectors:
 
     def _of_fields(self, answer: str, tokens: Sequence[int]) -> list[float]:
         offsets, text = _offsets(self._tokenizer, tokens)
-        begin = max(text.rfind(answer), 0)
+        # The text of several messages stands nowhere as it is.
+        answer = answer if answer in text else text
+        begin = text.rfind(answer)
         return field_weights(answer, [(a - begin, b - begin) for a, b in offsets])
 
 
