@@ -82,6 +82,8 @@ def synthetic(name, batch, g):
         "turn_scores": at_turns(batch, torch.where(torch.arange(n) % 4 == 1, float("nan"), x)),
         "answer_log_probs": at_turns(batch, -3 * x),
         "initial_answer_log_probs": -(rows % 5) / 2.0 - 0.1,
+        "ref_answer_log_probs": at_turns(batch, -3 * x),
+        "ref_initial_answer_log_probs": -(rows % 5) / 2.0 - 0.1,
         "implicit_rewards": x - 0.4,
         "prompt_tokens": rows[:, None],
         "replayed": rows % 4 == 3,

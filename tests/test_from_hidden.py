@@ -253,3 +253,46 @@ def test_a_token_out_of_range_on_the_cpu():
         tc.head.log_probs_and_entropies(
             hidden, weight, torch.tensor([0, 1, 1]), temperature=torch.tensor([1.0, 0.0, 2.0])
         )
+
+
+@pytest.mark.parametrize("name", ["grpo", "ctpo"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_further_variables_from_the_same_hidden_states(name, padded):
+    """The values of a critic, with terms that read entropies beside them."""
+    objective = tc.mix(name, terms=("value(0.5)", "entropy(0.1)"))
+    prepared = prepared_of(objective, padded=padded)
+    assert objective.separable(prepared) == (name == "grpo")
+    hidden, weight, bias = model(prepared.batch)
+    head = torch.randn(D, generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+    leaves = (hidden, weight, bias, head)
+    batch = prepared.batch
+    tokens = batch.shaped(batch.tokens.masked_fill(~batch.response_mask, -1))
+    log_probs, entropies = tc.log_probs.with_entropies(hidden @ weight.t() + bias, tokens)
+    expected = objective.loss(prepared, log_probs, entropies=entropies, values=hidden @ head)
+    found = objective.loss_from_hidden(
+        prepared, hidden, weight, bias, variables={"values": hidden @ head}, tile_bytes=8 * V * 5
+    )
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-10, atol=1e-12)
+    assert expected.metrics["value_loss"] > 0
+    torch.testing.assert_close(found.metrics["value_loss"], expected.metrics["value_loss"])
+    gradients = torch.autograd.grad(2 * found.loss, leaves)
+    for a, b in zip(gradients, torch.autograd.grad(2 * expected.loss, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        assert (a != 0).any()
+
+
+def test_further_variables_are_checked():
+    objective = tc.mix("grpo", terms="value")
+    prepared = prepared_of(objective)
+    hidden, weight, bias = model(prepared.batch)
+    values = hidden.sum(-1)
+    with pytest.raises(TypeError, match="objective: expected a loss of log-probs and entropies, got one of values"):
+        objective.loss_from_hidden(prepared, hidden, weight, bias)
+    with pytest.raises(ValueError, match=r"values: expected \[12, 7\], got \[84\]"):
+        objective.loss_from_hidden(prepared, hidden, weight, bias, variables={"values": values.reshape(-1)})
+    with pytest.raises(TypeError, match="variables: expected none that follows from hidden, got entropies"):
+        given = {"values": values, "entropies": values}
+        objective.loss_from_hidden(prepared, hidden, weight, bias, variables=given)
+    with pytest.raises(TypeError, match="values: expected no further variable, got values"):
+        plain = tc.methods.grpo()
+        plain.loss_from_hidden(plain.prepare(prepared.batch), hidden, weight, bias, variables={"values": values})

@@ -85,7 +85,14 @@ class FromHidden(ObjectiveStage):
         return False
 
     def loss_from_hidden(
-        self, prepared: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any
+        self,
+        prepared: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        variables: Mapping[str, Tensor] | None = None,
+        **settings: Any,
     ) -> HiddenLoss:
         """Return the loss with its gradient to hidden states, weight and bias. The logits exist in tiles only.
 
@@ -99,21 +106,25 @@ class FromHidden(ObjectiveStage):
                 with ``ids = [prompt, response]`` it is ``last_hidden_state[:, prompt_length - 1 : -1]``.
             weight: float ``[V, d]``, weight of the output layer.
             bias: float ``[V]`` or None.
+            variables: Further variables by name, such as the values of a critic, in the layout of the batch. They may
+                come from the same hidden states; the loss has its gradient to them too.
             settings: ``temperature``, ``softcap``, ``scale``, ``vocabulary``, ``logits_dtype`` and ``tile_bytes``; see
                 :class:`tokcredit.blocks.head.Head`.
 
         Raises:
-            TypeError: The objective differentiates other variables than log-probs and entropies, or a dtype is wrong.
+            TypeError: A variable is missing or not needed, or a dtype is wrong.
             ValueError: A shape or number is wrong, or on the CPU a token is out of range.
 
         Example:
             >>> loss = objective.loss_from_hidden(prepared, hidden, model.lm_head.weight)
             >>> loss.loss.backward()
         """
-        objective, batch = prepared.objective, prepared.batch
+        objective, batch, further = prepared.objective, prepared.batch, dict(variables or {})
         for name in objective.variables:
-            if name not in _VARIABLES:
+            if name not in (*_VARIABLES, *further):
                 raise TypeError(f"objective: expected a loss of log-probs and entropies, got one of {name}")
+        if taken := sorted(further.keys() & set(_VARIABLES)):
+            raise TypeError(f"variables: expected none that follows from hidden, got {', '.join(taken)}")
         one_pass = (
             self.separable(prepared)
             and head.dtype_of(hidden) != torch.float16
@@ -122,25 +133,32 @@ class FromHidden(ObjectiveStage):
         )
         tokens = chosen_tokens(batch)
 
-        def evaluate(part: Any, log_probs: Tensor, entropies: Tensor) -> Loss:
-            further = {"entropies": entropies} if "entropies" in objective.variables else {}
-            found: Loss = self.loss(part, log_probs, **further)
+        def evaluate(part: Any, log_probs: Tensor, entropies: Tensor, *others: Tensor) -> Loss:
+            named = dict(zip(further, others, strict=True))
+            if "entropies" in objective.variables:
+                named["entropies"] = entropies
+            found: Loss = self.loss(part, log_probs, **named)
             return found
 
         if not one_pass:
             log_probs, entropies = head.log_probs_and_entropies(hidden, weight, tokens, bias, **settings)
-            out = evaluate(prepared, log_probs, entropies)
+            out = evaluate(prepared, log_probs, entropies, *further.values())
             return HiddenLoss(*out, log_probs.detach(), entropies.detach())
         by_token, whole = prepared.by_token(), list[HiddenLoss]()
+        constants = [batch.flat(x, name).detach() for name, x in further.items()]
 
         def slopes(at: Tensor, log_probs: Tensor, entropies: Tensor) -> tuple[Tensor | None, Tensor | None]:
-            a, e = tile_gradients(by_token, evaluate, at, (log_probs, entropies), 2)
+            others = (x.index_select(0, at) for x in constants)
+            a, e = tile_gradients(by_token, evaluate, at, (log_probs, entropies, *others), 2)
             return a, e
 
         def total(log_probs: Tensor, entropies: Tensor) -> Tensor:
-            out = evaluate(prepared, log_probs, entropies)
+            with torch.set_grad_enabled(bool(further)):
+                out = evaluate(prepared, log_probs, entropies, *further.values())
             whole.append(HiddenLoss(*out, log_probs, entropies))
-            return out.loss
+            return out.loss.detach()
 
         loss = head.separable_loss(hidden, weight, tokens, slopes, total, bias, **settings)
+        if further:  # what was computed of them inside has their gradient
+            loss = loss + (whole[0].loss - whole[0].loss.detach())
         return whole[0]._replace(loss=loss)

@@ -1,8 +1,10 @@
+import math
+
 import naive
 import pytest
 import tokcredit as tc
 import torch
-from tokcredit.methods.prime import accuracy_within, implicit_process
+from tokcredit.methods.prime import accuracy_within, implicit_process, outcome_loss
 
 
 def advantages_of(batch, beta=0.05, process=5.0, outcome=5.0):
@@ -54,6 +56,38 @@ def test_by_hand():
     )
     advantages = tc.methods.prime().prepare(pair()).advantages.tolist()
     assert advantages == pytest.approx([1.04762633, -1.32173387, 0.79821999, 0.17440486, -0.69851732], rel=1e-7)
+
+
+def test_the_loss_of_the_reward_model_by_hand():
+    """Sums 0.4 and -0.1 with the outcomes 1 and 0; NaN lies under the mask, and an empty row does not count."""
+    batch = tc.Rollouts(
+        torch.arange(7),
+        torch.tensor([0, 4, 7, 7]),
+        torch.zeros(3, dtype=torch.long),
+        torch.tensor([1.0, 0, 1], dtype=torch.float64),
+        torch.tensor([True, False, True, True, True, True, False]),
+    )
+    ratio = torch.tensor([0.2, math.nan, -0.1, 0.3, 0.1, -0.2, math.inf], dtype=torch.float64, requires_grad=True)
+    loss = outcome_loss(ratio, batch.spans, batch.rewards)
+    assert loss.item() == pytest.approx(0.68692374, abs=1e-8)
+    loss.backward()
+    p = [1 / (1 + math.exp(-0.05 * x)) for x in (0.4, -0.1)]
+    slopes = [0.05 * (p[0] - 1) / 2, 0.05 * p[1] / 2]
+    expected = [slopes[0], 0, slopes[0], slopes[0], slopes[1], slopes[1], 0]
+    assert ratio.grad.tolist() == pytest.approx(expected, rel=1e-12)
+    nothing = outcome_loss(ratio, batch.spans.with_mask(torch.zeros(7, dtype=torch.bool)), batch.rewards)
+    assert nothing.item() == 0
+
+
+def test_the_loss_of_the_reward_model_is_checked():
+    batch = pair()
+    ratio = batch.extras["implicit_rewards"].clone()
+    for wrong in (1.5, -0.1, math.nan):
+        rewards = torch.tensor([0.5, wrong], dtype=torch.float64)
+        with pytest.raises(ValueError, match=f"outcomes: expected numbers from 0 to 1, got {wrong}"):
+            outcome_loss(ratio, batch.spans, rewards)
+    ratio[1] = math.nan
+    assert outcome_loss(ratio, batch.spans, batch.rewards).isnan(), "at a token that counts"
 
 
 def test_a_group_of_one_is_an_error():

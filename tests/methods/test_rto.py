@@ -72,6 +72,25 @@ def test_a_missing_log_prob_is_an_error():
         tc.methods.rto().prepare(batch)
 
 
+def test_what_the_critic_learns_by_hand():
+    """Rewards 0.009, -0.047 and 1.709, summed from the end, whatever the values are and however the row is cut."""
+    batch, credit = one_row(), tc.methods.rto().credit
+    expected = pytest.approx([1.671, 1.662, 1.709])
+    assert credit.targets(batch).tolist() == expected
+    assert credit.targets(batch.with_inputs(values=batch.extras["values"] + 3)).tolist() == expected
+    two = tc.Rollouts(
+        batch.tokens,
+        torch.tensor([0, 2, 3]),
+        torch.zeros(2, dtype=torch.long),
+        batch.rewards.expand(2).clone(),
+        old_log_probs=batch.old_log_probs,
+        ref_log_probs=batch.ref_log_probs,
+        trajectory_ids=torch.zeros(2, dtype=torch.long),
+        extras=batch.extras,
+    )
+    assert credit.targets(two).tolist() == expected
+
+
 def test_without_the_aligned_policy_it_is_ppo():
     batch = one_row()
     ours, ppo = tc.methods.rto(scale=0.0), tc.mix("ppo(kl=0.01)", aggregation="sequence_mean")

@@ -15,13 +15,16 @@ def scored_turns(batch, seed):
     for r, row in enumerate(naive.turns_of(batch)):
         for turn in row[: len(row) - r % 2]:
             x[turn[-1]] = -3 * torch.rand((), generator=g)
-    return naive.with_inputs(batch.with_inputs(answer_log_probs=x), {"initial_answer_log_probs"}, seed)
+    return naive.with_inputs(batch.with_inputs(ref_answer_log_probs=x), {"ref_initial_answer_log_probs"}, seed)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_formula(seed):
     def formula(batch, log_probs):
-        after, first = batch.extras["answer_log_probs"].tolist(), batch.extras["initial_answer_log_probs"].tolist()
+        after, first = (
+            batch.extras["ref_answer_log_probs"].tolist(),
+            batch.extras["ref_initial_answer_log_probs"].tolist(),
+        )
         outcome = [0.0] * batch.num_rows
         for rows in naive.counted_rows(batch):
             mean, std = naive.moments([batch.rewards[r].item() for r in rows], population=True)
@@ -55,8 +58,8 @@ def test_by_hand():
         torch.tensor([0.57734927], dtype=torch.float64),
         extras={
             "turn_ids": torch.arange(5),
-            "answer_log_probs": torch.tensor([-1.5, -1.6, -0.4, -0.1, math.nan], dtype=torch.float64),
-            "initial_answer_log_probs": torch.tensor([-2.3], dtype=torch.float64),
+            "ref_answer_log_probs": torch.tensor([-1.5, -1.6, -0.4, -0.1, math.nan], dtype=torch.float64),
+            "ref_initial_answer_log_probs": torch.tensor([-2.3], dtype=torch.float64),
         },
     )
     # In a group of one the outcome is the reward.
@@ -70,10 +73,10 @@ def test_by_hand():
 def test_a_gap_is_an_error():
     batch, _ = naive.random_batch()
     batch = naive.with_inputs(scored_turns(batch, 0), ())
-    x = batch.extras["answer_log_probs"].clone()
+    x = batch.extras["ref_answer_log_probs"].clone()
     x[next(row[0][-1] for row in naive.turns_of(batch) if len(row) > 2)] = math.nan
-    with pytest.raises(ValueError, match="answer_log_probs: expected them after every turn up to the last"):
-        tc.methods.trace().prepare(batch.with_inputs(answer_log_probs=x))
+    with pytest.raises(ValueError, match="ref_answer_log_probs: expected them after every turn up to the last"):
+        tc.methods.trace().prepare(batch.with_inputs(ref_answer_log_probs=x))
 
 
 def test_defaults():

@@ -230,3 +230,13 @@ def test_a_lambda_for_each_row(seed):
         own = tc.scan.generalized_advantages(rewards, values, spans, 0.95, trace)
         row = slice(int(edges[r]), int(edges[r + 1]))
         torch.testing.assert_close(found[row], own[row])
+
+
+def test_what_a_critic_learns_is_said_by_the_part_that_reads_values():
+    batch, gae = six([0, 2, 6]), tc.credit.gae(0.9, 0.8, target_trace=0.8)
+    expected = gae.targets(batch)
+    for credit in (tc.credit.whitened(gae), tc.credit.sum(tc.credit.returns(), tc.credit.whitened(gae))):
+        assert torch.equal(credit.targets(batch), expected)
+    for credit in (tc.credit.returns(), tc.credit.sum(gae, gae)):
+        with pytest.raises(ValueError, match=r"credit: expected one part that says what a critic learns, such as gae"):
+            credit.targets(batch)

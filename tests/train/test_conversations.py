@@ -5,10 +5,19 @@ import re
 
 import pytest
 import torch
-from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, ToolSettings, run, tools
+from tokcredit.train import (
+    ObjectiveSettings,
+    OptimizerSettings,
+    ProbeSettings,
+    SamplingSettings,
+    ToolSettings,
+    run,
+    tools,
+)
 from tokcredit.train.clock import Clock
 from tokcredit.train.conversations import Conversations
 from tokcredit.train.experiment import resolved
+from tokcredit.train.models import load
 from tokcredit.train.record import read_metrics
 from tokcredit.train.sampler import Completions
 from tokcredit.train.scoring import score
@@ -274,6 +283,28 @@ def test_other_methods_use_tools_too(talking):
     assert isinstance(trainer.rollout_collector, Conversations)
     with pytest.raises(ValueError, match=r"tasks: expected tasks without tools because spo_tree requires node_ids"):
         Trainer(resolved(talking(objective=ObjectiveSettings("spo_tree"))))
+
+
+@pytest.mark.parametrize(("method", "prefix"), [("igpo", ""), ("trace", "ref_")])
+def test_the_answer_is_scored_after_every_turn_but_the_last(talking, method, prefix):
+    """By the policy for igpo and by the reference for trace, which are the same model in the first step."""
+    probes = ProbeSettings(text="<answer>")
+    trainer = scripted(talking, mixed, model_scores=True, objective=ObjectiveSettings(method), probes=probes)
+    step = trainer.step(1)
+    batch, turns = step.update.prepared.batch, step.update.prepared.batch.turns
+    after, first = batch.input(f"{prefix}answer_log_probs"), batch.input(f"{prefix}initial_answer_log_probs")
+    inner = turns.number < turns.counts[turns.row] - 1
+    assert inner.any() and not inner.all()
+    assert (~after.isnan()).nonzero()[:, 0].tolist() == turns.last[inner].tolist()
+    assert (first < 0).all() and step.metrics["grad_norm"] > 0
+    words, problem = trainer.tokenizer, step.collection.problems[0]
+    state = [t for t in batch.input("prompt_tokens")[0].tolist() if t >= 0] + words("<answer>").input_ids
+    truth = words(problem.answer).input_ids
+    model, _ = load(trainer.settings.model)
+    with torch.no_grad():
+        logits = model(torch.tensor([state + truth])).logits[0, len(state) - 1 : -1].log_softmax(-1)
+    expected = logits.gather(1, torch.tensor(truth)[:, None]).mean()
+    assert first[0].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("chosen", [("addition(digits=1)",), ("calculator()", "addition(digits=1)")])

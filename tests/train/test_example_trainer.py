@@ -23,7 +23,7 @@ from tokcredit.train import (
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.experiment import resolved
 from tokcredit.train.record import read_metrics
-from tokcredit.train.trainer import Trainer, distils
+from tokcredit.train.trainer import Trainer, only_read
 
 PAIRS = [
     {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "x" * (1 + (a + 2 * b) % 3) + str(a - b)}
@@ -94,15 +94,14 @@ OF_EXAMPLES.remove("meet")  # see test_control_tokens.py
 
 
 OTHER = [f"tiny(steps=0, seed={seed})" for seed in (1, 2)]
-COLLECTORS = {"tgdpo": CollectorSettings(aligned=OTHER[0]), "cdpo": CollectorSettings(None, *OTHER)}
 
 
 @pytest.mark.parametrize("method", OF_EXAMPLES)
 def test_every_method_trains_by_name(method, on_pairs):
     objective = tc.methods.load(method)
     rows = PAIRS if isinstance(objective, tc.Preference) else completions()
-    teacher = "tiny(steps=0, seed=1)" if distils(objective) else None
-    s = resolved(on_pairs(method, rows, teacher=teacher, collectors=COLLECTORS.get(method, CollectorSettings())))
+    others = {"teacher": "tiny(steps=0, seed=1)", "aligned": OTHER[0], "collectors": CollectorSettings(*OTHER)}
+    s = resolved(only_read(on_pairs(method, rows, **others), objective))
     if given := objective.required_inputs & tc.inputs.names("user"):
         message = f"method: expected .* whose inputs the trainer collects, got {method}, .* {min(given)}"
         with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ import torch
 from tokcredit import cli, train
 from tokcredit.stages.credit.group import per_token
 from tokcredit.train import (
+    CriticSettings,
     ObjectiveSettings,
     OptimizerSettings,
     PrivilegedSettings,
@@ -28,7 +29,7 @@ from tokcredit.train.experiment import resolved
 from tokcredit.train.learner import learning_rate
 from tokcredit.train.record import read_metrics, smoothed
 from tokcredit.train.scoring import score
-from tokcredit.train.trainer import Trainer, distils
+from tokcredit.train.trainer import Trainer, distils, only_read
 from uniform import UniformSampler, digest
 
 TIMES = {"seconds", "sample_seconds", "train_seconds", "credit_seconds"}
@@ -158,8 +159,10 @@ def test_every_method_trains(settings, uniform, method):
     rows = 4 if objective.couples_rows else 3
     optimizer = OptimizerSettings(lr=1e-3, micro_batch=rows, precision="no", epochs=2, minibatches=2, schedule="linear")
     probes = ProbeSettings(continuations=2, interval=2, step_end="e", answers=2, answer_tokens=3)
-    teacher = "tiny(steps=0, seed=1)" if distils(objective) else None
-    s = settings(method, optimizer=optimizer, steps=2, teacher=teacher, probes=probes, reward=reward)
+    others = {"teacher": "tiny(steps=0, seed=1)", "aligned": "tiny(steps=0, seed=2)", "critic": CriticSettings("head")}
+    others["reward_model"] = "initial"
+    s = settings(method, optimizer=optimizer, steps=2, probes=probes, reward=reward, **others)
+    s = only_read(s, objective)
     if "teacher_mask" in objective.required_inputs:
         s = dataclasses.replace(s, privileged=PrivilegedSettings("answer"))
     if method == "gtpo_conflict":  # an untrained model has a high entropy

@@ -26,7 +26,7 @@ from tokcredit.train.experiment import resolved
 
 POSITIVE, NEGATIVE = "tiny(steps=0, seed=1)", "tiny(steps=0, seed=2)"
 COLLECTORS = {
-    "tgdpo": CollectorSettings(aligned=POSITIVE),
+    "tgdpo": CollectorSettings(),
     "cdpo": CollectorSettings(positive=POSITIVE, negative=NEGATIVE, contrast=0.7),
     "t_reg": CollectorSettings(better_template="Good: {question}", worse_template="Bad {response}: {question}"),
 }
@@ -51,6 +51,7 @@ def made(on_pairs):  # noqa: F811
             "objective": ObjectiveSettings(method, set=SETTINGS[name]),
             "collectors": COLLECTORS.get(method, CollectorSettings()),
             "teacher": "ema(0.5)" if name == "sstoken refreshed" else None,
+            "aligned": POSITIVE if method == "tgdpo" else None,
         }
         return on_pairs(method, rows or (completions() if supervised else PAIRS), **(defaults | changes))
 
@@ -378,7 +379,7 @@ def test_a_run_goes_on_from_its_folder(made, name, tmp_path, monkeypatch):
 
 
 WRONG = {
-    "no model": ("tgdpo", {"collectors": CollectorSettings()}, "aligned: expected a model because of tgdpo, got None"),
+    "no model": ("tgdpo", {"aligned": None}, "aligned: expected a model because of tgdpo, got None"),
     "one model": (
         "cdpo",
         {"collectors": CollectorSettings(positive=POSITIVE)},
@@ -386,8 +387,8 @@ WRONG = {
     ),
     "not read": (
         "t_reg",
-        {"collectors": CollectorSettings(aligned=POSITIVE)},
-        "aligned: expected None because t_reg does not read it, got 'tiny",
+        {"aligned": POSITIVE},
+        "aligned: expected None because t_reg has no aligned policy, got tiny",
     ),
     "learned": (
         "sparse_po learned",
@@ -401,10 +402,10 @@ WRONG = {
     ),
     "tokens": (
         "tgdpo",
-        {"collectors": CollectorSettings(aligned="tiny_tools(steps=0)")},
+        {"aligned": "tiny_tools(steps=0)"},
         r"aligned: expected the tokens of tiny\(steps=0\), got tiny_tools\(steps=0\)",
     ),
-    "absent": ("tgdpo", {"collectors": CollectorSettings(aligned="./no")}, "aligned: expected .*, got './no'"),
+    "absent": ("tgdpo", {"aligned": "./no"}, "aligned: expected .*, got './no'"),
 }
 
 
@@ -426,5 +427,5 @@ def test_wrong_templates_and_kinds():
 
 def test_a_method_is_compared_with_one_that_reads_no_other_model(made, tmp_path):
     folder = compare(("dpo", "tgdpo"), made("tgdpo", steps=1, output=tmp_path / "compared"), seeds=1)
-    known = [json.loads((folder / f"{x}-seed0/settings.json").read_text())["collectors"] for x in ("dpo", "tgdpo")]
+    known = [json.loads((folder / f"{x}-seed0/settings.json").read_text()) for x in ("dpo", "tgdpo")]
     assert [x["aligned"] for x in known] == [None, POSITIVE]

@@ -7,6 +7,7 @@ import torch
 from tokcredit.train import ProbeSettings, tiny
 from tokcredit.train.experiment import resolved
 from tokcredit.train.probes import _Rows
+from tokcredit.train.scoring import left_padded
 from tokcredit.train.tasks import Problem
 from tokcredit.train.trainer import Trainer
 
@@ -143,3 +144,49 @@ def test_probing_leaves_the_generator_alone(trainer, batch):
     assert torch.equal(torch.random.get_rng_state(), before)
     first, again, other = (v["step_values"].nan_to_num() for v in values)
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_answers_after_turns(trainer):
+    """Turns "ab", "c" and "d" of one row, with the reply ";;" of a tool; "ef" has one turn, and one row has none."""
+    texts, masks = ["ab;;c>d", "ef", ";"], ["1100101", "11", "0"]
+    batch = tc.Rollouts(
+        torch.tensor([t for text in texts for t in WORDS(text).input_ids]),
+        torch.tensor([0, 7, 9, 10]),
+        torch.zeros(3, dtype=torch.long),
+        torch.zeros(3),
+        torch.tensor([x == "1" for mask in masks for x in mask]),
+        extras={"prompt_tokens": torch.tensor([[-1, *WORDS("2+3=").input_ids]] * 3)},
+    )
+    problems = [problem("51"), problem("7"), problem("51")]
+    score = trainer.learner.score
+    after, first = trainer.prober.answers_of_turns(batch, problems, lambda forced: score(forced)[0])
+    model = trainer.model.double()
+
+    def expected(state, answer):
+        state, truth = WORDS(state + ">").input_ids, WORDS(answer).input_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([[*state, *truth]])).logits[0, len(state) - 1 : -1].log_softmax(-1)
+        return sum(logits[i, t].item() for i, t in enumerate(truth)) / len(truth)
+
+    assert (~after.isnan()).nonzero()[:, 0].tolist() == [1, 4]
+    assert after[1].item() == pytest.approx(expected("2+3=ab;;", "51"), rel=1e-4)
+    assert after[4].item() == pytest.approx(expected("2+3=ab;;c>", "51"), rel=1e-4)
+    assert first.tolist() == pytest.approx([expected("2+3=", a) for a in ("51", "7", "51")], rel=1e-4)
+    # The same turns in rows of their own, each with what came before it as its prompt.
+    prompts = [WORDS(text).input_ids for text in ("2+3=", "2+3=ab;;", "2+3=ab;;c>")]
+    cut = tc.Rollouts(
+        torch.tensor(WORDS("abcd").input_ids),
+        torch.tensor([0, 2, 3, 4]),
+        torch.zeros(3, dtype=torch.long),
+        torch.zeros(3),
+        trajectory_ids=torch.zeros(3, dtype=torch.long),
+        extras={
+            "prompt_tokens": left_padded(prompts, -1, torch.device("cpu"))[0],
+            "turn_ids": torch.tensor([0, 0, 1, 2]),
+        },
+    )
+    trainer.model.float()
+    rows, initial = trainer.prober.answers_of_turns(cut, [problem("51")] * 3, lambda forced: score(forced)[0])
+    assert (~rows.isnan()).nonzero()[:, 0].tolist() == [1, 2]
+    torch.testing.assert_close(rows[[1, 2]], after[[1, 4]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(initial, first[[0, 0, 0]], rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import tokcredit as tc
 import torch
 import torch.multiprocessing as mp
-from tokcredit.train import ObjectiveSettings, OptimizerSettings
+from tokcredit.train import CriticSettings, ObjectiveSettings, OptimizerSettings
 from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
 from tokcredit.train.folder import locked
@@ -43,11 +43,16 @@ def update(settings, rank, ranks):
     trainer.accelerator.clip_grad_norm_ = keep
     whole = batch(trainer)
     # Entropies that are far apart, because methods rank by them.
-    entropies = torch.rand(whole.num_tokens, generator=torch.Generator().manual_seed(1))
-    mine = whole.with_inputs(entropies=entropies).select(whole.group_ids % ranks == rank)
+    generator = torch.Generator().manual_seed(1)
+    names = {"entropies", "values", "value_targets"} & (trainer.objective.required_inputs | {"entropies"})
+    drawn = {name: torch.rand(whole.num_tokens, generator=generator) for name in sorted(names)}
+    mine = whole.with_inputs(**drawn).select(whole.group_ids % ranks == rank)
+    learned = {}
+    if trainer.reward_model:
+        mine, learned = trainer.reward_model(mine)
     metrics = trainer.learner.update(mine, 1, Clock()).metrics
     assert len(gradients) == 1
-    return metrics, gradients[0]
+    return metrics | learned, gradients[0]
 
 
 def join(rank, port):
@@ -102,6 +107,9 @@ def free_port():
 def test_two_ranks_equal_one(settings, tmp_path):
     methods = ("tempo", "ba", "d3s", "pods")
     runs = [settings(objective=ObjectiveSettings(method, terms=("entropy(0.01)",))) for method in methods]
+    methods += ("ppo", "ppo", "prime")
+    runs += [settings("ppo", critic=CriticSettings(critic)) for critic in ("head", "initial")]
+    runs += [settings("prime", reward_model="initial")]
     mp.spawn(one_rank, (runs, free_port(), tmp_path), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for method, s, (first, p0), (second, p1) in zip(methods, runs, *ranks, strict=True):

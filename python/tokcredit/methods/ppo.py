@@ -21,7 +21,7 @@ def ppo(
         A[t] = delta[t] + discount * trace * A[t + 1]
         A = (A - mean(A)) / sqrt(var(A) + 1e-8)
 
-    The batch carries the values. What a critic is trained to predict is ``credit.of.targets(batch)`` of the objective.
+    The batch carries the values. What a critic is trained to predict is ``credit.targets(batch)`` of the objective.
 
     Args:
         discount: gamma, from 0 to 1.

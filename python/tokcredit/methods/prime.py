@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tokcredit import ops
 from tokcredit.blocks import segment
@@ -90,6 +91,37 @@ class implicit_process(Credit):
         return ops.scan(rewards, spans, reverse=True)[0].to(torch.promote_types(given.dtype, batch.rewards.dtype))
 
 
+def outcome_loss(log_ratio: Tensor, spans: Spans, outcomes: Tensor, beta: float = 0.05) -> Tensor:
+    """Return the loss of the implicit reward model: cross entropy of the outcomes under its total rewards.
+
+    With ``x`` the log-ratio of the model to its reference, the mean over the rows of::
+
+        p = sigmoid(beta * sum of x[t]);   loss = -R * log p - (1 - R) * log(1 - p)
+
+    Args:
+        log_ratio: float ``[N]``, with gradient; not read where masked.
+        spans: The rows; those without a token that the policy chose do not count.
+        outcomes: float ``[R]``, R from 0 to 1.
+        beta: Factor of the log-ratio, above 0.
+
+    Returns:
+        float, 0-d, with gradient; 0 without rows.
+
+    Raises:
+        ValueError: An outcome is not from 0 to 1.
+
+    References:
+        arXiv 2502.01456.
+    """
+    counts = ops.count(spans) > 0
+    given = outcomes[counts]
+    if wrong := given[~((given >= 0) & (given <= 1))].tolist():
+        raise ValueError(f"outcomes: expected numbers from 0 to 1, got {wrong[0]}")
+    total = segment.sum(log_ratio, spans)[counts]
+    losses = functional.binary_cross_entropy_with_logits(beta * total, given.to(total.dtype), reduction="sum")
+    return losses / counts.sum().clamp(min=1)
+
+
 def prime(
     beta: float = 0.05,
     process: float = 5.0,
@@ -109,8 +141,7 @@ def prime(
         A = whiten(sum from t on of process * P + outcome * O)
 
     Groups whose mean reward is outside of ``[low, high]`` are left out. P subtracts the same number at each token, so
-    the advantage depends on how many tokens follow. The loss of the reward model, on the sum of its ``beta * x`` over
-    the tokens of a response, is not part of the objective.
+    the advantage depends on how many tokens follow. ``outcome_loss`` of this module is the loss of the reward model.
 
     Args:
         beta: Factor of the implicit rewards, above 0.

@@ -37,6 +37,19 @@ class aligned_rewards(Credit):
     reads: ClassVar[frozenset[str]] = frozenset({"aligned_log_probs", "ref_log_probs"})
 
     def __call__(self, batch: Rollouts) -> Tensor:
+        return self.of(self._rewarded(batch))
+
+    def targets(self, batch: Rollouts) -> Tensor:
+        """Return what a critic is trained to predict: what the other credit says, with the further rewards.
+
+        Args:
+            batch: The rollouts, with the inputs that the credit requires.
+        """
+        found = self.of.targets(self._rewarded(batch.whole))
+        return found if batch.trajectories is None else batch.trajectories.divided.of_tokens(found)
+
+    def _rewarded(self, batch: Rollouts) -> Rollouts:
+        """Return the batch, each row a trajectory, with the further rewards among those of its tokens."""
         outcome, (rows, last) = batch.outcome_rewards, last_tokens(batch)
         aligned, ref = batch.input("aligned_log_probs"), batch.input("ref_log_probs")
         dtype = torch.promote_types(torch.promote_types(aligned.dtype, ref.dtype), outcome.dtype)
@@ -51,7 +64,7 @@ class aligned_rewards(Credit):
             further = further + batch.token_rewards
         excess = outcome - outcome.clamp(-self.outcome_bound, self.outcome_bound)
         further = further.index_add(0, last, excess.index_select(0, rows).to(further.dtype), alpha=-1)
-        return self.of(batch.with_inputs(token_rewards=further))
+        return batch.with_inputs(token_rewards=further)
 
 
 def rto(

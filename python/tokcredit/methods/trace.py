@@ -43,7 +43,7 @@ class answer_progress(Credit):
     window: int = whole_number(3, at_least=1)
     weight: float = number(0.2)
     epsilon: float = number(1e-6, at_least=0)
-    reads: ClassVar[frozenset[str]] = frozenset({"answer_log_probs", "initial_answer_log_probs"})
+    reads: ClassVar[frozenset[str]] = frozenset({"ref_answer_log_probs", "ref_initial_answer_log_probs"})
 
     def __call__(self, batch: Rollouts) -> Tensor:
         groups, turns = batch.nonempty_groups, batch.turns
@@ -51,16 +51,16 @@ class answer_progress(Credit):
         outcome = segment.standardize(
             batch.rewards, groups.index, moments, "normalized", self.epsilon, torch.float64
         ).index_select(0, turns.row)
-        after = batch.input("answer_log_probs").index_select(0, turns.last).double()
+        after = batch.input("ref_answer_log_probs").index_select(0, turns.last).double()
         scored = ~after.isnan()
         count = ops.count(turns.of_row(scored))
         if bool((scored & (turns.number >= count.index_select(0, turns.row))).any()):
             raise ValueError(
-                "answer_log_probs: expected them after every turn up to the last that has one, got a turn without"
+                "ref_answer_log_probs: expected them after every turn up to the last that has one, got a turn without"
             )
         before = torch.where(
             turns.number == 0,
-            batch.input("initial_answer_log_probs").double().index_select(0, turns.row),
+            batch.input("ref_initial_answer_log_probs").double().index_select(0, turns.row),
             after.roll(1),
         )
         delta = torch.where(scored, (0.1 - before).log() - (0.1 - after).log(), 0)
@@ -108,7 +108,7 @@ def trace(
         A = outcome + weight * c[k]
 
     The outcome is ``(R - mean(R)) / (std(R) + epsilon)`` over the group, with the population standard deviation. The
-    turn after the last ``answer_log_probs``, which gives the answer, has the outcome alone.
+    turn after the last ``ref_answer_log_probs``, which gives the answer, has the outcome alone.
 
     Args:
         discount: gamma, from 0 to 1.

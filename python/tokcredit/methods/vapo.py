@@ -69,7 +69,7 @@ def vapo(
     Cost: The same as PPO, and training of the critic alone before.
     References: arXiv 2504.05118.
     Differences from the paper:
-        - Training of the critic before the policy is left to the trainer.
+        - The critic is not trained before the policy here; ``tokcredit train --critic-warmup`` does it.
     Differences from the released code:
         - NeMo-RL divides the imitation by the tokens of the micro-batch, so that micro-batches do not add up to the
           batch; here the tokens of the batch are counted.

@@ -23,14 +23,14 @@ def vc_ppo(
 
     Args:
         trace: lambda of the advantages, from 0 to 1.
-        target_trace: lambda of the value targets, ``credit.of.targets(batch)`` of the objective; from 0 to 1.
+        target_trace: lambda of the value targets, ``credit.targets(batch)`` of the objective; from 0 to 1.
         clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
         clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
 
     Cost: The same as PPO, and training of the critic alone before.
     References: arXiv 2503.01491.
     Differences from the paper:
-        - Training of the critic before the policy, on returns of the first policy, is left to the trainer.
+        - The critic is not trained before the policy here; ``tokcredit train --critic-warmup`` does it.
     """
     return Objective(
         credit.whitened(credit.gae(trace=trace, target_trace=target_trace)),

@@ -18,6 +18,7 @@ from tokcredit.packing.predictions import Predicted, gather, scores
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Divergence
 from tokcredit.train import activations, adapter, virtual_tokens
+from tokcredit.train.critic import Critic
 from tokcredit.train.scoring import plan, predict
 
 FROM_TEACHER = frozenset({"reverse_kl", "forward_kl", "js"})
@@ -46,6 +47,8 @@ class ForwardPass:
         token_loss: Token loss of the objective, which says how its divergence is taken, or None.
         hidden_only: Whether the loss takes hidden states where it can, so that divergences are not read.
         masks: Networks of :data:`LEARNED` by name, or None.
+        critic: Critic, or None.
+        aligned: Aligned policy, or None.
     """
 
     def __init__(
@@ -59,10 +62,14 @@ class ForwardPass:
         token_loss: Any = None,
         hidden_only: bool = False,
         masks: Any = None,
+        *,
+        critic: Critic | None = None,
+        aligned: Any = None,
     ) -> None:
         self._names, self._batch, self._temperature = frozenset(names), batch, temperature
         self._token_loss, self._hidden_only, self._masks = token_loss, hidden_only, masks
         self._policy, self._reference, self._teacher = policy, reference, teacher
+        self._critic, self._aligned = critic, aligned
 
     @cached_property
     def layer(self) -> OutputLayer | None:
@@ -115,7 +122,8 @@ class ForwardPass:
     @cached_property
     def _predicted(self) -> Predicted:
         apart = self.layer is not None
-        wanted = apart or "hidden_states" in self._names
+        shared = "values" in self._names and self._critic is not None and self._critic.model is None
+        wanted = apart or shared or "hidden_states" in self._names
         return predict(self._policy, self._plan, hidden_states=wanted, logits=not apart)
 
     def _to_rows(self, x: Tensor, packed: TreePack) -> Tensor:
@@ -221,6 +229,25 @@ class ForwardPass:
             return self._log_probs_of(self._reference, self._batch)
 
     @property
+    def aligned_log_probs(self) -> Tensor:
+        """Log-probs of the tokens under the aligned policy, nats, without gradient."""
+        with torch.no_grad():
+            return self._log_probs_of(self._aligned, self._batch)
+
+    @cached_property
+    def values(self) -> Tensor:
+        """Values of the critic before the tokens, with gradient; 0 where the policy did not choose the token."""
+        assert self._critic is not None
+        packed, hidden = self._plan, None
+        if self._critic.model is None:
+            hidden = self._predicted.hidden_states
+        else:
+            packed = self._plan_of(self._critic.model, self._batch)
+            hidden = predict(self._critic.model, packed).hidden_states
+        assert hidden is not None
+        return self._to_rows(self._critic(hidden), packed)
+
+    @property
     def token_probs(self) -> Tensor:
         """Probabilities of the K tokens that the rows of the group chose, ``[N, K]``."""
         return log_probs.group_probs(self._scaled_logits, self._batch)
@@ -312,7 +339,7 @@ class ForwardPass:
         return value
 
 
-_COLLECTORS = ("policy", "policy_groups", "reference", "teacher")
+_COLLECTORS = ("policy", "policy_groups", "reference", "teacher", "critic", "aligned")
 
 
 def collected() -> frozenset[str]:
@@ -338,6 +365,9 @@ def collect(
     reference: Any = None,
     teacher: Any = None,
     temperature: float = 1.0,
+    *,
+    critic: Critic | None = None,
+    aligned: Any = None,
 ) -> Rollouts:
     """Return the batch with those of the required inputs that forward passes give.
 
@@ -351,6 +381,8 @@ def collect(
         reference: Reference policy, for ``ref_log_probs`` and ``ref_forward_kl``.
         teacher: Model of the teacher, for its log-probs and the divergences from it.
         temperature: Logits of all models are divided by it.
+        critic: Critic, for ``values``.
+        aligned: Aligned policy, for ``aligned_log_probs``.
     """
     names = frozenset(required_inputs) & collected()
     if not names or batch.num_tokens == 0:
@@ -365,7 +397,8 @@ def collect(
         chosen = batch.selection(rows)
         assert chosen.tokens is not None
         places.append(chosen.tokens)
-        forward = ForwardPass(names, batch.take(chosen), policy, reference, teacher, temperature)
+        part, further = batch.take(chosen), {"critic": critic, "aligned": aligned}
+        forward = ForwardPass(names, part, policy, reference, teacher, temperature, **further)
         for name in names:
             values[name].append(forward.read(name))
     back = torch.cat(places).argsort()

@@ -11,14 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tokcredit.files import WriteError, write
-from tokcredit.train import fixed_collectors
 from tokcredit.train.curve import Curve, curve_of
 from tokcredit.train.experiment import NEUTRAL, check_folder, checked, read_summary, resolved, run
 from tokcredit.train.folder import locked
 from tokcredit.train.ranks import check_launch, on_main, processes
 from tokcredit.train.record import draw_curves, read_metrics
 from tokcredit.train.settings import Settings
-from tokcredit.train.trainer import distils
+from tokcredit.train.trainer import only_read
 
 
 def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Path | None:
@@ -68,10 +67,8 @@ def _one(settings: Settings, method: str, seed: int, folder: Path) -> Settings:
     objective = dataclasses.replace(settings.objective, method=method)
     output = folder / f"{method}-seed{seed}"
     one = dataclasses.replace(settings, objective=objective, seed=seed, output=output, resume=True)
-    # What a method does not read is not given to it.
-    built = objective.build()
-    one = dataclasses.replace(one, collectors=fixed_collectors.read(built, one.collectors))
-    return resolved(one if distils(built) else dataclasses.replace(one, teacher=None))
+    # The methods that read no other models have none.
+    return resolved(only_read(one, objective.build()))
 
 
 def _report(folder: Path, methods: tuple[str, ...], seeds: range, curve: Curve) -> None:

@@ -34,8 +34,13 @@ from tokcredit.train.virtual_tokens import VirtualPrompt
 
 _OF_ROLLOUTS = (
     "sampler",
+    *("reward_model", "reward_model_lr"),
     *("group", "adaptive", "widths", "segment", "epochs", "minibatches"),
-    *(f.name for group in ("probes", "replay", "privileged") for f in dataclasses.fields(getattr(Settings(), group))),
+    *(
+        f.name
+        for group in ("probes", "replay", "privileged", "critic")
+        for f in dataclasses.fields(getattr(Settings(), group))
+    ),
 )
 """Settings that only rollouts read."""
 _OF_TASKS = (
@@ -104,7 +109,7 @@ def checked(settings: Settings) -> tuple[Any, Problems | None]:
             f"method: expected one that reads no inputs of rollouts because of {option}, got "
             f"{settings.objective.method}, which requires {', '.join(of_rollouts)}"
         )
-    trainer.check_teacher(objective, settings)
+    trainer.check_models(objective, settings)
     fixed_collectors.check(objective, settings)
     _check_read(settings, option)
     if not settings.tasks:
@@ -112,7 +117,10 @@ def checked(settings: Settings) -> tuple[Any, Problems | None]:
     return objective, tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
 
 
-_SAMPLED = ("told", "sampler", "continuations", "probes", "tree_sampler", "replay", "environment", "length_head")
+_SAMPLED = (
+    *("told", "sampler", "continuations", "probes", "tree_sampler", "replay", "environment", "length_head"),
+    *("critic", "credit", "reward_model", "greedy", "turn_answers", "ref_turn_answers", "roles"),
+)
 
 
 def _check_read(settings: Settings, option: str) -> None:

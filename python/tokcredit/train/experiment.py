@@ -184,7 +184,9 @@ def resolved(settings: Settings) -> Settings:
         settings: Settings of a run.
     """
     recipe = models.recipe(settings.model)
-    sampling, optimizer = settings.sampling, settings.optimizer
+    sampling, optimizer, critic = settings.sampling, settings.optimizer, settings.critic
+    lr = optimizer.lr or recipe.lr
+    critic_lr = critic.critic_lr or (10 * lr if critic.critic else 0.0)
     name = f"{models.short_name(settings.model)}-{settings.objective.method}"
     return dataclasses.replace(
         settings,
@@ -195,9 +197,11 @@ def resolved(settings: Settings) -> Settings:
         ),
         optimizer=dataclasses.replace(
             optimizer,
-            lr=optimizer.lr or recipe.lr,
+            lr=lr,
             precision=recipe.precision if optimizer.precision == "auto" else optimizer.precision,
         ),
+        critic=dataclasses.replace(critic, critic_lr=critic_lr),
+        reward_model_lr=settings.reward_model_lr or (lr if settings.reward_model else 0.0),
         tasks=settings.tasks or (() if settings.trains_on_examples else recipe.tasks),
         steps=settings.steps or recipe.steps,
         output=settings.output or Path("runs") / name,

@@ -23,7 +23,6 @@ from tokcredit.train.scoring import left_padded, plan, predict
 from tokcredit.train.settings import CollectorSettings, Settings
 
 _SETTINGS = {
-    "aligned": ("aligned",),
     "contrasted": ("positive", "negative", "contrast"),
     "revised_prompts": ("better_template", "worse_template"),
     "activations": ("mask_activations",),
@@ -36,7 +35,7 @@ OF_EXAMPLES = tuple(_SETTINGS)
 
 def names() -> frozenset[str]:
     """Return the names of the inputs that do not change in training."""
-    found = frozenset().union(*map(inputs.names, ("reference", *OF_EXAMPLES)))
+    found = frozenset().union(*map(inputs.names, ("reference", "aligned", *OF_EXAMPLES)))
     return frozenset(name for name in found if inputs.get(name).per == "token" and not inputs.get(name).axes)
 
 
@@ -124,8 +123,8 @@ class FixedCollectors:
     def _beside(self, option: str) -> Any:
         """Return the model that a setting names, on the device of the policy."""
         if option not in self._others:
-            text = getattr(self._settings.collectors, option)
-            other = models.beside(option, text, self._tokenizer, self._settings.model)
+            source: Any = self._settings if option == "aligned" else self._settings.collectors
+            other = models.beside(option, getattr(source, option), self._tokenizer, self._settings.model)
             self._others[option] = other.to(self._model.device)
         return self._others[option]
 

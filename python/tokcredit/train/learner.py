@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +24,7 @@ from tokcredit.schedule import State
 from tokcredit.stages.token_weights import importance
 from tokcredit.train import collectors, masks, nonfinite, virtual_tokens
 from tokcredit.train.clock import Clock
+from tokcredit.train.critic import Critic, CriticOptimizer
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import OptimizerSettings, Settings
 from tokcredit.train.teacher import Teacher
@@ -63,6 +66,8 @@ class Learner:
         reference: Reference policy, or None if nothing of it has to be computed.
         teacher: Teacher of a distilling objective, or None.
         accelerator: Devices and precision.
+        critic: Critic that is trained beside the policy, or None.
+        aligned: Aligned policy, or None.
 
     Attributes:
         state: State of the objective's controllers.
@@ -77,6 +82,9 @@ class Learner:
         reference: Any,
         teacher: Teacher | None,
         accelerator: Accelerator,
+        *,
+        critic: Critic | None = None,
+        aligned: Any = None,
     ) -> None:
         o = settings.optimizer
         self._settings, self._accelerator, self._ranks = settings, accelerator, Ranks(accelerator)
@@ -84,6 +92,8 @@ class Learner:
         self._models = (model, reference, teacher.model if teacher else None)
         self._masks = masks.networks(objective, model, settings.seed)
         self._trained: Any = torch.nn.ModuleList([model, self._masks]) if self._masks else model
+        self._further: dict[str, Any] = {"critic": critic, "aligned": aligned}
+        self._critic = CriticOptimizer(critic, settings, self._ranks) if critic else None
         trained = [p for p in self._trained.parameters() if p.requires_grad]
         self._optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(trained, lr=o.lr, weight_decay=o.weight_decay, fused=True)
@@ -97,6 +107,7 @@ class Learner:
             "skipped_in_row": self.skipped_in_row,
             "teacher": self._teacher.state_dict() if self._teacher else None,
             "masks": self._masks.state_dict() if self._masks else None,
+            "critic": self._critic.state_dict() if self._critic else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -111,6 +122,8 @@ class Learner:
             self._teacher.load_state_dict(state["teacher"])
         if self._masks:
             self._masks.load_state_dict(state["masks"])
+        if self._critic:
+            self._critic.load_state_dict(state["critic"])
 
     def with_inputs(self, batch: Rollouts, others: frozenset[str] = frozenset()) -> Rollouts:
         """Return the rollouts with the inputs that forward passes give, but for those of the reference that they carry.
@@ -122,9 +135,10 @@ class Learner:
         names, o = self._objective.required_inputs | others, self._settings.optimizer
         if o.epochs * o.minibatches > 1:
             names |= {"old_log_probs"}
-        names -= {name for name in inputs.names("reference") if batch.has_input(name)}
+        names -= {name for name in inputs.names("reference") | inputs.names("aligned") if batch.has_input(name)}
+        temperature = self._settings.sampling.temperature
         with self._accelerator.autocast():
-            return collectors.collect(names, batch, o.micro_batch, *self._models, self._settings.sampling.temperature)
+            return collectors.collect(names, batch, o.micro_batch, *self._models, temperature, **self._further)
 
     def score(self, batch: Rollouts) -> tuple[Tensor, Tensor]:
         """Return log-probs and entropies under the policy at temperature 1, float ``[N]`` each, without gradient.
@@ -136,6 +150,16 @@ class Learner:
         with self._accelerator.autocast():
             scored = collectors.collect(names, batch, self._settings.optimizer.micro_batch, self._model)
         return scored.input("old_log_probs"), scored.input("entropies")
+
+    def ref_log_probs(self, batch: Rollouts) -> Tensor:
+        """Return log-probs under the reference policy at temperature 1, float ``[N]``, without gradient.
+
+        Args:
+            batch: Packed rows with ``prompt_tokens``.
+        """
+        size, reference = self._settings.optimizer.micro_batch, self._models[1]
+        with self._accelerator.autocast():
+            return collectors.collect({"ref_log_probs"}, batch, size, None, reference).input("ref_log_probs")
 
     @torch.no_grad()
     def measure(self, batch: Rollouts) -> dict[str, float]:
@@ -163,17 +187,32 @@ class Learner:
         Raises:
             RuntimeError: A loss or a gradient is not finite and is not skipped, or the weights became so.
         """
+        warmup = self._settings.critic.critic_warmup
+        of_policy, steps = number - warmup, self._settings.steps - warmup
         with clock("credit"):
-            prepared = self._over_ranks(self._prepare(batch, (number - 1) / max(self._settings.steps - 1, 1)))
+            prepared = self._over_ranks(self._prepare(batch, max(of_policy - 1, 0) / max(steps - 1, 1)))
         virtual_tokens.for_step(self._model, number)
-        lr = learning_rate(self._settings.optimizer, number, self._settings.steps)
+        lr = learning_rate(self._settings.optimizer, of_policy, steps) if of_policy > 0 else 0.0
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        metrics, log_probs, skipped = self._optimize(prepared, number, clock)
+        with self._frozen() if of_policy <= 0 else nullcontext():
+            metrics, log_probs, skipped = self._optimize(prepared, number, clock)
         self._check_weights(number)
         if self._settings.optimizer.on_nonfinite == "skip":
             metrics["skipped_updates"] = float(len(skipped))
         return Update(prepared, log_probs, metrics | {"lr": lr} | self._mismatch(prepared, log_probs), skipped)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Exclude the policy from gradients inside this context, so that it stays as it is."""
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        for p in trained:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in trained:
+                p.requires_grad_(True)
 
     def refuse(self, number: int, what: str) -> None:
         """Count an update as skipped because it is not finite, or stop the run.
@@ -235,11 +274,17 @@ class Learner:
             prepared = dataclasses.replace(prepared, batch=batch)
         return prepared
 
+    def _parameters(self) -> dict[str, Tensor]:
+        """Return the parameters of the policy and of its critic by name."""
+        critic = self._further["critic"]
+        return dict(chain(self._model.named_parameters(), critic.named_parameters("critic") if critic else ()))
+
     def _check_weights(self, number: int) -> None:
+        parameters = self._parameters()
         with torch.no_grad():
-            finite = torch.nn.utils.get_total_norm(self._trained.parameters()).isfinite()
+            finite = torch.nn.utils.get_total_norm(parameters.values()).isfinite()
         # The norm of finite weights may still overflow.
-        if not finite and (bad := [name for name, x in self._trained.named_parameters() if not x.isfinite().all()]):
+        if not finite and (bad := [name for name, x in parameters.items() if not x.isfinite().all()]):
             raise RuntimeError(
                 f"step {number}: expected finite weights after the update, got others in {len(bad)} parameters, the "
                 f"first is {bad[0]}; nothing of this step was saved; a smaller lr may help"
@@ -250,7 +295,7 @@ class Learner:
     ) -> tuple[dict[str, float], Tensor, list[str]]:
         o, batch = self._settings.optimizer, prepared.batch
         log_probs = torch.full((batch.num_tokens,), torch.nan, device=batch.device)
-        totals, steps, norms = _Totals(self._metrics_of_nothing(prepared)), 0, 0.0
+        totals, steps, norms, critic_norms = _Totals(self._metrics_of_nothing(prepared)), 0, 0.0, 0.0
         skipped: list[str] = []
         units = _units(np.arange(batch.num_rows), batch, self._objective.couples_rows)
         for epoch in range(o.epochs):
@@ -268,23 +313,37 @@ class Learner:
                     measured.append(metrics)
                 self._ranks.average_gradients(self._trained)
                 norm = float(self._accelerator.clip_grad_norm_(self._trained.parameters(), o.max_grad_norm))
+                critic_norm = self._critic.clip() if self._critic else 0.0
                 total = torch.tensor([metrics["loss"] for metrics in measured], dtype=torch.float64).sum()
                 loss = self._ranks.mean({"loss": total})["loss"]
-                if not math.isfinite(norm + loss):
+                if not math.isfinite(norm + critic_norm + loss):
                     in_step = np.arange(batch.num_rows) if whole else chosen
-                    skipped.append(f"loss {loss:g} and gradient norm {norm:g}{self._sources(part, parts, in_step)}")
-                    self._optimizer.zero_grad()
+                    of_critic = f", {critic_norm:g} of the critic" if self._critic else ""
+                    where = self._sources(part, parts, in_step)
+                    skipped.append(f"loss {loss:g} and gradient norm {norm:g}{of_critic}{where}")
+                    self._forget()
                     self.refuse(number, skipped[-1])
                     continue
                 for metrics in measured:
                     totals.add(metrics)
-                norms += norm
+                norms, critic_norms = norms + norm, critic_norms + critic_norm
                 self._optimizer.step()
-                self._optimizer.zero_grad()
+                if self._critic:
+                    self._critic.step()
+                self._forget()
                 if self._teacher:
                     self._teacher.follow(self._model)
                 steps, self.skipped_in_row = steps + 1, 0
-        return totals.metrics(self._ranks, steps) | {"grad_norm": norms / max(steps, 1)}, log_probs, skipped
+        metrics = totals.metrics(self._ranks, steps) | {"grad_norm": norms / max(steps, 1)}
+        if self._critic:
+            metrics["critic_grad_norm"] = critic_norms / max(steps, 1)
+        return metrics, log_probs, skipped
+
+    def _forget(self) -> None:
+        """Forget all gradients."""
+        self._optimizer.zero_grad()
+        if self._critic:
+            self._critic.forget()
 
     def _sources(self, part: PreparedBatch, parts: list[NDArray[np.int64]], numbers: NDArray[np.int64]) -> str:
         """Return which rows of the step make a loss or a gradient that is not finite, and at which tokens.
@@ -305,9 +364,9 @@ class Learner:
             found |= {int(numbers[rows[row]]): positions for row, positions in seen.items()}
         if not found:
             for rows in parts:
-                self._optimizer.zero_grad()
+                self._forget()
                 self._pass(part.select(rows), Clock())
-                gradients = [p.grad for p in self._trained.parameters() if p.grad is not None]
+                gradients = [p.grad for p in self._parameters().values() if p.grad is not None]
                 if not torch.nn.utils.get_total_norm(gradients).isfinite():
                     found |= {int(numbers[row]): [] for row in rows}
         prefix = f"process {self._ranks.index}: " if self._ranks.count > 1 else ""
@@ -332,6 +391,7 @@ class Learner:
             token_loss=getattr(self._objective, "token_loss", None),
             hidden_only=hidden_only,
             masks=self._masks,
+            **self._further,
         )
 
     def _pass(self, part: PreparedBatch, clock: Clock, backward: bool = True) -> tuple[Tensor, dict[str, float]]:
@@ -345,6 +405,8 @@ class Learner:
                 hidden, settings = forward.final_hidden_states, {"temperature": temperature, **settings}
                 if forward.distils_hidden:
                     settings["teacher"] = forward.teacher_states
+                elif others := [name for name in names if name not in ("log_probs", "entropies")]:
+                    settings["variables"] = {name: forward.read(name) for name in others}
                 whole = self._objective.loss_from_hidden(part, hidden, weight, bias, **settings)
             loss, found, log_probs, entropies = whole
         else:

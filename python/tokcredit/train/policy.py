@@ -40,7 +40,25 @@ def reference(objective: Any, model: Any, known: frozenset[str] = frozenset()) -
         model: The policy before its first step. With an adapter it is the reference too, with the adapter switched off.
         known: Names of inputs that need not be computed.
     """
-    read = (objective.required_inputs | set(objective.variables)) & inputs.names("reference")
+    of_reference = inputs.names("reference") | inputs.names("ref_turn_answers")
+    read = (objective.required_inputs | set(objective.variables)) & of_reference
     if not read - known:
         return None
     return model if adapter.has_one(model) else copy.deepcopy(model)
+
+
+def aligned(settings: Settings, model: Any, tokenizer: Any) -> Any:
+    """Return the aligned policy that the settings say, or None without one.
+
+    Args:
+        settings: Settings of the run.
+        model: The policy, on its device.
+        tokenizer: Tokenizer of the policy.
+
+    Raises:
+        ValueError: There is no such model, or it has other tokens.
+    """
+    given = settings.aligned
+    if given is None:
+        return None
+    return models.beside("aligned", given, tokenizer, settings.model).to(model.device)

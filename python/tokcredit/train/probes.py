@@ -59,6 +59,52 @@ class Prober:
                 values["answer_probs"], values["answer_confidences"] = self._answers(rows, ends, problems)
         return {name: value for name, value in values.items() if name in required_inputs}
 
+    def answers_of_turns(
+        self, batch: Rollouts, problems: Sequence[Problem], log_probs_of: Callable[[Rollouts], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean log-prob of the true answer's tokens after every turn but the last, and after the prompt.
+
+        The answer follows the text of the settings. What a turn led to, such as the reply of a tool, comes before it.
+
+        Args:
+            batch: The rollouts.
+            problems: Problem of each row.
+            log_probs_of: Function of rollouts that returns their log-probs, float ``[N]``.
+
+        Returns:
+            float ``[N]``, at the last token of each turn and NaN elsewhere, and float ``[R]``.
+        """
+        rows, turns = _Rows(self._context, batch), batch.turns
+        ids = batch.trajectory_ids
+        trajectory = list(range(batch.num_rows)) if ids is None else ids.tolist()
+        asked: dict[tuple[tuple[int, ...], str], list[tuple[Tensor, int]]] = {}
+        after, first = rows.without_values(), torch.zeros(batch.num_rows, device=batch.device)
+        prompts: dict[int, list[int]] = {}
+        for row, problem in enumerate(problems):
+            prompt = prompts.setdefault(trajectory[row], rows.prompt(row))
+            asked.setdefault((tuple(prompt), problem.answer), []).append((first, row))
+        before: dict[int, int] = {}
+        for row, begin, last in zip(turns.row.tolist(), turns.first.tolist(), turns.last.tolist(), strict=True):
+            if trajectory[row] in before:
+                state = (*rows.prompt(row), *rows.before(begin))
+                asked.setdefault((state, problems[row].answer), []).append((after, before[trajectory[row]]))
+            before[trajectory[row]] = last
+        question = self._ids(self._settings.text)
+        forced = self._forced([[*state, *question] for state, _ in asked], [answer for _, answer in asked])
+        found = segment.mean(log_probs_of(forced), forced.spans)
+        for places, value in zip(asked.values(), found.to(after), strict=True):
+            for column, place in places:
+                column[place] = value
+        return after, first
+
+    def _ids(self, text: str) -> list[int]:
+        found: list[int] = self._context.tokenizer(text, add_special_tokens=False).input_ids
+        return found
+
+    def _forced(self, states: list[list[int]], answers: list[str]) -> Rollouts:
+        """Return true answers as rows, each after its state."""
+        return self._rollouts(states, list(map(self._ids, answers)))
+
     def _values(self, rows: _Rows, tokens: list[int], problems: Sequence[Problem]) -> Tensor:
         """Return the mean reward of continuations from before each of these tokens; equal states are sampled once."""
         context, s = self._context, self._context.settings.sampling
@@ -89,10 +135,9 @@ class Prober:
         probs, confidences = rows.without_values(), rows.without_values()
         if not ends:
             return probs, confidences
-        question = context.tokenizer(p.text, add_special_tokens=False).input_ids
+        question = self._ids(p.text)
         states = [rows.prompt_of(t) + rows.through(t) + question for t in ends]
-        truths = [context.tokenizer(problems[rows.row_of(t)].answer, add_special_tokens=False).input_ids for t in ends]
-        forced = self._rollouts(states, truths)
+        forced = self._forced(states, [problems[rows.row_of(t)].answer for t in ends])
         log_probs, _ = self._score(forced)
         probs[ends] = segment.mean(log_probs.exp(), forced.spans).to(probs.dtype)
         made = context.complete(states, p.answers, p.answer_temperature, p.answer_tokens)
@@ -133,6 +178,9 @@ class _Rows:
 
     def row_of(self, token: int) -> int:
         return self._row[token]
+
+    def prompt(self, row: int) -> list[int]:
+        return self._prompts[row]
 
     def prompt_of(self, token: int) -> list[int]:
         return self._prompts[self._row[token]]

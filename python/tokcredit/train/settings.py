@@ -113,7 +113,7 @@ class ProbeSettings(Declared):
     step_end: str = ".\n\n"
     """Text that ends a step of reasoning."""
     text: str = "**Final Answer**\n\\boxed{"
-    """Text after a step that makes the model give a short answer."""
+    """Text after a step, or a turn, that makes the model give a short answer."""
     answers: int = whole_number(5, at_least=1)
     """Number of short answers after a step."""
     answer_tokens: int = whole_number(10, at_least=1)
@@ -230,8 +230,6 @@ class PrivilegedSettings(Declared):
 class CollectorSettings(Declared):
     """Other models and prompts that methods on pairs read. A setting that the method does not read is refused."""
 
-    aligned: str | None = None
-    """Aligned model of tgdpo, for example one trained by dpo: a model with the same tokens, given like model."""
     positive: str | None = None
     """Model of cdpo that was trained on right solutions, given like model."""
     negative: str | None = None
@@ -252,6 +250,25 @@ class CollectorSettings(Declared):
                 raise ValueError(f"{name}: expected a text with {{question}}, got {getattr(self, name)!r}")
         if not self.mask_activations:
             raise ValueError("mask_activations: expected at least one kind, got none")
+
+
+@dataclass(frozen=True)
+class CriticSettings(Declared):
+    """The critic of methods that read values, such as ppo. The term value() is its loss, which is added if missing."""
+
+    critic: str | None = None
+    """Critic: head for a linear layer on the final hidden states of the policy; or one on those of a model of its own
+    with the same tokens, given like model, or initial for a copy of the model before the first step."""
+    critic_lr: float = number(0.0, at_least=0)
+    """Learning rate of the critic, which has no schedule; 0 takes ten times that of the policy."""
+    critic_warmup: int = whole_number(0, at_least=0)
+    """Number of steps, the first of the run, that train the critic alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("critic_lr", "critic_warmup"):
+            if self.critic is None and getattr(self, name):
+                raise ValueError(f"{name}: expected 0 because there is no critic, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -294,6 +311,7 @@ class Settings(Declared):
     chat: ChatSettings = field(default_factory=ChatSettings)
     privileged: PrivilegedSettings = field(default_factory=PrivilegedSettings)
     collectors: CollectorSettings = field(default_factory=CollectorSettings)
+    critic: CriticSettings = field(default_factory=CriticSettings)
     model: str = "smollm2"
     """Model to train: "smollm2", "tiny", "tiny_tools", or a folder or hub name of a causal language model."""
     adapter: str | None = None
@@ -317,6 +335,13 @@ class Settings(Declared):
     teacher: str | None = None
     """Teacher of a distilling method: a model with the same tokens, given like model; initial for the model before the
     first step; live for the model itself; ema(rate) for an average of its weights over the steps."""
+    aligned: str | None = None
+    """Policy that was trained on preferences, for rto and tgdpo: a model with the same tokens, given like model."""
+    reward_model: str | None = None
+    """Implicit reward model of prime, which learns from the outcomes of every step: initial for a copy of the model
+    before the first step, or a model with the same tokens, given like model."""
+    reward_model_lr: float = number(0.0, at_least=0)
+    """Learning rate of the reward model, which has no schedule; 0 takes that of the policy."""
     reward: str | None = None
     """Reward function in place of the task's own: "package.module:function" of (prompt, response, answer) -> float."""
     on_reward_error: Literal["stop", "zero", "drop"] = "stop"
@@ -348,6 +373,10 @@ class Settings(Declared):
             raise ValueError(f"pairs, completions: expected one of them, got {self.pairs}, {self.completions}")
         if self.imitate != "completion" and not self.completions:
             raise ValueError(f"imitate: expected completion because there are no completions, got {self.imitate}")
+        if self.reward_model is None and self.reward_model_lr:
+            raise ValueError(
+                f"reward_model_lr: expected 0 because there is no reward model, got {self.reward_model_lr}"
+            )
 
     @property
     def trains_on_examples(self) -> bool:

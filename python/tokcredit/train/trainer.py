@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ from tokcredit.methods.hapo import entropy_deviation
 from tokcredit.mixing import mix
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
+from tokcredit.stages import term
 from tokcredit.stages.credit import Credit
 from tokcredit.stages.token_weights import tis
-from tokcredit.train import adapter, collectors, fixed_collectors, policy, tasks
+from tokcredit.train import adapter, baselines, collectors, critic, fixed_collectors, implicit, policy, tasks
 from tokcredit.train import teacher as teaching
 from tokcredit.train.clock import Clock
 from tokcredit.train.conversations import Conversations
@@ -36,7 +38,7 @@ from tokcredit.train.ranks import Ranks, check_launch
 from tokcredit.train.replay import Replay
 from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext, SingleTurn
 from tokcredit.train.sampler import Sampler, TransformersSampler
-from tokcredit.train.settings import Settings
+from tokcredit.train.settings import CriticSettings, Settings
 from tokcredit.train.trees import Trees
 from tokcredit.train.virtual_tokens import VirtualPrompt
 
@@ -81,6 +83,13 @@ def _corrected(objective: Any) -> Any:
     return mix(objective, token_weights=(*objective.token_weights, tis()))
 
 
+def _with_value_loss(objective: Any) -> Any:
+    """Return the objective with the loss of a critic, unless it already has one."""
+    if any(isinstance(x, term.value) for x in objective.terms):
+        return objective
+    return mix(objective, terms=(*objective.terms, term.value()))
+
+
 def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
     """Return what the settings say before a model is loaded: the objective, the problems and the rollout collector.
 
@@ -106,6 +115,10 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
         if settings.objective.token_weights is None:
             objective = _corrected(objective)
     check_collected(objective, settings.objective.method, ("user", "host", *fixed_collectors.OF_EXAMPLES))
+    check_models(objective, settings)
+    fixed_collectors.check(objective, settings)
+    if settings.critic.critic is not None:
+        objective = _with_value_loss(objective)
     _check_group(settings, objective)
     if isinstance(objective, Preference) and settings.sampling.group != 2:
         raise ValueError(
@@ -117,8 +130,6 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
             f"micro_batch: expected at least {settings.sampling.group}, the size of a group, because the objective "
             f"compares the rows of a group, got {settings.optimizer.micro_batch}"
         )
-    check_teacher(objective, settings)
-    fixed_collectors.check(objective, settings)
     if (stage := _length_stage(objective)) is not None and not hasattr(stage, "gamma"):
         raise ValueError(f"credit: expected a stage with a gamma because it reads length_values, got {stage}")
     problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
@@ -127,24 +138,65 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
     return objective, problems, found
 
 
-def check_teacher(objective: Any, settings: Settings) -> None:
-    """Check that there is a teacher if, and only if, the objective needs one.
+_MODELS = {"teacher": "teacher", "critic": "critic", "aligned": "aligned policy", "reward_model": "reward model"}
+"""Settings of models beside the policy, and what the model is."""
+
+
+def check_models(objective: Any, settings: Settings) -> None:
+    """Check that there is each model beside the policy if, and only if, the objective needs it.
 
     Args:
         objective: The objective.
         settings: Settings of the run.
 
     Raises:
-        ValueError: There is none or a superfluous one, or its rate is out of range.
+        ValueError: One is missing or superfluous, or a setting of one is out of range.
     """
-    method, given = settings.objective.method, settings.teacher
-    if given is None:
-        if distils(objective):
-            raise ValueError(f"teacher: expected a model because of {method}, got None")
-    elif not distils(objective):
-        raise ValueError(f"teacher: expected None because {method} has no teacher, got {given}")
-    else:
-        teaching.rate_of(given)
+    method, chosen = settings.objective.method, settings.critic
+    for name, given, needed, expected in (
+        ("teacher", settings.teacher, distils(objective), "a model"),
+        ("critic", chosen.critic, _reads(objective, "critic"), "head, initial or a model"),
+        ("aligned", settings.aligned, _reads(objective, "aligned"), "a model"),
+        ("reward_model", settings.reward_model, _reads(objective, "reward_model"), "initial or a model"),
+    ):
+        if given is None and needed:
+            raise ValueError(f"{name}: expected {expected} because of {method}, got None")
+        if given is not None and not needed:
+            raise ValueError(f"{name}: expected None because {method} has no {_MODELS[name]}, got {given}")
+    if settings.teacher is not None:
+        teaching.rate_of(settings.teacher)
+    if chosen.critic is not None:
+        if all(type(x).targets is Credit.targets for x in objective.credit.stages() if isinstance(x, Credit)):
+            raise ValueError(
+                f"credit: expected one that says what a critic learns, such as gae(), got {objective.credit!r}"
+            )
+        if chosen.critic_warmup >= settings.steps:
+            raise ValueError(
+                f"critic_warmup: expected fewer than the {settings.steps} steps, got {chosen.critic_warmup}"
+            )
+
+
+def only_read(settings: Settings, objective: Any) -> Settings:
+    """Return the settings without the models and prompts beside the policy that the objective does not read.
+
+    Args:
+        settings: Settings of a run.
+        objective: Its objective.
+    """
+    rewarded = _reads(objective, "reward_model")
+    return dataclasses.replace(
+        settings,
+        teacher=settings.teacher if distils(objective) else None,
+        critic=settings.critic if _reads(objective, "critic") else CriticSettings(),
+        collectors=fixed_collectors.read(objective, settings.collectors),
+        aligned=settings.aligned if _reads(objective, "aligned") else None,
+        reward_model=settings.reward_model if rewarded else None,
+        reward_model_lr=settings.reward_model_lr if rewarded else 0.0,
+    )
+
+
+def _reads(objective: Any, collector: str) -> bool:
+    return bool(inputs.names(collector) & objective.required_inputs)
 
 
 def distils(objective: Any) -> bool:
@@ -288,13 +340,19 @@ class Trainer:
         self.context.prompt.prefix = adapter.prefix(self.model)
         self.rollout_collector = make(self.context)
         reference = policy.reference(self.objective, self.model)
-        self.learner = Learner(settings, self.objective, self.model, reference, teacher, self.accelerator)
+        loaded = (settings, self.model, self.tokenizer)
+        further = {"critic": critic.made(*loaded), "aligned": policy.aligned(*loaded)}
+        models = (self.model, reference, teacher)
+        self.learner = Learner(settings, self.objective, *models, self.accelerator, **further)
         self.privileged = None
         if teacher:
             longest = getattr(teacher.model.config, "max_position_embeddings", None)
             self.privileged = teaching.PrivilegedPrompts(settings.privileged, self.context.prompt, longest)
         self.prober = Prober(self.context, self.learner.score)
         self.lengths = self._length_learner() if required_inputs & inputs.names("length_head") else None
+        self.reward_model = implicit.made(settings, self.objective, self.model, self.tokenizer, self.accelerator)
+        everything = (*self.problems.held_out, *chain.from_iterable(self.problems.train))
+        self.roles = baselines.Roles(everything, self.ranks) if "role_baselines" in required_inputs else None
         self.accelerator.register_for_checkpointing(self)
 
     def _vllm(self, dtype: torch.dtype) -> Sampler:
@@ -308,6 +366,8 @@ class Trainer:
             "temperature": self.adaptive.statistics if self.adaptive else None,
             "rollout_collector": self.rollout_collector.state_dict(),
             "lengths": self.lengths.state_dict() if self.lengths else None,
+            "roles": self.roles.state_dict() if self.roles else None,
+            "reward_model": self.reward_model.state_dict() if self.reward_model else None,
             **self.learner.state_dict(),
         }
 
@@ -321,6 +381,10 @@ class Trainer:
             self.adaptive.statistics = state["temperature"]
         if self.lengths:
             self.lengths.load_state_dict(state["lengths"])
+        if self.reward_model:
+            self.reward_model.load_state_dict(state["reward_model"])
+        if self.roles:
+            self.roles.load_state_dict(state["roles"])
         self.rollout_collector.load_state_dict(state["rollout_collector"])
         self.learner.load_state_dict(state)
 
@@ -350,26 +414,38 @@ class Trainer:
         clock = Clock()
         with clock("sample"):
             collection = self.rollout_collector.collect(number).judged()
+            if "greedy_rewards" in self.objective.required_inputs:
+                collection = baselines.with_greedy(collection, self.rollout_collector.attempt)
             pairs: dict[str, float] = {}
             if isinstance(self.objective, Preference):
                 collection, pairs["pairs_skipped"] = self._pairs(collection, number)
         with clock("train"):
-            batch = self._with_inputs(collection, number)
+            batch, learned = self._with_inputs(collection, number), dict[str, float]()
+            if self.reward_model:
+                batch, learned = self.reward_model(batch)
             update = self.learner.update(batch, number, clock)
         if self.adaptive and not update.skipped:
             everything, _ = self.ranks.gather(batch, frozenset({"entropies"}))
             self.adaptive.statistics = self.deviation.statistics(everything)
-        metrics = update.metrics | pairs | self.ranks.mean(self._measured(collection, update))
+        metrics = update.metrics | pairs | learned | self.ranks.mean(self._measured(collection, update))
         failures = torch.tensor(self.context.rewards.failures())
         metrics |= self.ranks.sum({"tokens": batch.lengths.sum(), "reward_failures": failures})
+        if self.settings.critic.critic is not None:
+            metrics["explained_variance"] = critic.explained(batch, self.ranks)
         self.learner.observe(metrics)
+        if not math.isfinite(learned.get("reward_model_loss", 0.0)):
+            self._skip(number, "a loss or a gradient of the reward model", metrics)
         if self.lengths:
             metrics["length_loss"] = self.lengths.update(batch, ~batch.input("truncated"))
             if not math.isfinite(metrics["length_loss"]):
-                self.learner.refuse(number, "a loss or a gradient of the length head")
-                metrics["skipped_updates"] += 1
+                self._skip(number, "a loss or a gradient of the length head", metrics)
         seconds = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
         return Step(collection, update, {**metrics, **clock.seconds, "seconds": seconds})
+
+    def _skip(self, number: int, what: str, metrics: dict[str, float]) -> None:
+        """Count an update beside that of the policy as skipped because it is not finite, or stop the run."""
+        self.learner.refuse(number, what)
+        metrics["skipped_updates"] += 1
 
     def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Return what the progress bar shows of a step.
@@ -432,8 +508,20 @@ class Trainer:
         batch = self.learner.with_inputs(batch, others)
         if wanted & (inputs.names("continuations") | inputs.names("probes")):
             batch = batch.with_inputs(**self.prober.probe(wanted, batch, collection.problems, number))
+        for collector, prefix, log_probs_of in (
+            ("turn_answers", "", lambda forced: self.learner.score(forced)[0]),
+            ("ref_turn_answers", "ref_", self.learner.ref_log_probs),
+        ):
+            if wanted & inputs.names(collector):
+                after, first = self.prober.answers_of_turns(batch, collection.problems, log_probs_of)
+                names = (f"{prefix}answer_log_probs", f"{prefix}initial_answer_log_probs")
+                batch = batch.with_inputs(**dict(zip(names, (after, first), strict=True)))
+        if self.roles:
+            batch = batch.with_inputs(role_baselines=self.roles.of(batch, collection.problems))
         if self.lengths:
             batch = batch.with_inputs(length_values=self.lengths.values(batch))
+        if "value_targets" in wanted:
+            batch = batch.with_inputs(value_targets=self.objective.credit.targets(batch))
         return batch
 
     def _length_learner(self) -> LengthLearner:

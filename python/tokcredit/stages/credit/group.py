@@ -34,6 +34,23 @@ class Credit(Stage):
         """
         raise NotImplementedError
 
+    def targets(self, batch: Rollouts) -> Tensor:
+        """Return what a critic is trained to predict before each token, as the part that reads ``values`` says.
+
+        Args:
+            batch: The rollouts, with the inputs that the credit requires.
+
+        Returns:
+            float ``[N]``.
+
+        Raises:
+            ValueError: No part reads ``values``, or several do, or it does not say what a critic learns.
+        """
+        parts = [x for x in self._settings() if isinstance(x, Credit) and "values" in x.required_inputs]
+        if len(parts) != 1:
+            raise ValueError(f"credit: expected one part that says what a critic learns, such as gae(), got {self!r}")
+        return parts[0].targets(batch)
+
 
 EQUAL = 1e-9
 """Numbers near 1 with a standard deviation of at most this count as equal: their differences are rounding."""

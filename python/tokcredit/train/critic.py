@@ -1,0 +1,180 @@
+"""The critic: values of the states before tokens, learned beside the policy."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokcredit.rollouts import Rollouts
+from tokcredit.train import adapter, models
+from tokcredit.train.ranks import Ranks
+from tokcredit.train.settings import Settings
+
+
+class Critic(nn.Module):
+    """A linear layer on final hidden states, of the policy or of a model of its own. First its values are 0.
+
+    Args:
+        width: Size d of the hidden states.
+        model: Causal language model whose hidden states it reads, or None for those of the policy.
+
+    Attributes:
+        model: That model or None. What of it requires gradients is trained.
+        head: The linear layer.
+    """
+
+    def __init__(self, width: int, model: Any = None) -> None:
+        super().__init__()
+        self.model, self.head = model, nn.Linear(width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the value of each hidden state, in float32.
+
+        Args:
+            hidden_states: float ``[Q, d]``.
+
+        Returns:
+            float ``[Q]``.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            values: Tensor = self.head(hidden_states.to(self.head.weight.dtype))[:, 0]
+        return values
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are trained, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def made(settings: Settings, policy: Any, tokenizer: Any) -> Critic | None:
+    """Return the critic that the setting ``critic`` says, or None without it.
+
+    With an adapter a model of its own has the same adapter, and only that is trained of it.
+
+    Args:
+        settings: Settings of the run.
+        policy: The policy before the first step, on its device.
+        tokenizer: Tokenizer of the policy.
+
+    Raises:
+        ValueError: The critic has other tokens.
+    """
+    text = settings.critic.critic
+    if text is None:
+        return None
+    if text == "head":
+        model = None
+    elif text == "initial":
+        model = copy.deepcopy(policy)
+    else:
+        model = models.beside("critic", text, tokenizer, settings.model).to(policy.device)
+        if settings.adapter is not None:
+            adapter.add(model, settings.adapter, settings.seed)
+    if model is not None:
+        _freeze_output_layer(model)
+    width = (policy if model is None else model).config.get_text_config().hidden_size
+    return Critic(width, model).to(policy.device)
+
+
+def _freeze_output_layer(model: Any) -> None:
+    """Exclude the output layer, which values do not pass, unless it is also the input layer."""
+    layer = model.get_output_embeddings()
+    if layer is not None and layer.weight is not model.get_input_embeddings().weight:
+        layer.requires_grad_(False)
+
+
+class CriticOptimizer:
+    """Updates a critic, in every process alike.
+
+    Args:
+        critic: The critic.
+        settings: Settings of the run.
+        ranks: The processes.
+    """
+
+    def __init__(self, critic: Critic, settings: Settings, ranks: Ranks) -> None:
+        self._critic, self._ranks, self._limit = critic, ranks, settings.optimizer.max_grad_norm
+        parameters, decay = list(critic.trained().values()), settings.optimizer.weight_decay
+        self._optimizer = torch.optim.AdamW(parameters, lr=settings.critic.critic_lr, weight_decay=decay, fused=True)
+
+    def clip(self) -> float:
+        """Average the gradients over the processes, scale them down to the limit, and return their norm before that."""
+        self._ranks.average_gradients(self._critic)
+        return float(nn.utils.clip_grad_norm_(self._critic.trained().values(), self._limit))
+
+    def step(self) -> None:
+        """Update the critic."""
+        self._optimizer.step()
+
+    def forget(self) -> None:
+        """Forget the gradients."""
+        self._optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights that are trained, and the state of the optimizer, for a checkpoint."""
+        weights = {name: p.detach() for name, p in self._critic.trained().items()}
+        return {"weights": weights, "optimizer": self._optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the state of a checkpoint.
+
+        Args:
+            state: From :meth:`state_dict`.
+        """
+        for name, p in self._critic.trained().items():
+            p.copy_(state["weights"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+ROUNDING = 1e-10
+"""Targets whose variance is at most this share of the mean square of targets and values differ by rounding only."""
+
+
+def explained_variance(
+    values: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    total: Callable[[Mapping[str, Tensor]], Mapping[str, float | Tensor]] = dict,
+) -> float:
+    """Return the share of the variance of the targets that the values explain, ``1 - var(G - V) / var(G)``.
+
+    It is 1 for values that are right up to a constant, 0 for a constant, and below 0 for values that are worse than a
+    constant. It is NaN if the targets do not vary by more than rounding.
+
+    Args:
+        values: float ``[N]``, V.
+        targets: float ``[N]``, G.
+        mask: bool ``[N]``, tokens that count. What lies at others is not read.
+        total: Adds up each of some numbers by name over the processes.
+    """
+    value, target = values[mask].double(), targets[mask].double()
+    error = target - value
+    sizes = {"count": mask.sum().double(), "size": target.square().sum() + value.square().sum()}
+    sums = {name: float(x) for name, x in total({**sizes, "target": target.sum(), "error": error.sum()}).items()}
+    count = max(sums["count"], 1.0)
+    squares = {
+        "target": (target - sums["target"] / count).square().sum(),
+        "error": (error - sums["error"] / count).square().sum(),
+    }
+    spread = {name: float(x) for name, x in total(squares).items()}
+    if not spread["target"] > ROUNDING * sums["size"]:
+        return math.nan
+    return 1 - spread["error"] / spread["target"]
+
+
+def explained(batch: Rollouts, ranks: Ranks) -> float:
+    """Return the explained variance of the critic before an update, over all processes.
+
+    Args:
+        batch: The rollouts of this process, with ``values`` and ``value_targets``.
+        ranks: The processes.
+    """
+    values, targets = batch.input("values"), batch.input("value_targets")
+    return explained_variance(values, targets, batch.response_mask, ranks.sum)

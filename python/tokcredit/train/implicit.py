@@ -1,0 +1,132 @@
+"""The implicit process reward model of PRIME, which learns from outcomes beside the policy."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tokcredit.methods.prime import implicit_process, outcome_loss
+from tokcredit.rollouts import Rollouts
+from tokcredit.train import adapter, collectors, models
+from tokcredit.train.ranks import Ranks
+from tokcredit.train.settings import Settings
+
+
+class RewardModel:
+    """A model whose log-probs, minus those of its first weights, are rewards of tokens.
+
+    It learns from the outcomes of a step, and then rewards the tokens of the same step.
+
+    Args:
+        model: Causal language model, on its device. With an adapter only that is trained.
+        beta: Factor of its rewards.
+        settings: Settings of the run.
+        accelerator: Devices and precision.
+    """
+
+    def __init__(self, model: Any, beta: float, settings: Settings, accelerator: Accelerator) -> None:
+        self._model, self._beta, self._accelerator, self._ranks = model, beta, accelerator, Ranks(accelerator)
+        self._reference = model if adapter.has_one(model) else copy.deepcopy(model)
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        o, lr = settings.optimizer, settings.reward_model_lr
+        parameters = list(self._trained.values())
+        self._optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=o.weight_decay, fused=True)
+        self._size, self._limit, self._temperature = o.micro_batch, o.max_grad_norm, settings.sampling.temperature
+
+    def __call__(self, batch: Rollouts) -> tuple[Rollouts, dict[str, float]]:
+        """Return the batch with ``implicit_rewards``, after learning from its outcomes, and metrics over all processes.
+
+        If the loss or a gradient is not finite the model stays as it is, and the loss is NaN.
+
+        Args:
+            batch: The rollouts of this process, with rewards from 0 to 1.
+
+        Raises:
+            ValueError: A reward is not from 0 to 1, or a trajectory has several rows.
+        """
+        if batch.trajectories is not None:
+            raise ValueError(
+                "trajectory_ids: expected one row in each trajectory because the reward model learns the outcome of "
+                "whole rows, got several"
+            )
+        first = self._collected(batch, "ref_log_probs", reference=self._reference)
+        metrics = self._learn(batch, first)
+        now = self._collected(batch, "aligned_log_probs", aligned=self._model)
+        return batch.with_inputs(implicit_rewards=now - first), metrics
+
+    def _collected(self, batch: Rollouts, name: str, **model: Any) -> Tensor:
+        with self._accelerator.autocast():
+            found = collectors.collect({name}, batch, self._size, None, temperature=self._temperature, **model)
+        return found.input(name)
+
+    def _learn(self, batch: Rollouts, reference: Tensor) -> dict[str, float]:
+        known = self._ranks.sum({"count": batch.nonempty.sum()})
+        rows, total = batch.nonempty.nonzero()[:, 0], torch.zeros((), dtype=torch.float64, device=batch.device)
+        batch = batch.with_inputs(ref_log_probs=reference)
+        for part in rows.split(self._size):
+            some = batch.select(part)
+            with self._accelerator.autocast():
+                forward = collectors.ForwardPass({"log_probs"}, some, self._model, temperature=self._temperature)
+                ratio = forward.log_probs - some.input("ref_log_probs")
+            loss = outcome_loss(ratio, some.spans, some.rewards, self._beta) * (len(part) / max(known["count"], 1))
+            (loss * self._ranks.count).backward()
+            total += loss.detach()
+        self._ranks.average_gradients(self._model)
+        norm = float(nn.utils.clip_grad_norm_(self._trained.values(), self._limit))
+        value = self._ranks.sum({"loss": total})["loss"]
+        if finite := math.isfinite(norm + value):
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return {"reward_model_loss": value if finite else math.nan, "reward_model_grad_norm": norm}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights that are trained, and the state of the optimizer, for a checkpoint."""
+        return {
+            "weights": {name: p.detach() for name, p in self._trained.items()},
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the state of a checkpoint.
+
+        Args:
+            state: From :meth:`state_dict`.
+        """
+        for name, p in self._trained.items():
+            p.copy_(state["weights"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+
+def made(
+    settings: Settings, objective: Any, policy: Any, tokenizer: Any, accelerator: Accelerator
+) -> RewardModel | None:
+    """Return the reward model that the settings say, or None without one.
+
+    Args:
+        settings: Settings of the run.
+        objective: The objective, whose stage says the factor of the rewards.
+        policy: The policy before the first step, on its device.
+        tokenizer: Tokenizer of the policy.
+        accelerator: Devices and precision.
+
+    Raises:
+        ValueError: The reward model has other tokens.
+    """
+    text = settings.reward_model
+    if text is None:
+        return None
+    if text == "initial":
+        model = copy.deepcopy(policy)
+    else:
+        model = models.beside("reward_model", text, tokenizer, settings.model).to(policy.device)
+        if settings.adapter is not None:
+            adapter.add(model, settings.adapter, settings.seed)
+    beta = next((x.beta for x in objective.stages() if isinstance(x, implicit_process)), implicit_process().beta)
+    return RewardModel(model, beta, settings, accelerator)

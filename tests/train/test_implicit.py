@@ -1,0 +1,119 @@
+"""The implicit reward model: what it learns from, what it rewards, and how it is resumed."""
+
+import copy
+import math
+
+import pytest
+import tokcredit as tc
+import torch
+from test_experiment import TIMES
+from tokcredit.train import ObjectiveSettings, SamplingSettings, checkpoint
+from tokcredit.train.experiment import resolved
+from tokcredit.train.scoring import score
+from tokcredit.train.trainer import Trainer
+
+OTHER = "tiny(steps=0, seed=1)"
+
+
+def prime(settings, model="initial", **changes):
+    objective = ObjectiveSettings("prime", set=("low=0", "high=1"))
+    sampling = SamplingSettings(prompts=2, group=2, max_tokens=6)
+    return resolved(settings(objective=objective, sampling=sampling, reward_model=model, **changes))
+
+
+@pytest.mark.parametrize("model", ["initial", OTHER])
+def test_it_learns_before_it_rewards(settings, uniform, model):
+    trainer = Trainer(prime(settings, model, reward_model_lr=1e-3))
+    rewards, start = trainer.reward_model, copy.deepcopy(trainer.reward_model._model)
+    batch = trainer.rollout_collector.collect(1).batch
+    with torch.no_grad():
+        first = score(start, batch)[0]
+    found, metrics = rewards(batch)
+    assert metrics["reward_model_loss"] == pytest.approx(math.log(2)), "the log-ratio is 0 before the first step"
+    with torch.no_grad():
+        expected = score(rewards._model, batch)[0] - first
+    torch.testing.assert_close(found.input("implicit_rewards"), expected)
+    assert expected.abs().max() > 1e-3
+    assert torch.equal(next(rewards._reference.parameters()), next(start.parameters()))
+
+
+def test_the_loss_falls_on_the_same_outcomes(settings, uniform):
+    """Small steps along the gradient."""
+    trainer = Trainer(prime(settings, reward_model_lr=1e-4))
+    batch = trainer.rollout_collector.collect(1).batch
+    losses = [trainer.reward_model(batch)[1]["reward_model_loss"] for _ in range(6)]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+
+
+def test_micro_batches_do_not_change_the_gradient(settings, uniform):
+    norms = []
+    for size in (1, 3, 16):
+        trainer = Trainer(prime(settings))
+        trainer.reward_model._size = size
+        norms.append(trainer.reward_model(trainer.rollout_collector.collect(1).batch)[1]["reward_model_grad_norm"])
+    assert norms[0] > 0 and norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("adapter", [None, "lora(r=4)"])
+def test_resumed_training_gives_the_numbers_of_an_uninterrupted_one(settings, uniform, tmp_path, adapter):
+    if adapter:
+        pytest.importorskip("peft")
+    s = prime(settings, adapter=adapter)
+
+    def steps(trainer, numbers):
+        lines = [trainer.step(number).metrics for number in numbers]
+        return [{name: x for name, x in line.items() if name not in TIMES} for line in lines]
+
+    expected = steps(Trainer(s), (1, 2, 3))
+    first, second = Trainer(s), Trainer(s)
+    found = steps(first, (1, 2))
+    checkpoint.save(first.accelerator, tmp_path, 2)
+    assert checkpoint.load(second.accelerator, tmp_path) == 2
+    assert found + steps(second, (3,)) == expected
+    assert all(line["reward_model_grad_norm"] > 0 and line["grad_norm"] > 0 for line in expected)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(settings, uniform):
+    trainer = Trainer(prime(settings))
+    model = trainer.reward_model._model
+    batch = trainer.rollout_collector.collect(1).batch
+    before = copy.deepcopy(model.state_dict())
+    handle = next(model.parameters()).register_hook(lambda grad: grad * math.nan)
+    assert math.isnan(trainer.reward_model(batch)[1]["reward_model_loss"])
+    handle.remove()
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(x.grad is None for x in model.parameters())
+
+
+def test_a_trajectory_of_several_rows_is_refused(settings, uniform):
+    trainer = Trainer(prime(settings))
+    batch = trainer.rollout_collector.collect(1).batch
+    two = tc.Rollouts(
+        batch.tokens,
+        torch.cat([batch.begin[:1], batch.end]),
+        torch.zeros_like(batch.group_ids),
+        torch.ones_like(batch.rewards),
+        trajectory_ids=torch.zeros_like(batch.group_ids),
+        extras={"prompt_tokens": batch.input("prompt_tokens")},
+    )
+    with pytest.raises(
+        ValueError, match="trajectory_ids: expected one row in each trajectory because the reward model"
+    ):
+        trainer.reward_model(two)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "reward_model: expected initial or a model because of prime, got None"),
+        (
+            {"reward_model": "initial", "objective": ObjectiveSettings("grpo")},
+            "reward_model: expected None because grpo has no reward model, got initial",
+        ),
+        ({"reward_model": "tiny_tools(steps=0)"}, "reward_model: expected the tokens of tiny.*, got tiny_tools"),
+        ({"reward_model_lr": 0.1}, "reward_model_lr: expected 0 because there is no reward model, got 0.1"),
+    ],
+)
+def test_refusals(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(resolved(settings("prime", **changes)))
