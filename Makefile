@@ -15,7 +15,7 @@ BUILD := $(if $(wildcard /dev/nvidia0),-C cmake.define.TOKCREDIT_CUDA=ON -C cmak
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -U pip
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt numpy tyro accelerate datasets filelock gguf jinja2 math-verify matplotlib peft pyarrow reasoning_gym rich \
+	$(BIN)/pip install -q -c constraints.txt numpy tyro accelerate datasets filelock gguf jinja2 math-verify matplotlib minigrid peft pyarrow reasoning_gym rich \
 	  tensorboard tqdm transformers
 	$(BIN)/pip install -q -c constraints.txt pybind11 pytest pytest-benchmark pytest-randomly pytest-timeout hypothesis scipy selenium ruff mypy clang-format
 	touch $@

@@ -280,14 +280,14 @@ for _entry in (
         "token",
         "float",
         "reward of a token that the policy chose, of a turn at its last token; 0 elsewhere",
-        "user",
+        "environment",
     ),
     Input(
         "turn_ids",
         "token",
         "integer",
         "number of the turn in its trajectory, ascending; read at tokens that the policy chose",
-        "user",
+        "environment",
     ),
     Input(
         "values",
@@ -325,14 +325,14 @@ for _entry in (
         "token",
         "integer",
         "state that the environment was in before a turn, at the turn's first token; equal ids are compared in a group",
-        "user",
+        "environment",
     ),
     Input(
         "turn_scores",
         "token",
         "float",
         "score of the state after a turn, at the turn's last token; NaN at other tokens, and where there is none",
-        "user",
+        "environment",
         nan_means_absent=True,
     ),
     Input(

@@ -329,3 +329,23 @@ def test_an_update_lowers_the_loss_of_its_conversations(talking, method):
     trainer.learner.update(trainer.learner.with_inputs(batch), 1, Clock())
     new = score(trainer.model, batch)[0].detach()
     assert trainer.objective.loss(prepared, new).loss < trainer.objective.loss(prepared, old).loss
+
+
+@pytest.mark.parametrize("method", ["match_tir", "grpo", "ctpo"])
+def test_a_row_for_each_call_trains_the_same(talking, method):
+    """The same conversations as one row each, and as one row for each turn."""
+    found = []
+    for rows in ("one", "call"):
+        trainer = scripted(talking, mixed, method=method, tools=ToolSettings(turns=3, episode_rows=rows))
+        batch = trainer.rollout_collector.collect(1).batch
+        old = score(trainer.model, batch)[0].detach()
+        decided = batch.response_mask
+        found.append((batch.num_rows, batch.whole.num_rows, batch.tokens[decided], old[decided]))
+        prepared = trainer.objective.prepare(batch.with_inputs(old_log_probs=old))
+        loss = trainer.objective.loss(prepared, old + 0.1 * torch.cos(batch.tokens.float())).loss
+        found[-1] += (prepared.advantages[decided], batch.input("turn_rewards")[decided], loss)
+    one, call = found
+    assert one[:2] == (16, 16) and call[:2] == (48, 16)
+    assert one[4].any() and one[5].any()
+    for a, b in zip(one[2:], call[2:], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)

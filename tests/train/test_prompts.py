@@ -144,3 +144,22 @@ def test_on_the_command_line(settings, tmp_path, uniform):
     for row in rows:
         said = words.decode(row["prompt_tokens"])
         assert said == f"<system>Be brief.\n<user>{row['prompt']}\n<assistant>[no thoughts]"
+
+
+def test_what_the_user_says_between_two_responses():
+    words = tiny.tokenizer()
+    plain = Prompts(words)
+    line, word, end = words("\n").input_ids[0], words("a").input_ids[0], words.eos_token_id
+    assert words.decode(plain.between("seen", line)) == "seen\n"
+    assert words.decode(plain.between("seen", word)) == words.decode(plain.between("seen", end)) == "\nseen\n"
+    words.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    chat = Prompts(words, ChatSettings(system_prompt="be brief"))
+    following = words("[user]seen<end>[assistant]").input_ids
+    assert chat.between("seen", end) == following
+    assert chat.between("seen", word) == [end, *following], "a response that was cut is ended"
+    asked = chat(Problem("t", "q", "", float))
+    whole = (Message("user", "q"), Message("assistant", "a"), Message("user", "seen"))
+    assert [*asked, word, end, *chat.between("seen", end)] == chat.templated(whole)

@@ -62,8 +62,9 @@ def read(
 
     Readable files are ``rollouts-*.parquet`` of this trainer, the completions of TRL (``log_completions``), the JSONL
     of verl (``rollout_data_dir``), and JSONL of ``{"group", "prompt", "tokens" or "text", "reward"}``. Parquet and
-    JSONL may carry ``response_mask``, ``log_probs`` (of the updated policy), ``advantages`` and any registered input
-    without further axes by its name, each in every row or in none.
+    JSONL may carry ``response_mask``, ``log_probs`` (of the updated policy), ``advantages``, ``trajectory`` (the same
+    number in the rows of an episode) and any registered input without further axes by its name, each in every row or in
+    none.
 
     Rows of a group have the same ``group``, or the same ``uid`` in verl's files, or else the same prompt. A row whose
     ``group`` is null is a group of its own. Responses that are chat messages become the texts of their messages, and
@@ -158,6 +159,8 @@ def _run(rows: list[Row], vocabulary: Vocabulary, file: Path, step: int | None, 
         named["old_log_probs"], log_probs = log_probs, None
     if advantages is not None:
         named[RECORDED] = advantages
+    # This trainer tells rewards of tokens apart from outcomes, also where both have the same sum.
+    dense = {name: named.pop(name) for name in named.keys() & {"token_rewards"} if settings}
     batch = Rollouts(
         _joined(tokens),
         torch.tensor([0, *lengths]).cumsum(0),
@@ -166,7 +169,8 @@ def _run(rows: list[Row], vocabulary: Vocabulary, file: Path, step: int | None, 
         _joined(chosen) if mask is None else _joined(chosen) & mask,
         **{name: x for name, x in named.items() if name in FIELDS},  # type: ignore[arg-type]
         extras={name: x for name, x in named.items() if name not in FIELDS},
-    )
+        trajectory_ids=_column("trajectory", "integer", rows, None),
+    ).with_inputs(**dense)
     name = "/".join(file.absolute().parts[-2:])
     return Run(batch, log_probs, advantages, prompts, vocabulary, name, step, _progress(file, step), settings)
 

@@ -40,7 +40,7 @@ class BoundedCalls:
         file: Python file of the function. It should import little, because the worker imports it anew. If it has a
             function ``prepare``, the worker calls that first, without limits. Modules of this package that it imports
             are loaded without the package itself, which would import torch.
-        function: Name of the function in the file. It returns a number.
+        function: Name of the function in the file. It returns a number, or a dict that JSON can hold.
         seconds: Limit of the processor time of a call, seconds.
         memory: Limit of the memory that a call allocates, bytes.
         processes: Number of calls at once, or None for the number of processors, at most 4.
@@ -57,7 +57,7 @@ class BoundedCalls:
         self._connection: Connection | None = None
         atexit.register(_close, weakref.ref(self))
 
-    def __call__(self, calls: Sequence[tuple[Any, ...]]) -> list[float | Failure]:
+    def __call__(self, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Return the result of each call, or a :class:`Failure`. Equal calls are made once.
 
         Args:
@@ -87,8 +87,8 @@ class BoundedCalls:
                 self._program.wait()
         self._connection = self._program = None
 
-    def _results(self, calls: list[tuple[Any, ...]]) -> list[float | Failure]:
-        results: dict[int, float | Failure] = {}
+    def _results(self, calls: list[tuple[Any, ...]]) -> list[Any]:
+        results: dict[int, Any] = {}
         deaths = 0
         try:
             while len(results) < len(calls):

@@ -44,7 +44,7 @@ class Limits:
 class _Process:
     """A process that calls the function, and the number of the call that it works on."""
 
-    def __init__(self, function: Callable[..., float], limits: Limits, inherited: list[Connection]) -> None:
+    def __init__(self, function: Callable[..., Any], limits: Limits, inherited: list[Connection]) -> None:
         self.number: int | None = None
         self.deadline = 0.0
         self._limits = limits
@@ -72,7 +72,7 @@ class _Process:
         return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
-def _call_until_closed(function: Callable[..., float], connection: Connection, limits: Limits) -> None:
+def _call_until_closed(function: Callable[..., Any], connection: Connection, limits: Limits) -> None:
     """Answer the calls of a connection, then end the process."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPROF, signal.SIGALRM):
@@ -86,12 +86,13 @@ def _call_until_closed(function: Callable[..., float], connection: Connection, l
             signal.setitimer(signal.ITIMER_PROF, limits.seconds)
             signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds)
             try:
-                answer: dict[str, Any] = {"value": float(function(*arguments))}
+                value = function(*arguments)
+                answer = json.dumps({"value": value if isinstance(value, dict) else float(value)})
             except Exception as error:
-                answer = {"failure": f"{type(error).__name__}: {str(error)[:200]}"}
+                answer = json.dumps({"failure": f"{type(error).__name__}: {str(error)[:200]}"})
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            connection.send_bytes(json.dumps(answer).encode())
+            connection.send_bytes(answer.encode())
     except (EOFError, OSError):
         os._exit(0)
     except BaseException:
@@ -115,7 +116,7 @@ def _address_space() -> int:
         return 0
 
 
-def _serve(function: Callable[..., float], limits: Limits, parent: Connection) -> None:
+def _serve(function: Callable[..., Any], limits: Limits, parent: Connection) -> None:
     processes: list[_Process] = []
     try:
         while True:

@@ -66,7 +66,7 @@ class ExampleStep(NamedTuple):
     metrics: dict[str, float]
 
     @property
-    def columns(self) -> dict[str, list[str]]:
+    def columns(self) -> dict[str, list[Any]]:
         """Texts that are recorded of each response, by column."""
         rows = [(example, response) for example in self.examples for response in example.responses]
         return {

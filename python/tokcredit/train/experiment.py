@@ -30,7 +30,7 @@ from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.folder import check, locked, plain, write_settings
 from tokcredit.train.learner import Update
 from tokcredit.train.ranks import check_launch, on_main
-from tokcredit.train.record import Record, read_metrics
+from tokcredit.train.record import OF_TURNS, Record, read_metrics
 from tokcredit.train.settings import Settings, is_due
 from tokcredit.train.trainer import Trainer
 
@@ -246,12 +246,15 @@ def _columns(number: int, update: Update, model: Any) -> dict[str, Any]:
         # Numbers that were not computed (NaN) are null.
         return [None if row.isnan().any() else row.tolist() for row in rows]
 
+    def with_nan(x: torch.Tensor) -> list[Any]:
+        return [row.tolist() for row in x.cpu().split(lengths)]
+
     with adapter.switched_off(model):
         prompts = virtual_tokens.known(model, batch.input("prompt_tokens"))
     return {
         "step": [number] * batch.num_rows,
         "group": batch.group_ids.tolist(),
-        "reward": batch.rewards.tolist(),
+        "reward": batch.outcome_rewards.tolist(),
         "prompt_tokens": [row[row >= 0].tolist() for row in prompts.cpu()],
         "tokens": per_row(batch.tokens),
         "response_mask": per_row(batch.response_mask),
@@ -261,6 +264,8 @@ def _columns(number: int, update: Update, model: Any) -> dict[str, Any]:
         "log_probs": per_row(update.log_probs),
         "entropies": per_row(batch.entropies),
         "advantages": per_row(update.prepared.advantages),
+        "trajectory": None if batch.trajectory_ids is None else batch.trajectory_ids.tolist(),
+        **{name: with_nan(batch.input(name)) for name in OF_TURNS if batch.has_input(name)},
     }
 
 

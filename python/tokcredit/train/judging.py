@@ -103,6 +103,23 @@ class Judging:
                     rewards[i] = result
         return rewards
 
+    def replaced(self, message: str, trace: str = "") -> float:
+        """Return what takes the place of a reward that could not be computed, after logging it: 0, or NaN.
+
+        Args:
+            message: What happened, and where.
+            trace: Traceback, which is logged the first time, or nothing.
+
+        Raises:
+            RewardError: ``on_error`` is ``stop``.
+        """
+        if self._on_error == "stop":
+            raise RewardError(f"{message}\n{trace}" if trace else message) from None  # the message has the traceback
+        if trace and not self._traceback_shown:
+            message, self._traceback_shown = f"{message}\n{trace}", True
+        self._failed(message)
+        return math.nan if self._on_error == "drop" else 0.0
+
     def failures(self) -> int:
         """Return the number of rewards that could not be computed since the last call of this method."""
         count, self._failures = self._failures, 0
@@ -113,22 +130,10 @@ class Judging:
             value = problem.reward(response)
         except Exception as error:
             trace = "".join(traceback.format_exception(error.with_traceback(_outside(error.__traceback__)))).rstrip()
-            message = f"reward: {type(error).__name__}: {error}{_where(problem, response)}"
-            if self._on_error == "stop":
-                raise RewardError(f"{message}\n{trace}") from None  # the message has the traceback
-            return self._replaced(message, trace)
+            return self.replaced(f"reward: {type(error).__name__}: {error}{_where(problem, response)}", trace)
         if (number := _number(value)) is not None:
             return number
-        message = f"reward: expected one finite number, got {_written(value)}{_where(problem, response)}"
-        if self._on_error == "stop":
-            raise RewardError(message)
-        return self._replaced(message)
-
-    def _replaced(self, message: str, trace: str = "") -> float:
-        if trace and not self._traceback_shown:
-            message, self._traceback_shown = f"{message}\n{trace}", True
-        self._failed(message)
-        return math.nan if self._on_error == "drop" else 0.0
+        return self.replaced(f"reward: expected one finite number, got {_written(value)}{_where(problem, response)}")
 
     def _failed(self, message: str) -> None:
         self._failures += 1

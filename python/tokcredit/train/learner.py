@@ -425,11 +425,14 @@ class Learner:
         """Return these rows as an optimizer step of their own, with denominators over all processes."""
         if self._ranks.count == 1:
             return part.with_denominators()
-        trains = part.lengths > 0
+        trains, trajectories = part.lengths > 0, part.batch.trajectories
+        episodes = trains.nonzero()[:, 0].cpu().numpy()
+        if trajectories is not None:
+            episodes = np.unique(trajectories.number[episodes])
         counts = self._ranks.sum(
             {
                 "batch_num_tokens": part.lengths.sum(),
-                "global_batch_size": trains.sum(),
+                "global_batch_size": torch.tensor(len(episodes)),
                 "global_num_groups": torch.tensor(part.batch.group_ids[trains].unique().numel()),
             }
         )
@@ -465,11 +468,11 @@ class _Totals:
 
 
 def _units(rows: NDArray[np.int64], batch: Rollouts, coupled: bool) -> list[NDArray[np.int64]]:
-    """Return what must stay together in a part: the rows of each group if they are coupled, else each row."""
-    if not coupled:
+    """Return what stays together in a part: the rows of each group if they are coupled, else those of a trajectory."""
+    if not coupled and batch.trajectories is None:
         return list(rows[:, None])
-    groups = batch.group_index.cpu().numpy()[rows]
-    return [rows[groups == group] for group in np.unique(groups)]
+    of = batch.group_index.cpu().numpy() if coupled or batch.trajectories is None else batch.trajectories.number
+    return [rows[of[rows] == unit] for unit in np.unique(of[rows])]
 
 
 def _joined(units: list[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -479,7 +482,7 @@ def _joined(units: list[NDArray[np.int64]]) -> NDArray[np.int64]:
 def _micro_batches(part: PreparedBatch, size: int, coupled: bool) -> list[NDArray[np.int64]]:
     """Return the rows with a gradient, some at a time, those of a group side by side because they share a prompt.
 
-    A group of coupled rows that is larger than ``size`` is a part of its own.
+    A group of coupled rows, or a trajectory, that is larger than ``size`` is a part of its own.
     """
     rows = part.has_gradient.nonzero()[:, 0].cpu().numpy()
     rows = rows[part.batch.group_index.cpu().numpy()[rows].argsort(kind="stable")]

@@ -1,4 +1,4 @@
-"""Models to train: any causal language model of transformers, or one of three that need no hub."""
+"""Models to train: any causal language model of transformers, or one of four that need no hub."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -18,9 +19,10 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
 
+from tokcredit.environments import grids
 from tokcredit.expression import construct, parse
 from tokcredit.files import naming, read_json, whole_folder
-from tokcredit.settings import Range
+from tokcredit.settings import Range, nearest
 from tokcredit.train import adapter, tools
 from tokcredit.train import tiny as tiny_model
 
@@ -58,6 +60,7 @@ _RECIPES = {
         max_tokens=24,
         lr=2e-5,
     ),
+    "tiny_agent": Recipe(tasks=("minigrid('Empty-Random-6x6')",), steps=40, max_tokens=4, lr=3e-4, precision="no"),
     "tiny_tools": Recipe(tasks=("calculator()",), steps=60, prompts=32, max_tokens=16, lr=4e-4, precision="no"),
     "tiny": Recipe(tasks=("addition(digits=2)",), steps=150, prompts=32, max_tokens=28, lr=3e-4, precision="no"),
 }
@@ -92,7 +95,7 @@ def load(model: str) -> tuple[Any, Any]:
     """Return a model in float32, and its tokenizer.
 
     Args:
-        model: ``smollm2``; ``tiny(steps=..., noise=..., seed=...)`` or ``tiny_tools(...)`` with the same settings; or a
+        model: ``smollm2``; ``tiny(steps=..., noise=..., seed=...)``, ``tiny_tools(...)`` or ``tiny_agent(...)``; or a
             folder or hub name for ``from_pretrained``. The folder of an adapter is merged into the model that it names.
 
     Raises:
@@ -251,6 +254,26 @@ def tiny_tools(steps: _Count = 300, noise: _Probability = 0.4, seed: _Count = 0)
     return _cached(f"tiny-tools-{steps}-{noise}-{seed}", functools.partial(_warmed, tools.conversation, **settings))
 
 
+def tiny_agent(
+    world: str = "Empty-Random-6x6", steps: _Count = 200, noise: _Probability = 0.4, seed: _Count = 0
+) -> Path:
+    """Return the folder of the same network after warm-up on walks through a world of minigrid.
+
+    Args:
+        world: Name of the world; see :func:`tokcredit.environments.grids.names`.
+        steps: Steps of warm-up training; 0 leaves the model random.
+        noise: Probability of a random action in place of one on a shortest path.
+        seed: Seed of the weights and of the walks.
+    """
+    if find_spec("minigrid") is None:
+        raise ImportError('model: tiny_agent needs the package minigrid: pip install "tokcredit[agents]"')
+    if world not in (known := grids.names()):
+        raise ValueError(f"model: tiny_agent: world: expected one of minigrid, got {world!r}{nearest(world, known)}")
+    settings: dict[str, Any] = {"steps": steps, "noise": noise, "seed": seed, "whole": grids.WORDS, "batch": 16}
+    make = functools.partial(_warmed, grids.Walks(world), **settings)
+    return _cached(f"tiny-agent-{world}-{steps}-{noise}-{seed}", make)
+
+
 def _warmed(
     text: Callable[[random.Random, float], str],
     target: Path,
@@ -267,5 +290,10 @@ def _warmed(
     words.save_pretrained(target)
 
 
-_EMBEDDED: dict[str, Callable[..., Path]] = {"smollm2": smollm2, "tiny": tiny, "tiny_tools": tiny_tools}
+_EMBEDDED: dict[str, Callable[..., Path]] = {
+    "smollm2": smollm2,
+    "tiny": tiny,
+    "tiny_tools": tiny_tools,
+    "tiny_agent": tiny_agent,
+}
 _EXPECTED = f"{', '.join(_EMBEDDED)}, or a folder or hub name of a causal language model"

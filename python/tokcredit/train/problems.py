@@ -37,6 +37,27 @@ class Message(NamedTuple):
     content: str
 
 
+class World(NamedTuple):
+    """Where the episodes about a problem begin.
+
+    Attributes:
+        name: Environment as the user named it.
+        path: Import path of its class.
+        settings: Arguments of the class, as JSON.
+        seed: Seed of the episodes.
+        state: Key of the state that they begin in.
+    """
+
+    name: str
+    path: str
+    settings: str
+    seed: int
+    state: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}, seed {self.seed}"
+
+
 class Problem(NamedTuple):
     """A question with its answer.
 
@@ -47,6 +68,9 @@ class Problem(NamedTuple):
         reward: Function from a response to its reward.
         calls: Expected tool calls, or None for a task without tools.
         messages: Messages of a chat that ask the question, or empty if the question is one message of the user.
+        introduction: Instruction before the question, for models with a chat template.
+        world: Where the episodes about the problem begin, or None for a task without an environment. The question is
+            then the first observation, and rewards come from the environment.
     """
 
     task: str
@@ -55,6 +79,8 @@ class Problem(NamedTuple):
     reward: Callable[[str], Any]
     calls: tuple[matching.Call, ...] | None = None
     messages: tuple[Message, ...] = ()
+    introduction: str = ""
+    world: World | None = None
 
     def again(self, response: str, request: str) -> Problem:
         """Return the problem asked once more, after a response to it.

@@ -9,6 +9,8 @@ from tokcredit.settings import nearest
 from tokcredit.train.problems import Message, Problem
 from tokcredit.train.settings import ChatSettings
 
+_RESPONSE = "the response of the model"
+
 
 def filled(template: str, **texts: str) -> str:
     """Return a template with a text in place of each ``{name}``, in one pass, because a text may contain such a name.
@@ -92,19 +94,45 @@ class Prompts:
         Raises:
             ValueError: The chat template refuses the messages.
         """
+        return list(
+            self._tokenizer(self._rendered(messages, add_generation_prompt), add_special_tokens=False).input_ids
+        )
+
+    def between(self, text: str, last: int) -> list[int]:
+        """Return the token ids between a response and the next one, to a text that the user says in between.
+
+        In a chat template that is the end of the response, unless it has ended, a message of the user, and the
+        beginning of a response; else it is the text on lines of its own.
+
+        Args:
+            text: What the user says.
+            last: Last token of the response.
+        """
+        end = self._tokenizer.decode([last])
+        if self._tokenizer.chat_template is None:
+            text = text if end.endswith("\n") else f"\n{text}"
+            return list(self._tokenizer(f"{text}\n", add_special_tokens=False).input_ids)
+        chat = (Message("user", "?"), Message("assistant", _RESPONSE), Message("user", text))
+        rest = self._rendered(chat, True).partition(_RESPONSE)[2]
+        if last in self._tokenizer.all_special_ids:
+            rest = rest.removeprefix(end)
+        return list(self._tokenizer(rest, add_special_tokens=False).input_ids)
+
+    def _rendered(self, messages: tuple[Message, ...], add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError
 
         if self._settings.system_prompt is not None:
             messages = (Message("system", self._settings.system_prompt), *messages)
         try:
-            text = self._tokenizer.apply_chat_template(
-                [message._asdict() for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **self._arguments,
+            return str(
+                self._tokenizer.apply_chat_template(
+                    [message._asdict() for message in messages],
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    **self._arguments,
+                )
             )
         except TemplateError as error:
             roles = [message.role for message in messages]
             expected = "expected messages that the chat template takes"
             raise ValueError(f"{self._option}: {expected}, got {roles}: {error}") from error
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)

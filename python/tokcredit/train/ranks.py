@@ -153,18 +153,22 @@ class Ranks:
         """
         if self.count == 1:
             return batch, torch.arange(batch.num_rows)
+        names |= {name for name in ("token_rewards", "turn_ids") if batch.has_input(name)}
         columns = {"tokens", "group_ids", "rewards", "response_mask", *names & set(FIELDS)}
+        columns |= {"trajectory_ids"} if batch.trajectory_ids is not None else set()
         own = {name: getattr(batch, name).cpu() for name in columns}
         own |= {name: batch.input(name).cpu() for name in names - set(FIELDS)}
         parts = gather_object([own | {"lengths": (batch.end - batch.begin).cpu()}])
         whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts]).to(batch.device) for name in parts[0]}
         lengths = whole.pop("lengths")
         before = sum(len(part["rewards"]) for part in parts[: self.index])
+        # Rewards of tokens were told apart from outcomes already, also where both have the same sum.
+        dense = {name: whole.pop(name) for name in columns & {"token_rewards"}}
         together = Rollouts(
             cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
-            **{name: whole[name] for name in columns},
+            **{name: whole[name] for name in columns - set(dense)},
             extras={name: whole[name] for name in names - set(FIELDS)},
-        )
+        ).with_inputs(**dense)
         return together, torch.arange(before, before + batch.num_rows)
 
     def _reduced(self, numbers: Mapping[str, Tensor], how: str) -> dict[str, float]:

@@ -16,11 +16,16 @@ import pyarrow.parquet as pq
 from tokcredit.files import naming, parsed, whole, write
 from tokcredit.train.curve import Curve
 
+OF_TURNS = ("turn_ids", "anchor_ids", "token_rewards", "turn_rewards", "turn_scores")
+"""Inputs that tell the turns of an episode and their rewards, which are recorded where rollouts have them."""
+
 _ROLLOUTS = pa.schema(
     [
         ("step", pa.int64()),
         ("group", pa.int64()),
         ("task", pa.string()),
+        ("world", pa.string()),
+        ("trajectory", pa.int64()),
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("reward", pa.float32()),
@@ -33,6 +38,8 @@ _ROLLOUTS = pa.schema(
         ),
         ("entropies", pa.list_(pa.float32())),
         ("advantages", pa.list_(pa.float32())),
+        *((name, pa.list_(pa.int64() if name.endswith("_ids") else pa.float32())) for name in OF_TURNS),
+        *((name, pa.list_(pa.string())) for name in ("answers", "states")),
     ]
 )
 
@@ -116,10 +123,11 @@ class Record:
 
         Args:
             step: Number of the step.
-            columns: For each column a value per row, or None for a column of nulls.
+            columns: For each column a value per row, or None for a column of nulls. So is a column that is not there.
         """
-        rows = len(columns["reward"] or ())
-        table = pa.table({k: [None] * rows if v is None else v for k, v in columns.items()}, schema=self._schema)
+        nulls = [None] * len(columns["reward"] or ())
+        given = {name: nulls if column is None else column for name, column in columns.items()}
+        table = pa.table({name: nulls for name in self._schema.names} | given, schema=self._schema)
         write_table(self.folder / f"rollouts-{step:06}.parquet", table)
 
     def curve(self, shown: Curve) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ class RolloutCollection(NamedTuple):
         outcome_groups: Integers ``[M]``, group of each of these responses.
         finished: bool ``[M]``, whether the model ended each of these responses by itself.
         dropped: bool ``[R]``, rows to drop because no response that they are part of has a reward.
+        columns: What is recorded of the rows beside, for each column a value per row.
     """
 
     problems: list[Problem]
@@ -44,6 +46,7 @@ class RolloutCollection(NamedTuple):
     outcome_groups: Tensor
     finished: Tensor
     dropped: Tensor
+    columns: Mapping[str, list[Any]] = MappingProxyType({})
 
     def judged(self) -> RolloutCollection:
         """Return the collection without dropped rows and without responses whose outcome is NaN.
@@ -75,6 +78,7 @@ class RolloutCollection(NamedTuple):
             responses=[self.responses[row] for row in kept],
             batch=self.batch.select(kept),
             dropped=self.dropped[kept],
+            columns={name: [column[row] for row in kept] for name, column in self.columns.items()},
         )
 
 

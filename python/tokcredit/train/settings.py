@@ -193,10 +193,13 @@ _TEMPLATE_NAMES = ("messages", "conversation", "chat_template", "add_generation_
 
 @dataclass(frozen=True)
 class ToolSettings(Declared):
-    """How the model and its tools take turns, in tasks that have tools."""
+    """How the model and its tools, or its environment, take turns, in tasks that have them."""
 
     turns: int = whole_number(10, at_least=1)
     """Largest number of turns of the model; max_tokens holds for each turn."""
+    episode_rows: Literal["one", "call"] = "one"
+    """Rows of an episode: one, or one for each call of the model, whose prompt is all that came before. It changes no
+    result."""
     matching: str = "optimal"
     """How calls are matched with the expected ones: "optimal(penalty=0.5)", "greedy" or "sinkhorn"."""
 
@@ -313,7 +316,8 @@ class Settings(Declared):
     collectors: CollectorSettings = field(default_factory=CollectorSettings)
     critic: CriticSettings = field(default_factory=CriticSettings)
     model: str = "smollm2"
-    """Model to train: "smollm2", "tiny", "tiny_tools", or a folder or hub name of a causal language model."""
+    """Model to train: "smollm2", "tiny", "tiny_tools", "tiny_agent", or a folder or hub name of a causal language
+    model."""
     adapter: str | None = None
     """Adapter to train in place of all weights: "lora(r=16, alpha=32.0, targets='all-linear')", where targets may be a
     regular expression of names of layers, or "prompt(tokens=20)", embeddings before every prompt. The model itself is
@@ -323,7 +327,9 @@ class Settings(Declared):
     """Tasks, in equal parts: a reasoning_gym data set with its configuration, for example "products(max_digits=1)";
     "jsonl('file.jsonl')" with lines {"prompt", "answer"}, where the prompt is a text or the messages of a chat;
     "choices('file.jsonl')" with letters as answers;
-    "addition(digits=2)"; "calculator(operations=2)", which has a tool. The default suits the model."""
+    "addition(digits=2)"; "calculator(operations=2)", which has a tool; "minigrid('Empty-Random-6x6')",
+    "textarena('FrozenLake-v0')" and "environment('package.module:Class')", in which the model acts. The default suits
+    the model."""
     pairs: Path | None = None
     """Pairs to train on in place of rollouts, for a preference method: JSONL of {"prompt", "chosen", "rejected"}, or a
     folder of datasets.Dataset.save_to_disk. prompts is then the number of pairs per step. Tasks are only measured."""
@@ -345,8 +351,9 @@ class Settings(Declared):
     reward: str | None = None
     """Reward function in place of the task's own: "package.module:function" of (prompt, response, answer) -> float."""
     on_reward_error: Literal["stop", "zero", "drop"] = "stop"
-    """What happens to a response for which a reward function raises an error or returns no finite number: stop ends the
-    run with the traceback, zero makes the reward 0, drop leaves the response out of its group, so it trains nothing."""
+    """What happens to a response for which a reward function raises an error or returns no finite number, and to an
+    episode whose environment raises an error or hangs: stop ends the run with the traceback, zero makes the reward 0,
+    drop leaves the response out of its group, so it trains nothing."""
     held_out: float = number(0.2, above=0, below=1)
     """Share of the problems that is kept from training and measured."""
     steps: int = whole_number(0, at_least=0)

@@ -16,7 +16,7 @@ from tokcredit.expression import Call, call_with, parse
 from tokcredit.rewards import answers, matching
 from tokcredit.rewards.bounded import BoundedCalls
 from tokcredit.settings import Range, nearest
-from tokcredit.train import imported, tools
+from tokcredit.train import imported, tools, worlds
 from tokcredit.train.judging import BoundedReward
 from tokcredit.train.problems import Message, Problem, Problems, split
 from tokcredit.train.records import Record, messages, of_file
@@ -145,7 +145,8 @@ def _calculator(operations: _Count = 2, digits: _Count = 1, size: _Count = 2000,
     problems = []
     for _ in range(size):
         question, calls, answer = tools.chain(generator, operations, digits)
-        problems.append(Problem("calculator", question, answer, functools.partial(reward, answer), tuple(calls)))
+        judge = functools.partial(reward, answer)
+        problems.append(Problem("calculator", question, answer, judge, tuple(calls), introduction=tools.INTRODUCTION))
     return problems
 
 
@@ -154,7 +155,9 @@ _TASKS: dict[str, Callable[..., list[Problem]]] = {
     "choices": _choices,
     "addition": _addition,
     "calculator": _calculator,
+    **worlds.TASKS,
 }
+_GENERATED = ("addition", "calculator", *worlds.TASKS)
 
 
 def _problems(text: str, seed: int) -> list[Problem]:
@@ -163,7 +166,7 @@ def _problems(text: str, seed: int) -> list[Problem]:
     call = parse(text, "tasks")
     if call.name not in _TASKS:
         return _reasoning_gym(call, seed)
-    seeded = {"seed": seed, **call.named} if call.name in ("addition", "calculator") else call.named
+    seeded = {"seed": seed, **call.named} if call.name in _GENERATED else call.named
     return list(call_with(_TASKS, call._replace(named=seeded), "tasks"))
 
 
@@ -186,13 +189,16 @@ def load(tasks: Sequence[str], held_out: float, reward: str | None = None, seed:
     function = None if reward is None else imported.function(reward, "reward", ("prompt", "response", "answer"))
     train, measured = [], []
     for text in tasks:
-        distinct = {p.question: p for p in _problems(text, seed)}
+        distinct: dict[Any, Problem] = {p.world or p.question: p for p in _problems(text, seed)}
+        in_worlds = any(p.world for p in distinct.values())
         if function is not None:
-            for question, p in distinct.items():
-                distinct[question] = p._replace(reward=functools.partial(_swapped, function, question, p.answer))
+            if in_worlds:
+                raise ValueError(f"reward: expected None because episodes of {text} have rewards, got {reward}")
+            for key, p in distinct.items():
+                distinct[key] = p._replace(reward=functools.partial(_swapped, function, p.question, p.answer))
         if len(distinct) < 2:
             raise ValueError(f"tasks: expected at least two different problems of {text}, got {len(distinct)}")
-        own, kept = split(list(distinct.values()), held_out)
+        own, kept = (worlds.split if in_worlds else split)(list(distinct.values()), held_out)
         train.append(own)
         measured += kept
     if not all(train) or not measured:

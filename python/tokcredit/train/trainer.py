@@ -30,6 +30,7 @@ from tokcredit.train import teacher as teaching
 from tokcredit.train.clock import Clock
 from tokcredit.train.conversations import Conversations
 from tokcredit.train.curve import REWARDS
+from tokcredit.train.episodes import Episodes
 from tokcredit.train.learner import Learner, Update
 from tokcredit.train.lengths import LengthHead, LengthLearner
 from tokcredit.train.probes import Prober
@@ -57,13 +58,15 @@ class Step(NamedTuple):
     metrics: dict[str, float]
 
     @property
-    def columns(self) -> dict[str, list[str]]:
-        """Texts that are recorded of each rollout, by column."""
+    def columns(self) -> dict[str, list[Any]]:
+        """What is recorded of each rollout beside its numbers, by column."""
         problems = self.collection.problems
         return {
             "task": [p.task for p in problems],
+            "world": [None if p.world is None else str(p.world) for p in problems],
             "prompt": [p.question for p in problems],
             "completion": self.collection.responses,
+            **self.collection.columns,
         }
 
 
@@ -134,6 +137,11 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
         raise ValueError(f"credit: expected a stage with a gamma because it reads length_values, got {stage}")
     problems = tasks.load(settings.tasks, settings.held_out, settings.reward, settings.seed)
     found = collector(settings, objective.required_inputs, problems)
+    if isinstance(objective, Preference) and (issubclass(found, Episodes) or settings.tools.episode_rows != "one"):
+        raise ValueError(
+            f"tasks: expected tasks whose responses are one row because {settings.objective.method} compares pairs of "
+            f"rows, got {', '.join(settings.tasks)}"
+        )
     _check_privileged(settings, objective, found)
     return objective, problems, found
 
@@ -261,14 +269,23 @@ def collector(settings: Settings, wanted: frozenset[str], problems: Problems) ->
         ValueError: The inputs cannot be collected with tools.
     """
     with_tools = any(p.calls is not None for p in problems.held_out)
-    plain = ("continuations", "probes", "tree_sampler", "replay")
-    if with_tools and (others := wanted & frozenset().union(*map(inputs.names, plain))):
+    in_worlds = any(p.world is not None for p in problems.held_out)
+    method, chosen = settings.objective.method, ", ".join(settings.tasks)
+    single = ("continuations", "probes", "tree_sampler", "replay", "length_head")
+    if (with_tools or in_worlds) and (others := wanted & frozenset().union(*map(inputs.names, single))):
+        kind = "tools" if with_tools else "an environment"
         raise ValueError(
-            f"tasks: expected tasks without tools because {settings.objective.method} requires "
-            f"{', '.join(sorted(others))}, got {', '.join(settings.tasks)}"
+            f"tasks: expected tasks without {kind} because {method} requires {', '.join(sorted(others))}, got {chosen}"
         )
     if wanted & inputs.names("tree_sampler"):
         return Trees
+    if in_worlds:
+        return Episodes
+    if others := wanted & inputs.names("environment") - {"turn_rewards", "turn_ids"}:
+        raise ValueError(
+            f"tasks: expected tasks with an environment, such as minigrid(), because {method} requires "
+            f"{', '.join(sorted(others))}, got {chosen}"
+        )
     if with_tools or wanted & inputs.names("environment"):
         return Conversations
     return Replay if wanted & inputs.names("replay") else SingleTurn
@@ -476,7 +493,7 @@ class Trainer:
 
     def _measured(self, collection: RolloutCollection, update: Update) -> dict[str, Tensor]:
         """Return the means that describe the rollouts of this process."""
-        batch = update.prepared.batch
+        batch = update.prepared.batch.whole
         groups, outcomes = Groups.of(collection.outcome_groups), collection.outcomes.double()
         mixed = segment.maximum(outcomes, groups) > segment.minimum(outcomes, groups)
         out = {
