@@ -291,6 +291,8 @@ def configuration(*overrides):
 
 def test_configuration_is_checked_before_anything_starts():
     assert verl_trainer.checked(configuration()).credit == tc.methods.tempo().credit
+    summed = ("algorithm.adv_estimator=tokcredit_mt_grpo", "+algorithm.tokcredit_rows.reward_rule=sum")
+    assert verl_trainer.checked(configuration(*summed)).credit == tc.methods.mt_grpo().credit
     scaled = verl_trainer.checked(configuration("+algorithm.tokcredit.scale=false"))
     assert scaled.credit == tc.methods.tempo(scale=False).credit
     plain = ("algorithm.adv_estimator=grpo", "actor_rollout_ref.actor.policy_loss.loss_mode=vanilla")
@@ -304,8 +306,14 @@ def test_configuration_is_checked_before_anything_starts():
         ("actor_rollout_ref.actor.policy_loss.loss_mode=tokcredit_cpo", "name: expected one of"),
         ("algorithm.adv_estimator=tokcredit_temp", "name: expected one of"),
         ("algorithm.adv_estimator=tokcredit_uncarried", "credit stage .* requires hidden_states"),
+        ("algorithm.adv_estimator=tokcredit_mt_grpo", "credit stage .* requires token_rewards"),
         ("algorithm.adv_estimator=tokcredit_otb", "credit stage .* requires squared_probs"),
         ("actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean", "loss_agg_mode: expected 'token-mean'"),
+        (
+            "+algorithm.tokcredit_rows.reward_rule=mean",
+            "reward_rule: expected one of same, last, split, sum, got 'mean'",
+        ),
+        ("+algorithm.tokcredit_rows.field=x", "tokcredit_rows: expected trajectory_field or reward_rule, got field"),
         ("actor_rollout_ref.actor.clip_ratio_c=10.0", "clip_ratio_c: expected verl's default"),
         ("+algorithm.tokcredit.clip_low=0.1", "algorithm.tokcredit: expected the clip of"),
         (
@@ -333,12 +341,6 @@ def test_example_is_a_configuration_that_verl_takes():
     config = OmegaConf.create(run.stdout[run.stdout.index("actor_rollout_ref:") :])
     assert config.trainer.v1.trainer_mode == "tokcredit_sync"
     assert verl_trainer.checked(config).credit == tc.methods.tempo().credit
-
-
-def test_two_outputs_of_one_session_are_refused():
-    meta = tq.KVBatchMeta(keys=["p_0_0", "p_0_1"], tags=[{}, {}], partition_id="train")
-    with pytest.raises(ValueError, match="expected one row per session"):
-        verl_trainer.fetched(meta, tc.methods.tempo())
 
 
 def test_info_names_what_verl_knows():
@@ -415,20 +417,129 @@ def test_dumps_that_reports_read(local_ray, tmp_path, name):
     assert written == kept
 
 
-def test_trainer_with_its_queue(local_ray):
-    """The trainer's own ``_compute_advantage`` writes the advantages of the method into verl's real queue."""
+@pytest.fixture(scope="module")
+def queue(local_ray):
     tq.init(OmegaConf.create({"backend": {"SimpleStorage": {"num_data_storage_units": 1}}}))
-    keys = [row["key"] for row in ROWS]
-    fields = vb.tensordict(ROWS)
-    fields["uid"] = [row["uid"] for row in ROWS]
-    tq.kv_batch_put(keys=keys, partition_id="train", fields=fields, tags=[{} for _ in keys])
-    meta = tq.KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id="train")
-    config = configuration()
+
+
+def through_the_queue(rows, partition, *overrides):
+    """Advantages that the trainer's own ``_compute_advantage`` writes into verl's real queue."""
+    keys = [row["key"] for row in rows]
+    fields = vb.tensordict(rows)
+    for name in {"uid", "step_ids"} & rows[0].keys():
+        fields[name] = [row[name] for row in rows]
+    tq.kv_batch_put(keys=keys, partition_id=partition, fields=fields, tags=[{} for _ in keys])
+    meta = tq.KVBatchMeta(keys=keys, tags=[{} for _ in keys], partition_id=partition)
+    config = configuration(*overrides)
     trainer = object.__new__(verl_trainer.CreditSync)
     trainer.config, trainer.objective = config, verl_trainer.checked(config)
     with open_dict(config):
         config.algorithm.rollout_correction = None
     trainer._compute_advantage(meta, {})
-    out = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["advantages", "response_mask"])
-    torch.testing.assert_close(out["advantages"].to_padded_tensor(0), estimated("tempo"), rtol=0, atol=0)
+    out = tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=["advantages", "response_mask"])
     assert adapter._ROLLOUTS.get() is None
+    return out["advantages"].to_padded_tensor(0)
+
+
+def test_trainer_with_its_queue(queue):
+    torch.testing.assert_close(through_the_queue(ROWS, "train"), estimated("tempo"), rtol=0, atol=0)
+
+
+LOSS = "actor_rollout_ref.actor.policy_loss.loss_mode=tokcredit_as_vanilla"
+
+
+@pytest.mark.parametrize("field", [None, "step_ids"])
+def test_sessions_of_several_rows_in_the_queue(queue, field):
+    """Cut anywhere, and in any order where verl numbers the rows, a session has the advantages of the whole one."""
+    rows, origins = vb.cut(ROWS, shuffled=field is None)
+    overrides = [LOSS, "algorithm.adv_estimator=tokcredit_rloo"]
+    if field is not None:
+        rows = [row | {"step_ids": row["key"].rsplit("_", 1)[0], "key": f"x{i}_0_0"} for i, row in enumerate(rows)]
+        overrides.append(f"+algorithm.tokcredit_rows.trajectory_field={field}")
+    found = through_the_queue(rows, f"cut_{field}", *overrides)
+    whole = estimated("rloo")
+    assert (found != 0).any()
+    for advantages, row, (i, first) in zip(found, rows, origins, strict=True):
+        n = len(row["responses"])
+        torch.testing.assert_close(advantages[:n], whole[i, first : first + n])
+
+
+def test_losses_that_sessions_of_several_rows_cannot_have(queue):
+    rows, _ = vb.cut(ROWS)
+    estimator = "algorithm.adv_estimator=tokcredit_rloo"
+    with pytest.raises(ValueError, match=r"expected a loss of single tokens, because verl passes the rows .* one by"):
+        through_the_queue(rows, "cumulative", estimator)
+    mode = "actor_rollout_ref.actor.policy_loss.loss_mode=tokcredit_grpo"
+    with pytest.raises(ValueError, match=r"expected an aggregation stage over tokens, because verl averages over rows"):
+        through_the_queue(rows, "means", estimator, mode, f"actor_rollout_ref.actor.loss_agg_mode={SEQUENCES}")
+
+
+def of_rows(rows, name, rule="same", **settings):
+    """Advantages of rows whose keys verl made."""
+    config = OmegaConf.merge(ALGORITHM, {"tokcredit": settings, "tokcredit_rows": {"reward_rule": rule}})
+    keys = [row["key"].rsplit("_", 1) for row in rows]
+    with adapter.rollouts(vb.fields(rows), [key[0] for key in keys], [int(key[1]) for key in keys]):
+        return vb.advantages(rows, f"tokcredit_{name}", config)
+
+
+RETURNS = tc.Objective(tc.credit.returns(discount=0.5))
+
+
+def test_rewards_of_rows_that_are_summed():
+    """A reward in each row is one of a turn: it reaches the turns before it, and not those after it."""
+    rows, origins = vb.cut([row for row in ROWS if row["uid"] == "p1"])
+    for row in rows:
+        row["rm_scores"] = torch.zeros(len(row["responses"]))
+        row["rm_scores"][-1] = float(int(row["key"].rsplit("_", 1)[1]) + len(row["responses"]))
+    adapter.register("returns", lambda: RETURNS)
+    found = of_rows(rows, "returns", "sum")
+    by_session = {}
+    for i, row in enumerate(rows):
+        by_session.setdefault(row["key"].rsplit("_", 1)[0], []).append(i)
+    order = []
+    for members in by_session.values():
+        members.sort(key=lambda i: origins[i][1])
+        order += members
+    scores = []
+    for i in order:
+        mask = rows[i]["response_mask"].bool()
+        of_tokens = torch.zeros(len(mask))
+        of_tokens[mask.nonzero()[-1] if mask.any() else 0] = rows[i]["rm_scores"][-1]
+        scores.append(of_tokens)
+    assert all(rows[i]["response_mask"].any() for i in order)
+    lengths = torch.tensor([len(rows[i]["responses"]) for i in order])
+    batch = tc.Rollouts(
+        torch.cat([rows[i]["responses"] for i in order]),
+        torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]),
+        torch.zeros(len(order), dtype=torch.long),
+        None,
+        torch.cat([rows[i]["response_mask"] for i in order]).bool(),
+        trajectory_ids=torch.tensor([k for k, members in enumerate(by_session.values()) for _ in members]),
+        token_rewards=torch.cat(scores),
+    )
+    expected = RETURNS.prepare(batch).advantages.split(lengths.tolist())
+    for i, advantages in zip(order, expected, strict=True):
+        torch.testing.assert_close(found[i, : len(advantages)], advantages)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"rm_scores": torch.tensor([9.0])},
+            r"token_level_rewards: expected the same reward \(reward_rule 'same'\) in",
+        ),
+        ({"uid": "p3"}, r"uid: expected one group in all rows of session '.*', got '.*' in row \d+ beside '.*' in row"),
+        ({"key": None}, r"index: expected another number in each row of session '.*', got 0 in rows \d+ and \d+"),
+    ],
+)
+def test_sessions_that_contradict_themselves(change, message):
+    rows, _ = vb.cut(ROWS)
+    i = next(i for i, row in enumerate(rows) if row["uid"] == "p1" and not row["key"].endswith("_0"))
+    key = rows[i]["key"].rsplit("_", 1)[0] + "_0"
+    other = {name: key if x is None else x for name, x in change.items()}
+    if "rm_scores" in other:
+        other["rm_scores"] = torch.nn.functional.pad(other["rm_scores"], (len(rows[i]["responses"]) - 1, 0))
+    rows[i] |= other
+    with pytest.raises(ValueError, match=message):
+        of_rows(rows, "rloo")

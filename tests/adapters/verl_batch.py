@@ -56,6 +56,29 @@ def batch(seed=0, padding=3):
     return [rows[i] for i in torch.randperm(len(rows), generator=g).tolist()]
 
 
+def cut(rows, seed=3, shuffled=True):
+    """The rows with each session of at least 4 tokens in two or three rows, as verl's agent loops return them.
+
+    Returns the new rows, with the reward in each, and for each the old row and its first token there.
+    """
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for i, row in enumerate(rows):
+        length = len(row["responses"])
+        ends = sorted({length, *torch.randint(1, length, (2,), generator=g).tolist()}) if length > 3 else [length]
+        for k, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
+            part = {name: x[first:last] if len(x) == length else x for name, x in row.items() if torch.is_tensor(x)}
+            part["response_mask"] = part["response_mask"].clone()
+            part["rm_scores"] = torch.zeros(last - first)
+            part["rm_scores"][-1] = row["rm_scores"].sum()
+            out.append(
+                (part | {"prompts": row["prompts"], "uid": row["uid"], "key": f"{row['key'][:-1]}{k}"}, (i, first))
+            )
+    if shuffled:
+        out = [out[i] for i in torch.randperm(len(out), generator=g).tolist()]
+    return [row for row, _ in out], [origin for _, origin in out]
+
+
 FIELDS = ("prompts", "responses", "response_mask", "rm_scores", "old_log_probs", "rollout_log_probs", "entropy")
 
 

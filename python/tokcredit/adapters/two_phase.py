@@ -26,6 +26,7 @@ from tokcredit.adapters.capabilities import (
     require_constant,
     require_independent_rows,
 )
+from tokcredit.adapters.rows import HostRows
 from tokcredit.objective import Objective
 from tokcredit.protocol import Loss
 from tokcredit.rollouts import Rollouts
@@ -90,6 +91,30 @@ def loss_part(objective: Objective, host: str, kl_setting: str) -> Objective:
             f"gets no groups, got {part.aggregation!r}"
         )
     return part
+
+
+def require_rows_cut(part: Objective, host: str) -> None:
+    """Check that the loss of a row does not depend on the other rows of its trajectory, which the host passes alone.
+
+    Args:
+        part: From :func:`loss_part`.
+        host: Name of the host for errors.
+
+    Raises:
+        ValueError: A ratio, scale or bound depends on other tokens of the trajectory, or the aggregation counts rows.
+    """
+    if not part.aggregation.counts <= {"tokens"}:
+        raise ValueError(
+            f"objective: expected an aggregation stage over tokens, because {host} averages over rows and a trajectory "
+            f"has several, got {part.aggregation!r}"
+        )
+    one, row = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    batch = Rollouts(row, torch.tensor([0, 1]), row, one, old_log_probs=one, extras={"advantages": one})
+    if part.prepare(batch).couples_tokens:
+        raise ValueError(
+            f"objective: expected a loss of single tokens, because {host} passes the rows of a trajectory one by one, "
+            f"got {part!r}"
+        )
 
 
 def denominator(objective: Objective, host: str) -> str:
@@ -165,7 +190,7 @@ def advantages_padded(
     real: Tensor,
     response_mask: Tensor,
     group_ids: Tensor,
-    rewards: Tensor,
+    rewards: Tensor | HostRows,
     host: str,
     **named: Tensor,
 ) -> Tensor:
@@ -177,7 +202,7 @@ def advantages_padded(
         real: ``(B, T)``, nonzero on real tokens.
         response_mask: ``(B, T)``, nonzero where the policy chose the token.
         group_ids: Integers ``(B,)``.
-        rewards: float ``(B,)``.
+        rewards: float ``(B,)``, one trajectory per row; or trajectories and rewards.
         host: Name of the host for errors.
         named: Per-token inputs by name, ``(B, T)`` each.
 
@@ -187,12 +212,28 @@ def advantages_padded(
     Raises:
         ValueError: The batch lacks an input, or a token weight is negative.
     """
-    keep = real != 0
+    if isinstance(rewards, Tensor):
+        rewards = HostRows(torch.arange(len(tokens), device=tokens.device), rewards)
+    if rewards.token_rewards is not None:
+        named = {**named, "token_rewards": rewards.token_rewards}
+
+    def ordered(x: Any) -> Any:
+        return x if x is None or rewards.order is None else x[rewards.order]
+
+    keep = ordered(real != 0)
     edges = torch.cat([keep.new_zeros(1, dtype=torch.long), keep.sum(1).cumsum(0)])
-    flat = {name: x[keep] for name, x in named.items()}
-    batch = Rollouts(tokens[keep], edges, group_ids, rewards, (response_mask != 0)[keep], **arguments(flat))
+    batch = Rollouts(
+        ordered(tokens)[keep],
+        edges,
+        ordered(group_ids),
+        ordered(rewards.rewards),
+        ordered(response_mask != 0)[keep],
+        trajectory_ids=ordered(rewards.trajectory_ids),
+        **arguments({name: ordered(x)[keep] for name, x in named.items()}),
+    )
     found = advantages(objective, batch, host)
-    return torch.zeros(tokens.shape, dtype=found.dtype, device=found.device).masked_scatter_(keep, found)
+    out = torch.zeros(tokens.shape, dtype=found.dtype, device=found.device).masked_scatter_(keep, found)
+    return out if rewards.order is None else out.index_select(0, rewards.order.argsort())
 
 
 def group_ids(names: Iterable[Any]) -> Tensor:

@@ -9,31 +9,28 @@ themselves. Tested with verl 0.9.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 from verl.trainer.ppo import core_algos
 from verl.workers.config import ActorConfig
 
 from tokcredit.adapters import two_phase
 from tokcredit.adapters.capabilities import (
-    arguments,
     host_fields,
     policy_methods,
     require_defaults,
     with_length,
 )
+from tokcredit.adapters.rows import Fields, host_rows, reward_rule
 from tokcredit.objective import Objective
-from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation
 
 PREFIX = "tokcredit_"
@@ -55,7 +52,15 @@ _LOSS_STAGES = ("ratio", "clip", "scales", "aggregation", "terms")
 _SETTINGS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
 _DECIDED = dict.fromkeys(_SETTINGS, "the objective's clip stage bounds the ratio")
 _OBJECTIVES: dict[str, Callable[..., Objective]] = {}
-_ROLLOUTS: ContextVar[Mapping[str, Tensor] | None] = ContextVar("rollouts", default=None)
+
+
+class _Batch(NamedTuple):
+    fields: Mapping[str, Tensor]
+    trajectories: Sequence[Any] | None
+    places: Sequence[int] | None
+
+
+_ROLLOUTS: ContextVar[_Batch | None] = ContextVar("rollouts", default=None)
 
 
 def register(name: str, objective: Callable[..., Objective]) -> None:
@@ -80,14 +85,18 @@ def register(name: str, objective: Callable[..., Objective]) -> None:
 
 
 @contextmanager
-def rollouts(fields: Mapping[str, Tensor]) -> Iterator[None]:
+def rollouts(
+    fields: Mapping[str, Tensor], trajectories: Sequence[Any] | None = None, places: Sequence[int] | None = None
+) -> Iterator[None]:
     """Let the estimators that are called inside read token ids and other inputs of the batch.
 
     Args:
         fields: ``(B, T)`` tensors in the order of the rows: ``responses`` (token ids), ``attention_mask`` (True on real
             tokens, which come first), and other inputs under verl's names.
+        trajectories: Name of the trajectory of each row, or None if each row is one.
+        places: Place of each row in its trajectory, or None if the rows of each trajectory are in order.
     """
-    token = _ROLLOUTS.set(fields)
+    token = _ROLLOUTS.set(_Batch(fields, trajectories, places))
     try:
         yield
     finally:
@@ -118,6 +127,24 @@ def estimator(key: str, settings: Mapping[str, Any]) -> Objective:
                 f"to a policy loss, got {ours!r}; give it a name with tokcredit.adapters.verl.register"
             )
     return two_phase.advantage_part(objective, "verl")
+
+
+def row_settings(algorithm: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Return the field that names the trajectory of a row, or None for verl's session, and the reward rule.
+
+    Args:
+        algorithm: verl's ``algorithm``, of which ``tokcredit_rows`` may have ``trajectory_field`` and ``reward_rule``.
+
+    Raises:
+        ValueError: A setting is unknown, or the rule is.
+    """
+    given = dict(algorithm.get("tokcredit_rows") or {})
+    field, rule = given.pop("trajectory_field", None), given.pop("reward_rule", "same")
+    if given:
+        raise ValueError(
+            f"algorithm.tokcredit_rows: expected trajectory_field or reward_rule, got {', '.join(map(str, given))}"
+        )
+    return field, reward_rule(rule)
 
 
 def policy_loss(key: str, loss_agg_mode: str, actor: Any) -> Objective:
@@ -163,16 +190,22 @@ def _estimate(
         )
     if index is None:
         raise ValueError("uid: expected the prompt of each row in the batch, got None")
-    data = Rollouts.from_padded(
-        batch["responses"],
+    settings = config or {}
+    objective = estimator(key, dict(settings.get("tokcredit") or {}))
+    field, rule = row_settings(settings)
+    prompts, fields = list(map(str, index)), batch.fields
+    trajectories = range(len(prompts)) if batch.trajectories is None else batch.trajectories
+    names = Fields(field or "session", "uid", "token_level_rewards", "index")
+    advantages = two_phase.advantages_padded(
+        objective,
+        fields["responses"],
+        fields["attention_mask"],
         response_mask,
-        torch.from_numpy(np.unique(np.asarray(index).astype(str), return_inverse=True)[1]),
-        token_level_rewards.sum(-1),
-        batch["attention_mask"],
-        **arguments({name: batch[field] for name, field in FIELDS.items() if field in batch}),
+        two_phase.group_ids(prompts),
+        host_rows(trajectories, prompts, token_level_rewards, response_mask, rule, names, batch.places),
+        "verl",
+        **{name: fields[field] for name, field in FIELDS.items() if field in fields},
     )
-    objective = estimator(key, dict((config or {}).get("tokcredit") or {}))
-    advantages = two_phase.advantages(objective, data, "verl")
     return advantages, advantages
 
 

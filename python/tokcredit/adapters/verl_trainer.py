@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
-from torch import Tensor
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, register_trainer
 
+from tokcredit.adapters import two_phase
 from tokcredit.adapters import verl as adapter
 from tokcredit.adapters.capabilities import require
 from tokcredit.objective import Objective
@@ -40,8 +40,8 @@ def checked(config: DictConfig) -> Objective | None:
         )
     settings: Any = OmegaConf.to_container(algorithm.get("tokcredit") or OmegaConf.create())
     objective = adapter.estimator(algorithm.adv_estimator, settings)
+    carries = {"token_rewards"} if adapter.row_settings(algorithm)[1] == "sum" else set()
     correction = algorithm.get("rollout_correction") or {}
-    carries = set()
     if not correction.get("bypass_mode", False):
         carries |= {"old_log_probs", "entropies"}
     elif rejection := correction.get("rollout_rs"):
@@ -62,38 +62,39 @@ def checked(config: DictConfig) -> Objective | None:
     return objective
 
 
-def fetched(batch: tq.KVBatchMeta, objective: Objective) -> dict[str, Tensor]:
-    """Return token ids and the other inputs of an objective from verl's queue.
+def fetched(batch: tq.KVBatchMeta, objective: Objective, trajectory_field: str | None = None) -> dict[str, Any]:
+    """Return the arguments of :func:`tokcredit.adapters.verl.rollouts` from verl's queue.
 
     Args:
-        batch: The batch in the queue.
+        batch: The batch in the queue, whose keys are ``UID_SESSION_INDEX``.
         objective: From :func:`checked`.
-
-    Returns:
-        ``(B, T)`` tensors under verl's names, in the order of the batch's rows.
+        trajectory_field: Field of the queue that names the trajectory of a row, whose rows are then in order. None for
+            verl's session, whose rows are in the order of their index.
 
     Raises:
-        ValueError: A session has several rows.
         RuntimeError: The queue lacks a field.
     """
-    sessions = [key.rsplit("_", 1)[0] for key in batch.keys]
-    if len(set(sessions)) != len(sessions):
-        raise ValueError(
-            f"batch: expected one row per session, got {len(sessions)} rows of {len(set(sessions))} sessions"
-        )
-    names = [field for name, field in adapter.FIELDS.items() if name in objective.required_inputs]
-    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["responses", *names])
-    for name in ("responses", *names):
+    names = ["responses"]
+    names += [field for name, field in adapter.FIELDS.items() if name in objective.required_inputs]
+    wanted = names if trajectory_field is None else [*names, trajectory_field]
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=wanted)
+    for name in wanted:
         if name not in data:
             raise RuntimeError(f"{name}: expected in verl's queue, got {', '.join(map(str, data.keys()))}")
+    trajectories: list[Any] = [key.rsplit("_", 1)[0] for key in batch.keys]
+    places: list[int] | None = [int(key.rsplit("_", 1)[1]) for key in batch.keys]
+    if trajectory_field is not None:
+        given = data.pop(trajectory_field)
+        trajectories, places = list(given.tolist() if hasattr(given, "tolist") else given), None
     responses = data["responses"]
     lengths = responses.offsets().diff() if responses.is_nested else None
-    padded = {name: data.to_padded_tensor()[name] for name in ("responses", *names)}
-    width = padded["responses"].shape[1]
+    whole = data.to_padded_tensor()
+    fields = {name: whole[name] for name in names}
+    width = fields["responses"].shape[1]
     if lengths is None:
-        lengths = torch.full((len(sessions),), width)
-    padded["attention_mask"] = torch.arange(width) < lengths[:, None]
-    return padded
+        lengths = torch.full((len(batch.keys),), width)
+    fields["attention_mask"] = torch.arange(width) < lengths[:, None]
+    return {"fields": fields, "trajectories": trajectories, "places": places}
 
 
 class Credit:
@@ -119,7 +120,13 @@ class Credit:
         compute = super()._compute_advantage  # type: ignore[misc]
         if self.objective is None:
             return compute(batch, metrics)
-        with adapter.rollouts(fetched(batch, self.objective)):
+        algorithm = self.config.algorithm
+        rows = fetched(batch, self.objective, adapter.row_settings(algorithm)[0])
+        if len(set(rows["trajectories"])) < len(batch.keys):
+            actor = self.config.actor_rollout_ref.actor
+            loss = adapter.policy_loss(actor.policy_loss.loss_mode, actor.loss_agg_mode, actor)
+            two_phase.require_rows_cut(loss, "verl")
+        with adapter.rollouts(**rows):
             return compute(batch, metrics)
 
 
