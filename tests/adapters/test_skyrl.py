@@ -122,6 +122,95 @@ def test_estimators_equal_skyrl(name):
     torch.testing.assert_close(advantages_of(config), expected, rtol=1e-5, atol=1e-6)
 
 
+def steps():
+    """The rows with each trajectory of at least 4 tokens in two steps; a step has no reward but the last."""
+    rows, last = [], []
+    for row in sorted(ROWS, key=lambda row: row["group"]):
+        length = len(row["response"])
+        for first, end in ((0, length // 2), (length // 2, length)) if length > 3 else ((0, length),):
+            part = {name: x[first:end] for name, x in row.items() if torch.is_tensor(x) and name != "prompt"}
+            rows.append(row | part | {"reward": row["reward"] if end == length else 0.25})
+            last.append(end == length)
+    return rows, last
+
+
+def step_wise(name, one=None, **changes):
+    """Advantages of the steps, packed, and SkyRL's metrics."""
+    rows, last = steps()
+    batch = training_batch(rows)
+    batch.metadata |= {"is_last_step": last, **changes}
+    one = one or trainer(configuration(name, "tokcredit_dapo", step_wise=True))
+    out = one.compute_advantages_and_returns(batch)
+    assert one.cfg.generator.step_wise_trajectories
+    return out["advantages"][out["response_mask"].bool()], out.metadata["metrics"]
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_steps_equal_skyrl(name):
+    """Both read the reward of the last step; a trajectory counts once."""
+    expected, metrics = step_wise(name, trainer(configuration(name, "regular", step_wise=True)))
+    found, ours = step_wise(f"tokcredit_{name}")
+    mask = torch.cat([row["mask"] for row in steps()[0]])
+    assert (expected > 0).any() and (expected < 0).any()
+    torch.testing.assert_close(found, expected * mask, rtol=1e-5, atol=1e-6)
+    assert ours["avg_final_rewards"] == pytest.approx(metrics["avg_final_rewards"]) != 0
+
+
+def test_steps_equal_whole_rows():
+    rows = sorted(ROWS, key=lambda row: row["group"])
+    whole = advantages_of(configuration("tokcredit_rloo", "tokcredit_dapo"), rows)
+    torch.testing.assert_close(step_wise("tokcredit_rloo")[0], whole)
+
+
+def test_rewards_of_steps_that_are_summed():
+    class Summing(CreditTrainer):
+        reward_rule = "sum"
+
+    adapter.register("returns", tc.Objective(tc.credit.returns(discount=0.5)))
+    one = Summing.__new__(Summing)
+    one.cfg, one.all_metrics = configuration("tokcredit_returns", "tokcredit_dapo", step_wise=True), {}
+    found, _ = step_wise(None, one)
+    rows, last = steps()
+    returns, total = [], 0.0
+    for row, ends in zip(reversed(rows), reversed(last), strict=True):
+        total, of_row = 0.0 if ends else total, []
+        places = row["mask"].nonzero()[:, 0].tolist()
+        assert places, "the reward of a row without chosen tokens would move to another row"
+        for t in reversed(range(len(row["mask"]))):
+            if row["mask"][t]:
+                total = (row["reward"] if t == places[-1] else 0.0) + 0.5 * total
+            of_row.append(total if row["mask"][t] else 0.0)
+        returns = of_row[::-1] + returns
+    torch.testing.assert_close(found, torch.tensor(returns))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"is_last_step": [True, False]},
+            "is_last_step: expected one for each of .* rows, True in the last one, got 2",
+        ),
+        ({"uids": None}, "uids: expected one group in all rows of trajectory 0, got 'x' in row 1 beside 'p0' in row 0"),
+    ],
+)
+def test_steps_that_contradict_themselves(changes, message):
+    rows, last = steps()
+    assert last[:2] == [False, True]
+    if "uids" in changes:
+        changes = {"uids": ["p0", "x", *(f"p{row['group']}" for row in rows[2:])]}
+    with pytest.raises(ValueError, match=message):
+        step_wise("tokcredit_rloo", **changes)
+
+
+def test_rule_is_checked_before_anything_starts():
+    class Averaging(CreditTrainer):
+        reward_rule = "mean"
+
+    with pytest.raises(ValueError, match="reward_rule: expected one of same, last, split, sum, got 'mean'"):
+        Averaging(configuration("tokcredit_tempo", "tokcredit_ctpo"))
+
+
 @pytest.mark.parametrize("name", ["tempo_ctpo", "grpo", "tempo", "summed"])
 def test_training_equals_the_objective(name):
     objective = adapter._OBJECTIVES[f"tokcredit_{name}"]
@@ -187,7 +276,13 @@ def test_what_a_worker_is_sent():
             {"loss_reduction": "seq_mean_token_sum_norm"},
             "max_seq_len: expected",
         ),
-        ("tokcredit_tempo", "tokcredit_ctpo", {"step_wise": True}, "step_wise_trajectories: expected False"),
+        ("tokcredit_tempo", "tokcredit_ctpo", {"step_wise": True}, "expected a loss of single tokens, because SkyRL"),
+        (
+            "tokcredit_tempo",
+            "tokcredit_grpo",
+            {"step_wise": True, **ROWWISE},
+            "expected an aggregation stage over tokens, because SkyRL averages over rows",
+        ),
         (
             "tokcredit_tempo",
             "tokcredit_ctpo",

@@ -61,7 +61,7 @@ def test_advantages_are_those_of_the_method():
 
 def rank(number, port, queue):
     mpu = ModuleType("megatron.core.mpu")
-    mpu.get_data_parallel_group = lambda with_context_parallel: None
+    mpu.get_data_parallel_group = lambda with_context_parallel: dist.group.WORLD
     core = ModuleType("megatron.core")
     core.mpu = mpu
     sys.modules |= {"megatron": ModuleType("megatron"), "megatron.core": core}
@@ -112,9 +112,94 @@ def test_keys_that_the_batch_lacks():
         slime.advantages(tc.methods.tempo())(arguments(), data)
 
 
-def test_samples_of_several_rows():
-    with pytest.raises(ValueError, match="sample_indices: expected one row per sample"):
-        slime.advantages(tc.methods.tempo())(arguments(), rollout_data([0, 1, 1, 2]))
+def segments(share):
+    """The rollout data of a rank with each response of at least 4 tokens in two rows, last segments first."""
+    data = rollout_data(range(len(ROWS)))
+    del data["total_lengths"], data["log_probs"]
+    parts = []
+    for i, row in enumerate(ROWS):
+        n, prompt = len(row["response"]), len(row["prompt"])
+        cuts = [(0, n // 2), (n // 2, n)] if n > 3 else [(0, n)]
+        for k, (first, end) in enumerate(cuts):
+            parts.append(
+                {
+                    "sample_indices": 2 * i + k,
+                    "rollout_ids": i,
+                    "groups": row["group"],
+                    "tokens": data["tokens"][i][: prompt + end],
+                    "response_lengths": end - first,
+                    "loss_masks": data["loss_masks"][i][first:end],
+                    "rewards": share(row["reward"], k, len(cuts)),
+                }
+            )
+    parts.reverse()
+    return {name: [part[name] for part in parts] for name in parts[0]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "share"),
+    [
+        ("same", lambda reward, k, count: reward),
+        ("split", lambda reward, k, count: reward / count),
+        ("last", lambda reward, k, count: reward if k == count - 1 else 5.0),
+        ("sum", lambda reward, k, count: reward if k == count - 1 else 0.0),
+    ],
+)
+def test_rollouts_of_several_rows(rule, share):
+    """Whatever the reward of a row is said to be, and however the rows lie, the advantages are those of the whole."""
+    data = segments(share)
+    credit = slime.advantages(tc.methods.rloo(), trajectory_field="rollout_ids", reward_rule=rule, group_field="groups")
+    credit(arguments(), data)
+    whole = tc.methods.rloo().prepare(rr.rollouts(ROWS)).advantages.split([len(row["response"]) for row in ROWS])
+    assert len(data["tokens"]) > len(ROWS) + 4 and torch.cat(whole).abs().sum() > 1
+    found = {}
+    for i, x in zip(data["rollout_ids"], data["advantages"], strict=True):
+        found[i] = torch.cat([x, found.get(i, x[:0])])
+    for i, expected in enumerate(whole):
+        torch.testing.assert_close(found[i], expected)
+
+
+def test_rewards_of_rows():
+    """``sum`` keeps the reward of each row at its end; methods without it cannot read rewards of tokens."""
+    data = segments(lambda reward, k, count: float(k + 1))
+    objective = tc.Objective(tc.credit.returns())
+    slime.advantages(objective, trajectory_field="rollout_ids", reward_rule="sum", group_field="groups")(
+        arguments(), data
+    )
+    two = [i for i in range(len(ROWS)) if data["rollout_ids"].count(i) == 2]
+    for i in two:
+        last, first = (data["advantages"][j] for j, x in enumerate(data["rollout_ids"]) if x == i)
+        assert set(first.tolist()) <= {0.0, 3.0} and set(last.tolist()) <= {0.0, 2.0}
+        assert first.max() == 3.0
+    slime.advantages(tc.methods.mt_grpo(), reward_rule="sum")
+    with pytest.raises(ValueError, match="requires token_rewards"):
+        slime.advantages(tc.methods.mt_grpo())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("groups", 7, "groups: expected one group in all rows of rollout_ids 0, got 7 in row .* beside 0 in row"),
+        ("rewards", 9.0, r"rewards: expected the same reward \(reward_rule 'same'\) in all rows of rollout_ids 0, got"),
+    ],
+)
+def test_rollouts_that_contradict_themselves(name, value, message):
+    data = segments(lambda reward, k, count: reward)
+    assert data["rollout_ids"][-2:] == [0, 0]
+    data[name][-1] = value
+    with pytest.raises(ValueError, match=message):
+        slime.advantages(tc.methods.rloo(), trajectory_field="rollout_ids", group_field="groups")(arguments(), data)
+
+
+def test_samples_of_several_rows(monkeypatch):
+    """Rows of one number are one trajectory, in the order in which they lie; on several ranks they have none."""
+    data = rollout_data([0, 1, 1, 2])
+    slime.advantages(tc.methods.rloo())(arguments(), data)
+    reward = [ROWS[i]["reward"] for i in range(3)]
+    assert float(data["advantages"][0][0]) == pytest.approx(reward[0] - (reward[1] + reward[2]) / 2)
+    monkeypatch.setattr(slime, "_of_all_ranks", lambda rows: ([rows, rows], 0))
+    with pytest.raises(ValueError, match=r"sample_indices: expected other numbers .* 40 on ranks 0 and 1 \(row 4\)"):
+        slime.advantages(tc.methods.rloo())(arguments(), rollout_data([0, 1, 2, 3]))
 
 
 @pytest.mark.parametrize(

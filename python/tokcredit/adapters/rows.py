@@ -46,7 +46,7 @@ class HostRows(NamedTuple):
     order: Tensor | None = None
 
 
-def reward_rule(rule: str) -> str:
+def known_rule(rule: str) -> str:
     """Return a reward rule.
 
     Args:
@@ -95,7 +95,7 @@ def host_rows(
         ValueError: The rule is unknown, a trajectory has rows in several groups or two rows at one place, a reward is
             not finite, or rewards of a trajectory contradict the rule.
     """
-    rule = reward_rule(rule)
+    rule = known_rule(rule)
     ids = _numbered(trajectories)
     first = np.unique(ids, return_index=True)[1]
 

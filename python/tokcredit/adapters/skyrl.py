@@ -11,18 +11,22 @@ SkyRL's trainer, enters by itself::
         def get_trainer(self, *parts, **named):
             return CreditTrainer(*parts, **named)
 
+With ``generator.step_wise_trajectories`` the rows up to a last step are one trajectory. SkyRL reads the reward of the
+last row only, which is ``reward_rule = "last"`` of the trainer; ``"sum"`` reads the rewards of all rows and tokens.
 Tested with SkyRL 0.3.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from skyrl.backends.skyrl_train.utils import ppo_utils
 from skyrl.train.config import AlgorithmConfig
@@ -30,6 +34,7 @@ from torch import Tensor
 
 from tokcredit.adapters import two_phase
 from tokcredit.adapters.capabilities import host_fields, policy_methods, require_defaults
+from tokcredit.adapters.rows import Fields, host_rows, known_rule
 from tokcredit.objective import Objective
 from tokcredit.stages import aggregation
 
@@ -43,6 +48,7 @@ _REDUCTIONS: dict[type[aggregation.Aggregation], str] = {
     aggregation.sequence_mean: "sequence_mean",
     aggregation.sequence_sum: "seq_mean_token_sum_norm",
 }
+_ROWS = Fields("trajectory", "uids", "rewards")
 _CLIP = "the objective's clip stage bounds the ratio"
 _DECIDED = {
     "eps_clip_low": _CLIP,
@@ -54,7 +60,7 @@ _DECIDED = {
     "lambd": "the objective's credit stage discounts",
 }
 _OBJECTIVES: dict[str, Objective] = {}
-_BATCH: ContextVar[Mapping[str, Any] | None] = ContextVar("batch", default=None)
+_BATCH: ContextVar[tuple[Any, str, Sequence[bool] | None] | None] = ContextVar("batch", default=None)
 
 
 def register(name: str, objective: Objective) -> None:
@@ -76,13 +82,18 @@ def register(name: str, objective: Objective) -> None:
 
 
 @contextmanager
-def rollouts(batch: Mapping[str, Any]) -> Iterator[None]:
+def rollouts(batch: Any, rule: str = "last", is_last_step: Sequence[bool] | None = None) -> Iterator[None]:
     """Let the estimators that are called inside read token ids and log-probs.
 
     Args:
         batch: SkyRL's training batch.
+        rule: What the reward of a row is; see :func:`tokcredit.adapters.rows.host_rows`.
+        is_last_step: Whether the trajectory of each row ends with it, or None if each row is a trajectory.
+
+    Raises:
+        ValueError: There is no such rule.
     """
-    token = _BATCH.set(batch)
+    token = _BATCH.set((batch, known_rule(rule), is_last_step))
     try:
         yield
     finally:
@@ -106,13 +117,10 @@ def check(config: Any) -> None:
         if value not in _OBJECTIVES:
             raise ValueError(f"{name}: expected one of {', '.join(sorted(_OBJECTIVES))}, got {value!r}")
     require_defaults(algorithm, AlgorithmConfig, _DECIDED, "SkyRL")
-    if config.generator.step_wise_trajectories:
-        raise ValueError(
-            "generator.step_wise_trajectories: expected False, because several rows of one trajectory are not "
-            "supported yet, got True"
-        )
     two_phase.advantage_part(_OBJECTIVES[estimator], "SkyRL")
     summed_part(_OBJECTIVES[loss], algorithm)
+    if config.generator.step_wise_trajectories:
+        two_phase.require_rows_cut(two_phase.loss_part(_OBJECTIVES[loss], "SkyRL", "use_kl_loss"), "SkyRL")
 
 
 def summed_part(objective: Objective, algorithm: Any) -> Objective:
@@ -150,11 +158,19 @@ class Credit:
         arguments: As in SkyRL's trainer.
         parts: As in SkyRL's trainer.
 
+    Attributes:
+        reward_rule: What the reward of a row is; see :func:`tokcredit.adapters.rows.host_rows`.
+
     Raises:
         ValueError: SkyRL cannot carry a stage, or a setting contradicts the objective.
     """
 
+    reward_rule: ClassVar[str] = "last"
+    cfg: Any
+    all_metrics: dict[str, Any]
+
     def __init__(self, cfg: Any, *arguments: Any, **parts: Any) -> None:
+        known_rule(self.reward_rule)
         check(cfg)
         super().__init__(cfg, *arguments, **parts)  # type: ignore[call-arg]
 
@@ -164,30 +180,61 @@ class Credit:
         Args:
             data: The training batch.
         """
-        with rollouts(data):
-            return super().compute_advantages_and_returns(data)  # type: ignore[misc]
+        step_wise = self.cfg.generator.step_wise_trajectories
+        with rollouts(data, self.reward_rule, data.metadata["is_last_step"] if step_wise else None):
+            if not step_wise or self.cfg.trainer.algorithm.advantage_estimator not in _OBJECTIVES:
+                return super().compute_advantages_and_returns(data)  # type: ignore[misc]
+            # SkyRL passes estimators the last rows only, and copies one advantage to the others.
+            cfg = self.cfg
+            self.cfg = copy.copy(cfg)
+            self.cfg.generator = copy.copy(cfg.generator)
+            self.cfg.generator.step_wise_trajectories = False
+            try:
+                data = super().compute_advantages_and_returns(data)  # type: ignore[misc]
+            finally:
+                self.cfg = cfg
+        rows = len(data["rewards"]) - data.metadata.get("pad_size", 0)
+        last = torch.tensor(data.metadata["is_last_step"][:rows])
+        mean = data["rewards"][:rows].sum(-1)[last].mean().item()
+        data.metadata["metrics"]["avg_final_rewards"] = self.all_metrics["loss/avg_final_rewards"] = mean
+        return data
+
+
+def _trajectories(is_last_step: Sequence[bool] | None, rows: int) -> list[int]:
+    """Return the trajectory of each row, which ends with a last step."""
+    if is_last_step is None:
+        return list(range(rows))
+    if len(is_last_step) != rows or (rows and not is_last_step[-1]):
+        raise ValueError(
+            f"is_last_step: expected one for each of {rows} rows, True in the last one, got {len(is_last_step)}, "
+            f"{is_last_step[-1] if is_last_step else None} in the last one"
+        )
+    return np.cumsum([False, *is_last_step[:-1]])[:rows].tolist()
 
 
 def _estimate(
     key: str, objective: Objective, token_level_rewards: Tensor, response_mask: Tensor, index: Any, **host: Any
 ) -> tuple[Tensor, Tensor]:
     """Return advantages and returns ``(B, T)``, right-aligned as SkyRL's responses are."""
-    batch = _BATCH.get()
-    if batch is None:
+    found = _BATCH.get()
+    if found is None:
         raise RuntimeError(
             f"{key}: expected token ids, which SkyRL does not pass to estimators, got none; "
             "mix tokcredit.adapters.skyrl.Credit into the trainer"
         )
+    batch, rule, is_last_step = found
     for name in ("sequences", "loss_mask"):
         if batch.get(name) is None:
             raise RuntimeError(f"{name}: expected in SkyRL's batch, got {', '.join(map(str, batch.keys()))}")
+    prompts, mask = list(map(str, index)), batch["loss_mask"]
+    trajectories = _trajectories(is_last_step, len(prompts))
     advantages = two_phase.advantages_padded(
         two_phase.advantage_part(objective, "SkyRL"),
         batch["sequences"][:, -response_mask.shape[1] :],
         response_mask,
-        batch["loss_mask"],
-        two_phase.group_ids(index).to(response_mask.device),
-        token_level_rewards.sum(-1),
+        mask,
+        two_phase.group_ids(prompts).to(response_mask.device),
+        host_rows(trajectories, prompts, token_level_rewards, mask, rule, _ROWS),
         "SkyRL",
         **{name: batch[field] for name, field in FIELDS.items() if batch.get(field) is not None},
     )

@@ -29,7 +29,7 @@ from tokcredit.adapters.capabilities import (
     require_defaults,
     with_length,
 )
-from tokcredit.adapters.rows import Fields, host_rows, reward_rule
+from tokcredit.adapters.rows import Fields, host_rows, known_rule
 from tokcredit.objective import Objective
 from tokcredit.stages import aggregation
 
@@ -144,7 +144,7 @@ def row_settings(algorithm: Mapping[str, Any]) -> tuple[str | None, str]:
         raise ValueError(
             f"algorithm.tokcredit_rows: expected trajectory_field or reward_rule, got {', '.join(map(str, given))}"
         )
-    return field, reward_rule(rule)
+    return field, known_rule(rule)
 
 
 def policy_loss(key: str, loss_agg_mode: str, actor: Any) -> Objective:

@@ -1,7 +1,8 @@
 """``GRPOTrainer`` with any policy-gradient objective.
 
 Everything that needs whole groups is computed once per generation batch, before TRL shuffles its rows; a micro-batch
-finds its rows by number. Tested with TRL 1.16; 1.10 is the first version with the hooks that are used.
+finds its rows by number. Reward functions may return rewards of tokens or turns. Tested with TRL 1.16; 1.10 is the
+first version with the hooks that are used.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tokcredit.adapters.capabilities import (
     with_length,
 )
 from tokcredit.adapters.trl.progress import progress
+from tokcredit.adapters.trl.token_rewards import listed, token_rewards, with_lists
 from tokcredit.blocks import segment
 from tokcredit.objective import Objective, Prepared
 from tokcredit.rollouts import Rollouts
@@ -90,7 +92,7 @@ def _resolved(objective: Objective, args: GRPOConfig) -> Objective:
         terms=tuple(_with_length(term, length) for term in objective.terms),
     )
     objective = _with_entropy(_with_reference(objective, args), args)
-    carries = {"old_log_probs", "entropies"}
+    carries = {"old_log_probs", "entropies", "token_rewards"}
     if args.beta:
         carries.add("ref_log_probs")
     if args.use_vllm:
@@ -162,7 +164,9 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     Args:
         model: As in TRL.
-        reward_funcs: As in TRL. The reward of a row is their sum, weighted by ``reward_weights``.
+        reward_funcs: As in TRL. The reward of a row is their sum, weighted by ``reward_weights``. In place of the
+            reward of a completion a function may return a list: one number per token, or one per turn, a run of tokens
+            that the policy chose. These are ``token_rewards``; TRL sees and logs their sums.
         args: As in TRL.
         method: Name of a published method, with its default settings.
         objective: Any objective, in place of ``method``.
@@ -197,6 +201,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         self._prepared: dict[str, Prepared] = {}
         self._rewards_per_func: Tensor | None = None
         super().__init__(model, reward_funcs, args, **host)
+        self.reward_funcs = [with_lists(function) for function in self.reward_funcs]
 
     @property
     def _mode(self) -> str:
@@ -251,10 +256,14 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         response = real * whole(batch["tool_mask"]) if "tool_mask" in batch else real
         first = 0 if gathers else rank * rows
         numbers = torch.arange(first, first + len(real), device=ids.device)
-        rewards, scored = self._row_rewards(generations)
+        rewards, scored, dense = self._row_rewards(generations)
         # A row without a score is a group of its own with reward 0, so that it has advantage 0 and moves no baseline.
         groups = torch.where(scored[numbers], numbers // generations, len(rewards) + numbers)
         named = {name: whole(batch[field]) for name, field in FIELDS.items() if field in batch}
+        if dense:
+            own = batch["completion_mask"] * batch.get("tool_mask", 1)
+            of_tokens = token_rewards(self.reward_funcs, self.reward_weights, batch["completion_mask"], own)
+            named["token_rewards"] = torch.where(scored[numbers, None], whole(of_tokens), 0)
         if given_weights(_CORRECTION) in self.credit_objective.token_weights:
             named[_CORRECTION] = whole(batch[_CORRECTION]).expand(tokens.shape)  # (B, 1) where it is per row
         rollouts = Rollouts.from_padded(tokens, response, groups, rewards[numbers], real, **arguments(named))
@@ -271,8 +280,8 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         )
         return prepared.select(range(rank * rows, (rank + 1) * rows)) if gathers else prepared
 
-    def _row_rewards(self, generations: int) -> tuple[Tensor, Tensor]:
-        """Return the reward of each row of all ranks, and whether it counts.
+    def _row_rewards(self, generations: int) -> tuple[Tensor, Tensor, bool]:
+        """Return the outcome of each row of all ranks, whether it counts, and whether tokens of any have rewards.
 
         A row counts if a function scored it and another row of its group.
         """
@@ -281,8 +290,10 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         per_function, self._rewards_per_func = self._rewards_per_func, None
         scored = ~per_function.isnan().all(1)
         scored = scored & (scored.view(-1, generations).sum(1) > 1).repeat_interleave(generations)
-        rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
-        return torch.where(scored, rewards, 0), scored
+        own = listed(self.reward_funcs, len(per_function) // self.accelerator.num_processes)
+        dense = self.accelerator.gather(own.to(per_function.device))
+        outcomes = per_function.masked_fill(dense, 0) * self.reward_weights.to(per_function.device)
+        return torch.where(scored, outcomes.nansum(1), 0), scored, bool(dense.any())
 
     def _forward(self, model: Any, batch: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return log-probs and entropies ``(B, C)`` of the completions, and the router's loss, as TRL computes them."""
