@@ -6,7 +6,7 @@ HOSTS := trl verl vllm others
 TESTS_trl := trl trl_rewards trl_dpo trl_sft tree_row
 TESTS_verl := verl verl_gates
 TESTS_vllm := vllm vllm_train
-TESTS_others := openrlhf skyrl areal
+TESTS_others := openrlhf skyrl areal tinker verifiers
 ENVIRONMENTS := $(HOSTS) bench
 
 .PHONY: test-hosts $(HOSTS:%=test-%)

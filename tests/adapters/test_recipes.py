@@ -7,7 +7,7 @@ import enum
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +33,9 @@ RUN_BY = {
     "OpenRLHF": "test_openrlhf",
     "AReaL": "test_areal",
     "slime": "test_slime",
+    "Tinker": "test_tinker",
+    "rLLM": "test_rllm",
+    "verifiers": "test_verifiers",
     "prime-rl": "test_recipes",
     "NeMo-RL": "test_recipes",
     "A loop of your own": "test_recipes",
@@ -126,6 +129,7 @@ class LossInputs:
     ref_logprobs: torch.Tensor | None
     advantages: torch.Tensor
     loss_mask: torch.Tensor
+    loss_weights: torch.Tensor | None = None
 
 
 @dataclass
@@ -143,16 +147,18 @@ def test_prime_rl(monkeypatch):
     for row, of_row in zip(ROWS, advantages.split([len(row["response"]) for row in ROWS]), strict=True):
         before = torch.zeros(len(row["prompt"]))
         current = torch.cat([before, row["log_probs"]]).requires_grad_()
-        out = loss(
-            LossInputs(
-                trainer_logprobs=current,
-                inference_logprobs=torch.cat([before, row["old_log_probs"]]),
-                ref_logprobs=None,
-                advantages=torch.cat([before + 7, of_row]),
-                loss_mask=torch.cat([before, row["mask"]]).bool(),
-            )
+        inputs = LossInputs(
+            trainer_logprobs=current,
+            inference_logprobs=torch.cat([before, row["old_log_probs"]]),
+            ref_logprobs=None,
+            advantages=torch.cat([before + 7, of_row]),
+            loss_mask=torch.cat([before, row["mask"]]).bool(),
         )
+        out = loss(inputs)
         assert all(x.dim() == 0 for x in out.metrics.values())
+        weights = torch.full_like(current, 3.0).detach()
+        weighted = loss(replace(inputs, loss_weights=weights))
+        torch.testing.assert_close(weighted.loss, 3 * out.loss)
         (out.loss / tokens).backward()
         total += out.loss.item() / tokens
         found.append(current.grad[len(before) :])

@@ -178,6 +178,7 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         RuntimeError: This version of TRL lacks a hook.
     """
 
+    reward_funcs: list[Any]
     # State of the adaptive entropy bonus, which TRL makes and saves.
     entropy_coef: float
     _last_world_entropy: float
