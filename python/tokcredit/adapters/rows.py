@@ -119,7 +119,10 @@ def host_rows(
             f"{fields.place}: expected another number in each row of {fields.trajectory} {trajectories[r]!r}, got "
             f"{at[r]} in rows {f} and {r}"
         )
-    x = torch.as_tensor(rewards).detach().cpu().double().numpy()
+    given = torch.as_tensor(rewards).detach().cpu()
+    if given.dim() > 1:
+        given = given.float() if rule == "sum" else given.sum(1, dtype=torch.float64)
+    x = given.numpy() if given.dim() > 1 else given.double().numpy()
     if (wrong := np.argwhere(~np.isfinite(x))).size:
         r = int(wrong[0, 0])
         raise ValueError(f"{fields.reward}: expected finite numbers, got {x[tuple(wrong[0])]} in row {r}")
@@ -129,7 +132,6 @@ def host_rows(
     if rule == "sum":
         dense = _on_chosen(x, response_mask.cpu().numpy() != 0, ids, order)
         return HostRows(numbers, None, torch.from_numpy(dense).float().to(device), ordered)
-    x = x if x.ndim == 1 else x.sum(1)
     if rule == "last":
         last = order[np.flatnonzero(np.diff(ids[order], append=-1))]
         total = x[last][ids]
