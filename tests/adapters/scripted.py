@@ -7,6 +7,7 @@ import os
 import sys
 
 import tiny
+import tokcredit as tc
 import torch
 import trl
 from datasets import Dataset
@@ -41,6 +42,11 @@ def reward(completion_ids, **columns):
 
 def sometimes(completion_ids, **columns):
     return [None if sum(ids) % 4 == 0 else len(ids) / 2 for ids in completion_ids]
+
+
+def of_tokens(completion_ids, **columns):
+    """A reward of each token, of every other completion the whole."""
+    return [[t / 8 for t in ids] if sum(ids) % 2 else len(ids) / 4 for ids in completion_ids]
 
 
 def arguments(output_dir, **settings):
@@ -88,7 +94,9 @@ def with_scripted_engine(monkeypatch):
     monkeypatch.setattr(grpo_trainer, "VLLMGeneration", ScriptedEngine)
 
 
-METHODS = ("tempo", "ba", "gspo", "canon")  # one reads the tree, one counts groups, one compares groups by entropies
+DENSE = tc.Objective(tc.credit.whitened(tc.credit.returns(discount=0.5)))
+# One reads the tree, one counts groups, one compares groups by entropies, one reads rewards of tokens.
+METHODS = ("tempo", "ba", "gspo", "canon", "dense")
 ROWS = {"whole": 16, "straddling": 12}  # of a generation batch: groups of four whole, or cut, on two ranks
 
 
@@ -97,7 +105,8 @@ def main(folder):
     for method in METHODS:
         for name, rows in ROWS.items():
             args = arguments(folder, per_device_train_batch_size=rows // ranks // 2, steps_per_generation=2)
-            trainer, steps = train(CreditGRPOTrainer, args, method=method)
+            chosen = {"rewards": of_tokens, "objective": DENSE} if method == "dense" else {"method": method}
+            trainer, steps = train(CreditGRPOTrainer, args, **chosen)
             history = trainer.state.log_history[:-1]
             results[method, name] = {"steps": steps, "history": history, "table": list(trainer._logs["advantages"])}
     if trainer.accelerator.is_main_process:
