@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -31,14 +32,16 @@ _known: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 def output_layer(model: Any) -> OutputLayer | None:
     """Return the output layer of a model, or None if its logits are not those of a linear layer on its hidden states.
 
+    LoRA adapters of the layer are part of its weight, ``W + scaling * B @ A``, which has a gradient to A and B.
+
     The first time, the logits of a few tokens are compared with those of the model itself, and again with hidden states
     that are many times as large, where an unknown cap would show.
 
     Args:
         model: Causal language model of transformers.
     """
-    layer = model.get_output_embeddings()
-    if type(layer) is not torch.nn.Linear or body(model) is model:
+    linear = _linear(model.get_output_embeddings())
+    if linear is None or body(model) is model:
         return None
     config, settings = model.config, {}
     if cap := getattr(config, "final_logit_softcapping", None):
@@ -47,10 +50,27 @@ def output_layer(model: Any) -> OutputLayer | None:
         settings["scale"] = float(scale)
     if divisor := getattr(config, "logits_scaling", None):
         settings["scale"] = 1 / float(divisor)
-    found = OutputLayer(layer.weight, layer.bias, settings)
+    found = OutputLayer(*linear, settings)
     if model not in _known:
         _known[model] = _agrees(model, found)
     return found if _known[model] else None
+
+
+def _linear(layer: Any) -> tuple[Tensor, Tensor | None] | None:
+    """Return weight and bias of a linear layer, with its LoRA adapters, or None if it is another layer."""
+    if type(layer) is torch.nn.Linear:
+        return layer.weight, layer.bias
+    peft = sys.modules.get("peft.tuners.lora.layer")  # a model with an adapter has imported it
+    if peft is None or type(layer) is not peft.Linear or type(layer.base_layer) is not torch.nn.Linear:
+        return None
+    if layer.lora_variant or any(layer.lora_bias.values()) or (layer.merged and layer.disable_adapters):
+        return None
+    weight = layer.base_layer.weight
+    if not (layer.merged or layer.disable_adapters):
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                weight = weight + layer.get_delta_weight(name)
+    return weight, layer.base_layer.bias
 
 
 def body(model: Any) -> Any:
