@@ -161,10 +161,15 @@ def test_verl_numbers_written_as_text(tokenizer, tmp_path):
     assert report.read(as_text, tokenizer).batch.rewards.tolist() == expected
 
 
-def test_verl_outputs_of_one_session_are_refused(tokenizer, tmp_path):
-    records = [{"input": "1", "output": "2", "score": 1.0, "uid": f"a_0_{i}"} for i in range(2)]
-    with pytest.raises(ValueError, match="uid: expected one row for each session"):
-        report.read(lines(tmp_path / "1.jsonl", records), tokenizer)
+def test_verl_outputs_of_one_session_are_turns(tokenizer, tmp_path):
+    uids = ("a_0_0", "a_1_0", "a_0_1", "b_0_0")
+    records = [{"input": "1", "output": "22", "score": 1.0, "uid": uid} for uid in uids]
+    batch = report.read(lines(tmp_path / "1.jsonl", records), tokenizer).batch
+    assert batch.trajectory_ids.tolist() == [0, 1, 0, 2] and batch.group_ids.tolist() == [0, 0, 0, 1]
+    assert batch.whole.turns.counts.tolist() == [2, 1, 1]
+    differ = [records[0], {**records[2], "score": 0.0}]
+    with pytest.raises(ValueError, match="rewards: expected"):
+        report.read(lines(tmp_path / "2.jsonl", differ), tokenizer)
 
 
 # -- responses -----------------------------------------------------------------------------------------------------

@@ -11,73 +11,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("selenium", reason="selenium is not installed: the page is not tested in a browser")
 
 import chromium
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 from tokcredit import report
 from tokcredit.report import packing
 from tokcredit.report.page import render
 
 METHODS = ("tempo", "ctpo")
-
-
-class Browser:
-    """A page in Chromium: opened, looked at, and free of errors."""
-
-    def __init__(self, profile):
-        self.driver = chromium.started(profile)
-
-    def open(self, path, view="run"):
-        self.driver.get("about:blank")
-        self.driver.get(f"{path.as_uri()}#{view}")
-        self.wait(lambda: self.js("return document.body.dataset.ready") == view.split("-")[0])
-        return self
-
-    def wait(self, condition):
-        return WebDriverWait(self.driver, 90, 0.02).until(lambda _: condition())
-
-    def js(self, code, *arguments):
-        return self.driver.execute_script(code, *arguments)
-
-    def all(self, selector):
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def press(self, *keys):
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def hover(self, element):
-        self.js("arguments[0].scrollIntoView({block: 'center'})", element)
-        self.js("return new Promise(requestAnimationFrame)")
-        ActionChains(self.driver).move_to_element(element).perform()
-
-    def shown(self):
-        """Numbers of the rollouts that are not filtered out."""
-        return sorted(int(a.get_attribute("data-row")) for a in self.all("article:not([hidden])"))
-
-    def card(self):
-        cells = self.js(
-            "return [...document.querySelectorAll('#card:not([hidden]) [data-field]')]"
-            ".map(c => [c.dataset.field, c.dataset.method || '', c.textContent])"
-        )
-        return {(field, method): text for field, method, text in cells}
-
-    def errors(self):
-        return [entry for entry in self.driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.driver.quit()
-
-
-@pytest.fixture(autouse=True)
-def nothing_on_the_console(request):
-    yield
-    if "browser" in request.fixturenames:
-        assert request.getfixturevalue("browser").errors() == []
 
 
 @pytest.fixture(scope="module")

@@ -103,11 +103,18 @@ class barrier(PairTerm):
     threshold: float = number(0.66, at_least=0)
     metric = "barrier_mean"
 
+    def gate(self, log_probs: Tensor) -> Tensor:
+        """Return which tokens count, bool ``[N]``, if they are of a chosen response.
+
+        Args:
+            log_probs: float ``[N]``.
+        """
+        return log_probs.detach() < (math.log(self.threshold) if self.threshold else -math.inf)
+
     def __call__(self, pairs: Pairs) -> Tensor:
         log_probs, spans = pairs.variables["log_probs"], pairs.batch.spans
-        bound = math.log(self.threshold) if self.threshold else -math.inf
         weights = torch.ones_like(log_probs) if pairs.weights is None else per_token(pairs.weights, spans)
-        spans = weighing(spans.with_mask(pairs.batch.response_mask & (log_probs.detach() < bound)), weights)
+        spans = weighing(spans.with_mask(pairs.batch.response_mask & self.gate(log_probs)), weights)
         total = -segment.weighted_sum(log_probs, spans, weights)
         return (total / segment.sum(weights, spans).clamp(min=1)).index_select(0, pairs.rows[0])
 

@@ -60,7 +60,12 @@ def _groups(file: Path, settings: PairsSettings) -> Iterator[list[Row]]:
     if not read:
         return
     groups: dict[Any, list[Row]] = {}
+    trajectories: set[Any] = set()
     for row in formats.rows(read, file, settings.rewards):
+        if (number := row.columns.get("trajectory")) is not None:
+            if (key := (row.columns.get("step"), number)) in trajectories:
+                raise ValueError(f"path: expected episodes of one row, got another row of one in {row.where}")
+            trajectories.add(key)
         ids = _ids(row, "prompt_tokens") if row.columns.get("prompt_tokens") is not None else ()
         groups.setdefault((row.columns.get("step"), row.group, row.prompt, *ids), []).append(row)
     for group in groups.values():

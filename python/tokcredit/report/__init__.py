@@ -13,6 +13,7 @@ from typing import Any
 
 from tokcredit.files import write
 from tokcredit.methods import load, names
+from tokcredit.preference import Preference
 from tokcredit.report.data import Data, compute
 from tokcredit.report.readers import Run, read
 from tokcredit.report.recorded import as_recorded
@@ -33,7 +34,8 @@ def run(
 
     Args:
         path: File or run folder; see :func:`read`.
-        methods: Names of methods; by default the one the run was trained with, and GRPO to compare.
+        methods: Names of methods; by default the one the run was trained with, and GRPO to compare. By default pairs
+            are shown under DPO, or under SimPO if the file has no log-probs of a reference policy.
         output: HTML file, or None for the terminal.
         tokenizer: Folder or name of a tokenizer, for files that hold text and no token ids.
         step: Training step, the last by default.
@@ -62,8 +64,8 @@ def run(
 def report(folder: str | Path, method: Any = None) -> Path:
     """Write ``report.html`` into a run folder, on its last step, and return its path.
 
-    GRPO is shown beside the run's own method. Where the file does not hold the inputs that the method reads, the page
-    shows the advantages that the trainer wrote.
+    GRPO is shown beside the run's own method, except beside a preference method. Where the file does not hold the
+    inputs that the method reads, the page shows the advantages that the trainer wrote.
 
     Args:
         folder: Run folder with ``rollouts-*.parquet`` and ``tokenizer``.
@@ -80,13 +82,21 @@ def _usual(found: Run, method: Any = None) -> Data:
     """Return the tables of a run under its own method, as far as the file has its inputs, and under GRPO."""
     written = found.settings.get("method")
     if method is None or isinstance(method, str):
-        name = method or (written if written in names() else "grpo")
+        name = method or (written if written in names() else _default(found))
         objective = load(name)
     else:
         name, objective = written or "trained", method
     objective, notes = as_recorded(name, objective, found)
-    data = compute(found, {name: objective} if name == "grpo" else {name: objective, "grpo": load("grpo")})
+    alone = name == "grpo" or isinstance(objective, Preference)
+    data = compute(found, {name: objective} if alone else {name: objective, "grpo": load("grpo")})
     return replace(data, notes=notes + data.notes)
+
+
+def _default(found: Run) -> str:
+    """Return the method of a run that does not say by which it was trained."""
+    if not found.of_pairs:
+        return "grpo"
+    return "dpo" if found.batch.ref_log_probs is not None else "simpo"
 
 
 def _write(data: Data, path: Path) -> Path:

@@ -14,6 +14,9 @@ from tokcredit import methods
 from tokcredit.blocks import segment, select, tree, values
 from tokcredit.groups import Groups
 from tokcredit.objective import Prepared
+from tokcredit.preference import Preference, PreparedPairs
+from tokcredit.report import pairs
+from tokcredit.report.episodes import turns
 from tokcredit.report.readers import Run
 from tokcredit.report.recorded import missing
 from tokcredit.rollouts import Rollouts
@@ -35,8 +38,8 @@ class Data:
         groups: One line per prompt: ``prompt``, ``rollouts``, ``tokens``, ``mean`` and ``std`` of the rewards (the
             population's), ``differ``: whether the rewards differ. Rollouts without a token that the policy chose do not
             count in the statistics, as in the advantages.
-        rollouts: One line per rollout: ``group``, ``reward``, ``begin`` (its first token), ``length``, ``leaf`` (the
-            node at which it ends).
+        rollouts: One line per rollout: ``group``, ``reward`` (the total reward), ``begin`` (its first token),
+            ``length``, ``leaf`` (the node at which it ends). The rows of an episode are one rollout.
         nodes: One line per node of the prefix trees: ``group``, ``parent``, ``depth``, ``length``, ``count``,
             ``value``: the mean reward of the rollouts through the node, and ``before``: that of its parent, or its own
             at a root.
@@ -52,8 +55,11 @@ class Data:
             - ``gradient`` of the loss to the log-prob of the updated policy, in units of ``weight``, NaN if unknown;
 
             and with one number per rollout: ``median`` advantage of its training tokens, ``largest`` absolute
-            advantage, ``has_gradient``.
+            advantage, ``has_gradient``. Preference objectives also have the columns of
+            :func:`tokcredit.report.pairs.columns`.
+        turns: One line per turn, or None; see :func:`tokcredit.report.episodes.turns`.
         with_ratio: Names of the objectives that have a ratio and a clip, the policy-gradient ones.
+        with_margin: Names of the objectives that have pairs, the preference ones.
         notes: Sentences that a reader must know to understand the numbers.
     """
 
@@ -64,7 +70,9 @@ class Data:
     nodes: Table
     tokens: Table
     methods: dict[str, Table]
+    turns: Table | None
     with_ratio: frozenset[str]
+    with_margin: frozenset[str]
     notes: list[str]
 
 
@@ -89,12 +97,17 @@ def compute(run: Run, objectives: Mapping[str, Any] | Sequence[str]) -> Data:
             notes.append(f"The progress of training is not known: {name} is shown with its settings of the last step.")
         if any(isinstance(x, Controller) for x in objective.adjustables):
             notes.append(f"The file has no states of controllers: {name} is shown with the settings it starts from.")
-    batch, about = _batch(run)
+    batch, about = _batch(run, all(isinstance(x, Preference) for x in chosen.values()))
     notes += about
     progress = 1.0 if run.progress is None else run.progress
-    prepared = {name: x.prepare(batch, progress=progress, state=State()) for name, x in chosen.items()}
-    tables = {name: _method(x, run.log_probs) for name, x in prepared.items()}
-    notes += _differences(run, tables)
+    # Each row is a trajectory from here on.
+    prepared = {
+        name: x.prepare(x.trajectories_of(batch), progress=progress, state=State()) for name, x in chosen.items()
+    }
+    log_probs, written = (_of_trajectories(batch, x) for x in (run.log_probs, run.advantages))
+    batch = batch.whole
+    tables = {name: _method(x, log_probs) for name, x in prepared.items()}
+    notes += _differences(run.settings.get("method"), written, tables)
     trees = tree.build(batch)
     return Data(
         run,
@@ -104,12 +117,14 @@ def compute(run: Run, objectives: Mapping[str, Any] | Sequence[str]) -> Data:
         _nodes(trees),
         _tokens(trees),
         tables,
+        turns(batch),
         frozenset(name for name, x in prepared.items() if isinstance(x, Prepared)),
+        frozenset(name for name, x in prepared.items() if isinstance(x, PreparedPairs)),
         notes,
     )
 
 
-def _batch(run: Run) -> tuple[Rollouts, list[str]]:
+def _batch(run: Run, only_pairs: bool) -> tuple[Rollouts, list[str]]:
     """Return the batch with the log-probs that ratios start from, and notes about them."""
     batch, notes = run.batch, []
     if batch.old_log_probs is None and batch.rollout_log_probs is not None:
@@ -118,11 +133,19 @@ def _batch(run: Run) -> tuple[Rollouts, list[str]]:
             notes.append(
                 "Ratios are to the log-probs of the engine that sampled; the file does not have those of the trainer."
             )
-    if run.log_probs is None:
+    if run.log_probs is None and only_pairs:
+        known = "unknown" if batch.old_log_probs is None else "those of the policy before it"
+        notes.append(f"The file has no log-probs of the updated policy, so log-ratios and margins are {known}.")
+    elif run.log_probs is None:
         notes.append("The file has no log-probs of the updated policy, so ratios and clipping are unknown.")
     elif batch.old_log_probs is None:
         notes.append("The file has no log-probs of the policy that sampled, so ratios and clipping are unknown.")
     return batch, notes
+
+
+def _of_trajectories(batch: Rollouts, x: Tensor | None) -> Tensor | None:
+    """Return per-token numbers of rows in the order of their trajectories."""
+    return x if x is None or batch.trajectories is None else batch.trajectories.joined.of_tokens(x)
 
 
 def _numpy(x: Tensor) -> Any:
@@ -137,7 +160,7 @@ def _counted(batch: Rollouts) -> Groups:
 
 
 def _groups(run: Run, batch: Rollouts) -> Table:
-    statistics = segment.moments(batch.outcome_rewards, _counted(batch), ddof=0)
+    statistics = segment.moments(batch.rewards, _counted(batch), ddof=0)
     tokens = segment.sum(batch.all_spans.lengths.double(), batch.groups)
     return {
         "prompt": run.prompts,
@@ -153,7 +176,7 @@ def _rollouts(trees: tree.PrefixTree) -> Table:
     batch = trees.batch
     return {
         "group": _numpy(batch.group_index),
-        "reward": _numpy(batch.outcome_rewards.double()),
+        "reward": _numpy(batch.rewards.double()),
         "begin": _numpy(batch.begin),
         "length": _numpy(batch.all_spans.lengths),
         "leaf": _numpy(trees.leaf),
@@ -161,7 +184,7 @@ def _rollouts(trees: tree.PrefixTree) -> Table:
 
 
 def _nodes(trees: tree.PrefixTree) -> Table:
-    size, rewards, counted = int(trees.size), trees.batch.outcome_rewards.double(), trees.batch.lengths > 0
+    size, rewards, counted = int(trees.size), trees.batch.rewards.double(), trees.batch.lengths > 0
     known = values.monte_carlo(trees, torch.ones_like(rewards), counted) > 0
     value = torch.where(known, values.monte_carlo(trees, rewards, counted), values.monte_carlo(trees, rewards))
     before = value - values.temporal_difference(trees, value)
@@ -196,6 +219,8 @@ def _method(prepared: Any, log_probs: Tensor | None) -> Table:
         table["gradient"] = _gradient(prepared, log_probs, tokens)
     if isinstance(prepared, Prepared):
         table |= _policy_gradient(prepared, log_probs, weight, table["gradient"])
+    if isinstance(prepared, PreparedPairs):
+        table |= pairs.columns(prepared, batch.old_log_probs if log_probs is None else log_probs)
     spans = batch.spans.with_mask(trains)
     return {
         **{name: _numpy(x) for name, x in table.items()},
@@ -250,12 +275,11 @@ def _policy_gradient(prepared: Prepared, log_probs: Tensor | None, weight: Tenso
     }
 
 
-def _differences(run: Run, tables: dict[str, Table]) -> list[str]:
+def _differences(name: str | None, written: Tensor | None, tables: dict[str, Table]) -> list[str]:
     """Return a note where the trainer's own advantages are not those computed here."""
-    name = run.settings.get("method")
-    if run.advantages is None or name not in tables:
+    if written is None or name not in tables:
         return []
-    ours, theirs = tables[name]["advantage"], _numpy(run.advantages)
+    ours, theirs = tables[name]["advantage"], _numpy(written)
     apart = int((np.abs(ours - theirs) > 1e-3 * np.maximum(1, np.abs(ours))).sum())
     if not apart:
         return []

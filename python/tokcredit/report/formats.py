@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
 _KEY = re.compile(r"(.+)_(\d+)_(\d+)")
 _PADDING = re.compile("pad[0-9a-f]{32}")  # group of the rows that verl adds, so that every rank has as many
+PAIR = frozenset({"chosen", "rejected"})
+"""Columns of a file of pairs."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,12 @@ def rows(records: Sequence[Record], file: Path, rewards: Mapping[str, float] | N
         rewards: Weights of the columns whose sum is the reward, or None for the usual column.
 
     Raises:
-        ValueError: A record lacks a column or has a value of the wrong kind, or a session of verl has several rows.
+        ValueError: A record lacks a column or has a value of the wrong kind, or pairs have rewards.
     """
     if rewards is not None and not rewards:
         raise ValueError("rewards: expected at least one column, got none")
     numbered = [(record, f"row {number} of {file}") for number, record in enumerate(records)]
-    for columns, make in (({"output", "score"}, _verl), ({"completion", "advantage"}, _trl)):
+    for columns, make in (({"output", "score"}, _verl), ({"completion", "advantage"}, _trl), (PAIR, _pairs)):
         if all(columns <= record.keys() for record in records):
             return make(numbered, file, rewards)
     return [_plain(record, where, rewards) for record, where in numbered]
@@ -119,22 +121,47 @@ def _reward_column(records: Sequence[Record], file: Path) -> str:
 
 
 def _verl(records: Sequence[tuple[Record, str]], file: Path, rewards: Mapping[str, float] | None) -> list[Row]:
-    """Return the rows of a dump of verl. Its V1 trainers write a uid, ``GROUP_SESSION_OUTPUT``, and the older none."""
-    found, sessions = [], set()
+    """Return the rows of a dump of verl. Its V1 trainers write a uid, ``GROUP_SESSION_OUTPUT``, and the older none.
+
+    The outputs of a session are the turns of an episode.
+    """
+    found, parts, sessions = [], [], dict[Any, int]()
     for record, where in records:
         prompt, uid = record.get("input"), record.get("uid")
         group = ("input", repr(_asked(prompt, where))) if uid is None else ("uid", repr(uid))
+        session: tuple[Any, ...] = (where,)
+        turn = 0
         if key := _KEY.fullmatch(str(uid)):
-            group = ("uid", key[1])
+            group, session, turn = ("uid", key[1]), key.group(1, 2), int(key[3])
             if _PADDING.fullmatch(key[1]):
                 continue
-            if key.group(1, 2) in sessions:
-                raise ValueError(f"uid: expected one row for each session, got another part of a response in {where}")
-            sessions.add(key.group(1, 2))
         reward = _reward(record, where, "score", rewards, as_text=True)
         pieces = _pieces("output", record, where)
+        parts.append({"trajectory": sessions.setdefault(session, len(sessions)), "turn": turn})
         found.append(Row(where, group, _text(prompt), *reward, pieces, {}, prompt, record["output"]))
-    return found
+    if len(sessions) == len(found):
+        return found
+    return [replace(row, columns=part) for row, part in zip(found, parts, strict=True)]
+
+
+def _pairs(records: Sequence[tuple[Record, str]], file: Path, rewards: Mapping[str, float] | None) -> list[Row]:
+    """Return two rows for each pair: the chosen response with the reward 1, and the rejected one with 0."""
+    if rewards is not None:
+        raise ValueError(f"rewards: expected none because {file} holds pairs, got {', '.join(rewards)}")
+    return [
+        _response(record, name, reward, where)
+        for record, where in records
+        for name, reward in (("chosen", 1.0), ("rejected", 0.0))
+    ]
+
+
+def _response(record: Record, name: str, reward: float, where: str) -> Row:
+    """Return a response of a pair. A column of this package has the name of the response before its own."""
+    columns = {key.removeprefix(f"{name}_"): x for key, x in record.items() if key.startswith(f"{name}_")}
+    columns |= {"tokens": columns.get("ids"), "response_mask": columns.get("mask")}
+    pieces = _pieces(name, record, where) if columns["tokens"] is None else None
+    prompt = record.get("prompt")
+    return Row(f"{name} of {where}", where, _text(prompt), reward, True, pieces, columns, prompt, record[name])
 
 
 def _asked(prompt: Any, where: str) -> Any:

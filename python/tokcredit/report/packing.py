@@ -24,7 +24,7 @@ from tokcredit.report.vocabulary import visible
 
 LOG_PROB, RATIO, WEIGHT = 2, 3, 3
 PROMPT = 20_000
-RESPONSE, BRANCH, TRAINS, CLIP = 1, 2, 4, 8
+RESPONSE, BRANCH, TRAINS, CLIP, BARRIER = 1, 2, 4, 8, 32
 
 
 def blob(x: bytes) -> str:
@@ -145,6 +145,7 @@ def group_blob(data: Data, group: int, words: Any, decimals: dict[str, int], log
                 "reward": _plain(data.rollouts["reward"][r]),
                 "length": int(data.rollouts["length"][r]),
                 "leaf": number[int(data.rollouts["leaf"][r])],
+                "turns": _turns(data, int(r)),
             }
             for r in rows
         ],
@@ -155,18 +156,37 @@ def group_blob(data: Data, group: int, words: Any, decimals: dict[str, int], log
         },
         "words": {"at": columns.raw(tokens.astype(f"<u{wide}").tobytes()), "bytes": wide},
         "log_prob": columns.put(data.tokens["log_prob"][take], log_prob),
-        "methods": {name: _method(columns, data, name, take, rows, decimals[name]) for name in data.methods},
+        "methods": {name: _method(columns, data, name, take, rows, group, decimals[name]) for name in data.methods},
     }
     manifest["columns"] = columns.entries
     head = json.dumps(manifest, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     return blob(len(head).to_bytes(4, "little") + head + b"".join(columns.parts))
 
 
-def _method(columns: _Columns, data: Data, name: str, take: Any, rows: Any, decimals: int) -> Table:
+def _turns(data: Data, row: int) -> list[Table]:
+    if data.turns is None:
+        return []
+    own = np.flatnonzero(data.turns["rollout"] == row)
+    whole = [data.turns[name][own].tolist() for name in ("begin", "end", "state")]
+    return [
+        {"begin": begin, "end": end, "state": state, "reward": _plain(reward)}
+        for begin, end, state, reward in zip(*whole, data.turns["reward"][own], strict=True)
+    ]
+
+
+def _method(columns: _Columns, data: Data, name: str, take: Any, rows: Any, group: int, decimals: int) -> Table:
     table = data.methods[name]
     flags = data.tokens["response"][take] * RESPONSE + data.tokens["branch"][take] * BRANCH
     ratio = _ratio_decimals(table, take)
     flags = flags + table["trains"][take] * TRAINS + table["clipped"][take].astype(np.int64) * CLIP
+    of_pairs = {}
+    if name in data.with_margin:
+        flags = flags + table["barrier"][take] * BARRIER
+        of_pairs = {
+            "log_ratio": columns.put(table["log_ratio"][take], RATIO),
+            "score": [_plain(x) for x in table["score"][rows]],
+            "margin": _plain(table["margin"][group]),
+        }
     return {
         "advantage": columns.put(table["advantage"][take], decimals),
         "weight": columns.put(table["weight"][take], WEIGHT),
@@ -175,6 +195,7 @@ def _method(columns: _Columns, data: Data, name: str, take: Any, rows: Any, deci
         "median": [_plain(x) for x in table["median"][rows]],
         "largest": [_plain(x) for x in table["largest"][rows]],
         "has_gradient": [bool(x) for x in table["has_gradient"][rows]],
+        **of_pairs,
     }
 
 

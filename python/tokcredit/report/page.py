@@ -15,7 +15,21 @@ from tokcredit.report.vocabulary import visible
 
 LIMIT = 5_000_000
 ASSETS = Path(__file__).parent / "assets"
-SCRIPTS = ("decode", "colour", "chart", "run", "pictures", "tree", "card", "text", "tools", "group", "page")
+SCRIPTS = (
+    "decode",
+    "colour",
+    "chart",
+    "run",
+    "pictures",
+    "tree",
+    "card",
+    "episode",
+    "pair",
+    "text",
+    "tools",
+    "group",
+    "page",
+)
 SNIPPET = 240
 NOTE, TAG = 200, 60
 
@@ -51,6 +65,7 @@ def render(data: Data, limit: int = LIMIT) -> str:
         "summary": _finite(summarize(data)),
         "methods": {name: visible(repr(objective), 2000) for name, objective in data.objectives.items()},
         "with_ratio": sorted(data.with_ratio),
+        "with_margin": sorted(data.with_margin),
         "prompts": [_entry(data, group) for group in range(len(data.groups["prompt"]))],
     }
 

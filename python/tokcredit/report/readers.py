@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Run:
         step: Training step, or None if unknown.
         progress: From 0 at the first step of training to 1 at the last, or None if unknown.
         settings: What the trainer wrote about itself (version, method, objective, model, tokenizer); empty if nothing.
+        of_pairs: Whether the file has pairs of a chosen and a rejected response.
     """
 
     batch: Rollouts
@@ -50,6 +51,7 @@ class Run:
     step: int | None
     progress: float | None
     settings: Mapping[str, str]
+    of_pairs: bool = False
 
 
 def read(
@@ -70,6 +72,10 @@ def read(
     ``group`` is null is a group of its own. Responses that are chat messages become the texts of their messages, and
     only those of the assistant count as the policy's.
 
+    Pairs ``{"prompt", "chosen", "rejected"}`` are groups of two rows, and their further columns have the name of the
+    response first, for example ``chosen_ids``, ``chosen_mask`` and ``chosen_ref_log_probs``. Rows of an episode that
+    are one turn each may carry its number as ``turn`` in place of ``turn_ids``.
+
     Args:
         path: A file, or a folder with such files, of which the one of ``step`` is taken.
         tokenizer: Folder or name of a ``transformers`` tokenizer, or None for the ``tokenizer`` folder beside the file.
@@ -89,10 +95,10 @@ def read(
         raise ValueError(f"path: expected rollouts in {file}, got an empty file")
     beside = file.parent / "tokenizer"
     loaded = load_tokenizer(tokenizer or str(beside)) if tokenizer or beside.is_dir() else None
-    rows = formats.rows(found, file, rewards)
+    rows, of_pairs = formats.rows(found, file, rewards), all(record.keys() >= formats.PAIR for record in found)
     if loaded is None and any(row.pieces is not None for row in rows):
         raise ValueError(f"tokenizer: expected one because {file} holds text and no token ids, got None")
-    return _run(rows, Vocabulary(loaded), file, wanted, settings)
+    return replace(_run(rows, Vocabulary(loaded), file, wanted, settings), of_pairs=of_pairs)
 
 
 def _of_step(found: list[Record], step: int | None, file: Path) -> tuple[list[Record], int | None]:
@@ -157,6 +163,9 @@ def _run(rows: list[Row], vocabulary: Vocabulary, file: Path, step: int | None, 
     if settings == {} and log_probs is not None and "old_log_probs" not in named:
         # JSONL with one kind of log-probs has those of the policy that sampled.
         named["old_log_probs"], log_probs = log_probs, None
+    turns = _column("turn", "integer", rows, None)
+    if turns is not None and "turn_ids" not in named:
+        named["turn_ids"] = turns.repeat_interleave(torch.tensor(lengths))
     if advantages is not None:
         named[RECORDED] = advantages
     # This trainer tells rewards of tokens apart from outcomes, also where both have the same sum.
@@ -196,7 +205,14 @@ def _tokens(row: Row, tokenizer: Any) -> tuple[Any, Any]:
 
 def _check_whole(rows: Sequence[Row]) -> None:
     """Raise if some rows have a column and others lack it."""
-    for name in ("response_mask", "log_probs", "advantages", *sorted(inputs.names() - inputs.names("host"))):
+    for name in (
+        "response_mask",
+        "log_probs",
+        "advantages",
+        "trajectory",
+        "turn",
+        *sorted(inputs.names() - inputs.names("host")),
+    ):
         lacking = [row for row in rows if row.columns.get(name) is None]
         if 0 < len(lacking) < len(rows):
             raise ValueError(f"{name}: expected in every row of the file or in none, got none in {lacking[0].where}")

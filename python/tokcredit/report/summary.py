@@ -67,6 +67,7 @@ def method_figures(data: Data, name: str, edges: Any) -> Table:
         colour; ``advantages``: a histogram; ``ratios``: quantiles, bounds and clipped fraction by position; ``signs``:
         fractions of rollouts, tokens and ``|A| * weight`` in rollouts with a positive and with a negative median.
         ``effective``, ``clipped`` and ``ratios`` are None where ratios are unknown or the objective has none.
+        A preference objective also has the figures of :func:`pair_figures`.
     """
     table = data.methods[name]
     trains, rollout = table["trains"], data.tokens["rollout"]
@@ -88,6 +89,27 @@ def method_figures(data: Data, name: str, edges: Any) -> Table:
         "advantages": _histogram(advantage),
         "ratios": _ratios(data, table, edges) if q.size else None,
         "signs": _signs(data, table),
+        **(pair_figures(table) if name in data.with_margin else {}),
+    }
+
+
+def pair_figures(table: Table) -> Table:
+    """Return the figures that only preference objectives have.
+
+    Args:
+        table: Columns of the objective.
+
+    Returns:
+        ``margin``: mean margin of the pairs; ``accuracy``: fraction of pairs with a margin above 0, both None where
+        margins are unknown; ``log_ratio_scale``: the 0.99-quantile of the absolute log-ratio, that of the strongest
+        colour; ``barrier``: fraction of the training tokens that count in the barrier.
+    """
+    margin, log_ratio = (x[np.isfinite(x)].astype(float) for x in (table["margin"], table["log_ratio"]))
+    return {
+        "margin": float(margin.mean()) if margin.size else None,
+        "accuracy": float((margin > 0).mean()) if margin.size else None,
+        "log_ratio_scale": (float(np.quantile(np.abs(log_ratio), 0.99)) if log_ratio.size else 0.0) or 1.0,
+        "barrier": _fraction(table["barrier"].sum(), table["trains"].sum()),
     }
 
 

@@ -41,7 +41,7 @@ def show(data: Data, prompt: int = 1, console: Console | None = None) -> None:
     group = prompt - 1
     figures = summarize(data)
     console.print(_head(data, group, count))
-    console.print(_figures(figures, data.with_ratio))
+    console.print(_figures(figures, data))
     console.print(_text(LEGEND, "dim"))
     for note in data.notes:
         console.print(_text(note, "italic"))
@@ -68,19 +68,23 @@ def _head(data: Data, group: int, count: int) -> Any:
     return head
 
 
-def _figures(figures: dict[str, Any], with_ratio: frozenset[str]) -> Any:
+def _figures(figures: dict[str, Any], data: Data) -> Any:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     table.add_column("method", style="bold")
     for name in ("token-level tokens", "token-level |A|", "has gradient", "clipped", "effective sample"):
         table.add_column(name, justify="right")
+    if data.with_margin:
+        table.add_column("mean margin", justify="right")
     for method, f in figures["methods"].items():
-        unknown = "–" if method in with_ratio else "not applicable"
+        unknown = "–" if method in data.with_ratio else "not applicable"
+        margin = "not applicable" if "margin" not in f else "–" if f["margin"] is None else f"{f['margin']:.3f}"
         table.add_row(
             method,
             *(f"{f[key]:.1%}" for key in ("token_level", "token_level_advantage", "has_gradient")),
             *(unknown if f[key] is None else f"{f[key]:.1%}" for key in ("clipped", "effective")),
+            *([margin] if data.with_margin else []),
         )
     return table
 

@@ -57,7 +57,7 @@ function tokenCard(group, row, position) {
   const title = (name) => el("th", { scope: "row" }, name);
   const shared = (name, field, text) =>
     el("tr", {}, title(name), el("td", { "data-field": field, colspan: METHODS.length }, text ?? "–"));
-  const each = (name, get) => el("tr", {}, title(name), ...METHODS.map((m) =>
+  const each = (name, get, text = name) => el("tr", {}, title(text), ...METHODS.map((m) =>
     el("td", { "data-field": name, "data-method": m }, get(group.methods[m], group.flags(m, row, position), m) ?? "–")));
   const number = (name) => each(name, (own) => own[name].text(r, token));
   const ofRatio = (name, get) => each(name, (own, flags, m) => (hasRatio(m) ? get(own, flags) : "not applicable"));
@@ -79,7 +79,10 @@ function tokenCard(group, row, position) {
       shared("value before, after", "value", `${branch ? "branch, " : ""}${plain(was)} → ${plain(value[v])}`),
       METHODS.length > 1 ? el("tr", { class: "names" }, el("td"), ...names) : null,
       number("advantage"), ofRatio("ratio", (own) => own.ratio.text(r, token)), ofRatio("bounds", bounds),
-      number("weight"), ofRatio("clip", clip))),
+      number("weight"), ofRatio("clip", clip), ...(METHODS.some(hasMargin) ? [
+        each("log_ratio", (own) => own.log_ratio?.text(r, token) ?? "not applicable", "log-ratio"),
+        each("barrier", (own, flags, m) => (hasMargin(m) ? (flags & BARRIER ? "yes" : "no") : "not applicable")),
+      ] : []))),
   ];
 }
 

@@ -3,10 +3,12 @@
 
 const HEADER = JSON.parse(document.getElementById("header").textContent);
 const METHODS = Object.keys(HEADER.methods);
-const RESPONSE = 1, BRANCH = 2, TRAINS = 4, CLIPPED = 8, BOUNDED = 16;
+const RESPONSE = 1, BRANCH = 2, TRAINS = 4, CLIPPED = 8, BOUNDED = 16, BARRIER = 32;
 
 // Whether a method has a ratio and a clip; without them it is no policy-gradient method.
 const hasRatio = (method) => HEADER.with_ratio.includes(method);
+// Whether a method has pairs, with log-ratios, scores and a margin.
+const hasMargin = (method) => HEADER.with_margin.includes(method);
 
 async function inflate(id) {
   const coded = document.getElementById(id).textContent;
@@ -77,6 +79,7 @@ class Group {
     for (const method of METHODS) {
       const own = this.methods[method];
       for (const name of ["advantage", "ratio", "low", "high", "weight", "flags"]) own[name] = this.columns[own[name]];
+      if (hasMargin(method)) own.log_ratio = this.columns[own.log_ratio];
     }
     const { at, bytes: width } = told.words;
     const count = this.nodes.length.reduce((a, b) => a + b, 0);

@@ -7,13 +7,15 @@ class GroupPage {
     this.node = null;
     this.wanted = "";
     this.current = null;
-    this.texts = group.rows.map((row) => new RolloutText(this, group, row));
+    this.pair = pairParts(group);
+    const parts = this.pair ?? group.rows.map((row) => [row, 0, row.length, null]);
+    this.texts = parts.map((part) => new RolloutText(this, group, ...part));
     this.tree = treePicture(group, (v) => this.choose(v), (number) => this.go(number));
     this.chosen = el("div", { class: "chosen", hidden: true });
     this.count = el("small", { class: "count", role: "status" });
     this.form = toolBar(this);
     this.legend = el("div", { class: "legend row" });
-    this.list = el("div", {}, ...this.texts.map((text) => text.article));
+    this.list = el("div", { class: this.pair && "pair" }, ...this.texts.map((text) => text.article));
   }
 
   get methods() {
@@ -37,6 +39,7 @@ class GroupPage {
       el("div", { class: "tree" }, this.tree.svg), this.chosen,
       el("h2", {}, "Rollouts ", this.count), this.form, this.legend, this.list);
     this.sort("tree");
+    if (this.form.elements.colour) this.form.elements.colour.value = GroupPage.colour ?? "advantage";
     this.use(this.method);
     return view;
   }
@@ -47,9 +50,24 @@ class GroupPage {
     for (const button of this.form.querySelectorAll("[data-method]"))
       button.setAttribute("aria-pressed", String(button.dataset.method === method));
     for (const text of this.texts) text.show(this.methods);
-    this.legend.replaceChildren(...legend(this.methods[0]));
+    this.legend.replaceChildren(...legend(this, this.methods[0]));
     requestAnimationFrame(() => this.strips());
     this.filter();
+  }
+
+  // Colours tokens by their weight or by their log-ratio.
+  colourBy(name) {
+    GroupPage.colour = name;
+    this.use(this.method);
+  }
+
+  // The column that colours tokens under a method, and its number of the strongest colour.
+  colourOf(method) {
+    return hasMargin(method) ? (GroupPage.colour ?? "advantage") : "advantage";
+  }
+
+  scale(method) {
+    return HEADER.summary.methods[method][this.colourOf(method) === "log_ratio" ? "log_ratio_scale" : "scale"];
   }
 
   strips() {
@@ -83,13 +101,15 @@ class GroupPage {
       const through = this.node === null || row.path.includes(this.node);
       article.hidden = !(through && passes(row) && (!this.wanted || hits.size > 0));
     }
-    this.count.textContent = `${this.visible.length} of ${this.texts.length}`;
+    const rows = new Set(this.visible.map((text) => text.row)), margin = marginText(this.group, this.methods);
+    this.count.textContent = [`${rows.size} of ${this.group.rows.length}`, margin].filter(Boolean).join(" · ");
   }
 
   sort(by) {
     const { lanes } = this.tree;
     const rank = { tree: (row) => lanes.indexOf(row), number: (row) => row.number, reward: (row) => -row.reward,
       length: (row) => row.length }[by];
+    if (this.pair) return;
     this.texts.sort((a, b) => rank(a.row) - rank(b.row));
     this.list.append(...this.texts.map((text) => text.article));
   }
@@ -104,6 +124,12 @@ class GroupPage {
     if (text.article.hidden) this.reset();
     text.article.scrollIntoView({ block: "start" });
     text.article.focus({ preventScroll: true });
+  }
+
+  // Puts the cursor on a token of any rollout.
+  visit(row, position) {
+    this.go(row.number);
+    this.move(this.texts.find((text) => text.row === row && position < text.end), position);
   }
 
   next(direction) {
@@ -123,8 +149,13 @@ class GroupPage {
   // The next token in a direction that is wanted.
   token(direction, wanted = () => true) {
     const text = this.visible.includes(this.current) ? this.current : this.visible[0];
-    const to = text?.find(text.cursor ?? (direction > 0 ? -1 : text.texts.length), direction, (i) => wanted(text, i));
+    const from = text?.cursor ?? (direction > 0 ? text?.begin - 1 : text?.end);
+    const to = text?.find(from, direction, (i) => wanted(text, i));
     if (to !== null && to !== undefined) this.move(text, to);
+  }
+
+  turn(direction) {
+    this.token(direction, (text, i) => text.row.turns.some(({ begin }) => begin === i));
   }
 
   branch(direction) {
@@ -136,7 +167,7 @@ class GroupPage {
     const begins = (text) => (i) => text.hits.has(i) && !text.hits.has(i - 1);
     for (let i = 0; i <= among.length; i++) {
       const text = among[(start + i) % among.length];
-      const to = text?.find(i ? -1 : text.cursor ?? -1, 1, begins(text));
+      const to = text?.find((i ? null : text.cursor) ?? text.begin - 1, 1, begins(text));
       if (to === null || to === undefined) continue;
       await this.move(text, to);
       return this.form.elements.search.focus({ preventScroll: true });
@@ -147,6 +178,7 @@ class GroupPage {
     const by = this.form.elements.order.value;
     this.form.reset();
     this.form.elements.order.value = by;
+    if (this.form.elements.colour) this.form.elements.colour.value = GroupPage.colour ?? "advantage";
     if (this.node !== null) this.choose(this.node);
     for (const text of this.texts) text.leave();
     hideCard();

@@ -63,7 +63,7 @@ const KEYS = {
   "[": () => neighbour(-1), "]": () => neighbour(1), o: () => (location.hash = "#run"),
   j: () => view?.next(1), k: () => view?.next(-1),
   ArrowRight: () => view?.token(1), ArrowLeft: () => view?.token(-1),
-  b: () => view?.branch(1), B: () => view?.branch(-1),
+  b: () => view?.branch(1), B: () => view?.branch(-1), n: () => view?.turn(1), N: () => view?.turn(-1),
   x: () => view?.current?.button.click(), m: nextMethod, "/": () => (view ? view.form.elements.search : find).focus(),
   t: flip, "?": () => help.showModal(), Escape: () => view?.reset(),
 };

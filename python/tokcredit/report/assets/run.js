@@ -35,6 +35,11 @@ function methodTable(figures) {
     "effective sample size": (f, m) =>
       !hasRatio(m) ? "not applicable" : f.effective === null ? "–" : shown(f.effective, 3),
   };
+  if (METHODS.some(hasMargin)) {
+    const ofPairs = (text) => (f, m) => (!hasMargin(m) ? "not applicable" : f.margin === null ? "–" : text(f));
+    columns["mean margin"] = ofPairs((f) => plain(f.margin));
+    columns["margins above 0"] = ofPairs((f) => percent(f.accuracy));
+  }
   const names = Object.keys(columns), gets = Object.values(columns);
   const rows = METHODS.flatMap((m) => [
     el("tr", {}, el("td", {}, m), ...gets.map((get) => el("td", {}, get(figures[m], m)))),

@@ -2,18 +2,22 @@
 
 const PIECE = 220, FOLD = 340, LINE = 13 * 1.72, STRIP = 18;
 
-// Spans of at most about 220 tokens, cut after line breaks where there are any.
-function pieces(texts) {
+// Spans of at most about 220 tokens from `first` to `last`, cut at `edges`, and after line breaks where there are any.
+function pieces(texts, first, last, edges) {
   const out = [];
-  let begin = 0, broken = 0;
-  for (let i = 0; i < texts.length; i++) {
+  let begin = first, broken = first;
+  for (let i = first; i < last; i++) {
+    if (edges.has(i) && i > begin) {
+      out.push([begin, i]);
+      begin = i;
+    }
     if (texts[i].includes("\n")) broken = i + 1;
     if (i + 1 - begin < PIECE) continue;
     const end = broken > begin ? broken : i + 1;
     out.push([begin, end]);
     begin = end;
   }
-  if (begin < texts.length || !out.length) out.push([begin, texts.length]);
+  if (begin < last || !out.length) out.push([begin, last]);
   return out;
 }
 
@@ -21,38 +25,41 @@ const seen = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) isIntersecting ? target.fill() : target.empty();
 }, { rootMargin: "900px 0px" });
 
+// A rollout from token `begin` to `end`, which has a name if it is only a part.
 class RolloutText {
-  constructor(page, group, row) {
-    Object.assign(this, { page, group, row, cursor: null, hits: new Set() });
+  constructor(page, group, row, begin, end, name) {
+    Object.assign(this, { page, group, row, begin, end, name, cursor: null, hits: new Set() });
     this.texts = group.texts(row);
-    this.cuts = pieces(this.texts);
+    this.cuts = pieces(this.texts, begin, end, new Set(row.turns.flatMap((turn) => [turn.begin, turn.end])));
     this.longest = Math.max(...group.rows.map((r) => r.length));
     this.article = this.frame();
     this.fold(true);
   }
 
   frame() {
-    const { row, group } = this, reward = plain(row.reward), length = whole(row.length);
-    const branches = this.texts.reduce((n, _, i) => n + (this.isBranch(i) ? 1 : 0), 0);
+    const { row, group } = this, reward = plain(row.reward), length = whole(this.end - this.begin);
+    const branches = this.texts.reduce((n, _, i) => n + (this.holds(i) && this.isBranch(i) ? 1 : 0), 0);
+    const title = this.name ?? `Rollout ${row.number + 1}`, turns = row.turns.length;
     const fold = () => this.fold(!this.article.classList.contains("folded"));
-    this.button = el("button", { type: "button", hidden: row.length <= FOLD, onclick: fold });
+    this.button = el("button", { type: "button", hidden: this.end - this.begin <= FOLD, onclick: fold });
     this.canvas = el("canvas", { "aria-hidden": "true", onclick: ({ offsetX }) => {
       const position = Math.floor((offsetX / this.canvas.clientWidth) * this.longest);
-      this.page.move(this, Math.min(row.length - 1, position));
+      this.page.move(this, Math.max(this.begin, Math.min(this.end - 1, position)));
     } });
     this.about = el("span", {});
     this.columns = el("div", { class: "texts" });
-    const label = `Rollout ${row.number + 1}, reward ${reward}, ${length} tokens`;
-    return el("article", { tabindex: 0, "aria-label": label, "data-row": row.number,
+    const isCommon = this.name === COMMON, label = `${title}${isCommon ? "" : `, reward ${reward}`}, ${length} tokens`;
+    return el("article", { tabindex: 0, "aria-label": label, "data-row": row.number, "data-part": this.name,
       onfocus: () => (this.page.current = this),
       onpointerover: ({ target }) =>
         target.position !== undefined && showCard(target, tokenCard(group, row, target.position)),
       onpointerout: hideCard,
       onclick: ({ target }) =>
         target.position !== undefined && getSelection().isCollapsed && this.page.move(this, target.position) },
-    el("header", {}, el("b", {}, `Rollout ${row.number + 1}`),
-      el("span", {}, "reward ", el("b", { class: sign(row.reward, group.nodes.value[0]) }, reward)),
+    el("header", {}, el("b", {}, title),
+      isCommon ? null : el("span", {}, "reward ", el("b", { class: sign(row.reward, group.nodes.value[0]) }, reward)),
       el("span", {}, `${length} tokens`), el("span", {}, `${branches} branch ${branches === 1 ? "token" : "tokens"}`),
+      turns ? el("span", {}, `${turns} ${turns === 1 ? "turn" : "turns"}`) : null,
       this.about, this.button),
     this.canvas, this.columns);
   }
@@ -62,16 +69,20 @@ class RolloutText {
     for (const piece of this.columns.querySelectorAll(".text > div")) seen.unobserve(piece);
     const several = methods.length > 1;
     this.columns.replaceChildren(...methods.map((m) => el("div", {}, several ? el("h4", {}, m) : null,
-      el("div", { class: "text" }, ...this.cuts.map(([begin, end]) => this.piece(m, begin, end))))));
-    this.about.textContent = methods.map((m) => {
-      const { median, has_gradient: hasGradient } = this.group.methods[m], { number } = this.row;
+      el("div", { class: "text" }, ...this.cuts.flatMap(([begin, end]) =>
+        [turnHeading(this.page, this.row, begin), this.piece(m, begin, end)])))));
+    this.about.textContent = this.name === COMMON ? "coloured as in the chosen response" : methods.map((m) => {
+      const { median, score, has_gradient: hasGradient } = this.group.methods[m], { number } = this.row;
       const none = hasGradient[number] ? "" : ", no gradient";
-      return `${several ? m : "median advantage"} ${plain(median[number])}${none}`;
+      const [name, figure] = score ? ["score", score] : ["median advantage", median];
+      return `${several ? m : name} ${plain(figure[number])}${none}`;
     }).join(" · ");
   }
 
   piece(method, begin, end) {
-    const piece = el("div", { "data-begin": begin, "data-method": method }), texts = this.texts.slice(begin, end);
+    const kind = isAnswer(this.row, begin) ? "answer" : null;
+    const piece = el("div", { class: kind, "data-begin": begin, "data-method": method });
+    const texts = this.texts.slice(begin, end);
     const characters = texts.reduce((n, text) => n + text.length, 0);
     const breaks = texts.filter((text) => text.includes("\n")).length;
     // A guess until it is built, so that the page is as long as it will be.
@@ -94,9 +105,19 @@ class RolloutText {
     return this.group.methods[method].advantage.number(this.row.number, this.row.begin + position);
   }
 
+  // The number that colours a token.
+  colour(method, position) {
+    const column = this.group.methods[method][this.page.colourOf(method)];
+    return column.number(this.row.number, this.row.begin + position);
+  }
+
+  holds(position) {
+    return this.begin <= position && position < this.end;
+  }
+
   token(method, position, text) {
     const flags = this.group.flags(method, this.row, position);
-    const kinds = [shade(this.advantage(method, position), HEADER.summary.methods[method].scale),
+    const kinds = [shade(this.colour(method, position), this.page.scale(method)), flags & BARRIER && "barrier",
       flags & BRANCH && "branch", flags & (CLIPPED | BOUNDED) && "clipped", !(flags & TRAINS) && "outside",
       this.hits.has(position) && "hit", this.cursor === position && "cursor"];
     const span = el("span", { class: kinds.filter(Boolean).join(" ") }, text.replace(/\n/g, "↵\n"));
@@ -134,9 +155,9 @@ class RolloutText {
   }
 
   fold(folded) {
-    if (this.texts.length <= FOLD) return;
+    if (this.end - this.begin <= FOLD) return;
     this.article.classList.toggle("folded", folded);
-    this.button.textContent = folded ? `Show all ${whole(this.texts.length)} tokens` : "Fold";
+    this.button.textContent = folded ? `Show all ${whole(this.end - this.begin)} tokens` : "Fold";
     this.button.setAttribute("aria-expanded", String(!folded));
   }
 
@@ -150,14 +171,15 @@ class RolloutText {
       let token = 0;
       for (let at = all.indexOf(wanted); at >= 0; at = all.indexOf(wanted, at + wanted.length)) {
         while (token + 1 < starts.length && starts[token + 1] <= at) token++;
-        for (let i = token; i < starts.length && starts[i] < at + wanted.length; i++) this.hits.add(i);
+        for (let i = token; i < starts.length && starts[i] < at + wanted.length; i++)
+          if (this.holds(i)) this.hits.add(i);
       }
     }
     this.redraw();
   }
 
   find(from, direction, wanted) {
-    for (let i = from + direction; i >= 0 && i < this.texts.length; i += direction) if (wanted(i)) return i;
+    for (let i = from + direction; this.holds(i); i += direction) if (wanted(i)) return i;
     return null;
   }
 
@@ -172,18 +194,18 @@ class RolloutText {
     canvas.width = width * dense;
     canvas.height = STRIP * dense;
     const pen = canvas.getContext("2d"), unit = width / this.longest, colours = new Map();
-    const { scale } = HEADER.summary.methods[method];
+    const scale = this.page.scale(method);
     pen.scale(dense, dense);
-    for (let i = 0; i < row.length; i++) {
-      const advantage = this.advantage(method, i), key = shade(advantage, scale);
+    for (let i = this.begin; i < this.end; i++) {
+      const x = this.colour(method, i), key = shade(x, scale);
       if (!key) continue;
-      if (!colours.has(key)) colours.set(key, paint(advantage, scale));
+      if (!colours.has(key)) colours.set(key, paint(x, scale));
       pen.fillStyle = colours.get(key);
       pen.fillRect(i * unit, 5, Math.max(unit, 0.7), STRIP - 5);
     }
     pen.fillStyle = getComputedStyle(canvas).color;
-    for (let i = 0; i < row.length; i++) if (this.isBranch(i)) pen.fillRect(i * unit, 0, 1.2, STRIP);
+    for (let i = this.begin; i < this.end; i++) if (this.isBranch(i)) pen.fillRect(i * unit, 0, 1.2, STRIP);
     pen.globalAlpha = 0.25;
-    pen.fillRect(0, STRIP - 1, row.length * unit, 1);
+    pen.fillRect(this.begin * unit, STRIP - 1, (this.end - this.begin) * unit, 1);
   }
 }

@@ -1,5 +1,6 @@
 // The bar above the rollouts: which method, which rollouts, in which order.
 
+const COLOURS = { advantage: "colour: weight", log_ratio: "colour: log-ratio" };
 const ORDERS = { tree: "tree order", number: "as sampled", reward: "by reward", length: "by length" };
 
 function toolBar(page) {
@@ -13,15 +14,20 @@ function toolBar(page) {
     oninput: () => page.filter(true),
     onkeydown: (event) => event.key === "Enter" && page.nextHit(),
   });
-  const order = el("select", { name: "order", "aria-label": "Order", onchange: () => page.sort(order.value) },
+  const order = el("select", { name: "order", "aria-label": "Order", hidden: page.pair !== null,
+    onchange: () => page.sort(order.value) },
     ...Object.entries(ORDERS).map(([value, text]) => el("option", { value }, text)));
   const choices = METHODS.length > 1 ? [...METHODS, "all"] : METHODS;
   const methods = choices.map((m) =>
     el("button", { type: "button", "data-method": m, onclick: () => page.use(m) }, m === "all" ? "side by side" : m));
+  const colour = METHODS.some(hasMargin)
+    ? el("select", { name: "colour", "aria-label": "Colour", onchange: () => page.colourBy(colour.value) },
+      ...Object.entries(COLOURS).map(([value, text]) => el("option", { value }, text)))
+    : null;
   return el("form", { class: "tools row", onsubmit: (event) => event.preventDefault() },
     el("div", { class: "switch", role: "group", "aria-label": "Method" }, ...methods),
     search, range("reward", "reward"), range("length", "tokens"),
-    el("label", {}, "|A| at least", number("advantage-low", "largest absolute advantage, at least")), order);
+    el("label", {}, "|A| at least", number("advantage-low", "largest absolute advantage, at least")), order, colour);
 }
 
 // The test that a rollout must pass by the bar's numbers.
@@ -34,13 +40,15 @@ function passing(form, group, methods) {
     methods.some((m) => group.methods[m].largest[row.number] >= least);
 }
 
-function legend(method) {
-  const bound = HEADER.summary.methods[method].scale;
+function legend(page, method) {
+  const bound = page.scale(method), figures = HEADER.summary.methods[method];
+  const what = page.colourOf(method) === "log_ratio" ? "log-ratio" : hasMargin(method) ? "weight" : "advantage";
   const mark = (kind, text, meaning) => el("p", { class: "text" }, el("span", { class: kind }, text), ` ${meaning}`);
   return [
     el("p", { class: "scale" }, shown(-bound, 2), el("i", { class: "advantages" }), shown(bound, 2),
-      el("span", {}, "advantage of the token")),
+      el("span", {}, `${what} of the token`)),
     mark("branch", "branch", "token at which responses branch"), mark("clipped", "dotted", "outside the clip's bounds"),
     mark("outside", "grey", "does not train"),
+    ...(figures.barrier ? [mark("barrier", "barrier", "counts in the barrier")] : []),
   ];
 }
