@@ -430,10 +430,12 @@ def test_objectives_without_a_ratio(browser, tmp_path):
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report.run(source, ["dpo", "grpo"], page)
     browser.open(page)
-    cells = browser.js("return [...document.querySelectorAll('table.methods td')].map(c => c.textContent)")
-    assert cells.count("not applicable") == 2
+    rows = [row.text for row in browser.all("table.methods tbody tr:not(.how)")]
+    assert [row.split()[0] for row in rows] == ["dpo", "grpo"]
+    # Clipped tokens and effective sample size of dpo; margins of grpo.
+    assert [row.count("not applicable") for row in rows] == [2, 2]
     browser.open(page, "0")
-    token = browser.wait(lambda: browser.all("article[data-row='1'] .text span"))[1]
+    token = browser.wait(lambda: browser.all("article[data-row='1'] .text span"))[0]
     card = browser.wait(lambda: browser.hover(token) or browser.card())
     assert {card[field, "dpo"] for field in ("ratio", "bounds", "clip")} == {"not applicable"}
     assert number(card["advantage", "dpo"]) == -1 and number(card["weight", "dpo"]) == 4
