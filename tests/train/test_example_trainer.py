@@ -157,7 +157,8 @@ def test_a_run_on_pairs(on_pairs):
     kept = {tuple(row["ref_log_probs"]) for row in reference}
     for chosen, rejected in zip(rows[::2], rows[1::2], strict=True):
         assert (*chosen["ref_log_probs"], *rejected["ref_log_probs"]) in kept
-    assert report(s.output, s.objective.build()).exists()
+    text = report(s.output, s.objective.build()).read_text()
+    assert '"with_margin": ["dpo"]' in text and '"notes": []' in text
 
 
 def test_a_resumed_run_gives_the_numbers_of_a_whole_one(on_pairs, tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def _batch(run: Run, only_pairs: bool) -> tuple[Rollouts, list[str]]:
         notes.append(f"The file has no log-probs of the updated policy, so log-ratios and margins are {known}.")
     elif run.log_probs is None:
         notes.append("The file has no log-probs of the updated policy, so ratios and clipping are unknown.")
-    elif batch.old_log_probs is None:
+    elif batch.old_log_probs is None and not only_pairs:
         notes.append("The file has no log-probs of the policy that sampled, so ratios and clipping are unknown.")
     return batch, notes
 

@@ -47,8 +47,9 @@ function legend(page, method) {
   return [
     el("p", { class: "scale" }, shown(-bound, 2), el("i", { class: "advantages" }), shown(bound, 2),
       el("span", {}, `${what} of the token`)),
-    mark("branch", "branch", "token at which responses branch"), mark("clipped", "dotted", "outside the clip's bounds"),
+    mark("branch", "branch", "token at which responses branch"),
+    hasRatio(method) ? mark("clipped", "dotted", "outside the clip's bounds") : null,
     mark("outside", "grey", "does not train"),
-    ...(figures.barrier ? [mark("barrier", "barrier", "counts in the barrier")] : []),
-  ];
+    figures.barrier ? mark("barrier", "barrier", "counts in the barrier") : null,
+  ].filter((part) => part !== null);
 }
