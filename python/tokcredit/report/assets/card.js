@@ -80,7 +80,7 @@ function tokenCard(group, row, position) {
       METHODS.length > 1 ? el("tr", { class: "names" }, el("td"), ...names) : null,
       number("advantage"), ofRatio("ratio", (own) => own.ratio.text(r, token)), ofRatio("bounds", bounds),
       number("weight"), ofRatio("clip", clip), ...(METHODS.some(hasMargin) ? [
-        each("log_ratio", (own) => own.log_ratio?.text(r, token) ?? "not applicable", "log-ratio"),
+        each("log_ratio", (own, _, m) => (hasMargin(m) ? own.log_ratio.text(r, token) : "not applicable"), "log-ratio"),
         each("barrier", (own, flags, m) => (hasMargin(m) ? (flags & BARRIER ? "yes" : "no") : "not applicable")),
       ] : []))),
   ];

@@ -106,10 +106,10 @@ class GroupPage {
   }
 
   sort(by) {
+    if (this.pair) return;
     const { lanes } = this.tree;
     const rank = { tree: (row) => lanes.indexOf(row), number: (row) => row.number, reward: (row) => -row.reward,
       length: (row) => row.length }[by];
-    if (this.pair) return;
     this.texts.sort((a, b) => rank(a.row) - rank(b.row));
     this.list.append(...this.texts.map((text) => text.article));
   }
