@@ -20,6 +20,7 @@ ROWS = [
         "anchor_ids": [7, 0, 0, 8, 0, 7],
         "turn_rewards": [0, 0.5, 0, 0, 0, -1.0],
         "reward": 1,
+        "answers": ["⟨9⟩", "⟨9⟩", "<b>the end</b>"],
     },
     {
         **SHARED,
@@ -29,6 +30,7 @@ ROWS = [
         "anchor_ids": [6, 0, 7, 0],
         "turn_rewards": [0, 0, 0, 0.25],
         "reward": 0,
+        "answers": ["⟨9⟩", ""],
     },
 ]
 
@@ -57,12 +59,12 @@ def test_turns_with_their_rewards(browser, page):
         "Turn 2 · reward 0.000",
         "Turn 3 · reward −1.000 · state 1",
     )
-    assert [h[: len(x)] for h, x in zip(headings[0], (first, tool, second, tool, third), strict=True)] == [
-        *(first, tool, second, tool, third)
-    ]
+    expected = [first, tool, second, tool, third, tool]
+    assert [h[: len(x)] for h, x in zip(headings[0], expected, strict=True)] == expected
     assert headings[0][2] == second and headings[1][0] == "Turn 1 · reward 0.000"
     answers = browser.js("return [...document.querySelectorAll('.text .answer')].map(d => d.textContent)")
-    assert answers == ["⟨9⟩", "⟨9⟩", "⟨9⟩"]
+    # Tokens where the rollout has them, else the text.
+    assert answers == ["⟨9⟩", "⟨9⟩", "<b>the end</b>", "⟨9⟩"]
     assert ["3 turns" in a.text for a in browser.all("article header")] == [True, False]
 
 

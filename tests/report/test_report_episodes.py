@@ -99,6 +99,18 @@ def test_a_row_that_is_a_turn(tmp_path):
         report.read(lines(tmp_path / "y.jsonl", [rows[0], {**rows[1], "trajectory": None}]))
 
 
+def test_answers_that_are_no_tokens(tmp_path):
+    several = in_several_rows()
+    for row, answers in zip(several, (["a"], ["b"], ["c"], ["d"], []), strict=True):
+        row["answers"] = answers
+    run = report.read(lines(tmp_path / "x.jsonl", several))
+    # The rows of the first episode are 0, 2 and 3. The last row has no answer to its turn.
+    assert report.compute(run, ["grpo"]).turns["answer"] == ["a", "c", "d", "b", ""]
+    assert report.compute(report.read(lines(tmp_path / "y.jsonl", ROWS)), ["grpo"]).turns["answer"] == [""] * 5
+    with pytest.raises(ValueError, match="answers: expected a list of texts in row 0 of"):
+        report.read(lines(tmp_path / "z.jsonl", [{**ALONE, "answers": [1]}]))
+
+
 def test_total_rewards(tmp_path):
     """Rewards of tokens count in the reward of an episode, as they do in its group."""
     rows = [{**row, "token_rewards": row["turn_rewards"]} for row in (EPISODE, OTHER)]

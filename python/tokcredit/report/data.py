@@ -117,7 +117,7 @@ def compute(run: Run, objectives: Mapping[str, Any] | Sequence[str]) -> Data:
         _nodes(trees),
         _tokens(trees),
         tables,
-        turns(batch),
+        turns(batch, _answers(run)),
         frozenset(name for name, x in prepared.items() if isinstance(x, Prepared)),
         frozenset(name for name, x in prepared.items() if isinstance(x, PreparedPairs)),
         notes,
@@ -146,6 +146,16 @@ def _batch(run: Run, only_pairs: bool) -> tuple[Rollouts, list[str]]:
 def _of_trajectories(batch: Rollouts, x: Tensor | None) -> Tensor | None:
     """Return per-token numbers of rows in the order of their trajectories."""
     return x if x is None or batch.trajectories is None else batch.trajectories.joined.of_tokens(x)
+
+
+def _answers(run: Run) -> list[list[str]] | None:
+    """Return the texts that answered the turns of each trajectory."""
+    if run.answers is None or run.batch.trajectories is None:
+        return run.answers
+    found: list[list[str]] = [[] for _ in range(run.batch.whole.num_rows)]
+    for number, own in zip(run.batch.trajectories.number, run.answers, strict=True):
+        found[number] += own
+    return found
 
 
 def _numpy(x: Tensor) -> Any:

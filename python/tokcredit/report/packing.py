@@ -23,7 +23,7 @@ from tokcredit.report.data import Data, Table
 from tokcredit.report.vocabulary import visible
 
 LOG_PROB, RATIO, WEIGHT = 2, 3, 3
-PROMPT = 20_000
+PROMPT, ANSWER = 20_000, 2_000
 RESPONSE, BRANCH, TRAINS, CLIP, BARRIER = 1, 2, 4, 8, 32
 
 
@@ -169,8 +169,9 @@ def _turns(data: Data, row: int) -> list[Table]:
     own = np.flatnonzero(data.turns["rollout"] == row)
     whole = [data.turns[name][own].tolist() for name in ("begin", "end", "state")]
     return [
-        {"begin": begin, "end": end, "state": state, "reward": _plain(reward)}
-        for begin, end, state, reward in zip(*whole, data.turns["reward"][own], strict=True)
+        {"begin": begin, "end": end, "state": state, "reward": _plain(data.turns["reward"][i])}
+        | {"answer": visible(data.turns["answer"][i], ANSWER)}
+        for begin, end, state, i in zip(*whole, own, strict=True)
     ]
 
 

@@ -40,6 +40,7 @@ class Run:
         progress: From 0 at the first step of training to 1 at the last, or None if unknown.
         settings: What the trainer wrote about itself (version, method, objective, model, tokenizer); empty if nothing.
         of_pairs: Whether the file has pairs of a chosen and a rejected response.
+        answers: For each row the texts that answered its turns, or None if the file does not have them.
     """
 
     batch: Rollouts
@@ -52,6 +53,7 @@ class Run:
     progress: float | None
     settings: Mapping[str, str]
     of_pairs: bool = False
+    answers: list[list[str]] | None = None
 
 
 def read(
@@ -74,7 +76,8 @@ def read(
 
     Pairs ``{"prompt", "chosen", "rejected"}`` are groups of two rows, and their further columns have the name of the
     response first, for example ``chosen_ids``, ``chosen_mask`` and ``chosen_ref_log_probs``. Rows of an episode that
-    are one turn each may carry its number as ``turn`` in place of ``turn_ids``.
+    are one turn each may carry its number as ``turn`` in place of ``turn_ids``. ``answers`` are texts that answered the
+    turns of a row, one per turn.
 
     Args:
         path: A file, or a folder with such files, of which the one of ``step`` is taken.
@@ -98,7 +101,8 @@ def read(
     rows, of_pairs = formats.rows(found, file, rewards), all(record.keys() >= formats.PAIR for record in found)
     if loaded is None and any(row.pieces is not None for row in rows):
         raise ValueError(f"tokenizer: expected one because {file} holds text and no token ids, got None")
-    return replace(_run(rows, Vocabulary(loaded), file, wanted, settings), of_pairs=of_pairs)
+    run = _run(rows, Vocabulary(loaded), file, wanted, settings)
+    return replace(run, of_pairs=of_pairs, answers=_answers(rows))
 
 
 def _of_step(found: list[Record], step: int | None, file: Path) -> tuple[list[Record], int | None]:
@@ -244,6 +248,17 @@ def _column(name: str, kind: str, rows: Sequence[Row], lengths: Sequence[int] | 
         if len(values) != length:
             raise ValueError(f"{name}: expected {length} values in {row.where}, got {len(values)}")
     return _joined(lists)
+
+
+def _answers(rows: Sequence[Row]) -> list[list[str]] | None:
+    """Return the column ``answers``, or None where a row lacks it."""
+    found = [row.columns.get("answers") for row in rows]
+    if any(texts is None for texts in found):
+        return None
+    for row, texts in zip(rows, found, strict=True):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"answers: expected a list of texts in {row.where}, got {texts!r:.60}")
+    return [list(texts) for texts in found if texts is not None]
 
 
 def _joined(arrays: Iterable[Any]) -> Tensor:

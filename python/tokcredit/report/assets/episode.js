@@ -26,6 +26,13 @@ function turnHeading(page, row, position) {
     others.length ? ` · state ${turn.state + 1}, also ` : null, ...links, more);
 }
 
+// The answer to a turn that ends here, if the rollout does not have its tokens.
+function answerText(row, position) {
+  const turn = row.turns.find(({ end }) => end === position);
+  if (!turn?.answer || (position < row.length && isAnswer(row, position))) return [];
+  return [el("h5", {}, "tool or environment"), el("p", { class: "answer" }, turn.answer)];
+}
+
 // Whether a token is no part of a turn and follows one.
 function isAnswer(row, position) {
   const before = row.turns.findLast(({ begin }) => begin <= position);

@@ -70,7 +70,7 @@ class RolloutText {
     const several = methods.length > 1;
     this.columns.replaceChildren(...methods.map((m) => el("div", {}, several ? el("h4", {}, m) : null,
       el("div", { class: "text" }, ...this.cuts.flatMap(([begin, end]) =>
-        [turnHeading(this.page, this.row, begin), this.piece(m, begin, end)])))));
+        [turnHeading(this.page, this.row, begin), this.piece(m, begin, end), ...answerText(this.row, end)])))));
     this.about.textContent = this.name === COMMON ? "coloured as in the chosen response" : methods.map((m) => {
       const { median, score, has_gradient: hasGradient } = this.group.methods[m], { number } = this.row;
       const none = hasGradient[number] ? "" : ", no gradient";
