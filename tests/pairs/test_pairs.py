@@ -104,6 +104,13 @@ def test_chats_and_texts_of_other_trainers(tmp_path):
     assert lines(tmp_path / "b.jsonl") == [{"prompt": "q", "chosen": "1", "rejected": "0"}]
 
 
+def test_episodes_of_several_rows_are_refused(tmp_path):
+    rows = [{"input": "p", "output": out, "score": 1.0, "uid": uid} for out, uid in (("a", "g_0_0"), ("b", "g_0_1"))]
+    (tmp_path / "1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"path: expected episodes of one row, got another row of one in row 1 of"):
+        run(PairsSettings(tmp_path / "1.jsonl", tmp_path / "b.jsonl"))
+
+
 def test_token_ids_without_text_need_a_tokenizer(tmp_path):
     file = tmp_path / "own.jsonl"
     rows = [{"group": 0, "prompt": "q", "tokens": [i], "reward": r} for i, r in enumerate((1.0, 0.0))]
