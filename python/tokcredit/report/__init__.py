@@ -14,6 +14,7 @@ from typing import Any
 from tokcredit.files import write
 from tokcredit.methods import load, names
 from tokcredit.preference import Preference
+from tokcredit.report import attributions
 from tokcredit.report.data import Data, compute
 from tokcredit.report.readers import Run, read
 from tokcredit.report.recorded import as_recorded
@@ -33,7 +34,8 @@ def run(
     """Write the report to ``output`` and return its path, or print one prompt if there is no ``output``.
 
     Args:
-        path: File or run folder; see :func:`read`.
+        path: File or run folder; see :func:`read`. The scores that ``tokcredit analyze attribute`` writes need an
+            ``output``, and take no other argument.
         methods: Names of methods; by default the one the run was trained with, and GRPO to compare. By default pairs
             are shown under DPO, or under SimPO if the file has no log-probs of a reference policy.
         output: HTML file, or None for the terminal.
@@ -47,6 +49,9 @@ def run(
         ValueError: The file cannot be read, lacks an input that a method reads, or has no such prompt.
     """
     try:
+        if (scores := attributions.read(Path(path))) is not None:
+            given = {"methods": methods or None, "tokenizer": tokenizer, "step": step, "rewards": rewards}
+            return _write_scores(scores, Path(path), output, given)
         found = read(path, tokenizer, step, rewards)
         data = compute(found, list(methods)) if methods else _usual(found)
         if output is not None:
@@ -97,6 +102,17 @@ def _default(found: Run) -> str:
     if not found.of_pairs:
         return "grpo"
     return "dpo" if found.batch.ref_log_probs is not None else "simpo"
+
+
+def _write_scores(scores: list[Any], path: Path, output: str | Path | None, given: Mapping[str, Any]) -> Path:
+    """Write the page of a file of attributions, which takes none of the given arguments."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected none because {path} holds scores of an attribution, got {value}")
+    if output is None:
+        raise ValueError(f"output: expected an HTML file because {path} holds scores of an attribution, got None")
+    write(Path(output), attributions.render(scores, path.name))
+    return Path(output)
 
 
 def _write(data: Data, path: Path) -> Path:
