@@ -33,7 +33,7 @@ class InspectSettings(Declared):
     path: tyro.conf.Positional[Path]
     """Run folder, rollouts-*.parquet, TRL's completions_*.parquet, or .jsonl such as verl's."""
     method: tyro.conf.UseAppendAction[tuple[str, ...]] = option((), *tc.methods.names(), several=True)
-    """Method whose advantages are shown; may be repeated. The default is the run's own, and grpo beside it unless that is of pairs."""
+    """Method to show; may be repeated. The default is that of the run, and grpo beside a method without pairs."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """HTML file to write."""
     tokenizer: str | None = None
