@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor
 
 logging.disable(logging.WARNING)
@@ -15,6 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
     from trl.experimental.async_grpo.packing import TreeRow
+    from trl.trainer.dpo_trainer import DPOTrainer
     from trl.trainer.grpo_trainer import GRPOTrainer
     from trl.trainer.utils import selective_log_softmax_and_entropy
     from verl.trainer.config import AlgoConfig
@@ -27,6 +29,7 @@ __all__ = [
     "AlgoConfig",
     "TreeRow",
     "selective_log_softmax_and_entropy",
+    "trl_dpo_loss",
     "trl_loss",
     "unwhitened",
     "vec_generalized_advantage_estimate",
@@ -105,5 +108,38 @@ def trl_loss(low: float, high: float) -> Callable[..., Tensor]:
                 "old_per_token_logps": old,
             },
         )
+
+    return loss
+
+
+def trl_dpo_loss(beta: float) -> Callable[..., Tensor]:
+    """Return the loss of TRL's ``DPOTrainer`` (``loss_type="sigmoid"``, references known) with its metrics."""
+    alone = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer = SimpleNamespace(
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+        accelerator=alone,
+        aux_loss_enabled=False,
+        beta=beta,
+        f_divergence_type="reverse_kl",
+        ld_alpha=None,
+        loss_types=["sigmoid"],
+        loss_weights=[1.0],
+        model=SimpleNamespace(training=True),
+        precompute_ref_logps=True,
+        use_weighting=False,
+    )
+
+    def loss(log_probs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+        """``(2 B, T)`` each, the chosen responses first; masked log-probs are 0, as TRL's model gives them."""
+        nothing = torch.zeros_like(reference)
+        found = SimpleNamespace(log_probs=log_probs, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+        chosen, rejected = (reference * mask).sum(1).chunk(2)
+        whole = torch.nn.functional.pad(mask, (1, 0))  # the first token has no log-prob
+        inputs = {"input_ids": whole.long(), "attention_mask": whole, "completion_mask": whole}
+        inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        trainer._metrics["train"].clear()
+        return DPOTrainer._compute_loss(trainer, lambda **_: found, inputs, False)
 
     return loss

@@ -17,7 +17,7 @@ from pathlib import Path
 from tokcredit.train.record import read_metrics
 
 HERE = Path(__file__).parent
-SCRIPTS = ("tree", "scan", "credit", "loss", "selection", "log_probs", "divergence", "head", "rollouts")
+SCRIPTS = ("tree", "scan", "credit", "loss", "pairs", "selection", "log_probs", "divergence", "head", "rollouts")
 SCRIPTS += ("packing", "end_to_end", "scaling")
 ONCE = ("packing", "end_to_end", "scaling")  # not repeated with tuned malloc
 METHOD = "prepare + loss, "  # begins the names of the methods in the results of end_to_end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokcredit as tc
 import torch
 from harness import Table, close, main
 from tokcredit import Spans
@@ -39,6 +40,43 @@ def run(table: Table, quick: bool) -> None:
         {"tokcredit": advantages, "verl": loop},
         where_trained,
         {"verl": 20},
+    )
+
+    # Episodes of 8 calls of the model, each a row of its own for us; verl gets them as whole rows.
+    calls, short = rows // 8 * 8, length // 8
+    episodes = torch.arange(calls) // 8
+    kept = mask[:calls, :short]
+    packed = tc.Rollouts(
+        torch.zeros(calls * short, dtype=torch.int32),
+        torch.arange(calls + 1) * short,
+        episodes // 8,
+        None,
+        kept.reshape(-1),
+        trajectory_ids=episodes,
+        token_rewards=torch.zeros(calls * short),
+    )
+    objective, whole = tc.Objective(tc.credit.gae(gamma, trace)), kept.reshape(calls // 8, 8 * short)
+
+    def of_episodes(rewards, values):
+        batch = packed.with_inputs(token_rewards=rewards.reshape(-1), values=values.reshape(-1))
+        return objective.prepare(batch).credit.view(rewards.shape)
+
+    def where_chosen(ours, theirs):
+        torch.testing.assert_close(ours[whole], theirs[whole], rtol=1e-3, atol=1e-3)
+
+    table.measure(
+        "GAE, episodes of 8 rows",
+        f"{calls} x {short}",
+        lambda: (torch.randn(whole.shape) * whole, torch.randn(whole.shape)),
+        13 * whole.numel(),
+        {
+            "tokcredit": of_episodes,
+            "verl, whole rows": lambda r, v: unwhitened(verl.compute_gae_advantage_return)(
+                r, v, whole.float(), gamma, trace
+            )[0],
+        },
+        where_chosen,
+        {"verl, whole rows": 20},
     )
 
     done = torch.zeros(rows, length, 1, dtype=torch.bool)
