@@ -336,7 +336,7 @@ def test_explained_variance_of_two_processes_is_that_of_all_tokens():
             {"critic": CriticSettings("head"), "objective": ObjectiveSettings("grpo", terms=("value()",))},
             r"credit: expected one that says what a critic learns, such as gae\(\), got",
         ),
-        ({"critic": CriticSettings("no/such/model")}, "model: expected .*, got 'no/such/model'"),
+        ({"critic": CriticSettings("no/such/model")}, "critic: expected .*, got 'no/such/model'"),
         ({"critic": CriticSettings("tiny_tools(steps=0)")}, "critic: expected the tokens of tiny.*, got tiny_tools"),
         (
             {"critic": CriticSettings("head"), "aligned": OTHER},
