@@ -157,18 +157,19 @@ class Preference(FromHidden):
         log_probs, *others = (prepared.of_whole(prepared.batch.flat(x, name)) for name, x in given.items())
         further = dict(zip(variables, others, strict=True))
         scores = prepared.scores_of_whole(log_probs, further)
-        chosen, rejected = (scores.index_select(0, x) for x in rows)
-        seen = pair_stages.Pairs(
-            batch,
-            {"log_probs": log_probs, **further},
-            prepared.multiplier,
-            prepared.divisors,
-            rows,
-            (chosen, rejected),
-            objective.link,
-        )
-        chosen, rejected = prepared.of_comparisons(chosen), prepared.of_comparisons(rejected)
+        of_pairs = scores.index_select(0, rows[0]), scores.index_select(0, rows[1])
+        chosen, rejected = map(prepared.of_comparisons, of_pairs)
         losses, terms = objective.link(chosen, rejected), {}
+        if objective.pair_terms:
+            seen = pair_stages.Pairs(
+                batch,
+                {"log_probs": log_probs, **further},
+                prepared.multiplier,
+                prepared.divisors,
+                rows,
+                of_pairs,
+                objective.link,
+            )
         for term in objective.pair_terms:
             x = term(seen)
             terms[term.metric] = x.detach()
@@ -359,7 +360,8 @@ class PreparedPairs:
             scores = segment.weighted_sum(weighted, weighing, self.multiplier)
         if self.objective.transform is not None:
             scores = self.objective.transform(scores)
-        scores = scores / self.divisors
+        if self.objective.normalization == "mean":
+            scores = scores / self.divisors
         if (divergence := self.objective.divergence) is not None:
             scores = scores + divergence(variables, spans, self.divergence_multiplier, self.rows_of_pairs[0])
         return scores
