@@ -18,7 +18,7 @@ import torch
 from divergence import with_torch as torch_divergence
 from harness import Table
 from tokcredit import ops
-from tokcredit.blocks import scan, segment, select, tree, values
+from tokcredit.blocks import scan, segment, select, tree
 
 try:
     import triton
@@ -44,6 +44,7 @@ KERNELS = {
     "divergence js, forward": "divergence: forward<2, {}, 256>",
 }
 DEVICE = "cuda"  # or "cpu", on small inputs
+COMPILES = False  # whether torch.compile and Triton are measured too
 SASS_NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 
 
@@ -57,6 +58,16 @@ def model_shares():
         elif (row := re.match(r"(\S+: .*?>)\s.*?(\d+)%$", line)) and architecture == wanted:
             found[row[1]] = int(row[2]) / 100
     return found
+
+
+def compiles():
+    """Return whether torch.compile works here. It needs a C compiler and the headers of Python."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(4, device=DEVICE))
+    except Exception as error:  # of many kinds, by what is missing
+        print(f"without torch.compile and Triton: {str(error).strip().splitlines()[0]}")
+        return False
+    return True
 
 
 def named(dtype):
@@ -251,18 +262,20 @@ def losses(table, rows, length):
     for name, eager in (("dapo", clipped), ("ctpo", cumulative)):
         objective = tc.methods.load(name)
         prepared = objective.prepare(batch)
-        compiled = torch.compile(eager) if DEVICE == "cuda" else eager
         advantages = prepared.credit
+        providers = {
+            "tokcredit": step(lambda x, o=objective, p=prepared: o.loss(p, x).loss),
+            "torch eager": step(lambda x, f=eager, a=advantages: f(x, a)),
+        }
+        if COMPILES:
+            compiled = torch.compile(eager)
+            providers["torch.compile"] = step(lambda x, f=compiled, a=advantages: f(x, a))
         table.measure(
             f"loss + gradient ({name})",
             shape,
             lambda: (old + random(rows, length, scale=0.02),),
             13 * n,
-            {
-                "tokcredit": step(lambda x, o=objective, p=prepared: o.loss(p, x).loss),
-                "torch eager": step(lambda x, f=eager, a=advantages: f(x, a)),
-                "torch.compile": step(lambda x, f=compiled, a=advantages: f(x, a)),
-            },
+            providers,
             mostly_equal,
         )
     spans, advantages = batch.spans, torch.ones(rows, 1, device=DEVICE)
@@ -326,15 +339,17 @@ def logits(table, rows, vocabulary, dtype):
     tokens = torch.randint(0, vocabulary, (rows,), device=DEVICE)
     make = lambda: ((3 * torch.randn(rows, vocabulary, device=DEVICE)).to(dtype),)  # noqa: E731
     size = rows * vocabulary * dtype.itemsize
-    compiled = torch.compile(with_torch) if DEVICE == "cuda" else with_torch
     providers = {
         "tokcredit": lambda x: tc.log_probs.with_entropies(x, tokens),
         "torch eager": lambda x: with_torch(x, tokens),
-        "torch.compile": lambda x: compiled(x, tokens),
     }
-    if triton is not None:
-        providers["triton"] = lambda x: with_triton(x, tokens)
-    table.measure("logits forward", shape, make, size, providers, close)
+    if COMPILES:
+        compiled = torch.compile(with_torch)
+        providers["torch.compile"] = lambda x: compiled(x, tokens)
+    forward = dict(providers)
+    if COMPILES and triton is not None:
+        forward["triton"] = lambda x: with_triton(x, tokens)
+    table.measure("logits forward", shape, make, size, forward, close)
     log_probs, entropies, logsumexp = torch.ops.tokcredit.logits(*make(), tokens, 1.0, 1)
     ones = torch.ones_like(log_probs)
     table.measure(
@@ -358,7 +373,6 @@ def logits(table, rows, vocabulary, dtype):
 
         return run
 
-    del providers["triton" if triton is not None else "torch.compile"]
     table.measure(
         "logits forward + backward",
         shape,
@@ -446,10 +460,10 @@ def whole_methods(table, rows, length, group=8):
             table.measure(f"{name}, {what}", shape, lambda: (), 13 * n, providers)
 
 
-def trees(table, rows, length, group=16):
+def trees(table, rows, length, dtype, group=16):
     """Measure prefix trees of rollouts that share about their first half and branch one after another from there."""
-    n, shape = rows * length, f"{rows} x {length}"
-    tokens = torch.randint(0, 50_000, (rows, length), device=DEVICE, dtype=torch.int64)
+    n, shape = rows * length, f"{rows} x {length} {named(dtype)}"
+    tokens = torch.randint(0, 50_000, (rows, length), device=DEVICE, dtype=dtype)
     shared = (length // 2 * torch.rand(rows, device=DEVICE)).long() + length // 4
     first = torch.arange(rows, device=DEVICE) // group * group
     tokens = torch.where(torch.arange(length, device=DEVICE) < shared[:, None], tokens[first], tokens)
@@ -460,19 +474,11 @@ def trees(table, rows, length, group=16):
     compared = int(shared.sum()) * 2 * tokens.element_size()
     table.measure("tree", shape, lambda: (), compared, {"tokcredit": lambda: tree.build(batch)})
 
-    def credit():
-        built = tree.build(batch)
-        change = values.temporal_difference(built, values.monte_carlo(built))
-        return built.expand(row=batch.rewards, head=change)
-
-    providers = {"tokcredit": credit}
-    if replay := captured("tree + values + expand", credit):
-        providers["tokcredit, as a graph"] = replay
-    table.measure("tree + values + expand", shape, lambda: (), compared + 5 * n, providers)
-    objective = tc.methods.load("tempo")
-    table.measure(
-        "tempo credit stage", shape, lambda: (), compared + 5 * n, {"tokcredit": lambda: objective.credit(batch)}
-    )
+    credit = tc.methods.load("tempo").credit
+    providers = {"tokcredit": lambda: credit(batch)}
+    if replay := captured("TEMPO's credit", lambda: credit(batch)):
+        providers["CUDA graph"] = replay
+    table.measure("tree + TEMPO's credit", shape, lambda: (), compared + 5 * n, providers)
 
 
 def with_model(result, shares):
@@ -483,7 +489,7 @@ def with_model(result, shares):
 
 
 def main():
-    global DEVICE
+    global DEVICE, COMPILES
     parser = argparse.ArgumentParser()
     parser.add_argument("--json")
     parser.add_argument("--tokens", type=int, default=64 << 20)
@@ -492,7 +498,7 @@ def main():
     DEVICE, small = a.device, a.device == "cpu"
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    table, tokens = Table(DEVICE), a.tokens
+    table, tokens, COMPILES = Table(DEVICE), a.tokens, not small and compiles()
     lengths = {
         "rows of 2k-14k": torch.randint(2000, 14_001, (max(2, tokens // 8000),)),
         "rows of 20-400": torch.randint(20, 401, (min(65_536, tokens // 210),)),
@@ -512,7 +518,8 @@ def main():
     logits(table, 4 if small else 4096, vocabulary, torch.bfloat16)
     logits(table, 4 if small else 1024, vocabulary, torch.float32)
     divergences(table, 4 if small else 1024, vocabulary, torch.bfloat16)
-    trees(table, 16 if small else 1024, 500 if small else 16_384)
+    for dtype in (torch.int32, torch.int64):
+        trees(table, 16 if small else 1024, 500 if small else 16_384, dtype)
     shares = model_shares()
     print()
     for r in table.results:

@@ -82,7 +82,7 @@ void tree_mean(const py::object &leaf, const py::object &parent, const py::objec
                    call.optional("counts", counts, Type::b8, f.rows).as<bool>(),
                    values.data,
                    change,
-                   call.read("y", y, Type::f64, f.nodes).as<double>(),
+                   call.read("y", y, values.type, f.nodes).data,
                    f.rows,
                    f.nodes};
   call.run([&] { cpu::tree_mean(t); }, [&](auto &queue) { cuda::tree_mean(t, queue); });

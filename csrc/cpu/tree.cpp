@@ -139,6 +139,7 @@ template <class Token> void build_all(const TreeBuild &b, int threads) {
 
 template <class T> void mean(const TreeMean &f) {
   const T *x = static_cast<const T *>(f.x);
+  T *y = static_cast<T *>(f.y);
   std::vector<Mean> means(f.capacity);
   for (int64_t r = 0; r < f.rows; ++r)
     if (!f.counts || f.counts[r])
@@ -148,7 +149,7 @@ template <class T> void mean(const TreeMean &f) {
       means[f.parent[v]].merge(means[v]);
   for (int64_t v = 0; v < f.capacity; ++v) {
     const double own = means[v].value();
-    f.y[v] = !f.change ? own : f.parent[v] < 0 ? 0 : own - means[f.parent[v]].value();
+    y[v] = T(!f.change ? own : f.parent[v] < 0 ? 0 : own - means[f.parent[v]].value());
   }
 }
 

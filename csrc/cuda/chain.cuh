@@ -63,6 +63,7 @@ template <class State> struct Chain {
       if (lane_id() <= nearest)
         mine = (found == carry ? carries : totals)[at];
       State state = from_lane(mine, nearest);
+#pragma unroll 1 // most of the time the nearest is near
       for (int l = nearest - 1; l >= 0; --l)
         state = state.then(from_lane(mine, l));
       return state;

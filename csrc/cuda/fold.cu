@@ -40,7 +40,7 @@ template <class T> struct Average {
   using Sum = Mean;
   const T *x;
   const bool *counts;
-  double *y;
+  T *y;
   bool change;
 
   __device__ void add(Sum &sum, int64_t row) const {
@@ -51,11 +51,11 @@ template <class T> struct Average {
   // A change from the parent's mean is known with the parent.
   __device__ void finish(const Sum &sum, int64_t v, bool is_root) const {
     if (!change || is_root)
-      y[v] = change ? 0 : sum.value();
+      y[v] = T(change ? 0 : sum.value());
   }
   __device__ void finish_child(const Sum &child, int64_t v, const Sum &sum) const {
     if (change)
-      y[v] = child.value() - sum.value();
+      y[v] = T(child.value() - sum.value());
   }
 };
 
@@ -159,7 +159,7 @@ template <class T> void fold_scaled(const TreeFold &f, Queue &queue) {
 }
 
 template <class T> void fold_average(const TreeMean &f, Queue &queue) {
-  const Average<T> body{static_cast<const T *>(f.x), f.counts, f.y, f.change};
+  const Average<T> body{static_cast<const T *>(f.x), f.counts, static_cast<T *>(f.y), f.change};
   fold_all("tree_mean", {f.leaf, f.parent, f.rows, f.capacity}, body, queue);
 }
 

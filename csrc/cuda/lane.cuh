@@ -139,16 +139,21 @@ template <class A> struct Staged {
   __device__ A *own(int block) { return item + block * stride; }
   __device__ A &at(int token) { return item[token / own_tokens * stride + token % own_tokens]; }
 
+  // A lane's four of a step.
+  __device__ Quad<A> quad_of(int step) const {
+    constexpr int lanes = own_tokens / quad;
+    const int own = lane_id() / lanes * stride + lane_id() % lanes * quad;
+    Quad<A> four;
+    memcpy(&four, item + own + step * (32 / lanes) * stride, sizeof four);
+    return four;
+  }
+
   // Stores those of the tile at `from` that lie before `to`; the warp must have met after it wrote them.
   __device__ void store(A *y, int64_t from, int64_t to) const {
     const bool aligned = quads_aligned(y);
 #pragma unroll
-    for (int step = 0; step < int(tile_size / step_size); ++step) {
-      const int token = step * int(step_size) + quad * lane_id();
-      Quad<A> four;
-      memcpy(&four, item + token / own_tokens * stride + token % own_tokens, sizeof four);
-      store_quad(y, from + token, from, to, aligned, four);
-    }
+    for (int step = 0; step < int(tile_size / step_size); ++step)
+      store_quad(y, from + step * step_size + quad * lane_id(), from, to, aligned, quad_of(step));
   }
 };
 

@@ -8,12 +8,6 @@
 namespace tokcredit::cuda {
 namespace {
 
-// By one lane.
-template <class A> __device__ void write_row(const PolicyLoss &p, int64_t r, const Stats &stats) {
-  reinterpret_cast<Stats *>(p.stats)[r] = stats;
-  static_cast<A *>(p.values)[r] = A(stats.sum[int(LossStat::loss)]);
-}
-
 // `sums` has room for the log-ratios of a tile.
 template <Surrogate kind, class T, Steps steps>
 __device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int64_t place, Stats *parts,
@@ -31,6 +25,7 @@ __device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int
       [&](int64_t r, int64_t first, int64_t last, bool entered, bool left) {
         const bool begins = running ? left : entered, ends = running ? entered : left;
         Piece<kind, T, steps> piece(p, call, taking, r, from, int(first - from), int(last - from));
+        Tally tally;
         if constexpr (running) {
           const Differences<T> differences(p, call, taking, piece.plain, from, piece.first, piece.last);
           Running own{differences.total, 0};
@@ -46,18 +41,20 @@ __device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int
           published |= !ends;
           piece.position = in.position;
           if (p.source == Source::cumulative) {
-            differences.leave(in.log_ratio, *sums);
+            A upto[own_tokens];
+            differences.sums(in.log_ratio, upto);
             piece.sums = sums;
-            piece.plain = differences.usual;
+            piece.take_sums(upto, differences.usual, tally);
           }
         }
-        const Stats stats = piece.evaluate();
-        if (lane_id() != 0)
-          return;
-        if (begins && ends)
-          write_row<A>(p, r, stats);
-        else
-          parts[part_of(place, !begins)] = stats;
+        piece.evaluate(tally);
+        const bool whole = begins && ends;
+        double *to = whole ? p.stats + r * loss_stats : parts[part_of(place, !begins)].sum;
+        const double stat = tally.total();
+        if (lane_id() < loss_stats)
+          to[lane_id()] = stat;
+        if (whole && lane_id() == int(LossStat::loss))
+          static_cast<A *>(p.values)[r] = A(stat);
       },
       [&](int64_t first, int64_t last) {
         if (slopes)
@@ -120,8 +117,10 @@ __global__ void __launch_bounds__(block_threads) merge_parts(PolicyLoss p, const
       own.merge(parts[part_of(k, k > first)]);
   }
   own = merge_lanes(own);
-  if (lane_id() == 0)
-    write_row<A>(p, r, own);
+  if (lane_id() == 0) {
+    reinterpret_cast<Stats *>(p.stats)[r] = own;
+    static_cast<A *>(p.values)[r] = A(own.sum[int(LossStat::loss)]);
+  }
 }
 
 template <Surrogate kind, class T> void run(const PolicyLoss &p, Queue &queue) {

@@ -34,17 +34,16 @@ inline bool chained(const PolicyLoss &p) { return p.source == Source::cumulative
 template <class A> struct Call {
   RowOperand<A> rows[operand_count];
   A bound, clamp_low, clamp_high;
-  A usual_bound, usual_low, usual_high; // between them numbers are finite and the clamp holds nothing
-  A reach;                              // the same for absolute log-ratios
-  bool rowwise;                         // no operand is per token
-  bool plain;                           // four tokens may be taken at once
-  bool different;                       // log-ratios come from differences
+  A usual_bound;  // differences up to it are finite and the bound does not hold them
+  A reach;        // absolute log-ratios up to it have exponentials, and the clamp does not hold them
+  bool rowwise;   // no operand is per token
+  bool plain;     // four tokens may be taken at once
+  bool different; // log-ratios come from differences
 
   Call(const PolicyLoss &p, bool aligned)
       : bound(A(p.bound)), clamp_low(A(p.clamp_low)), clamp_high(A(p.clamp_high)),
-        usual_bound(std::min(bound, largest)), usual_low(std::max(clamp_low, -largest)),
-        usual_high(std::min(clamp_high, A(80))), reach(std::min(-clamp_low, usual_high)), rowwise(true),
-        plain(aligned && quads_aligned(static_cast<const A *>(p.slopes))),
+        usual_bound(std::min(bound, largest)), reach(std::min({-clamp_low, clamp_high, A(80)})),
+        rowwise(true), plain(aligned && quads_aligned(static_cast<const A *>(p.slopes))),
         different(p.reference && p.source != Source::given) {
     const Operand *const operands[operand_count] = {&p.advantages,  &p.weights,      &p.log_ratio,
                                                     &p.low,         &p.high,         &p.cap,

@@ -21,13 +21,34 @@ __device__ inline float usual_exponential(float x) {
 }
 __device__ inline double usual_exponential(double x) { return exponential(x); }
 
-// One instruction, where the compiler would choose between two sums.
-__device__ inline void count_if(bool which, unsigned &count) {
+// `moving` where x lies in [low, high], else 0. Counts those and the ones that lie below. Five instructions,
+// where the compiler would make more.
+__device__ inline float within_bounds(float x, float low, float high, float moving, unsigned &below,
+                                      unsigned &inside) {
 #ifdef __CUDA_ARCH__
-  asm("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p add.u32 %0, %0, 1; }" : "+r"(count) : "r"(unsigned(which)));
+  float out;
+  asm("{\n\t.reg .pred reaches, moves;\n\t"
+      "setp.ge.f32 reaches, %3, %4;\n\t"
+      "setp.le.and.f32 moves, %3, %5, reaches;\n\t"
+      "@!reaches add.u32 %1, %1, 1;\n\t"
+      "@moves add.u32 %2, %2, 1;\n\t"
+      "selp.f32 %0, %6, 0f00000000, moves;\n\t}"
+      : "=f"(out), "+r"(below), "+r"(inside)
+      : "f"(x), "f"(low), "f"(high), "f"(moving));
+  return out;
 #else
-  count += which;
+  const bool reaches = x >= low, moves = reaches && x <= high;
+  below += !reaches;
+  inside += moves;
+  return moves ? moving : 0;
 #endif
+}
+__device__ inline double within_bounds(double x, double low, double high, double moving, unsigned &below,
+                                       unsigned &inside) {
+  const bool reaches = x >= low, moves = reaches & (x <= high);
+  below += reaches ? 0 : 1;
+  inside += moves ? 1 : 0;
+  return moves ? moving : 0;
 }
 
 // The bounds of `clip` and the ratios at them, for tokens that share them.
@@ -76,13 +97,10 @@ template <class A> struct RowClip {
 #pragma unroll
     for (int k = 0; k < quad; ++k) {
       const A q = usual_exponential(x[k]), less = q - A(1);
-      const bool reaches = x[k] >= at.low, moves = reaches & (x[k] <= at.high);
       excess += less;
       stopped += min(max(less, least), most);
       log_ratio += x[k];
-      count_if(!reaches, below);
-      count_if(moves, inside);
-      slope[k] = moves ? factor * q : A(0);
+      slope[k] = within_bounds(x[k], at.low, at.high, factor * q, below, inside);
     }
     tokens += quad;
   }

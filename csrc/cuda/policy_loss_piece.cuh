@@ -196,20 +196,10 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
 
   __device__ bool take_clipped(int64_t t, RowClip<A> &clip) const {
     A x[quad], slope[quad];
-    if constexpr (running) {
-      load_four(&sums->at(int(t - from)), x);
-      bool usual = true;
-#pragma unroll
-      for (int k = 0; k < quad; ++k)
-        usual &= (x[k] >= call.usual_low) & (x[k] <= call.usual_high);
-      if (!__all_sync(all_lanes, usual))
-        return false;
-    } else {
-      load_log_probs(p.log_probs, t, x);
-      subtract_reference(t, x);
-      if (!all_within(x, call.reach))
-        return false;
-    }
+    load_log_probs(p.log_probs, t, x);
+    subtract_reference(t, x);
+    if (!all_within(x, call.reach))
+      return false;
     clip.take(x, slope);
     store_slopes(t, slope);
     return true;
@@ -302,12 +292,64 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
     });
   }
 
-  // Evaluates all tokens.
-  __device__ Stats evaluate() {
-    Tally tally;
+  // Leaves the log-ratios of a lane's sixteen tokens where all lanes find them. Steps with a token that is
+  // not usual are plain no longer. The others' tokens are clipped at once, and their slopes are left instead.
+  __device__ void take_sums(A (&x)[own_tokens], bool usual, Tally &tally) {
     if constexpr (kind == Surrogate::clip) {
-      take_clipped<std::conditional_t<steps == Steps::alike, AlikeClip<A>,
-                                      std::conditional_t<rowwise, RowClip<A>, TokenClip<A>>>>(tally);
+#pragma unroll
+      for (int k = 0; k < own_tokens; ++k)
+        usual &= std::fabs(x[k]) <= call.reach;
+    }
+    const unsigned unusual = __ballot_sync(all_lanes, !usual);
+#pragma unroll
+    for (int step = 0; step < tile_steps; ++step)
+      if (unusual >> step * step_lanes & ((1u << step_lanes) - 1))
+        plain &= ~(1u << step);
+    if constexpr (kind == Surrogate::clip) {
+      RowClip<A> clip(call, row);
+      if (!clip.usual())
+        plain = 0;
+      if (plain >> lane_id() / step_lanes & 1) {
+#pragma unroll
+        for (int v = 0; v < own_tokens; v += quad) {
+          const A four[quad] = {x[v], x[v + 1], x[v + 2], x[v + 3]};
+          A slope[quad];
+          clip.take(four, slope);
+#pragma unroll
+          for (int k = 0; k < quad; ++k)
+            x[v + k] = slope[k];
+        }
+      }
+      clip.add_to(tally);
+    }
+    __syncwarp(); // all lanes have read those of the row before
+#pragma unroll
+    for (int v = 0; v < own_tokens; v += quad)
+      *reinterpret_cast<Quad<A> *>(sums->own(lane_id()) + v) = {{x[v], x[v + 1], x[v + 2], x[v + 3]}};
+    __syncwarp();
+    if (kind == Surrogate::clip && p.slopes) {
+      A *slopes = static_cast<A *>(p.slopes) + from + quad * lane_id();
+      const auto store = [&](int step) { store_whole(slopes + step * step_size, sums->quad_of(step)); };
+      if (plain == (1u << tile_steps) - 1) {
+#pragma unroll
+        for (int step = 0; step < tile_steps; ++step)
+          store(step);
+      } else {
+#pragma unroll 1
+        for (int step = 0; step < tile_steps; ++step)
+          if (plain >> step & 1)
+            store(step);
+      }
+    }
+  }
+  static constexpr int step_lanes = int(step_size) / own_tokens; // that have the tokens of a step
+
+  // Evaluates all tokens but those that take_sums has.
+  __device__ void evaluate(Tally &tally) {
+    if constexpr (kind == Surrogate::clip) {
+      if constexpr (!running)
+        take_clipped<std::conditional_t<steps == Steps::alike, AlikeClip<A>,
+                                        std::conditional_t<rowwise, RowClip<A>, TokenClip<A>>>>(tally);
     } else if constexpr (shared) {
       std::conditional_t<kind == Surrogate::soft, RowSoft, RowDivergence> own(p, row);
       if (call.different && own.usual()) {
@@ -319,10 +361,9 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
     } else {
       take_plain(tally);
     }
-    for (int step = first / int(step_size); step * int(step_size) < last; ++step)
-      if (!(plain >> step & 1))
-        take_singly(step, tally);
-    return tally.total();
+    const unsigned here = (2u << (last - 1) / int(step_size)) - (1u << first / int(step_size));
+    for (unsigned rest = here & ~plain; rest; rest &= rest - 1)
+      take_singly(__ffs(int(rest)) - 1, tally);
   }
 };
 

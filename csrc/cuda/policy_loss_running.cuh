@@ -17,15 +17,32 @@ struct Running {
   }
 };
 
+// own + x of the lane so far before this one; `own` where there is none.
+__device__ inline double plus_before(double own, double x, int distance) {
+#ifdef __CUDA_ARCH__
+  asm volatile("{\n\t.reg .pred here;\n\t.reg .b32 low, high;\n\t.reg .f64 before;\n\t"
+               "mov.b64 {low, high}, %1;\n\t"
+               "shfl.sync.up.b32 low|here, low, %2, 0, 0xffffffff;\n\t"
+               "shfl.sync.up.b32 high, high, %2, 0, 0xffffffff;\n\t"
+               "mov.b64 before, {low, high};\n\t@here add.f64 %0, %0, before;\n\t}"
+               : "+d"(own)
+               : "d"(x), "r"(distance));
+  return own;
+#else
+  const double before = __shfl_up_sync(all_lanes, x, unsigned(distance));
+  return lane_id() >= distance ? own + before : own;
+#endif
+}
+
 // The differences of a row's tokens in a tile, sixteen neighbours per lane, and their sums. Tokens of other
 // rows and masked ones count as 0.
 template <class T> struct Differences {
   using A = accumulate_t<T>;
-  A each[own_tokens];
-  double before = 0; // the sum over all tokens before the lane's
+  double upto[own_tokens]; // the sum over the lane's tokens up to each
+  double through;          // the sum over all tokens up to the lane's last
   double total = 0;
-  unsigned live;      // the lane's tokens that take part, as bits
-  unsigned usual = 0; // a bit for each plain step in which all are finite and within the bound
+  unsigned live;     // the lane's tokens that take part, as bits
+  bool usual = true; // the lane's are finite and within the bound
 
   // `plain` has a bit for each step that lies in [first, last) of the tile, its tokens all live.
   __device__ Differences(const PolicyLoss &p, const Call<A> &call, const Taking &taking, unsigned plain,
@@ -38,6 +55,7 @@ template <class T> struct Differences {
     Own<T> log_probs, reference;
     load_own(static_cast<const T *>(p.log_probs), nullptr, t, p.rows.size, log_probs);
     load_own(static_cast<const T *>(p.reference), nullptr, t, p.rows.size, reference);
+    A each[own_tokens];
 #pragma unroll
     for (int k = 0; k < own_tokens; ++k)
       each[k] = load(log_probs[k]) - load(reference[k]);
@@ -46,51 +64,32 @@ template <class T> struct Differences {
       for (int k = 0; k < own_tokens; ++k)
         each[k] = live >> k & 1 ? each[k] : A(0);
     }
-    bool within = true;
 #pragma unroll
     for (int k = 0; k < own_tokens; ++k)
-      within &= std::fabs(each[k]) <= call.usual_bound;
-    if (!within) {
+      usual &= std::fabs(each[k]) <= call.usual_bound;
+    if (!usual) {
 #pragma unroll
       for (int k = 0; k < own_tokens; ++k)
         each[k] = bounded(each[k], -call.bound, call.bound);
     }
-    const unsigned unusual = __ballot_sync(all_lanes, !within);
-#pragma unroll
-    for (int step = 0; step < tile_steps; ++step)
-      usual |= unsigned((unusual >> step * step_lanes & ((1u << step_lanes) - 1)) == 0) << step;
-    usual &= plain;
-    double through = double(each[0]);
+    upto[0] = double(each[0]);
 #pragma unroll
     for (int k = 1; k < own_tokens; ++k)
-      through += double(each[k]);
+      upto[k] = upto[k - 1] + double(each[k]);
+    through = upto[own_tokens - 1];
 #pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const double below = __shfl_up_sync(all_lanes, through, unsigned(distance));
-      if (lane_id() >= distance)
-        through += below;
-    }
-    const double below = __shfl_up_sync(all_lanes, through, 1u);
-    before = lane_id() ? below : 0;
+    for (int distance = 1; distance < 32; distance *= 2)
+      through = plus_before(through, through, distance);
     total = __shfl_sync(all_lanes, through, 31);
   }
 
-  // The sums up to each token, after `start`.
-  __device__ void leave(double start, Staged<A> &sums) const {
-    double upto = start + before;
-    __syncwarp(); // all lanes have read those of the row before
+  // The sums up to each of the lane's tokens, after `start`.
+  __device__ void sums(double start, A (&out)[own_tokens]) const {
+    const double before = plus_before(start, through, 1);
 #pragma unroll
-    for (int v = 0; v < own_tokens; v += quad) {
-      Quad<A> four;
-#pragma unroll
-      for (int k = 0; k < quad; ++k)
-        four.item[k] = A(upto += double(each[v + k]));
-      *reinterpret_cast<Quad<A> *>(sums.own(lane_id()) + v) = four;
-    }
-    __syncwarp();
+    for (int k = 0; k < own_tokens; ++k)
+      out[k] = A(before + upto[k]);
   }
-
-  static constexpr int step_lanes = int(step_size) / own_tokens; // that have the tokens of a step
 };
 
 } // namespace tokcredit::cuda

@@ -236,7 +236,35 @@ __global__ void __launch_bounds__(block_threads, 1) merge_parts(SegmentRows s, c
     own.template write<A>(s.y, r, s.ddof);
 }
 
+// A warp for each row of few, which one warp of reduce_tiles would take one after the other.
+template <class T, Reduction kind>
+__global__ void __launch_bounds__(block_threads, resident<T>) reduce_each(SegmentRows s) {
+  using A = accumulate_t<T>;
+  const int64_t r = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
+  if (r >= s.rows.count)
+    return;
+  const auto [begin, end] = span_of(s.rows, r);
+  Seen<A, kind> seen;
+  for (int64_t at = begin / held * held; at < end; at += held) {
+    Own<T> x{};
+    const unsigned unmasked =
+        load_own(static_cast<const T *>(s.x), s.rows.mask, at + lane_id() * own_tokens, s.rows.size, x);
+    const int first = int(max(begin - at, int64_t(0))), last = int(min(end - at, int64_t(held)));
+    seen.template take<false>(x, unmasked & bits_between(first, last));
+  }
+  const Moments<kind> m = seen.together();
+  if (lane_id() == 0)
+    m.template write<A>(s.y, r, s.ddof);
+}
+
 template <class T, Reduction kind> void reduce_rows(const SegmentRows &s, Queue &queue) {
+  if constexpr (kind == Reduction::moments) { // of the groups of a batch
+    if (s.rows.size <= segment_tile) {
+      launch("segment", queue, reduce_each<T, kind>, ceil_div(s.rows.count, warps_per_block), block_threads,
+             s);
+      return;
+    }
+  }
   const int64_t tiles = ceil_div(s.rows.size, segment_tile);
   Moments<kind> *parts = queue.allocate_array<Moments<kind>>(2 * tiles);
   launch("segment", queue, reduce_tiles<T, kind>, ceil_div(tiles, warps_per_block), block_threads, s, tiles,

@@ -42,31 +42,24 @@ __device__ inline int64_t count_at_most(const int64_t *sorted, int64_t size, int
 // whether the row does, in walking order, inside the tile.
 template <bool reverse, class Piece, class Gap>
 __device__ void each_piece(const Rows &rows, int64_t from, int64_t to, Piece &&piece, Gap &&gap) {
-  if constexpr (!reverse) {
-    int64_t done = from;
-    for (int64_t r = count_at_most(rows.end, rows.count, from); r < rows.count && rows.begin[r] < to; ++r) {
-      const auto [begin, end] = span_of(rows, r);
-      const int64_t first = max(begin, from), last = min(end, to);
-      if (first >= last)
-        continue;
-      gap(done, first);
-      piece(r, first, last, begin >= from, end <= to);
-      done = last;
-    }
-    gap(done, to);
-  } else {
-    int64_t done = to;
-    for (int64_t r = count_at_most(rows.begin, rows.count, to - 1) - 1; r >= 0 && rows.end[r] > from; --r) {
-      const auto [begin, end] = span_of(rows, r);
-      const int64_t first = max(begin, from), last = min(end, to);
-      if (first >= last)
-        continue;
-      gap(last, done);
-      piece(r, first, last, end <= to, begin >= from);
-      done = first;
-    }
-    gap(from, done);
+  // Tiles lie inside the buffer, and rows are taken as if they did; see span_of.
+  const bool at_begin = from == 0, at_end = to == rows.size;
+  int64_t done = reverse ? to : from;
+  int64_t r =
+      reverse ? count_at_most(rows.begin, rows.count, to - 1) - 1 : count_at_most(rows.end, rows.count, from);
+  for (; reverse ? r >= 0 : r < rows.count; r += reverse ? -1 : 1) {
+    const int64_t begin = rows.begin[r], end = rows.end[r];
+    if (reverse ? end <= from : begin >= to)
+      break;
+    const int64_t first = max(begin, from), last = min(end, to);
+    if (first >= last)
+      continue;
+    reverse ? gap(last, done) : gap(done, first);
+    const bool begins = begin >= from || at_begin, ends = end <= to || at_end;
+    piece(r, first, last, reverse ? ends : begins, reverse ? begins : ends);
+    done = reverse ? first : last;
   }
+  reverse ? gap(from, done) : gap(done, to);
 }
 
 // Steps of a piece in walking order: body(t) gets the lane's first token, which may lie outside the piece.

@@ -22,6 +22,7 @@ namespace {
 constexpr const char *op = "tree_build";
 constexpr int least_threads = 128, most_threads = 512; // of the block of a group
 constexpr int near_rows = 256;                         // of a group that is kept in shared memory
+constexpr int64_t few_rows = 2048;                     // are put in order without a sort
 
 // Rows sorted by group, in their order inside it. `place` below is a place in this order inside the group.
 struct Places {
@@ -97,26 +98,64 @@ template <class Token> struct Text {
   }
 };
 
-// All rows against the first of their group, a warp each: this is where most shared tokens are.
+// The row at place `i` against the first of its group, by a warp.
 template <class Token>
-__global__ void __launch_bounds__(block_threads) compare_first(TreeBuild b, Places places, Numbers numbers) {
-  const int64_t i = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
-  if (i >= b.rows.count)
-    return;
-  const int64_t first = places.start[places.group[i]];
-  const Span own = span_of(b.rows, places.row[i]), other = span_of(b.rows, places.row[first]);
+__device__ void compare(const TreeBuild &b, const Numbers &numbers, int64_t i, int64_t row, int64_t first) {
+  const Span own = span_of(b.rows, row), other = span_of(b.rows, first);
   const Token *tokens = static_cast<const Token *>(b.tokens);
+  const bool is_first = row == first;
   const int64_t depth =
-      i == first ? 0
-                 : common_prefix(tokens + own.begin, tokens + other.begin, min(own.length(), other.length()));
+      is_first ? 0
+               : common_prefix(tokens + own.begin, tokens + other.begin, min(own.length(), other.length()));
   if (lane_id() != 0)
     return;
   const Paths paths = Paths::in(numbers.paths + i, b.rows.count);
-  *paths.owner = i == first ? -1 : 0;
+  *paths.owner = is_first ? -1 : 0;
   *paths.depth = depth;
-  *paths.next = i == first ? 0 : -1;
+  *paths.next = is_first ? 0 : -1;
   *paths.begin = own.begin;
   *paths.length = own.length();
+}
+
+// All rows, a warp each: this is where most shared tokens are.
+template <class Token>
+__global__ void __launch_bounds__(block_threads) compare_first(TreeBuild b, Places places, Numbers numbers) {
+  const int64_t i = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
+  if (i < b.rows.count)
+    compare<Token>(b, numbers, i, places.row[i], places.row[places.start[places.group[i]]]);
+}
+
+// The same, and what sort_rows does: of few rows each finds its place by looking at all others.
+template <class Token>
+__global__ void __launch_bounds__(block_threads)
+    compare_few(TreeBuild b, Numbers numbers, uint32_t *groups, uint32_t *rows, int64_t *starts,
+                unsigned *finished) {
+  const int64_t r = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32, R = b.rows.count;
+  if (r >= R)
+    return;
+  const uint32_t own = group_of(b, r);
+  unsigned place = 0, first = ~0u, start = 0;
+#pragma unroll 8
+  for (int64_t k = lane_id(); k < R; k += 32) {
+    const uint32_t group = group_of(b, k);
+    place += group < own || (group == own && k < r);
+    first = min(first, group == own ? unsigned(k) : ~0u);
+    start += group < r; // rows before those of group r
+  }
+  place = __reduce_add_sync(all_lanes, place);
+  first = __reduce_min_sync(all_lanes, first);
+  start = __reduce_add_sync(all_lanes, start);
+  if (lane_id() == 0) {
+    groups[place] = own;
+    rows[place] = uint32_t(r);
+    if (r < b.groups)
+      starts[r] = start;
+    if (r == 0) {
+      starts[b.groups] = R;
+      *finished = 0;
+    }
+  }
+  compare<Token>(b, numbers, place, r, first);
 }
 
 // The sum of `x` over the threads of the block before this one, and over all of them. A barrier for memory.
@@ -304,9 +343,79 @@ __device__ void sum_nodes(const Numbers &numbers, int64_t rows) {
   }
 }
 
-// A block per group. With `finished`, which counts blocks, the last of them sums the nodes of all rows.
+// The arrays over nodes, by one block from the rows at [from, to) of all places. The nodes of a group are
+// written and counted by the block that has its rows.
+struct Writer {
+  const TreeBuild &b;
+  const Places &places;
+  const Numbers &numbers;
+  const Paths paths;
+
+  __device__ Writer(const TreeBuild &b, const Places &places, const Numbers &numbers)
+      : b(b), places(places), numbers(numbers), paths(Paths::in(numbers.paths, b.rows.count)) {}
+
+  __device__ int64_t offset(int64_t i) const { return numbers.offset[places.row[i]]; }
+  // The place of the owner among all places.
+  __device__ int64_t owner(int64_t i) const { return places.start[places.group[i]] + paths.owner[i]; }
+  __device__ bool owns(int64_t i) const { return places.start[places.group[i]] + paths.next[i] == i; }
+  // The node of a place's owner that ends where the place parts from it.
+  __device__ int64_t parting(int64_t i) const {
+    return paths.owner[i] < 0 ? int64_t(-1) : offset(owner(i)) + numbers.rank[i];
+  }
+  __device__ void write(int64_t v, int64_t owner, int64_t begin, int64_t end) const {
+    // Before an owner's first node comes the node at which it parts from its own owner.
+    b.parent[v] = v > offset(owner) ? v - 1 : parting(owner);
+    b.group_of[v] = places.group[owner];
+    b.depth[v] = begin;
+    b.length[v] = end - begin;
+    b.count[v] = b.degree[v] = 0;
+  }
+  __device__ void run(int64_t from, int64_t to) const {
+    for (int64_t i = from + threadIdx.x; i < to; i += blockDim.x) {
+      const int64_t r = places.row[i];
+      if (numbers.above[i] >= 0)
+        write(parting(i), owner(i), numbers.above[i], paths.depth[i]);
+      int64_t leaf = parting(i);
+      if (owns(i)) {
+        leaf = numbers.offset[r] + numbers.nodes[r] - 1;
+        write(leaf, i, numbers.tail[i], paths.length[i]);
+      }
+      b.leaf[r] = leaf;
+    }
+    __syncthreads();
+    // Integer counts: any order adds up to the same.
+    const auto add = [](int64_t *p) { atomicAdd(reinterpret_cast<unsigned long long *>(p), 1ull); };
+    const auto add_child = [&](int64_t v) {
+      if (b.parent[v] >= 0)
+        add(b.degree + b.parent[v]);
+    };
+    for (int64_t i = from + threadIdx.x; i < to; i += blockDim.x) {
+      const int64_t leaf = b.leaf[places.row[i]];
+      if (numbers.above[i] >= 0)
+        add_child(parting(i));
+      if (owns(i))
+        add_child(leaf);
+      add(b.degree + leaf);
+      for (int64_t v = leaf; v >= 0; v = b.parent[v])
+        add(b.count + v);
+    }
+  }
+  // Slots without a node, of which thread `own` of so many has its share.
+  __device__ void clear_rest(int64_t own, int64_t threads) const {
+    const int64_t R = b.rows.count, size = numbers.offset[R - 1] + numbers.nodes[R - 1];
+    for (int64_t v = size + own; v < 2 * R; v += threads) {
+      b.parent[v] = -1;
+      b.group_of[v] = b.depth[v] = b.length[v] = b.count[v] = b.degree[v] = 0;
+    }
+    if (own == 0)
+      *b.size = size;
+  }
+};
+
+// A block per group. With `finished`, which counts blocks, the last of them sums the nodes of all rows, and
+// writes all nodes if there are few.
 template <class Token>
-__global__ void __launch_bounds__(most_threads, 2)
+__global__ void __launch_bounds__(most_threads, 1)
     search_groups(TreeBuild b, Places places, Numbers numbers, unsigned *finished) {
   __shared__ int64_t near[Paths::arrays * near_rows];
   __shared__ bool is_last;
@@ -340,70 +449,27 @@ __global__ void __launch_bounds__(most_threads, 2)
                   1 ==
               gridDim.x;
   __syncthreads();
-  if (is_last)
-    sum_nodes(numbers, b.rows.count);
+  if (!is_last)
+    return;
+  sum_nodes(numbers, b.rows.count);
+  if (b.rows.count > few_rows)
+    return;
+  __syncthreads();
+  const Writer writer(b, places, numbers);
+  writer.run(0, b.rows.count);
+  writer.clear_rest(threadIdx.x, blockDim.x);
 }
 
-// A block per group: its nodes are written by its rows, and counted when all are there.
+// A block per group.
 __global__ void __launch_bounds__(most_threads, 1) write_nodes(TreeBuild b, Places places, Numbers numbers) {
-  const int64_t R = b.rows.count, first = places.start[blockIdx.x];
-  const int64_t rows = places.start[blockIdx.x + 1] - first;
-  const int64_t size = numbers.offset[R - 1] + numbers.nodes[R - 1];
-  const Paths paths = Paths::in(numbers.paths + first, R);
-  const auto offset = [&](int64_t place) { return numbers.offset[places.row[first + place]]; };
-  // The node of a place's owner that ends where the place parts from it.
-  const auto parting = [&](int64_t place) {
-    const int64_t owner = paths.owner[place];
-    return owner < 0 ? int64_t(-1) : offset(owner) + numbers.rank[first + place];
-  };
-  const auto write = [&](int64_t v, int64_t owner, int64_t begin, int64_t end) {
-    // Before an owner's first node comes the node at which it parts from its own owner.
-    b.parent[v] = v > offset(owner) ? v - 1 : parting(owner);
-    b.group_of[v] = blockIdx.x;
-    b.depth[v] = begin;
-    b.length[v] = end - begin;
-    b.count[v] = b.degree[v] = 0;
-  };
-  for (int64_t place = threadIdx.x; place < rows; place += blockDim.x) {
-    const int64_t r = places.row[first + place];
-    if (numbers.above[first + place] >= 0)
-      write(parting(place), paths.owner[place], numbers.above[first + place], paths.depth[place]);
-    int64_t leaf = parting(place);
-    if (paths.next[place] == place) {
-      leaf = numbers.offset[r] + numbers.nodes[r] - 1;
-      write(leaf, place, numbers.tail[first + place], paths.length[place]);
-    }
-    b.leaf[r] = leaf;
-  }
-  __syncthreads();
-  // Integer counts: any order adds up to the same.
-  const auto add = [](int64_t *p) { atomicAdd(reinterpret_cast<unsigned long long *>(p), 1ull); };
-  const auto add_child = [&](int64_t v) {
-    if (b.parent[v] >= 0)
-      add(b.degree + b.parent[v]);
-  };
-  for (int64_t place = threadIdx.x; place < rows; place += blockDim.x) {
-    const int64_t leaf = b.leaf[places.row[first + place]];
-    if (numbers.above[first + place] >= 0)
-      add_child(parting(place));
-    if (paths.next[place] == place)
-      add_child(leaf);
-    add(b.degree + leaf);
-    for (int64_t v = leaf; v >= 0; v = b.parent[v])
-      add(b.count + v);
-  }
-  for (int64_t v = size + blockIdx.x * int64_t(blockDim.x) + threadIdx.x; v < 2 * R;
-       v += gridDim.x * int64_t(blockDim.x)) {
-    b.parent[v] = -1;
-    b.group_of[v] = b.depth[v] = b.length[v] = b.count[v] = b.degree[v] = 0;
-  }
-  if (blockIdx.x == 0 && threadIdx.x == 0)
-    *b.size = size;
+  const Writer writer(b, places, numbers);
+  writer.run(places.start[blockIdx.x], places.start[blockIdx.x + 1]);
+  writer.clear_rest(blockIdx.x * int64_t(blockDim.x) + threadIdx.x, gridDim.x * int64_t(blockDim.x));
 }
 
 template <class Token> void build(const TreeBuild &b, Queue &queue) {
   const int64_t R = b.rows.count;
-  const bool few = R <= most_sorted_by_block;
+  const bool sorts = R > few_rows, sums = R > most_sorted_by_block;
   uint32_t *groups, *rows;
   int64_t *starts;
   Numbers numbers;
@@ -414,21 +480,25 @@ template <class Token> void build(const TreeBuild &b, Queue &queue) {
                     Wanted{numbers.offset, R}, Wanted{finished, 1});
   Places places{rows, groups, starts};
   const int bits = bits_of(uint64_t(b.groups));
-  if (few) {
-    launch(op, queue, sort_rows, 1, sorting_threads, b, bits, groups, rows, starts, finished);
-  } else {
+  const int64_t blocks = ceil_div(R, warps_per_block);
+  if (sums) {
     launch(op, queue, make_keys, ceil_div(R, block_threads), block_threads, b, groups, rows);
     const auto sorted = sort_pairs<uint32_t, uint32_t>(op, queue, groups, rows, R, bits);
     places = {sorted.values, sorted.keys, starts_of(op, queue, sorted.keys, R, b.groups)};
     finished = nullptr;
+  } else if (sorts) {
+    launch(op, queue, sort_rows, 1, sorting_threads, b, bits, groups, rows, starts, finished);
   }
-  launch(op, queue, compare_first<Token>, ceil_div(R, warps_per_block), block_threads, b, places, numbers);
+  if (sorts)
+    launch(op, queue, compare_first<Token>, blocks, block_threads, b, places, numbers);
+  else
+    launch(op, queue, compare_few<Token>, blocks, block_threads, b, numbers, groups, rows, starts, finished);
   // A warp for each row of most groups.
   int threads = least_threads;
   while (threads < most_threads && threads / 32 < R / b.groups)
     threads *= 2;
   launch(op, queue, search_groups<Token>, b.groups, threads, b, places, numbers, finished);
-  if (!few) {
+  if (sums) {
     size_t bytes = 0;
     const auto sum = [&](void *memory) {
       check(cub::DeviceScan::ExclusiveSum(memory, bytes, numbers.nodes, numbers.offset, R, stream_of(queue)),
@@ -437,7 +507,8 @@ template <class Token> void build(const TreeBuild &b, Queue &queue) {
     sum(nullptr);
     sum(queue.allocate(int64_t(bytes)));
   }
-  launch(op, queue, write_nodes, b.groups, threads, b, places, numbers);
+  if (sorts)
+    launch(op, queue, write_nodes, b.groups, threads, b, places, numbers);
 }
 
 } // namespace

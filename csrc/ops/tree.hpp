@@ -49,19 +49,19 @@ struct TreeFold {
   int64_t capacity;
 };
 
-// The mean of x over the rows through each node that count, in double; 0 where none does. With `change` the
-// mean of the parent's rows is taken away, and a root has 0. The mean of equal numbers is exactly that
-// number.
+// The mean of x over the rows through each node that count; 0 where none does. With `change` the mean of the
+// parent's rows is taken away, and a root has 0. The mean of equal numbers is exactly that number. Means and
+// changes are kept in double and rounded once.
 //
 //     x 1 0 1, rows as above, all counted   2/3 1/2 1 0 1   change 0 -1/6 1/2 -1/2 1/3
 struct TreeMean {
-  Type type; // f32 or f64, of x
+  Type type; // f32 or f64, of x and y
   const int64_t *leaf;
   const int64_t *parent;
   const bool *counts; // [R], or null for all
   const void *x;      // [R]
   bool change;
-  double *y; // [capacity]
+  void *y; // [capacity]
   int64_t rows;
   int64_t capacity;
 };

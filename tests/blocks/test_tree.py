@@ -93,7 +93,7 @@ def test_values_over_rows_that_count(data, seed, dtype):
     given = torch.tensor(rewards, dtype=dtype)
     mean = values.monte_carlo(t, given, counted.to(given.device))
     change = values.monte_carlo_change(t, given, counted.to(given.device))
-    assert mean.dtype == dtype and change.dtype == torch.float64
+    assert mean.dtype == change.dtype == dtype
     at = per_row(t.batch, t.expand(body=mean.double(), head=None))
     moved = per_row(t.batch, t.expand(head=change))
 
@@ -147,6 +147,17 @@ def test_large(dtype, shape):
         # Two rows share a node exactly as far as their tokens agree.
         same = (block == block[0]).int().cumprod(1).bool()
         assert torch.equal(node[g * group : (g + 1) * group] == node[g * group], same)
+
+
+@pytest.mark.parametrize("rows", [2049, 12_289])  # CUDA puts as many in order in other ways
+def test_many_rows_of_interleaved_groups(rows):
+    generator = ragged.generator(2)
+    tokens = torch.randint(0, 2, (rows, 2), generator=generator)
+    ids = torch.randint(0, rows // 16, (rows,), generator=generator)
+    mask, rewards = torch.ones(rows, 2, dtype=torch.bool), torch.rand(rows, generator=generator)
+    t = tree.build(tc.Rollouts.from_padded(tokens, mask, ids, rewards))
+    _, kind, count = torch.unique(4 * ids + 2 * tokens[:, 0] + tokens[:, 1], return_inverse=True, return_counts=True)
+    assert torch.equal(t.count[t.leaf], count[kind])
 
 
 def test_duplicates_prefixes_and_empty_rows():

@@ -123,8 +123,8 @@ def sequences(d):
     count, longest = d.choice([(5, 6), (30, 40), (600, 5), (4, 3000)])
     count = d.integer(1, count)
     groups = d.integer(1, max(1, count // d.choice([1, 4, 600])))
-    if d.chance(0.01):  # about as many rows, and a third as many, as one block sorts
-        count, longest = d.choice([4096, 12_288]) + d.integer(-8, 8), 3
+    if d.chance(0.015):  # about as many rows as are put in order without a sort, and as one block sorts
+        count, longest = d.choice([2048, 4096, 12_288]) + d.integer(-8, 8), 3
         groups = d.integer(count // 600, count // 100)
     big = d.choice([0, 2**33])
     texts = []
@@ -194,7 +194,7 @@ def tree_mean(d):
         "counts": d.choice([None, d.bools(count)]),
         "x": d.normal(dtype, count),
         "change": d.chance(0.5),
-        "y": d.empty(torch.float64, 2 * count),
+        "y": d.empty(dtype, 2 * count),
     }
 
 
@@ -364,6 +364,7 @@ def policy_loss(d):
     if d.chance(0.15):
         log_probs[d.integer(0, size - 1)] = d.choice(SPECIAL)
     clamp = d.choice([2.515625, math.inf])
+    d.aligned &= d.chance(0.7)  # where inputs are aligned, results may not be
     return {
         **rows,
         "log_probs": log_probs,

@@ -109,6 +109,27 @@ BUGS = [
     ),
     Bug("a row starts with what the last one left", "segment.cu", "        seen = {};\n", "", "segment_rows"),
     Bug(
+        "a short row has what lies around it",
+        "segment.cu",
+        "unmasked & bits_between(first, last)",
+        "unmasked & bits_between(0, held)",
+        "segment_rows",
+    ),
+    Bug(
+        "weights count twice",
+        "segment.cu",
+        "begin + lane_id(), end, 32",
+        "begin + lane_id(), end, 31",
+        "weighted_moments",
+    ),
+    Bug(
+        "a number is standardized past the end",
+        "segment.cu",
+        "  if (i >= s.size)\n",
+        "  if (i > s.size)\n",
+        "standardize",
+    ),
+    Bug(
         "four tokens are loaded past the end",
         "tile.cuh",
         "if (aligned && t + quad <= size)",
@@ -117,16 +138,16 @@ BUGS = [
     ),
     Bug(
         "sums along a row are read too soon",
-        "policy_loss_running.cuh",
-        "= four;\n    }\n    __syncwarp();\n",
-        "= four;\n    }\n",
+        "policy_loss_piece.cuh",
+        "x[v + 2], x[v + 3]}};\n    __syncwarp();\n",
+        "x[v + 2], x[v + 3]}};\n",
         "policy_loss",
     ),
     Bug(
         "a token that a bound stops is counted twice",
         "policy_loss_clip.cuh",
-        "      count_if(!reaches, below);\n",
-        "      count_if(!moves, below);\n",
+        "  below += !reaches;\n",
+        "  below += !moves;\n",
         "policy_loss",
     ),
     Bug("counts of a histogram are lost", "select.cu", "            __syncwarp();\n", "", "select"),
@@ -196,8 +217,8 @@ BUGS = [
     Bug(
         "nodes are counted before they are written",
         "tree.cu",
-        "    b.leaf[r] = leaf;\n  }\n  __syncthreads();\n",
-        "    b.leaf[r] = leaf;\n  }\n",
+        "      b.leaf[r] = leaf;\n    }\n    __syncthreads();\n",
+        "      b.leaf[r] = leaf;\n    }\n",
         "tree_build",
     ),
     Bug(
@@ -207,7 +228,34 @@ BUGS = [
         "memory_order_relaxed",
         "tree_build",
     ),
-    Bug("groups are counted from what was there", "tree.cu", "    *finished = 0;\n", "    ;\n", "tree_build"),
+    Bug(
+        "groups are counted from what was there",
+        "tree.cu",
+        "      starts[b.groups] = R;\n      *finished = 0;\n",
+        "      starts[b.groups] = R;\n",
+        "tree_build",
+    ),
+    Bug(
+        "nodes are written before they have numbers",
+        "tree.cu",
+        "  if (b.rows.count > few_rows)\n    return;\n  __syncthreads();\n",
+        "  if (b.rows.count > few_rows)\n    return;\n",
+        "tree_build",
+    ),
+    Bug(
+        "two rows of a group have one place",
+        "tree.cu",
+        "place += group < own || (group == own && k < r);",
+        "place += group < own || (group == own && k < r - 1);",
+        "tree_build",
+    ),
+    Bug(
+        "a token that differs is shared",
+        "prefix.cuh",
+        "first = unsigned((u * 32 + lane_id()) * width + k);",
+        "first = unsigned((u * 32 + lane_id()) * width + k) + 1;",
+        "tree_build",
+    ),
     Bug("a node is summed before its children", "fold.cu", "memory_order_acq_rel", "memory_order_relaxed", "tree_fold"),
     Bug(
         "children are counted from what was there",
@@ -268,8 +316,8 @@ BUGS = [
     Bug(
         "a row is written before its parts are merged",
         "policy_loss.cu",
-        "if (begins && ends)\n",
-        "if (begins)\n",
+        "const bool whole = begins && ends;",
+        "const bool whole = begins;",
         "policy_loss",
     ),
     Bug(
@@ -295,7 +343,7 @@ BUGS = [
     ),
     Bug(
         "sums are overwritten while the row before reads them",
-        "policy_loss_running.cuh",
+        "policy_loss_piece.cuh",
         "    __syncwarp(); // all lanes have read those of the row before\n",
         "",
         "policy_loss",
@@ -312,6 +360,13 @@ BUGS = [
         "policy_loss_call.cuh",
         "quads_aligned(static_cast<const A *>(o.data)) && i < varying_count",
         "quads_aligned(static_cast<const A *>(o.data))",
+        "policy_loss",
+    ),
+    Bug(
+        "a log-ratio outside the clamp has an exponential",
+        "policy_loss_piece.cuh",
+        "if (unusual >> step * step_lanes & ((1u << step_lanes) - 1))",
+        "if (unusual >> step * step_lanes & ((1u << step_lanes / 2) - 1))",
         "policy_loss",
     ),
     Bug(
@@ -493,12 +548,21 @@ BUGS = [
         "",
         "maximum_variance",
     ),
+    Bug("tokens without a part have the key of before", "within_mean.cu", "    keys[t] = none;\n", "", "within_mean"),
+    Bug("a mean is of one token less", "within_mean.cu", "double(middle + 1)", "double(middle)", "within_mean"),
+    Bug(
+        "tokens without a part are chosen",
+        "within_mean.cu",
+        "keys[i] != none && (i < search->first_out || i < w.least)",
+        "i < search->first_out || i < w.least",
+        "within_mean",
+    ),
     Bug(
         "groups begin before rows are sorted",
         "sort.cuh",
         "  __syncthreads();\n  for (int64_t k = threadIdx.x; k <= count;",
         "  for (int64_t k = threadIdx.x; k <= count;",
-        "tree_build",
+        "tree_fold",
     ),
 ]
 

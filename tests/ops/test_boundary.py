@@ -182,7 +182,7 @@ VALID = {
         "counts": torch.tensor([True, False, True]),
         "x": floats(R),
         "change": True,
-        "y": floats(V).double(),
+        "y": floats(V),
     },
     "expand": lambda: {
         "begin": integers(0, 4, 6),
@@ -428,7 +428,7 @@ WRONG = {
         ("leaf", {"leaf": integers(0, -1, 0)}),
         ("parent", {"parent": integers(-1, 0, 2, 1, -1, -1)}),
         ("counts", {"counts": torch.tensor([True, False])}),
-        ("y", {"y": floats(V)}),
+        ("y", {"y": floats(V).double()}),
     ],
     "standardize": [
         ("group", {"group": integers(0, 2, 0)}),

@@ -28,14 +28,13 @@ def monte_carlo(tree: PrefixTree, rewards: Tensor | None = None, counted: Tensor
     Returns:
         float ``[V]``, 0 in unused slots and where no row counts.
     """
-    rewards = _rewards(tree, rewards)
-    return _mean(tree, rewards, counted, change=False).to(rewards.dtype)
+    return _mean(tree, rewards, counted, change=False)
 
 
 def monte_carlo_change(tree: PrefixTree, rewards: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
     """Return the mean reward of the rows through each node minus that of the rows through its parent.
 
-    It is what :func:`temporal_difference` gives for the values of :func:`monte_carlo`, in one operation and in float64.
+    It is what :func:`temporal_difference` gives for the values of :func:`monte_carlo`, rounded only once.
 
     Args:
         tree: The prefix trees.
@@ -43,12 +42,13 @@ def monte_carlo_change(tree: PrefixTree, rewards: Tensor | None = None, counted:
         counted: bool ``[R]``, rows that count, or None for all.
 
     Returns:
-        float64 ``[V]``, 0 at roots and in unused slots.
+        float ``[V]``, 0 at roots and in unused slots.
     """
-    return _mean(tree, _rewards(tree, rewards), counted, change=True)
+    return _mean(tree, rewards, counted, change=True)
 
 
-def _mean(tree: PrefixTree, rewards: Tensor, counted: Tensor | None, change: bool) -> Tensor:
+def _mean(tree: PrefixTree, rewards: Tensor | None, counted: Tensor | None, change: bool) -> Tensor:
+    rewards = _rewards(tree, rewards)
     if counted is not None:
         tensor("counted", counted, (torch.bool,), tuple(tree.leaf.shape), tree.leaf.device)
     return ops.tree_mean(tree.leaf, tree.parent, counted, rewards, change)

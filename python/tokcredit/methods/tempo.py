@@ -42,16 +42,13 @@ class tempo_credit(Credit):
     reads_contexts: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        groups, rewards = counted(batch, self.count_empty), batch.rewards
-        trees = tree.build(batch)
-        change = values.monte_carlo_change(trees, counted=None if self.count_empty else batch.nonempty)
+        groups, rewards, trees = counted(batch, self.count_empty), batch.rewards, tree.build(batch)
         moments = segment.moment_table(rewards, groups)
-        if not self.scale:
-            centred = segment.standardize(rewards, groups.index, moments, "centred")
-            return trees.expand(row=centred, head=change.to(rewards.dtype))
-        row = segment.standardize(rewards, groups.index, moments, "normalized", self.epsilon)
-        head = segment.standardize(change, trees.group, moments, "scaled", self.epsilon, rewards.dtype)
-        return trees.expand(row=row, head=head)
+        standard = "normalized" if self.scale else "centred"
+        row = segment.standardize(rewards, groups.index, moments, standard, self.epsilon)
+        # The mean of the group is in both values and cancels.
+        change = values.monte_carlo_change(trees, row, None if self.count_empty else batch.nonempty)
+        return trees.expand(row=row, head=change)
 
 
 def tempo(

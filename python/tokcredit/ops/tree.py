@@ -71,12 +71,12 @@ def tree_fold(leaf: Tensor, parent: Tensor, scale: Tensor | None, x: Tensor) -> 
 
 
 def _mean_output(leaf: Tensor, parent: Tensor, counts: Tensor | None, x: Tensor, change: bool) -> Tensor:
-    return x.new_empty(parent.shape, dtype=torch.float64)
+    return x.new_empty(parent.shape)
 
 
 @operation("tree_mean(Tensor leaf, Tensor parent, Tensor? counts, Tensor x, bool change) -> Tensor", _mean_output)
 def tree_mean(leaf: Tensor, parent: Tensor, counts: Tensor | None, x: Tensor, change: bool) -> Tensor:
-    """Return the mean over the rows through each node that count, float64 ``[V]``; see ``csrc/ops/tree.hpp``."""
+    """Return the mean over the rows through each node that count, ``[V]``; see ``csrc/ops/tree.hpp``."""
     y = _mean_output(leaf, parent, counts, x, change)
     if x.numel():
         _C.tree_mean(leaf, parent, plain(counts), x.contiguous(), change, y)
