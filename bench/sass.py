@@ -50,7 +50,10 @@ REDUCTIONS = {0: "DADD", 2: "DADD|DFMA", 6: "MUFU.EX2", 7: "DADD|DFMA"}
 # What clip does to every token, what soft and the estimators of a divergence do, and what a step does that must go
 # token by token.
 CLIP, SHARED, SLOW = "FFMA|MUFU.EX2|DADD", "FADD|FFMA|MUFU", r"FSETP.NEU|SHFL.IDX P[^ ]* R\d+, R\d+, R\d"
-SINGLE, MASK = r"FSETP.NEU.AND", r"LDG.E R\d+, .*\+0x(80|100|180)\]"
+
+# What a tile inside a row does that clips cumulative ratios: it reads masks, waits for the sum of the row, publishes
+# the next and takes exponentials four neighbours at a time.
+ALONG = r"LDG.E R\d+, .*\+0x(80|100|180)\]|CCTL.IVALL|ST.E.STRONG.GPU|FFMA.*1\.90465"
 
 STREAMS = {
     "logits": [
@@ -88,8 +91,8 @@ STREAMS = {
         Stream("policy_loss_tiles<0, bf16, true>", 512, 9, True, True, f"{CLIP}|LDG.E R", 4, SLOW),
         Stream("policy_loss_alike<float>", 512, 9, True, True, f"{CLIP}|LDG.E R", 4, SLOW),
         Stream("policy_loss_alike<bf16>", 512, 7, True, True, f"{CLIP}|LDG.E R", 4, SLOW),
-        Stream("policy_loss_chained<0, float>", 512, 13, False, True, rf"{CLIP}|{MASK}", 0, SINGLE),
-        Stream("policy_loss_chained<0, bf16>", 512, 9, False, True, rf"{CLIP}|{MASK}", 0, SINGLE),
+        Stream("policy_loss_chained<0, float>", 512, 13, False, work=ALONG),
+        Stream("policy_loss_chained<0, bf16>", 512, 9, False, work=ALONG),
         *(
             Stream(f"policy_loss_tiles<{kind}, {dtype}, true>", 512, size, True, True, f"{SHARED}|LDG.E R", 4, SLOW)
             for kind in (1, 3)  # soft; estimators of a divergence
@@ -268,10 +271,10 @@ class Graph:
 def hot_path(instructions, labels, stream):
     """The instructions on the way through the busiest loop, or through all."""
     graph = Graph(instructions, labels)
-    slow, once = graph.blocks_with(stream.slow), graph.blocks_with(stream.once)
     if not stream.loop:
         ends = [n for n, block in enumerate(graph.blocks) if "EXIT" in block[-1].text]
-        return graph.best(0, set(graph.order) - slow, ends, stream.work)
+        return graph.best(0, set(graph.order), ends, stream.work)
+    slow, once = graph.blocks_with(stream.slow), graph.blocks_with(stream.once)
     loops = []
     for last, first in graph.closing:
         members = graph.loop_of(last, first)

@@ -68,10 +68,11 @@ __device__ void tile(const PolicyLoss &p, const Call<accumulate_t<T>> &call, int
 
 // Blocks per multiprocessor: as many as what a token needs leaves registers for.
 template <Surrogate kind, class T, Steps steps>
-constexpr int resident = sizeof(T) == 8            ? 1
-                         : steps == Steps::running ? (kind == Surrogate::k1 ? 1 : 2)
-                         : kind == Surrogate::clip && steps != Steps::operands ? 4
-                                                                               : 3;
+constexpr int resident =
+    sizeof(T) == 8            ? 1
+    : steps == Steps::running ? (kind == Surrogate::k1 || kind == Surrogate::soft ? 1 : 2)
+    : kind == Surrogate::clip && steps != Steps::operands ? 4
+                                                          : 3;
 
 template <Surrogate kind, class T, bool rowwise>
 __global__ void __launch_bounds__(block_threads,

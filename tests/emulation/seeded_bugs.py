@@ -31,7 +31,8 @@ class Bug:
     def sources(self):
         """The kernels to compile: the file, or those of the operations that include it."""
         kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-        concerned = [p.name for p in kernels if any(op.startswith(p.stem) for op in self.ops.split())]
+        ops = self.ops.split()
+        concerned = [p.name for p in kernels if any(op.startswith(p.stem) or op.endswith(p.stem) for op in ops)]
         return [self.file] if self.file.endswith(".cu") else concerned
 
 
@@ -365,8 +366,8 @@ BUGS = [
     Bug(
         "a log-ratio outside the clamp has an exponential",
         "policy_loss_piece.cuh",
-        "if (unusual >> step * step_lanes & ((1u << step_lanes) - 1))",
-        "if (unusual >> step * step_lanes & ((1u << step_lanes / 2) - 1))",
+        "usual &= std::fabs(x[k]) <= call.reach;",
+        "usual &= std::fabs(x[k]) <= call.usual_bound;",
         "policy_loss",
     ),
     Bug(
