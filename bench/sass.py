@@ -101,8 +101,8 @@ STREAMS = {
     ],
     # Of two rows' tokens, of which those of the group's first row come from the cache.
     "tree": [
-        Stream("compare_first<int>", 512, 4, stores=False),
-        Stream("compare_first<long>", 256, 8, stores=False),
+        Stream("compare_few<int>", 512, 4, stores=False),
+        Stream("compare_few<long>", 256, 8, stores=False),
     ],
     "scan": [
         Stream("scan_tiles<float, false>", 512, 9, False),

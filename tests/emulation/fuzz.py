@@ -73,12 +73,12 @@ class Draw:
             return self.placed(edges.cumsum(0) % 2 == 1)
         return self.placed(torch.rand(size, generator=self.torch) < {"dense": 0.9, "sparse": 0.05, "none": 0}[kind])
 
-    def lengths(self, most=20_000, huge=False):
+    def lengths(self, most=20_000, huge=False, kind=None):
         if self.long:
             return [140_000]
         if huge:  # more tokens than tiles of the smallest size
             return [self.integer(0, 50), self.integer(4_190_000, 4_200_000), self.integer(0, 3000)]
-        kind = self.choice(["few", "few", "many", "tile", "padded", "long"])
+        kind = kind or self.choice(["few", "few", "many", "tile", "padded", "long"])
         if kind == "few":
             return [self.integer(0, 40) for _ in range(self.integer(1, 8))]
         if kind == "many":
@@ -325,9 +325,9 @@ def within_mean(d):
 def policy_loss(d):
     usual = d.chance(0.5)  # most tokens are evaluated four at a time
     d.aligned = usual
-    rows, count, size = d.rows()
+    rows, count, size = d.rows(kind="tile" if usual and d.chance(0.5) else None)
     dtype = d.choice(FLOATS)
-    out, surrogate = accumulated(dtype), d.choice(_C.SURROGATES)
+    out, surrogate = accumulated(dtype), "clip" if usual and d.chance(0.4) else d.choice(_C.SURROGATES)
     source = d.choice(_C.SOURCES)
     on = d.choice(_C.COORDINATES) if surrogate == "gated" else "ratio"
 
