@@ -279,8 +279,10 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
 
   template <class Clip> __device__ void take_clipped(Tally &tally) {
     Clip clip(call, row);
-    if (!clip.usual())
+    if (!clip.usual()) { // infinity times no tokens would be NaN
       plain = 0;
+      return;
+    }
     each_plain([&](int64_t t) { return take_clipped(t, clip); });
     clip.add_to(tally);
   }
@@ -307,9 +309,9 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
         plain &= ~(1u << step);
     if constexpr (kind == Surrogate::clip) {
       RowClip<A> clip(call, row);
-      if (!clip.usual())
+      if (!clip.usual()) {
         plain = 0;
-      if (plain >> lane_id() / step_lanes & 1) {
+      } else if (plain >> lane_id() / step_lanes & 1) {
 #pragma unroll
         for (int v = 0; v < own_tokens; v += quad) {
           const A four[quad] = {x[v], x[v + 1], x[v + 2], x[v + 3]};
@@ -319,8 +321,8 @@ template <Surrogate kind, class T, Steps steps> struct Piece {
           for (int k = 0; k < quad; ++k)
             x[v + k] = slope[k];
         }
+        clip.add_to(tally);
       }
-      clip.add_to(tally);
     }
     __syncwarp(); // all lanes have read those of the row before
 #pragma unroll

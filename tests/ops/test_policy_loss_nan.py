@@ -131,6 +131,23 @@ def test_infinite_log_probs():
     assert x.grad.tolist() == pytest.approx([0, math.exp(2), math.exp(-1)])
 
 
+@pytest.mark.parametrize("kind", ["clip", "soft", "k1"])
+@pytest.mark.parametrize("source", ["reference", "none", "cumulative"])
+def test_an_infinite_advantage_is_an_infinite_loss(kind, source):
+    """Also on rows so long that CUDA takes their tokens four at a time."""
+    size = 1200
+    x = torch.zeros(2 * size, requires_grad=True)
+    rows = Spans.from_cu_seqlens(torch.tensor([0, size, 2 * size]))
+    settings = {"low": 1.0, "high": 1.0} if kind == "soft" else {"low": -0.2, "high": 0.2}
+    settings["advantages"] = torch.tensor([[math.inf], [1.0]])
+    reference = None if source == "none" else torch.full((2 * size,), -1e-5)
+    values, _ = ops.policy_loss(x, rows, kind, reference=reference, cumulative=source == "cumulative", **settings)
+    values.sum().backward()
+    none = kind == "k1" and source == "none"  # infinity times a divergence of 0
+    assert values.isinf().tolist() == [not none, False] and values.isnan().tolist() == [none, False]
+    assert not x.grad[size:].isnan().any()
+
+
 def test_equal_infinities_are_not_a_number():
     x = torch.tensor([-math.inf, -1.0], requires_grad=True)
     values, _ = ops.policy_loss(x, Spans.single(2), "clip", reference=x.detach().clone())
