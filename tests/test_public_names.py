@@ -34,7 +34,19 @@ NAMES = {
         ),
         *("scan.cumulative", "scan.returns", "scan.generalized_advantages", "scan.positions", "scan.following"),
         *(f"segment.{name}" for name in ("sum", "mean", "var", "minimum", "maximum", "count", "logsumexp", "keys")),
-        *(f"select.{name}" for name in ("top_k", "quantile", "kth", "maximum_variance", "within_mean")),
+        *(
+            f"select.{name}"
+            for name in (
+                "top_k",
+                "top_share",
+                "diverse",
+                "sensitivity",
+                "quantile",
+                "kth",
+                "maximum_variance",
+                "within_mean",
+            )
+        ),
         *("log_probs.from_logits", "log_probs.with_entropies", "log_probs.squared_probs"),
         *(f"divergence.{name}" for name in ("between", "with_entropies", "Mixture", "Top", "kl", "js")),
         *("length.remaining", "length.targets"),

@@ -43,6 +43,7 @@ PYBIND11_MODULE(_C, m) {
   bind_tree_pack(m);
   bind_segment(m);
   bind_select(m);
+  bind_diverse(m);
   bind_policy_loss(m);
   bind_logits(m);
   bind_divergence(m);

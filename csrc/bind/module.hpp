@@ -9,6 +9,7 @@ void bind_tree(py::module_ &);
 void bind_tree_pack(py::module_ &);
 void bind_segment(py::module_ &);
 void bind_select(py::module_ &);
+void bind_diverse(py::module_ &);
 void bind_policy_loss(py::module_ &);
 void bind_logits(py::module_ &);
 void bind_divergence(py::module_ &);

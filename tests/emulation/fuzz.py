@@ -322,6 +322,28 @@ def within_mean(d):
     }
 
 
+def diverse(d):
+    rows, count, size = d.rows(most=60)
+    # Entries of +1 and -1 in the first 1, 4, 16 or 64 of a vector: every norm and every cosine is exact.
+    filled = d.choice([1, 4, 16, 64])
+    x = torch.zeros(size, filled + d.choice([0, 1, 7]))
+    x[:, :filled] = (torch.rand(size, filled, generator=d.torch) < d.choice([0.5, 0.9])) * 2.0 - 1
+    score = torch.randint(0, 9, (size,), generator=d.torch) / 8
+    if d.chance(0.3):
+        score[torch.rand(size, generator=d.torch) < 0.2] = d.choice([math.nan, math.inf])
+        x[torch.rand(size, generator=d.torch) < 0.1] = d.choice([math.nan, math.inf, 0.0])
+    return {
+        **rows,
+        "x": d.placed(x.to(d.choice([torch.float32, torch.bfloat16, torch.float16]))),
+        "score": d.placed(score),
+        "number": d.index([d.integer(-1, 12) for _ in range(count)]),
+        "steps": d.integer(0, 12),
+        "weight": d.choice([0.0, 0.25, 0.5, 1.0]),
+        "product": d.chance(0.5),
+        "order": d.empty(torch.int64, size),
+    }
+
+
 def policy_loss(d):
     usual = d.chance(0.5)  # most tokens are evaluated four at a time
     d.aligned = usual
@@ -611,6 +633,7 @@ GENERATORS = {
     "select": select,
     "maximum_variance": maximum_variance,
     "within_mean": within_mean,
+    "diverse": diverse,
     "policy_loss": policy_loss,
     "scale_rows": scale_rows,
     "logits": logits,
@@ -644,6 +667,7 @@ PLACES = {
     "source",
     "target",
     "length",
+    "number",
     "offset",
 }
 

@@ -19,6 +19,7 @@ SIGNATURES = {
     "select": "x begin end mask scope wanted scopes share rounding least ranks =y threads",
     "maximum_variance": "x scope wanted scopes share rounding least largest =chosen",
     "within_mean": "x begin end mask budget least =chosen",
+    "diverse": "x score begin end mask number steps weight product =order threads",
     "policy_loss": "log_probs reference operands numbers begin end mask trains surrogate source on value both_sides "
     "bound power limit clamp_low clamp_high =values =stats =slopes threads",
     "scale_rows": "x factor begin end =y threads",

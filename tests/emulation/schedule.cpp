@@ -281,6 +281,8 @@ uint64_t atomic(Atomic what, void *address, size_t bytes, uint64_t operand, Orde
     memcpy(address, &(operand += before), bytes);
   else if (what == Atomic::bit_or)
     memcpy(address, &(operand |= before), bytes);
+  else if (what == Atomic::largest && operand > before)
+    memcpy(address, &operand, bytes);
   return before;
 }
 

@@ -153,6 +153,27 @@ CALLS = {
         {"x": floats(N), "q": 0.3, "spans": spans(), "by": PER_ROW["by"]},
     ),
     "select.within_mean": (select.within_mean, {"x": floats(N), "budget": 0.5, "spans": spans(), "least": 1}),
+    "select.diverse": (
+        select.diverse,
+        {"score": floats(N), "vectors": floats(N, 3), "k": 2, "spans": spans(), "weight": 0.5},
+    ),
+    "select.sensitivity": (
+        select.sensitivity,
+        {"project": torch.tanh, "x": floats(N, 3), "directions": floats(2, 3), "step": 0.1},
+    ),
+    "select.top_share": (
+        select.top_share,
+        {
+            "score": floats(N),
+            "k": 2,
+            "spans": spans(),
+            "words": torch.arange(N) // 2,
+            "protected": torch.arange(N) % 5 == 0,
+            "segments": torch.arange(N) // 4,
+            "segment_weights": floats(N),
+            "reduce": "sum",
+        },
+    ),
     "select.maximum_variance": (select.maximum_variance, {"x": floats(R), "k": 2, "by": PER_ROW["by"]}),
     "tree.build": (tree.build, {"batch": rollouts()}),
     "tree.expand": (

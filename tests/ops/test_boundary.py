@@ -138,6 +138,17 @@ VALID = {
         "least": 1,
         "chosen": torch.zeros(N, dtype=torch.bool),
     },
+    "diverse": lambda: {
+        "x": floats(N, 3),
+        "score": floats(N),
+        **spans(),
+        "number": integers(1, 2, 9),
+        "steps": 3,
+        "weight": 0.5,
+        "product": False,
+        "order": integers(*[0] * N),
+        "threads": 2,
+    },
     "tree_build": lambda: {
         "tokens": torch.arange(N) % 2,
         "begin": integers(0, 4, 6),

@@ -17,6 +17,7 @@ from tokcredit.ops.divergence import (
     divergence_top,
     kl,
 )
+from tokcredit.ops.diverse import diverse
 from tokcredit.ops.logits import logits, logits_forward, logits_gradient_
 from tokcredit.ops.pieces import CUTS, pieces
 from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss, row_product
@@ -58,6 +59,7 @@ __all__ = [
     "count",
     "divergence",
     "divergence_top",
+    "diverse",
     "empty_cache",
     "expand",
     "kl",

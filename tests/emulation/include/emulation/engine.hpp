@@ -33,7 +33,7 @@ void sync_warp(Site);
 void sync_block(Site);
 
 enum class Order { relaxed, acquire, release, acquire_release };
-enum class Atomic { load, store, add, bit_or };
+enum class Atomic { load, store, add, bit_or, largest };
 
 // One atomic operation on 4 or 8 bytes; returns what was there before.
 uint64_t atomic(Atomic, void *address, size_t bytes, uint64_t operand, Order);

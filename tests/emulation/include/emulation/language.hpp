@@ -102,6 +102,10 @@ template <class T> T atomicAdd(T *address, T value) {
   return T(::emulation::atomic(::emulation::Atomic::add, address, sizeof(T), uint64_t(value),
                                ::emulation::Order::relaxed));
 }
+inline unsigned long long atomicMax(unsigned long long *address, unsigned long long value) {
+  return ::emulation::atomic(::emulation::Atomic::largest, address, sizeof value, value,
+                             ::emulation::Order::relaxed);
+}
 inline unsigned atomicOr(unsigned *address, unsigned value) {
   return unsigned(::emulation::atomic(::emulation::Atomic::bit_or, address, sizeof value, value,
                                       ::emulation::Order::relaxed));

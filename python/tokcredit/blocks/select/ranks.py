@@ -1,10 +1,4 @@
-"""Exact selection: the largest values, ranks, quantiles, and the subset of largest variance.
-
-A *scope* is a set of elements that compete. ``by`` gives the scopes of rows: None makes each row a scope,
-``segment.Ids(batch.group_index, batch.num_groups)`` each group, and ``everything(spans)`` the whole batch. Masked
-tokens never compete. Sizes are unlimited: ranks are counted in integers. Ties go to the lower index. NaN ranks above
-+inf.
-"""
+"""Exact ranks: the largest values, quantiles, and the subset of largest variance."""
 
 from __future__ import annotations
 
@@ -122,6 +116,20 @@ def top_k(score: Tensor, k: int | Tensor | Share, spans: Spans, by: Ids | Groups
     by = _scopes(spans, by)
     per_token("score", score, spans.size, spans.device)
     return ops.select(score, *spans.arrays, _ids(by), *_quota("k", k, by), False, ops.num_threads())
+
+
+def quota(name: str, k: int | Tensor | Share, spans: Spans) -> Tensor:
+    """Return how many tokens of each row are wanted, int64 ``[R]``.
+
+    Args:
+        name: Argument name for the error.
+        k: For all rows, int64 ``[R]``, or a :class:`Share` of each row.
+        spans: The rows.
+    """
+    if not isinstance(k, Share):
+        return _per_scope(name, k, _scopes(spans, None))
+    same = torch.zeros(spans.size, device=spans.device)
+    return sizes(spans.with_mask(top_k(same, k, spans)))
 
 
 def kth(x: Tensor, rank: int | Tensor, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
