@@ -28,7 +28,7 @@ LAYERS = {
     "stages": ("stages",),
     "objectives": ("protocol", "from_hidden", "prepared", "objective", "preference", "supervised"),
     "methods": ("expression", "methods", "mixing", "rollout_correction"),
-    "public": ("decoding", "kernels", "packing", "rewards", "environments"),
+    "public": ("attribution", "decoding", "environments", "kernels", "packing", "rewards"),
     "applications": ("files", "train", "report", "pairs", "analyze", "adapters", "options", "exits", "cli"),
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}

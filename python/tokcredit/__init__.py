@@ -11,7 +11,7 @@ except ImportError as error:
 if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"tokcredit needs torch>=2.10, found {_torch.__version__}: pip install -U torch")
 
-from tokcredit import decoding, inputs, methods, packing, rewards, rollout_correction, schedule
+from tokcredit import attribution, decoding, inputs, methods, packing, rewards, rollout_correction, schedule
 from tokcredit._C import build_info
 from tokcredit.blocks import divergence, head, length, log_probs, mismatch, scan, segment, select, tree, values
 from tokcredit.mixing import mix
@@ -45,6 +45,7 @@ __all__ = [
     "Spans",
     "Supervised",
     "aggregation",
+    "attribution",
     "build_info",
     "clip",
     "credit",

@@ -43,8 +43,8 @@ def top_share(
         score: float ``[N]``, importance of each token, for example from :mod:`tokcredit.attribution`.
         k: How many words of each row: for all rows, int64 ``[R]``, or a :class:`Share` of the words.
         spans: The rows. Masked tokens, for example special ones, are left out before words are counted.
-        words: int64 ``[N]``. Tokens of a row with the same number are one word. Those with a negative number are left out.
-            None makes each token a word.
+        words: int64 ``[N]``. Tokens of a row with the same number are one word. Those with a negative number are left
+            out. None makes each token a word.
         protected: bool ``[N]``, tokens whose words are always kept.
         segments: int64 ``[N]``, at least 0. Words of a row with the same number, for example of a sentence, are scaled
             together; a word is in the segment of its first token.
