@@ -20,7 +20,7 @@ import tyro
 
 import tokcredit as tc
 from tokcredit import analyze, exits, kernels, options, pairs, train
-from tokcredit.analyze import Divergent, Shift
+from tokcredit.analyze import Attribute, CompressSettings, Divergent, Shift
 from tokcredit.pairs import PairsSettings
 from tokcredit.settings import Declared, option, whole_number
 from tokcredit.train import ComparisonSettings, MergeSettings, Settings
@@ -49,7 +49,9 @@ class InspectSettings(Declared):
 T = TypeVar("T")
 _Flat: TypeAlias = Annotated[T, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes]
 _Analysis: TypeAlias = _Flat[
-    Annotated[Shift, tyro.conf.subcommand("shift")] | Annotated[Divergent, tyro.conf.subcommand("divergent")]
+    Annotated[Shift, tyro.conf.subcommand("shift")]
+    | Annotated[Divergent, tyro.conf.subcommand("divergent")]
+    | Annotated[Attribute, tyro.conf.subcommand("attribute")]
 ]
 
 
@@ -135,13 +137,23 @@ def _pairs(settings: _Flat[PairsSettings]) -> None:
 
 
 def _analyze(settings: _Analysis) -> None:
-    """Compare two models token by token on the responses of one of them."""
+    """Compare two models token by token on the responses of one of them, or show which tokens of a prompt mattered."""
     analyze.run(settings)
+
+
+def _compress(settings: _Flat[CompressSettings]) -> None:
+    """Shorten prompts to the words that mattered, in their order."""
+    from tokcredit.analyze.compress import compress
+
+    counts = compress(settings)
+    kept = f"{counts.kept} of {counts.words}"
+    _print({"file": str(settings.output), "prompts": str(counts.prompts), "words kept": kept})
 
 
 _COMMANDS: dict[str, Callable[..., bool | None]] = {
     "analyze": _analyze,
     "compare": _compare,
+    "compress": _compress,
     "info": info,
     "inspect": _inspect,
     "merge": _merge,

@@ -174,6 +174,19 @@ CALLS = {
             "reduce": "sum",
         },
     ),
+    "select.frequency.agreement": (
+        select.frequency.agreement,
+        {"query": floats(2, 4), "keys": floats(2, 5, 4), "k": 2, "layout": "half", "rotated": 4},
+    ),
+    "select.frequency.dominant": (
+        select.frequency.dominant,
+        {"agreement": floats(2, 5), "threshold": 0.5, "least": 1, "most": 2},
+    ),
+    "select.frequency.scores": (
+        select.frequency.scores,
+        {"query": floats(2, 4), "keys": floats(2, 5, 4), "chunks": torch.ones(2, 2, dtype=torch.bool)},
+    ),
+    "select.frequency.keys": (select.frequency.keys, {"scores": floats(2, 5), "budget": 2}),
     "select.maximum_variance": (select.maximum_variance, {"x": floats(R), "k": 2, "by": PER_ROW["by"]}),
     "tree.build": (tree.build, {"batch": rollouts()}),
     "tree.expand": (

@@ -1,4 +1,4 @@
-"""Two language models compared token by token, along the responses that one of them writes.
+"""Two language models compared token by token, and which tokens of a prompt mattered.
 
 Needs ``pip install "tokcredit[train]"``. From Python::
 
@@ -11,15 +11,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokcredit.analyze.settings import Divergent, Shift, StudySettings
+from tokcredit.analyze.settings import (
+    Attribute,
+    CompressSettings,
+    Divergent,
+    ReagentSettings,
+    ScoreSettings,
+    Shift,
+    StudySettings,
+)
 
-__all__ = ["Divergent", "Shift", "StudySettings", "run"]
+__all__ = [
+    "Attribute",
+    "CompressSettings",
+    "Divergent",
+    "ReagentSettings",
+    "ScoreSettings",
+    "Shift",
+    "StudySettings",
+    "run",
+]
 
 
-def run(settings: Shift | Divergent) -> dict[str, Any]:
-    """Run an analysis and return its summary.
+def run(settings: Shift | Divergent | Attribute) -> dict[str, Any]:
+    """Run an analysis and return its summary, or with :class:`Attribute` the record of the first prompt.
 
-    The folder holds ``settings.json``, a ``problem-*.parquet`` for each problem, ``summary.json`` and ``summary.png``.
+    The folder of the others holds ``settings.json``, a ``problem-*.parquet`` for each problem, ``summary.json`` and
+    ``summary.png``.
 
     Args:
         settings: Settings of the analysis.
@@ -28,6 +46,10 @@ def run(settings: Shift | Divergent) -> dict[str, Any]:
         ValueError: The models have different vocabularies, there is no task, a setting is out of range, or the folder
             holds another analysis.
     """
+    if isinstance(settings, Attribute):
+        from tokcredit.analyze.attribute import attribute
+
+        return attribute(settings)
     if isinstance(settings, Shift):
         from tokcredit.analyze.shift import shift
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from tokcredit.settings import Declared, number, whole_number
+from tokcredit.settings import Declared, number, option, whole_number
 from tokcredit.train.settings import ChatSettings
 
 
@@ -103,3 +103,94 @@ class Divergent(Declared):
         super().__post_init__()
         if (self.verifier is None) == (self.judge is None):
             raise ValueError(f"verifier, judge: expected one of them, got {self.verifier}, {self.judge}")
+
+
+@dataclass(frozen=True)
+class ReagentSettings(Declared):
+    """Random replacements of ReAGent."""
+
+    ratio: float = number(0.3, above=0, below=1)
+    """Method reagent: probability that a token is replaced."""
+    keep: float = number(0.3, above=0, at_most=1)
+    """Method reagent: share of the tokens that stay when a run is tested."""
+    tolerance: int = whole_number(3, at_least=1)
+    """Method reagent: a run ends when the target is among so many likeliest tokens."""
+    max_steps: int = whole_number(3000, at_least=1)
+    """Method reagent: largest number of steps of a run."""
+    runs: int = whole_number(8, at_least=1)
+    """Method reagent: number of runs."""
+
+
+@dataclass(frozen=True)
+class ScoreSettings(Declared):
+    """Which model scores the tokens of a prompt, and how."""
+
+    model: str
+    """For gradient and reagent a causal language model: "smollm2", "tiny", a folder, or a name on the hub. For globenc
+    and decompx an encoder of the BERT or RoBERTa family: a folder or a name on the hub."""
+    method: str = option("gradient", "reagent", "globenc", "decompx")
+    """Gradient times input of the log-prob, ReAGent, GlobEnc, or DecompX (sequence classifiers)."""
+    max_tokens: int = whole_number(16, at_least=1)
+    """Largest number of tokens of the response that a causal language model writes where none is given."""
+    output_class: int | None = whole_number(None, at_least=0, optional=True)
+    """Method decompx: class whose logit is explained. Default: the likeliest."""
+    reagent: ReagentSettings = field(default_factory=ReagentSettings)
+    """Settings of ReAGent."""
+    seed: int = whole_number(0, at_least=0, at_most=2**32 - 1)
+    """Method reagent: seed of the replacements."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output_class is not None and self.method != "decompx":
+            raise ValueError(f"output_class: expected none with method {self.method}, got {self.output_class}")
+
+
+@dataclass(frozen=True)
+class Attribute(Declared):
+    """Which tokens of a prompt mattered for a response, or for a class.
+
+    Prints the prompt coloured by importance, and the most important tokens.
+    """
+
+    score: ScoreSettings
+    """Model and method."""
+    prompt: str | None = None
+    """Text of the prompt."""
+    response: str | None = None
+    """Text of the response. Default: what the model writes."""
+    prompts: Path | None = None
+    """In place of a prompt: JSONL file with lines {"prompt": text} or {"prompt": text, "response": text}."""
+    chat: ChatSettings = field(default_factory=ChatSettings)
+    """How the chat template of a causal language model turns a prompt into tokens."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """JSONL file to write: for each prompt the tokens, the score of each for each token of the response, and its
+    importance, the mean of the absolute scores."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError(f"prompt, prompts: expected one of them, got {self.prompt}, {self.prompts}")
+        encoder = self.score.method in ("globenc", "decompx")
+        if self.response is not None and (encoder or self.prompt is None):
+            needed = "none with an encoder" if encoder else "none with prompts from a file"
+            raise ValueError(f"response: expected {needed}, got {self.response!r}")
+        if encoder and self.chat != ChatSettings():
+            raise ValueError("system_prompt, chat_template_args: expected none with an encoder, got some")
+
+
+@dataclass(frozen=True)
+class CompressSettings(Declared):
+    """Which words of a prompt are kept."""
+
+    path: tyro.conf.Positional[Path]
+    """JSONL file with lines {"prompt": text} or {"prompt": text, "response": text}."""
+    score: ScoreSettings
+    """Model and method."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("compressed.jsonl")
+    """JSONL file to write, with the short prompt, the original one, and the numbers of the words that were kept."""
+    share: float = number(0.8, above=0, at_most=1)
+    """Share of the words of each prompt that is kept, rounded to the nearest, at least one word."""
+    protect: tuple[str, ...] = ()
+    """Words that are always kept."""
+    by_sentence: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Scale the scores from 0 to 1 inside each sentence before words are compared."""

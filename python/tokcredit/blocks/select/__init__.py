@@ -6,6 +6,7 @@ tokens never compete. Sizes are unlimited: ranks are counted in integers. Ties g
 +inf, except in :func:`top_share` and :func:`diverse`, where it is chosen last.
 """
 
+from tokcredit.blocks.select import frequency
 from tokcredit.blocks.select.diverse import diverse, sensitivity
 from tokcredit.blocks.select.ranks import (
     Share,
@@ -24,6 +25,7 @@ __all__ = [
     "Share",
     "diverse",
     "everything",
+    "frequency",
     "kth",
     "maximum_variance",
     "quantile",

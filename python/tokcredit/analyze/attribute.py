@@ -1,0 +1,242 @@
+"""``tokcredit analyze attribute``: which tokens of a prompt mattered for a response or a class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from tokcredit import attribution
+from tokcredit.analyze.settings import Attribute, ScoreSettings
+from tokcredit.files import parsed, write
+from tokcredit.train import models
+from tokcredit.train.prompts import Prompts
+
+_LISTED = 10
+
+
+class Scores(NamedTuple):
+    """Scores of the tokens of a prompt.
+
+    Attributes:
+        rows: float ``[T, n]``: one row for each token of the response, or one row for an encoder.
+        response: Token ids of the response; empty for an encoder.
+        output: Class whose logit is explained; None but for ``decompx``.
+    """
+
+    rows: Tensor
+    response: list[int]
+    output: int | None
+
+    @property
+    def importance(self) -> Tensor:
+        """Mean of the absolute scores over the response, float ``[n]``."""
+        return self.rows.abs().mean(0)
+
+
+class Scorer:
+    """A model, its tokenizer, and how tokens are scored.
+
+    Args:
+        settings: Model and method.
+
+    Raises:
+        ValueError: There is no such model, or it has no scores of this method.
+
+    Attributes:
+        tokenizer: Tokenizer of the model.
+    """
+
+    def __init__(self, settings: ScoreSettings) -> None:
+        disable_progress_bar()
+        self._settings = settings
+        self._encoder = settings.method in ("globenc", "decompx")
+        self._model, self.tokenizer = _encoder(settings) if self._encoder else models.load(settings.model)
+        self._generator = torch.Generator().manual_seed(settings.seed)
+
+    def __call__(self, prompt: list[int], response: list[int] | None = None) -> Scores:
+        """Return the scores of a prompt.
+
+        Args:
+            prompt: Token ids, at least one.
+            response: Token ids of the response, or None for what the model writes.
+
+        Raises:
+            ValueError: The prompt or the response has no token, there is no such class, or a score is not finite.
+        """
+        if not prompt:
+            raise ValueError("prompt: expected at least one token, got none")
+        ids = torch.tensor(prompt)
+        try:
+            scores = self._of_encoder(ids) if self._encoder else self._of_causal(ids, response)
+        except TypeError as error:  # of another family
+            raise ValueError(str(error)) from error
+        if not bool(scores.rows.isfinite().all()):
+            raise ValueError(f"model: expected finite scores of the prompt, got others from {self._settings.model}")
+        return scores
+
+    def _of_encoder(self, ids: Tensor) -> Scores:
+        if self._settings.method == "globenc":
+            return Scores(attribution.globenc(self._model, ids[None]), [], None)
+        parts = attribution.decompx(self._model, ids[None])[0]
+        output = int(parts.sum(0).argmax()) if self._settings.output_class is None else self._settings.output_class
+        if output >= parts.shape[1]:
+            raise ValueError(f"output_class: expected a number below {parts.shape[1]}, got {output}")
+        return Scores(parts[:, output][None], [], output)
+
+    def _of_causal(self, ids: Tensor, response: list[int] | None) -> Scores:
+        if response is None:
+            response = self._written(ids)
+        if not response:
+            raise ValueError("response: expected at least one token, got none")
+        rows = []
+        for place, target in enumerate(response):
+            before = torch.cat([ids, torch.tensor(response[:place], dtype=torch.int64)])
+            rows.append(self._of_token(before, target)[: len(ids)])
+        return Scores(torch.stack(rows), response, None)
+
+    def _of_token(self, ids: Tensor, target: int) -> Tensor:
+        if self._settings.method == "gradient":
+            return attribution.gradient_times_input(self._model, ids, target, log_prob=True)
+        s = self._settings.reagent
+        known = attribution.uniform([i for i in range(len(self.tokenizer)) if i not in self.tokenizer.all_special_ids])
+        found = attribution.reagent(
+            *(self._model, ids, target, known, s.ratio, s.keep, s.tolerance, s.max_steps, s.runs), self._generator
+        )
+        return found.mean
+
+    def _written(self, ids: Tensor) -> list[int]:
+        """Return the likeliest response of the model, with its end token."""
+        written = self._model.generate(
+            ids[None],
+            attention_mask=torch.ones_like(ids)[None],
+            max_new_tokens=self._settings.max_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        found: list[int] = written[0, len(ids) :].tolist()
+        return found
+
+
+def _encoder(settings: ScoreSettings) -> tuple[Any, Any]:
+    loader = AutoModelForSequenceClassification if settings.method == "decompx" else AutoModel
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        model, read = loader.from_pretrained(settings.model, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        expected = "a folder or a name on the hub of an encoder"
+        raise ValueError(
+            f"model: expected {expected} for {settings.method}, got {settings.model!r}: {reason}"
+        ) from error
+    if settings.method == "decompx" and read["missing_keys"]:
+        missing = ", ".join(sorted(read["missing_keys"]))
+        raise ValueError(f"model: expected a sequence classifier, got {settings.model!r} without {missing}")
+    return model.eval(), tokenizer
+
+
+def lines(path: Path, setting: str) -> Iterator[tuple[str, str | None]]:
+    """Yield the prompt and the response, or None, of each line of a JSONL file.
+
+    Args:
+        path: File of lines ``{"prompt": text}`` or ``{"prompt": text, "response": text}``.
+        setting: Name of the setting that chose it, for errors.
+
+    Raises:
+        ValueError: The file cannot be read, has no line, or a line has another form.
+    """
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{setting}: expected a JSONL file, got {path}: {error}") from error
+    if not any(text.strip() for text in texts):
+        raise ValueError(f"{setting}: expected at least one line, got none in {path}")
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        line = parsed(text, f"{path}, line {number}", setting)
+        prompt, response = (line.get("prompt"), line.get("response")) if isinstance(line, dict) else (None, None)
+        if not isinstance(prompt, str) or not (response is None or isinstance(response, str)):
+            form = '{"prompt": text} with a text as "response" or none'
+            raise ValueError(f"{setting}: expected lines {form}, got {text[:80]!r} in line {number} of {path}")
+        yield prompt, response
+
+
+def attribute(settings: Attribute) -> dict[str, Any]:
+    """Print which tokens mattered, write the scores, and return the first record; see :class:`Attribute`.
+
+    Args:
+        settings: Settings of the analysis.
+
+    Raises:
+        ValueError: A model, prompt or setting is not as expected.
+    """
+    if settings.prompts is None:
+        asked = [(settings.prompt or "", settings.response)]
+    else:
+        asked = list(lines(settings.prompts, "prompts"))
+    scorer = Scorer(settings.score)
+    records = [record(scorer, settings, *texts) for texts in asked]
+    for each in records:
+        _show(each)
+    if settings.output is not None:
+        write(settings.output, "".join(json.dumps(x, ensure_ascii=False, allow_nan=False) + "\n" for x in records))
+        Console().print(f"{settings.output}", highlight=False)
+    return records[0]
+
+
+def record(scorer: Scorer, settings: Attribute, prompt: str, response: str | None) -> dict[str, Any]:
+    """Return what is known of one prompt, in the form in which it is written.
+
+    Args:
+        scorer: The model.
+        settings: Settings of the analysis.
+        prompt: Text of the prompt.
+        response: Text of the response, or None for what the model writes.
+    """
+    tokenizer = scorer.tokenizer
+    if settings.score.method in ("globenc", "decompx"):
+        ids = tokenizer(prompt).input_ids
+    else:
+        ids = Prompts(tokenizer, settings.chat, "prompt")(prompt)
+    own = None if response is None else tokenizer(response, add_special_tokens=False).input_ids
+    found = scorer(ids, own)
+    return {
+        "model": settings.score.model,
+        "method": settings.score.method,
+        "prompt": prompt,
+        "prompt_tokens": ids,
+        "prompt_texts": [tokenizer.decode([i]) for i in ids],
+        "response_tokens": found.response,
+        "response_texts": [tokenizer.decode([i]) for i in found.response],
+        "class": found.output,
+        "scores": found.rows.tolist(),
+        "importance": found.importance.tolist(),
+    }
+
+
+def _show(found: dict[str, Any]) -> None:
+    importance, texts = found["importance"], found["prompt_texts"]
+    largest = max(importance) or 1.0
+    colored = Text()
+    for text, x in zip(texts, importance, strict=True):
+        faint = round(255 * (1 - x / largest))
+        colored.append(text, f"black on rgb(255,{faint},{faint})")
+    console = Console()
+    console.print(colored)
+    if found["response_texts"]:
+        console.print(Text("".join(found["response_texts"]), "dim"))
+    table = Table("position", "token", "importance", "share", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    total = sum(importance) or 1.0
+    for i in sorted(range(len(texts)), key=lambda i: -importance[i])[:_LISTED]:
+        table.add_row(str(i), Text(repr(texts[i])), f"{importance[i]:.4g}", f"{importance[i] / total:.1%}")
+    console.print(table)
