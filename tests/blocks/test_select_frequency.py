@@ -37,7 +37,7 @@ def test_golden_vectors():
         (frequency.keys(full, 5), None, [0.493935195, 0.144900930]),
     ):
         attention = (full / 2).masked_fill(~mask, -math.inf).softmax(-1)
-        torch.testing.assert_close((attention @ v[0])[0], f64(output), rtol=0, atol=1e-7)
+        torch.testing.assert_close((attention @ v)[0], f64(output), rtol=0, atol=1e-7)
         if weights:
             torch.testing.assert_close(attention[mask], f64(weights), rtol=0, atol=1e-7)
 

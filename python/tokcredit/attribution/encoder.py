@@ -132,7 +132,9 @@ def layers(model: Any) -> list[Layer]:
 
     return [
         Layer(
-            *(linear(x) for x in (own.attention.self.query, own.attention.self.key, own.attention.self.value)),
+            linear(own.attention.self.query),
+            linear(own.attention.self.key),
+            linear(own.attention.self.value),
             linear(own.attention.output.dense),
             norm(own.attention.output.LayerNorm),
             linear(own.intermediate.dense),
@@ -154,7 +156,8 @@ def head(model: Any) -> tuple[Linear, Linear]:
     Raises:
         TypeError: It is none.
     """
-    base, classifier = _base(model), getattr(model, "classifier", None)
+    base = _base(model)
+    classifier: Any = getattr(model, "classifier", None)
     if isinstance(classifier, torch.nn.Linear) and getattr(base, "pooler", None) is not None:
         pair = base.pooler.dense, classifier
     elif hasattr(classifier, "dense") and hasattr(classifier, "out_proj"):

@@ -111,10 +111,10 @@ def sensitivity(
         directions = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
     elif directions.dim() != 2 or directions.shape[1] != x.shape[1] or len(directions) == 0:
         raise ValueError(f"directions: expected [m, {x.shape[1]}] with m at least 1, got {describe(directions)}")
-    directions = directions.to(x)
-    directions = directions / (directions.norm(dim=1, keepdim=True) + 1e-12)
+    u = directions.to(x)
+    u = u / (u.norm(dim=1, keepdim=True) + 1e-12)
     total = x.new_zeros(len(x))
     with torch.no_grad():
-        for u in directions:
-            total += (project(x + step * u) - project(x - step * u)).norm(dim=1)
-    return total / (2 * step * len(directions))
+        for each in u:
+            total += (project(x + step * each) - project(x - step * each)).norm(dim=1)
+    return total / (2 * step * len(u))
