@@ -1,4 +1,4 @@
-"""Measure quantiles and top-k of all tokens of a batch beside torch.quantile, torch.kthvalue and torch.topk."""
+"""Measure quantiles and top-k of all tokens of a batch beside torch, and maximal marginal relevance beside a loop."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import torch
 from harness import Table, close, main
 from tokcredit import Spans
 from tokcredit.blocks import select
+from torch import Tensor
+
+
+def relevance_loop(score: Tensor, vectors: Tensor, k: int) -> Tensor:
+    """IDPruner as its repository has it: one row of similarities for each choice."""
+    s = (score - score.min()) / (score.max() - score.min() + 1e-6)
+    x = vectors / (vectors.norm(dim=1, keepdim=True) + 1e-8)
+    order = torch.full_like(score, -1, dtype=torch.int64)
+    nearest = torch.full_like(score, -2.0)
+    pick = s.argmax()
+    for step in range(k):
+        order[pick] = step
+        nearest = torch.maximum(nearest, x @ x[pick])
+        pick = (0.5 * s - 0.5 * nearest).masked_fill(order >= 0, -torch.inf).argmax()
+    return order
 
 
 def run(table: Table, quick: bool) -> None:
@@ -45,6 +60,22 @@ def run(table: Table, quick: bool) -> None:
             # Of equal values torch marks others, or more of them.
             lambda a, b: torch.testing.assert_close(a.sum().float(), b.sum().float(), rtol=1e-5, atol=2),
             {"torch.topk": 5},
+        )
+    for n, k, width in ((576, 64, 256),) if quick else ((576, 64, 1024), (2880, 160, 1024), (2880, 640, 1024)):
+
+        def arguments(n: int = n, width: int = width) -> tuple[Tensor, Tensor]:
+            return torch.rand(n), torch.randn(n, width)
+
+        table.measure(
+            "maximal marginal relevance",
+            f"{k} of {n}, {width} wide",
+            arguments,
+            4 * n * width,
+            {
+                "tokcredit": lambda s, x, k=k, n=n: select.diverse(s, x, k, Spans.single(n, s.device)),
+                "torch loop": lambda s, x, k=k: relevance_loop(s, x, k),
+            },
+            close(0, 0),
         )
 
 
