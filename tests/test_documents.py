@@ -185,6 +185,7 @@ def test_commands_are_understood(arguments, monkeypatch):
         (train, "compare"),
         (train, "merge"),
         (analyze, "run"),
+        (analyze, "compress"),
         (pairs, "run"),
         (report, "run"),
     )

@@ -143,11 +143,8 @@ def _analyze(settings: _Analysis) -> None:
 
 def _compress(settings: _Flat[CompressSettings]) -> None:
     """Shorten prompts to the words that mattered, in their order."""
-    from tokcredit.analyze.compress import compress
-
-    counts = compress(settings)
-    kept = f"{counts.kept} of {counts.words}"
-    _print({"file": str(settings.output), "prompts": str(counts.prompts), "words kept": kept})
+    counts = analyze.compress(settings)
+    _print({"file": str(settings.output), **{name.replace("_", " "): str(n) for name, n in counts.items()}})
 
 
 _COMMANDS: dict[str, Callable[..., bool | None]] = {

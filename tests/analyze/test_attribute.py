@@ -6,8 +6,7 @@ import pytest
 import tokcredit as tc
 import torch
 from bigrams import END, TOKENIZER, scripted
-from tokcredit.analyze import Attribute, CompressSettings, ReagentSettings, ScoreSettings, run
-from tokcredit.analyze.compress import compress
+from tokcredit.analyze import Attribute, CompressSettings, ReagentSettings, ScoreSettings, compress, run
 from tokcredit.cli import main
 from tokcredit.train import tiny
 from tokenizers import Tokenizer
@@ -111,7 +110,7 @@ def test_compress_keeps_what_matters_in_order(last, tmp_path, capsys):
     first, empty = map(json.loads, output.read_text().splitlines())
     assert first == {"prompt": "3 + 7", "original": " 3 + 2\n+ 1 7", "words": [0, 1, 5]}
     assert empty == {"prompt": "", "original": " ", "words": []}
-    assert "3 of 6" in capsys.readouterr().out
+    assert "words kept  3" in capsys.readouterr().out
     main(["compress", str(path), "--model", last, "--share", "0.1", "--protect", "1", "2", "-o", str(output)])
     assert json.loads(output.read_text().splitlines()[0])["prompt"] == "2 1"
 
@@ -135,7 +134,7 @@ def test_compress_counts_words_and_not_tokens(encoder, tmp_path):
         best = sorted(sorted(range(8), key=lambda w: (-u[w], w))[:count])
         found = json.loads((tmp_path / "c.jsonl").read_text())
         assert found["words"] == best and found["prompt"] == " ".join(text.split()[w] for w in best)
-        assert found["response"] == "x" and counts == (1, 8, count)
+        assert found["response"] == "x" and counts == {"prompts": 1, "words": 8, "words_kept": count}
 
 
 def test_refusals(encoder, last, tmp_path, capsys):

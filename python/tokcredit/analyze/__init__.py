@@ -29,6 +29,7 @@ __all__ = [
     "ScoreSettings",
     "Shift",
     "StudySettings",
+    "compress",
     "run",
 ]
 
@@ -57,3 +58,17 @@ def run(settings: Shift | Divergent | Attribute) -> dict[str, Any]:
     from tokcredit.analyze.divergent import divergent
 
     return divergent(settings)
+
+
+def compress(settings: CompressSettings) -> dict[str, int]:
+    """Write shorter prompts as JSONL and return the number of ``prompts``, their ``words``, and ``words_kept``.
+
+    Args:
+        settings: Where prompts are read from, and how they are shortened.
+
+    Raises:
+        ValueError: A model, a prompt or a setting is not as expected.
+    """
+    from tokcredit.analyze import compression
+
+    return compression.compress(settings)

@@ -19,7 +19,12 @@ ROWS = 64
 
 
 class Linear(NamedTuple):
-    """``x @ weight + bias``; the weight is ``[inputs, outputs]``."""
+    """``x @ weight + bias``.
+
+    Attributes:
+        weight: ``[inputs, outputs]``.
+        bias: ``[outputs]``.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -34,7 +39,13 @@ class Linear(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """LayerNorm: ``(x - mean) / sqrt(var + epsilon) * gamma + beta``."""
+    """LayerNorm: ``(x - mean) / sqrt(var + epsilon) * gamma + beta``.
+
+    Attributes:
+        gamma: ``[d]``.
+        beta: ``[d]``.
+        epsilon: Added to the variance.
+    """
 
     gamma: Tensor
     beta: Tensor

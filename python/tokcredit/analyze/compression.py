@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from typing import NamedTuple
 
 import torch
 
@@ -15,22 +14,8 @@ from tokcredit.analyze.settings import CompressSettings
 from tokcredit.files import write
 
 
-class Counts(NamedTuple):
-    """Sizes before and after.
-
-    Attributes:
-        prompts: Number of prompts.
-        words: Words of all prompts.
-        kept: Words that were kept.
-    """
-
-    prompts: int
-    words: int
-    kept: int
-
-
-def compress(settings: CompressSettings) -> Counts:
-    """Write the compressed prompts as JSONL; see :class:`~tokcredit.analyze.settings.CompressSettings`.
+def compress(settings: CompressSettings) -> dict[str, int]:
+    """Write the compressed prompts as JSONL and return the number of ``prompts``, their ``words``, and ``words_kept``.
 
     Args:
         settings: Where prompts are read from, and how they are shortened.
@@ -50,7 +35,7 @@ def compress(settings: CompressSettings) -> Counts:
         line = {"prompt": " ".join(words[w] for w in chosen), "original": prompt, "words": chosen}
         written.append(line if response is None else {**line, "response": response})
     write(settings.output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written))
-    return Counts(len(asked), total, kept)
+    return {"prompts": len(asked), "words": total, "words_kept": kept}
 
 
 def shortened(scorer: Scorer, settings: CompressSettings, prompt: str, response: str | None) -> list[int]:
