@@ -144,6 +144,12 @@ def test_pairs_page(tmp_path):
     ]
 
 
+def test_attribution_page(tmp_path):
+    pytest.importorskip("transformers")
+    (block,) = blocks("docs/attribution.md")
+    assert run(block, tmp_path) == "".join(f"{said}\n" for said in re.findall("# (.*)$", block, re.M))
+
+
 def test_contributing(tmp_path):
     """The method of the recipe passes its own test, and the stage of the recipe passes its own."""
     method, of_method, stage, of_stage = blocks("CONTRIBUTING.md")

@@ -187,8 +187,8 @@ def test_refusals():
             f(model, IDS.float())
         with pytest.raises(ValueError, match="ids: expected"):
             f(model, IDS[0])
-        with pytest.raises(ValueError, match="attention_mask: expected at least one token"):
-            f(model, IDS, torch.zeros_like(IDS))
+        with pytest.raises(ValueError, match="attention_mask: expected padding on the right"):
+            f(model, IDS, torch.arange(5)[None])
         with pytest.raises(ValueError, match="attention_mask: expected"):
             f(model, IDS, torch.ones(1, 4, dtype=torch.long))
     with pytest.raises(TypeError, match="model: expected a sequence classifier"):

@@ -558,6 +558,21 @@ BUGS = [
         "within_mean",
     ),
     Bug(
+        "candidates of a step are compared with what was there",
+        "diverse.cu",
+        "  clear(op, queue, s.best, most * int64_t(sizeof *s.best));\n",
+        "",
+        "diverse",
+    ),
+    Bug("the last choice is not compared", "diverse.cu", "seen < step)", "seen < step - 1)", "diverse"),
+    Bug(
+        "lanes go different ways",
+        "diverse.cu",
+        "  known = __shfl_sync(all_lanes, known, 0);\n",
+        "",
+        "diverse",
+    ),
+    Bug(
         "groups begin before rows are sorted",
         "sort.cuh",
         "  __syncthreads();\n  for (int64_t k = threadIdx.x; k <= count;",

@@ -192,7 +192,7 @@ def embedded(model: Any, ids: Tensor, attention_mask: Tensor | None) -> Iterator
 
     Raises:
         TypeError: A dtype is wrong, or the model is of another family.
-        ValueError: A shape is wrong, or a row has no token.
+        ValueError: A shape is wrong, or the first token of a row is masked.
     """
     base = _base(model)
     if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
@@ -202,8 +202,8 @@ def embedded(model: Any, ids: Tensor, attention_mask: Tensor | None) -> Iterator
     mask = torch.ones_like(ids, dtype=torch.bool)
     if attention_mask is not None:
         mask = tensor("attention_mask", attention_mask, (torch.bool, *INTEGERS), tuple(ids.shape), ids.device) != 0
-    if not bool(mask.any(1).all()):
-        raise ValueError("attention_mask: expected at least one token in each row, got a row without")
+    if not bool(mask[:, :1].any(1).all()):
+        raise ValueError("attention_mask: expected padding on the right, got a row whose first token is masked")
     with evaluated(base), torch.no_grad():
         x = base.embeddings(input_ids=ids)
     x = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -33,7 +33,7 @@ def globenc(model: Any, ids: Tensor, attention_mask: Tensor | None = None) -> Te
 
     Raises:
         TypeError: The model is of another family, or a dtype is wrong.
-        ValueError: A shape is wrong, or a row has no token.
+        ValueError: A shape is wrong, or the first token of a row is masked.
 
     References:
         arXiv 2205.03286; in prompts: FrugalPrompt, arXiv 2510.16439.

@@ -6,6 +6,8 @@ rotary embedding, keys repeated for the query heads. Example, once per model and
     chunks = frequency.dominant(torch.stack([frequency.agreement(q, k, 256) for q, k in steps]).mean(0))
     kept = frequency.keys(frequency.scores(q, k, chunks), 256)  # the head attends to these keys, positions unchanged
 
+The paper attends to all keys in layer 0 and while it reads the prompt.
+
 References: arXiv 2602.03152.
 """
 
