@@ -65,8 +65,8 @@ def test_the_scores_are_those_of_the_functions():
     prompt, response = (TOKENIZER(text).input_ids for text in ("12+3=", "15"))
     reagent = ReagentSettings(ratio=0.4, keep=0.5, tolerance=2, max_steps=3, runs=2)
     for method in ("gradient", "reagent"):
-        score = ScoreSettings("tiny(steps=0)", method, reagent=reagent, seed=3)
-        found = run(Attribute(score, prompt="12+3=", response="15"))
+        score = ScoreSettings(method, reagent=reagent, seed=3)
+        found = run(Attribute("tiny(steps=0)", score, prompt="12+3=", response="15"))
         generator, rows = torch.Generator().manual_seed(3), []
         tokens = [i for i in range(len(TOKENIZER)) if i not in TOKENIZER.all_special_ids]
         for place, target in enumerate(response):
@@ -87,14 +87,14 @@ def test_the_scores_are_those_of_the_functions():
 def test_encoders(encoder):
     folder, model = encoder
     ids = torch.tensor([[1, 4, 6, 7, 8, 2]])
-    found = run(Attribute(ScoreSettings(folder, "globenc"), prompt="the cats sat"))
+    found = run(Attribute(folder, ScoreSettings("globenc"), prompt="the cats sat"))
     assert found["prompt_tokens"] == ids[0].tolist() and found["response_tokens"] == []
     torch.testing.assert_close(torch.tensor(found["scores"]), tc.attribution.globenc(model, ids))
-    found = run(Attribute(ScoreSettings(folder, "decompx"), prompt="the cats sat"))
+    found = run(Attribute(folder, ScoreSettings("decompx"), prompt="the cats sat"))
     logits = model(input_ids=ids).logits[0]
     assert found["class"] == logits.argmax()
     assert sum(found["scores"][0]) == pytest.approx(logits.max().item(), abs=1e-5)
-    other = run(Attribute(ScoreSettings(folder, "decompx", output_class=0), prompt="the cats sat"))
+    other = run(Attribute(folder, ScoreSettings("decompx", output_class=0), prompt="the cats sat"))
     torch.testing.assert_close(torch.tensor(other["scores"][0]), tc.attribution.decompx(model, ids)[0, :, 0])
 
 
@@ -124,7 +124,7 @@ def test_compress_counts_words_and_not_tokens(encoder, tmp_path):
     of_word = [score[1], score[2], score[3] + score[4], *score[5:10]]
     for share, by_sentence in ((0.5, False), (0.3, True), (1.0, False)):
         settings = CompressSettings(
-            path, ScoreSettings(folder, "globenc"), tmp_path / "c.jsonl", share, by_sentence=by_sentence
+            path, folder, ScoreSettings("globenc"), tmp_path / "c.jsonl", share, by_sentence=by_sentence
         )
         counts = compress(settings)
         u = of_word

@@ -47,7 +47,8 @@ class Scorer:
     """A model, its tokenizer, and how tokens are scored.
 
     Args:
-        settings: Model and method.
+        model: Name of the model.
+        settings: Method.
 
     Raises:
         ValueError: There is no such model, or it has no scores of this method.
@@ -56,11 +57,11 @@ class Scorer:
         tokenizer: Tokenizer of the model.
     """
 
-    def __init__(self, settings: ScoreSettings) -> None:
+    def __init__(self, model: str, settings: ScoreSettings) -> None:
         disable_progress_bar()
-        self._settings = settings
+        self._name, self._settings = model, settings
         self._encoder = settings.method in ("globenc", "decompx")
-        self._model, self.tokenizer = _encoder(settings) if self._encoder else models.load(settings.model)
+        self._model, self.tokenizer = _encoder(model, settings.method) if self._encoder else models.load(model)
         self._generator = torch.Generator().manual_seed(settings.seed)
 
     def __call__(self, prompt: list[int], response: list[int] | None = None) -> Scores:
@@ -81,7 +82,7 @@ class Scorer:
         except TypeError as error:  # of another family
             raise ValueError(str(error)) from error
         if not bool(scores.rows.isfinite().all()):
-            raise ValueError(f"model: expected finite scores of the prompt, got others from {self._settings.model}")
+            raise ValueError(f"model: expected finite scores of the prompt, got others from {self._name}")
         return scores
 
     def _of_encoder(self, ids: Tensor) -> Scores:
@@ -127,20 +128,18 @@ class Scorer:
         return found
 
 
-def _encoder(settings: ScoreSettings) -> tuple[Any, Any]:
-    loader = AutoModelForSequenceClassification if settings.method == "decompx" else AutoModel
+def _encoder(name: str, method: str) -> tuple[Any, Any]:
+    loader = AutoModelForSequenceClassification if method == "decompx" else AutoModel
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model, read = loader.from_pretrained(settings.model, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, read = loader.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         expected = "a folder or a name on the hub of an encoder"
-        raise ValueError(
-            f"model: expected {expected} for {settings.method}, got {settings.model!r}: {reason}"
-        ) from error
-    if settings.method == "decompx" and read["missing_keys"]:
+        raise ValueError(f"model: expected {expected} for {method}, got {name!r}: {reason}") from error
+    if method == "decompx" and read["missing_keys"]:
         missing = ", ".join(sorted(read["missing_keys"]))
-        raise ValueError(f"model: expected a sequence classifier, got {settings.model!r} without {missing}")
+        raise ValueError(f"model: expected a sequence classifier, got {name!r} without {missing}")
     return model.eval(), tokenizer
 
 
@@ -184,7 +183,7 @@ def attribute(settings: Attribute) -> dict[str, Any]:
         asked = [(settings.prompt or "", settings.response)]
     else:
         asked = list(lines(settings.prompts, "prompts"))
-    scorer = Scorer(settings.score)
+    scorer = Scorer(settings.model, settings.score)
     records = [record(scorer, settings, *texts) for texts in asked]
     for each in records:
         _show(each)
@@ -211,7 +210,7 @@ def record(scorer: Scorer, settings: Attribute, prompt: str, response: str | Non
     own = None if response is None else tokenizer(response, add_special_tokens=False).input_ids
     found = scorer(ids, own)
     return {
-        "model": settings.score.model,
+        "model": settings.model,
         "method": settings.score.method,
         "prompt": prompt,
         "prompt_tokens": ids,

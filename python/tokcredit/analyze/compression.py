@@ -24,7 +24,7 @@ def compress(settings: CompressSettings) -> dict[str, int]:
         ValueError: A model, prompt or setting is not as expected.
     """
     asked = list(lines(settings.path, "path"))
-    scorer = Scorer(settings.score)
+    scorer = Scorer(settings.model, settings.score)
     if not scorer.tokenizer.is_fast:
         raise ValueError("model: expected a model with a fast tokenizer, which tells where tokens are in a text")
     written, total, kept = [], 0, 0

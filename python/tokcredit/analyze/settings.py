@@ -123,11 +123,8 @@ class ReagentSettings(Declared):
 
 @dataclass(frozen=True)
 class ScoreSettings(Declared):
-    """Which model scores the tokens of a prompt, and how."""
+    """How the tokens of a prompt are scored."""
 
-    model: str
-    """For gradient and reagent a causal language model: "smollm2", "tiny", a folder, or a name on the hub. For globenc
-    and decompx an encoder of the BERT or RoBERTa family: a folder or a name on the hub."""
     method: str = option("gradient", "reagent", "globenc", "decompx")
     """Gradient times input of the log-prob, ReAGent, GlobEnc, or DecompX (sequence classifiers)."""
     max_tokens: int = whole_number(16, at_least=1)
@@ -152,8 +149,11 @@ class Attribute(Declared):
     Prints the prompt coloured by importance, and the most important tokens.
     """
 
-    score: ScoreSettings
-    """Model and method."""
+    model: str
+    """For gradient and reagent a causal language model: "smollm2", "tiny", a folder, or a name on the hub. For globenc
+    and decompx an encoder of the BERT or RoBERTa family: a folder or a name on the hub."""
+    score: ScoreSettings = field(default_factory=ScoreSettings)
+    """Method of the scores."""
     prompt: str | None = None
     """Text of the prompt."""
     response: str | None = None
@@ -184,8 +184,10 @@ class CompressSettings(Declared):
 
     path: tyro.conf.Positional[Path]
     """JSONL file with lines {"prompt": text} or {"prompt": text, "response": text}."""
-    score: ScoreSettings
-    """Model and method."""
+    model: str
+    """Model that scores the words; as for analyze attribute."""
+    score: ScoreSettings = field(default_factory=ScoreSettings)
+    """Method of the scores."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("compressed.jsonl")
     """JSONL file to write, with the short prompt, the original one, and the numbers of the words that were kept."""
     share: float = number(0.8, above=0, at_most=1)
