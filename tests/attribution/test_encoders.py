@@ -191,6 +191,12 @@ def test_refusals():
             f(model, IDS, torch.arange(5)[None])
         with pytest.raises(ValueError, match="attention_mask: expected"):
             f(model, IDS, torch.ones(1, 4, dtype=torch.long))
+        with pytest.raises(ValueError, match=r"ids: expected tokens in \[0, 30\), got 0 to 30"):
+            f(model, torch.tensor([[0, 30]]))
+        for family, most in (("bert", 40), ("roberta", 38)):
+            assert f(toy.classifier(family), torch.full((1, most), 5)).shape[1] == most
+            with pytest.raises(ValueError, match=f"ids: expected at most {most} tokens in a row, got {most + 1}"):
+                f(toy.classifier(family), torch.full((1, most + 1), 5))
     with pytest.raises(TypeError, match="model: expected a sequence classifier"):
         tc.attribution.decompx(model.bert, IDS)
     assert tc.attribution.globenc(model, IDS[:0]).shape == (0, 5)

@@ -138,8 +138,9 @@ def test_samplers():
 
     other = tc.attribution.from_masked_model(Masked(), 11)(IDS[None], replaced, generator())
     assert torch.equal(other, IDS[None].masked_fill(replaced, 12))
-    with pytest.raises(ValueError, match="tokens: expected at least one"):
-        tc.attribution.uniform(0)
+    for none in (0, []):
+        with pytest.raises(ValueError, match="tokens: expected at least"):
+            tc.attribution.uniform(none)
 
 
 def test_faithfulness():
@@ -169,6 +170,8 @@ def test_refusals():
         {"target": 20},
         {"ids": IDS.float()},
         {"ids": IDS[:0]},
+        {"ids": IDS + 15},
+        {"ids": -IDS},
     ):
         with pytest.raises((TypeError, ValueError), match=f"{next(iter(wrong))}: expected"):
             tc.attribution.reagent(**{"model": model, "ids": IDS, "target": 4, "sample": sample, **wrong})

@@ -35,6 +35,18 @@ def test_any_number_of_threads_gives_the_same_bits(count, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(results(x, spans), expected, strict=True))
 
 
+@pytest.mark.parametrize("count", [2, 5])
+def test_any_number_of_threads_makes_the_same_choices(count, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    score, vectors = torch.rand(2000, generator=generator), torch.randn(2000, 1500, generator=generator)
+    spans = Spans(torch.arange(0, 2000, 50), torch.arange(50, 2050, 50), 2000)
+    chosen = []
+    for threads in (1, count):
+        monkeypatch.setattr(ops.call, "_threads", threads)
+        chosen.append(tc.select.diverse(score, vectors, 5, spans))
+    assert torch.equal(*chosen) and (chosen[0] >= 0).sum() == 200
+
+
 def test_several_callers_at_once():
     x, spans = batch()
     expected, same = ops.scan(x, spans)[0], []

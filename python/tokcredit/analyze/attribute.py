@@ -20,6 +20,7 @@ from tokcredit.analyze.settings import Attribute, ScoreSettings
 from tokcredit.files import parsed, write
 from tokcredit.train import models
 from tokcredit.train.prompts import Prompts
+from tokcredit.train.ranks import processes
 
 _LISTED = 10
 
@@ -62,7 +63,9 @@ class Scorer:
         self._name, self._settings = model, settings
         self._encoder = settings.method in ("globenc", "decompx")
         self._model, self.tokenizer = _encoder(model, settings.method) if self._encoder else models.load(model)
-        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._device = processes().device
+        self._model.to(self._device)
+        self._generator = torch.Generator(self._device).manual_seed(settings.seed)
 
     def __call__(self, prompt: list[int], response: list[int] | None = None) -> Scores:
         """Return the scores of a prompt.
@@ -76,14 +79,14 @@ class Scorer:
         """
         if not prompt:
             raise ValueError("prompt: expected at least one token, got none")
-        ids = torch.tensor(prompt)
+        ids = torch.tensor(prompt, device=self._device)
         try:
             scores = self._of_encoder(ids) if self._encoder else self._of_causal(ids, response)
         except TypeError as error:  # of another family
             raise ValueError(str(error)) from error
         if not bool(scores.rows.isfinite().all()):
             raise ValueError(f"model: expected finite scores of the prompt, got others from {self._name}")
-        return scores
+        return scores._replace(rows=scores.rows.cpu())
 
     def _of_encoder(self, ids: Tensor) -> Scores:
         if self._settings.method == "globenc":
@@ -101,7 +104,7 @@ class Scorer:
             raise ValueError("response: expected at least one token, got none")
         rows = []
         for place, target in enumerate(response):
-            before = torch.cat([ids, torch.tensor(response[:place], dtype=torch.int64)])
+            before = torch.cat([ids, ids.new_tensor(response[:place])])
             rows.append(self._of_token(before, target)[: len(ids)])
         return Scores(torch.stack(rows), response, None)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokcredit.arguments import INTEGERS, describe, tensor
-from tokcredit.attribution.model import evaluated
+from tokcredit.attribution.model import check_tokens, evaluated
 
 _FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
 
@@ -204,6 +204,13 @@ def embedded(model: Any, ids: Tensor, attention_mask: Tensor | None) -> Iterator
         mask = tensor("attention_mask", attention_mask, (torch.bool, *INTEGERS), tuple(ids.shape), ids.device) != 0
     if not bool(mask[:, :1].any(1).all()):
         raise ValueError("attention_mask: expected padding on the right, got a row whose first token is masked")
+    check_tokens(base, ids)
+    # RoBERTa's positions begin behind the number of the padding token.
+    most = base.config.max_position_embeddings - (
+        0 if base.config.model_type == "bert" else base.config.pad_token_id + 1
+    )
+    if ids.shape[1] > most:
+        raise ValueError(f"ids: expected at most {most} tokens in a row, got {ids.shape[1]}")
     with evaluated(base), torch.no_grad():
         x = base.embeddings(input_ids=ids)
     x = x.to(torch.promote_types(x.dtype, torch.float32))

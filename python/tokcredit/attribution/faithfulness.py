@@ -67,7 +67,7 @@ def faithfulness(
     References:
         arXiv 2402.00794.
     """
-    ids = sequence(ids)
+    ids = sequence(model, ids)
     per_token("importance", importance, len(ids), ids.device)
     if not bool(((importance >= 0) & (importance <= 1)).all()):
         raise ValueError("importance: expected numbers from 0 to 1, got others")

@@ -32,7 +32,7 @@ def gradient_times_input(model: Any, ids: Tensor, target: int, log_prob: bool = 
         TypeError: A dtype is wrong.
         ValueError: A shape is wrong, or there is no such target.
     """
-    ids = sequence(ids)
+    ids = sequence(model, ids)
     with evaluated(model), torch.enable_grad():
         embedded = model.get_input_embeddings()(ids[None]).detach().requires_grad_(True)
         logits = next_logits(model, inputs_embeds=embedded)

@@ -27,20 +27,38 @@ def evaluated(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def sequence(ids: Any) -> Tensor:
+def check_tokens(model: Any, ids: Tensor) -> None:
+    """Raise an error if a model that tells its vocabulary has no such tokens: on CUDA it would end the process.
+
+    Args:
+        model: A torch module.
+        ids: Integers.
+
+    Raises:
+        ValueError: An id is outside of the vocabulary.
+    """
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    size = getattr(embedding, "num_embeddings", None)
+    if size is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ValueError(f"ids: expected tokens in [0, {size}), got {int(ids.min())} to {int(ids.max())}")
+
+
+def sequence(model: Any, ids: Any) -> Tensor:
     """Return token ids as int64, after checking that they are one sequence that is not empty.
 
     Args:
+        model: Model that reads them.
         ids: What the caller passed.
 
     Raises:
         TypeError: They are not integers.
-        ValueError: They are not ``[n]`` with n at least 1.
+        ValueError: They are not ``[n]`` with n at least 1, or an id is outside of the vocabulary.
     """
     if not isinstance(ids, Tensor) or ids.dtype not in INTEGERS:
         raise TypeError(f"ids: expected integers [n], got {describe(ids)}")
     if ids.dim() != 1 or ids.numel() == 0:
         raise ValueError(f"ids: expected [n] with at least one token, got {list(ids.shape)}")
+    check_tokens(model, ids)
     return ids.long()
 
 

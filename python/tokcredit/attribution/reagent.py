@@ -98,7 +98,7 @@ def reagent(
         - If no run stopped, the mean is over all runs; the release divides by 0.
         - Changes of probability are kept 1e-6 away from 1, where the release has an infinite score.
     """
-    ids = sequence(ids)
+    ids = sequence(model, ids)
     if not 0 < ratio < 1:
         raise ValueError(f"ratio: expected a number between 0 and 1, got {ratio}")
     if isinstance(keep, float) and not 0 < keep <= 1:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokcredit.arguments import whole_number
 from tokcredit.attribution.model import evaluated
 
 Sampler = Callable[[Tensor, Tensor, torch.Generator | None], Tensor]
@@ -23,7 +24,9 @@ def uniform(tokens: int | Sequence[int] | Tensor) -> Sampler:
     Raises:
         ValueError: There is no token.
     """
-    allowed = torch.arange(tokens) if isinstance(tokens, int) else torch.as_tensor(tokens, dtype=torch.int64)
+    if isinstance(tokens, int):
+        tokens = range(whole_number("tokens", tokens, 1))
+    allowed = torch.as_tensor(tokens, dtype=torch.int64)
     if allowed.dim() != 1 or allowed.numel() == 0:
         raise ValueError(f"tokens: expected at least one token, got {list(allowed.shape)}")
 
