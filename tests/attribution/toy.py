@@ -54,7 +54,7 @@ class Given(torch.nn.Module):
 
     def __init__(self, x):
         super().__init__()
-        self.x, self.word_embeddings = x, torch.nn.Embedding(5, x.shape[-1])
+        self.x, self.word_embeddings = x, torch.nn.Embedding(5, 4, dtype=x.dtype)
 
     def forward(self, input_ids=None, **_):
         return self.x.expand(len(input_ids), -1, -1)
