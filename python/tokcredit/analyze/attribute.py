@@ -65,6 +65,8 @@ class Scorer:
         self._model, self.tokenizer = _encoder(model, settings.method) if self._encoder else models.load(model)
         self._device = processes().device
         self._model.to(self._device)
+        special = set(self.tokenizer.all_special_ids)
+        self._sample = attribution.uniform([i for i in range(len(self.tokenizer)) if i not in special])
         self._generator = torch.Generator(self._device).manual_seed(settings.seed)
 
     def __call__(self, prompt: list[int], response: list[int] | None = None) -> Scores:
@@ -80,18 +82,19 @@ class Scorer:
         if not prompt:
             raise ValueError("prompt: expected at least one token, got none")
         ids = torch.tensor(prompt, device=self._device)
-        try:
-            scores = self._of_encoder(ids) if self._encoder else self._of_causal(ids, response)
-        except TypeError as error:  # of another family
-            raise ValueError(str(error)) from error
+        scores = self._of_encoder(ids) if self._encoder else self._of_causal(ids, response)
         if not bool(scores.rows.isfinite().all()):
             raise ValueError(f"model: expected finite scores of the prompt, got others from {self._name}")
         return scores._replace(rows=scores.rows.cpu())
 
     def _of_encoder(self, ids: Tensor) -> Scores:
-        if self._settings.method == "globenc":
-            return Scores(attribution.globenc(self._model, ids[None]), [], None)
-        parts = attribution.decompx(self._model, ids[None])[0]
+        score = attribution.globenc if self._settings.method == "globenc" else attribution.decompx
+        try:
+            parts = score(self._model, ids[None])[0]
+        except TypeError as error:  # the model is of another family
+            raise ValueError(str(error)) from error
+        if parts.dim() == 1:
+            return Scores(parts[None], [], None)
         output = int(parts.sum(0).argmax()) if self._settings.output_class is None else self._settings.output_class
         if output >= parts.shape[1]:
             raise ValueError(f"output_class: expected a number below {parts.shape[1]}, got {output}")
@@ -112,9 +115,9 @@ class Scorer:
         if self._settings.method == "gradient":
             return attribution.gradient_times_input(self._model, ids, target, log_prob=True)
         s = self._settings.reagent
-        known = attribution.uniform([i for i in range(len(self.tokenizer)) if i not in self.tokenizer.all_special_ids])
         found = attribution.reagent(
-            *(self._model, ids, target, known, s.ratio, s.keep, s.tolerance, s.max_steps, s.runs), self._generator
+            *(self._model, ids, target, self._sample, s.ratio, s.keep, s.tolerance, s.max_steps, s.runs),
+            self._generator,
         )
         return found.mean
 
