@@ -87,6 +87,9 @@ def blocks(batch: tc.Rollouts) -> None:
     of_groups: Tensor = tc.segment.maximum(batch.rewards, groups)
     keys: tc.segment.Ids = tc.segment.keys(batch.group_index, torch.tensor([0, 1]))
     chosen: Tensor = tc.select.top_k(x, 1, spans, tc.select.everything(spans))
+    kept: Tensor = tc.select.top_share(x, tc.select.Share(0.5, "nearest"), spans, protected=chosen)
+    order: Tensor = tc.select.diverse(x, torch.randn(len(x), 3), 1, spans)
+    replaced: Tensor = tc.attribution.uniform(5)(order[None], kept[None], None)
     trees: tc.tree.PrefixTree = tc.tree.build(batch)
     values: Tensor = tc.values.monte_carlo(trees)
     credit: Tensor = trees.expand(head=tc.values.temporal_difference(trees, values))
@@ -98,7 +101,7 @@ def blocks(batch: tc.Rollouts) -> None:
     gap: Tensor = tc.mismatch.statistics(log_probs, log_probs, batch.spans)["kl"]
     remaining: Tensor = tc.length.remaining(spans)
     made: tc.Spans = tc.Spans.from_padded(torch.tensor([2, 1]), 3)
-    tensors = (running, of_rows, of_groups, chosen, credit, log_probs, entropies, own, kl, js, gap, remaining)
+    tensors = (running, of_rows, of_groups, chosen, credit, log_probs, entropies, own, kl, js, gap, remaining, replaced)
     assert all(isinstance(t, Tensor) for t in tensors) and keys.segments == 2 and made.size == 6
 
 
