@@ -87,6 +87,31 @@ void standardize(const py::object &x, const py::object &group, const py::object 
   call.run([&] { cpu::standardize(s); }, [&](auto &queue) { cuda::standardize(s, queue); });
 }
 
+void row_affine(const py::object &x, const py::object &factor, const py::object &shift,
+                const py::object &begin, const py::object &end, const py::object &mask, const py::object &y,
+                int threads) {
+  Call call("row_affine");
+  const Array values = call.read("x", x), out = call.read("y", y), by = call.read("factor", factor);
+  for (const auto &[name, array] : {std::pair{"x", values}, std::pair{"y", out}})
+    if (array.type != Type::f32 && array.type != Type::f64)
+      call.fail(name, "float32 or float64", name_of(array.type));
+  if (out.size != values.size)
+    call.fail("y", "[" + std::to_string(values.size) + "]", text(out));
+  const Rows rows = call.rows(begin, end, mask, values.size);
+  const int64_t expected = by.dimensions > 0 ? rows.count : 1;
+  if (by.type != Type::f64 || by.size != expected)
+    call.fail("factor", "float64 [" + std::to_string(expected) + "]", text(by));
+  const RowAffine a{rows,
+                    values.type,
+                    values.data,
+                    by.as<double>(),
+                    call.read_as<double>("shift", shift, Type::f64, expected),
+                    by.dimensions > 0,
+                    out.type,
+                    out.data};
+  call.run([&] { cpu::row_affine(a, threads); }, [&](auto &queue) { cuda::row_affine(a, queue); });
+}
+
 } // namespace
 
 void bind_segment(py::module_ &m) {
@@ -97,6 +122,7 @@ void bind_segment(py::module_ &m) {
   m.def("weighted_moments", &weighted_moments);
   m.def("segment_ids", &segment_ids);
   m.def("standardize", &standardize);
+  m.def("row_affine", &row_affine);
 }
 
 } // namespace tokcredit::bind

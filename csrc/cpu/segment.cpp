@@ -113,4 +113,10 @@ void standardize(const Standardize &s) {
   });
 }
 
+void row_affine(const RowAffine &a, int threads) {
+  const auto rows = TOKCREDIT_CHOOSE(affine_rows);
+  parallel(a.rows.count, row_grain(a.rows.count, a.rows.size, light), threads,
+           [&](int64_t first, int64_t last) { rows(a, first, last); });
+}
+
 } // namespace tokcredit::cpu

@@ -1,5 +1,7 @@
 #include "cpu/segment_rows.hpp"
+#include "cpu/rows.hpp"
 #include "math/dispatch.hpp"
+#include "math/standard.hpp"
 
 namespace tokcredit::cpu {
 namespace {
@@ -48,6 +50,14 @@ template <class Body> void with_values(Type type, const void *x, const bool *mas
   with_float(type, [&](auto t) {
     body(static_cast<const typename decltype(t)::type *>(x), reinterpret_cast<const uint8_t *>(mask));
   });
+}
+
+template <class X, class Y>
+void affine(const X *x, const uint8_t *mask, Y *__restrict y, int64_t n, double factor, double shift) {
+  for (int64_t t = 0; t < n; ++t) {
+    const Y value = Y(factor * double(x[t]) + shift);
+    y[t] = !mask || mask[t] ? value : Y(0);
+  }
 }
 
 } // namespace
@@ -104,6 +114,19 @@ double extreme_true(Type type, const void *x, const bool *mask, int64_t n, bool 
                   : reduce(values, live, n, -infinite, larger, larger);
   });
   return found;
+}
+
+void affine_rows(const RowAffine &a, int64_t first, int64_t last) {
+  with_types(a, [&](auto from, auto to) {
+    const auto *x = static_cast<const decltype(from) *>(a.x);
+    const auto *mask = reinterpret_cast<const uint8_t *>(a.rows.mask);
+    auto *y = static_cast<decltype(to) *>(a.y);
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t begin = a.rows.begin[r], n = a.rows.end[r] - begin, k = a.per_row ? r : 0;
+      affine(x + begin, mask ? mask + begin : nullptr, y + begin, n, a.factor[k], a.shift[k]);
+      clear_padding(a.rows, r, y);
+    }
+  });
 }
 
 } // namespace TOKCREDIT_LEVEL

@@ -1,6 +1,6 @@
 #pragma once
 #include "cpu/level.hpp"
-#include "ops/array.hpp"
+#include "ops/segment.hpp"
 
 namespace tokcredit::cpu {
 
@@ -11,5 +11,7 @@ TOKCREDIT_EACH_LEVEL(int64_t count_true(const bool *mask, int64_t n);
                      void squares_true(Type type, const void *x, const bool *mask, int64_t n, double &mean,
                                        double &square);
                      double extreme_true(Type type, const void *x, const bool *mask, int64_t n, bool least);)
+
+TOKCREDIT_EACH_LEVEL(void affine_rows(const RowAffine &a, int64_t first, int64_t last);)
 
 } // namespace tokcredit::cpu

@@ -302,6 +302,32 @@ template <class X, class Y> __global__ void standardize_each(Standardize s) {
   static_cast<Y *>(s.y)[i] = Y(standardized(x, s.moments + group * width, s.standard, s.epsilon));
 }
 
+template <class X, class Y>
+__global__ void __launch_bounds__(block_threads) affine_tiles(RowAffine a, int64_t tiles) {
+  const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
+  if (place >= tiles)
+    return;
+  const X *x = static_cast<const X *>(a.x);
+  Y *y = static_cast<Y *>(a.y);
+  each_piece<false>(
+      a.rows, place * tile_size, min((place + 1) * tile_size, a.rows.size),
+      [&](int64_t r, int64_t first, int64_t last, bool, bool) {
+        const double factor = a.factor[a.per_row ? r : 0], shift = a.shift[a.per_row ? r : 0];
+        each_step<false>(first, last, [&](int64_t t) {
+          if (t + quad <= first || t >= last)
+            return;
+          const Quad<bool> live = live_quad(a.rows, t, first, last);
+          const Quad<X> from = load_quad(x, t, a.rows.size, quads_aligned(x));
+          Quad<Y> to;
+#pragma unroll
+          for (int k = 0; k < quad; ++k)
+            to.item[k] = live.item[k] ? Y(factor * double(from.item[k]) + shift) : Y(0);
+          store_quad(y, t, first, last, quads_aligned(y), to);
+        });
+      },
+      [&](int64_t first, int64_t last) { fill_zero(y, first, last); });
+}
+
 // The values by id, as bits.
 template <class Bits> const void *sorted_values(const SegmentIds &s, const uint32_t **keys, Queue &queue) {
   const auto sorted = sort_pairs("segment", queue, *keys, static_cast<const Bits *>(s.x), s.size,
@@ -342,6 +368,14 @@ void standardize(const Standardize &s, Queue &queue) {
   with_types(s, [&](auto x, auto y) {
     launch("standardize", queue, standardize_each<decltype(x), decltype(y)>, ceil_div(s.size, block_threads),
            block_threads, s);
+  });
+}
+
+void row_affine(const RowAffine &a, Queue &queue) {
+  const int64_t tiles = tiles_of(a.rows.size);
+  with_types(a, [&](auto x, auto y) {
+    launch("row_affine", queue, affine_tiles<decltype(x), decltype(y)>, ceil_div(tiles, warps_per_block),
+           block_threads, a, tiles);
   });
 }
 

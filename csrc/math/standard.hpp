@@ -27,7 +27,7 @@ TOKCREDIT_FN double standardized(double x, const double *moments, Standard stand
 }
 
 // The body with the types of x and y.
-template <class Body> void with_types(const Standardize &s, Body &&body) {
+template <class Call, class Body> void with_types(const Call &s, Body &&body) {
   const auto with_result = [&](auto x) { s.result == Type::f64 ? body(x, double{}) : body(x, float{}); };
   s.type == Type::f64 ? with_result(double{}) : with_result(float{});
 }

@@ -83,11 +83,29 @@ struct Standardize {
   void *y;     // [M]
 };
 
+// A linear function of each row at its tokens, in double: y[t] = factor[r] x[t] + shift[r] where the token is
+// unmasked, and 0 elsewhere.
+//
+//     x 1 2 3 | 4   mask 1 0 1 | 1   factor 2 -1   shift 1 0   y 3 0 7 | -4
+//
+// Must read: x, mask; must write: y.
+struct RowAffine {
+  Rows rows;
+  Type type; // f32 or f64, of x
+  const void *x;
+  const double *factor; // [R], or one number
+  const double *shift;
+  bool per_row;
+  Type result; // f32 or f64, of y
+  void *y;     // [N]
+};
+
 namespace cpu {
 void segment_rows(const SegmentRows &, int threads);
 void weighted_moments(const WeightedMoments &);
 void segment_ids(const SegmentIds &);
 void standardize(const Standardize &);
+void row_affine(const RowAffine &, int threads);
 } // namespace cpu
 namespace cuda {
 class Queue;
@@ -95,6 +113,7 @@ void segment_rows(const SegmentRows &, Queue &);
 void weighted_moments(const WeightedMoments &, Queue &);
 void segment_ids(const SegmentIds &, Queue &);
 void standardize(const Standardize &, Queue &);
+void row_affine(const RowAffine &, Queue &);
 } // namespace cuda
 
 } // namespace tokcredit

@@ -156,6 +156,33 @@ def test_standardized_of_equal_numbers_is_0():
         segment.standardize(x, group, moments, "ranked")
 
 
+@pytest.mark.parametrize("types", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_linear_functions_of_rows(types, per_row):
+    """Rows of several lengths with padding between them; what a token's mask hides is not read."""
+    begin, end = torch.tensor([1, 5, 5, 8]), torch.tensor([4, 5, 8, 300])
+    x, mask = torch.linspace(-3, 5, 303).to(types[0]), torch.arange(303) % 3 != 1
+    x[~mask] = math.nan
+    spans = Spans(begin, end, 303, mask)
+    factor, shift = torch.tensor([[0.5, math.inf, -3.0, 1.25], [7.0, 0.0, 0.125, -2.0]], dtype=torch.float64)
+    if not per_row:
+        factor, shift = factor[2], shift[2]
+    expected = [0.0] * 303
+    for r, (b, e) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
+        own = (y.expand(4)[r].item() for y in (factor, shift))
+        expected[b:e] = reference.row_affine(x[b:e].tolist(), mask[b:e].tolist(), *own)
+    found = ops.row_affine(x, factor, shift, spans, types[1])
+    assert found.dtype == types[1] and found.tolist() == torch.tensor(expected, dtype=types[1]).tolist()
+    assert ops.row_affine(x, factor, shift, spans).dtype == types[0]
+    call = (x, factor, shift, *spans.arrays, types[1], 1)
+    torch.library.opcheck(torch.ops.tokcredit.row_affine.default, call)
+    many = torch.linspace(-1, 1, 200_000).to(types[0])
+    rows = Spans.from_padded(torch.full((50,), 4_000), 4_000)
+    of_rows = torch.linspace(1, 2, 50).double()
+    one, two = (torch.ops.tokcredit.row_affine(many, of_rows, -of_rows, *rows.arrays, types[1], n) for n in (1, 2))
+    assert torch.equal(one, two)
+
+
 def test_infinities_in_logsumexp():
     spans = ragged.packed(2, 2)
     x = torch.tensor([-math.inf, 1.0, -math.inf, -math.inf])

@@ -213,6 +213,18 @@ def standardize(d):
     }
 
 
+def row_affine(d):
+    rows, count, size = d.rows()
+    of_rows = [count] if d.chance(0.7) else []
+    return {
+        **rows,
+        "x": d.values(d.choice(FLOATS[:2]), size),
+        "factor": d.values(torch.float64, *of_rows),
+        "shift": d.values(torch.float64, *of_rows),
+        "y": d.empty(d.choice(FLOATS[:2]), size),
+    }
+
+
 def expand(d):
     dtype, huge = d.choice([torch.float32, torch.float64, torch.int64, torch.bool]), d.chance(0.005)
     dtype = torch.bool if huge else dtype  # the smallest
@@ -626,6 +638,7 @@ GENERATORS = {
     "tree_fold": tree_fold,
     "tree_mean": tree_mean,
     "standardize": standardize,
+    "row_affine": row_affine,
     "expand": expand,
     "segment_rows": segment_rows,
     "weighted_moments": weighted_moments,

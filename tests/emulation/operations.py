@@ -16,6 +16,7 @@ SIGNATURES = {
     "weighted_moments": "x weights begin end mask ddof =y",
     "segment_ids": "x ids mask reduction ddof =y",
     "standardize": "x group moments standard epsilon =y",
+    "row_affine": "x factor shift begin end mask =y threads",
     "select": "x begin end mask scope wanted scopes share rounding least ranks =y threads",
     "maximum_variance": "x scope wanted scopes share rounding least largest =chosen",
     "within_mean": "x begin end mask budget least =chosen",

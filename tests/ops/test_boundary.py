@@ -94,6 +94,14 @@ VALID = {
         "epsilon": 1e-6,
         "y": floats(R),
     },
+    "row_affine": lambda: {
+        "x": floats(N),
+        "factor": floats(R).double(),
+        "shift": floats(R).double(),
+        **spans(),
+        "y": floats(N),
+        "threads": 2,
+    },
     "select": lambda: {
         "x": floats(N),
         **spans(),
@@ -449,6 +457,14 @@ WRONG = {
         ("standard", {"standard": 9}),
         ("x", {"x": floats(R).bfloat16()}),
         ("y", {"y": floats(R + 1)}),
+    ],
+    "row_affine": [
+        ("x", {"x": floats(N).bfloat16()}),
+        ("factor", {"factor": floats(R)}),
+        ("factor", {"factor": floats(R + 1).double()}),
+        ("shift", {"shift": floats(1).double()}),
+        ("begin, end", {"end": integers(3, 4, FAR)}),
+        ("y", {"y": floats(N - 1)}),
     ],
     "expand": [
         ("leaf", {"leaf": integers(0, 1, FAR)}),

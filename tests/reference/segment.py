@@ -35,3 +35,8 @@ def reduce(name, xs, ddof=1.0):
         return max(xs, default=-math.inf)
     top = max(xs, default=-math.inf)
     return top + math.log(sum(math.exp(x - top) for x in xs)) if xs else -math.inf
+
+
+def row_affine(x, mask, factor, shift):
+    """A linear function of the tokens of one row; 0 where masked."""
+    return [factor * v + shift if live else 0.0 for v, live in zip(x, mask, strict=True)]

@@ -65,7 +65,7 @@ class information_gain(Credit):
             rewards = standard_scores(rewards, segment.Ids(kind, 2 * batch.num_groups))
         to_go = ops.scan(rewards, turns.of_row(), decay=self.discount, reverse=True)[0]
         if self.return_first:
-            by = Steps(turns.of_row(), row, turns.number, turns.spans).peers(batch)
+            by = Steps(turns.of_row(), turns).peers(batch)
             to_go = to_go - segment.mean(to_go, by).index_select(0, by.ids)
         return ops.spread(to_go, turns.spans).to(batch.rewards.dtype)
 

@@ -13,7 +13,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip, credit
 from tokcredit.stages.base import number, part
 from tokcredit.stages.credit import Credit
-from tokcredit.stages.credit.returns import last_tokens
+from tokcredit.stages.credit.returns import at_last_tokens
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class aligned_rewards(Credit):
 
     def _rewarded(self, batch: Rollouts) -> Rollouts:
         """Return the batch, each row a trajectory, with the further rewards among those of its tokens."""
-        outcome, (rows, last) = batch.outcome_rewards, last_tokens(batch)
+        outcome = batch.outcome_rewards
         aligned, ref = batch.input("aligned_log_probs"), batch.input("ref_log_probs")
         dtype = torch.promote_types(torch.promote_types(aligned.dtype, ref.dtype), outcome.dtype)
         further = self.scale * (aligned.to(dtype) - ref)
@@ -63,7 +63,7 @@ class aligned_rewards(Credit):
         if batch.token_rewards is not None:
             further = further + batch.token_rewards
         excess = outcome - outcome.clamp(-self.outcome_bound, self.outcome_bound)
-        further = further.index_add(0, last, excess.index_select(0, rows).to(further.dtype), alpha=-1)
+        further = further - at_last_tokens(excess.to(further.dtype), batch.spans)
         return batch.with_inputs(token_rewards=further)
 
 

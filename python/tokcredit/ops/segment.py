@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import _C
-from tokcredit.ops.call import accumulated, num_threads, operation, plain
+from tokcredit.ops.call import accumulated, num_threads, operation, plain, result
 from tokcredit.spans import Spans
 
 REDUCTIONS: tuple[str, ...] = _C.REDUCTIONS
@@ -95,6 +95,56 @@ def standardize(x: Tensor, group: Tensor, moments: Tensor, standard: int, epsilo
     if x.numel():
         _C.standardize(x.contiguous(), group, moments, standard, epsilon, y)
     return y
+
+
+def _row_affine_output(
+    x: Tensor,
+    factor: Tensor,
+    shift: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    threads: int,
+) -> Tensor:
+    return result(x, x.shape, dtype)
+
+
+@operation(
+    "row_affine(Tensor x, Tensor factor, Tensor shift, Tensor begin, Tensor end, Tensor? mask, ScalarType dtype, "
+    "int threads) -> Tensor",
+    _row_affine_output,
+)
+def _row_affine(
+    x: Tensor,
+    factor: Tensor,
+    shift: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    threads: int,
+) -> Tensor:
+    y = _row_affine_output(x, factor, shift, begin, end, mask, dtype, threads)
+    if begin.numel() == 0:
+        return y.zero_()
+    of_rows = (factor.double().contiguous(), shift.double().contiguous())
+    _C.row_affine(x.contiguous(), *of_rows, begin, end, plain(mask), y, threads)
+    return y
+
+
+def row_affine(x: Tensor, factor: Tensor, shift: Tensor, spans: Spans, dtype: torch.dtype | None = None) -> Tensor:
+    """Return ``factor * x + shift`` of each row at its unmasked tokens and 0 elsewhere, ``[N]``, computed in float64.
+
+    Args:
+        x: float ``[N]``.
+        factor: float ``[R]``, or 0-d for all rows.
+        shift: float, of the shape of ``factor``.
+        spans: The rows.
+        dtype: float32 or float64, of the result; that in which ``x`` is accumulated if None.
+    """
+    x = x.to(accumulated(x.dtype))
+    return _row_affine(x, factor, shift, *spans.arrays, dtype or x.dtype, num_threads())
 
 
 def count(spans: Spans) -> Tensor:

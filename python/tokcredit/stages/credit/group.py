@@ -310,20 +310,19 @@ class whitened(Credit):
         return super().required_inputs if self.below is None else super().required_inputs | {"old_log_probs"}
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        given = per_token(self.of(batch), batch.spans)
-        advantages, mask = given.double(), batch.response_mask
+        advantages, mask = per_token(self.of(batch), batch.spans), batch.response_mask
         if self.nonzero:
             mask = mask & (advantages != 0)
         within = mask
         if self.below is not None:
             low = mask & improbable_tokens(batch, self.below)
             within = torch.where(low.any(), low, mask)
-        whole = Spans.single(batch.num_tokens, batch.device, within)
-        mean, var = segment.mean(advantages, whole), segment.var(advantages, whole)
-        scale = torch.where(var == 0, 1, (var + self.epsilon).rsqrt())
+        _, mean, var, _, _ = segment.moments(advantages, Spans.single(batch.num_tokens, batch.device, within))
+        equal = var == 0
+        scale = (var + self.epsilon).rsqrt_().masked_fill_(equal, 1)
         # The mean of equal numbers may differ from them in the last digit.
-        moves = mask & ~(within & (var == 0))
-        return torch.where(moves, (advantages - mean).mul_(scale), 0).to(given.dtype)
+        moves = batch.spans.with_mask(mask & ~(within & equal))
+        return ops.row_affine(advantages, scale[0], (-mean * scale)[0], moves, advantages.dtype)
 
 
 __all__ = [

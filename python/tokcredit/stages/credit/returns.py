@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
-from typing import ClassVar, NamedTuple
+from functools import cached_property, reduce
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
 from tokcredit.stages.base import flag, number, option
 from tokcredit.stages.credit.group import Credit
+from tokcredit.turns import Turns
 
 KL_INPUTS = frozenset({"old_log_probs", "ref_log_probs"})
 """Inputs of a KL penalty in the rewards."""
@@ -48,27 +49,36 @@ def rewards_of_tokens(batch: Rollouts, kl: float = 0.0) -> Tensor:
     given = [outcome, *(x for x in (dense,) if x is not None)]
     given += [batch.input(name) for name in sorted(KL_INPUTS)] if kl else []
     dtype = reduce(torch.promote_types, (x.dtype for x in given))
-    rewards = outcome.new_zeros(batch.num_tokens, dtype=dtype) if dense is None else dense.to(dtype)
+    final = at_last_tokens(outcome.to(dtype), batch.spans)
+    if dense is None and not kl:
+        return final
+    rewards = torch.zeros_like(final) if dense is None else dense.to(dtype)
     if kl:
         rewards = rewards - kl * (batch.input("old_log_probs").to(dtype) - batch.input("ref_log_probs"))
-    rows, last = last_tokens(batch)
-    return rewards.index_add(0, last, outcome.index_select(0, rows).to(dtype)).masked_fill_(~batch.response_mask, 0)
+    return (rewards + final).masked_fill_(~batch.response_mask, 0)
 
 
-class Steps(NamedTuple):
+def at_last_tokens(x: Tensor, spans: Spans) -> Tensor:
+    """Return each row's number at its last unmasked token and 0 elsewhere, ``[N]``.
+
+    Args:
+        x: float32 or float64 ``[R]``.
+        spans: The rows.
+    """
+    return scan.following(x.new_zeros(spans.size), spans, x)
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
     """The time steps of trajectories: their tokens, or their turns.
 
     Attributes:
         spans: The steps of each trajectory, in a buffer of S steps; steps that do not count are masked.
-        row: int64 ``[S]``, trajectory of each step.
-        number: int64 ``[S]``, number of the step in its trajectory, from 0; -1 where it does not count.
-        tokens: Tokens of each step, or None where steps are tokens.
+        turns: The turns, or None where steps are tokens.
     """
 
     spans: Spans
-    row: Tensor
-    number: Tensor
-    tokens: Spans | None
+    turns: Turns | None
 
     @classmethod
     def of(cls, batch: Rollouts, unit: str) -> Steps:
@@ -78,12 +88,21 @@ class Steps(NamedTuple):
             batch: The rollouts, each row a trajectory.
             unit: ``"token"`` or ``"turn"``.
         """
-        if unit == "turn":
-            turns = batch.turns
-            return cls(turns.of_row(), turns.row, turns.number, turns.spans)
-        rows = torch.arange(batch.num_rows, dtype=torch.int64, device=batch.device)
-        number = scan.positions(batch.spans, torch.float64).long().sub_(1)
-        return cls(batch.spans, ops.spread(rows, batch.spans), number, None)
+        return cls(batch.turns.of_row(), batch.turns) if unit == "turn" else cls(batch.spans, None)
+
+    @cached_property
+    def row(self) -> Tensor:
+        """Trajectory of each step; int64 ``[S]``."""
+        if self.turns is not None:
+            return self.turns.row
+        return ops.spread(torch.arange(self.spans.num_rows, device=self.spans.device), self.spans)
+
+    @cached_property
+    def number(self) -> Tensor:
+        """Number of the step in its trajectory, from 0; -1 where it does not count; int64 ``[S]``."""
+        if self.turns is not None:
+            return self.turns.number
+        return scan.positions(self.spans, torch.float64).long().sub_(1)
 
     def sums(self, x: Tensor) -> Tensor:
         """Return the sum of a per-token number over the tokens of each step, ``[S]``.
@@ -91,15 +110,18 @@ class Steps(NamedTuple):
         Args:
             x: float ``[N]``.
         """
-        return x if self.tokens is None else segment.sum(x, self.tokens)
+        return x if self.turns is None else segment.sum(x, self.turns.spans)
 
     def per_token(self, x: Tensor) -> Tensor:
         """Return the number of each token's own step, ``[N]``; 0 where masked.
 
         Args:
-            x: ``[S]``.
+            x: float32 or float64 ``[S]``.
         """
-        return x.masked_fill(self.number < 0, 0) if self.tokens is None else ops.spread(x, self.tokens)
+        if self.turns is not None:
+            return ops.spread(x, self.turns.spans)
+        one = x.new_ones((), dtype=torch.float64)
+        return ops.row_affine(x, one, torch.zeros_like(one), self.spans)
 
     def peers(self, batch: Rollouts) -> segment.Ids:
         """Return which steps have the same group and number.
@@ -249,7 +271,8 @@ class gae(Credit):
     def __call__(self, batch: Rollouts) -> Tensor:
         trace = self.trace if self.adaptive is None else adaptive_trace(batch.lengths, self.adaptive)
         steps, _, estimates = self._estimates(batch, trace)
-        return steps.per_token(estimates)
+        # A scan over tokens gives 0 at those that the mask hides.
+        return estimates if steps.turns is None else steps.per_token(estimates)
 
     def targets(self, batch: Rollouts) -> Tensor:
         """Return what a critic is trained to predict: ``V + A`` with ``target_trace``; float ``[N]``.
