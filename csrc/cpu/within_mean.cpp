@@ -8,8 +8,16 @@
 namespace tokcredit::cpu {
 namespace {
 
-constexpr int digit_bits = 11, digits = 1 << digit_bits;
+constexpr int digit_bits = 10, digits = 1 << digit_bits;
 constexpr size_t few = 64; // keys that are sorted rather than counted
+constexpr size_t lanes = 4;
+
+// The keys of a digit: how many, and their sum. Neighbours count in other lanes, because most of them have the
+// same digit and each would wait for the one before.
+struct Digit {
+  double sum = 0;
+  int64_t count = 0;
+};
 
 struct Taken {
   const WithinMean &w;
@@ -51,19 +59,32 @@ template <class Key> Threshold<Key> find(std::vector<Key> &keys, const WithinMea
   for (int top = 8 * sizeof(Key); top > 0 && keys.size() > few;) {
     const int shift = std::max(top - digit_bits, 0);
     const auto digit = [&](Key key) { return size_t(key >> shift & (digits - 1)); };
-    std::vector<int64_t> counts(digits);
-    std::vector<double> sums(digits);
-    for (const Key key : keys) {
-      ++counts[digit(key)];
-      sums[digit(key)] += number_of(key);
+    std::vector<Digit> seen(lanes * digits);
+    for (size_t i = 0; i < keys.size(); ++i) {
+      Digit &own = seen[lanes * digit(keys[i]) + i % lanes];
+      own.sum += number_of(keys[i]);
+      ++own.count;
     }
     size_t d = 0;
-    for (; d < digits && (!counts[d] || taken.admits(sums[d], counts[d])); ++d)
-      taken.add(sums[d], counts[d]);
+    for (; d < digits; ++d) {
+      Digit all;
+      for (size_t lane = 0; lane < lanes; ++lane) {
+        all.sum += seen[lanes * d + lane].sum;
+        all.count += seen[lanes * d + lane].count;
+      }
+      if (all.count && !taken.admits(all.sum, all.count))
+        break;
+      taken.add(all.sum, all.count);
+    }
     if (d == digits)
       return top == 8 * int(sizeof(Key)) ? Threshold<Key>{} : walk(keys, taken); // but for rounding
-    keys.erase(std::remove_if(keys.begin(), keys.end(), [&](Key key) { return digit(key) != d; }),
-               keys.end());
+    size_t left = 0;
+    for (size_t i = 0; i < keys.size(); ++i) {
+      const Key key = keys[i];
+      keys[left] = key;
+      left += digit(key) == d;
+    }
+    keys.resize(left);
     top = shift;
   }
   return walk(keys, taken);
@@ -81,12 +102,20 @@ template <class T> void choose_tokens(const WithinMean &w) {
     }
   keys.resize(found);
   Threshold<Key> threshold = find(keys, w);
+  // A NaN has no smaller number, and all that equal the threshold are walked through only where some are taken.
+  const T bound = number_of(threshold.key);
+  const bool all = threshold.key == Key(~Key(0));
   for (int64_t r = 0; r < w.rows.count; ++r)
     for (int64_t t = w.rows.begin[r]; t < w.rows.end[r]; ++t) {
-      const Key key = order_key(x[t]);
       const bool live = !w.rows.mask || w.rows.mask[t];
-      w.chosen[t] = live && (key < threshold.key || (key == threshold.key && threshold.ties-- > 0));
+      w.chosen[t] = live & (all ? x[t] == x[t] : x[t] < bound);
     }
+  for (int64_t r = 0; r < w.rows.count && threshold.ties > 0; ++r)
+    for (int64_t t = w.rows.begin[r]; t < w.rows.end[r] && threshold.ties > 0; ++t)
+      if (x[t] == bound && (!w.rows.mask || w.rows.mask[t])) {
+        w.chosen[t] = true;
+        --threshold.ties;
+      }
 }
 
 } // namespace

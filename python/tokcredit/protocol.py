@@ -138,7 +138,7 @@ class Denominators:
 
         return aggregation(
             Counts(
-                tokens=count("tokens", lengths.sum),
+                tokens=count("tokens", lambda: lengths.sum(dtype=torch.float64)),
                 rows=count("rows", lengths.count_nonzero),
                 groups=count("groups", present),
                 dp_size=self.dp_size,

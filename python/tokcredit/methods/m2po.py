@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokcredit import ops
 from tokcredit.blocks import select
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
@@ -53,8 +54,9 @@ class second_moment(TokenWeight):
             competes = competes & (product(x, advantages.sign(), batch.spans) > 0)
         competing = batch.spans.with_mask(competes)
         kept = select.within_mean(x.square(), self.budget, competing, least=int(self.every_token))
-        weights = torch.ones_like(x).masked_fill_(competes ^ kept, 0)
-        return weights.masked_fill_(x.isnan(), torch.nan)
+        remaining = batch.spans.with_mask(kept.logical_xor_(competes).logical_not_())
+        weights = ops.spread(torch.ones_like(remaining.begin, dtype=x.dtype), remaining)
+        return weights.add_(x.clamp(-1, 1).mul_(0))  # NaN where the log-ratio is
 
 
 def m2po(budget: float = 0.04, every_token: bool = False, of: InputName = "old_log_probs") -> Objective:
