@@ -88,15 +88,14 @@ void standardize(const py::object &x, const py::object &group, const py::object 
 }
 
 void row_affine(const py::object &x, const py::object &factor, const py::object &shift,
-                const py::object &begin, const py::object &end, const py::object &mask, const py::object &y,
-                int threads) {
+                const py::object &begin, const py::object &end, const py::object &mask, double low,
+                double high, const py::object &y, int threads) {
   Call call("row_affine");
   const Array values = call.read("x", x), out = call.read("y", y), by = call.read("factor", factor);
-  for (const auto &[name, array] : {std::pair{"x", values}, std::pair{"y", out}})
-    if (array.type != Type::f32 && array.type != Type::f64)
-      call.fail(name, "float32 or float64", name_of(array.type));
-  if (out.size != values.size)
-    call.fail("y", "[" + std::to_string(values.size) + "]", text(out));
+  if (values.type != Type::f32 && values.type != Type::f64)
+    call.fail("x", "float32 or float64", name_of(values.type));
+  if ((out.type != Type::f32 && out.type != Type::f64 && out.type != Type::b8) || out.size != values.size)
+    call.fail("y", "float32, float64 or bool [" + std::to_string(values.size) + "]", text(out));
   const Rows rows = call.rows(begin, end, mask, values.size);
   const int64_t expected = by.dimensions > 0 ? rows.count : 1;
   if (by.type != Type::f64 || by.size != expected)
@@ -107,6 +106,8 @@ void row_affine(const py::object &x, const py::object &factor, const py::object 
                     by.as<double>(),
                     call.read_as<double>("shift", shift, Type::f64, expected),
                     by.dimensions > 0,
+                    low,
+                    high,
                     out.type,
                     out.data};
   call.run([&] { cpu::row_affine(a, threads); }, [&](auto &queue) { cuda::row_affine(a, queue); });

@@ -53,9 +53,10 @@ template <class Body> void with_values(Type type, const void *x, const bool *mas
 }
 
 template <class X, class Y>
-void affine(const X *x, const uint8_t *mask, Y *__restrict y, int64_t n, double factor, double shift) {
+void affine_row(const RowAffine &a, const X *x, const uint8_t *mask, Y *__restrict y, int64_t n, int64_t k) {
+  const double factor = a.factor[k], shift = a.shift[k], low = a.low, high = a.high;
   for (int64_t t = 0; t < n; ++t) {
-    const Y value = Y(factor * double(x[t]) + shift);
+    const Y value = affine<Y>(double(x[t]), factor, shift, low, high);
     y[t] = !mask || mask[t] ? value : Y(0);
   }
 }
@@ -117,13 +118,13 @@ double extreme_true(Type type, const void *x, const bool *mask, int64_t n, bool 
 }
 
 void affine_rows(const RowAffine &a, int64_t first, int64_t last) {
-  with_types(a, [&](auto from, auto to) {
+  with_results(a, [&](auto from, auto to) {
     const auto *x = static_cast<const decltype(from) *>(a.x);
     const auto *mask = reinterpret_cast<const uint8_t *>(a.rows.mask);
     auto *y = static_cast<decltype(to) *>(a.y);
     for (int64_t r = first; r < last; ++r) {
-      const int64_t begin = a.rows.begin[r], n = a.rows.end[r] - begin, k = a.per_row ? r : 0;
-      affine(x + begin, mask ? mask + begin : nullptr, y + begin, n, a.factor[k], a.shift[k]);
+      const int64_t begin = a.rows.begin[r], n = a.rows.end[r] - begin;
+      affine_row(a, x + begin, mask ? mask + begin : nullptr, y + begin, n, a.per_row ? r : 0);
       clear_padding(a.rows, r, y);
     }
   });

@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(block_threads) affine_tiles(RowAffine a, int64
           Quad<Y> to;
 #pragma unroll
           for (int k = 0; k < quad; ++k)
-            to.item[k] = live.item[k] ? Y(factor * double(from.item[k]) + shift) : Y(0);
+            to.item[k] = live.item[k] ? affine<Y>(double(from.item[k]), factor, shift, a.low, a.high) : Y(0);
           store_quad(y, t, first, last, quads_aligned(y), to);
         });
       },
@@ -373,7 +373,7 @@ void standardize(const Standardize &s, Queue &queue) {
 
 void row_affine(const RowAffine &a, Queue &queue) {
   const int64_t tiles = tiles_of(a.rows.size);
-  with_types(a, [&](auto x, auto y) {
+  with_results(a, [&](auto x, auto y) {
     launch("row_affine", queue, affine_tiles<decltype(x), decltype(y)>, ceil_div(tiles, warps_per_block),
            block_threads, a, tiles);
   });

@@ -84,9 +84,9 @@ struct Standardize {
 };
 
 // A linear function of each row at its tokens, in double: y[t] = factor[r] x[t] + shift[r] where the token is
-// unmasked, and 0 elsewhere.
+// unmasked, and 0 elsewhere. As a bool, whether that number lies between two others: low < y[t] < high.
 //
-//     x 1 2 3 | 4   mask 1 0 1 | 1   factor 2 -1   shift 1 0   y 3 0 7 | -4
+//     x 1 2 3 | 4   mask 1 0 1 | 1   factor 2 -1   shift 1 0   y 3 0 7 | -4   low 0, high 5   1 0 0 | 0
 //
 // Must read: x, mask; must write: y.
 struct RowAffine {
@@ -96,8 +96,9 @@ struct RowAffine {
   const double *factor; // [R], or one number
   const double *shift;
   bool per_row;
-  Type result; // f32 or f64, of y
-  void *y;     // [N]
+  double low, high; // read where y is bool
+  Type result;      // f32, f64 or b8, of y
+  void *y;          // [N]
 };
 
 namespace cpu {

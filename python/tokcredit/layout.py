@@ -59,6 +59,11 @@ class Layout:
         return Spans.trusted(self.spans.begin, self.spans.end, self.spans.size)
 
     @cached_property
+    def single(self) -> Spans:
+        """One row that covers the whole buffer, without mask."""
+        return Spans.single(self.spans.size, self.spans.device)
+
+    @cached_property
     def sizes(self) -> NDArray[np.int64]:
         """Tokens of each row on the host, masked ones included. On CUDA the first use waits for the device."""
         sizes: NDArray[np.int64] = self.all_spans.lengths.cpu().numpy()

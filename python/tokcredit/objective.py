@@ -433,14 +433,14 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
         **window.gate,
     )
     policy_loss = total.detach()
-    values = {}
+    values: dict[str, tuple[Tensor, float]] = {}
     if objective.terms:
         variables = {name: batch.flat(x, name) for name, x in {"log_probs": log_probs, **further}.items()}
         for term, (mask, term_weights) in zip(objective.terms, prepared.terms, strict=True):
             spans = prepared.spans if mask is None else prepared.spans.with_mask(mask)
             value = term(variables, batch, spans, term_weights)
-            values[term.metric] = term.metric_sign * value.detach()
-            total = total + term.coefficient * value
+            values[term.metric] = value.detach(), term.metric_sign
+            total = torch.add(total, value, alpha=term.coefficient)
     loss = total.detach() if objective.terms else policy_loss
 
     def metrics() -> dict[str, Tensor]:
@@ -450,7 +450,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
         return {
             "loss": loss,
             "policy_loss": policy_loss,
-            **values,
+            **{name: sign * value for name, (value, sign) in values.items()},
             "ratio_mean": totals["ratio"] / count,
             "kl_k3_mean": totals["divergence"] / count,
             "clip_low_fraction": totals["below"] / count,

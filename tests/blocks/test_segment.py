@@ -167,19 +167,23 @@ def test_linear_functions_of_rows(types, per_row):
     factor, shift = torch.tensor([[0.5, math.inf, -3.0, 1.25], [7.0, 0.0, 0.125, -2.0]], dtype=torch.float64)
     if not per_row:
         factor, shift = factor[2], shift[2]
-    expected = [0.0] * 303
+    expected, inside = [0.0] * 303, ops.spread(torch.ones(4, dtype=torch.bool), spans)
     for r, (b, e) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
         own = (y.expand(4)[r].item() for y in (factor, shift))
         expected[b:e] = reference.row_affine(x[b:e].tolist(), mask[b:e].tolist(), *own)
     found = ops.row_affine(x, factor, shift, spans, types[1])
     assert found.dtype == types[1] and found.tolist() == torch.tensor(expected, dtype=types[1]).tolist()
     assert ops.row_affine(x, factor, shift, spans).dtype == types[0]
-    call = (x, factor, shift, *spans.arrays, types[1], 1)
+    between = ops.row_between(x, factor, shift, spans, -1.5, 4.0)
+    assert between.tolist() == [bool(m) and -1.5 < y < 4 for y, m in zip(expected, inside, strict=True)]
+    call = (x, factor, shift, *spans.arrays, 0.0, 0.0, types[1], 1)
     torch.library.opcheck(torch.ops.tokcredit.row_affine.default, call)
     many = torch.linspace(-1, 1, 200_000).to(types[0])
     rows = Spans.from_padded(torch.full((50,), 4_000), 4_000)
     of_rows = torch.linspace(1, 2, 50).double()
-    one, two = (torch.ops.tokcredit.row_affine(many, of_rows, -of_rows, *rows.arrays, types[1], n) for n in (1, 2))
+    one, two = (
+        torch.ops.tokcredit.row_affine(many, of_rows, -of_rows, *rows.arrays, 0, 0, types[1], n) for n in (1, 2)
+    )
     assert torch.equal(one, two)
 
 

@@ -221,7 +221,9 @@ def row_affine(d):
         "x": d.values(d.choice(FLOATS[:2]), size),
         "factor": d.values(torch.float64, *of_rows),
         "shift": d.values(torch.float64, *of_rows),
-        "y": d.empty(d.choice(FLOATS[:2]), size),
+        "low": d.choice([-math.inf, -0.5]),
+        "high": d.choice([math.inf, 0.5]),
+        "y": d.empty(d.choice([*FLOATS[:2], torch.bool]), size),
     }
 
 

@@ -99,6 +99,8 @@ VALID = {
         "factor": floats(R).double(),
         "shift": floats(R).double(),
         **spans(),
+        "low": 0.0,
+        "high": 1.0,
         "y": floats(N),
         "threads": 2,
     },

@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokcredit.blocks import segment
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import number
-from tokcredit.stages.filters import covariance
+from tokcredit.stages.filters import covariance_between
 from tokcredit.stages.token_weights import TokenWeight
 
 
@@ -37,10 +38,10 @@ class dropped(TokenWeight):
     whole_batch: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        cov = covariance(batch, advantages)
-        at = (batch.response_mask & (cov > self.low) & (cov < self.high)).nonzero()[:, 0]
+        at = covariance_between(batch, advantages, self.low, self.high).nonzero()[:, 0]
         wanted = max(math.floor(self.share * int(batch.lengths.sum()) + 1e-9), 1)
-        seeded = torch.Generator().manual_seed(int(batch.tokens.masked_fill(~batch.response_mask, 0).sum()))
+        ids = segment.sum(batch.tokens.double(), batch.single.with_mask(batch.response_mask))
+        seeded = torch.Generator().manual_seed(int(ids))
         drawn = at[torch.randperm(len(at), generator=seeded).to(at.device)[:wanted]]
         return torch.ones_like(batch.input("old_log_probs")).index_fill_(0, drawn, 0)
 

@@ -14,7 +14,6 @@ from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip, ratio
 from tokcredit.stages.base import InputName, flag, input_name, number
-from tokcredit.stages.credit.group import product
 from tokcredit.stages.token_weights import TokenWeight
 from tokcredit.stages.within import log_ratio
 
@@ -50,8 +49,11 @@ class second_moment(TokenWeight):
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         x = log_ratio(batch.input(self.of), batch.input(self.to))
         competes = batch.response_mask
-        if not self.every_token:
-            competes = competes & (product(x, advantages.sign(), batch.spans) > 0)
+        sign = advantages.sign()
+        if not self.every_token and sign.dim() == 1:
+            competes = competes & (x * sign > 0)
+        elif not self.every_token:
+            competes = ops.row_between(x, sign[:, 0], torch.zeros_like(sign[:, 0]), batch.spans, low=0.0)
         competing = batch.spans.with_mask(competes)
         kept = select.within_mean(x.square(), self.budget, competing, least=int(self.every_token))
         remaining = batch.spans.with_mask(kept.logical_xor_(competes).logical_not_())

@@ -12,7 +12,6 @@ from torch import Tensor
 from tokcredit.blocks import segment, select
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
-from tokcredit.spans import Spans
 from tokcredit.stages import aggregation, clip
 from tokcredit.stages.base import number
 from tokcredit.stages.credit.group import per_token
@@ -42,12 +41,12 @@ class surprising(TokenWeight):
     whole_batch: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        everything = Spans.single(batch.num_tokens, batch.device, batch.response_mask)
-        entropy = segment.mean(batch.input("entropies").double(), everything)
+        everything = batch.single.with_mask(batch.response_mask)
+        entropy = segment.moments(batch.input("entropies"), everything).mean
         one = torch.ones_like(entropy, dtype=advantages.dtype).masked_fill_(entropy.isnan(), math.nan)
         factor = torch.ones_like(advantages).masked_fill_(advantages > 0, self.positive)
         factor = torch.where(entropy < self.target, factor.masked_fill_(advantages < 0, self.negative), one)
-        return per_token(factor, batch.spans).masked_fill_(~self._improbable(batch, advantages), one[0])
+        return torch.where(self._improbable(batch, advantages), per_token(factor, batch.spans), one)
 
     def _improbable(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         """Return the share of the tokens of each sign with the lowest old log-probs, bool ``[N]``."""

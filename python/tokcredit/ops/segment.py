@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -104,6 +106,8 @@ def _row_affine_output(
     begin: Tensor,
     end: Tensor,
     mask: Tensor | None,
+    low: float,
+    high: float,
     dtype: torch.dtype,
     threads: int,
 ) -> Tensor:
@@ -111,8 +115,8 @@ def _row_affine_output(
 
 
 @operation(
-    "row_affine(Tensor x, Tensor factor, Tensor shift, Tensor begin, Tensor end, Tensor? mask, ScalarType dtype, "
-    "int threads) -> Tensor",
+    "row_affine(Tensor x, Tensor factor, Tensor shift, Tensor begin, Tensor end, Tensor? mask, float low, float high, "
+    "ScalarType dtype, int threads) -> Tensor",
     _row_affine_output,
 )
 def _row_affine(
@@ -122,14 +126,16 @@ def _row_affine(
     begin: Tensor,
     end: Tensor,
     mask: Tensor | None,
+    low: float,
+    high: float,
     dtype: torch.dtype,
     threads: int,
 ) -> Tensor:
-    y = _row_affine_output(x, factor, shift, begin, end, mask, dtype, threads)
+    y = _row_affine_output(x, factor, shift, begin, end, mask, low, high, dtype, threads)
     if begin.numel() == 0:
         return y.zero_()
     of_rows = (factor.double().contiguous(), shift.double().contiguous())
-    _C.row_affine(x.contiguous(), *of_rows, begin, end, plain(mask), y, threads)
+    _C.row_affine(x.contiguous(), *of_rows, begin, end, plain(mask), low, high, y, threads)
     return y
 
 
@@ -144,7 +150,22 @@ def row_affine(x: Tensor, factor: Tensor, shift: Tensor, spans: Spans, dtype: to
         dtype: float32 or float64, of the result; that in which ``x`` is accumulated if None.
     """
     x = x.to(accumulated(x.dtype))
-    return _row_affine(x, factor, shift, *spans.arrays, dtype or x.dtype, num_threads())
+    return _row_affine(x, factor, shift, *spans.arrays, 0.0, 0.0, dtype or x.dtype, num_threads())
+
+
+def row_between(x: Tensor, factor: Tensor, shift: Tensor, spans: Spans, low: float = -inf, high: float = inf) -> Tensor:
+    """Return the unmasked tokens at which ``low < factor * x + shift < high``, bool ``[N]``; False where it is NaN.
+
+    Args:
+        x: float ``[N]``.
+        factor: float ``[R]``, or 0-d for all rows.
+        shift: float, of the shape of ``factor``.
+        spans: The rows.
+        low: Lower bound.
+        high: Upper bound.
+    """
+    x = x.to(accumulated(x.dtype))
+    return _row_affine(x, factor, shift, *spans.arrays, low, high, torch.bool, num_threads())
 
 
 def count(spans: Spans) -> Tensor:

@@ -130,14 +130,30 @@ def covariance(batch: Rollouts, advantages: Tensor) -> Tensor:
     Returns:
         float ``[N]``; its value at masked tokens means nothing.
     """
-    log_probs = batch.input("old_log_probs")
-    log_probs = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
-    tokens = Spans.single(batch.num_tokens, batch.device, batch.response_mask)
-    log_probs = log_probs - segment.mean(log_probs, tokens)
+    return ops.row_affine(*_covariance(batch, advantages), batch.spans)
+
+
+def covariance_between(batch: Rollouts, advantages: Tensor, low: float, high: float) -> Tensor:
+    """Return the training tokens whose covariance lies between two bounds, bool ``[N]``; see :func:`covariance`.
+
+    Args:
+        batch: The rollouts, with ``old_log_probs``.
+        advantages: float ``[R, 1]`` or ``[N]``.
+        low: Lower bound, exclusive.
+        high: Upper bound, exclusive.
+    """
+    return ops.row_between(*_covariance(batch, advantages), batch.spans, low, high)
+
+
+def _covariance(batch: Rollouts, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return numbers of tokens, ``[N]``, and the linear function of each row that makes the covariance of them."""
+    log_probs, tokens = batch.input("old_log_probs"), batch.single.with_mask(batch.response_mask)
+    middle = segment.mean(log_probs, tokens)
     if advantages.dim() == 1:
-        return (advantages - segment.mean(advantages, tokens)) * log_probs
-    mean = segment.mean(ops.spread(advantages[:, 0], batch.spans), tokens)
-    return ops.row_product(log_probs, advantages - mean, batch.spans)
+        product = (advantages - segment.mean(advantages, tokens)) * (log_probs - middle)
+        return product, torch.ones_like(middle[0]), torch.zeros_like(middle[0])
+    factor = advantages[:, 0] - segment.mean(ops.spread(advantages[:, 0], batch.spans), tokens)
+    return log_probs, factor, -factor * middle
 
 
 def highest(

@@ -317,7 +317,7 @@ class whitened(Credit):
         if self.below is not None:
             low = mask & improbable_tokens(batch, self.below)
             within = torch.where(low.any(), low, mask)
-        _, mean, var, _, _ = segment.moments(advantages, Spans.single(batch.num_tokens, batch.device, within))
+        _, mean, var, _, _ = segment.moments(advantages, batch.single.with_mask(within))
         equal = var == 0
         scale = (var + self.epsilon).rsqrt_().masked_fill_(equal, 1)
         # The mean of equal numbers may differ from them in the last digit.
