@@ -54,10 +54,32 @@ template <class Body> void with_values(Type type, const void *x, const bool *mas
 
 template <class X, class Y>
 void affine_row(const RowAffine &a, const X *x, const uint8_t *mask, Y *__restrict y, int64_t n, int64_t k) {
-  const double factor = a.factor[k], shift = a.shift[k], low = a.low, high = a.high;
+  const double factor = a.factor[k], shift = a.shift[k];
   for (int64_t t = 0; t < n; ++t) {
-    const Y value = affine<Y>(double(x[t]), factor, shift, low, high);
+    const Y value = Y(factor * double(x[t]) + shift);
     y[t] = !mask || mask[t] ? value : Y(0);
+  }
+}
+
+// The answers of a block as wide as the numbers, and then as bytes: loops over types of one width are wide.
+template <class X>
+void affine_row(const RowAffine &a, const X *x, const uint8_t *mask, bool *y, int64_t n, int64_t k) {
+  constexpr int64_t block = 128;
+  const double factor = a.factor[k], shift = a.shift[k], low = a.low, high = a.high;
+  auto *bytes = reinterpret_cast<uint8_t *>(y);
+  int64_t inside[block];
+  for (int64_t first = 0; first < n; first += block) {
+    const int64_t size = block < n - first ? block : n - first;
+    for (int64_t t = 0; t < size; ++t) {
+      const double value = factor * double(x[first + t]) + shift;
+      inside[t] = (low < value) & (value < high);
+    }
+    if (mask)
+      for (int64_t t = 0; t < size; ++t)
+        bytes[first + t] = uint8_t(inside[t] & mask[first + t]);
+    else
+      for (int64_t t = 0; t < size; ++t)
+        bytes[first + t] = uint8_t(inside[t]);
   }
 }
 

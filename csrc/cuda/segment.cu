@@ -302,6 +302,11 @@ template <class X, class Y> __global__ void standardize_each(Standardize s) {
   static_cast<Y *>(s.y)[i] = Y(standardized(x, s.moments + group * width, s.standard, s.epsilon));
 }
 
+template <class Y> __device__ Y affine(const RowAffine &a, double x, double factor, double shift) {
+  const double value = factor * x + shift;
+  return std::is_same_v<Y, bool> ? Y((a.low < value) & (value < a.high)) : Y(value);
+}
+
 template <class X, class Y>
 __global__ void __launch_bounds__(block_threads) affine_tiles(RowAffine a, int64_t tiles) {
   const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
@@ -321,7 +326,7 @@ __global__ void __launch_bounds__(block_threads) affine_tiles(RowAffine a, int64
           Quad<Y> to;
 #pragma unroll
           for (int k = 0; k < quad; ++k)
-            to.item[k] = live.item[k] ? affine<Y>(double(from.item[k]), factor, shift, a.low, a.high) : Y(0);
+            to.item[k] = live.item[k] ? affine<Y>(a, double(from.item[k]), factor, shift) : Y(0);
           store_quad(y, t, first, last, quads_aligned(y), to);
         });
       },

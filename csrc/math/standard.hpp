@@ -3,7 +3,6 @@
 #include "math/number.hpp"
 #include "ops/segment.hpp"
 #include <cmath>
-#include <type_traits>
 
 namespace tokcredit {
 
@@ -37,12 +36,6 @@ template <class Body> void with_results(const RowAffine &a, Body &&body) {
   if (a.result != Type::b8)
     return with_types(a, body);
   a.type == Type::f64 ? body(double{}, bool{}) : body(float{}, bool{});
-}
-
-// What the linear function of a row gives at one token.
-template <class Y> TOKCREDIT_FN Y affine(double x, double factor, double shift, double low, double high) {
-  const double value = factor * x + shift;
-  return std::is_same_v<Y, bool> ? Y((low < value) & (value < high)) : Y(value);
 }
 
 } // namespace tokcredit

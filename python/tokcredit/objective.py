@@ -193,7 +193,8 @@ class Objective(FromHidden):
             return None
         within = spans if term.after_filters and spans.mask is not None else batch.spans
         assert within.mask is not None
-        return chosen_tokens(term.where(batch.with_mask(within.mask), advantages), within)
+        seen = batch if within.mask is batch.response_mask else batch.with_mask(within.mask)
+        return chosen_tokens(term.where(seen, advantages), within)
 
     def _weights(
         self,

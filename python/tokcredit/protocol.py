@@ -133,8 +133,7 @@ class Denominators:
 
         def present() -> Tensor:
             assert groups is not None
-            trained = torch.zeros(groups.count, dtype=torch.int64, device=lengths.device)
-            return (trained.index_add_(0, groups.index, (lengths > 0).long()) > 0).sum()
+            return groups.counting(lengths > 0).counts.count_nonzero()
 
         return aggregation(
             Counts(

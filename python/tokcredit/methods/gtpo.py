@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.blocks import scan, segment
+from tokcredit.blocks import segment
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages import aggregation, clip
@@ -54,12 +54,12 @@ class entropy_shaped(Credit):
         x = batch.input("entropies").double().clamp_(min=1e-300)
         x = torch.where(ops.spread(correct, spans), x, (x + 1e-8).reciprocal_())
         # One cell for each position of a side.
-        cell = scan.positions(spans, torch.float64).add_(ops.spread((side * width - 1).double(), spans)).long()
+        cell = ops.scan(torch.ones_like(x), spans, carry=(side * width - 1).double())[0].long()
         mean = segment.mean(x, segment.Ids(cell, sides * width, batch.response_mask))
         share = x.div_(mean.index_select(0, cell))
         # The reward of a token is base + factor * share; from the moments of the rows those of the side.
-        base = torch.where(correct, self.base * batch.rewards.double(), -self.base)
-        factor = torch.where(correct, torch.full_like(base, self.bonus), -self.bonus)
+        base = (self.base * batch.rewards.double()).masked_fill_(~correct, -self.base)
+        factor = torch.full_like(base, self.bonus).masked_fill_(~correct, -self.bonus)
         size, centre, var, _, _ = segment.moments(share, spans, ddof=0.0)
         of_side = segment.Ids(side, sides)
         tokens = segment.sum(size, of_side).clamp_(min=1)
@@ -71,8 +71,7 @@ class entropy_shaped(Credit):
         middle = average(centre)
         std = average(factor.square() * var + (centre - middle).square()).sqrt()
         inverse = std.reciprocal().masked_fill_(std <= EQUAL, 0)
-        scores = ops.row_product(share, factor * inverse, spans) + ops.spread((base - middle) * inverse, spans)
-        return scores.masked_fill_(~batch.response_mask, 0).to(batch.rewards.dtype)
+        return ops.row_affine(share, factor * inverse, (base - middle) * inverse, spans, batch.rewards.dtype)
 
 
 def gtpo(

@@ -12,6 +12,7 @@ from tokcredit import ops
 from tokcredit.blocks import segment
 from tokcredit.objective import Objective
 from tokcredit.rollouts import Rollouts
+from tokcredit.spans import Spans
 from tokcredit.stages import aggregation, clip, ratio
 from tokcredit.stages.base import flag, number, part
 from tokcredit.stages.credit import Credit, group_normalized, outcome
@@ -36,7 +37,7 @@ class entropy_penalized(Credit):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         advantages = self.of(batch)
-        mean = segment.mean(batch.input("entropies").double(), batch.spans)[:, None]
+        mean = segment.moments(batch.input("entropies"), batch.spans).mean[:, None]
         penalty, beyond = (self.penalty * mean).to(advantages.dtype), mean > self.limit
         if advantages.dim() == 1:
             penalty, beyond = per_token(penalty, batch.spans), per_token(beyond, batch.spans)
@@ -59,27 +60,28 @@ class conflict(TokenWeight):
     reads_contexts: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
-        sign = outcome(batch).sign()
-        # The token at the other end of the row, as far from it; any token for padding.
-        last = ops.spread(batch.begin + batch.end - 1, batch.all_spans)
-        mirrored = (last - torch.arange(batch.num_tokens, device=batch.device)).clamp_(min=0)
-        judged = ops.spread(sign != 0, batch.spans)
-        start = _shared(batch, batch.tokens, sign) & judged
-        end = _shared(batch, batch.tokens.index_select(0, mirrored), sign).index_select(0, mirrored) & judged
-        factor = ops.spread((sign > 0).to(advantages.dtype) * 2, batch.spans)
-        weights = factor.masked_fill(~start, 1).mul_(factor.masked_fill(~end, 1))
+        sign, size, dtype = outcome(batch).sign(), batch.num_tokens, advantages.dtype
+        group, groups = batch.group_index, batch.num_groups
+        start = _shared(batch.tokens, batch.all_spans, group, groups, sign, dtype)
+        # In the buffer from its end on rows are reversed, and so is their order.
+        mirrored = Spans.trusted((size - batch.end).flip(0), (size - batch.begin).flip(0), size)
+        end = _shared(batch.tokens.flip(0), mirrored, group.flip(0), groups, sign.flip(0), dtype).flip(0)
+        one = torch.ones_like(sign)
+        weights = ops.row_affine(start, sign, one, batch.spans, dtype)
+        weights.mul_(ops.row_affine(end, sign, one, batch.spans, dtype))
         if self.divided:
-            count = ops.count(batch.spans.with_mask(batch.response_mask & (start | end))).clamp(min=1)
+            either = batch.response_mask & (start + end > 0) & ops.spread(sign != 0, batch.spans)
+            count = ops.count(batch.spans.with_mask(either)).clamp(min=1)
             weights = weights / ops.spread(count, batch.spans).clamp(min=1)
         return weights
 
 
-def _shared(batch: Rollouts, tokens: Tensor, sign: Tensor) -> Tensor:
-    """Return the tokens whose prefix rows of both signs have, bool ``[N]``."""
-    rows = batch.all_spans
-    leaf, parent, _, depth, *_ = ops.tree_build(tokens, rows, batch.group_index, batch.num_groups)
-    good, bad = (ops.tree_mean(leaf, parent, None, side.double(), False) > 0 for side in (sign > 0, sign < 0))
-    return ops.expand(rows, torch.bool, leaf, parent, depth, None, good & bad, None)
+def _shared(tokens: Tensor, rows: Spans, group: Tensor, groups: int, sign: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 1 at the tokens whose prefix rows of both signs have and 0 elsewhere, ``[N]``."""
+    leaf, parent, _, depth, *_ = ops.tree_build(tokens, rows, group, groups)
+    share = ops.tree_mean(leaf, parent, sign != 0, sign.clamp(min=0), False)  # of rows above the mean
+    both = ((share > 0) & (share < 1)).to(dtype)
+    return ops.expand(rows, dtype, leaf, parent, depth, None, both, None)
 
 
 def gtpo_conflict(penalty: float = 0.1, limit: float = 0.7, divided: bool = False) -> Objective:

@@ -26,10 +26,10 @@ class labels(Credit):
     """1 where the reward is above the mean of the group, else -1; 0 in groups that have one of the two only."""
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        label = torch.where(outcome(batch) > 0, 1.0, -1.0).to(batch.rewards.dtype)
+        label = outcome(batch).sign_().sub_(0.5).sign_().to(batch.rewards.dtype)  # -1 at the mean too
         groups = batch.nonempty_groups
         both = segment.maximum(label, groups) > segment.minimum(label, groups)
-        return torch.where(batch.nonempty & groups.per_row(both), label, 0)[:, None]
+        return label.masked_fill_(~(batch.nonempty & groups.per_row(both)), 0)[:, None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class misclassified(Scale):
     tau: float = number(0.5, above=0, scheduled=True)
     reads_rollouts: ClassVar[bool] = True
     couples_rows: ClassVar[bool] = True
+    takes_rows: ClassVar[bool] = True
 
     def __call__(
         self,
@@ -61,7 +62,7 @@ class misclassified(Scale):
     ) -> Tensor:
         assert signal is not None
         label = advantages[:, 0] if advantages.dim() == 2 else segment.mean(advantages, spans)
-        score = segment.mean(log_ratio, spans) / self.tau
+        score = (log_ratio[:, 0] if log_ratio.dim() == 2 else segment.mean(log_ratio, spans)) / self.tau
         z = torch.where(label > 0, -score, score)
         counts = (label != 0) & (segment.count(spans) > 0)
         side = segment.Ids(signal[:, 0] * 2 + (label > 0), 2 * len(signal), counts)
