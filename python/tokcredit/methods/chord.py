@@ -73,7 +73,7 @@ class expert_nll(Term):
         log_probs, weights = variables["log_probs"], -weights
         if self.uncertain:
             p = log_probs.detach().exp()
-            weights = product((1 - p).mul_(p), weights.to(p.dtype), spans)
+            weights = product(p.addcmul_(p, p, value=-1), weights.to(p.dtype), spans)
         return segment.weighted_sum(log_probs, spans, weights, total=True)
 
 

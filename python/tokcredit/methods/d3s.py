@@ -37,9 +37,9 @@ class varied_rows(Filter):
     def __call__(self, batch: Rollouts, advantages: Tensor | None) -> Tensor:
         assert advantages is not None
         of_row = advantages[:, 0] if advantages.dim() == 2 else segment.mean(advantages, batch.spans)
-        candidates = batch.nonempty
+        candidates = Ids(batch.lengths.clamp(max=1).sub_(1), 1)
         wanted = select.Share(self.share, "nearest", least=2)
-        return select.maximum_variance(of_row, wanted, Ids(candidates.long().sub_(1), 1))[:, None]
+        return select.maximum_variance(of_row, wanted, candidates)[:, None]
 
 
 def d3s(

@@ -37,7 +37,7 @@ class entropy_penalized(Credit):
 
     def __call__(self, batch: Rollouts) -> Tensor:
         advantages = self.of(batch)
-        mean = segment.moments(batch.input("entropies"), batch.spans).mean[:, None]
+        mean = segment.mean(batch.input("entropies"), batch.spans)[:, None]
         penalty, beyond = (self.penalty * mean).to(advantages.dtype), mean > self.limit
         if advantages.dim() == 1:
             penalty, beyond = per_token(penalty, batch.spans), per_token(beyond, batch.spans)

@@ -77,13 +77,13 @@ class shaped(Scale):
     couples_tokens = False
 
     def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
-        """Return the tokens of sampled rows, bool ``[N]``.
+        """Return 1 for the expert's rows and 0 for the others, float64 ``[R, 1]``.
 
         Args:
             batch: The rollouts.
             window: Window of the clip stage.
         """
-        return ops.spread(~batch.input("expert"), batch.spans)
+        return batch.input("expert")[:, None].double()
 
     def __call__(
         self,
@@ -96,7 +96,8 @@ class shaped(Scale):
     ) -> Tensor:
         assert signal is not None
         share = torch.sigmoid(log_probs.to(log_ratio.dtype) - math.log(self.shift))
-        return (1 - share).mul_(share).masked_fill_(signal, 1)
+        expert = signal[:, 0]
+        return ops.row_affine(share.addcmul_(share, share, value=-1), expert, 1 - expert, spans)
 
 
 def luffy(shift: float = 0.1, scale: bool = False, max_length: int | None = None) -> Objective:

@@ -122,9 +122,8 @@ def shares(x: Tensor, by: segment.Ids) -> Tensor:
         x: float64 ``[M]``, at least 0.
         by: Segments; the result means nothing at elements of none of them.
     """
-    own = by.ids.clamp(min=0)
-    total = segment.sum(x, by)[own]
-    return torch.where(total == 0, 1, x * segment.count(by)[own] / total)
+    mean = segment.mean(x, by).index_select(0, by.ids.clamp(min=0))
+    return (x / mean).masked_fill_(mean == 0, 1)
 
 
 def standard_scores(x: Tensor, by: segment.Ids) -> Tensor:
@@ -134,10 +133,9 @@ def standard_scores(x: Tensor, by: segment.Ids) -> Tensor:
         x: float64 ``[M]``, near 1; see :data:`EQUAL`.
         by: Segments; elements of none of them are 0.
     """
-    own = by.ids.clamp(min=0)
-    centred = x - segment.mean(x, by)[own]
-    std = segment.var(x, by, ddof=0.0).sqrt()[own]
-    return torch.where((by.ids < 0) | (std <= EQUAL), 0, centred / std)
+    moments = segment.moment_table(x, by, ddof=0.0).index_select(0, by.ids.clamp(min=0))
+    mean, std = moments[:, 1], moments[:, 2].sqrt()
+    return ((x - mean) / std).masked_fill_((by.ids < 0) | (std <= EQUAL), 0)
 
 
 def per_token(x: Tensor, spans: Spans) -> Tensor:
