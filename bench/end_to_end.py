@@ -34,12 +34,12 @@ def grpo(old, mask, rewards):
 
 
 def objectives():
-    """Return the methods whose loss is given log-probs and which do not need pairs, by name."""
+    """Return the methods whose loss is given log-probs alone and which do not need pairs, by name."""
     found = {name: tc.methods.load(name) for name in tc.methods.names()}
     return {
         name: objective
         for name, objective in found.items()
-        if objective.variables[0] == "log_probs" and not isinstance(objective, tc.Preference)
+        if objective.variables == ("log_probs",) and not isinstance(objective, tc.Preference)
     }
 
 

@@ -55,24 +55,18 @@ class future_kl(Scale):
         window: Window,
         signal: Tensor | None,
     ) -> Tensor:
+        # No log-ratio of a token with another advantage is above its own.
+        safe = torch.full_like(advantages, math.inf).masked_fill_(advantages < 0, math.log(self.safe))
         x = log_ratio.clamp(-20.0, 20.0)
         far = log_ratio > (math.inf if self.cap is None else math.log(self.cap))
         future = scan.returns(x.masked_fill(far, 0), spans, 2 ** (-1 / self.half_life))
         low, high = (1.0 if self.upward else 1 - self.width, 1 + self.width) if self.width else (0.0, 10.0)
         factor = future.exp_().clamp_(low, high)
-        factor = torch.where(_exceeds(x, math.log(self.safe), advantages, spans), factor.clamp(0.8, 1.0), factor)
+        factor = torch.where(x > per_token(safe, spans), factor.clamp(0.8, 1.0), factor)
         if self.drop_rows:
             counted = segment.sum((far & (per_token(advantages, spans) < 0)).to(x.dtype), spans)
             factor = factor * ops.spread((counted <= 1).to(factor.dtype), spans)
         return factor
-
-
-def _exceeds(x: Tensor, bound: float, advantages: Tensor, spans: Spans) -> Tensor:
-    """Return the tokens with a negative advantage at which ``x`` exceeds a bound, bool ``[N]``."""
-    if advantages.dim() == 1:
-        return (x > bound) & (advantages < 0)
-    negative = (advantages[:, 0] < 0).double()
-    return ops.row_between(x, negative, -bound * negative, spans, low=0.0)
 
 
 def fipo(
