@@ -12,8 +12,8 @@ constexpr int digit_bits = 10, digits = 1 << digit_bits;
 constexpr size_t few = 64; // keys that are sorted rather than counted
 constexpr size_t lanes = 4;
 
-// The keys of a digit: how many, and their sum. Neighbours count in other lanes, because most of them have the
-// same digit and each would wait for the one before.
+// The keys of a digit: how many, and their sum. Neighbours count in other lanes, because most of them have
+// the same digit and each would wait for the one before.
 struct Digit {
   double sum = 0;
   int64_t count = 0;
@@ -102,7 +102,8 @@ template <class T> void choose_tokens(const WithinMean &w) {
     }
   keys.resize(found);
   Threshold<Key> threshold = find(keys, w);
-  // A NaN has no smaller number, and all that equal the threshold are walked through only where some are taken.
+  // A NaN has no smaller number, and all that equal the threshold are walked through only where some are
+  // taken.
   const T bound = number_of(threshold.key);
   const bool all = threshold.key == Key(~Key(0));
   for (int64_t r = 0; r < w.rows.count; ++r)
