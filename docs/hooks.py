@@ -30,11 +30,19 @@ API = {
     ),
     "pairs": ("tc.link and tc.pair", ("stages.link", "stages.pair")),
     "stages": ("Stages of your own", ("stages.base", "settings", "schedule")),
-    "rows": ("tc.scan, tc.segment and tc.select", ("blocks.scan", "blocks.segment", "blocks.select")),
+    "rows": ("tc.scan and tc.segment", ("blocks.scan", "blocks.segment")),
+    "select": ("tc.select", tuple(f"blocks.select{x}" for x in ("", ".ranks", ".words", ".diverse", ".frequency"))),
     "tree": ("tc.tree, tc.values and tc.length", ("blocks.tree", "blocks.values", "blocks.length")),
     "models": ("tc.log_probs, tc.head and tc.divergence", ("blocks.log_probs", "blocks.head", "blocks.divergence")),
     "mismatch": ("tc.mismatch and tc.rollout_correction", ("blocks.mismatch", "rollout_correction")),
     "packing": ("tc.packing", ("packing", "packing.predictions", "packing.tree_attention", "blocks.tree_pack")),
+    "attribution": (
+        "tc.attribution",
+        tuple(
+            f"attribution{x}"
+            for x in ("", ".gradient", ".reagent", ".globenc", ".decompx", ".replacement", ".faithfulness")
+        ),
+    ),
     "decoding": ("tc.decoding", ("decoding.temperature", "decoding.length")),
     "rewards": ("tc.rewards", ("rewards.matching", "rewards.mathematics")),
     "train": ("The trainer", ("train.settings", "train.tasks", "report")),
@@ -44,7 +52,12 @@ API = {
 
 
 def _api(title: str, modules: tuple[str, ...]) -> str:
-    sections = [f"## {name}\n\n::: tokcredit.{name}\n    options:\n      heading_level: 3\n" for name in modules]
+    sections = []
+    for name in modules:
+        section = f"## {name}\n\n::: tokcredit.{name}\n    options:\n      heading_level: 3\n"
+        if any(other.startswith(f"{name}.") for other in modules):
+            section += "      members: false\n"  # of a package whose modules have sections
+        sections.append(section)
     return "\n".join([f"# {title}\n", *sections])
 
 
