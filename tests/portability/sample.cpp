@@ -1,5 +1,6 @@
 // Prints the bits of results of the CPU operations on fixed numbers, for run.py to compare between machines.
 #include "ops/divergence.hpp"
+#include "ops/diverse.hpp"
 #include "ops/logits.hpp"
 #include "ops/policy_loss.hpp"
 #include "ops/scan.hpp"
@@ -68,6 +69,10 @@ template <class T> void floats(const char *suffix, Type type, const Rows &rows) 
     cpu::segment_rows({rows, type, x.data(), reduction, 1, values.data()}, threads);
     show(("segment" + std::to_string(int(reduction)) + end).c_str(), values);
   }
+  const auto factor = numbers<double>(random, rows_count, -3, 3),
+             shift = numbers<double>(random, rows_count, -3, 3);
+  cpu::row_affine({rows, type, x.data(), factor.data(), shift.data(), true, 0, 0, type, y.data()}, threads);
+  show(("row affine" + end).c_str(), y);
   std::vector<double> stats(size_t(rows_count * loss_stats));
   for (Source source : {Source::difference, Source::cumulative})
     for (Surrogate surrogate : {Surrogate::clip, Surrogate::soft, Surrogate::k3}) {
@@ -135,9 +140,9 @@ void tree(const Rows &rows) {
   show("leaf", leaf);
   show("parent", parent);
   show("depth", depth);
-  const auto rewards = numbers<float>(random, rows_count, 0, 1);
+  const auto rewards = numbers<double>(random, rows_count, 0, 1);
   std::vector<double> means(capacity);
-  cpu::tree_mean({Type::f32, leaf.data(), parent.data(), nullptr, rewards.data(), true, means.data(),
+  cpu::tree_mean({Type::f64, leaf.data(), parent.data(), nullptr, rewards.data(), true, means.data(),
                   rows_count, int64_t(capacity)});
   show("tree mean", means);
   std::vector<double> y(size);
@@ -145,6 +150,26 @@ void tree(const Rows &rows) {
                y.data(), int64_t(capacity)},
               threads);
   show("expand", y);
+}
+
+void diverse(const Rows &rows) {
+  Sequence random;
+  constexpr int64_t width = 77;
+  const auto vectors = numbers<float>(random, size * width, -1, 1),
+             score = numbers<float>(random, size, 0, 1);
+  const auto half = bfloat16(vectors);
+  const std::vector<int64_t> number(rows_count, 40);
+  std::vector<int64_t> order(size);
+  for (bool product : {false, true}) {
+    cpu::diverse({rows, Type::f32, vectors.data(), width, score.data(), number.data(), 40, 0.5f, product,
+                  order.data()},
+                 threads);
+    show("diverse", order);
+    cpu::diverse(
+        {rows, Type::bf16, half.data(), width, score.data(), number.data(), 40, 0.5f, product, order.data()},
+        threads);
+    show("diverse bf16", order);
+  }
 }
 
 } // namespace
@@ -159,4 +184,5 @@ int main() {
   floats<double>(" f64", Type::f64, rows);
   logits();
   tree(rows);
+  diverse(rows);
 }
