@@ -73,9 +73,13 @@ def inside(rule):
     return values + ([tc.schedule.linear(0.25, 0.5)] if rule.scheduled else [])
 
 
+# Bounds of each other, with room for every value that is tried.
+WIDE = {"accuracy_within": {"low": -10.0, "high": 10.0}}
+
+
 def made(cls, **given):
     """An instance with some settings and valid ones where there is no default."""
-    return cls(**required(cls) | given)
+    return cls(**required(cls) | WIDE.get(cls.__name__, {}) | given)
 
 
 def required(cls):
