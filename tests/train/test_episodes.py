@@ -339,6 +339,14 @@ def test_recorded_episodes_are_read_by_the_report(acting, monkeypatch, rows):
         ({"method": "spo_tree"}, "tasks: expected tasks without an environment because spo_tree requires node_ids"),
         ({"method": "lenvm"}, "tasks: expected tasks without an environment because lenvm requires length_values"),
         (
+            {"method": "igpo"},
+            "tasks: expected tasks without an environment because igpo requires answer_log_probs, initial_answer_log_p",
+        ),
+        (
+            {"method": "trace"},
+            "tasks: expected tasks without an environment because trace requires ref_answer_log_probs, ref_initial_an",
+        ),
+        (
             {"method": "gigpo", "tasks": ("calculator()",), "model": "tiny_tools(steps=0)"},
             r"tasks: expected tasks with an environment, such as minigrid\(\), because gigpo requires anchor_ids",
         ),

@@ -284,11 +284,17 @@ def test_parts_of_coupled_rows_hold_whole_groups(method):
 
     assert groups_of(learner._units(np.arange(5 * size), batch, True)) == [1] * 5
     for rows, expected in ((1, [1] * 5), (size, [1] * 5), (2 * size + 1, [2, 2, 1]), (99, [5])):
-        assert groups_of(learner._micro_batches(prepared, rows, True)) == expected
+        assert groups_of(learner.micro_batches(torch.arange(5 * size), batch, rows, True)) == expected
     # Other objectives are cut anywhere.
-    assert [len(rows) for rows in learner._micro_batches(tc.methods.grpo().prepare(batch), 3, False)] == (
-        [3] * (5 * size // 3) + [5 * size % 3]
-    )
+    parts = learner.micro_batches(torch.arange(5 * size), batch, 3)
+    assert [len(rows) for rows in parts] == [3] * (5 * size // 3) + [5 * size % 3]
+
+
+@pytest.mark.parametrize("method", ["grpo", "opsd", "ppo", "prime", "rto"])
+def test_methods_that_are_compared_have_only_the_models_that_they_read(settings, method):
+    others = {"teacher": "initial", "aligned": "initial", "reward_model": "initial", "critic": CriticSettings("head")}
+    s = settings(method, privileged=PrivilegedSettings("answer"), **others)
+    trainer_module.checked(resolved(only_read(s, tc.methods.load(method))))
 
 
 def test_a_group_of_coupled_rows_must_fit_a_micro_batch(settings):

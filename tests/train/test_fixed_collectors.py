@@ -277,6 +277,19 @@ def test_the_l1_norm_makes_masks_smaller(made):
     assert 0 < total() < before
 
 
+def test_masks_that_are_not_finite_are_named(made):
+    trainer = ExampleTrainer(resolved(made("sparse_po learned")))
+    weight = trainer.learner._masks["divergence_masks"].mix.weight
+    handle = weight.register_hook(lambda grad: grad * torch.nan)
+    with pytest.raises(RuntimeError, match=r"got loss .* and gradient norm nan in row "):
+        trainer.step(1)
+    handle.remove()
+    with torch.no_grad():
+        weight[0] = torch.inf
+    with pytest.raises(RuntimeError, match=r"others in 1 parameters, the first is masks\.divergence_masks"):
+        trainer.learner._check_weights(1)
+
+
 def test_attention_to_the_prompt(made):
     trainer = ExampleTrainer(resolved(made("sstoken")))
     trainer.step(1)

@@ -4,10 +4,11 @@ import copy
 import math
 
 import pytest
-import tokcredit as tc
 import torch
+from test_episodes import acting  # noqa: F401 - a fixture
+from test_episodes import made as scripted
 from test_experiment import TIMES
-from tokcredit.train import ObjectiveSettings, SamplingSettings, checkpoint
+from tokcredit.train import ObjectiveSettings, SamplingSettings, ToolSettings, checkpoint, models
 from tokcredit.train.experiment import resolved
 from tokcredit.train.scoring import score
 from tokcredit.train.trainer import Trainer
@@ -85,21 +86,28 @@ def test_a_loss_that_is_not_finite_changes_nothing(settings, uniform):
     assert all(x.grad is None for x in model.parameters())
 
 
-def test_a_trajectory_of_several_rows_is_refused(settings, uniform):
-    trainer = Trainer(prime(settings))
-    batch = trainer.rollout_collector.collect(1).batch
-    two = tc.Rollouts(
-        batch.tokens,
-        torch.cat([batch.begin[:1], batch.end]),
-        torch.zeros_like(batch.group_ids),
-        torch.ones_like(batch.rewards),
-        trajectory_ids=torch.zeros_like(batch.group_ids),
-        extras={"prompt_tokens": batch.input("prompt_tokens")},
-    )
-    with pytest.raises(
-        ValueError, match="trajectory_ids: expected one row in each trajectory because the reward model"
-    ):
-        trainer.reward_model(two)
+@pytest.mark.parametrize("rows", ["one", "call"])
+def test_it_learns_the_outcomes_of_whole_episodes(acting, rows):  # noqa: F811
+    tools, objective = ToolSettings(turns=5, episode_rows=rows), ObjectiveSettings("prime")
+    trainer = scripted(acting, tools=tools, objective=objective, reward_model="initial")
+    rewards, episodes = trainer.reward_model, trainer.rollout_collector.collect(1).batch
+    # Without the rewards of steps the total reward of an episode is 0 or 1.
+    batch = episodes.with_inputs(token_rewards=None)
+    rewards._reference, rewards._optimizer.param_groups[0]["lr"] = models.load(OTHER)[0], 0.0
+    norms = []
+    for size in (2, 99):
+        rewards._size = size
+        found, metrics = rewards(batch)
+        norms.append(metrics["reward_model_grad_norm"])
+        ratios = found.input("implicit_rewards")[batch.response_mask].double()
+        ids = batch.trajectory_ids.repeat_interleave(batch.lengths)
+        losses = []
+        for i, reward in dict(zip(batch.trajectory_ids.tolist(), batch.rewards.tolist(), strict=True)).items():
+            p = float((0.05 * ratios[ids == i].sum()).sigmoid())
+            losses.append(-math.log(p if reward else 1 - p))
+        assert len(losses) == 8 and 0 < float(batch.rewards.sum()) < batch.num_rows
+        assert metrics["reward_model_loss"] == pytest.approx(sum(losses) / 8, rel=1e-4)
+    assert norms[0] > 0 and norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tokcredit.methods.prime import implicit_process, outcome_loss
 from tokcredit.rollouts import Rollouts
 from tokcredit.train import adapter, collectors, models
+from tokcredit.train.learner import micro_batches
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import Settings
 
@@ -45,16 +46,11 @@ class RewardModel:
         If the loss or a gradient is not finite the model stays as it is, and the loss is NaN.
 
         Args:
-            batch: The rollouts of this process, with rewards from 0 to 1.
+            batch: The rollouts of this process, whose trajectories have total rewards from 0 to 1.
 
         Raises:
-            ValueError: A reward is not from 0 to 1, or a trajectory has several rows.
+            ValueError: A reward is not from 0 to 1.
         """
-        if batch.trajectories is not None:
-            raise ValueError(
-                "trajectory_ids: expected one row in each trajectory because the reward model learns the outcome of "
-                "whole rows, got several"
-            )
         first = self._collected(batch, "ref_log_probs", reference=self._reference)
         metrics = self._learn(batch, first)
         now = self._collected(batch, "aligned_log_probs", aligned=self._model)
@@ -66,15 +62,18 @@ class RewardModel:
         return found.input(name)
 
     def _learn(self, batch: Rollouts, reference: Tensor) -> dict[str, float]:
-        known = self._ranks.sum({"count": batch.nonempty.sum()})
+        known = self._ranks.sum({"count": batch.whole.nonempty.sum()})
         rows, total = batch.nonempty.nonzero()[:, 0], torch.zeros((), dtype=torch.float64, device=batch.device)
         batch = batch.with_inputs(ref_log_probs=reference)
-        for part in rows.split(self._size):
+        for part in micro_batches(rows, batch, self._size):
             some = batch.select(part)
+            whole = some.whole
             with self._accelerator.autocast():
                 forward = collectors.ForwardPass({"log_probs"}, some, self._model, temperature=self._temperature)
                 ratio = forward.log_probs - some.input("ref_log_probs")
-            loss = outcome_loss(ratio, some.spans, some.rewards, self._beta) * (len(part) / max(known["count"], 1))
+            if some.trajectories is not None:
+                ratio = some.trajectories.joined.of_tokens(ratio)
+            loss = outcome_loss(ratio, whole.spans, whole.rewards, self._beta) * (whole.num_rows / known["count"])
             (loss * self._ranks.count).backward()
             total += loss.detach()
         self._ranks.average_gradients(self._model)

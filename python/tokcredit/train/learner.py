@@ -172,7 +172,7 @@ class Learner:
         """
         prepared = self._over_ranks(self._prepare(batch, 1.0))
         totals = _Totals(self._metrics_of_nothing(prepared))
-        for rows in _micro_batches(prepared, self._settings.optimizer.micro_batch, self._objective.couples_rows):
+        for rows in self._micro_batches(prepared):
             totals.add(self._pass(prepared.select(rows), Clock(), backward=False)[1])
         return totals.metrics(self._ranks, 1)
 
@@ -275,9 +275,10 @@ class Learner:
         return prepared
 
     def _parameters(self) -> dict[str, Tensor]:
-        """Return the parameters of the policy and of its critic by name."""
-        critic = self._further["critic"]
-        return dict(chain(self._model.named_parameters(), critic.named_parameters("critic") if critic else ()))
+        """Return the parameters of the policy, of its masks and of its critic by name."""
+        others = {"masks": self._masks, "critic": self._further["critic"]}
+        further = (model.named_parameters(name) for name, model in others.items() if model)
+        return dict(chain(self._model.named_parameters(), *further))
 
     def _check_weights(self, number: int) -> None:
         parameters = self._parameters()
@@ -303,7 +304,7 @@ class Learner:
             for numbers in np.array_split(order, o.minibatches):
                 chosen, whole = _joined([units[i] for i in numbers]), o.minibatches == 1
                 part = prepared if whole else self._over_ranks(prepared.select(chosen))
-                parts = _micro_batches(part, o.micro_batch, self._objective.couples_rows)
+                parts = self._micro_batches(part)
                 if not self._ranks.any(bool(parts)):
                     continue
                 measured = []
@@ -421,6 +422,11 @@ class Learner:
         values = torch.stack([x.detach().double().cpu() for x in metrics.values()]).tolist()
         return log_probs, dict(zip(metrics, values, strict=True))
 
+    def _micro_batches(self, part: PreparedBatch) -> list[NDArray[np.int64]]:
+        """Return the rows of each forward and backward pass."""
+        rows, coupled = part.has_gradient.nonzero()[:, 0], self._objective.couples_rows
+        return micro_batches(rows, part.batch, self._settings.optimizer.micro_batch, coupled)
+
     def _over_ranks(self, part: PreparedBatch) -> PreparedBatch:
         """Return these rows as an optimizer step of their own, with denominators over all processes."""
         if self._ranks.count == 1:
@@ -479,16 +485,22 @@ def _joined(units: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([np.empty(0, dtype=np.int64), *units])
 
 
-def _micro_batches(part: PreparedBatch, size: int, coupled: bool) -> list[NDArray[np.int64]]:
-    """Return the rows with a gradient, some at a time, those of a group side by side because they share a prompt.
+def micro_batches(chosen: Tensor, batch: Rollouts, size: int, coupled: bool = False) -> list[NDArray[np.int64]]:
+    """Return rows, some at a time, those of a group side by side because they share a prompt.
 
     A group of coupled rows, or a trajectory, that is larger than ``size`` is a part of its own.
+
+    Args:
+        chosen: Integers ``[M]``, numbers of rows.
+        batch: The batch.
+        size: Largest number of rows of a part.
+        coupled: Whether the rows of a group stay together.
     """
-    rows = part.has_gradient.nonzero()[:, 0].cpu().numpy()
-    rows = rows[part.batch.group_index.cpu().numpy()[rows].argsort(kind="stable")]
+    rows = chosen.cpu().numpy()
+    rows = rows[batch.group_index.cpu().numpy()[rows].argsort(kind="stable")]
     parts: list[list[NDArray[np.int64]]] = []
     filled = size
-    for unit in _units(rows, part.batch, coupled):
+    for unit in _units(rows, batch, coupled):
         if filled + len(unit) > size or not parts:
             parts.append([])
             filled = 0

@@ -39,7 +39,7 @@ from tokcredit.train.ranks import Ranks, check_launch
 from tokcredit.train.replay import Replay
 from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext, SingleTurn
 from tokcredit.train.sampler import Sampler, TransformersSampler
-from tokcredit.train.settings import CriticSettings, Settings
+from tokcredit.train.settings import CriticSettings, PrivilegedSettings, Settings
 from tokcredit.train.trees import Trees
 from tokcredit.train.virtual_tokens import VirtualPrompt
 
@@ -197,6 +197,7 @@ def only_read(settings: Settings, objective: Any) -> Settings:
         teacher=settings.teacher if distils(objective) else None,
         critic=settings.critic if _reads(objective, "critic") else CriticSettings(),
         collectors=fixed_collectors.read(objective, settings.collectors),
+        privileged=settings.privileged if distils(objective) else PrivilegedSettings(),
         aligned=settings.aligned if _reads(objective, "aligned") else None,
         reward_model=settings.reward_model if rewarded else None,
         reward_model_lr=settings.reward_model_lr if rewarded else 0.0,
@@ -271,7 +272,9 @@ def collector(settings: Settings, wanted: frozenset[str], problems: Problems) ->
     with_tools = any(p.calls is not None for p in problems.held_out)
     in_worlds = any(p.world is not None for p in problems.held_out)
     method, chosen = settings.objective.method, ", ".join(settings.tasks)
-    single = ("continuations", "probes", "tree_sampler", "replay", "length_head")
+    single = ["continuations", "probes", "tree_sampler", "replay", "length_head"]
+    if in_worlds:  # which have no true answer
+        single += ["turn_answers", "ref_turn_answers"]
     if (with_tools or in_worlds) and (others := wanted & frozenset().union(*map(inputs.names, single))):
         kind = "tools" if with_tools else "an environment"
         raise ValueError(
