@@ -89,6 +89,13 @@ def test_turns_are_calls():
     assert of_data(data, "advantages") == [[2.5, 2.5, 3.0], [0.0]]
 
 
+def test_rewards_of_turns_may_sum_to_the_outcomes():
+    """By chance they do in every trajectory; both count."""
+    whole = [group([step([1], [2, 3], 1.0)], [step([1], [5], 0.0)], final=[1.0, 0.0])]
+    data, _ = adapter.assemble_training_data(RETURNS, whole)
+    assert of_data(data, "advantages") == [[1.0, 2.0], [0.0]]
+
+
 def test_nothing_to_train():
     assert adapter.assemble_training_data(RETURNS, [group([], [], final=[0.0, 1.0])]) == ([], [])
 

@@ -66,6 +66,20 @@ def test_rewards_of_tokens_and_turns(tmp_path, turns_of_rows):
     assert logged.keys() >= {"rewards/turns/mean", "rewards/tokens/mean"} and gradients[0].norm() > 0
 
 
+def test_lists_may_sum_to_the_numbers(tmp_path):
+    """By chance they do in every completion; both count."""
+
+    def spread(completion_ids, **columns):
+        rewards = zip(scripted.reward(completion_ids), completion_ids, strict=True)
+        return [[x, *[0.0] * (len(ids) - 1)] for x, ids in rewards]
+
+    args = scripted.arguments(tmp_path, max_steps=1)
+    trainer, gradients = scripted.train(CreditGRPOTrainer, args, [scripted.reward, spread], objective=RETURNS)
+    batch = trainer._prepared["train"].batch
+    assert batch.outcome_rewards.abs().max() > 0 and gradients[0].norm() > 0
+    torch.testing.assert_close(batch.whole.rewards, 2 * batch.outcome_rewards)
+
+
 def test_methods_of_whole_rewards(tmp_path):
     """They give the same with one number per completion and with lists that sum to it, unscored ones among them."""
 

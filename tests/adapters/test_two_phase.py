@@ -10,6 +10,7 @@ import tokcredit as tc
 import torch
 from tokcredit.adapters import two_phase
 from tokcredit.adapters.capabilities import arguments, host_fields, policy_methods
+from tokcredit.adapters.rows import HostRows
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -95,6 +96,18 @@ def test_rows_padded_on_either_side():
     found = two_phase.advantages_padded(part, tokens, real, mask, BATCH.group_ids, BATCH.rewards, "host")
     torch.testing.assert_close(found[real], tc.methods.tempo().prepare(BATCH).advantages)
     assert (found[~real] == 0).all()
+
+
+def test_rewards_of_tokens_may_sum_to_the_outcomes():
+    """By chance they do in every row; both count."""
+    real, tokens = torch.ones(2, 2), torch.zeros(2, 2, dtype=torch.long)
+    dense = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    part = two_phase.advantage_part(tc.Objective(tc.credit.returns()), "host")
+    groups, outcomes = torch.arange(2), dense.sum(1)
+    rows = HostRows(groups, outcomes, dense)
+    for given, named in ((rows, {}), (rows._replace(token_rewards=None), {"token_rewards": dense})):
+        found = two_phase.advantages_padded(part, tokens, real, real, groups, given, "host", **named)
+        assert found.tolist() == [[2.0, 1.0], [4.0, 4.0]]
 
 
 def test_groups_of_prompts():

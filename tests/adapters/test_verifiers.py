@@ -88,6 +88,13 @@ def test_rewards_of_turns():
     ]
 
 
+def test_rewards_of_turns_may_sum_to_the_outcome():
+    """By chance they do in every trace; both count."""
+    traces = [short(2.0, turn_rewards=[2.0])]
+    adapter.assign(RETURNS, traces, turn_rewards="turn_rewards")
+    assert traces[0].nodes[1].advantages == [4.0]
+
+
 def test_groups():
     """Tasks and agents are groups of their own, and those that are not trained have no advantages."""
     traces = [short(1.0), short(0.0, key="u"), short(3.0, agent="judge"), short(5.0, trainable=False), short(0.0)]

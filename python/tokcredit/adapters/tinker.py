@@ -58,9 +58,10 @@ def assemble_training_data(
         mask,
         rollout_log_probs=flat("logprobs").float(),
         trajectory_ids=two_phase.group_ids(names),
-        token_rewards=torch.zeros(len(mask)).masked_scatter(mask, turns.token_rewards),
         extras={"turn_ids": torch.zeros(len(mask), dtype=torch.long).masked_scatter(mask, numbers)},
     )
+    # Tinker told rewards of turns and outcomes apart, also where both have the same sum.
+    batch = batch.with_inputs(token_rewards=torch.zeros(len(mask)).masked_scatter(mask, turns.token_rewards))
     found = two_phase.advantages(part, batch, "Tinker").float().split(sizes)
     for datum, advantages in zip(data, found, strict=True):
         datum.loss_fn_inputs["advantages"] = tinker.TensorData.from_torch(advantages)

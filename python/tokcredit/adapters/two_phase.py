@@ -214,8 +214,8 @@ def advantages_padded(
     """
     if isinstance(rewards, Tensor):
         rewards = HostRows(torch.arange(len(tokens), device=tokens.device), rewards)
-    if rewards.token_rewards is not None:
-        named = {**named, "token_rewards": rewards.token_rewards}
+    dense = named.pop("token_rewards", rewards.token_rewards)
+    outcomes = rewards.rewards if rewards.rewards is not None else torch.zeros(len(tokens), device=tokens.device)
 
     def ordered(x: Any) -> Any:
         return x if x is None or rewards.order is None else x[rewards.order]
@@ -226,11 +226,14 @@ def advantages_padded(
         ordered(tokens)[keep],
         edges,
         ordered(group_ids),
-        ordered(rewards.rewards),
+        ordered(outcomes),
         ordered(response_mask != 0)[keep],
         trajectory_ids=ordered(rewards.trajectory_ids),
         **arguments({name: ordered(x)[keep] for name, x in named.items()}),
     )
+    if dense is not None:
+        # The host told rewards of tokens and outcomes apart, also where both have the same sum.
+        batch = batch.with_inputs(token_rewards=ordered(dense)[keep])
     found = advantages(objective, batch, host)
     out = torch.zeros(tokens.shape, dtype=found.dtype, device=found.device).masked_scatter_(keep, found)
     return out if rewards.order is None else out.index_select(0, rewards.order.argsort())

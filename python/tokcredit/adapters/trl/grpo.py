@@ -261,13 +261,17 @@ class CreditGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         # A row without a score is a group of its own with reward 0, so that it has advantage 0 and moves no baseline.
         groups = torch.where(scored[numbers], numbers // generations, len(rewards) + numbers)
         named = {name: whole(batch[field]) for name, field in FIELDS.items() if field in batch}
+        of_tokens = None
         if dense:
             own = batch["completion_mask"] * batch.get("tool_mask", 1)
             of_tokens = token_rewards(self.reward_funcs, self.reward_weights, batch["completion_mask"], own)
-            named["token_rewards"] = torch.where(scored[numbers, None], whole(of_tokens), 0)
+            of_tokens = torch.where(scored[numbers, None], whole(of_tokens), 0)
         if given_weights(_CORRECTION) in self.credit_objective.token_weights:
             named[_CORRECTION] = whole(batch[_CORRECTION]).expand(tokens.shape)  # (B, 1) where it is per row
         rollouts = Rollouts.from_padded(tokens, response, groups, rewards[numbers], real, **arguments(named))
+        if of_tokens is not None:
+            # Lists and numbers were told apart, also where both have the same sum.
+            rollouts = rollouts.with_inputs(token_rewards=of_tokens)
         objective = self.credit_objective
         prepared = objective.prepare(rollouts, progress=progress(objective, self.state))
         trained = prepared.lengths > 0
