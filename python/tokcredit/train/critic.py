@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokcredit.rollouts import Rollouts
-from tokcredit.train import adapter, models
+from tokcredit.train.policy import another
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import Settings
 
@@ -63,23 +62,16 @@ def made(settings: Settings, policy: Any, tokenizer: Any) -> Critic | None:
         tokenizer: Tokenizer of the policy.
 
     Raises:
-        ValueError: The critic has other tokens.
+        ValueError: There is no such model, or it has other tokens.
     """
     text = settings.critic.critic
     if text is None:
         return None
-    if text == "head":
-        model = None
-    elif text == "initial":
-        model = copy.deepcopy(policy)
-    else:
-        model = models.beside("critic", text, tokenizer, settings.model).to(policy.device)
-        if settings.adapter is not None:
-            adapter.add(model, settings.adapter, settings.seed)
-    if model is not None:
-        _freeze_output_layer(model)
-    width = (policy if model is None else model).config.get_text_config().hidden_size
-    return Critic(width, model).to(policy.device)
+    own = None if text == "head" else another("critic", text, settings, policy, tokenizer)
+    if own is not None:
+        _freeze_output_layer(own)
+    width = (policy if own is None else own).config.get_text_config().hidden_size
+    return Critic(width, own).to(policy.device)
 
 
 def _freeze_output_layer(model: Any) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from tokcredit.methods.prime import implicit_process, outcome_loss
 from tokcredit.rollouts import Rollouts
-from tokcredit.train import adapter, collectors, models
+from tokcredit.train import adapter, collectors
 from tokcredit.train.learner import micro_batches
+from tokcredit.train.policy import another
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import Settings
 
@@ -116,16 +117,11 @@ def made(
         accelerator: Devices and precision.
 
     Raises:
-        ValueError: The reward model has other tokens.
+        ValueError: There is no such model, or it has other tokens.
     """
     text = settings.reward_model
     if text is None:
         return None
-    if text == "initial":
-        model = copy.deepcopy(policy)
-    else:
-        model = models.beside("reward_model", text, tokenizer, settings.model).to(policy.device)
-        if settings.adapter is not None:
-            adapter.add(model, settings.adapter, settings.seed)
+    model = another("reward_model", text, settings, policy, tokenizer)
     beta = next((x.beta for x in objective.stages() if isinstance(x, implicit_process)), implicit_process().beta)
     return RewardModel(model, beta, settings, accelerator)

@@ -47,6 +47,33 @@ def reference(objective: Any, model: Any, known: frozenset[str] = frozenset()) -
     return model if adapter.has_one(model) else copy.deepcopy(model)
 
 
+def another(option: str, source: str, settings: Settings, model: Any, tokenizer: Any) -> Any:
+    """Return a model that is trained beside the policy, with an adapter of its own if the policy has one.
+
+    Args:
+        option: Name of the setting, for errors.
+        source: ``initial`` for a copy of the policy, or a model as :func:`tokcredit.train.models.load` takes it.
+        settings: Settings of the run.
+        model: The policy before the first step, on its device.
+        tokenizer: Tokenizer of the policy.
+
+    Raises:
+        ValueError: There is no such model, it has other tokens, or virtual tokens would have other ids.
+    """
+    if source == "initial":
+        return copy.deepcopy(model)
+    made = models.beside(option, source, tokenizer, settings.model).to(model.device)
+    if settings.adapter is not None:
+        adapter.add(made, settings.adapter, settings.seed)
+    if adapter.prefix(made) != adapter.prefix(model):
+        sizes = [min(adapter.prefix(x)) for x in (model, made)]
+        raise ValueError(
+            f"{option}: expected input embeddings of {sizes[0]} tokens because of {settings.adapter}, got {source}, "
+            f"which has {sizes[1]}"
+        )
+    return made
+
+
 def aligned(settings: Settings, model: Any, tokenizer: Any) -> Any:
     """Return the aligned policy that the settings say, or None without one.
 
