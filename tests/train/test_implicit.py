@@ -1,9 +1,11 @@
 """The implicit reward model: what it learns from, what it rewards, and how it is resumed."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
+import tokcredit as tc
 import torch
 from test_episodes import acting  # noqa: F401 - a fixture
 from test_episodes import made as scripted
@@ -36,6 +38,25 @@ def test_it_learns_before_it_rewards(settings, uniform, model):
     torch.testing.assert_close(found.input("implicit_rewards"), expected)
     assert expected.abs().max() > 1e-3
     assert torch.equal(next(rewards._reference.parameters()), next(start.parameters()))
+
+
+def test_it_learns_from_the_groups_that_train(settings, uniform):
+    s = dataclasses.replace(prime(settings), objective=ObjectiveSettings("prime"))
+    rewards = (trainer := Trainer(s)).reward_model
+    batch = trainer.rollout_collector.collect(1).batch
+    rewards._reference, rewards._optimizer.param_groups[0]["lr"] = models.load(OTHER)[0], 0.0
+
+    def learned(*outcomes):
+        fields = batch.tokens, batch.cu_seqlens, batch.group_ids, torch.tensor(outcomes)
+        return rewards(tc.Rollouts(*fields, extras={"prompt_tokens": batch.input("prompt_tokens")}))
+
+    assert batch.group_ids.tolist() == [0, 0, 1, 1]
+    found, metrics = learned(1.0, 1.0, 1.0, 0.0)
+    totals = [float(x.double().sum()) for x in found.input("implicit_rewards").split(batch.sizes.tolist())]
+    p, q = (torch.tensor(0.05 * x).sigmoid() for x in totals[2:])
+    assert metrics["reward_model_loss"] == pytest.approx(-float(p.log() + (1 - q).log()) / 2, rel=1e-4)
+    again, nothing = learned(1.0, 1.0, 0.0, 0.0)
+    assert nothing == {} and torch.equal(again.input("implicit_rewards"), found.input("implicit_rewards"))
 
 
 def test_the_loss_falls_on_the_same_outcomes(settings, uniform):

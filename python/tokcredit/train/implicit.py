@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tokcredit.methods.prime import implicit_process, outcome_loss
 from tokcredit.rollouts import Rollouts
+from tokcredit.stages.filters import Filter
 from tokcredit.train import adapter, collectors
 from tokcredit.train.learner import micro_batches
 from tokcredit.train.policy import another
@@ -23,17 +24,22 @@ from tokcredit.train.settings import Settings
 class RewardModel:
     """A model whose log-probs, minus those of its first weights, are rewards of tokens.
 
-    It learns from the outcomes of a step, and then rewards the tokens of the same step.
+    It learns from the outcomes of a step, of trajectories that the filters choose, and then rewards all tokens of the
+    same step.
 
     Args:
         model: Causal language model, on its device. With an adapter only that is trained.
         beta: Factor of its rewards.
+        filters: Filters of trajectories that come before credit.
         settings: Settings of the run.
         accelerator: Devices and precision.
     """
 
-    def __init__(self, model: Any, beta: float, settings: Settings, accelerator: Accelerator) -> None:
+    def __init__(
+        self, model: Any, beta: float, filters: Sequence[Filter], settings: Settings, accelerator: Accelerator
+    ) -> None:
         self._model, self._beta, self._accelerator, self._ranks = model, beta, accelerator, Ranks(accelerator)
+        self._filters = filters
         self._reference = model if adapter.has_one(model) else copy.deepcopy(model)
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         o, lr = settings.optimizer, settings.reward_model_lr
@@ -44,7 +50,8 @@ class RewardModel:
     def __call__(self, batch: Rollouts) -> tuple[Rollouts, dict[str, float]]:
         """Return the batch with ``implicit_rewards``, after learning from its outcomes, and metrics over all processes.
 
-        If the loss or a gradient is not finite the model stays as it is, and the loss is NaN.
+        If the loss or a gradient is not finite the model stays as it is, and the loss is NaN. There are no metrics if
+        the filters choose nothing.
 
         Args:
             batch: The rollouts of this process, whose trajectories have total rewards from 0 to 1.
@@ -63,8 +70,16 @@ class RewardModel:
         return found.input(name)
 
     def _learn(self, batch: Rollouts, reference: Tensor) -> dict[str, float]:
-        known = self._ranks.sum({"count": batch.whole.nonempty.sum()})
-        rows, total = batch.nonempty.nonzero()[:, 0], torch.zeros((), dtype=torch.float64, device=batch.device)
+        chosen = batch.whole.nonempty
+        for stage in self._filters:
+            chosen = chosen & stage(batch.whole, None)[:, 0]
+        known = self._ranks.sum({"count": chosen.sum()})
+        if not known["count"]:
+            return {}
+        if batch.trajectories is not None:
+            chosen = batch.trajectories.divided.of_rows(chosen)
+        rows = (chosen & batch.nonempty).nonzero()[:, 0]
+        total = torch.zeros((), dtype=torch.float64, device=batch.device)
         batch = batch.with_inputs(ref_log_probs=reference)
         for part in micro_batches(rows, batch, self._size):
             some = batch.select(part)
@@ -111,7 +126,7 @@ def made(
 
     Args:
         settings: Settings of the run.
-        objective: The objective, whose stage says the factor of the rewards.
+        objective: The objective, whose stages say the factor of the rewards and which trajectories are left out.
         policy: The policy before the first step, on its device.
         tokenizer: Tokenizer of the policy.
         accelerator: Devices and precision.
@@ -124,4 +139,5 @@ def made(
         return None
     model = another("reward_model", text, settings, policy, tokenizer)
     beta = next((x.beta for x in objective.stages() if isinstance(x, implicit_process)), implicit_process().beta)
-    return RewardModel(model, beta, settings, accelerator)
+    filters = [x for x in objective.filters if x.before_credit]
+    return RewardModel(model, beta, filters, settings, accelerator)
