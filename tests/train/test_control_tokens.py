@@ -10,7 +10,7 @@ from tokcredit.train.experiment import resolved
 from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.scoring import score
 from tokcredit.train.trainer import Trainer
-from tokcredit.train.virtual_tokens import VirtualTokens
+from tokcredit.train.virtual_tokens import FIRST, VirtualTokens
 
 peft = pytest.importorskip("peft")
 
@@ -71,7 +71,7 @@ def test_responses_are_generated_after_the_good_control_tokens(meet):
         trainer.model.model.embed_tokens.prompt.mul_(20)
     context = trainer._tasks[0]
     prompt = context.prompt("3+4=")
-    assert prompt[:2] == [99, 100]
+    assert prompt[:2] == [FIRST, FIRST + 1]
     sampler = TransformersSampler(trainer.model, trainer.tokenizer)
     tokens = sampler.sample([prompt], 1, 5, 0.0).tokens.tolist()
     with torch.no_grad():

@@ -8,16 +8,7 @@ import pytest
 import tokcredit as tc
 import torch
 from test_experiment import TIMES
-from tokcredit.train import (
-    CriticSettings,
-    ObjectiveSettings,
-    OptimizerSettings,
-    checkpoint,
-    collectors,
-    models,
-    run,
-    tiny,
-)
+from tokcredit.train import CriticSettings, ObjectiveSettings, OptimizerSettings, checkpoint, collectors, run, tiny
 from tokcredit.train.clock import Clock
 from tokcredit.train.critic import Critic, CriticOptimizer, explained_variance
 from tokcredit.train.experiment import resolved
@@ -360,21 +351,6 @@ def test_explained_variance_of_two_processes_is_that_of_all_tokens():
 def test_refusals(settings, changes, message):
     with pytest.raises(ValueError, match=message):
         Trainer(resolved(settings(**({"objective": ObjectiveSettings("ppo")} | changes))))
-
-
-@pytest.mark.parametrize(("method", "option"), [("ppo", "critic"), ("prime", "reward_model")])
-def test_virtual_tokens_have_the_same_ids_in_all_models(settings, tmp_path, method, option):
-    """Input embeddings may be padded, and ids of virtual tokens begin after the padding."""
-    pytest.importorskip("peft")
-    model, words = models.load(OTHER)
-    model.resize_token_embeddings(len(words) + 5, mean_resizing=False)
-    for part in (model, words):
-        part.save_pretrained(tmp_path / "padded")
-    other = str(tmp_path / "padded")
-    s = settings(method, adapter="prompt(tokens=3)", **{option: CriticSettings(other) if option == "critic" else other})
-    message = rf"{option}: expected input embeddings of {len(words)} tokens because of prompt\(tokens=3\), got .*padded"
-    with pytest.raises(ValueError, match=message):
-        Trainer(resolved(s))
 
 
 def test_settings_of_a_critic_that_is_missing_are_refused():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_example_trainer import on_pairs  # noqa: F401
 from test_experiment import numbers
-from tokcredit.train import ObjectiveSettings, run
+from tokcredit.train import CriticSettings, ObjectiveSettings, run
 from tokcredit.train import adapter as adapters
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.experiment import resolved
@@ -15,6 +15,7 @@ from tokcredit.train.models import load
 from tokcredit.train.sampler import TransformersSampler
 from tokcredit.train.scoring import score
 from tokcredit.train.trainer import Trainer
+from tokcredit.train.virtual_tokens import FIRST
 
 peft = pytest.importorskip("peft")
 PROMPT = "prompt(tokens=5)"
@@ -24,7 +25,7 @@ IDS = torch.arange(3, 15)[None]
 def test_only_the_virtual_tokens_train(on_pairs):  # noqa: F811
     trainer = ExampleTrainer(resolved(on_pairs(adapter=PROMPT)))
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    assert all(example.prompt[:5] == [99, 100, 101, 102, 103] for example in trainer._examples)
+    assert all(example.prompt[:5] == [FIRST + i for i in range(5)] for example in trainer._examples)
     margins = [trainer.measure()["held_out_margin_mean"]]
     for number in (1, 2, 3):
         trainer.step(number)
@@ -50,6 +51,24 @@ def test_the_log_probs_by_hand(on_pairs):  # noqa: F811
         for logits, seen in ((plain(inputs_embeds=given).logits[0, 5:], found), (plain(ids).logits[0], of_reference)):
             expected = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
             torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_models_may_have_more_embeddings(settings, uniform, tmp_path):
+    """Ids that are padding of another model are no virtual tokens, which it has itself or does not see."""
+    model, words = load("tiny(steps=0, seed=1)")
+    model.resize_token_embeddings(len(words) + 11, mean_resizing=False)
+    for part in (model, words):
+        part.save_pretrained(tmp_path / "other")
+    other = str(tmp_path / "other")
+    trainer = Trainer(resolved(settings("rto", adapter=PROMPT, aligned=other, critic=CriticSettings(other))))
+    batch = trainer.rollout_collector.collect(1).batch
+    prompts = batch.input("prompt_tokens")
+    with torch.no_grad():
+        expected = score(model, batch.with_inputs(prompt_tokens=torch.where(prompts < FIRST, prompts, -1)))[0]
+    found = trainer.learner.with_inputs(batch).input("aligned_log_probs")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    embeddings = trainer.learner._further["critic"].model.get_input_embeddings()
+    assert torch.equal(embeddings(prompts[:1, -15:][prompts[:1, -15:] >= FIRST]), embeddings.prompt)
 
 
 def test_sampling_sees_the_virtual_tokens(settings):

@@ -1,7 +1,7 @@
 """Prompt tuning: embeddings of virtual tokens that stand before every prompt (arXiv 2104.08691).
 
-Virtual tokens have ids of their own, from the size of the vocabulary on, so they are cached, shared and padded as the
-other tokens of a prompt. The model cannot choose them: the output layer stays as it is.
+Virtual tokens have ids of their own, from :data:`FIRST` on, so they are cached, shared and padded as the other tokens
+of a prompt. The model cannot choose them: the output layer stays as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+FIRST = 2**30
+"""Id of the first virtual token. No vocabulary is so large, and it is the same beside models whose embeddings are
+padded differently."""
 
 
 class VirtualPrompt(NamedTuple):
@@ -52,8 +56,7 @@ class VirtualTokens(torch.nn.Module):
     @property
     def ids(self) -> list[int]:
         """Token ids of the virtual tokens that stand before a prompt, unless the response is a rejected one."""
-        first = self.base.num_embeddings
-        return list(range(first, first + self.kind.tokens))
+        return list(range(FIRST, FIRST + self.kind.tokens))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the embeddings of tokens, ``(..., d)``.
@@ -61,10 +64,9 @@ class VirtualTokens(torch.nn.Module):
         Args:
             tokens: Integers ``(...)``.
         """
-        size = self.base.num_embeddings
-        virtual = (tokens >= size)[..., None]
-        own: Tensor = self.base(tokens.clamp(max=size - 1))
-        return torch.where(virtual, self.prompt[(tokens - size).clamp(min=0)].to(own.dtype), own)
+        virtual = tokens >= FIRST
+        own: Tensor = self.base(tokens.masked_fill(virtual, 0))
+        return torch.where(virtual[..., None], self.prompt[(tokens - FIRST).clamp(min=0)].to(own.dtype), own)
 
 
 def of(model: Any) -> VirtualTokens | None:
@@ -112,7 +114,7 @@ def of_rejected(model: Any, prompts: Tensor, rejected: Tensor) -> Tensor:
     embeddings = of(model)
     if embeddings is None or embeddings.kind.steps is None:
         return prompts
-    virtual = prompts >= embeddings.base.num_embeddings
+    virtual = prompts >= FIRST
     return torch.where(virtual & rejected[:, None], prompts + embeddings.kind.tokens, prompts)
 
 
@@ -126,8 +128,7 @@ def known(model: Any, prompts: Tensor) -> Tensor:
     embeddings = of(model)
     if embeddings is not None and embeddings.enabled:
         return prompts
-    size = embeddings.base.num_embeddings if embeddings is not None else model.get_input_embeddings().num_embeddings
-    return prompts.masked_fill(prompts >= size, -1)
+    return prompts.masked_fill(prompts >= FIRST, -1)
 
 
 def save(model: Any, folder: Path, base: str) -> None:
