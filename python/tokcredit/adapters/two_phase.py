@@ -215,7 +215,9 @@ def advantages_padded(
     if isinstance(rewards, Tensor):
         rewards = HostRows(torch.arange(len(tokens), device=tokens.device), rewards)
     dense = named.pop("token_rewards", rewards.token_rewards)
-    outcomes = rewards.rewards if rewards.rewards is not None else torch.zeros(len(tokens), device=tokens.device)
+    outcomes = rewards.rewards
+    if outcomes is None and dense is not None:
+        outcomes = torch.zeros(len(tokens), device=tokens.device)
 
     def ordered(x: Any) -> Any:
         return x if x is None or rewards.order is None else x[rewards.order]
