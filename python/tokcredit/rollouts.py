@@ -56,7 +56,7 @@ class Rollouts(Layout):
             may lie between them. None if each row is a trajectory.
         token_rewards: float ``[N]``, rewards of tokens that the policy chose, 0 at the others. The reward of a turn is
             at its last token. The total reward of a trajectory, which groups are compared by, is the sum of these
-            and of ``rewards``.
+            and of ``rewards``. Those that may equal the outcomes by chance are added by :meth:`with_inputs`.
         shape: ``(B, T)`` of a padded batch, whose rows begin at multiples of T; set by :meth:`from_padded`.
 
     Raises:

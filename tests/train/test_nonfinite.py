@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from tokcredit.train import ObjectiveSettings, OptimizerSettings, run
+from tokcredit.train import ObjectiveSettings, OptimizerSettings, SamplingSettings, run
 from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
+from tokcredit.train.implicit import RewardModel
 from tokcredit.train.learner import Learner
 from tokcredit.train.lengths import LengthHead, LengthLearner
 from tokcredit.train.nonfinite import described
@@ -225,6 +226,32 @@ def test_the_length_head_follows_the_rule(settings, uniform, monkeypatch, rule):
             trainer.step(1)
     else:
         assert trainer.step(1).metrics["skipped_updates"] == 1
+
+
+@pytest.mark.parametrize("method", ["lenvm", "prime"])
+def test_too_many_in_a_row_of_a_model_beside_the_policy(settings, uniform, monkeypatch, method):
+    """Updates of the policy lie between them. The count goes on after a resume."""
+    sampling = SamplingSettings(prompts=2, group=2, max_tokens=6)
+    model = "initial" if method == "prime" else None
+    s = resolved(settings(method, optimizer=SKIP, sampling=sampling, reward_model=model, steps=10))
+    trainer, again = Trainer(s), Trainer(s)
+    monkeypatch.setattr(LengthLearner, "update", lambda *arguments: math.nan)
+    monkeypatch.setattr(
+        RewardModel,
+        "__call__",
+        lambda model, batch: (
+            batch.with_inputs(implicit_rewards=torch.zeros(batch.num_tokens)),
+            {"reward_model_loss": math.nan},
+        ),
+    )
+    model = {"lenvm": "length head", "prime": "reward model"}[method]
+    for number in range(1, 7):
+        assert trainer.step(number).metrics["skipped_updates"] == 1
+    again.load_state_dict(trainer.state_dict())
+    for number in range(7, 10):
+        again.step(number)
+    with pytest.raises(RuntimeError, match=f"step 10: .* of the {model}; .*; 10 updates in a row were skipped"):
+        again.step(10)
 
 
 def test_the_temperature_does_not_follow_a_skipped_step(settings, uniform, bad_steps):

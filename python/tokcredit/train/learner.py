@@ -214,19 +214,19 @@ class Learner:
             for p in trained:
                 p.requires_grad_(True)
 
-    def refuse(self, number: int, what: str) -> None:
-        """Count an update as skipped because it is not finite, or stop the run.
+    def refuse(self, number: int, what: str, in_row: int) -> None:
+        """Stop the run because an update is not finite, unless the settings say that it is skipped.
 
         Args:
             number: Number of the step.
             what: What is not finite.
+            in_row: Number of updates of the same model that were skipped without one between them, with this one.
 
         Raises:
             RuntimeError: The settings say so, or too many updates in a row were skipped.
         """
-        self.skipped_in_row += 1
         skips = self._settings.optimizer.on_nonfinite == "skip"
-        if skips and self.skipped_in_row < _LIMIT:
+        if skips and in_row < _LIMIT:
             return
         advice = f"{_LIMIT} updates in a row were skipped" if skips else "--on-nonfinite skip leaves such updates out"
         raise RuntimeError(
@@ -323,7 +323,8 @@ class Learner:
                     where = self._sources(part, parts, in_step)
                     skipped.append(f"loss {loss:g} and gradient norm {norm:g}{of_critic}{where}")
                     self._forget()
-                    self.refuse(number, skipped[-1])
+                    self.skipped_in_row += 1
+                    self.refuse(number, skipped[-1], self.skipped_in_row)
                     continue
                 for metrics in measured:
                     totals.add(metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from itertools import chain
@@ -373,6 +374,7 @@ class Trainer:
         self.reward_model = implicit.made(settings, self.objective, self.model, self.tokenizer, self.accelerator)
         everything = (*self.problems.held_out, *chain.from_iterable(self.problems.train))
         self.roles = baselines.Roles(everything, self.ranks) if "role_baselines" in required_inputs else None
+        self._skipped = Counter[str]()
         self.accelerator.register_for_checkpointing(self)
 
     def _vllm(self, dtype: torch.dtype) -> Sampler:
@@ -386,6 +388,7 @@ class Trainer:
             "temperature": self.adaptive.statistics if self.adaptive else None,
             "rollout_collector": self.rollout_collector.state_dict(),
             "lengths": self.lengths.state_dict() if self.lengths else None,
+            "skipped": dict(self._skipped),
             "roles": self.roles.state_dict() if self.roles else None,
             "reward_model": self.reward_model.state_dict() if self.reward_model else None,
             **self.learner.state_dict(),
@@ -405,6 +408,7 @@ class Trainer:
             self.reward_model.load_state_dict(state["reward_model"])
         if self.roles:
             self.roles.load_state_dict(state["roles"])
+        self._skipped = Counter(state.get("skipped", {}))
         self.rollout_collector.load_state_dict(state["rollout_collector"])
         self.learner.load_state_dict(state)
 
@@ -453,19 +457,20 @@ class Trainer:
         if self.settings.critic.critic is not None:
             metrics["explained_variance"] = critic.explained(batch, self.ranks)
         self.learner.observe(metrics)
-        if not math.isfinite(learned.get("reward_model_loss", 0.0)):
-            self._skip(number, "a loss or a gradient of the reward model", metrics)
+        if "reward_model_loss" in learned:
+            self._count(number, "reward model", learned["reward_model_loss"], metrics)
         if self.lengths:
             metrics["length_loss"] = self.lengths.update(batch, ~batch.input("truncated"))
-            if not math.isfinite(metrics["length_loss"]):
-                self._skip(number, "a loss or a gradient of the length head", metrics)
+            self._count(number, "length head", metrics["length_loss"], metrics)
         seconds = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
         return Step(collection, update, {**metrics, **clock.seconds, "seconds": seconds})
 
-    def _skip(self, number: int, what: str, metrics: dict[str, float]) -> None:
-        """Count an update beside that of the policy as skipped because it is not finite, or stop the run."""
-        self.learner.refuse(number, what)
-        metrics["skipped_updates"] += 1
+    def _count(self, number: int, model: str, loss: float, metrics: dict[str, float]) -> None:
+        """Count an update of a model beside the policy as skipped if its loss is not finite, or stop the run."""
+        self._skipped[model] = 0 if math.isfinite(loss) else self._skipped[model] + 1
+        if self._skipped[model]:
+            self.learner.refuse(number, f"a loss or a gradient of the {model}", self._skipped[model])
+            metrics["skipped_updates"] += 1
 
     def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Return what the progress bar shows of a step.
