@@ -80,6 +80,8 @@ NUMBERS = {
     **dict.fromkeys(("k_pos", "lambda_pos", "k_neg", "lambda_neg", "target", "start"), 0.5),
     **dict.fromkeys(("clip_ratio", "clip_cov_ratio", "kl_cov_ratio", "kl_cov_frac", "clip_cov_lb", "ppo_kl_coef"), 0.1),
     **dict.fromkeys(("clip_cov_ub", "horizon"), 5.0),
+    **dict.fromkeys(("gamma", "lam", "lambd", "value_clip", "cpo_alpha", "simpo_gamma", "alpha", "discopop_tau"), 0.5),
+    "label_smoothing": 0.1,
     **dict.fromkeys(("loss_scale_factor", "max_completion_length", "max_seq_len"), 64),
     "rs_veto_threshold": 1e-4,
     "scale": True,
@@ -101,8 +103,8 @@ def stages_of_the_table():
 
 @pytest.mark.parametrize("text", sorted(set(stages_of_the_table())))
 def test_stages_of_the_table_can_be_made(text):
-    kinds = ("aggregation", "clip", "credit", "filters", "methods", "ratio", "term", "token_score", "token_weights")
-    modules = {name: getattr(tc, name) for name in (*kinds, "rollout_correction", "schedule")}
+    kinds = ("aggregation", "clip", "credit", "filters", "link", "methods", "pair", "ratio", "term", "token_score")
+    modules = {name: getattr(tc, name) for name in (*kinds, "token_weights", "rollout_correction", "schedule")}
     names = {**NUMBERS, **modules, "log": math.log, "inf": math.inf, "target_entropy": tc.schedule.target_entropy}
     if text.startswith("scale."):
         names["scale"] = tc.scale
