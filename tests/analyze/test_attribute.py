@@ -149,7 +149,7 @@ def test_refusals(encoder, last, tmp_path, capsys):
         ([*attribute, last, "--prompt", "1", "--output-class", "1"], "--output-class: expected none with method"),
         ([*attribute, last, "--prompt", "1", "--method", "globenc"], "--model: expected an encoder of the family"),
         ([*attribute, last, "--prompts", str(empty)], "--prompts: expected at least one line"),
-        ([*attribute, last, "--prompts", str(wrong)], "--prompts: expected lines"),
+        ([*attribute, last, "--prompts", str(wrong)], f'--prompts: {wrong}:1: expected a text as "prompt"'),
         ([*attribute, last, "--prompts", str(tmp_path / "none")], "--prompts: expected a JSONL file"),
         (
             [*attribute, folder, "--method", "globenc", "--prompt", "cat", "--response", "x"],
@@ -160,7 +160,7 @@ def test_refusals(encoder, last, tmp_path, capsys):
             "--output-class: expected a number below 2, got 2",
         ),
         ([*attribute, str(tmp_path / "none"), "--method", "decompx", "--prompt", "cat"], "--model: expected a folder"),
-        (["compress", str(wrong), "--model", last], "path: expected lines"),
+        (["compress", str(wrong), "--model", last], f'path: {wrong}:1: expected a text as "prompt"'),
     ):
         with pytest.raises(SystemExit) as caught:
             main(command)

@@ -17,8 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from tokcredit import attribution
 from tokcredit.analyze.settings import Attribute, ScoreSettings
-from tokcredit.files import parsed, write
-from tokcredit.train import models
+from tokcredit.files import write
+from tokcredit.train import models, records
 from tokcredit.train.prompts import Prompts
 from tokcredit.train.ranks import processes
 
@@ -159,20 +159,13 @@ def lines(path: Path, setting: str) -> Iterator[tuple[str, str | None]]:
     Raises:
         ValueError: The file cannot be read, has no line, or a line has another form.
     """
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{setting}: expected a JSONL file, got {path}: {error}") from error
-    if not any(text.strip() for text in texts):
+    found = list(records.of_file(setting, str(path), ("prompt",)))
+    if not found:
         raise ValueError(f"{setting}: expected at least one line, got none in {path}")
-    for number, text in enumerate(texts, 1):
-        if not text.strip():
-            continue
-        line = parsed(text, f"{path}, line {number}", setting)
-        prompt, response = (line.get("prompt"), line.get("response")) if isinstance(line, dict) else (None, None)
+    for record in found:
+        prompt, response = record.values["prompt"], record.values.get("response")
         if not isinstance(prompt, str) or not (response is None or isinstance(response, str)):
-            form = '{"prompt": text} with a text as "response" or none'
-            raise ValueError(f"{setting}: expected lines {form}, got {text[:80]!r} in line {number} of {path}")
+            raise record.expected(setting, 'a text as "prompt", and as "response" a text or none', record.text)
         yield prompt, response
 
 
