@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from resuming import check_resumed
 from test_example_trainer import on_pairs  # noqa: F401
-from test_experiment import TIMES
 from tokcredit.cli import main
-from tokcredit.train import ObjectiveSettings, checkpoint, policy, run
+from tokcredit.train import ObjectiveSettings, policy, run
 from tokcredit.train import adapter as adapters
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.experiment import resolved
@@ -78,17 +78,7 @@ def test_the_gradient_is_that_of_the_layer(on_pairs, gradients):  # noqa: F811
 @pytest.mark.parametrize("text", [LORA, "prompt(tokens=5)"])
 def test_resumed_training_gives_the_numbers_of_an_uninterrupted_one(text, on_pairs, tmp_path):  # noqa: F811
     s = resolved(on_pairs(adapter=text))
-
-    def steps(trainer, numbers):
-        lines = [trainer.step(number).metrics for number in numbers]
-        return [{name: x for name, x in line.items() if name not in TIMES} for line in lines]
-
-    expected = steps(ExampleTrainer(s), (1, 2, 3, 4))
-    first, second = ExampleTrainer(s), ExampleTrainer(s)
-    found = steps(first, (1, 2))
-    checkpoint.save(first.accelerator, tmp_path, 2)
-    assert checkpoint.load(second.accelerator, tmp_path) == 2
-    assert found + steps(second, (3, 4)) == expected
+    _, first = check_resumed(s, tmp_path, ExampleTrainer, after=(3, 4))
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "checkpoint-000002").iterdir()}
     assert not any(name.startswith(("model", "pytorch_model")) for name in sizes)
     assert sizes["adapter.pt"] < sum(p.numel() for p in first.model.parameters())

@@ -7,13 +7,14 @@ import math
 import pytest
 import tokcredit as tc
 import torch
-from test_experiment import TIMES
-from tokcredit.train import CriticSettings, ObjectiveSettings, OptimizerSettings, checkpoint, collectors, run, tiny
+from resuming import check_resumed
+from tokcredit.train import CriticSettings, ObjectiveSettings, OptimizerSettings, collectors, run, tiny
 from tokcredit.train.clock import Clock
-from tokcredit.train.critic import Critic, CriticOptimizer, explained_variance
+from tokcredit.train.critic import Critic, explained_variance
 from tokcredit.train.experiment import resolved
 from tokcredit.train.record import read_metrics
 from tokcredit.train.scoring import left_padded
+from tokcredit.train.side_optimizer import SideOptimizer
 from tokcredit.train.trainer import Trainer
 
 WORDS = tiny.tokenizer()
@@ -89,7 +90,7 @@ def test_values_of_models_with_adapters(settings, uniform, adapter, chosen):
     found = collectors.collect(names, batch, 3, critic.model or trainer.model, critic=critic)
     expected = critic.head(found.input("hidden_states"))[:, 0].detach()
     torch.testing.assert_close(found.input("values"), expected, rtol=1e-4, atol=1e-5)
-    trained = critic.trained().keys() - {"head.weight", "head.bias"}
+    trained = {name for name, p in critic.named_parameters() if p.requires_grad} - {"head.weight", "head.bias"}
     assert bool(trained) == (chosen != "head") and all("lora_" in x or "prompt" in x for x in trained)
 
 
@@ -198,16 +199,7 @@ def test_resumed_training_gives_the_numbers_of_an_uninterrupted_one(settings, un
         pytest.importorskip("peft")
     s = resolved(settings("vapo", critic=CriticSettings(critic), adapter=adapter))
 
-    def steps(trainer, numbers):
-        lines = [trainer.step(number).metrics for number in numbers]
-        return [{name: x for name, x in line.items() if name not in TIMES} for line in lines]
-
-    expected = steps(Trainer(s), (1, 2, 3))
-    first, second = Trainer(s), Trainer(s)
-    found = steps(first, (1, 2))
-    checkpoint.save(first.accelerator, tmp_path, 2)
-    assert checkpoint.load(second.accelerator, tmp_path) == 2
-    assert found + steps(second, (3,)) == expected
+    _, first = check_resumed(s, tmp_path)
     if adapter:
         frozen = {name for name, p in first.learner._further["critic"].named_parameters() if not p.requires_grad}
         assert not frozen & first.learner._critic.state_dict()["weights"].keys()
@@ -267,7 +259,7 @@ def test_the_state_of_the_optimizer_is_kept(settings, uniform):
             optimizer.step()
             optimizer.forget()
 
-    first, second = (CriticOptimizer(c, s, trainer.ranks) for c in (critic, twin))
+    first, second = (SideOptimizer(c, s.critic.critic_lr, s.optimizer, trainer.ranks) for c in (critic, twin))
     steps(critic, first, 3)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     steps(critic, first, 2)

@@ -7,10 +7,10 @@ import math
 import pytest
 import tokcredit as tc
 import torch
+from resuming import check_resumed
 from test_episodes import acting  # noqa: F401 - a fixture
 from test_episodes import made as scripted
-from test_experiment import TIMES
-from tokcredit.train import ObjectiveSettings, SamplingSettings, ToolSettings, checkpoint, models
+from tokcredit.train import ObjectiveSettings, SamplingSettings, ToolSettings, models
 from tokcredit.train.experiment import resolved
 from tokcredit.train.scoring import score
 from tokcredit.train.trainer import Trainer
@@ -44,7 +44,7 @@ def test_it_learns_from_the_groups_that_train(settings, uniform):
     s = dataclasses.replace(prime(settings), objective=ObjectiveSettings("prime"))
     rewards = (trainer := Trainer(s)).reward_model
     batch = trainer.rollout_collector.collect(1).batch
-    rewards._reference, rewards._optimizer.param_groups[0]["lr"] = models.load(OTHER)[0], 0.0
+    rewards._reference, rewards._optimizer._optimizer.param_groups[0]["lr"] = models.load(OTHER)[0], 0.0
 
     def learned(*outcomes):
         fields = batch.tokens, batch.cu_seqlens, batch.group_ids, torch.tensor(outcomes)
@@ -82,16 +82,7 @@ def test_resumed_training_gives_the_numbers_of_an_uninterrupted_one(settings, un
         pytest.importorskip("peft")
     s = prime(settings, adapter=adapter)
 
-    def steps(trainer, numbers):
-        lines = [trainer.step(number).metrics for number in numbers]
-        return [{name: x for name, x in line.items() if name not in TIMES} for line in lines]
-
-    expected = steps(Trainer(s), (1, 2, 3))
-    first, second = Trainer(s), Trainer(s)
-    found = steps(first, (1, 2))
-    checkpoint.save(first.accelerator, tmp_path, 2)
-    assert checkpoint.load(second.accelerator, tmp_path) == 2
-    assert found + steps(second, (3,)) == expected
+    expected, _ = check_resumed(s, tmp_path)
     assert all(line["reward_model_grad_norm"] > 0 and line["grad_norm"] > 0 for line in expected)
 
 
@@ -114,7 +105,7 @@ def test_it_learns_the_outcomes_of_whole_episodes(acting, rows):  # noqa: F811
     rewards, episodes = trainer.reward_model, trainer.rollout_collector.collect(1).batch
     # Without the rewards of steps the total reward of an episode is 0 or 1.
     batch = episodes.with_inputs(token_rewards=None)
-    rewards._reference, rewards._optimizer.param_groups[0]["lr"] = models.load(OTHER)[0], 0.0
+    rewards._reference, rewards._optimizer._optimizer.param_groups[0]["lr"] = models.load(OTHER)[0], 0.0
     norms = []
     for size in (2, 99):
         rewards._size = size

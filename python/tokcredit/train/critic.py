@@ -46,10 +46,6 @@ class Critic(nn.Module):
             values: Tensor = self.head(hidden_states.to(self.head.weight.dtype))[:, 0]
         return values
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are trained, by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
 
 def made(settings: Settings, policy: Any, tokenizer: Any) -> Critic | None:
     """Return the critic that the setting ``critic`` says, or None without it.
@@ -79,50 +75,6 @@ def _freeze_output_layer(model: Any) -> None:
     layer = model.get_output_embeddings()
     if layer is not None and layer.weight is not model.get_input_embeddings().weight:
         layer.requires_grad_(False)
-
-
-class CriticOptimizer:
-    """Updates a critic, in every process alike.
-
-    Args:
-        critic: The critic.
-        settings: Settings of the run.
-        ranks: The processes.
-    """
-
-    def __init__(self, critic: Critic, settings: Settings, ranks: Ranks) -> None:
-        self._critic, self._ranks, self._limit = critic, ranks, settings.optimizer.max_grad_norm
-        parameters, decay = list(critic.trained().values()), settings.optimizer.weight_decay
-        self._optimizer = torch.optim.AdamW(parameters, lr=settings.critic.critic_lr, weight_decay=decay, fused=True)
-
-    def clip(self) -> float:
-        """Average the gradients over the processes, scale them down to the limit, and return their norm before that."""
-        self._ranks.average_gradients(self._critic)
-        return float(nn.utils.clip_grad_norm_(self._critic.trained().values(), self._limit))
-
-    def step(self) -> None:
-        """Update the critic."""
-        self._optimizer.step()
-
-    def forget(self) -> None:
-        """Forget the gradients."""
-        self._optimizer.zero_grad()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the weights that are trained, and the state of the optimizer, for a checkpoint."""
-        weights = {name: p.detach() for name, p in self._critic.trained().items()}
-        return {"weights": weights, "optimizer": self._optimizer.state_dict()}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the state of a checkpoint.
-
-        Args:
-            state: From :meth:`state_dict`.
-        """
-        for name, p in self._critic.trained().items():
-            p.copy_(state["weights"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
 
 
 ROUNDING = 1e-10

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokcredit.methods.prime import implicit_process, outcome_loss
 from tokcredit.rollouts import Rollouts
@@ -19,6 +19,7 @@ from tokcredit.train.learner import micro_batches
 from tokcredit.train.policy import another
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import Settings
+from tokcredit.train.side_optimizer import SideOptimizer
 
 
 class RewardModel:
@@ -41,11 +42,9 @@ class RewardModel:
         self._model, self._beta, self._accelerator, self._ranks = model, beta, accelerator, Ranks(accelerator)
         self._filters = filters
         self._reference = model if adapter.has_one(model) else copy.deepcopy(model)
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        o, lr = settings.optimizer, settings.reward_model_lr
-        parameters = list(self._trained.values())
-        self._optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=o.weight_decay, fused=True)
-        self._size, self._limit, self._temperature = o.micro_batch, o.max_grad_norm, settings.sampling.temperature
+        o = settings.optimizer
+        self._optimizer = SideOptimizer(model, settings.reward_model_lr, o, self._ranks)
+        self._size, self._temperature = o.micro_batch, settings.sampling.temperature
 
     def __call__(self, batch: Rollouts) -> tuple[Rollouts, dict[str, float]]:
         """Return the batch with ``implicit_rewards``, after learning from its outcomes, and metrics over all processes.
@@ -92,31 +91,24 @@ class RewardModel:
             loss = outcome_loss(ratio, whole.spans, whole.rewards, self._beta) * (whole.num_rows / known["count"])
             (loss * self._ranks.count).backward()
             total += loss.detach()
-        self._ranks.average_gradients(self._model)
-        norm = float(nn.utils.clip_grad_norm_(self._trained.values(), self._limit))
+        norm = self._optimizer.clip()
         value = self._ranks.sum({"loss": total})["loss"]
         if finite := math.isfinite(norm + value):
             self._optimizer.step()
-        self._optimizer.zero_grad()
+        self._optimizer.forget()
         return {"reward_model_loss": value if finite else math.nan, "reward_model_grad_norm": norm}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights that are trained, and the state of the optimizer, for a checkpoint."""
-        return {
-            "weights": {name: p.detach() for name, p in self._trained.items()},
-            "optimizer": self._optimizer.state_dict(),
-        }
+        return self._optimizer.state_dict()
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the state of a checkpoint.
 
         Args:
             state: From :meth:`state_dict`.
         """
-        for name, p in self._trained.items():
-            p.copy_(state["weights"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state_dict(state)
 
 
 def made(

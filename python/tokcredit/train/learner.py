@@ -24,9 +24,10 @@ from tokcredit.schedule import State
 from tokcredit.stages.token_weights import importance
 from tokcredit.train import collectors, masks, nonfinite, virtual_tokens
 from tokcredit.train.clock import Clock
-from tokcredit.train.critic import Critic, CriticOptimizer
+from tokcredit.train.critic import Critic
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import OptimizerSettings, Settings
+from tokcredit.train.side_optimizer import SideOptimizer
 from tokcredit.train.teacher import Teacher
 
 _MEANS = ("_mean", "_fraction")
@@ -93,7 +94,8 @@ class Learner:
         self._masks = masks.networks(objective, model, settings.seed)
         self._trained: Any = torch.nn.ModuleList([model, self._masks]) if self._masks else model
         self._further: dict[str, Any] = {"critic": critic, "aligned": aligned}
-        self._critic = CriticOptimizer(critic, settings, self._ranks) if critic else None
+        lr = settings.critic.critic_lr
+        self._critic = SideOptimizer(critic, lr, o, self._ranks) if critic else None
         trained = [p for p in self._trained.parameters() if p.requires_grad]
         self._optimizer = accelerator.prepare_optimizer(
             torch.optim.AdamW(trained, lr=o.lr, weight_decay=o.weight_decay, fused=True)
