@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import logging
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -28,6 +32,7 @@ with warnings.catch_warnings():
 __all__ = [
     "AlgoConfig",
     "TreeRow",
+    "areal_tries",
     "selective_log_softmax_and_entropy",
     "trl_dpo_loss",
     "trl_loss",
@@ -38,6 +43,36 @@ __all__ = [
     "verl_loss",
     "verl_padding",
 ]
+
+
+@functools.cache
+def areal_tries() -> Callable[[dict[str, Tensor], int], tuple[list[object], list[int]]]:
+    """Return AReaL's planner, which makes tries of a padded batch. Of its package only this module is imported."""
+    folder = Path(importlib.util.find_spec("areal").origin).parent
+    for name in ("", ".models", ".models.tree_attn", ".api", ".utils"):
+        package = ModuleType(f"areal{name}")
+        package.__path__ = [str(folder.joinpath(*name.split(".")))]
+        sys.modules[package.__name__] = package
+
+    def unchanged(*args: object) -> object:
+        return lambda f: f
+
+    unused = {
+        "api.cli_args": ("MicroBatchSpec",),
+        "models.tree_attn.module_fsdp": ("create_block_mask_from_dense",),
+        "models.tree_attn.triton_kernel": ("TRITON_AVAILABLE", "TreeAttentionData", "precompute_tree_attention_data"),
+        "utils.data": ("MicroBatchList",),
+        "utils.perf_tracer": ("trace_perf", "trace_scope"),
+        "utils.logging": ("getLogger",),
+        "utils.stats_tracker": (),
+    }
+    for name, members in unused.items():
+        module = sys.modules[f"areal.{name}"] = ModuleType(f"areal.{name}")
+        vars(module).update(dict.fromkeys(members, unchanged))
+        setattr(sys.modules[module.__name__.rpartition(".")[0]], name.rpartition(".")[2], module)
+    planner: Callable[..., tuple[list[object], list[int]]]
+    planner = importlib.import_module("areal.models.tree_attn.tree")._greedy_build_tries
+    return planner
 
 
 def unwhitened(f: Callable[..., object]) -> Callable[..., object]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import tokcredit as tc
 import torch
 from harness import Table, close, main
+from incumbents import TreeRow, areal_tries
 from transformers import LlamaConfig, LlamaForCausalLM
 from tree import workload
 
@@ -102,12 +106,32 @@ def on_tree(net, batch, budget=BUDGET):
 
 def trl_rows(samples):
     """TRL's planner on one rank."""
-    from incumbents import TreeRow
-
     row = TreeRow()
     for sample in samples:
         row.add(sample)
     return row.pack()
+
+
+def sorted_rows(samples):
+    """AReaL-DTA's method, with NumPy: sort the rows and compare neighbours. It finds segments, without places."""
+    rows = sorted(sample["input_ids"].numpy().astype(">i4").tobytes() for sample in samples)
+    arrays = [np.frombuffer(row, ">i4") for row in rows]
+    shared = [0]
+    for a, b in itertools.pairwise(arrays):
+        n = min(len(a), len(b))
+        different = a[:n] != b[:n]
+        first = int(different.argmax())
+        shared.append(first if n and different[first] else n)
+    return np.array(shared), np.array([len(x) for x in arrays])
+
+
+def tries(samples):
+    """AReaL's tries, without masks, from its padded batch."""
+    ids = torch.nn.utils.rnn.pad_sequence([x["input_ids"] for x in samples], True)
+    lengths = torch.tensor([len(x["input_ids"]) for x in samples])
+    data = {"input_ids": ids, "attention_mask": torch.arange(ids.shape[1]) < lengths[:, None]}
+    planner = areal_tries()
+    return lambda: planner(data, ids.numel())[1]
 
 
 def samples_of(batch):
@@ -133,14 +157,21 @@ def run(table: Table, quick: bool) -> None:
         }
     for name, batch in plans.items():
         samples, plan = samples_of(batch), tc.packing.pack(batch)
-        assert plan.num_places <= len(trl_rows(samples)["input_ids"])
+        areal = tries(samples)
+        shared, lengths = sorted_rows(samples)
+        assert plan.num_places <= int((lengths - shared).sum()) == sum(areal()) <= len(trl_rows(samples)["input_ids"])
         table.measure(
             "plan",
             name,
             lambda: (),
             8 * plan.num_tokens,
-            {"tokcredit": lambda b=batch: tc.packing.pack(b), "TRL TreeRow": lambda s=samples: trl_rows(s)},
-            targets={"TRL TreeRow": 10},
+            {
+                "tokcredit": lambda b=batch: tc.packing.pack(b),
+                "TRL TreeRow": lambda s=samples: trl_rows(s),
+                "AReaL, tries": areal,
+                "segments only, NumPy": lambda s=samples: sorted_rows(s),
+            },
+            targets={"TRL TreeRow": 10, "AReaL, tries": 10},
         )
     rows, length = (128, 1_024) if quick else (1_024, 9_200)
     batch = workload(rows, length, 16)
