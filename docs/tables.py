@@ -1,17 +1,21 @@
-"""Writes the tables of docs/methods.md and README.md from the methods and the inputs: ``python docs/tables.py``."""
+"""Writes the tables of docs/methods.md, docs/hosts.md and README.md from the methods: ``python docs/tables.py``."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tokcredit as tc
+from tokcredit.adapters import two_phase
+from tokcredit.adapters.capabilities import policy_methods, require, require_constant, require_independent_rows
 
 ROOT = Path(__file__).parents[1]
 PLAIN = {tc.Objective: "grpo", tc.Preference: "dpo", tc.Supervised: "sft"}
+COMMON = {"old_log_probs", "rollout_log_probs", "ref_log_probs"}
 HEADINGS = "Args|Cost|References|Differences from the paper|Differences from the released code"
 
 
@@ -140,6 +144,48 @@ def inputs() -> str:
     return table(("input", "dtype and shape", "meaning", "obtained from"), rows)
 
 
+def check_trl(objective: tc.Objective) -> None:
+    """Raise an error if TRL's ``GRPOTrainer`` cannot carry an objective, whatever its settings are.
+
+    Args:
+        objective: The objective.
+    """
+    require_constant(objective, "TRL", schedules=True)
+    require_independent_rows(objective, "TRL")
+    require(objective, COMMON | {"entropies"}, "TRL", ("log_probs", "entropies"))
+
+
+def check_two_phase(objective: tc.Objective, carries: set[str]) -> None:
+    """Raise an error if a host with advantages in one place and the loss in another cannot carry an objective.
+
+    Args:
+        objective: The objective.
+        carries: Inputs of the host.
+    """
+    require(two_phase.advantage_part(objective, "the host"), carries, "the host")
+    two_phase.loss_part(objective, "the host", "")
+
+
+def hosts() -> str:
+    """Return the table of the hosts in which each method runs with its default settings."""
+    checks: tuple[Callable[[tc.Objective], None], ...] = (
+        check_trl,
+        lambda objective: check_two_phase(objective, COMMON | {"entropies"}),
+        lambda objective: check_two_phase(objective, COMMON),
+    )
+    rows = []
+    for name in policy_methods():
+        cells = [f"[`{name}`](methods.md#{name})"]
+        for check in checks:
+            try:
+                check(tc.methods.load(name))
+                cells.append("yes")
+            except ValueError:
+                cells.append("-")
+        rows.append((*cells,))
+    return table(("method", "TRL `GRPOTrainer`", "verl", "SkyRL, OpenRLHF, AReaL"), rows)
+
+
 def short() -> str:
     """Return the table of the names and first lines of all methods."""
     return table(
@@ -153,12 +199,12 @@ def filled(text: str) -> str:
     Args:
         text: The document.
     """
-    for make in (methods, differences, inputs, short):
+    for make in (methods, differences, inputs, hosts, short):
         mark = f"<!-- {make.__name__} -->"
         text = re.sub(f"{mark}.*?{mark}", lambda _, m=mark, f=make: f"{m}\n{f()}\n{m}", text, flags=re.S)
     return text
 
 
 if __name__ == "__main__":
-    for path in (ROOT / "docs/methods.md", ROOT / "README.md"):
+    for path in (ROOT / "docs/methods.md", ROOT / "docs/hosts.md", ROOT / "README.md"):
         path.write_text(filled(path.read_text()))

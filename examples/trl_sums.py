@@ -2,7 +2,7 @@
 
 Install and run::
 
-    pip install tokcredit trl
+    pip install . trl  # in a clone of tokcredit
     python examples/trl_sums.py --method tempo
 """
 

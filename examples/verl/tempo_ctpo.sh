@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train with the credit of TEMPO and the ratio and clip of CTPO in verl, on one machine with GPUs:
 #
-#   pip install tokcredit verl "TransferQueue>=0.1.10" vllm
+#   pip install . verl "TransferQueue>=0.1.10" vllm  # in a clone of tokcredit
 #   DATA=~/data/gsm8k MODEL=Qwen/Qwen2.5-0.5B-Instruct examples/verl/tempo_ctpo.sh
 #
 # The data are verl's parquet files, for example those of its gsm8k script. Further arguments override verl's

@@ -32,7 +32,7 @@ class mean_entropy_shaped(Credit):
     ``std`` is the population standard deviation. The advantage is 0 where all ``r`` are equal.
 
     Args:
-        base: Factor of the reward of a correct row, and blame of a wrong one, whatever the entropy.
+        base: Factor of the reward of a correct row, and of the penalty of a wrong one, whatever the entropy.
         bonus: Share of the reward that depends on entropy.
         threshold: A row is correct if its reward exceeds it.
     """
@@ -62,7 +62,7 @@ def grpo_s(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> Objective:
-    """GRPO-S: correct responses share an extra reward by their mean entropy, wrong ones blame by its inverse.
+    """GRPO-S: correct responses share an extra reward by their mean entropy, wrong ones a penalty by its inverse.
 
     With ``H`` the mean entropy of a response, ``d`` the number of correct responses of the group, ``h`` that of wrong
     ones, and sums over them::
@@ -73,7 +73,7 @@ def grpo_s(
         loss = mean over all tokens of max(-A * q, -A * clip(q, 1 - clip_low, 1 + clip_high))
 
     Args:
-        base: Factor of the reward of a correct response, and blame of a wrong one, whatever the entropy.
+        base: Factor of the reward of a correct response, and of the penalty of a wrong one, whatever the entropy.
         bonus: Share of the reward that depends on entropy.
         threshold: A response is correct if its reward exceeds it.
         clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.

@@ -35,7 +35,7 @@ class entropy_shaped(Credit):
     policy chose.
 
     Args:
-        base: Factor of the reward of a correct row, and blame of a wrong one, whatever the entropy.
+        base: Factor of the reward of a correct row, and of the penalty of a wrong one, whatever the entropy.
         bonus: Share of the reward that depends on entropy.
         threshold: A row is correct if its reward exceeds it.
     """
@@ -81,7 +81,7 @@ def gtpo(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> Objective:
-    """GTPO: tokens of correct responses share an extra reward by entropy, those of wrong ones blame by its inverse.
+    """GTPO: tokens of correct responses share an extra reward by entropy, of wrong ones a penalty by its inverse.
 
     With ``H`` the entropy of a token, ``d`` the number of correct responses of the group that have a position ``t``,
     ``h`` that of wrong ones, and sums over them::
@@ -94,7 +94,7 @@ def gtpo(
     Each side is centred at 0 by itself, so that tokens with low entropy in correct responses have a negative advantage.
 
     Args:
-        base: Factor of the reward of a correct response, and blame of a wrong one, whatever the entropy.
+        base: Factor of the reward of a correct response, and of the penalty of a wrong one, whatever the entropy.
         bonus: Share of the reward that depends on entropy.
         threshold: A response is correct if its reward exceeds it.
         clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.

@@ -78,7 +78,7 @@ def igpo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Objective:
-    """IGPO: a turn earns by how much it raised the policy's own probability of the true answer, the last the outcome.
+    """IGPO: a turn's reward is the rise of the policy's probability of the true answer, the last turn's the outcome.
 
     With ``p[k]`` the exp of the mean log-prob of the true answer after turn k, and ``R`` the total reward::
 

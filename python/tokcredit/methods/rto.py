@@ -76,7 +76,7 @@ def rto(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Objective:
-    """RTO: PPO that rewards each token by how much more a policy trained with DPO likes it than the reference does.
+    """RTO: PPO that rewards each token by its log-ratio between a policy trained with DPO and the reference.
 
     With ``V`` the values of a critic::
 
