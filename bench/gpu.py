@@ -350,7 +350,8 @@ def logits(table, rows, vocabulary, dtype):
     if COMPILES and triton is not None:
         forward["triton"] = lambda x: with_triton(x, tokens)
     table.measure("logits forward", shape, make, size, forward, close)
-    log_probs, entropies, logsumexp = torch.ops.tokcredit.logits(*make(), tokens, 1.0, 1)
+    rows = (tokens, 1.0, None, 1.0, float("inf"), None)
+    log_probs, entropies, _, _, logsumexp = torch.ops.tokcredit.logits(*make(), *rows, False, 1)
     ones = torch.ones_like(log_probs)
     table.measure(
         "logits backward",
@@ -359,7 +360,7 @@ def logits(table, rows, vocabulary, dtype):
         2 * size,
         {
             "tokcredit": lambda x: torch.ops.tokcredit.logits_gradient(
-                x, tokens, 1.0, logsumexp, entropies, ones, ones, 1
+                x, *rows, 0, -1, logsumexp, entropies, None, ones, ones, None, None, 1
             )
         },
     )

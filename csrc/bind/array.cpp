@@ -90,12 +90,11 @@ void Call::fail(const char *name, const std::string &expected, const std::string
   throw py::value_error(std::string(op_) + ": " + name + ": expected " + expected + ", got " + got);
 }
 
-Array Call::read(const char *name, const py::handle &tensor) {
+Array Call::borrow(const char *name, const py::handle &tensor, dlpack::Tensor &t) {
   const dlpack::ExchangeApi *api = exchange(tensor);
   if (!api)
     throw py::type_error(std::string(op_) + ": " + name + ": expected torch.Tensor, got " +
                          Py_TYPE(tensor.ptr())->tp_name);
-  dlpack::Tensor t{};
   if (api->borrow(tensor.ptr(), &t) != 0)
     throw py::error_already_set();
   Array out;
@@ -105,17 +104,11 @@ Array Call::read(const char *name, const py::handle &tensor) {
   out.shape = t.shape;
   out.dimensions = t.ndim;
   out.size = 1;
-  bool contiguous = true;
-  for (int32_t i = t.ndim; i-- > 0; out.size *= t.shape[i])
-    contiguous &= !t.strides || t.shape[i] <= 1 || t.strides[i] == out.size;
-  if (!contiguous && out.size > 0)
-    fail(name, "a contiguous tensor", "strides of another layout");
+  for (int32_t i = 0; i < t.ndim; ++i)
+    out.size *= t.shape[i];
   // A subclass may override where its data are; a FakeTensor has none.
   if (!t.data && out.size > 0)
     fail(name, "a tensor with data", Py_TYPE(tensor.ptr())->tp_name + std::string(" without data"));
-#ifdef TOKCREDIT_EMULATED
-  emulated_.know(out.data, out.size * bytes_of(out.type));
-#endif
   if (device_type_ == 0) {
     device_type_ = t.device_type;
     device_id_ = t.device_id;
@@ -125,6 +118,50 @@ Array Call::read(const char *name, const py::handle &tensor) {
     fail(name, "the device of the other arguments", "another device");
   }
   return out;
+}
+
+void Call::know([[maybe_unused]] const Array &array, [[maybe_unused]] int64_t size) const {
+#ifdef TOKCREDIT_EMULATED
+  emulated_.know(array.data, size * bytes_of(array.type));
+#endif
+}
+
+Array Call::read(const char *name, const py::handle &tensor) {
+  dlpack::Tensor t{};
+  const Array out = borrow(name, tensor, t);
+  bool contiguous = true;
+  int64_t size = 1;
+  for (int32_t i = t.ndim; i-- > 0; size *= t.shape[i])
+    contiguous &= !t.strides || t.shape[i] <= 1 || t.strides[i] == size;
+  if (!contiguous && out.size > 0)
+    fail(name, "a contiguous tensor", "strides of another layout");
+  know(out, out.size);
+  return out;
+}
+
+Matrix Call::read_matrix(const char *name, const py::handle &tensor) {
+  dlpack::Tensor t{};
+  const Array out = borrow(name, tensor, t);
+  if (out.dimensions != 2 && out.dimensions != 3)
+    fail(name, "a matrix, or slices of one", text(out));
+  const int64_t slices = out.dimensions == 3 ? t.shape[0] : 1, *shape = t.shape + out.dimensions - 2;
+  const int64_t inner = shape[0], columns = shape[1];
+  const int64_t *strides = t.strides ? t.strides + out.dimensions - 2 : nullptr;
+  const Places places{inner,
+                      slices <= 1 ? inner * columns
+                      : t.strides ? t.strides[0]
+                                  : inner * columns,
+                      inner > 1 && strides ? strides[0] : columns};
+  if (out.size == 0)
+    return {out, slices * inner, columns, places};
+  const int64_t outer = slices > 1 ? places.outer_stride : INT64_MAX,
+                close = inner > 1 ? places.inner_stride : INT64_MAX;
+  const bool apart = close <= outer ? close >= columns && outer / inner >= close
+                                    : outer >= columns && close / slices >= outer;
+  if (!apart || (strides && columns > 1 && strides[1] != 1))
+    fail(name, "columns side by side and rows apart from each other", "strides of another layout");
+  know(out, (slices - 1) * places.outer_stride + (inner - 1) * places.inner_stride + columns);
+  return {out, slices * inner, columns, places};
 }
 
 Array Call::read(const char *name, const py::handle &tensor, Type type, int64_t size) {

@@ -7,6 +7,7 @@
 #include "bind/dlpack.hpp"
 #include "ops/array.hpp"
 #include "ops/device.hpp"
+#include "ops/places.hpp"
 #include <pybind11/pybind11.h>
 #include <string>
 #include <vector>
@@ -29,6 +30,13 @@ struct Array {
   template <class T> T *as() const { return static_cast<T *>(data); }
 };
 
+// A tensor (rows, columns) or (slices, rows, columns), with columns side by side.
+struct Matrix {
+  Array array;
+  int64_t rows, columns;
+  Places places;
+};
+
 std::string name_of(Type type);
 std::string text(const Array &array); // dtype and shape
 
@@ -46,6 +54,8 @@ public:
   Array read(const char *name, const py::handle &tensor);
   Array read(const char *name, const py::handle &tensor, Type type, int64_t size);
   Array read_float(const char *name, const py::handle &tensor);
+  // Rows need not lie side by side, but each apart from the others.
+  Matrix read_matrix(const char *name, const py::handle &tensor);
   // None becomes a null pointer.
   Array optional(const char *name, const py::handle &tensor, Type type, int64_t size);
   Rows rows(const py::handle &begin, const py::handle &end, const py::handle &mask, int64_t size);
@@ -84,6 +94,8 @@ public:
   template <class Cpu, class Cuda> void run(Cpu &&cpu, Cuda &&device) const;
 
 private:
+  Array borrow(const char *name, const py::handle &tensor, dlpack::Tensor &t);
+  void know(const Array &array, int64_t size) const;
   [[noreturn]] void no_cuda() const;
 
   const char *op_;

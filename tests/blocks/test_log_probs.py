@@ -255,16 +255,18 @@ def test_thread_count_does_not_change_bits(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     logits, tokens = sample(3, 5, dtype)
-    torch.library.opcheck(torch.ops.tokcredit.logits.default, (logits, tokens, 0.7, 1))
-    _, entropies, logsumexp = torch.ops.tokcredit.logits(logits, tokens, 0.7, 1)
-    torch.library.opcheck(
-        torch.ops.tokcredit.logits_gradient.default,
-        (logits, tokens, 0.7, logsumexp, entropies, torch.ones(3), None, 1),
-    )
-    torch.library.opcheck(
-        torch.ops.tokcredit.logits_gradient_.default,
-        (logits.clone(), tokens, 0.7, logsumexp, entropies, torch.ones(3), None, 1),
-    )
+    chosen = torch.tensor([[0, -1], [4, 4], [1, 2]])
+    rows = (tokens, 0.7, torch.full((3,), 0.6), 1.5, 4.0, chosen)
+    torch.library.opcheck(torch.ops.tokcredit.logits.default, (logits, *rows, True, 1))
+    torch.library.opcheck(torch.ops.tokcredit.logits.default, (logits, tokens, 0.7, None, 1.0, INF, None, False, 1))
+    torch.library.opcheck(torch.ops.tokcredit.logits_state.default, (logits, *rows, 2, 9, None, 1))
+    _, entropies, squares, _, logsumexp = torch.ops.tokcredit.logits(logits, *rows, True, 1)
+    given = (logsumexp, entropies, squares, torch.ones(3), None, torch.ones(3), torch.ones(3, 2))
+    torch.library.opcheck(torch.ops.tokcredit.logits_gradient.default, (logits, *rows, 0, 5, *given, 1))
+    for narrow in {dtype, torch.bfloat16}:
+        torch.library.opcheck(
+            torch.ops.tokcredit.logits_gradient_.default, (logits.clone(), *rows, 0, 5, *given, narrow, 1)
+        )
 
 
 def test_compiles_without_graph_breaks():

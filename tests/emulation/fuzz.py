@@ -66,6 +66,13 @@ class Draw:
             x[at] = torch.tensor([self.choice(SPECIAL) for _ in range(int(at.sum()))], dtype=x.dtype)
         return self.placed(x.to(dtype))
 
+    def in_rows(self, x):
+        """The same matrix; or as a slice of a wider one, whose rows lie apart."""
+        if self.chance(0.6):
+            return x
+        wide = x.new_empty(len(x), x.shape[1] + self.choice([1, 8, 40]))[:, : x.shape[1]].copy_(x)
+        return wide.view(2, -1, x.shape[1]) if len(x) % 2 == 0 and self.chance(0.3) else wide
+
     def bools(self, size, kind=None):
         kind = kind or self.choice(["dense", "sparse", "none", "runs"])
         if kind == "runs":
@@ -435,18 +442,26 @@ def scale_rows(d):
 
 
 def logits(d):
-    rows, vocabulary, dtype = d.integer(1, 12), d.choice([1, 2, 7, 33, 500, 5003]), d.choice(FLOATS)
+    rows, vocabulary, dtype = d.integer(1, 12), d.choice([1, 2, 7, 33, 500, 5003, 4096]), d.choice(FLOATS)
     x = d.normal(dtype, rows, vocabulary, scale=d.choice([0.1, 2, 30]))
     if d.chance(0.3):
         x[:, d.integer(0, vocabulary - 1)] = -math.inf
     out = accumulated(dtype)
     tokens = [d.choice([-1, d.integer(0, vocabulary - 1), d.integer(0, vocabulary - 1)]) for _ in range(rows)]
+    choices = d.choice([None, None, 0, 1, 3, 40])
+    chosen = None if choices is None else torch.randint(-1, vocabulary, (rows, choices), generator=d.torch)
     return {
-        "logits": x,
+        "logits": d.in_rows(x),
         "tokens": d.index(tokens).to(d.choice([torch.int32, torch.int64])),
         "temperature": d.choice([1.0, 0.7, 2.0]),
+        "temperatures": d.choice([None, d.placed(d.normal(out, rows).abs() + 0.5)]),
+        "scale": d.choice([1.0, 0.5]),
+        "softcap": d.choice([math.inf, math.inf, 5.0]),
+        "chosen": None if chosen is None else d.placed(chosen),
         "log_probs": d.empty(out, rows),
         "entropies": d.empty(out, rows),
+        "squares": d.empty(out, rows),
+        "chosen_log_probs": None if chosen is None else d.empty(out, rows, choices),
         "logsumexp": d.empty(torch.float64, rows),
     }
 
@@ -454,13 +469,46 @@ def logits(d):
 def logits_gradient(d):
     f = logits(d)
     _C.logits(*(f.get(name, 1) for name in names("logits")))
-    out = f["entropies"].dtype
-    rows = f["tokens"].numel()
+    x, squares, chosen = f["logits"], f["squares"], f["chosen"]
+    out, rows = squares.dtype, len(squares)
+    dtype = d.choice([torch.float32, torch.bfloat16, torch.float16]) if x.dtype == torch.float32 else x.dtype
+    over = x if dtype == x.dtype else x.view(dtype)[..., : x.shape[-1]]
+    grad_squares = d.choice([None, d.normal(out, rows)])
     return {
-        **{name: f[name] for name in ("logits", "tokens", "temperature", "logsumexp", "entropies")},
+        **{name: f[name] for name in names("logits")[:7]},
+        "first": 0,
+        "ids": -1,
+        "logsumexp": f["logsumexp"],
+        "entropies": f["entropies"],
+        "squares": d.choice([squares] if grad_squares is not None else [squares, None]),
         "grad_log_probs": d.choice([None, d.normal(out, rows)]),
         "grad_entropies": d.choice([None, d.normal(out, rows)]),
-        "grad": d.choice([f["logits"], d.empty(f["logits"].dtype, *f["logits"].shape)]),
+        "grad_squares": grad_squares,
+        "grad_chosen": None if chosen is None else d.choice([None, d.normal(out, *chosen.shape)]),
+        "grad": d.choice([over, d.in_rows(d.empty(dtype, rows, x.shape[-1]))]),
+    }
+
+
+def logits_state(d):
+    f = logits(d)
+    x, chosen, first = f["logits"], f["chosen"], d.choice([0, 3, 5000])
+    rows = len(f["tokens"])
+    ids = first + x.shape[-1] + d.choice([0, 9])
+    f["tokens"] = d.placed(torch.randint(-1, ids, (rows,), generator=d.torch))
+    if chosen is not None:
+        f["chosen"] = d.placed(torch.randint(-1, ids, chosen.shape, generator=d.torch))
+    size = 5 + (0 if chosen is None else chosen.shape[1])
+    before = d.normal(torch.float64, rows, size)
+    before[:, 1:4] = before[:, 1:4].abs() + 0.5
+    if d.chance(0.3):  # the parts before had no probability
+        before[:, 0], before[:, 1:4] = -math.inf, 0
+    before = d.choice([None, before])
+    return {
+        **{name: f[name] for name in names("logits")[:7]},
+        "first": first,
+        "ids": ids,
+        "before": before,
+        "state": before if before is not None and d.chance(0.3) else d.empty(torch.float64, rows, size),
     }
 
 
@@ -653,6 +701,7 @@ GENERATORS = {
     "scale_rows": scale_rows,
     "logits": logits,
     "logits_gradient": logits_gradient,
+    "logits_state": logits_state,
     "divergence": divergence,
     "divergence_gradient": divergence_gradient,
     "divergence_top": divergence_top,
@@ -679,6 +728,7 @@ PLACES = {
     "scope",
     "wanted",
     "tokens",
+    "chosen",
     "source",
     "target",
     "length",

@@ -24,8 +24,11 @@ SIGNATURES = {
     "policy_loss": "log_probs reference operands numbers begin end mask trains surrogate source on value both_sides "
     "bound power limit clamp_low clamp_high =values =stats =slopes threads",
     "scale_rows": "x factor begin end =y threads",
-    "logits": "logits tokens temperature =log_probs =entropies =logsumexp threads",
-    "logits_gradient": "logits tokens temperature logsumexp entropies grad_log_probs grad_entropies =grad threads",
+    "logits": "logits tokens temperature temperatures scale softcap chosen =log_probs =entropies =squares "
+    "=chosen_log_probs =logsumexp threads",
+    "logits_state": "logits tokens temperature temperatures scale softcap chosen first ids before =state threads",
+    "logits_gradient": "logits tokens temperature temperatures scale softcap chosen first ids logsumexp entropies "
+    "squares grad_log_probs grad_entropies grad_squares grad_chosen =grad threads",
     "divergence": "student teacher other weights mask kind share temperature =values =entropies =saved threads",
     "divergence_gradient": "student teacher other weights mask kind share temperature saved grad_values =grad threads",
     "divergence_top": "student ids log_probs mask kind share outside temperature =values =entropies =saved =slopes "

@@ -1,6 +1,7 @@
 """Row loops are compiled once for each level of x86-64; all levels that this machine can run give the same bits."""
 
 import ctypes
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,10 +48,22 @@ extern "C" void run(int type, int surrogate, int on, bool cumulative, double pow
   cpu::TOKCREDIT_LEVEL::policy_loss_rows(p, 0, rows);
 }
 extern "C" void logits(int type, int64_t rows, int64_t vocabulary, const void *x, const int64_t *tokens,
-                       void *log_probs, void *entropies, double *logsumexp, const void *slopes, void *grad) {
-  const Logits in{rows, vocabulary, Type(type), Type::i64, x, tokens, 0.7};
-  cpu::TOKCREDIT_LEVEL::logits_rows({in, log_probs, entropies, logsumexp}, 0, rows);
-  cpu::TOKCREDIT_LEVEL::logits_gradient_rows({in, logsumexp, entropies, slopes, slopes, grad}, 0, rows);
+                       void *log_probs, void *entropies, void *squares, double *logsumexp, const void *slopes,
+                       double softcap, void *grad) {
+  Logits in{};
+  in.rows = rows;
+  in.vocabulary = in.ids = vocabulary;
+  in.places = {rows, 0, vocabulary};
+  in.type = Type(type);
+  in.token_type = Type::i64;
+  in.logits = x;
+  in.tokens = tokens;
+  in.temperature = 0.7;
+  in.scale = 1;
+  in.softcap = softcap;
+  cpu::TOKCREDIT_LEVEL::logits_rows({in, log_probs, entropies, squares, nullptr, logsumexp}, 0, rows);
+  cpu::TOKCREDIT_LEVEL::logits_gradient_rows({in, logsumexp, entropies, squares, slopes, slopes, slopes, nullptr,
+                                              Type(type), in.places, grad}, 0, rows);
 }
 extern "C" void run_baseline(int type, bool per_row, const int64_t *begin, const int64_t *end, const bool *mask,
                              int64_t rows, int64_t size, const void *log_probs, const void *squares,
@@ -143,21 +156,22 @@ def test_policy_loss(levels, dtype, cumulative):
 
 
 @pytest.mark.parametrize("dtype", CODES)
-def test_logits(levels, dtype):
+@pytest.mark.parametrize("softcap", [math.inf, 3.0])
+def test_logits(levels, dtype, softcap):
     torch.manual_seed(0)
     wide, size = torch.float64 if dtype == torch.float64 else torch.float32, 1500
     x = (5 * torch.randn(ROWS, size, dtype=torch.float64)).to(dtype)
     tokens, slopes = torch.tensor([3, 1499, -1]), torch.randn(ROWS, dtype=wide)
     results = []
     for library in levels.values():
-        log_probs, entropies, logsumexp = (torch.zeros(ROWS, dtype=t) for t in (wide, wide, torch.float64))
+        log_probs, entropies, squares, logsumexp = (torch.zeros(ROWS, dtype=t) for t in (*[wide] * 3, torch.float64))
         grad = torch.ones_like(x)
         sizes = (ctypes.c_int64(ROWS), ctypes.c_int64(size))
-        tensors = (x, tokens, log_probs, entropies, logsumexp, slopes, grad)
-        library.logits(CODES[dtype], *sizes, *map(pointer, tensors))
-        assert log_probs[:2].max() < 0 < entropies[:2].min()
+        tensors = (x, tokens, log_probs, entropies, squares, logsumexp, slopes)
+        library.logits(CODES[dtype], *sizes, *map(pointer, tensors), ctypes.c_double(softcap), pointer(grad))
+        assert log_probs[:2].max() < 0 < min(entropies[:2].min(), squares[:2].min())
         assert grad[:2].abs().min(1).values.max() >= 0 == grad[2].abs().max()
-        results.append((log_probs, entropies, logsumexp, grad))
+        results.append((log_probs, entropies, squares, logsumexp, grad))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -109,15 +109,28 @@ void logits() {
   for (bool in_half : {false, true}) {
     const Type type = in_half ? Type::bf16 : Type::f32;
     const void *x = in_half ? static_cast<const void *>(half.data()) : plain.data();
-    const Logits in{count, vocabulary, type, Type::i64, x, tokens.data(), 0.7};
-    std::vector<float> log_probs(count), entropies(count), gradient(count * vocabulary);
+    Logits in{};
+    in.rows = count;
+    in.vocabulary = in.ids = vocabulary;
+    in.places = {count, 0, vocabulary};
+    in.type = type;
+    in.token_type = Type::i64;
+    in.logits = x;
+    in.tokens = tokens.data();
+    in.temperature = 0.7;
+    in.scale = 1;
+    in.softcap = in_half ? INFINITY : 20;
+    std::vector<float> log_probs(count), entropies(count), squares(count), gradient(count * vocabulary);
     std::vector<uint16_t> half_gradient(count * vocabulary);
     std::vector<double> logsumexp(count);
-    cpu::logits({in, log_probs.data(), entropies.data(), logsumexp.data()}, threads);
+    cpu::logits({in, log_probs.data(), entropies.data(), squares.data(), nullptr, logsumexp.data()}, threads);
     void *out = in_half ? static_cast<void *>(half_gradient.data()) : gradient.data();
-    cpu::logits_gradient({in, logsumexp.data(), entropies.data(), ones.data(), twos.data(), out}, threads);
+    cpu::logits_gradient({in, logsumexp.data(), entropies.data(), squares.data(), ones.data(), twos.data(),
+                          ones.data(), nullptr, type, in.places, out},
+                         threads);
     show(in_half ? "log_probs bf16" : "log_probs", log_probs);
     show(in_half ? "entropies bf16" : "entropies", entropies);
+    show(in_half ? "squares bf16" : "squares", squares);
     if (in_half)
       show("gradient bf16", half_gradient);
     else

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,35 @@ from tokcredit.blocks.tiles import Head, Sums, Tiles, joined
 Values = Callable[..., Tensor]
 Slopes = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Total = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _scaled(z: Tensor, tiles: Tiles, first: int, last: int, sloped: bool) -> Tensor | None:
+    """Scale and cap logits of a tile, and divide them by their own temperatures; return the slope of the softcap."""
+    head, slope = tiles.head, None
+    if head.scale != 1:
+        z.mul_(head.scale)
+    if head.softcap is not None:
+        # A cap would make a finite number of the logit of a forbidden id.
+        forbidden = z.isneginf()
+        z.div_(head.softcap)
+        # 1 - tanh(y) ** 2 without the cancellation near its bounds.
+        slope = z.cosh().square_().reciprocal_() if sloped else None
+        z.tanh_().mul_(head.softcap).masked_fill_(forbidden, -math.inf)
+    if tiles.temperature is not None:
+        z.div_(tiles.temperature[first:last, None])
+    return slope
+
+
+def _through(z: Tensor, slope: Tensor | None, tiles: Tiles, first: int, last: int) -> Tensor:
+    """Return the gradient to the product of hidden states and weight, given that to what :func:`_scaled` made of it."""
+    if slope is not None:
+        z.mul_(slope)
+        if tiles.idle is not None:
+            z.masked_fill_(tiles.idle[first:last, None], 0)
+    if tiles.temperature is not None:
+        z.div_(tiles.temperature[first:last, None])
+    z = z if tiles.head.scale == 1 else z.mul_(tiles.head.scale)
+    return z.to(tiles.weight.dtype)
 
 
 class _DistilledLoss(OnePass):
@@ -36,31 +66,30 @@ class _DistilledLoss(OnePass):
         results: list[tuple[Tensor, ...]] = []
 
         def evaluated(first: int, last: int, sloped: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-            z, slope = tiles.logits(first, last, sloped)
-            log_probs, entropies, _ = tiles.statistics(z, first, last)
+            z, given = tiles.logits(first, last), teacher.logits(first, last)
+            found = tiles.statistics(z, first, last)
+            slope = _scaled(z, tiles, first, last, sloped)
+            _scaled(given, teacher, first, last, False)
             student = z.detach().requires_grad_(sloped)
             with torch.set_grad_enabled(sloped):
-                value = values(student, teacher.logits(first, last, sloped=False)[0], tiles.common, overwrite=sloped)
-            results.append((value.detach(), log_probs, entropies))
+                value = values(student, given, tiles.common, overwrite=sloped)
+            results.append((value.detach(), found.log_probs, found.entropies))
             return student, slope, value
 
         if any(ctx.needs_input_grad[:3]):
             sums = Sums(tiles, ctx.needs_input_grad[:3])
             tiles.idle = idle = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
 
-            def gradient(first: int, last: int) -> Tensor:
+            for first, last in tiles.pieces():
                 student, slope, value = evaluated(first, last, True)
                 given = slopes(first, last, *results[-1])
                 idle[first:last] = given == 0
                 (z,) = torch.autograd.grad(value, student, given)
-                return tiles.through(z, slope, first, last)
-
-            for block in tiles.blocks(gradient):
-                sums.add(*block)
+                sums.add(first, last, _through(z, slope, tiles, first, last))
             ctx.gradients = sums.results()
         else:
-            for first in range(0, hidden.shape[0], tiles.rows):
-                evaluated(first, min(first + tiles.rows, hidden.shape[0]), False)
+            for first, last in tiles.pieces():
+                evaluated(first, last, False)
         tiles.free()
         teacher.free()
         return total(*joined(results, 3, hidden))
@@ -116,8 +145,9 @@ def distilled_loss(
     alike = head.logits_dtype if head.logits_dtype in (own, torch.float32) and own.itemsize < 8 else own
     of_bias = None if of.bias is None else of.bias.to(own)
     of = dataclasses.replace(of, weight=of.weight.to(own), bias=of_bias, logits_dtype=alike)
-    # Half of the memory is the teacher's.
-    head = dataclasses.replace(head, tile_bytes=max(1, head.tile_bytes // 2))
+    # Beside the logits lie the teacher's, the slope of a softcap, and a gradient of another dtype.
+    tiles_at_once = 2 + (head.softcap is not None) + (head.logits_dtype != h.dtype)
+    head = dataclasses.replace(head, tile_bytes=max(1, head.tile_bytes // tiles_at_once))
     tiles = Tiles(head, tiles.hidden, tiles.tokens, tiles.temperature)
     seen = given.detach().reshape(-1, shape[-1]).index_select(0, rows).to(of.weight.dtype)
     others = Tiles(of, seen, tiles.tokens, tiles.temperature)

@@ -6,6 +6,7 @@ The logits exist one tile at a time. With ``h`` a hidden state, ``W`` and ``b`` 
     z = softcap * tanh(x / softcap) / temperature        # x / temperature without softcap
     log_probs = log softmax(z)[token]
     entropies = -sum(p * log(p) for p in softmax(z))
+    squares = sum(p * p for p in softmax(z))
 
 Positions without a token (-1) are taken out before the first product: what their hidden states hold, NaN included,
 reaches neither result nor gradient. All products are those of torch.
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tokcredit import ops
 from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, tensor
-from tokcredit.blocks.tiles import Head, Sums, Tiles, joined, pieces
+from tokcredit.blocks.tiles import Head, Sums, Tiles, joined
 
 __all__ = ["Head", "OnePass", "dtype_of", "log_probs_and_entropies", "positions", "scattered", "separable_loss"]
 
@@ -31,42 +33,40 @@ class _TwoPasses(torch.autograd.Function):
     """Four products: the logits are computed again in the backward pass, only of positions with a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        parts = pieces(hidden.shape[0], tiles.head.tile_rows)
-        results = [tiles.statistics(tiles.logits(*at, sloped=False)[0], *at) for at in parts]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles, squares: bool
+    ) -> tuple[Tensor | None, ...]:
+        results = [tiles.statistics(tiles.logits(*at), *at, squares) for at in tiles.pieces()]
         tiles.free()
-        log_probs, entropies, normalizers = joined(results, 3, hidden)
-        ctx.save_for_backward(hidden, weight, bias, entropies, normalizers)
+        nothing = tiles.statistics(tiles.weight.new_empty(0, tiles.weight.shape[0]), 0, 0, squares)
+        sums = [None if x[0] is None else torch.cat(x) for x in zip(nothing, *results, strict=True)]
+        ctx.save_for_backward(hidden, weight, bias, *sums)
         ctx.tiles = tiles
         ctx.set_materialize_grads(False)
-        return log_probs, entropies
+        return tuple(sums[:4])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None) -> tuple[Tensor | None, ...]:
-        tiles, (hidden, *_, entropies, normalizers) = ctx.tiles, ctx.saved_tensors
-        given = [x for x in (grad_log_probs, grad_entropies) if x is not None]
-        moves = torch.stack([x != 0 for x in given]).any(0).nonzero()[:, 0] if given else hidden.new_empty(0).long()
-        chosen = tiles
-        numbers = [normalizers, entropies, grad_log_probs, grad_entropies]
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        tiles, (hidden, _, _, *sums) = ctx.tiles, ctx.saved_tensors
+        moving = [x != 0 if x.dim() == 1 else (x != 0).any(1) for x in given if x is not None]
+        moves = torch.stack(moving).any(0).nonzero()[:, 0] if moving else hidden.new_empty(0).long()
+        chosen, numbers = tiles, [*sums, *given]
         if moves.numel() < hidden.shape[0]:
-            temperature = None if tiles.temperature is None else tiles.temperature[moves]
-            chosen = Tiles(tiles.head, hidden[moves], tiles.tokens[moves], temperature)
+            temperature, ids = (None if x is None else x[moves] for x in (tiles.temperature, tiles.chosen))
+            chosen = Tiles(tiles.head, tiles.hidden[moves], tiles.tokens[moves], temperature, ids)
             numbers = [None if x is None else x[moves] for x in numbers]
-        sums = Sums(chosen, ctx.needs_input_grad[:3])
-
-        def gradient(first: int, last: int) -> Tensor:
-            own = [None if x is None else x[first:last].contiguous() for x in numbers]
-            return chosen.gradient(*chosen.logits(first, last), first, last, *own)
-
+        products = Sums(chosen, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
-            for block in chosen.blocks(gradient):
-                sums.add(*block)
+            for first, last in chosen.pieces():
+                own: list[Any] = [None if x is None else x[first:last] for x in numbers]
+                z = chosen.logits(first, last)
+                products.add(first, last, chosen.gradient(z, first, last, ops.LogitSums(*own[:5]), tuple(own[5:])))
         chosen.free()
-        of_hidden, of_weight, of_bias = sums.results()
+        of_hidden, of_weight, of_bias = products.results()
         if of_hidden is not None and chosen is not tiles:
             of_hidden = torch.zeros_like(hidden).index_copy_(0, moves, of_hidden)
-        return of_hidden, of_weight, of_bias, None
+        return of_hidden, of_weight, of_bias, None, None
 
 
 Slopes = Callable[[int, int, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
@@ -109,17 +109,14 @@ class _SeparableLoss(OnePass):
         sums, results = Sums(tiles, ctx.needs_input_grad[:3]), []
         tiles.idle = idle = torch.empty(hidden.shape[0], dtype=torch.bool, device=hidden.device)
 
-        def gradient(first: int, last: int) -> Tensor:
-            z, slope = tiles.logits(first, last)
-            log_probs, entropies, normalizers = tiles.statistics(z, first, last)
-            results.append((log_probs, entropies))
-            a, e = slopes(first, last, log_probs, entropies)
+        for first, last in tiles.pieces():
+            z = tiles.logits(first, last)
+            found = tiles.statistics(z, first, last)
+            results.append((found.log_probs, found.entropies))
+            a, e = slopes(first, last, found.log_probs, found.entropies)
             given = [x == 0 for x in (a, e) if x is not None]
             idle[first:last] = torch.stack(given).all(0) if given else True
-            return tiles.gradient(z, slope, first, last, normalizers, entropies, a, e)
-
-        for block in tiles.blocks(gradient):
-            sums.add(*block)
+            sums.add(first, last, tiles.gradient(z, first, last, found, (a, e, None, None)))
         tiles.free()
         ctx.gradients = sums.results()
         return total(*joined(results, 2, hidden))
@@ -182,7 +179,7 @@ def positions(
     if isinstance(head.temperature, Tensor):
         if head.temperature.numel() != flat.numel():
             raise ValueError(f"temperature: expected a number or [{flat.numel()}], got {describe(head.temperature)}")
-        temperature = head.temperature.detach().reshape(-1)[rows, None]
+        temperature = head.temperature.detach().reshape(-1)[rows]
     if not every:
         h, flat = h.index_select(0, rows), flat.index_select(0, rows)
     h = h.contiguous()
@@ -193,11 +190,12 @@ def scattered(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     """Return a tensor of a shape with ``x`` at some positions and 0 elsewhere.
 
     Args:
-        x: ``[n]``.
+        x: ``[n]``, or ``[n, K]`` with several numbers at each position.
         rows: int64 ``[n]``, indices into the flat result.
-        shape: Shape of the result.
+        shape: Shape of the positions.
     """
-    return x.new_zeros(math.prod(shape)).index_copy(0, rows, x).view(shape)
+    more = x.shape[1:]
+    return x.new_zeros(math.prod(shape), *more).index_copy(0, rows, x).view(*shape, *more)
 
 
 def log_probs_and_entropies(
@@ -207,8 +205,10 @@ def log_probs_and_entropies(
     bias: Tensor | None = None,
     *,
     rows: Tensor | None = None,
+    squares: bool = False,
+    chosen: Tensor | None = None,
     **settings: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return the log-prob of each token and the entropy of its distribution, with gradients.
 
     The backward pass computes the logits again, tile by tile, and only of positions that have a gradient: four matrix
@@ -222,20 +222,30 @@ def log_probs_and_entropies(
         bias: float ``[V]`` or None.
         rows: int64, indices into ``tokens.reshape(-1)`` of the positions that take part. None takes all whose token is
             not -1, and on CUDA waits for the device to find them.
+        squares: Whether the sum of squared probabilities of each position is a third result.
+        chosen: int32 or int64 ``[K]``, or ``(..., K)`` with others at each position: further ids whose log-probs are
+            the last result, 0 for an id of -1.
         settings: ``temperature``, ``softcap``, ``scale``, ``vocabulary``, ``logits_dtype`` and ``tile_bytes`` of
             :class:`Head`.
 
     Returns:
-        Two tensors ``(...)``: float32, or float64 for float64 hidden states.
+        Two tensors ``(...)``, then a third with ``squares``, then ``(..., K)`` with ``chosen``: float32, or float64 for
+        float64 hidden states. All have gradients.
 
     Raises:
         TypeError: A dtype is wrong.
-        ValueError: A shape or number is wrong, or on the CPU a token is out of range.
+        ValueError: A shape or number is wrong, or on the CPU an id is out of range.
     """
     h, head, tiles, rows = positions(hidden, weight, bias, tokens, rows, settings)
+    if chosen is not None:
+        instance("chosen", chosen, Tensor)
+        shape = (*(tokens.shape if chosen.dim() > 1 else ()), *chosen.shape[-1:])
+        tensor("chosen", chosen, INTEGERS, shape, hidden.device)
+        ids = chosen.long().reshape(-1, chosen.shape[-1])
+        tiles.chosen = ids.expand(len(rows), -1) if chosen.dim() == 1 else ids.index_select(0, rows)
     with torch.autocast(hidden.device.type, enabled=False):
-        log_probs, entropies = _TwoPasses.apply(h, head.weight, head.bias, tiles)
-    return scattered(log_probs, rows, tokens.shape), scattered(entropies, rows, tokens.shape)
+        found = _TwoPasses.apply(h, head.weight, head.bias, tiles, squares)
+    return tuple(scattered(x, rows, tokens.shape) for x in found if x is not None)
 
 
 def separable_loss(

@@ -30,6 +30,11 @@ def _check(logits: Tensor, tokens: Tensor, temperature: float) -> None:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
 
 
+def _rows(logits: Tensor) -> Tensor:
+    """Return logits ``(..., V)`` as ``[N, V]`` or ``(B, T, V)``."""
+    return logits.reshape(math.prod(logits.shape[:-2]), *logits.shape[-2:]) if logits.dim() != 2 else logits
+
+
 def with_entropies(
     logits: Tensor, tokens: Tensor, temperature: float = 1.0, overwrite: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -41,9 +46,8 @@ def with_entropies(
         entropies[i] = -sum(p[j] * log(p[j]) for j in range(V))
 
     A token of -1 marks a position that takes no part: both results and the gradient are 0 there, and its logits are not
-    read. For the shift of next-token prediction, drop the first token and append -1, rather than slicing the logits:
-    ``logits[:, :-1]`` is not contiguous and would be copied. A position whose incoming gradient is 0 gets a gradient of
-    0, whatever its logits hold.
+    read. A slice of logits such as ``logits[:, :-1]`` or ``logits[..., :V]`` is not copied. A position whose incoming
+    gradient is 0 gets a gradient of 0, whatever its logits hold.
 
     Args:
         logits: float ``(..., V)``; bf16 and fp16 are computed in float32. A logit of -inf has probability 0.
@@ -60,8 +64,8 @@ def with_entropies(
         ValueError: Shapes disagree, a token is out of range (on the CPU), or the temperature is not positive.
     """
     _check(logits, tokens, temperature)
-    rows = logits.reshape(tokens.numel(), logits.shape[-1])
-    log_probs, entropies = ops.logits(rows, tokens.reshape(-1), float(temperature), overwrite)
+    rows = ops.LogitRows(tokens.reshape(-1), float(temperature))
+    log_probs, entropies, *_ = ops.logits(_rows(logits), rows, overwrite=overwrite)
     return log_probs.view(tokens.shape), entropies.view(tokens.shape)
 
 
@@ -87,9 +91,6 @@ def from_logits(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Ten
 def squared_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the sum over the vocabulary of squared probabilities, ``sum(p[j] ** 2)``, without gradient.
 
-    At half the temperature the probabilities are squared and normalized anew, so for any token y this is
-    ``exp(2 log p[y] - log p_half[y])``. The most probable y is used, for which no large numbers cancel.
-
     Args:
         logits: float ``(..., V)``.
         tokens: int64 or int32 ``(...)``, -1 where a position takes no part (its result is 0); any other id otherwise.
@@ -103,9 +104,11 @@ def squared_probs(logits: Tensor, tokens: Tensor, temperature: float = 1.0) -> T
         ValueError: Shapes disagree, or the temperature is not positive.
     """
     _check(logits, tokens, temperature)
-    likely = torch.where(tokens < 0, -1, logits.argmax(-1))
-    double = 2 * from_logits(logits, likely, temperature)
-    return torch.where(tokens < 0, 0, double.sub_(from_logits(logits, likely, temperature / 2)).exp_())
+    # Which token stands there does not matter.
+    rows = ops.LogitRows(tokens.reshape(-1).clamp(-1, 0), float(temperature))
+    squares = ops.logits_forward(_rows(logits), rows, squares=True).squares
+    assert squares is not None
+    return squares.view(tokens.shape)
 
 
 def normalizers(logits: Tensor, batch: Rollouts) -> Tensor:
@@ -175,5 +178,7 @@ def group_probs(logits: Tensor, batch: Rollouts) -> Tensor:
     ids, _ = group_vocabulary(batch)
     group = ops.spread(batch.group_index, batch.spans)
     ids = ids[group] if batch.num_groups else ids.new_empty(batch.num_tokens, 0)
-    log_p = logits.gather(1, ids.clamp(min=0)) - normalizers(logits, batch)[:, None]
-    return torch.where((ids >= 0) & batch.response_mask[:, None], log_p.exp(), 0)
+    rows = ops.LogitRows(torch.where(batch.response_mask, 0, -1), chosen=ids)
+    chosen = ops.logits(logits, rows)[3]
+    assert chosen is not None
+    return torch.where((ids >= 0) & batch.response_mask[:, None], chosen.exp(), 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +29,8 @@ class Head:
         logits_dtype: dtype of a tile of logits: that of the weight or, for a weight in half precision, float32. None
             takes float32 on CUDA and the dtype of the weight on the CPU, where float32 takes a float32 copy of the
             weight.
-        tile_bytes: Largest memory for one tile of logits and its gradient; 256 MiB on the CPU and 2 GiB on CUDA if
-            None. Gradients of hidden states and weight are not counted.
+        tile_bytes: Largest memory for one tile of logits, over which their gradient lies; 256 MiB on the CPU and 2 GiB
+            on CUDA if None. Gradients of hidden states and weight are not counted.
 
     Raises:
         TypeError: A tensor has the wrong dtype.
@@ -81,24 +81,10 @@ class Head:
         object.__setattr__(self, "tile_bytes", given)
 
     @property
-    def in_place(self) -> bool:
-        """Whether the gradient of the logits lies over them."""
-        return self.logits_dtype == self.weight.dtype
-
-    @property
     def tile_rows(self) -> int:
-        """Positions whose logits exist at once. With a softcap its slope lies beside them."""
+        """Positions whose logits exist at once; their gradient lies over them."""
         assert self.vocabulary is not None
-        numbers = self.logits_dtype.itemsize * (1 if self.softcap is None else 2)
-        return max(1, self.tile_bytes // (1 if self.in_place else 2) // (numbers * self.vocabulary))
-
-    @property
-    def block_rows(self) -> int:
-        """Positions whose gradients are multiplied at once: a tile, or several in half of the memory."""
-        assert self.vocabulary is not None
-        if self.in_place:
-            return self.tile_rows
-        return max(self.tile_rows, self.tile_bytes // 2 // (self.weight.dtype.itemsize * self.vocabulary))
+        return max(1, self.tile_bytes // (self.logits_dtype.itemsize * self.vocabulary))
 
 
 def pieces(size: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -120,20 +106,23 @@ class Tiles:
         head: The output layer.
         hidden: ``[n, d]``, hidden states of the positions with a token.
         tokens: int64 ``[n]``.
-        temperature: ``[n, 1]``, or None where all positions share one.
+        temperature: ``[n]``, or None where all positions share one.
+        chosen: int64 ``[n, K]``, further ids whose log-probs are wanted, or None.
         rows: Largest number of positions of a tile.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, tokens: Tensor, temperature: Tensor | None) -> None:
-        self.head, self.hidden, self.tokens, self.temperature = head, hidden, tokens, temperature
+    def __init__(
+        self, head: Head, hidden: Tensor, tokens: Tensor, temperature: Tensor | None, chosen: Tensor | None = None
+    ) -> None:
+        self.head, self.hidden, self.tokens, self.chosen = head, hidden, tokens, chosen
+        wide = ops.accumulated(head.logits_dtype)
+        self.temperature = None if temperature is None else temperature.to(wide)
         self.weight = head.weight.detach()[: head.vocabulary]
         self.bias = None if head.bias is None else head.bias.detach()[: head.vocabulary].to(head.logits_dtype)
         self.rows = head.tile_rows
         self.common = 1.0 if temperature is not None else float(head.temperature)
-        # A cap would make a finite number of the logit of a forbidden id.
-        self.forbidden = None if head.softcap is None or self.bias is None else self.bias.isneginf()
         self.idle: Tensor | None = None  # positions without a gradient, whose hidden states must not reach the weight's
-        self.widens = not head.in_place and hidden.is_cuda
+        self.widens = hidden.is_cuda and head.logits_dtype != hidden.dtype
         self.free()
 
     def free(self) -> None:
@@ -141,103 +130,78 @@ class Tiles:
         self.memory: Tensor | None = None  # the logits of a tile, one after the other: fresh memory is slow to write
         self.operand: Tensor | None = None
 
-    def logits(self, first: int, last: int, sloped: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Return the logits of some positions before the common temperature, and the slope of the softcap or None.
+    def logits(self, first: int, last: int) -> Tensor:
+        """Return the logits of some positions, before scale, softcap and temperature.
 
         They lie where those of the tile before lay.
 
         Args:
             first: First position.
             last: One past the last position.
-            sloped: Whether the slope is wanted.
         """
         head, h = self.head, self.hidden[first:last]
         if self.widens:
             z = torch.mm(h, self.weight.t(), out_dtype=head.logits_dtype)
-            z = z if self.bias is None else z.add_(self.bias)
-        else:
-            # Without a product that widens, the operands are widened.
-            if self.operand is None:
-                self.operand = self.weight.to(head.logits_dtype)
-            h = h.to(self.operand.dtype)
-            if self.memory is None:
-                rows = min(self.rows, self.hidden.shape[0])
-                self.memory = self.operand.new_empty(rows, self.operand.shape[0])
-            z, transposed = self.memory[: last - first], self.operand.t()
-            if self.bias is None:
-                torch.mm(h, transposed, out=z)
-            else:
-                torch.addmm(self.bias, h, transposed, out=z)
-        slope = None
-        if head.scale != 1:
-            z.mul_(head.scale)
-        if head.softcap is not None:
-            z.div_(head.softcap)
-            # 1 - tanh(y) ** 2 without the cancellation near its bounds.
-            slope = z.cosh().square_().reciprocal_() if sloped else None
-            z.tanh_().mul_(head.softcap)
-            if self.forbidden is not None:
-                z.masked_fill_(self.forbidden, -math.inf)
-        if self.temperature is not None:
-            z.div_(self.temperature[first:last])
-        return z, slope
+            return z if self.bias is None else z.add_(self.bias)
+        # Without a product that widens, the operands are widened.
+        if self.operand is None:
+            self.operand = self.weight.to(head.logits_dtype)
+        h = h.to(self.operand.dtype)
+        if self.memory is None:
+            rows = min(self.rows, self.hidden.shape[0])
+            self.memory = self.operand.new_empty(rows, self.operand.shape[0])
+        z, transposed = self.memory[: last - first], self.operand.t()
+        if self.bias is None:
+            return torch.mm(h, transposed, out=z)
+        return torch.addmm(self.bias, h, transposed, out=z)
 
-    def statistics(self, z: Tensor, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+    def settings(self, first: int, last: int) -> ops.LogitRows:
+        """Return how the logits of some positions become probabilities, and of which ids.
+
+        Args:
+            first: First position.
+            last: One past the last position.
+        """
+        cap = math.inf if self.head.softcap is None else float(self.head.softcap)
+        temperature, chosen = (None if x is None else x[first:last] for x in (self.temperature, self.chosen))
+        return ops.LogitRows(self.tokens[first:last], self.common, temperature, float(self.head.scale), cap, chosen)
+
+    def statistics(self, z: Tensor, first: int, last: int, squares: bool = False) -> ops.LogitSums:
         """Return log-probs, entropies and log-normalizers from logits.
 
         Args:
             z: float ``[m, V]``, from :meth:`logits`.
             first: First position.
             last: One past the last position.
+            squares: Whether sums of squared probabilities are wanted.
         """
-        return ops.logits_forward(z, self.tokens[first:last], self.common, ops.num_threads())
+        return ops.logits_forward(z, self.settings(first, last), squares)
 
-    def gradient(self, z: Tensor, slope: Tensor | None, first: int, last: int, *sums: Tensor | None) -> Tensor:
+    def gradient(
+        self,
+        z: Tensor,
+        first: int,
+        last: int,
+        sums: ops.LogitSums,
+        given: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    ) -> Tensor:
         """Return the gradient to the product of hidden states and weight, written over the logits.
 
         Args:
             z: float ``[m, V]``, from :meth:`logits`.
-            slope: From :meth:`logits`.
             first: First position.
             last: One past the last position.
-            sums: Log-normalizers and entropies, and the gradients to log-probs and entropies, ``[m]`` each or None.
+            sums: From :meth:`statistics`.
+            given: Gradients to log-probs, entropies, squares and log-probs of chosen ids, each or None.
+
+        Returns:
+            ``[m, V]`` in the dtype of the weight.
         """
-        ops.logits_gradient_(z, self.tokens[first:last], self.common, *sums, ops.num_threads())
-        return self.through(z, slope, first, last)
+        return ops.logits_gradient_(z, self.settings(first, last), sums, given, dtype=self.weight.dtype)
 
-    def through(self, z: Tensor, slope: Tensor | None, first: int, last: int) -> Tensor:
-        """Return the gradient to the product, given that to the logits, which it is written over.
-
-        Args:
-            z: Gradient to the logits before the common temperature.
-            slope: From :meth:`logits`.
-            first: First position.
-            last: One past the last position.
-        """
-        if slope is not None:
-            z.mul_(slope)
-            if self.idle is not None:
-                z.masked_fill_(self.idle[first:last, None], 0)
-        if self.temperature is not None:
-            z.div_(self.temperature[first:last])
-        return z if self.head.scale == 1 else z.mul_(self.head.scale)
-
-    def blocks(self, gradient: Callable[[int, int], Tensor]) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield blocks of positions with the gradient of their logits in the dtype of the weight.
-
-        Args:
-            gradient: Gives that of the positions ``[first, last)`` of one tile.
-        """
-        head, memory = self.head, None
-        for first, last in pieces(self.hidden.shape[0], head.block_rows):
-            if head.in_place:
-                yield first, last, gradient(first, last)
-                continue
-            if memory is None:
-                memory = self.weight.new_empty(min(head.block_rows, self.hidden.shape[0]), self.weight.shape[0])
-            for low, high in pieces(last - first, head.tile_rows):
-                memory[low:high].copy_(gradient(first + low, first + high))
-            yield first, last, memory[: last - first]
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Yield ``[first, last)`` of each tile."""
+        return pieces(self.hidden.shape[0], self.rows)
 
 
 class Sums:
@@ -252,17 +216,17 @@ class Sums:
         head, hidden = tiles.head, tiles.hidden
         self.tiles, wide = tiles, torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.hidden = torch.empty_like(hidden) if wanted[0] else None
-        # One block needs no wider sum: it is rounded once.
-        whole = hidden.shape[0] <= head.block_rows
+        # One tile needs no wider sum: it is rounded once.
+        whole = hidden.shape[0] <= tiles.rows
         dtype = head.weight.dtype if whole else wide
         self.weight = torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None
         self.bias = torch.zeros_like(head.weight[:, 0], dtype=wide) if wanted[2] else None
 
     def add(self, first: int, last: int, gradient: Tensor) -> None:
-        """Add the products of a block's gradient.
+        """Add the products of a tile's gradient.
 
         Args:
-            first: First position of the block.
+            first: First position of the tile.
             last: One past its last position.
             gradient: ``[last - first, vocabulary]``, in the dtype of the weight.
         """

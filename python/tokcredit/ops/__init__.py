@@ -18,7 +18,16 @@ from tokcredit.ops.divergence import (
     kl,
 )
 from tokcredit.ops.diverse import diverse
-from tokcredit.ops.logits import logits, logits_forward, logits_gradient_
+from tokcredit.ops.logits import (
+    LogitRows,
+    LogitSums,
+    joined_states,
+    logits,
+    logits_forward,
+    logits_gradient_,
+    logits_state,
+    sums_of_state,
+)
 from tokcredit.ops.pieces import CUTS, pieces
 from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss, row_product
 from tokcredit.ops.repack import repack
@@ -54,6 +63,8 @@ __all__ = [
     "STANDARDS",
     "SURROGATES",
     "DivergenceRows",
+    "LogitRows",
+    "LogitSums",
     "TopRows",
     "TreePackArrays",
     "accumulated",
@@ -64,11 +75,13 @@ __all__ = [
     "diverse",
     "empty_cache",
     "expand",
+    "joined_states",
     "kl",
     "log_deviation",
     "logits",
     "logits_forward",
     "logits_gradient_",
+    "logits_state",
     "maximum_variance",
     "num_threads",
     "pieces",
@@ -86,6 +99,7 @@ __all__ = [
     "set_num_threads",
     "spread",
     "standardize",
+    "sums_of_state",
     "tree_build",
     "tree_fold",
     "tree_mean",

@@ -118,7 +118,9 @@ def scores(
         return logits_of.with_entropies(predicted.logits, target, temperature, overwrite)
     assert layer is not None and predicted.hidden_states is not None
     settings = {"temperature": temperature, **layer.settings}
-    return head.log_probs_and_entropies(predicted.hidden_states, layer.weight, target, layer.bias, **settings)
+    found = head.log_probs_and_entropies(predicted.hidden_states, layer.weight, target, layer.bias, **settings)
+    log_probs, entropies = found
+    return log_probs, entropies
 
 
 def _scored(model: Any, part: TreePart, temperature: float, attention: Kind) -> tuple[Tensor, Tensor]:
