@@ -59,8 +59,9 @@ STREAMS = {
     "logits": [
         Stream(r"forward<bf16, 512>", 512, 2, stores=False),
         Stream(r"forward<float, 512>", 256, 4, stores=False),
-        Stream(r"backward<bf16, 512>", 512, 4),
-        Stream(r"backward<float, 512>", 256, 8),
+        Stream(r"backward<bf16, bf16>", 512, 4),
+        Stream(r"backward<float, float>", 256, 8),
+        Stream(r"backward<float, bf16>", 256, 6),
     ],
     # From a mixture of two teachers: three rows are read. Of Jensen-Shannon's two passes over the rows the first.
     "divergence": [

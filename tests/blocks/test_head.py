@@ -72,6 +72,76 @@ def test_golden_numbers():
         torch.testing.assert_close(found, t(numbers), rtol=0, atol=1e-8)
 
 
+def test_golden_numbers_of_squares_and_chosen_ids():
+    hidden, weight, bias, tokens = example()
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    settings = {"temperature": 0.8, "softcap": 3.0, "scale": 1.5}
+    chosen = torch.tensor([1, 3], dtype=torch.int32)
+    found = head.log_probs_and_entropies(hidden, weight, tokens, bias, squares=True, chosen=chosen, **settings)
+    expected = [
+        [-0.57684976, -0.477468955, 0],
+        [1.015718211, 0.977112496, 0],
+        [0.409624201, 0.452772179, 0],
+        [[-1.44778362, -1.624006297], [-1.568786875, -1.858433998], [0, 0]],
+    ]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, t(b), rtol=0, atol=1e-8)
+    given = [[0.7, -0.4, 9], [0.2, 0.1, 9], [0.3, 0, 9], [[0.5, -0.2], [0, 0.1], [9, 9]]]
+    loss = sum((a * t(b)).sum() for a, b in zip(found, given, strict=True))
+    expected = (
+        [[0.376342735, -0.058687861], [0.385790784, -0.20318587], [0, 0]],
+        [
+            [0.205201024, -0.164807466],
+            [0.513481104, -0.213417572],
+            [-0.128702434, -0.502428672],
+            [-0.573481258, 1.256954537],
+        ],
+        [0.213279736, 0.573493811, -0.254928655, -0.436786602],
+    )
+    for a, b in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        torch.testing.assert_close(a, t(b), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("tile_bytes", [None, 8 * 13 * 3])
+def test_squares_and_chosen_ids_at_each_position(tile_bytes):
+    hidden, weight, bias, tokens = random(12)
+    g = torch.Generator(torch.get_default_device()).manual_seed(1)
+    chosen = torch.randint(0, 13, (3, 4, 3), generator=g)
+    chosen[0, 1, 2] = -1
+    weights = torch.randn(12, 5, generator=g, dtype=torch.float64)
+    weights[::3] = 0  # not computed again in the backward pass
+
+    def ours(hidden, weight, bias):
+        arguments = {"squares": True, "chosen": chosen, "tile_bytes": tile_bytes}
+        found = head.log_probs_and_entropies(hidden.view(3, 4, 5), weight, tokens.view(3, 4), bias, **arguments)
+        return torch.cat([found[0].reshape(12, 1), found[2].reshape(12, 1), found[3].reshape(12, 3)], 1)
+
+    def expected(hidden, weight, bias):
+        log_p = (hidden @ weight.t() + bias).log_softmax(-1)
+        ids = chosen.view(12, 3)
+        of_chosen = torch.where(ids >= 0, log_p.gather(1, ids.clamp(min=0)), 0)
+        own = log_p.gather(1, tokens.clamp(min=0)[:, None])
+        found = torch.cat([own, log_p.exp().square().sum(1, keepdim=True), of_chosen], 1)
+        return torch.where(tokens[:, None] >= 0, found, 0)
+
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    results = [(x := f(*leaves), *torch.autograd.grad((x * weights).sum(), leaves)) for f in (ours, expected)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_results_are_those_that_are_asked_for():
+    hidden, weight, bias, tokens = random()
+    for n in (11, 0):
+        arguments = (hidden[:n], weight, tokens[:n], bias)
+        assert [x.shape for x in head.log_probs_and_entropies(*arguments)] == [(n,)] * 2
+        assert [x.shape for x in head.log_probs_and_entropies(*arguments, squares=True)] == [(n,)] * 3
+        chosen = torch.tensor([2, 5, -1])
+        found = head.log_probs_and_entropies(*arguments, chosen=chosen)
+        assert [x.shape for x in found] == [(n,), (n,), (n, 3)] and (found[2][:, 2] == 0).all()
+        assert head.log_probs_and_entropies(*arguments, chosen=chosen[:0])[2].shape == (n, 0)
+
+
 SETTINGS = [
     {},
     {"temperature": 0.7},
@@ -108,7 +178,7 @@ def test_only_positions_with_a_gradient_are_computed_again(monkeypatch):
     seen = []
     original = head.Tiles.logits
     monkeypatch.setattr(
-        head.Tiles, "logits", lambda self, low, high, **x: seen.append(high - low) or original(self, low, high, **x)
+        head.Tiles, "logits", lambda self, low, high: seen.append(high - low) or original(self, low, high)
     )
     hidden.requires_grad_()
     log_probs, _ = head.log_probs_and_entropies(hidden, weight, tokens)
@@ -255,6 +325,10 @@ def test_second_derivative_is_refused():
         (TypeError, {"logits_dtype": torch.float32}, "logits_dtype: expected torch.float64 for this weight"),
         (ValueError, {"vocabulary": 5}, "vocabulary: expected 1 to 4"),
         (ValueError, {"tile_bytes": 0}, "tile_bytes"),
+        (TypeError, {"chosen": torch.zeros(2)}, "chosen: expected int32 or int64"),
+        (TypeError, {"chosen": 3}, "chosen: expected torch.Tensor, got int"),
+        (ValueError, {"chosen": torch.zeros(2, 5, dtype=torch.long)}, r"chosen: expected int32 or int64 \[3, 5\]"),
+        (ValueError, {"chosen": torch.zeros((), dtype=torch.long)}, r"chosen: expected int32 or int64 \[1\]"),
         (TypeError, {"unknown": 1}, "unknown"),
     ],
 )

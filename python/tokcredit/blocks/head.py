@@ -239,10 +239,10 @@ def log_probs_and_entropies(
     h, head, tiles, rows = positions(hidden, weight, bias, tokens, rows, settings)
     if chosen is not None:
         instance("chosen", chosen, Tensor)
-        shape = (*(tokens.shape if chosen.dim() > 1 else ()), *chosen.shape[-1:])
-        tensor("chosen", chosen, INTEGERS, shape, hidden.device)
-        ids = chosen.long().reshape(-1, chosen.shape[-1])
-        tiles.chosen = ids.expand(len(rows), -1) if chosen.dim() == 1 else ids.index_select(0, rows)
+        size = chosen.shape[-1] if chosen.dim() else 1
+        tensor("chosen", chosen, INTEGERS, (*(tokens.shape if chosen.dim() > 1 else ()), size), hidden.device)
+        ids = chosen.long().expand(*tokens.shape, size).reshape(tokens.numel(), size)
+        tiles.chosen = ids.index_select(0, rows)
     with torch.autocast(hidden.device.type, enabled=False):
         found = _TwoPasses.apply(h, head.weight, head.bias, tiles, squares)
     return tuple(scattered(x, rows, tokens.shape) for x in found if x is not None)

@@ -196,8 +196,9 @@ def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write_gradient(grad: Tensor, logits: Tensor, *arguments: Any) -> None:
     *rows, first, ids = arguments[:8]
-    given: list[Any] = [plain(x) for x in arguments[8:-1]]
-    _C.logits_gradient(logits, *LogitRows(*rows).plain(), first, ids, *given, grad, arguments[-1])
+    given = map(plain, arguments[8:-1])
+    every: list[Any] = [*LogitRows(*rows).plain(), first, ids, *given, grad, arguments[-1]]
+    _C.logits_gradient(logits, *every)
 
 
 def _gradient_output(logits: Tensor, *arguments: Any) -> Tensor:
