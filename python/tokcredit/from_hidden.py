@@ -108,8 +108,8 @@ class FromHidden(ObjectiveStage):
             bias: float ``[V]`` or None.
             variables: Further variables by name, such as the values of a critic, in the layout of the batch. They may
                 come from the same hidden states; the loss has its gradient to them too.
-            settings: ``temperature``, ``softcap``, ``scale``, ``vocabulary``, ``logits_dtype`` and ``tile_bytes``; see
-                :class:`tokcredit.blocks.head.Head`.
+            settings: ``temperature``, ``softcap``, ``scale``, ``vocabulary``, ``logits_dtype``, ``tile_bytes`` and
+                ``shard``; see :class:`tokcredit.blocks.head.Head`.
 
         Raises:
             TypeError: A variable is missing or not needed, or a dtype is wrong.

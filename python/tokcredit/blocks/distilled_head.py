@@ -134,6 +134,11 @@ def distilled_loss(
         raise TypeError("hidden: expected bfloat16, float32 or float64, got float16, whose gradients need a scaler")
     given, of = teacher
     instance("teacher", of, Head)
+    for name, x in (("shard", head), ("teacher", of)):
+        if x.shard is not None:
+            raise ValueError(
+                f"{name}: expected None and whole weights for a divergence, got a shard of {x.shard.sizes}"
+            )
     shape = (*tokens.shape, of.weight.shape[1])
     if float_tensor("teacher", given).shape != shape:
         raise ValueError(f"teacher: expected hidden states {list(shape)}, got {describe(given)}")

@@ -24,9 +24,19 @@ from torch.autograd.function import once_differentiable
 
 from tokcredit import ops
 from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, tensor
+from tokcredit.blocks.shard import Shard
 from tokcredit.blocks.tiles import Head, Sums, Tiles, joined
 
-__all__ = ["Head", "OnePass", "dtype_of", "log_probs_and_entropies", "positions", "scattered", "separable_loss"]
+__all__ = [
+    "Head",
+    "OnePass",
+    "Shard",
+    "dtype_of",
+    "log_probs_and_entropies",
+    "positions",
+    "scattered",
+    "separable_loss",
+]
 
 
 class _TwoPasses(torch.autograd.Function):
@@ -225,8 +235,10 @@ def log_probs_and_entropies(
         squares: Whether the sum of squared probabilities of each position is a third result.
         chosen: int32 or int64 ``[K]``, or ``(..., K)`` with others at each position: further ids whose log-probs are
             the last result, 0 for an id of -1.
-        settings: ``temperature``, ``softcap``, ``scale``, ``vocabulary``, ``logits_dtype`` and ``tile_bytes`` of
-            :class:`Head`.
+        settings: ``temperature``, ``softcap``, ``scale``, ``vocabulary``, ``logits_dtype``, ``tile_bytes`` and
+            ``shard`` of :class:`Head`. With a shard, all processes of its group call this and the backward pass
+            together with the same hidden states and tokens; each gets the whole gradient of the hidden states and that
+            of its rows of weight and bias.
 
     Returns:
         Two tensors ``(...)``, then a third with ``squares``, then ``(..., K)`` with ``chosen``: float32, or float64 for

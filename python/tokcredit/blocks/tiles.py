@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import FLOATS, describe, float_tensor, tensor, whole_number
+from tokcredit.arguments import FLOATS, describe, float_tensor, instance, tensor, whole_number
+from tokcredit.blocks.shard import Shard
 
 _TILE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 
@@ -31,6 +32,8 @@ class Head:
             weight.
         tile_bytes: Largest memory for one tile of logits, over which their gradient lies; 256 MiB on the CPU and 2 GiB
             on CUDA if None. Gradients of hidden states and weight are not counted.
+        shard: Which rows of the layer's weight ``weight`` and ``bias`` are, where they are divided among processes.
+            ``vocabulary`` and all ids then count the rows of all of them. None if they are whole.
 
     Raises:
         TypeError: A tensor has the wrong dtype.
@@ -46,6 +49,7 @@ class Head:
     # None stands for a default that depends on the weight, and is replaced by it.
     logits_dtype: torch.dtype = None  # type: ignore[assignment]
     tile_bytes: int = None  # type: ignore[assignment]
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         if float_tensor("weight", self.weight).dim() != 2:
@@ -66,9 +70,15 @@ class Head:
                 raise TypeError(f"{name}: expected a positive number, got {describe(x)}")
             elif not (x > 0 and math.isfinite(x)):
                 raise ValueError(f"{name}: expected a positive number, got {x}")
-        ids = self.weight.shape[0] if self.vocabulary is None else whole_number("vocabulary", self.vocabulary)
-        if not 0 < ids <= self.weight.shape[0]:
-            raise ValueError(f"vocabulary: expected 1 to {self.weight.shape[0]}, the rows of the weight, got {ids}")
+        rows = self.weight.shape[0]
+        if self.shard is not None:
+            sizes, own = instance("shard", self.shard, Shard).sizes, self.shard.rank
+            if sizes[own] != rows:
+                raise ValueError(f"shard: expected {rows} rows of the weight in process {own}, got {sizes}")
+            rows = sum(sizes)
+        ids = rows if self.vocabulary is None else whole_number("vocabulary", self.vocabulary)
+        if not 0 < ids <= rows:
+            raise ValueError(f"vocabulary: expected 1 to {rows}, the rows of the weight, got {ids}")
         half = self.weight.dtype.itemsize == 2
         dtype = self.logits_dtype or (torch.float32 if half and self.weight.is_cuda else self.weight.dtype)
         if dtype != self.weight.dtype and not (half and dtype == torch.float32):
@@ -81,10 +91,17 @@ class Head:
         object.__setattr__(self, "tile_bytes", given)
 
     @property
+    def ids(self) -> int:
+        """Ids whose logits this process computes."""
+        assert self.vocabulary is not None
+        return self.vocabulary if self.shard is None else self.shard.ids(self.vocabulary)
+
+    @property
     def tile_rows(self) -> int:
         """Positions whose logits exist at once; their gradient lies over them."""
         assert self.vocabulary is not None
-        return max(1, self.tile_bytes // (self.logits_dtype.itemsize * self.vocabulary))
+        most = self.vocabulary if self.shard is None else self.shard.most_ids(self.vocabulary)
+        return max(1, self.tile_bytes // (self.logits_dtype.itemsize * most))
 
 
 def pieces(size: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -117,8 +134,8 @@ class Tiles:
         self.head, self.hidden, self.tokens, self.chosen = head, hidden, tokens, chosen
         wide = ops.accumulated(head.logits_dtype)
         self.temperature = None if temperature is None else temperature.to(wide)
-        self.weight = head.weight.detach()[: head.vocabulary]
-        self.bias = None if head.bias is None else head.bias.detach()[: head.vocabulary].to(head.logits_dtype)
+        self.weight = head.weight.detach()[: head.ids]
+        self.bias = None if head.bias is None else head.bias.detach()[: head.ids].to(head.logits_dtype)
         self.rows = head.tile_rows
         self.common = 1.0 if temperature is not None else float(head.temperature)
         self.idle: Tensor | None = None  # positions without a gradient, whose hidden states must not reach the weight's
@@ -175,7 +192,11 @@ class Tiles:
             last: One past the last position.
             squares: Whether sums of squared probabilities are wanted.
         """
-        return ops.logits_forward(z, self.settings(first, last), squares)
+        head, rows = self.head, self.settings(first, last)
+        if head.shard is None:
+            return ops.logits_forward(z, rows, squares)
+        assert head.vocabulary is not None
+        return head.shard.statistics(z, rows, head.vocabulary, squares)
 
     def gradient(
         self,
@@ -197,7 +218,12 @@ class Tiles:
         Returns:
             ``[m, V]`` in the dtype of the weight.
         """
-        return ops.logits_gradient_(z, self.settings(first, last), sums, given, dtype=self.weight.dtype)
+        head, first_id = self.head, 0
+        assert head.vocabulary is not None
+        if head.shard is not None:
+            first_id = min(head.shard.first, head.vocabulary)
+        rows = self.settings(first, last)
+        return ops.logits_gradient_(z, rows, sums, given, first_id, head.vocabulary, self.weight.dtype)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Yield ``[first, last)`` of each tile."""
@@ -248,7 +274,9 @@ class Sums:
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the gradients in the dtypes of hidden states, weight and bias."""
-        dtype = self.tiles.head.weight.dtype
+        head, dtype = self.tiles.head, self.tiles.head.weight.dtype
+        if head.shard is not None and self.hidden is not None:
+            head.shard.sum_(self.hidden)
         weight, bias = (None if x is None else x.to(dtype) for x in (self.weight, self.bias))
         return self.hidden, weight, bias
 
