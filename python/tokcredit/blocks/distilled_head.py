@@ -86,7 +86,7 @@ class _DistilledLoss(OnePass):
                 idle[first:last] = given == 0
                 (z,) = torch.autograd.grad(value, student, given)
                 sums.add(first, last, _through(z, slope, tiles, first, last))
-            ctx.gradients = sums.results()
+            ctx.gradients, ctx.weight = sums.results(), tiles.head.weight
         else:
             for first, last in tiles.pieces():
                 evaluated(first, last, False)

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from tokcredit import ops
 from tokcredit.arguments import FLOATS, INTEGERS, describe, float_tensor, instance, tensor
+from tokcredit.blocks.main_grad import added
 from tokcredit.blocks.shard import Shard
 from tokcredit.blocks.tiles import Head, Sums, Tiles, joined
 
@@ -66,7 +67,7 @@ class _TwoPasses(torch.autograd.Function):
             temperature, ids = (None if x is None else x[moves] for x in (tiles.temperature, tiles.chosen))
             chosen = Tiles(tiles.head, tiles.hidden[moves], tiles.tokens[moves], temperature, ids)
             numbers = [None if x is None else x[moves] for x in numbers]
-        products = Sums(chosen, ctx.needs_input_grad[:3])
+        products = Sums(chosen, ctx.needs_input_grad[:3], final=True)
         with torch.autocast(hidden.device.type, enabled=False):
             for first, last in chosen.pieces():
                 own: list[Any] = [None if x is None else x[first:last] for x in numbers]
@@ -87,7 +88,7 @@ class OnePass(torch.autograd.Function):
     """Base of a loss whose gradients are computed in the forward pass and multiplied in the backward pass.
 
     The first three arguments of ``forward`` are hidden states, weight and bias; it leaves their gradients in
-    ``ctx.gradients``.
+    ``ctx.gradients`` and the weight in ``ctx.weight``.
     """
 
     @staticmethod
@@ -106,7 +107,8 @@ class OnePass(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("loss_from_hidden: expected one backward pass, got a second one through the same loss")
         others = len(ctx.needs_input_grad) - len(gradients)
-        return (*(None if x is None else x.mul_(grad) for x in gradients), *(None,) * others)
+        of_hidden, of_weight, of_bias = (None if x is None else x.mul_(grad) for x in gradients)
+        return (of_hidden, added(ctx.weight, of_weight), of_bias, *(None,) * others)
 
 
 class _SeparableLoss(OnePass):
@@ -128,7 +130,7 @@ class _SeparableLoss(OnePass):
             idle[first:last] = torch.stack(given).all(0) if given else True
             sums.add(first, last, tiles.gradient(z, first, last, found, (a, e, None, None)))
         tiles.free()
-        ctx.gradients = sums.results()
+        ctx.gradients, ctx.weight = sums.results(), tiles.head.weight
         return total(*joined(results, 2, hidden))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokcredit import ops
 from tokcredit.arguments import FLOATS, describe, float_tensor, instance, tensor, whole_number
+from tokcredit.blocks.main_grad import main_grad, replaced
 from tokcredit.blocks.shard import Shard
 
 _TILE_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -236,16 +237,22 @@ class Sums:
     Args:
         tiles: The products.
         wanted: Whether each of the three is wanted.
+        final: Whether the gradients are those of the backward pass, and that of a weight with ``main_grad`` is added
+            there block by block. Otherwise they are multiplied later by the gradient to the loss.
     """
 
-    def __init__(self, tiles: Tiles, wanted: tuple[bool, bool, bool]) -> None:
+    def __init__(self, tiles: Tiles, wanted: tuple[bool, bool, bool], final: bool = False) -> None:
         head, hidden = tiles.head, tiles.hidden
         self.tiles, wide = tiles, torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.hidden = torch.empty_like(hidden) if wanted[0] else None
-        # One tile needs no wider sum: it is rounded once.
-        whole = hidden.shape[0] <= tiles.rows
-        dtype = head.weight.dtype if whole else wide
-        self.weight = torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None
+        self.total, self.final = main_grad(head.weight) if wanted[1] else None, final
+        if self.total is not None and final:
+            self.weight: Tensor | None = self.total
+        else:
+            # One tile needs no wider sum: it is rounded once, unless it is added to a wider one.
+            whole = hidden.shape[0] <= tiles.rows and self.total is None
+            dtype = head.weight.dtype if whole else wide
+            self.weight = torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None
         self.bias = torch.zeros_like(head.weight[:, 0], dtype=wide) if wanted[2] else None
 
     def add(self, first: int, last: int, gradient: Tensor) -> None:
@@ -273,12 +280,15 @@ class Sums:
             self.bias[:ids] += gradient.sum(0, dtype=self.bias.dtype)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients in the dtypes of hidden states, weight and bias."""
-        head, dtype = self.tiles.head, self.tiles.head.weight.dtype
+        """Return what the backward pass gives autograd, or what becomes that after the factor of the loss."""
+        head, weight, bias = self.tiles.head, self.weight, self.bias
         if head.shard is not None and self.hidden is not None:
             head.shard.sum_(self.hidden)
-        weight, bias = (None if x is None else x.to(dtype) for x in (self.weight, self.bias))
-        return self.hidden, weight, bias
+        if self.total is not None:
+            weight = replaced(head.weight) if self.final else weight
+        elif weight is not None:
+            weight = weight.to(head.weight.dtype)
+        return self.hidden, weight, None if bias is None else bias.to(head.weight.dtype)
 
 
 def joined(results: Sequence[tuple[Tensor, ...]], count: int, hidden: Tensor) -> list[Tensor]:
