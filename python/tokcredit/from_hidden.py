@@ -84,6 +84,7 @@ class FromHidden(ObjectiveStage):
         """
         return False
 
+    @torch.compiler.disable
     def loss_from_hidden(
         self,
         prepared: Any,
@@ -98,7 +99,9 @@ class FromHidden(ObjectiveStage):
 
         Where the objective is :meth:`separable`, loss and gradients are computed together, in three matrix products,
         and one backward pass is possible. Otherwise, and in float16, whose gradients need the factor of a gradient
-        scaler, the backward pass computes the logits again: four products. On CUDA this waits for the device.
+        scaler, the backward pass computes the logits again: four products. On CUDA this waits for the device. Inside
+        a function that ``torch.compile`` compiles it breaks the graph; :func:`tokcredit.head.log_probs_and_entropies`
+        with :meth:`loss` does not.
 
         Args:
             prepared: From ``prepare`` or ``select``.

@@ -318,6 +318,7 @@ class Supervised(FromHidden):
 
         return Loss(value, Metrics(metrics))
 
+    @torch.compiler.disable
     def loss_from_hidden(
         self,
         prepared: PreparedSupervised,

@@ -40,6 +40,49 @@ __all__ = [
 ]
 
 
+def statistics(tiles: Tiles, squares: bool) -> ops.LogitSums:
+    """Return what is known of all positions from their logits.
+
+    Args:
+        tiles: The products.
+        squares: Whether sums of squared probabilities are wanted.
+    """
+    results = [tiles.statistics(tiles.logits(*at), *at, squares) for at in tiles.pieces()]
+    tiles.free()
+    nothing = tiles.statistics(tiles.weight.new_empty(0, tiles.weight.shape[0]), 0, 0, squares)
+    return ops.LogitSums(*(None if x[0] is None else torch.cat(x) for x in zip(nothing, *results, strict=True)))
+
+
+def gradients(
+    tiles: Tiles, wanted: tuple[bool, bool, bool], sums: ops.LogitSums, given: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of hidden states, weight and bias. Only positions with a gradient are computed.
+
+    Args:
+        tiles: The products.
+        wanted: Whether each of the three is wanted; None is returned for one that is not.
+        sums: From :func:`statistics`.
+        given: Gradients to log-probs, entropies, squares and log-probs of chosen ids, each or None.
+    """
+    hidden, moving = tiles.hidden, [x != 0 if x.dim() == 1 else (x != 0).any(1) for x in given if x is not None]
+    moves = torch.stack(moving).any(0).nonzero()[:, 0] if moving else hidden.new_empty(0).long()
+    own, numbers = tiles, [*sums, *given]
+    if moves.numel() < hidden.shape[0]:
+        temperature, chosen = (None if x is None else x[moves] for x in (tiles.temperature, tiles.chosen))
+        own = Tiles(tiles.head, hidden[moves], tiles.tokens[moves], temperature, chosen)
+        numbers = [None if x is None else x[moves] for x in numbers]
+    products = Sums(own, wanted, final=True)
+    for first, last in own.pieces():
+        part: list[Any] = [None if x is None else x[first:last] for x in numbers]
+        z, found, (a, h, q, c) = own.logits(first, last), ops.LogitSums(*part[:5]), part[5:]
+        products.add(first, last, own.gradient(z, first, last, found, (a, h, q, c)))
+    own.free()
+    of_hidden, of_weight, of_bias = products.results()
+    if of_hidden is not None and own is not tiles:
+        of_hidden = torch.zeros_like(hidden).index_copy_(0, moves, of_hidden)
+    return of_hidden, of_weight, of_bias
+
+
 class _TwoPasses(torch.autograd.Function):
     """Four products: the logits are computed again in the backward pass, only of positions with a gradient."""
 
@@ -47,10 +90,7 @@ class _TwoPasses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tiles: Tiles, squares: bool
     ) -> tuple[Tensor | None, ...]:
-        results = [tiles.statistics(tiles.logits(*at), *at, squares) for at in tiles.pieces()]
-        tiles.free()
-        nothing = tiles.statistics(tiles.weight.new_empty(0, tiles.weight.shape[0]), 0, 0, squares)
-        sums = [None if x[0] is None else torch.cat(x) for x in zip(nothing, *results, strict=True)]
+        sums = statistics(tiles, squares)
         ctx.save_for_backward(hidden, weight, bias, *sums)
         ctx.tiles = tiles
         ctx.set_materialize_grads(False)
@@ -59,25 +99,10 @@ class _TwoPasses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        tiles, (hidden, _, _, *sums) = ctx.tiles, ctx.saved_tensors
-        moving = [x != 0 if x.dim() == 1 else (x != 0).any(1) for x in given if x is not None]
-        moves = torch.stack(moving).any(0).nonzero()[:, 0] if moving else hidden.new_empty(0).long()
-        chosen, numbers = tiles, [*sums, *given]
-        if moves.numel() < hidden.shape[0]:
-            temperature, ids = (None if x is None else x[moves] for x in (tiles.temperature, tiles.chosen))
-            chosen = Tiles(tiles.head, tiles.hidden[moves], tiles.tokens[moves], temperature, ids)
-            numbers = [None if x is None else x[moves] for x in numbers]
-        products = Sums(chosen, ctx.needs_input_grad[:3], final=True)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for first, last in chosen.pieces():
-                own: list[Any] = [None if x is None else x[first:last] for x in numbers]
-                z = chosen.logits(first, last)
-                products.add(first, last, chosen.gradient(z, first, last, ops.LogitSums(*own[:5]), tuple(own[5:])))
-        chosen.free()
-        of_hidden, of_weight, of_bias = products.results()
-        if of_hidden is not None and chosen is not tiles:
-            of_hidden = torch.zeros_like(hidden).index_copy_(0, moves, of_hidden)
-        return of_hidden, of_weight, of_bias, None, None
+        tiles, (_, _, _, *sums) = ctx.tiles, ctx.saved_tensors
+        with torch.autocast(tiles.hidden.device.type, enabled=False):
+            found = gradients(tiles, ctx.needs_input_grad[:3], ops.LogitSums(*sums), given)
+        return (*found, None, None)
 
 
 Slopes = Callable[[int, int, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]
@@ -225,7 +250,8 @@ def log_probs_and_entropies(
 
     The backward pass computes the logits again, tile by tile, and only of positions that have a gradient: four matrix
     products in all. A second derivative is not available. Under autocast, hidden states, weight and bias are cast to
-    its dtype.
+    its dtype. Inside a function that ``torch.compile`` compiles this is one operation of its graph; with a shard it
+    breaks the graph.
 
     Args:
         hidden: float ``(..., d)``, the hidden state from which each token is predicted.
@@ -250,18 +276,54 @@ def log_probs_and_entropies(
         TypeError: A dtype is wrong.
         ValueError: A shape or number is wrong, or on the CPU an id is out of range.
     """
+    if torch.compiler.is_compiling() and settings.get("shard") is None:
+        from tokcredit.blocks import head_op
+
+        hidden, weight = hidden.to(dtype_of(hidden)), weight.to(dtype_of(weight))
+        bias = None if bias is None else bias.to(dtype_of(bias))
+        return head_op.log_probs_and_entropies(hidden, weight, tokens, bias, rows, squares, chosen, **settings)
+    return _two_passes(hidden, weight, tokens, bias, rows, squares, chosen, settings)
+
+
+def chosen_ids(chosen: Tensor | None, tokens: Tensor, rows: Tensor) -> Tensor | None:
+    """Return further ids of the positions that take part, int64 ``[n, K]``, or None.
+
+    Args:
+        chosen: As in :func:`log_probs_and_entropies`.
+        tokens: As there.
+        rows: int64 ``[n]``, the positions.
+
+    Raises:
+        TypeError: The dtype is wrong.
+        ValueError: The shape is wrong.
+    """
+    if chosen is None:
+        return None
+    instance("chosen", chosen, Tensor)
+    size = chosen.shape[-1] if chosen.dim() else 1
+    tensor("chosen", chosen, INTEGERS, (*(tokens.shape if chosen.dim() > 1 else ()), size), tokens.device)
+    return chosen.long().expand(*tokens.shape, size).reshape(tokens.numel(), size).index_select(0, rows)
+
+
+@torch.compiler.disable
+def _two_passes(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    squares: bool,
+    chosen: Tensor | None,
+    settings: dict[str, Any],
+) -> tuple[Tensor, ...]:
     h, head, tiles, rows = positions(hidden, weight, bias, tokens, rows, settings)
-    if chosen is not None:
-        instance("chosen", chosen, Tensor)
-        size = chosen.shape[-1] if chosen.dim() else 1
-        tensor("chosen", chosen, INTEGERS, (*(tokens.shape if chosen.dim() > 1 else ()), size), hidden.device)
-        ids = chosen.long().expand(*tokens.shape, size).reshape(tokens.numel(), size)
-        tiles.chosen = ids.index_select(0, rows)
+    tiles.chosen = chosen_ids(chosen, tokens, rows)
     with torch.autocast(hidden.device.type, enabled=False):
         found = _TwoPasses.apply(h, head.weight, head.bias, tiles, squares)
     return tuple(scattered(x, rows, tokens.shape) for x in found if x is not None)
 
 
+@torch.compiler.disable
 def separable_loss(
     hidden: Tensor,
     weight: Tensor,
