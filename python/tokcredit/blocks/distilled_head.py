@@ -136,9 +136,7 @@ def distilled_loss(
     instance("teacher", of, Head)
     for name, x in (("shard", head), ("teacher", of)):
         if x.shard is not None:
-            raise ValueError(
-                f"{name}: expected None and whole weights for a divergence, got a shard of {x.shard.sizes}"
-            )
+            raise ValueError(f"{name}: expected a whole weight for a divergence, got a shard of {x.shard.sizes}")
     shape = (*tokens.shape, of.weight.shape[1])
     if float_tensor("teacher", given).shape != shape:
         raise ValueError(f"teacher: expected hidden states {list(shape)}, got {describe(given)}")
