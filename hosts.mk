@@ -3,8 +3,8 @@
 # pin. requirements/HOST.txt lists every package of an environment. torch is installed first, so that no package chooses
 # another version of it.
 HOSTS := trl verl vllm others
-TESTS_trl := trl trl_rewards trl_dpo trl_sft tree_row
-TESTS_verl := verl verl_gates
+TESTS_trl := trl trl_rewards trl_dpo trl_sft trl_head tree_row
+TESTS_verl := verl verl_gates verl_head
 TESTS_vllm := vllm vllm_train
 TESTS_others := openrlhf skyrl areal tinker verifiers
 ENVIRONMENTS := $(HOSTS) bench

@@ -125,6 +125,15 @@ def rows_without_a_token(shard):
     assert of_hidden.isnan().any(1).nonzero().tolist() == [[1]] and of_weight.isnan().all()
 
 
+def parts_of_the_gradient(shard):
+    """Without the sum, the gradients of the hidden states add up to the whole."""
+    leaves, tokens = layer()
+    own = [leaves[0], *(part_of(shard, x) for x in leaves[1:])]
+    part = gradients(own, tokens, weighted, shard=Shard(shard.sizes, sums_hidden=False))[2]
+    dist.all_reduce(part)
+    torch.testing.assert_close(part, gradients(leaves, tokens, weighted)[2])
+
+
 def whole_losses(shard):
     """One pass and two passes of objectives, with terms, filters and rows without a token."""
     objectives = (tc.mix("dapo", terms=("kl(0.1)", "entropy(0.01)")), tc.methods.ctpo(), tc.methods.sft())
@@ -173,6 +182,17 @@ def errors(shard):
         objective.loss_from_hidden(prepared, hidden, leaves[1], teacher=teacher)
 
 
+CHECKS = (
+    two_passes,
+    lower_precision,
+    forbidden,
+    rows_without_a_token,
+    parts_of_the_gradient,
+    whole_losses,
+    errors,
+)
+
+
 def one_rank(rank, port):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
@@ -180,7 +200,7 @@ def one_rank(rank, port):
     for sizes in ((4, 6, 3), (6, 0, 7)):
         shard = Shard.of(torch.zeros(sizes[rank], D))
         assert shard.sizes == sizes and shard.rank == rank
-        for check in (two_passes, lower_precision, forbidden, rows_without_a_token, whole_losses, errors):
+        for check in CHECKS:
             check(shard)
     groups = [dist.new_group([k]) for k in range(3)]
     alone = Shard.of(torch.zeros(V, D), groups[rank])  # ranks of different groups do not wait for each other

@@ -21,6 +21,8 @@ class Shard:
     Args:
         sizes: Rows of the weight of each process, in order of the ids. They may differ.
         group: The processes; None for all.
+        sums_hidden: Whether each process gets the whole gradient of the hidden states. False for its own part of it,
+            where what made the hidden states adds the parts up, as Megatron's gather of a divided sequence does.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
@@ -29,6 +31,7 @@ class Shard:
 
     sizes: tuple[int, ...]
     group: dist.ProcessGroup | None = None
+    sums_hidden: bool = True
 
     def __post_init__(self) -> None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -40,17 +43,18 @@ class Shard:
             raise ValueError(f"sizes: expected {dist.get_world_size(self.group)}, one per process, got {self.sizes}")
 
     @classmethod
-    def of(cls, weight: Tensor, group: dist.ProcessGroup | None = None) -> Shard:
+    def of(cls, weight: Tensor, group: dist.ProcessGroup | None = None, sums_hidden: bool = True) -> Shard:
         """Return the shard of a weight. All processes of the group call this; it waits for their sizes.
 
         Args:
             weight: float ``[V_k, d]``, the rows that this process has.
             group: The processes; None for all.
+            sums_hidden: As in the class.
         """
         own = torch.tensor([float_tensor("weight", weight).shape[0]], device=weight.device)
         sizes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
         dist.all_gather(sizes, own, group=group)
-        return cls(tuple(int(size) for size in sizes), group)
+        return cls(tuple(int(size) for size in sizes), group, sums_hidden)
 
     @property
     def rank(self) -> int:
@@ -98,11 +102,11 @@ class Shard:
         found = ops.sums_of_state(ops.joined_states(torch.stack(states)), rows, z.dtype)
         return found if squares else found._replace(squares=None)
 
-    def sum_(self, x: Tensor) -> Tensor:
-        """Add up a tensor over the processes, in place, and return it.
+    def sum_(self, hidden: Tensor) -> None:
+        """Add up the gradient of the hidden states over the processes, in place, where that is wanted.
 
         Args:
-            x: Of the same shape in all processes.
+            hidden: The part of it from the ids of this shard.
         """
-        dist.all_reduce(x, group=self.group)
-        return x
+        if self.sums_hidden:
+            dist.all_reduce(hidden, group=self.group)

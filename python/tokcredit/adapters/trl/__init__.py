@@ -2,7 +2,8 @@
 
 from tokcredit.adapters.trl.dpo import CreditDPOTrainer
 from tokcredit.adapters.trl.grpo import CreditGRPOTrainer
+from tokcredit.adapters.trl.head import use_head
 from tokcredit.adapters.trl.sft import CreditSFTTrainer
 from tokcredit.adapters.trl.tree_row import TreeRow
 
-__all__ = ["CreditDPOTrainer", "CreditGRPOTrainer", "CreditSFTTrainer", "TreeRow"]
+__all__ = ["CreditDPOTrainer", "CreditGRPOTrainer", "CreditSFTTrainer", "TreeRow", "use_head"]
