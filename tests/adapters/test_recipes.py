@@ -9,7 +9,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tokcredit as tc
@@ -40,6 +40,7 @@ RUN_BY = {
     "NeMo-RL": "test_recipes",
     "A loop of your own": "test_recipes",
     "A loss from a teacher": "test_recipes",
+    "Another trainer's output layer": "test_recipes",
 }
 
 
@@ -67,6 +68,41 @@ def test_a_loss_from_a_teacher(capsys):
     assert f"# {capsys.readouterr().out.strip()}\n" in block
     gradient, mask = names["student"].grad, names["mask"]
     assert gradient[mask].any() and not gradient[~mask].any()
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def test_output_layers_of_other_trainers(alone):
+    """Called as the sources of NeMo-RL and prime-rl call the functions that these replace."""
+    names = recipes.run("Another trainer's output layer")
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(x, generator=g, requires_grad=True) for x in ((2, 5, 4), (9, 4)))
+    target = torch.randint(0, 9, (2, 5), generator=g)
+    temperature = 0.5 + torch.rand(2, 5, generator=g)
+    weights = torch.linspace(-1, 1, 10).view(2, 5)
+
+    def expected(scale):
+        log_p = (hidden @ weight.t() / scale).log_softmax(-1)
+        return log_p.gather(-1, target[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+
+    def same(found, truth):
+        torch.testing.assert_close(found, truth)
+        leaves = hidden, weight
+        gradients = (torch.autograd.grad((x * weights).sum(), leaves, retain_graph=True) for x in (found, truth))
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+    by_time = hidden.transpose(0, 1)
+    same(names["nemo_rl"](by_time, target, weight, 0, 9, 3, alone), expected(1.0)[0])
+    assert not names["nemo_rl"](by_time, target, weight, 0, 9, 3, alone, True).requires_grad
+    found = names["prime_rl"](SimpleNamespace(weight=weight), hidden, labels=target, temperature=temperature)
+    for name, truth in zip(("logprobs", "entropy"), expected(temperature[..., None]), strict=True):
+        same(found[name], truth)
 
 
 NUMBERS = {

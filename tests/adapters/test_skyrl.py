@@ -20,7 +20,7 @@ import absent
 import recipes
 import rows as rr
 
-absent.pretend("datasets", "deepspeed", "flash_attn", "pandas", "vllm", "skyrl.tinker")
+absent.pretend("datasets", "deepspeed", "flash_attn", "megatron", "pandas", "vllm", "skyrl.tinker")
 
 import cloudpickle
 from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch
@@ -335,3 +335,32 @@ def test_every_option_is_in_the_table():
 def test_names_are_registered_once():
     with pytest.raises(ValueError, match="name: expected a new name, got 'tempo'"):
         adapter.register("tempo", tc.methods.tempo())
+
+
+@pytest.mark.parametrize("inference_only", [False, True])
+def test_the_output_layer(inference_only, tmp_path, monkeypatch):
+    """The function of the documentation inside SkyRL's, which shifts, pads and scales around it."""
+    from skyrl.backends.skyrl_train.distributed.megatron import model_utils
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        g = torch.Generator().manual_seed(0)
+        leaves = [torch.randn(x, generator=g, requires_grad=True) for x in ((2, 6, 4), (9, 4))]
+        tokens = torch.randint(0, 9, (2, 6), generator=g)
+
+        def run():
+            found = model_utils.from_parallel_hidden_to_logprobs(
+                *leaves, tokens, 0, 9, torch.distributed.group.WORLD, inference_only, None, 4, 0.7
+            )
+            if inference_only:
+                return [found.detach()]
+            weights = torch.linspace(-1, 1, found.numel()).view_as(found)
+            return [found.detach(), *torch.autograd.grad((found * weights).sum(), leaves)]
+
+        expected = run()
+        names = recipes.run("Another trainer's output layer")
+        monkeypatch.setattr(model_utils, "_fused_lm_head_logprob_apply", names["skyrl"])
+        for a, b in zip(run(), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
