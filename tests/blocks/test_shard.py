@@ -182,6 +182,29 @@ def errors(shard):
         objective.loss_from_hidden(prepared, hidden, leaves[1], teacher=teacher)
 
 
+def data_parallel():
+    """Rows divided among processes, of which the second has none that trains: its gradients are zeros, and it waits."""
+    rank = dist.get_rank()
+    for objective in (tc.methods.dapo(), tc.methods.gspo()):
+        batch = naive.with_inputs(naive.random_batch(3)[0], objective.required_inputs)
+        mask = batch.shaped(batch.response_mask).clone()
+        mask[4:8] = False
+        prepared = objective.prepare(batch.with_mask(mask.reshape(-1)))
+        hidden = torch.randn((*batch.shape, D), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        hidden[4:8] = math.nan
+        _, weight, bias = (x.requires_grad_() for x in layer()[0])
+        whole = objective.loss_from_hidden(prepared, hidden.requires_grad_(), weight, bias).loss
+        expected = torch.autograd.grad(whole, (weight, bias))
+        rows = list(range(4 * rank, 4 * rank + 4))
+        part = objective.loss_from_hidden(prepared.select(rows), hidden[rows], weight, bias).loss
+        part.backward()
+        assert rank != 1 or (part == 0 and (weight.grad == 0).all())
+        for x, truth in zip((weight, bias), expected, strict=True):
+            dist.all_reduce(x.grad)
+            torch.testing.assert_close(x.grad, truth)
+            assert (truth != 0).any()
+
+
 CHECKS = (
     two_passes,
     lower_precision,
@@ -202,6 +225,7 @@ def one_rank(rank, port):
         assert shard.sizes == sizes and shard.rank == rank
         for check in CHECKS:
             check(shard)
+    data_parallel()
     groups = [dist.new_group([k]) for k in range(3)]
     alone = Shard.of(torch.zeros(V, D), groups[rank])  # ranks of different groups do not wait for each other
     two_passes(alone)
