@@ -43,7 +43,8 @@ class FusedLinear(nn.Module):
             temperature: Divisor of the logits.
         """
         weight = vocab_weights.to(head.dtype_of(hidden_states))
-        return head.log_probs_and_entropies(hidden_states, weight, input_ids, temperature=temperature)
+        log_probs, entropies = head.log_probs_and_entropies(hidden_states, weight, input_ids, temperature=temperature)
+        return log_probs, entropies
 
 
 torch_functional.FusedLinearForPPO = FusedLinear

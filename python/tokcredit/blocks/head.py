@@ -50,7 +50,8 @@ def statistics(tiles: Tiles, squares: bool) -> ops.LogitSums:
     results = [tiles.statistics(tiles.logits(*at), *at, squares) for at in tiles.pieces()]
     tiles.free()
     nothing = tiles.statistics(tiles.weight.new_empty(0, tiles.weight.shape[0]), 0, 0, squares)
-    return ops.LogitSums(*(None if x[0] is None else torch.cat(x) for x in zip(nothing, *results, strict=True)))
+    columns: list[Any] = [None if x[0] is None else torch.cat(x) for x in zip(nothing, *results, strict=True)]
+    return ops.LogitSums(*columns)
 
 
 def gradients(
