@@ -133,6 +133,8 @@ CALLS = {
             "tokens": torch.arange(N) % V,
             "bias": floats(V),
             "rows": torch.arange(N),
+            "squares": True,
+            "chosen": torch.tensor([0, -1, 2]),
             "temperature": 0.7,
             "softcap": 5.0,
             "scale": 1.5,

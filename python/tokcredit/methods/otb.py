@@ -86,7 +86,7 @@ def otb(
         clip_low: Lower clip range: the ratio is clipped to at least ``1 - clip_low``.
         clip_high: Upper clip range: the ratio is clipped to at most ``1 + clip_high``.
 
-    Cost: GRPO plus three more reads of the logits in the forward pass for the old log-probs.
+    Cost: GRPO plus one more read of the logits in the forward pass for the old log-probs.
     References: arXiv 2602.07078.
     Differences from the paper:
         - The loss has token ratios with PPO's clip and the mean over tokens.
