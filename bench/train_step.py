@@ -57,7 +57,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.manual_seed(0)
     optimizer = OptimizerSettings(micro_batch=given.micro_batch)
-    trainer = Trainer(resolved(Settings(ObjectiveSettings(given.method), optimizer=optimizer, model=given.model)))
+    settings = Settings(
+        ObjectiveSettings(given.method), optimizer=optimizer, model=given.model, tasks=("addition(digits=1)",)
+    )
+    trainer = Trainer(resolved(settings))
     batch = rollouts(trainer, given.rows, given.length)
     found: dict[str, list[tuple[float, float]]] = {"hidden states": [], "all logits": []}
     for number in range(given.rounds + 1):

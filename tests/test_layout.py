@@ -124,4 +124,5 @@ def test_import_is_light():
         "rich",
         "tokcredit.report",
         "tokcredit.cli",
+        "torch._dynamo",
     } & set(out)

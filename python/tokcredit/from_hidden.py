@@ -84,7 +84,7 @@ class FromHidden(ObjectiveStage):
         """
         return False
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def loss_from_hidden(
         self,
         prepared: Any,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokcredit import ops
 from tokcredit.arguments import float_tensor
 from tokcredit.blocks import divergence, segment
 from tokcredit.blocks.distilled_head import distilled_loss
@@ -318,7 +319,7 @@ class Supervised(FromHidden):
 
         return Loss(value, Metrics(metrics))
 
-    @torch.compiler.disable
+    @ops.uncompiled
     def loss_from_hidden(
         self,
         prepared: PreparedSupervised,

@@ -306,7 +306,7 @@ def chosen_ids(chosen: Tensor | None, tokens: Tensor, rows: Tensor) -> Tensor | 
     return chosen.long().expand(*tokens.shape, size).reshape(tokens.numel(), size).index_select(0, rows)
 
 
-@torch.compiler.disable
+@ops.uncompiled
 def _two_passes(
     hidden: Tensor,
     weight: Tensor,
@@ -324,7 +324,7 @@ def _two_passes(
     return tuple(scattered(x, rows, tokens.shape) for x in found if x is not None)
 
 
-@torch.compiler.disable
+@ops.uncompiled
 def separable_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -6,7 +6,7 @@ call goes through torch's dispatcher only where torch must see it; see :class:`t
 """
 
 from tokcredit.ops.baseline import baseline
-from tokcredit.ops.call import accumulated, empty_cache, num_threads, set_num_threads
+from tokcredit.ops.call import accumulated, empty_cache, num_threads, set_num_threads, uncompiled
 from tokcredit.ops.divergence import (
     DIVERGENCES,
     MOST_TOP,
@@ -104,6 +104,7 @@ __all__ = [
     "tree_fold",
     "tree_mean",
     "tree_pack",
+    "uncompiled",
     "weighted_moments",
     "within_mean",
 ]

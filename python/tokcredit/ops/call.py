@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,6 +91,29 @@ def operation(schema: str, outputs: Callable[..., Any]) -> Callable[[Callable[..
         outputs: As in :class:`Operation`.
     """
     return lambda run: Operation(schema, outputs, run)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
+    """Return the function such that ``torch.compile`` breaks the graph at a call of it and runs it as it is.
+
+    ``torch.compiler.disable`` does the same, but imports the compiler, which takes longer than all of this package.
+
+    Args:
+        function: The function.
+    """
+
+    @functools.wraps(function)
+    def called(*arguments: P.args, **named: P.kwargs) -> T:
+        if not torch.compiler.is_compiling():
+            return function(*arguments, **named)
+        found: T = torch.compiler.disable(function)(*arguments, **named)
+        return found
+
+    return called
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
