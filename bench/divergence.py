@@ -5,6 +5,7 @@ from __future__ import annotations
 import tokcredit as tc
 import torch
 from harness import Table, main
+from head import installed
 from tokcredit.blocks.distilled_head import distilled_loss
 
 KINDS = (("forward_kl", None), ("reverse_kl", None), ("js", 0.5), ("skew_forward", 0.1), ("skew_reverse", 0.9))
@@ -34,9 +35,9 @@ def with_gkd(student, teacher, kind, share):
 def differentiated(f):
     """Return a provider that gives the gradient of the values, weighed by slopes."""
 
-    def step(student, teacher, slopes):
+    def step(student, slopes):
         leaf = student.detach().requires_grad_()
-        values = f(leaf, teacher)
+        values = f(leaf)
         torch.autograd.backward(values, slopes.to(values.dtype) if values.dim() else None)
         return leaf.grad
 
@@ -47,66 +48,76 @@ def check(provider, student, teacher, kind, share):
     """Compare the gradient of a few rows with float64."""
     exact = student.double().requires_grad_()
     (slope,) = torch.autograd.grad(with_torch(exact, teacher.double(), kind, share).sum(), exact)
-    seen = differentiated(provider)(student, teacher, torch.ones(len(student))).double()
+    seen = differentiated(lambda x: provider(x, teacher))(student, torch.ones(len(student))).double()
     error = (seen - slope).norm() / slope.norm()
     assert error < (5e-2 if student.dtype == torch.bfloat16 else 1e-3), f"{kind}: error of {error:.1e}"
 
 
-def measure(table, student, teacher, kind, share):
-    """Measure one divergence from logits, alone and with its gradient."""
-    rows, vocabulary = student.shape
-    tokens, slopes = torch.randint(0, vocabulary, (rows,)), torch.randn(rows)
-
-    def log_probs(x, _):
-        return tc.log_probs.from_logits(x, tokens)
-
-    def ours(x, y):
-        return tc.divergence.between(x, y, kind, share)
-
-    def eager(x, y):
-        return with_torch(x, y, kind, share)
-
-    providers = {"tokcredit": ours, "torch eager": eager, "torch.compile": torch.compile(eager)}
-    if not kind.startswith("skew"):
-        providers["TRL, GKD"] = lambda x, y: with_gkd(x, y, kind, share)
-    for provider in providers.values():
-        check(provider, student[:8], teacher[:8], kind, share)
-    # Log-probs and entropies of the same rows: ours should take at most 2.5 times as long.
-    providers["log-probs + entropy"] = log_probs
-    targets = {"TRL, GKD": 5, "torch.compile": 1, "log-probs + entropy": 0.4}
-    name = f"{kind}, {str(student.dtype).removeprefix('torch.')}"
-    for what, moved, made in (
-        ("forward", 2, {label: lambda x, y, _, f=f: f(x, y) for label, f in providers.items()}),
-        # Both read forward and both backward, and the gradient written.
-        ("with gradient", 5, {label: differentiated(f) for label, f in providers.items()}),
-    ):
+def timed(table, name, student, providers, targets, matrices=2):
+    """Measure providers alone and with the gradient of the student."""
+    slopes = torch.randn(len(student))
+    forward = {label: lambda x, _, f=f: f(x) for label, f in providers.items()}
+    both = {label: differentiated(f) for label, f in providers.items()}
+    # With a gradient all are read a second time, and one is written.
+    for what, moved, made in (("forward", matrices, forward), ("with gradient", 2 * matrices + 1, both)):
         table.measure(
-            f"{name}, {what}",
-            f"{rows} x {vocabulary}",
-            lambda: (student, teacher, slopes),
+            f"{name}, {str(student.dtype).removeprefix('torch.')}, {what}",
+            " x ".join(map(str, student.shape)),
+            lambda: (student, slopes),
             moved * student.nbytes,
             made,
             targets=targets,
         )
 
 
-def measure_top(table, student, teacher, top):
-    """Measure forward KL from the most likely ids of a teacher, with its gradient."""
-    rows, vocabulary = student.shape
-    tokens = torch.randint(0, vocabulary, (rows,))
-    log_probs, ids = teacher.float().log_softmax(-1).topk(top)
-    known = tc.divergence.Top(ids, log_probs)
-    table.measure(
-        f"forward_kl of {top} ids, {str(student.dtype).removeprefix('torch.')}",
-        f"{rows} x {vocabulary}",
-        lambda: (student, torch.empty(0), torch.randn(rows)),
-        3 * student.nbytes,
-        {
-            "tokcredit": differentiated(lambda x, _: tc.divergence.between(x, known, "forward_kl")),
-            "log-probs + entropy": differentiated(lambda x, _: tc.log_probs.from_logits(x, tokens)),
-        },
-        targets={"log-probs + entropy": 0.4},
-    )
+def log_probs_of(student):
+    """Return log-probs and entropies of the same rows: a divergence should take at most 2.5 times as long."""
+    tokens = torch.randint(0, student.shape[1], (len(student),))
+    return lambda x: tc.log_probs.from_logits(x, tokens)
+
+
+def measure(table, student, teacher, kind, share):
+    """Measure one divergence between two rows of logits."""
+
+    def eager(x, y):
+        return with_torch(x, y, kind, share)
+
+    providers = {"tokcredit": lambda x, y: tc.divergence.between(x, y, kind, share), "torch eager": eager}
+    if table.patient:
+        providers["torch.compile"] = torch.compile(eager)
+    if not kind.startswith("skew"):
+        providers["TRL, GKD"] = lambda x, y: with_gkd(x, y, kind, share)
+    for provider in providers.values():
+        check(provider, student[:8], teacher[:8], kind, share)
+    made = {label: lambda x, f=f: f(x, teacher) for label, f in providers.items()}
+    made["log-probs + entropy"] = log_probs_of(student)
+    timed(table, kind, student, made, {"TRL, GKD": 5, "torch.compile": 1, "log-probs + entropy": 0.4})
+
+
+def measure_teachers(table, student, teacher, top):
+    """Measure divergences from a mixture of two teachers and from the most likely ids of one."""
+    likely, ids = teacher.float().log_softmax(-1).topk(top)
+    other = (teacher.float() + torch.randn(teacher.shape)).to(teacher.dtype)
+    mixture = tc.divergence.Mixture(teacher, other, torch.full((len(student),), 0.5))
+
+    def of_top(outside):
+        known = tc.divergence.Top(ids, likely, outside)
+        return lambda x: tc.divergence.between(x, known, "forward_kl")
+
+    def renormalised(x):
+        """Return the divergence over the ids alone, as TRL and NeMo-RL compute it."""
+        p, q = x.float().gather(-1, ids).log_softmax(-1), likely.log_softmax(-1)
+        return (q.exp() * (q - p)).sum(-1)
+
+    logits = {"log-probs + entropy": log_probs_of(student)}
+    for kind, share in KINDS[:3]:
+        ours = {"tokcredit": lambda x, k=kind, s=share: tc.divergence.between(x, mixture, k, s)}
+        timed(table, f"{kind} of a mixture", student, ours | logits, {"log-probs + entropy": 0.4}, 3)
+    for outside in tc.divergence.OUTSIDES:
+        providers = {"tokcredit": of_top(outside)} | logits
+        if outside == "renormalised":
+            providers["torch eager, the ids alone"] = renormalised
+        timed(table, f"forward_kl of {top} ids, {outside}", student, providers, {"log-probs + entropy": 0.4}, 1)
 
 
 def with_chunks(hidden, weight, teacher_hidden, teacher_weight, slopes, kind, share):
@@ -116,6 +127,20 @@ def with_chunks(hidden, weight, teacher_hidden, teacher_weight, slopes, kind, sh
     beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": share}[kind]
     values, _ = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher_hidden, teacher_weight, None, beta)
     return (values * slopes).sum()
+
+
+def liger_js(kind, share):
+    """Return Liger's mean divergence from hidden states, in torch."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "js": share}[kind]
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False)
+
+    def run(hidden, weight, teacher_hidden, teacher_weight):
+        tokens = torch.zeros(len(hidden), dtype=torch.long)
+        return loss(hidden, weight, teacher_hidden, teacher_weight, tokens)
+
+    return run
 
 
 def measure_hidden(table, rows, width, vocabulary, dtype, kind, share):
@@ -153,7 +178,9 @@ def measure_hidden(table, rows, width, vocabulary, dtype, kind, share):
         z, _ = hidden @ weight.t(), others[0] @ others[1].t()
         return z @ weight, z.t() @ hidden
 
-    providers = {label: of_both(f) for label, f in (("tokcredit", ours), ("torch eager", eager), ("TRL", chunked))}
+    functions = {"tokcredit": ours, "torch eager": eager, "TRL": chunked}
+    functions |= installed({"Liger": lambda: liger_js(kind, share)})
+    providers = {label: of_both(f) for label, f in functions.items()}
     exact = of_both(eager)(*(x.double() for x in (*student, *teacher)))
     for label, provider in providers.items():
         for found, truth in zip(provider(*student, *teacher), exact, strict=True):
@@ -165,21 +192,23 @@ def measure_hidden(table, rows, width, vocabulary, dtype, kind, share):
         lambda: (*student, *teacher),
         sum(x.nbytes for x in (*student, *student, *teacher)),
         {**providers, "four bare products": products},
-        targets={"torch eager": 1, "TRL": 1.5, "four bare products": 0.7},
+        targets={"torch eager": 1, "TRL": 1.5, "Liger": 1, "four bare products": 0.7},
     )
 
 
 def run(table: Table, quick: bool) -> None:
-    rows, vocabulary = (64, 49_152) if quick else (512, 49_152)
+    rows, vocabulary = (16, 49_152) if quick else (128, 49_152)
+    if not quick:
+        table.device.seconds = 0.4
     for dtype in (torch.float32, torch.bfloat16):
         student = torch.empty(rows, vocabulary).normal_(0, 3)
         teacher = (student + torch.empty_like(student).normal_(0, 1)).to(dtype)
         student = student.to(dtype)
         for kind, share in KINDS:
             measure(table, student, teacher, kind, share)
-        measure_top(table, student, teacher, 100)
-        for kind, share in KINDS[:3]:
-            measure_hidden(table, rows, 576, vocabulary, dtype, kind, share)
+        measure_teachers(table, student, teacher, 100)
+        for kind, share in KINDS[:3] if table.patient else ():
+            measure_hidden(table, 4 * rows, 576, vocabulary, dtype, kind, share)
 
 
 if __name__ == "__main__":

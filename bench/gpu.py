@@ -17,6 +17,7 @@ import tokcredit as tc
 import torch
 from divergence import with_torch as torch_divergence
 from harness import Table
+from head import measure as measure_head
 from tokcredit import ops
 from tokcredit.blocks import scan, segment, select, tree
 
@@ -519,6 +520,8 @@ def main():
     logits(table, 4 if small else 4096, vocabulary, torch.bfloat16)
     logits(table, 4 if small else 1024, vocabulary, torch.float32)
     divergences(table, 4 if small else 1024, vocabulary, torch.bfloat16)
+    shape = (16, 32, 500) if small else (8192, 4096, 151_936)
+    measure_head(table, *shape, torch.bfloat16, DEVICE, all_providers=True)
     for dtype in (torch.int32, torch.int64):
         trees(table, 16 if small else 1024, 500 if small else 16_384, dtype)
     shares = model_shares()

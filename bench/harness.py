@@ -135,7 +135,7 @@ class Cpu:
         for turn in range(max(turns.values())):
             for name, body in bodies.items():
                 if turn < turns[name]:
-                    if first[name] < 1:
+                    if first[name] < 0.25:
                         self.settle(body)
                     # A turn of a short call is several calls, 5 ms together.
                     times[name].extend(once(body) for _ in range(max(1, min(20, int(0.005 / first[name])))))
@@ -176,6 +176,7 @@ class Table:
         copy = self.device.milliseconds({"copy": lambda _: target.copy_(source)})["copy"]
         self.rate = 2 * source.nbytes / copy * 1e3
         self.results: list[Result] = []
+        self.sections: dict[str, list[str]] = {}  # further lines of Markdown, by their heading
         print(f"{self.device.name}, copy {self.rate / 1e9:.1f} GB/s, torch {torch.__version__}")
 
     def measure(
@@ -252,6 +253,7 @@ class Table:
             "torch": torch.__version__,
             "copy_gigabytes_per_second": self.rate / 1e9,
             "results": [asdict(r) for r in self.results],
+            "sections": self.sections,
         }
 
 

@@ -161,6 +161,10 @@ def main() -> None:
     write(folder, options.run)
 
 
+def section(name: str, lines: list[str]) -> list[str]:
+    return [f"### {name}", "", *lines, ""]
+
+
 def write(folder: Path, runs: list[str]) -> None:
     def measured(kind: str) -> dict[str, dict]:
         paths = {s: folder / f"{s}-{kind}.json" for s in SCRIPTS}
@@ -188,6 +192,7 @@ def write(folder: Path, runs: list[str]) -> None:
         )
         + ".",
         "",
+        *(line for s in scripts for name, x in default[s].get("sections", {}).items() for line in section(name, x)),
         "### Whole methods",
         "",
         *methods_table(default["end_to_end"]["results"]),

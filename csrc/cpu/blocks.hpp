@@ -45,7 +45,7 @@ template <class A> A largest_of(const A *values, int64_t n) {
   Pack<A> packs = A(-INFINITY);
   for (int64_t k = 0; k < n; k += lanes) {
     const Pack<A> v(values + k);
-    packs = choose(packs < v, v, packs);
+    packs = at_least(packs, v);
   }
   return largest_lane(packs);
 }

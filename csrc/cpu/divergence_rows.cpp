@@ -20,21 +20,27 @@ template <class A> struct Row {
     other = weight == A(0) ? nullptr : static_cast<const char *>(in.other) + at;
   }
 
-  // n numbers from the i-th, and -inf to the end of a pack.
-  void read_from(const char *logits, int64_t i, int64_t n, A *out) const {
+  // Whether n numbers are packs of A where they are.
+  bool is_plain(int64_t n) const { return bytes_of(type) == sizeof(A) && n % lanes == 0; }
+
+  // n numbers from the i-th, and -inf to the end of a pack: where they are, or read into `memory`.
+  const A *read_from(const char *logits, int64_t i, int64_t n, A *memory) const {
+    if (is_plain(n))
+      return reinterpret_cast<const A *>(logits) + i;
     with_summed_in<A>(type, [&](auto t) {
-      read(reinterpret_cast<const typename decltype(t)::type *>(logits) + i, n, A(-INFINITY), out);
+      read(reinterpret_cast<const typename decltype(t)::type *>(logits) + i, n, A(-INFINITY), memory);
     });
+    return memory;
   }
-  void read_student(int64_t i, int64_t n, A *out) const { read_from(student, i, n, out); }
-  void read_teacher(int64_t i, int64_t n, A *out) const {
-    read_from(teacher, i, n, out);
+  const A *read_teacher(int64_t i, int64_t n, A *memory) const {
+    const A *given = read_from(teacher, i, n, memory);
     if (!other)
-      return;
-    A from[block];
-    read_from(other, i, n, from);
-    for (int64_t k = 0; k < n; ++k)
-      out[k] = mixed(out[k], from[k], weight);
+      return given;
+    A further[block];
+    const A *from = read_from(other, i, n, further);
+    for (int64_t k = 0; k < n; k += lanes)
+      mixed(Pack<A>(given + k), Pack<A>(from + k), Pack<A>(weight)).store(memory + k, lanes);
+    return memory;
   }
 
   // Calls body(i, n, student, teacher) with blocks of n logits.
@@ -42,9 +48,7 @@ template <class A> struct Row {
     A s[block], t[block];
     for (int64_t i = 0; i < size; i += block) {
       const int64_t n = size - i < block ? size - i : block;
-      read_student(i, n, s);
-      read_teacher(i, n, t);
-      body(i, n, s, t);
+      body(i, n, read_from(student, i, n, s), read_teacher(i, n, t));
     }
   }
 };
@@ -127,22 +131,22 @@ template <Divergence kind, class A> Both<A> sums_of(const Row<A> &row, double in
     const A s_base = student.base(), t_base = teacher.base(), apart = sums.apart;
     Pack<A> s_own{}, t_own{}, w_own{}, b_own{};
     for (int64_t k = 0; k < n; k += lanes) {
-      if (student.in_pack(i + k) || teacher.in_pack(i + k)) {
+      // The exact one is outside of this loop: a call in it would take the constants out of the registers.
+      for (; k < n && !student.in_pack(i + k) && !teacher.in_pack(i + k); k += lanes) {
+        const Pack<A> x(s + k), y(t + k);
+        const Pack<A> d = at_least((x - s_base) * scale, Pack<A>(lowest<A>));
+        const Pack<A> own = exponential(d), given = exponential((y - t_base) * scale);
+        s_own = s_own + own;
+        t_own = t_own + given;
+        w_own = w_own + own * d;
+        if constexpr (!has_mixture(kind)) {
+          const Pack<A> between = (y - (x + apart)) * scale;
+          const Pack<A> &factor = kind == Divergence::forward_kl ? given : own;
+          b_own = b_own + choose(factor > Pack<A>{}, factor * between, Pack<A>{});
+        }
+      }
+      if (k < n)
         add_exactly<kind>(sums, i + k, n - k < lanes ? n - k : lanes, s + k, t + k, inverse);
-        continue;
-      }
-      const Pack<A> x(s + k), y(t + k);
-      Pack<A> d = (x - s_base) * scale;
-      d = choose(d < lowest<A>, Pack<A>(lowest<A>), d);
-      const Pack<A> own = exponential(d), given = exponential((y - t_base) * scale);
-      s_own = s_own + own;
-      t_own = t_own + given;
-      w_own = w_own + own * d;
-      if constexpr (!has_mixture(kind)) {
-        const Pack<A> between = (y - (x + apart)) * scale;
-        const Pack<A> &factor = kind == Divergence::forward_kl ? given : own;
-        b_own = b_own + choose(factor > Pack<A>{}, factor * between, Pack<A>{});
-      }
     }
     student.others += total(s_own);
     student.weighted += total(w_own);
@@ -160,16 +164,17 @@ Terms<double> mixture_terms(const Row<A> &row, const LogProbs<A> &logs, double s
   row.each_block([&](int64_t, int64_t n, const A *s, const A *t) {
     Pack<A> v_own{}, c_own{};
     for (int64_t k = 0; k < n; k += lanes) {
-      const Pack<A> x(s + k), y(t + k);
-      const Pack<A> log_p = logs.log_p(x), log_q = logs.log_q(y);
-      if (any(is_large(log_p, log_q))) {
-        for (int64_t j = k; j < n && j < k + lanes; ++j)
-          add_exact_terms<kind>(out, logs, s[j], t[j], share);
-        continue;
+      for (; k < n; k += lanes) {
+        const Pack<A> x(s + k), y(t + k);
+        const Pack<A> log_p = logs.log_p(x), log_q = logs.log_q(y);
+        if (any(is_large(log_p, log_q)))
+          break;
+        const auto terms = divergence_terms<kind>(log_p, log_q, logs.delta(x, y), A(share));
+        v_own = v_own + terms.value;
+        c_own = c_own + terms.slope;
       }
-      const auto terms = divergence_terms<kind>(log_p, log_q, logs.delta(x, y), A(share));
-      v_own = v_own + terms.value;
-      c_own = c_own + terms.slope;
+      for (int64_t j = k; j < n && j < k + lanes; ++j)
+        add_exact_terms<kind>(out, logs, s[j], t[j], share);
     }
     v_own.add_to(v_all);
     c_own.add_to(c_all);
@@ -226,23 +231,28 @@ template <Divergence kind, class A> void backward(const DivergenceBackward &b, i
                share = b.in.share;
   const LogProbs<A> logs(saved, b.in.temperature);
   const Row<A> row(b.in, i);
-  row.each_block([&](int64_t j, int64_t n, A *s, const A *t) {
+  row.each_block([&](int64_t j, int64_t n, const A *s, const A *t) {
+    A memory[block];
+    A *out = row.is_plain(n) ? reinterpret_cast<A *>(grad) + j : memory;
     for (int64_t k = 0; k < n; k += lanes) {
-      const Pack<A> x(s + k), y(t + k);
-      const Pack<A> log_p = logs.log_p(x), log_q = logs.log_q(y);
-      if (any(is_large(log_p, log_q))) {
-        for (int64_t l = k; l < n && l < k + lanes; ++l)
-          s[l] = A(factor * exact_slope<kind>(logs, s[l], t[l], share, saved[2]));
-        continue;
+      for (; k < n; k += lanes) {
+        const Pack<A> x(s + k), y(t + k);
+        const Pack<A> log_p = logs.log_p(x), log_q = logs.log_q(y);
+        if (any(is_large(log_p, log_q)))
+          break;
+        const Pack<A> slope =
+            divergence_slope<kind>(log_p, log_q, logs.delta(x, y), A(share), Pack<A>(A(saved[2])));
+        (slope * A(factor)).store(out + k, lanes);
       }
-      const Pack<A> slope =
-          divergence_slope<kind>(log_p, log_q, logs.delta(x, y), A(share), Pack<A>(A(saved[2])));
-      (slope * A(factor)).store(s + k, lanes);
+      for (int64_t l = k; l < n && l < k + lanes; ++l)
+        out[l] = A(factor * exact_slope<kind>(logs, s[l], t[l], share, saved[2]));
     }
+    if (out != memory)
+      return;
     with_summed_in<A>(b.in.type, [&](auto t) {
-      auto *out = reinterpret_cast<typename decltype(t)::type *>(grad) + j;
+      auto *narrow = reinterpret_cast<typename decltype(t)::type *>(grad) + j;
       for (int64_t k = 0; k < n; ++k)
-        store(out + k, s[k]);
+        store(narrow + k, out[k]);
     });
   });
 }

@@ -81,6 +81,18 @@ template <class V, int64_t n> TOKCREDIT_FN bool any(const Registers<V, n> &x) {
   return any(map([](V a, V b) { return a | b; }, x.low, x.high));
 }
 
+// The larger and the smaller of two numbers lane by lane; the second where either is NaN.
+template <class V> TOKCREDIT_FN V larger_of(V a, V b) { return a > b ? a : b; }
+template <class V> TOKCREDIT_FN V smaller_of(V a, V b) { return a < b ? a : b; }
+#if defined(__AVX512F__) // where compilers make two instructions of it
+TOKCREDIT_FN Register<float>::type larger_of(Register<float>::type a, Register<float>::type b) {
+  return _mm512_maskz_max_ps(__mmask16(-1), a, b);
+}
+TOKCREDIT_FN Register<float>::type smaller_of(Register<float>::type a, Register<float>::type b) {
+  return _mm512_maskz_min_ps(__mmask16(-1), a, b);
+}
+#endif
+
 template <class A> struct Pack {
   static constexpr int64_t count = lanes * sizeof(A) / register_bytes;
   using V = typename Register<A>::type;
@@ -148,6 +160,13 @@ template <class A> struct Pack {
 
   TOKCREDIT_FN friend Pack choose(const Mask &which, const Pack &yes, const Pack &no) {
     return {map([](M m, V x, V y) { return m ? x : y; }, which.at, yes.at, no.at)};
+  }
+
+  TOKCREDIT_FN friend Pack at_least(const Pack &x, const Pack &low) {
+    return {map([](V a, V b) { return larger_of(a, b); }, low.at, x.at)};
+  }
+  TOKCREDIT_FN friend Pack at_most(const Pack &x, const Pack &high) {
+    return {map([](V a, V b) { return smaller_of(a, b); }, high.at, x.at)};
   }
 
   TOKCREDIT_FN friend Pack<uint32_t> bits(const Pack &a) {

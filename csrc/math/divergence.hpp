@@ -14,7 +14,7 @@ constexpr bool has_mixture(Divergence kind) {
 
 // The logit of a mixture of two teachers.
 template <class A> TOKCREDIT_FN A mixed(A logit, A other, A weight) {
-  return logit == -A(INFINITY) ? logit : logit + weight * (logit - other);
+  return choose(logit == A(-INFINITY), logit, logit + weight * (logit - other));
 }
 
 // What is added to the student's logits before they are subtracted from the teacher's, of about the distance
@@ -71,7 +71,7 @@ template <class A, class Number> struct Point {
   TOKCREDIT_FN Point(A log_p, A log_q, A between) {
     const A most = far(Number());
     delta = choose(between < most, between, most); // NaN of -inf less -inf as well
-    delta = choose(delta < -most, -most, delta);
+    delta = at_least(delta, -most);
     q_is_larger = delta > A{};
     larger = exponential(choose(q_is_larger, log_q, log_p));
     const Exponentials<A> e = exponentials(choose(q_is_larger, -delta, delta));

@@ -12,8 +12,7 @@ template <class A> struct Reduced {
 };
 
 template <class A> TOKCREDIT_FN Reduced<A> reduced(A x) {
-  x = choose(x < A(-88.0f), A(-88.0f), x);
-  x = choose(x > A(89.0f), A(89.0f), x);
+  x = at_most(at_least(x, A(-88.0f)), A(89.0f));
   // Adding 1.5 * 2^23 leaves the nearest integer n in the low bits.
   const A shifted = x * 1.44269504f + 12582912.0f;
   const A n = shifted - 12582912.0f;

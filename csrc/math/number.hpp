@@ -34,6 +34,10 @@ template <class T> using accumulate_t = typename accumulate<T>::type;
 template <class A> using mask_t = decltype(A{} < A{});
 template <class A> TOKCREDIT_FN A choose(bool which, A yes, A no) { return which ? yes : no; }
 
+// x within bounds; NaN stays NaN.
+template <class A> TOKCREDIT_FN A at_least(A x, A low) { return x < low ? low : x; }
+template <class A> TOKCREDIT_FN A at_most(A x, A high) { return x > high ? high : x; }
+
 TOKCREDIT_FN bool any(bool which) { return which; }
 
 TOKCREDIT_FN uint32_t bits(float x) {

@@ -95,6 +95,27 @@ def test_a_token_that_the_student_excludes(kind, share, value, gradient):
     check([1.0, 0, -INF, 0.5], TEACHER, kind, share, 1, value, gradient)
 
 
+@EACH_KIND
+@pytest.mark.parametrize("of", ["teacher", "student", "both"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_excluded_tokens(kind, share, of, dtype, tolerance):
+    """A KL is infinite where its second distribution excludes what its first does not; nothing else is."""
+    student, teacher = pair(3, 40, dtype)
+    places = [0, 17, 39]
+    for row, place in enumerate(places):
+        for name, x in (("student", student), ("teacher", teacher)):
+            if of in (name, "both"):
+                x[row, place] = -INF
+    seen = with_gradient(student, teacher, kind, share)
+    infinite = (kind, of) in (("forward_kl", "student"), ("reverse_kl", "teacher"))
+    assert seen[0].isinf().all() if infinite else seen[0].isfinite().all()
+    assert seen[2].isnan().all() if infinite else seen[2].isfinite().all()
+    if of != "teacher" and not infinite:
+        assert not seen[2][range(3), places].any()
+    for ours, truth in zip(seen, reference(student, teacher, kind, share), strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
 def test_golden_entropy():
     _, entropies = module.with_entropies(matrix(STUDENT), matrix(TEACHER), "forward_kl")
     assert entropies.item() == pytest.approx(1.1929791180, abs=1e-9)

@@ -65,6 +65,12 @@ def test_golden_vectors(ids, outside, kind, value, gradient):
         assert entropies.item() == pytest.approx(1.1929791180, abs=tolerance)
 
 
+def test_golden_js_of_the_students_ids():
+    teacher = top(torch.tensor([TEACHER], dtype=torch.float64), torch.tensor([LIKELY]))
+    value = module.between(torch.tensor([STUDENT], dtype=torch.float64), teacher, "js", 0.5).item()
+    assert value == pytest.approx(0.0567187674, abs=2e-9)
+
+
 def test_golden_cut_below_zero():
     student = torch.tensor([[0.2, 0.8, -6, -6]], dtype=torch.float64)
     teacher = top(torch.tensor([TEACHER], dtype=torch.float64), torch.tensor([FIRST]), "cut")
@@ -119,6 +125,14 @@ def test_gradcheck(kind, share, outside):
     known = top(teacher, teacher.topk(5).indices, outside)
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: module.between(x, known, kind, share, 0.7, mask), student)
+
+
+@EACH_CASE
+def test_a_step_along_the_gradient_lowers_it(kind, share, outside):
+    student, teacher = pair(20, 50, torch.float32)
+    known = top(teacher, teacher.topk(6).indices, outside)
+    values, _, grad = with_gradient(student, known, kind, share)
+    assert (module.between(student - 0.1 * grad, known, kind, share) < values).all()
 
 
 @pytest.mark.parametrize(("kind", "share"), KINDS)
@@ -259,3 +273,16 @@ def test_registration(ids):
     arguments = (names, mask, 0.8, *kept, torch.ones(4), 1)
     torch.library.opcheck(torch.ops.tokcredit.divergence_top_gradient, (student, *arguments))
     torch.library.opcheck(torch.ops.tokcredit.divergence_top_gradient_, (student.clone(), *arguments))
+
+
+def test_compiles():
+    student, teacher = pair(4, 20, torch.float32)
+    known = top(teacher, teacher.topk(3).indices)
+
+    def loss(x):
+        return (module.between(x, known, "js", 0.3) * 2).sum()
+
+    compiled, plain = student.clone().requires_grad_(), student.clone().requires_grad_()
+    seen, expected = torch.compile(loss, fullgraph=True)(compiled), loss(plain)
+    torch.testing.assert_close(seen, expected)
+    torch.testing.assert_close(torch.autograd.grad(seen, compiled), torch.autograd.grad(expected, plain))

@@ -39,6 +39,41 @@ def test_kl(estimator, mean):
     assert out.metrics["policy_loss"] == 0
 
 
+STUDENT, TEACHER = ([1.0, 0, -1, 0.5], [0.2, 0.8, -0.5, 0])
+REVERSE_KL = [0.212648109, -0.200765513, -0.054613199, 0.042730603]
+FORWARD_KL = [0.232295198, -0.266026697, -0.055874821, 0.089606321]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("k1", [0.0] * 4), ("k2", REVERSE_KL), ("k3", FORWARD_KL), ("advantage", REVERSE_KL)]
+)
+def test_expected_gradient_over_sampled_tokens(name, expected):
+    """Of a KL's estimators over tokens of the current policy: what it is that each of them minimizes."""
+    student, teacher = (torch.tensor(x, dtype=torch.float64) for x in (STUDENT, TEACHER))
+    student.requires_grad_()
+    log_probs, given = student.log_softmax(0), teacher.log_softmax(0)
+    total = torch.zeros((), dtype=torch.float64)
+    for token in range(4):
+        batch = tc.Rollouts(
+            torch.tensor([token]),
+            torch.tensor([0, 1]),
+            torch.tensor([0]),
+            torch.tensor([1.0], dtype=torch.float64),
+            old_log_probs=log_probs[token : token + 1].detach(),
+        )
+        aggregation = tc.aggregation.token_sum()
+        if name == "advantage":
+            batch = batch.with_inputs(teacher_log_probs=given[token : token + 1])
+            objective = tc.Objective(tc.credit.distilled(), aggregation=aggregation)
+        else:
+            batch = batch.with_inputs(ref_log_probs=given[token : token + 1])
+            objective = only(tc.term.kl(1.0, name), aggregation=aggregation)
+        loss = objective.loss(objective.prepare(batch), log_probs[token : token + 1]).loss
+        total = total + log_probs[token].exp().detach() * loss
+    gradient = torch.autograd.grad(total, student)[0]
+    assert gradient.tolist() == pytest.approx(expected, abs=2e-9)
+
+
 def test_kl_has_no_gradient_beyond_its_limit():
     batch, current = batch_with_reference()
     limit = 0.02
