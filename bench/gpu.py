@@ -521,7 +521,7 @@ def main():
     logits(table, 4 if small else 1024, vocabulary, torch.float32)
     divergences(table, 4 if small else 1024, vocabulary, torch.bfloat16)
     shape = (16, 32, 500) if small else (8192, 4096, 151_936)
-    measure_head(table, *shape, torch.bfloat16, DEVICE, all_providers=True)
+    measure_head(table, *shape, torch.bfloat16, DEVICE)
     for dtype in (torch.int32, torch.int64):
         trees(table, 16 if small else 1024, 500 if small else 16_384, dtype)
     shares = model_shares()

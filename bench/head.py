@@ -212,15 +212,12 @@ def running(device: str, dtype: torch.dtype) -> tuple[Losses, Losses]:
     return kept
 
 
-def measure(table: Table, n: int, d: int, v: int, dtype: torch.dtype, device: str, all_providers: bool) -> None:
+def measure(table: Table, n: int, d: int, v: int, dtype: torch.dtype, device: str) -> None:
     """Measure a mean loss with its gradients."""
     log_probs, means = running(device, dtype)
     providers = {"tokcredit, one pass": differentiated(means.pop("tokcredit, one pass"), True)}
     providers |= {name: differentiated(f) for name, f in log_probs.items()}
     providers |= {name: differentiated(f, True) for name, f in means.items()}
-    if not all_providers:
-        kept = ("tokcredit", "all logits, torch eager", "torch linear_cross_entropy, mean", "TRL")
-        providers = {name: f for name, f in providers.items() if name.startswith(kept) and "chunk" not in name}
     # One pass may take 1.15 times as long as the products alone, in bfloat16 1.4 times.
     bare = 1 / (1.4 if dtype == torch.bfloat16 else 1.15)
     targets = {name: 1.0 for name in providers if not name.startswith("tokcredit")} | {"three bare products": bare}
@@ -279,10 +276,9 @@ def run(table: Table, quick: bool) -> None:
     shape = (128, 256, 16_384) if quick else (512, 576, 49_152)
     lines = []
     for dtype in (torch.float32, torch.bfloat16):
-        measure(table, *shape, dtype, "cpu", table.patient)
+        measure(table, *shape, dtype, "cpu")
         lines += lines_of_memory(table, *shape, dtype)
-    if table.patient:
-        table.sections["Losses from hidden states"] = [*lines, "", *lines_of_accuracy()]
+    table.sections["Losses from hidden states"] = [*lines, "", *lines_of_accuracy()]
 
 
 if __name__ == "__main__":
