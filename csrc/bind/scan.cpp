@@ -5,8 +5,8 @@ namespace tokcredit::bind {
 namespace {
 
 void scan(const py::object &x, const py::object &begin, const py::object &end, const py::object &mask,
-          double decay, const py::object &carry_in, bool reverse, bool exclusive, const py::object &y,
-          const py::object &carry_out, int threads) {
+          double decay, const py::object &decays, const py::object &carry_in, bool reverse, bool exclusive,
+          const py::object &y, const py::object &carry_out, int threads) {
   Call call("scan");
   const Array values = call.read_float("x", x);
   const Rows rows = call.rows(begin, end, mask, values.size);
@@ -18,6 +18,7 @@ void scan(const py::object &x, const py::object &begin, const py::object &end, c
                call.read("y", y, out, rows.size).data,
                call.read("carry_out", carry_out, out, rows.count).data,
                decay,
+               call.optional("decays", decays, Type::f64, rows.count).as<double>(),
                reverse,
                exclusive};
   call.run([&] { cpu::scan(s, threads); }, [&](auto &queue) { cuda::scan(s, queue); });

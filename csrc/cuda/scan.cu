@@ -34,16 +34,16 @@ struct Total {
 template <bool reverse> __device__ constexpr int walked(int k) { return reverse ? own_tokens - 1 - k : k; }
 
 // Runs over the lane's tokens from `state`, and calls put(k, state before, state after) for each. With
-// `plain` all of them are live and no row begins; else `begins` and `live` are bits, and initial(k) is the
-// state of the row that begins at token k.
-template <bool reverse, bool plain, class T, class Initial, class Put>
+// `plain` all of them are live and no row begins; else `begins` and `live` are bits, and start(k, state, decay)
+// sets what the row that begins at token k has.
+template <bool reverse, bool plain, class T, class Start, class Put>
 __device__ double walk(const Own<T> &x, double decay, double state, unsigned live, unsigned begins,
-                       Initial &&initial, Put &&put) {
+                       Start &&start, Put &&put) {
 #pragma unroll
   for (int i = 0; i < own_tokens; ++i) {
     const int k = walked<reverse>(i);
     if (!plain && begins >> k & 1)
-      state = initial(k);
+      start(k, state, decay);
     const double before = state;
     if (plain || live >> k & 1)
       state = decay * state + double(load(x[k]));
@@ -62,6 +62,16 @@ __device__ inline Affine scan_lanes(Affine upto, int reach) {
       upto = before.then(upto);
   }
   return upto;
+}
+
+// The row of a token, or one nearby where it lies in none.
+__device__ inline int64_t row_of(const Rows &rows, int64_t t) {
+  int64_t low = 0, high = rows.count - 1;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    rows.end[middle] <= t ? low = middle + 1 : high = middle;
+  }
+  return low;
 }
 
 // Blocks per multiprocessor for which registers are left.
@@ -107,21 +117,28 @@ __global__ void __launch_bounds__(block_threads, resident<T>)
     ends = Borders::own(reverse ? borders.first : borders.last, block);
   }
   const bool plain = __all_sync(all_lanes, live == own_all && (begins | ends) == 0);
-  const auto begun = [&](int k) { return initial(borders.first_row + row_at(block * own_tokens + k)); };
+  const auto begun = [&](int k, double &state, double &decay) {
+    const int64_t r = borders.first_row + row_at(block * own_tokens + k);
+    state = initial(r);
+    if (s.decays)
+      decay = s.decays[r];
+  };
   const auto nothing = [](int, double, double) {};
 
-  // What the lane's tokens do.
+  // What the lane's tokens do, as far as a row that comes in is concerned.
+  const bool by_row = s.decays && inside;
+  const double decay = by_row ? s.decays[row_of(s.rows, own_from + walked<reverse>(0))] : s.decay;
   Affine own = identity;
   if (plain) {
-    own.shift = walk<reverse, true>(x, s.decay, 0, live, begins, begun, nothing);
-    own.scale = s.decay;
+    own.shift = walk<reverse, true>(x, decay, 0, live, begins, begun, nothing);
+    own.scale = decay;
 #pragma unroll
     for (int power = 1; power < own_tokens; power *= 2)
       own.scale *= own.scale;
   } else {
-    own.shift = walk<reverse, false>(x, s.decay, 0, live, begins, begun, nothing);
+    own.shift = walk<reverse, false>(x, decay, 0, live, begins, begun, nothing);
     for (int k = __popc(live); k > 0; --k)
-      own.scale *= s.decay;
+      own.scale *= decay;
   }
   const unsigned beginning = __ballot_sync(all_lanes, begins != 0);
   const unsigned earlier = beginning & ((1u << lane_id()) - 1);
@@ -170,10 +187,10 @@ __global__ void __launch_bounds__(block_threads, resident<T>)
   double state = lane_id() == 0 ? at_warp : earlier ? before.shift : before.scale * at_warp + before.shift;
   A *out = staged.own(block);
   if (plain) {
-    walk<reverse, true>(x, s.decay, state, live, begins, begun,
+    walk<reverse, true>(x, decay, state, live, begins, begun,
                         [&](int k, double old, double now) { out[k] = A(s.exclusive ? old : now); });
   } else {
-    walk<reverse, false>(x, s.decay, state, live, begins, begun, [&](int k, double old, double now) {
+    walk<reverse, false>(x, decay, state, live, begins, begun, [&](int k, double old, double now) {
       if (ends >> k & 1)
         carry_out[borders.first_row + row_at(block * own_tokens + k)] = A(now);
       out[k] = live >> k & 1 ? A(s.exclusive ? old : now) : A(0);

@@ -9,6 +9,8 @@
 //     x     1  2  3  4      mask  1 1 0 1      decay 0.5
 //     y     1  2.5  0  5.25                    carry_out 5.25
 //
+// A row has a decay of its own where `decays` has one for each.
+//
 // x is any float type; y and both carries are float32, or float64 when x is. Time: one read, one write.
 #pragma once
 #include "ops/array.hpp"
@@ -23,6 +25,7 @@ struct Scan {
   void *y;
   void *carry_out;
   double decay;
+  const double *decays; // [R], or null for `decay` in all rows
   bool reverse;
   bool exclusive;
 };

@@ -14,10 +14,11 @@ def one_row():
     return Spans.single(4, mask=torch.tensor([True, True, False, True]))
 
 
-@given(ragged.spans(), st.booleans(), st.booleans(), st.booleans(), st.sampled_from([1.0, 0.9, 0.0, -0.5]))
+@given(ragged.spans(), st.booleans(), st.booleans(), st.booleans(), st.sampled_from([1.0, 0.9, 0.0, -0.5, None]))
 def test_matches_definition(spans, reverse, exclusive, carried, decay):
     x = ragged.values(spans.size)
     carry = ragged.values(spans.num_rows, seed=1) if carried else None
+    decay = ragged.values(spans.num_rows, seed=2) if decay is None else decay  # one for each row
     y, last = ops.scan(x, spans, decay, carry, reverse, exclusive)
     expected, expected_last = reference(x, *spans.arrays, decay, carry, reverse, exclusive)
     torch.testing.assert_close(y, expected)
@@ -48,8 +49,9 @@ def test_long_row_keeps_its_digits():
     assert ours < 1e-6 * exact.abs().max()
 
 
-@given(ragged.spans(max_rows=3, max_length=4), st.booleans(), st.booleans(), st.sampled_from([1.0, 0.7, 0.0]))
+@given(ragged.spans(max_rows=3, max_length=4), st.booleans(), st.booleans(), st.sampled_from([1.0, 0.7, 0.0, None]))
 def test_gradient(spans, reverse, exclusive, decay):
+    decay = ragged.values(spans.num_rows, seed=2) if decay is None else decay
     x = ragged.values(spans.size).requires_grad_()
     carry = ragged.values(spans.num_rows, seed=1).requires_grad_()
     torch.autograd.gradcheck(lambda x, c: ops.scan(x, spans, decay, c, reverse, exclusive), (x, carry))
@@ -66,7 +68,9 @@ def test_thread_count_does_not_change_bits(monkeypatch):
 
 def test_opcheck():
     x = ragged.values(4, torch.float32)
-    torch.library.opcheck(torch.ops.tokcredit.scan.default, (x, *one_row().arrays, 0.9, torch.ones(1), True, False, 1))
+    torch.library.opcheck(
+        torch.ops.tokcredit.scan.default, (x, *one_row().arrays, 0.9, None, torch.ones(1), True, False, 1)
+    )
 
 
 def test_compiles_without_graph_breaks():
@@ -108,5 +112,7 @@ def test_rejects_wrong_arguments():
         scan.cumulative(torch.ones(4), one_row(), carry=torch.ones(2))
     with pytest.raises(TypeError, match=r"spans: expected tokcredit\.Spans, got Tensor; see Spans\.from_cu_seqlens"):
         scan.positions(torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"scan: decays: expected float64 \[1\], got float64 \[2\]"):
+        ops.scan(torch.ones(4), one_row(), torch.ones(2, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"scan: carry_in: expected float32 \[1\], got float32 \[2\]"):
         ops.scan(torch.ones(4), one_row(), carry=torch.ones(2))

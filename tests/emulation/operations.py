@@ -7,7 +7,7 @@ import torch
 
 # Arguments in order; results are marked.
 SIGNATURES = {
-    "scan": "x begin end mask decay carry_in reverse exclusive =y =carry_out threads",
+    "scan": "x begin end mask decay decays carry_in reverse exclusive =y =carry_out threads",
     "tree_build": "tokens begin end group groups =leaf =parent =group_of =depth =length =count =degree =size threads",
     "tree_fold": "leaf parent scale x =y",
     "tree_mean": "leaf parent counts x change =y",

@@ -121,24 +121,5 @@ def generalized_advantages(
     values = values.to(torch.promote_types(rewards.dtype, values.dtype))
     delta = following(values, spans, bootstrap).mul_(discount).add_(rewards).sub_(values)
     if isinstance(trace, Tensor):
-        decay = tensor("trace", trace, FLOATS, (spans.num_rows,), spans.device)
-        return _returns(delta, spans, decay * discount)
+        trace = tensor("trace", trace, FLOATS, (spans.num_rows,), spans.device).double()
     return ops.scan(delta, spans, decay=discount * trace, reverse=True)[0]
-
-
-def _returns(x: Tensor, spans: Spans, decay: Tensor) -> Tensor:
-    """Return ``y[t] = x[t] + decay[row] * y[next unmasked token]``, ``[N]``, in a pass for each power of two.
-
-    Each pass adds to every sum of a number of tokens the sum of as many tokens after them.
-    """
-    rows = torch.arange(spans.num_rows, device=spans.device)
-    at = ops.spread(torch.ones_like(rows, dtype=torch.bool), spans).nonzero()[:, 0]
-    row = rows.repeat_interleave(ops.count(spans))
-    y, power = x.index_select(0, at).double(), decay.double().index_select(0, row)
-    step = 1
-    while step < len(at) and bool((goes_on := row[step:] == row[:-step]).any()):
-        added = torch.where(goes_on, power[:-step] * y[step:], 0)
-        y = torch.cat([y[:-step] + added, y[-step:]])
-        power = power * power
-        step *= 2
-    return x.new_zeros(x.shape).index_copy_(0, at, y.to(x.dtype))
