@@ -75,6 +75,7 @@ def synthetic(name, batch, g):
         "values": x,
         "value_targets": x**2,
         "bootstrap_values": torch.where(rows % 3 != 1, rows / 7.0, 0),
+        "context_keys": batch.group_index // 2,
         "role_ids": rows % 2,
         "role_baselines": rows % 4 / 9.0,
         "greedy_rewards": rows % 3 / 2.0,

@@ -26,6 +26,7 @@ NAMES = {
     "blocks": [
         *(
             "tree.build",
+            "tree.context_keys",
             "tree.PrefixTree.expand",
             "values.monte_carlo",
             "head.log_probs_and_entropies",

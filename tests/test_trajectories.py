@@ -1,6 +1,7 @@
 """Trajectories of several rows: nothing depends on how an episode is cut."""
 
 import dataclasses
+import itertools
 import random
 
 import episodes
@@ -189,14 +190,27 @@ def of_tokens(objective, seed):
     make = naive.random_pairs if isinstance(objective, tc.Preference) else naive.random_batch
     batch, current = make(seed, length=6)
     turns = torch.arange(6).div(2, rounding_mode="floor").repeat(12)
+    batch = dataclasses.replace(batch, tokens=batch.tokens + 3 * of_replies(batch))
     batch = naive.with_inputs(batch.with_inputs(turn_ids=turns), objective.required_inputs)
     return dataclasses.replace(batch, trajectory_ids=torch.arange(12)), current
 
 
-def in_rows(batch, current, seed):
-    """The same trajectories in several rows each; see :func:`episodes.cut`."""
-    rng = random.Random(seed)
-    return episodes.cut(batch, current, rng.randint, padded=seed % 2 == 0, shuffled=seed % 3 == 0)
+def of_replies(batch):
+    """The length of the run of masked tokens that a token is in.
+
+    With it no prefix of what a tool says is what it says elsewhere, or what the policy chooses. Rows that leave out a
+    reply then hide no context of another row.
+    """
+    runs = (~batch.response_mask).tolist()
+    edges = [0, *(t for t in range(1, len(runs)) if runs[t] != runs[t - 1] or t in batch.begin.tolist()), len(runs)]
+    return torch.tensor([runs[t] * (b - a) for a, b in itertools.pairwise(edges) for t in range(a, b)])
+
+
+def in_rows(objective, batch, current, seed):
+    """The same trajectories in several rows each; see :mod:`episodes`."""
+    compares = any(stage.compares_prefixes for stage in objective.stages())
+    cut = episodes.cut_in_context if compares else episodes.cut
+    return cut(batch, current, random.Random(seed).randint, padded=seed % 2 == 0, shuffled=seed % 3 == 0)
 
 
 def load(name):
@@ -219,7 +233,7 @@ def test_any_cut_gives_the_same(name, seed):
     objective = load(name)
     batch, current = of_tokens(objective, seed)
     loss, advantages, grad, _ = evaluated(objective, batch, current)
-    other, moved, there, here = in_rows(batch, current, seed)
+    other, moved, there, here = in_rows(objective, batch, current, seed)
     other_loss, other_advantages, other_grad, ready = evaluated(objective, other, moved)
     torch.testing.assert_close(other_loss, loss, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(other_advantages[there], advantages[here], rtol=1e-10, atol=1e-13)
@@ -233,8 +247,15 @@ def test_any_cut_gives_the_same(name, seed):
 @pytest.mark.parametrize("name", [name for name in METHODS if not bears(name)])
 def test_methods_that_cannot_bear_it_say_so(name):
     objective = load(name)
-    batch = in_rows(*of_tokens(objective, 0), 0)[0]
+    batch = in_rows(objective, *of_tokens(objective, 0), 0)[0]
     with pytest.raises(ValueError, match="trajectory_ids: expected one row in each trajectory because "):
+        prepared(objective, batch)
+
+
+def test_methods_that_compare_prefixes_need_keys_of_contexts():
+    objective = load("tempo")
+    batch = in_rows(objective, *of_tokens(objective, 0), 0)[0].with_inputs(context_keys=None)
+    with pytest.raises(ValueError, match="context_keys: expected for trajectories of several rows because of tempo_"):
         prepared(objective, batch)
 
 
@@ -242,7 +263,7 @@ def test_methods_that_cannot_bear_it_say_so(name):
 def test_micro_batches_of_rows_add_up(name):
     """Rows go anywhere, unless the loss couples the tokens of a trajectory; then they stay together, in any order."""
     objective = load(name)
-    batch, current, *_ = in_rows(*of_tokens(objective, 3), 3)
+    batch, current, *_ = in_rows(objective, *of_tokens(objective, 3), 3)
     loss, _, grad, ready = evaluated(objective, batch, current)
     rng = random.Random(3)
     rows = list(range(batch.num_rows))
@@ -383,7 +404,7 @@ def test_denominators_of_other_ranks_count_trajectories():
 def test_from_hidden_states(name, seed):
     """Rows that are cut into tiles, and rows that the loss joins, give what the loss of log-probs gives."""
     objective = tc.mix("grpo", clip="growing(0.05, 0.1)") if name == "growing" else load(name)
-    batch, current, *_ = in_rows(*of_tokens(objective, seed), seed)
+    batch, current, *_ = in_rows(objective, *of_tokens(objective, seed), seed)
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(*current.shape, 4, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 4, generator=g, dtype=torch.float64)

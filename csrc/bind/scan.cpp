@@ -18,9 +18,9 @@ void scan(const py::object &x, const py::object &begin, const py::object &end, c
                call.read("y", y, out, rows.size).data,
                call.read("carry_out", carry_out, out, rows.count).data,
                decay,
-               call.optional("decays", decays, Type::f64, rows.count).as<double>(),
                reverse,
-               exclusive};
+               exclusive,
+               call.optional("decays", decays, Type::f64, rows.count).as<double>()};
   call.run([&] { cpu::scan(s, threads); }, [&](auto &queue) { cuda::scan(s, queue); });
 }
 

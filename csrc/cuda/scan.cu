@@ -34,8 +34,8 @@ struct Total {
 template <bool reverse> __device__ constexpr int walked(int k) { return reverse ? own_tokens - 1 - k : k; }
 
 // Runs over the lane's tokens from `state`, and calls put(k, state before, state after) for each. With
-// `plain` all of them are live and no row begins; else `begins` and `live` are bits, and start(k, state, decay)
-// sets what the row that begins at token k has.
+// `plain` all of them are live and no row begins; else `begins` and `live` are bits, and start(k, state,
+// decay) sets what the row that begins at token k has.
 template <bool reverse, bool plain, class T, class Start, class Put>
 __device__ double walk(const Own<T> &x, double decay, double state, unsigned live, unsigned begins,
                        Start &&start, Put &&put) {

@@ -25,9 +25,9 @@ struct Scan {
   void *y;
   void *carry_out;
   double decay;
-  const double *decays; // [R], or null for `decay` in all rows
   bool reverse;
   bool exclusive;
+  const double *decays = nullptr; // [R], or null for `decay` in all rows
 };
 
 namespace cpu {

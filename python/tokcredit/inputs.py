@@ -305,6 +305,14 @@ for _entry in (
         "user",
         of_trajectory="last",
     ),
+    Input(
+        "context_keys",
+        "row",
+        "integer",
+        "key of all tokens that the policy had seen before the row (tree.context_keys)",
+        "sampler",
+        of_trajectory="first",
+    ),
     Input("role_ids", "row", "integer", "role of the policy in the trajectory, such as the player of a game", "user"),
     Input(
         "role_baselines",

@@ -175,7 +175,8 @@ class ObjectiveStage(Stage):
 
         Raises:
             TypeError: An input has the wrong type.
-            ValueError: An input is missing or wrong, or a trajectory has several rows and a stage reads contexts.
+            ValueError: An input is missing or wrong, or a trajectory has several rows and a stage reads contexts, or
+                compares prefixes without ``context_keys``.
         """
         for name in self.required_inputs:
             batch.input(name)
@@ -185,6 +186,11 @@ class ObjectiveStage(Stage):
                     raise ValueError(
                         f"trajectory_ids: expected one row in each trajectory because of {stage!r}, which reads tokens "
                         "that the policy did not choose, got several"
+                    )
+                if stage.compares_prefixes and not batch.has_input("context_keys"):
+                    raise ValueError(
+                        f"context_keys: expected for trajectories of several rows because of {stage!r}, which compares "
+                        "prefixes, got None; see tokcredit.tree.context_keys"
                     )
         return batch.detached().whole
 

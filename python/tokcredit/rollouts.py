@@ -315,6 +315,13 @@ class Rollouts(Layout):
         return Turns.of_runs(self.policy_spans)
 
     @property
+    def contexts(self) -> tuple[Spans, Tensor]:
+        """The rows as they were cut, without mask, and the key of the context of each, int64 ``[P]``."""
+        if "_part_keys" in self.__dict__:
+            return self.__dict__["_parts"], self.__dict__["_part_keys"].long()
+        return self.all_spans, self.input("context_keys").long()
+
+    @property
     def longest(self) -> int:
         """Largest number of tokens that the policy chose in a trajectory, if trajectories are given, else ``width``.
 
@@ -386,10 +393,13 @@ class Rollouts(Layout):
             named: Registered inputs by name, per-token ones as ``[N, ...]`` or in the layout of the batch; None removes
                 one.
         """
+        if "_parts" in self.__dict__ and named.get("context_keys") is not None:
+            raise ValueError("context_keys: expected in the batch of the rows, got them for whole trajectories")
         own = {name: self._one_axis(x) for name, x in named.items() if name in FIELDS}
         extras = {**self.extras, **{name: x for name, x in named.items() if name not in FIELDS}}
         extras = {name: x for name, x in extras.items() if x is not None}
-        made = self._derived(("turns",) if "turn_ids" in named else (), **own, extras=extras)
+        stale = {"turn_ids": "turns", "context_keys": "_part_keys"}
+        made = self._derived(tuple(stale[name] for name in stale.keys() & named), **own, extras=extras)
         made._check_inputs(own | {name: extras[name] for name in named if name in extras})
         return made
 
@@ -461,6 +471,8 @@ class Rollouts(Layout):
         }
         if isinstance(chosen, Joined):
             values |= {"shape": None, "trajectories": None, "_parts": chosen.parts}
+            if (keys := self.extras.get("context_keys")) is not None:
+                values["_part_keys"] = keys.index_select(0, chosen.order)
         else:
             trajectories = None if self.trajectories is None else self.trajectories.take(chosen)
             values |= {"shape": chosen.shape, "trajectories": trajectories}

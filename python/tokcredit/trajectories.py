@@ -27,6 +27,7 @@ class Joined(NamedTuple):
         tokens: int64, positions of the tokens of the trajectories in the batch, or None where they are not moved.
         spans: The trajectories.
         parts: Rows of the batch in the buffers of the trajectories.
+        order: int64 ``[R]``, the row of the batch that each of these is.
     """
 
     rows: Tensor
@@ -34,6 +35,7 @@ class Joined(NamedTuple):
     tokens: Tensor | None
     spans: Spans
     parts: Spans
+    order: Tensor
 
     def of_rows(self, x: Tensor) -> Tensor:
         """Return the numbers of the first rows.
@@ -175,7 +177,7 @@ class Trajectories:
             parts, tokens = moved.spans, moved.tokens
         begin, end = (x.index_select(0, on_device(at)) for x, at in ((parts.begin, begins), (parts.end, ends)))
         spans = Spans.trusted(begin, end, parts.size)
-        return Joined(on_device(order[begins]), on_device(order[ends]), tokens, spans, parts)
+        return Joined(on_device(order[begins]), on_device(order[ends]), tokens, spans, parts, on_device(order))
 
     @cached_property
     def dense(self) -> NDArray[np.int64]:

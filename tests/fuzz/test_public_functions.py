@@ -191,6 +191,10 @@ CALLS = {
     "select.frequency.keys": (select.frequency.keys, {"scores": floats(2, 5), "budget": 2}),
     "select.maximum_variance": (select.maximum_variance, {"x": floats(R), "k": 2, "by": PER_ROW["by"]}),
     "tree.build": (tree.build, {"batch": rollouts()}),
+    "tree.context_keys": (
+        tree.context_keys,
+        {"tokens": torch.arange(N), "spans": spans(), "start": torch.zeros(R, dtype=torch.int64)},
+    ),
     "tree.expand": (
         lambda **x: tree.build(rollouts()).expand(**x),
         {"body": floats(2 * R), "head": floats(2 * R), "row": floats(R)},
@@ -214,6 +218,10 @@ CALLS = {
     ),
     "values.monte_carlo_change": (
         lambda **x: values.monte_carlo_change(tree.build(rollouts()), **x),
+        {"rewards": floats(R), "counted": torch.ones(R, dtype=torch.bool)},
+    ),
+    "values.monte_carlo_ends": (
+        lambda **x: values.monte_carlo_ends(tree.build(rollouts(extras={"context_keys": torch.arange(R)})), **x),
         {"rewards": floats(R), "counted": torch.ones(R, dtype=torch.bool)},
     ),
     "values.mean_of_children": (

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from tokcredit import ops
 from tokcredit.arguments import FLOATS, instance, tensor
-from tokcredit.blocks.tree import PrefixTree
+from tokcredit.blocks import segment
+from tokcredit.blocks.tree import PrefixTree, Visits
 
 
 def _rewards(tree: PrefixTree, rewards: Tensor | None) -> Tensor:
     if rewards is None:
         return tree.batch.rewards
-    tensor("rewards", rewards, FLOATS, tuple(tree.leaf.shape), tree.leaf.device)
+    tensor("rewards", rewards, FLOATS, (tree.batch.num_rows,), tree.leaf.device)
     return rewards if rewards.dtype == torch.float64 else rewards.float()
 
 
@@ -50,8 +51,50 @@ def monte_carlo_change(tree: PrefixTree, rewards: Tensor | None = None, counted:
 def _mean(tree: PrefixTree, rewards: Tensor | None, counted: Tensor | None, change: bool) -> Tensor:
     rewards = _rewards(tree, rewards)
     if counted is not None:
-        tensor("counted", counted, (torch.bool,), tuple(tree.leaf.shape), tree.leaf.device)
+        tensor("counted", counted, (torch.bool,), (tree.batch.num_rows,), tree.leaf.device)
+    if tree.visits is not None:
+        mean = _mean_of_visits(tree, tree.visits, rewards, counted)
+        return (temporal_difference(tree, mean) if change else mean).to(rewards.dtype)
     return ops.tree_mean(tree.leaf, tree.parent, counted, rewards, change)
+
+
+def _mean_of_visits(tree: PrefixTree, visits: Visits, rewards: Tensor, counted: Tensor | None) -> Tensor:
+    """Return the mean reward of the rows through each node, float64 ``[V]``; each row counts once."""
+    scope = visits.node if counted is None else torch.where(counted[visits.row], visits.node, -1)
+    return segment.mean(rewards.double()[visits.row], segment.Ids(scope, len(tree.parent)))
+
+
+def _require_rows(tree: PrefixTree) -> None:
+    if tree.pieces is not None:
+        raise ValueError("tree: expected trees of whole rows, got pieces of rows because of context_keys")
+
+
+def monte_carlo_ends(tree: PrefixTree, rewards: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+    """Return, at the last token of a piece, the value of the context that it ends with minus that of its node.
+
+    They differ where the context was reached in another way: by a row that begins with it and does not hold all tokens
+    before. With :func:`monte_carlo_change` at the first tokens of nodes it is the change of the value at every token.
+
+    Args:
+        tree: Prefix trees of pieces.
+        rewards: float ``[R]``, or None for the rewards of the batch.
+        counted: bool ``[R]``, rows that count, or None for all.
+
+    Returns:
+        float ``[N]``, 0 at other tokens and where masked.
+
+    Raises:
+        ValueError: The trees have no pieces.
+    """
+    rewards = _rewards(tree, rewards)
+    if tree.pieces is None or tree.visits is None:
+        raise ValueError("tree: expected trees of pieces, got trees of rows")
+    mean = _mean_of_visits(tree, tree.visits, rewards, counted)
+    begin, end, after = tree.pieces.spans.begin, tree.pieces.spans.end, tree.pieces.after
+    there = ((after >= 0) & (end > begin)).nonzero()[:, 0]
+    change = mean[tree.visits.root[after[there]]] - mean[tree.leaf[there]]
+    found = mean.new_zeros(tree.batch.num_tokens).index_copy_(0, end[there] - 1, change)
+    return found.masked_fill_(~tree.batch.response_mask, 0).to(rewards.dtype)
 
 
 def mean_of_children(tree: PrefixTree, rewards: Tensor | None = None) -> Tensor:
@@ -66,9 +109,13 @@ def mean_of_children(tree: PrefixTree, rewards: Tensor | None = None) -> Tensor:
     Returns:
         float ``[V]``, 0 in unused slots.
 
+    Raises:
+        ValueError: The trees have pieces of rows.
+
     References:
         arXiv 2505.23564.
     """
+    _require_rows(tree)
     rewards = _rewards(tree, rewards)
     scale = 1 / tree.degree.clamp(min=1).to(rewards.dtype)
     return ops.tree_fold(tree.leaf, tree.parent, scale, rewards)
@@ -86,7 +133,11 @@ def leave_one_out(tree: PrefixTree, rewards: Tensor | None = None) -> Tensor:
 
     Returns:
         float ``[N]``, 0 where masked.
+
+    Raises:
+        ValueError: The trees have pieces of rows.
     """
+    _require_rows(tree)
     rewards = _rewards(tree, rewards)
     total = ops.tree_fold(tree.leaf, tree.parent, None, rewards)
     shared = tree.count > 1

@@ -25,7 +25,8 @@ class tempo_credit(Credit):
         A[i, t] = (r[i] - mean(r) + V(s[t + 1]) - V(s[t])) / (std(r) + epsilon)
 
     Masked tokens belong to the prefixes and have no advantage. The end of a row counts as a symbol of its own. A group
-    of one has mean 0 and standard deviation 1.
+    of one has mean 0 and standard deviation 1. Trajectories of several rows need ``context_keys``, by which a prefix is
+    all that the policy had seen.
 
     Args:
         scale: Whether to divide by the sample standard deviation of the group.
@@ -39,7 +40,7 @@ class tempo_credit(Credit):
     scale: bool = flag(True)
     epsilon: float = number(1e-6, at_least=0)
     count_empty: bool = flag(False)
-    reads_contexts: ClassVar[bool] = True
+    compares_prefixes: ClassVar[bool] = True
 
     def __call__(self, batch: Rollouts) -> Tensor:
         groups, rewards, trees = counted(batch, self.count_empty), batch.rewards, tree.build(batch)
@@ -47,8 +48,9 @@ class tempo_credit(Credit):
         standard = "normalized" if self.scale else "centred"
         row = segment.standardize(rewards, groups.index, moments, standard, self.epsilon)
         # The mean of the group is in both values and cancels.
-        change = values.monte_carlo_change(trees, row, None if self.count_empty else batch.nonempty)
-        return trees.expand(row=row, head=change)
+        rows = None if self.count_empty else batch.nonempty
+        advantages = trees.expand(row=row, head=values.monte_carlo_change(trees, row, rows))
+        return advantages if trees.pieces is None else advantages + values.monte_carlo_ends(trees, row, rows)
 
 
 def tempo(

@@ -108,7 +108,7 @@ def compute(run: Run, objectives: Mapping[str, Any] | Sequence[str]) -> Data:
     batch = batch.whole
     tables = {name: _method(x, log_probs) for name, x in prepared.items()}
     notes += _differences(run.settings.get("method"), written, tables)
-    trees = tree.build(batch)
+    trees = tree.build(batch.with_inputs(context_keys=None))  # the page shows whole rows
     return Data(
         run,
         {name: x.objective for name, x in prepared.items()},

@@ -42,6 +42,8 @@ class Stage(Declared):
         whole_batch: Whether the stage compares rows of different groups.
         reads_contexts: Whether the result depends on tokens that the policy did not choose, so that it is not known for
             trajectories of several rows, whose contexts the rows may repeat, shorten or leave out.
+        compares_prefixes: Whether the result depends on which rows had the same tokens before, so that trajectories of
+            several rows need ``context_keys``.
         reads_rollouts: Whether a clip stage or a scale reads token ids, groups or rewards, which some hosts do not hand
             to their policy loss.
     """
@@ -50,6 +52,7 @@ class Stage(Declared):
     reads: ClassVar[frozenset[str]] = frozenset()
     whole_batch: ClassVar[bool] = False
     reads_contexts: ClassVar[bool] = False
+    compares_prefixes: ClassVar[bool] = False
     reads_rollouts: ClassVar[bool] = False
 
     def _named(self, name: str) -> str:

@@ -9,7 +9,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from tokcredit.blocks import tree
 from tokcredit.rollouts import Rollouts
+from tokcredit.spans import Spans
 from tokcredit.train.problems import Problem
 from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext
 from tokcredit.train.scoring import left_padded
@@ -161,6 +163,7 @@ class Layout:
         # An episode has the same number in all processes, which share the groups.
         count = len(dialogues) // len(set(group_ids))
         ids = [group * count + number % count for number, group in enumerate(group_ids)]
+        known = {"context_keys": self._keys(prompts)} if len(self._rows) > len(dialogues) else {}
         return Rollouts(
             self.of_tokens([d.tokens for d in dialogues]),
             lengths.cumsum(0),
@@ -179,8 +182,14 @@ class Layout:
                     ],
                     device=self._device,
                 ),
+                **known,
             },
         )
+
+    def _keys(self, contexts: list[list[int]]) -> Tensor:
+        edges = torch.tensor([0, *map(len, contexts)], device=self._device).cumsum(0)
+        tokens = torch.tensor([t for context in contexts for t in context], device=self._device)
+        return tree.context_keys(tokens, Spans.from_cu_seqlens(edges))
 
 
 class Dialogues(RolloutCollector, Generic[D]):

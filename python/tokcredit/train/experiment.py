@@ -265,6 +265,7 @@ def _columns(number: int, update: Update, model: Any) -> dict[str, Any]:
         "entropies": per_row(batch.entropies),
         "advantages": per_row(update.prepared.advantages),
         "trajectory": None if batch.trajectory_ids is None else batch.trajectory_ids.tolist(),
+        "context_keys": batch.input("context_keys").tolist() if batch.has_input("context_keys") else None,
         **{name: with_nan(batch.input(name)) for name in OF_TURNS if batch.has_input(name)},
     }
 

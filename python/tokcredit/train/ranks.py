@@ -153,7 +153,7 @@ class Ranks:
         """
         if self.count == 1:
             return batch, torch.arange(batch.num_rows)
-        names |= {name for name in ("token_rewards", "turn_ids") if batch.has_input(name)}
+        names |= {name for name in ("token_rewards", "turn_ids", "context_keys") if batch.has_input(name)}
         columns = {"tokens", "group_ids", "rewards", "response_mask", *names & set(FIELDS)}
         columns |= {"trajectory_ids"} if batch.trajectory_ids is not None else set()
         own = {name: getattr(batch, name).cpu() for name in columns}

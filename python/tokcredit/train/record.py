@@ -26,6 +26,7 @@ _ROLLOUTS = pa.schema(
         ("task", pa.string()),
         ("world", pa.string()),
         ("trajectory", pa.int64()),
+        ("context_keys", pa.int64()),
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("reward", pa.float32()),
