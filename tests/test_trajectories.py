@@ -12,7 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-METHODS = [*tc.methods.names(), "weighted_pairs"]
+MIXED = {
+    "weighted_pairs": tc.mix("dpo", token_weights="raised(given(entropies), 0.5)"),
+    "turn_mean": tc.mix("grpo", token_weights="turn_mean()"),
+    "turn_count": tc.mix("dapo", filters="top_share(0.5, given(entropies))", token_weights="turn_count()"),
+    "unbiased_turns": tc.mix("grpo", credit="returns(0.9, turn, others)"),
+}
+METHODS = [*tc.methods.names(), *MIXED]
 EDGES = torch.tensor([0, 2, 4, 6])
 
 
@@ -214,10 +220,8 @@ def in_rows(objective, batch, current, seed):
 
 
 def load(name):
-    """The objective of a method, or pairs with a weight for each token."""
-    if name == "weighted_pairs":
-        return tc.mix("dpo", token_weights="raised(given(entropies), 0.5)")
-    return tc.methods.load(name)
+    """The objective of a method, or of stages that no method has."""
+    return MIXED.get(name) or tc.methods.load(name)
 
 
 def bears(name):
@@ -351,6 +355,33 @@ def test_denominators_count_each_episode_once(cut):
         found[name] = (tc.ops.spread(weights[:, 0], batch.spans) * losses).sum().item()
     expected = {"token_mean": 6, "sequence_mean": 20 / 3, "sequence_sum_8": 2.75, "sequence_sum": 4.4, "ba": 6.0833333}
     assert found == pytest.approx(expected)
+
+
+@CUTS
+def test_turns_have_equal_weights(cut):
+    """The loss is the aggregation of 1 to 11, in turns of 2, 1, 2 tokens, of 1, 2, and of 3."""
+    batch, losses, found = abc(cut), torch.arange(1.0, 12), []
+    for weight, aggregation in (
+        (tc.token_weights.turn_mean(), tc.aggregation.sequence_mean()),
+        (tc.token_weights.turn_count(), tc.aggregation.token_mean()),
+    ):
+        ready = tc.Objective(token_weights=(weight,), aggregation=aggregation).prepare(batch)
+        x, rows = ready.multiplier, ready.row_weights.expand(batch.num_rows, 1)[:, 0]
+        found.append(tc.ops.spread(rows, batch.spans) * (x if x.dim() == 1 else tc.ops.spread(x[:, 0], batch.spans)))
+    assert [(x * losses).sum().item() for x in found] == pytest.approx([6.58333333, 8.27272727])
+    assert found[0].sum().item() == pytest.approx(1)
+    divisors = 1 / (3 * found[1][[0, 5, 8]])
+    assert divisors.sum().item() == pytest.approx(11)
+
+
+def test_weights_of_turns_count_tokens_that_train():
+    """A turn without such tokens is no turn, and a trajectory without them changes nothing."""
+    batch = abc((5, 3, 3))
+    chosen = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1]).bool()
+    some = batch.whole.filtered(chosen)
+    weight = tc.token_weights.turn_mean()(some, torch.ones(3, 1, dtype=torch.float64))
+    assert weight.tolist() == [1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1]
+    assert tc.token_weights.turn_count()(some, torch.ones(3, 1)).flatten().tolist() == [0.75, 1.5, 1.5]
 
 
 @pytest.mark.parametrize("edges", [[0, 4], [0, 2, 4], [0, 1, 3, 4], [0, 2, 2, 4]])

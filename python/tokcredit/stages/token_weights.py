@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokcredit import ops
 from tokcredit.blocks import segment
 from tokcredit.rollouts import Rollouts
 from tokcredit.spans import Spans
@@ -258,4 +259,45 @@ class scored(TokenWeight):
         return self.score(batch)
 
 
-__all__ = ["TokenWeight", "from_trl", "from_verl", "icepop", "importance", "mis", "raised", "scored", "tis", "within"]
+def _turns(batch: Rollouts) -> tuple[Spans, Tensor, Tensor]:
+    """Return the turns with the mask of the tokens that train, how many each has, and how many such turns a row."""
+    spans = batch.turns.spans.with_mask(batch.spans.mask)
+    tokens = ops.count(spans)
+    return spans, tokens, ops.count(batch.turns.of_row(tokens > 0))
+
+
+@dataclass(frozen=True)
+class turn_mean(TokenWeight):
+    """Equal weights of the turns of a trajectory: ``L / (K * l)``.
+
+    L tokens of a trajectory train, in K turns, and l of them are in the turn of the token. With
+    ``aggregation.sequence_mean`` the loss is the mean over trajectories of the mean over turns of the mean over tokens.
+    """
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        spans, tokens, counts = _turns(batch)
+        row = batch.turns.row
+        weight = batch.lengths[row] / (counts[row] * tokens).clamp(min=1).double()
+        return ops.spread(weight.to(advantages.dtype), spans)
+
+
+@dataclass(frozen=True)
+class turn_count(TokenWeight):
+    """Token losses divided by the number of turns: ``mean(K) / K``, with K the turns of the trajectory that train.
+
+    With ``aggregation.token_mean`` the loss is ``1/J * sum over the trajectories of (sum of token losses) / (K * c)``,
+    with J trajectories and c the mean number of tokens in a turn of the batch.
+    """
+
+    whole_batch: ClassVar[bool] = True
+
+    def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
+        counts = _turns(batch)[2].double()
+        mean = counts.sum() / (counts > 0).sum().clamp(min=1)
+        return (mean / counts.clamp(min=1)).to(advantages.dtype)[:, None]
+
+
+__all__ = [
+    *("TokenWeight", "from_trl", "from_verl", "icepop", "importance", "mis", "raised", "scored", "tis"),
+    *("turn_count", "turn_mean", "within"),
+]
