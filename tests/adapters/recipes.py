@@ -18,9 +18,9 @@ def blocks(section):
     return blocks_of(sections()[section])
 
 
-def run(section):
-    """The names that the only block of a section defines. It gets no names: the block imports what it uses."""
-    (code,) = blocks(section)
+def run(section, number=None):
+    """The names that a block of a section defines. It gets no names: the block imports what it uses."""
+    (code,) = blocks(section) if number is None else blocks(section)[number : number + 1]
     names = {"__name__": section}
     exec(compile(code, f"{HOSTS}: {section}", "exec"), names)
     return names

@@ -48,7 +48,7 @@ def test_every_block_is_run():
     """No section has a Python block that no test runs."""
     assert [name for name in recipes.sections() if recipes.blocks(name)] == list(RUN_BY)
     for section, module in RUN_BY.items():
-        assert f'recipes.run("{section}")' in (Path(__file__).parent / f"{module}.py").read_text(), section
+        assert f'recipes.run("{section}"' in (Path(__file__).parent / f"{module}.py").read_text(), section
 
 
 def test_a_loop_without_logits(capsys):
@@ -179,7 +179,7 @@ class LossOutputs:
 def test_prime_rl(monkeypatch):
     """One call per sequence, prompt included; the sum is divided by the tokens of all."""
     with_modules(monkeypatch, prime_rl__trainer__rl__loss={"LossOutputs": LossOutputs})
-    loss = recipes.run("prime-rl")["loss"]
+    loss = recipes.run("prime-rl", 1)["loss"]
     advantages, expected, gradient = rr.expected(TEMPO_CTPO, ROWS)
     found, total, tokens = [], 0.0, sum(int(row["mask"].sum()) for row in ROWS)
     for row, of_row in zip(ROWS, advantages.split([len(row["response"]) for row in ROWS]), strict=True):

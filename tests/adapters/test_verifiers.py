@@ -1,8 +1,10 @@
 """Advantages in the nodes of traces of verifiers, read back through its own branches."""
 
+import asyncio
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import tokcredit as tc
@@ -19,6 +21,7 @@ absent.without_init("verifiers", "verifiers.v1")
 absent.pretend("connectrpc", "math_verify", "opentelemetry", "prime_runs", "prime_sandboxes", "prime_tunnel")
 
 from tokcredit.adapters import verifiers as adapter
+from verifiers.v1.episode import Episode
 from verifiers.v1.graph import MessageNode
 from verifiers.v1.trace import AgentInfo, Reward, Trace, TraceTask, VersionInfo
 from verifiers.v1.types import AssistantMessage, UserMessage
@@ -156,3 +159,48 @@ def test_recipe():
     traces = [branching(1.0), short(0.0)]
     recipes.run("verifiers")["credit"](traces)
     assert traces[0].nodes[1].advantages == [1.0, 1.0] and traces[1].nodes[1].advantages == [-1.0]
+
+
+class Algorithm:
+    """The base of prime-rl's algorithms, as its sources have it."""
+
+    def __init__(self, config, policy_pool):
+        self.policy_pool = policy_pool
+
+    async def score_group(self, episodes):
+        pass
+
+    async def finalize_group(self, episodes):
+        await self.score_group(episodes)
+
+
+def episode(*traces):
+    return Episode.model_construct(traces=list(traces))
+
+
+def test_an_algorithm_of_prime_rl(monkeypatch):
+    """The class of the guide, called as prime-rl does: a cohort is a group, and what does not train has no credit."""
+    base = ModuleType("prime_rl.orchestrator.algo.base")
+    base.Algorithm = Algorithm
+    monkeypatch.setitem(sys.modules, base.__name__, base)
+    names = recipes.run("prime-rl", 0)
+    failed, judge, silent = short(9.0), short(9.0, trainable=False), trace(9.0, said(None, [1]))
+    failed.ok = False
+    traces = [short(1.0), short(0.0, key="other")]
+    for t in (*traces, judge, silent):
+        t.ok = True
+    cohort = [episode(traces[0], judge), episode(traces[1], failed), episode(silent)]
+    asyncio.run(names["Rloo"](None, None).finalize_group(cohort))
+    assert [t.nodes[1].advantages for t in (*traces, judge, failed)] == [[1.0], [-1.0], None, None]
+    assert silent.nodes[0].advantages is None
+    asyncio.run(names["Rloo"](None, None).finalize_group([]))
+
+
+def test_trees_over_branches():
+    """Branches hold all that the policy saw, so equal beginnings are one node and a trace counts once at it."""
+    traces = [branching(1.0), trace(0.0, said(None, [1]), sampled(0, [9, 2, 8])), short(0.0)]
+    adapter.assign(tc.methods.tempo(scale=False), traces)
+    # The mean is 1/3; V is 1/2 after 2, and 1 after 3.
+    first = [node.advantages for node in traces[0].nodes if node.sampled]
+    assert first == [pytest.approx([2 / 3 + 1 / 6, 2 / 3 + 1 / 2]), pytest.approx([2 / 3]), pytest.approx([2 / 3] * 2)]
+    assert traces[1].nodes[1].advantages == pytest.approx([-1 / 3 + 1 / 6, -1 / 3 - 1 / 2])

@@ -49,7 +49,8 @@ def assign(objective: Objective, episodes: Iterable[Any], *, reward_rule: str = 
     lengths = torch.tensor([len(step.response_ids) for _, step, _ in steps])
     tokens = pad_sequence([torch.tensor(step.response_ids, dtype=torch.long) for _, step, _ in steps], batch_first=True)
     real = torch.arange(tokens.shape[1]) < lengths[:, None]
-    named = {}
+    prompts = [torch.tensor(step.prompt_ids, dtype=torch.long) for _, step, _ in steps]
+    named = {"context_keys": two_phase.context_keys(prompts)}
     if all(step.logprobs is not None and len(step.logprobs) == len(step.response_ids) for _, step, _ in steps):
         rows = [torch.tensor(step.logprobs, dtype=torch.float32) for _, step, _ in steps]
         named["rollout_log_probs"] = pad_sequence(rows, batch_first=True)

@@ -107,15 +107,17 @@ def _advantages(
     """Return the advantages of the rows of all ranks; slime numbers the samples of a prompt consecutively."""
     whole = {name: [x for rank in ranks for x in rank[name]] for name in ranks[0]}
     lengths, names = whole["response_lengths"], [int(x) for x in whole[fields.trajectory]]
-    cut = zip(whole["tokens"], lengths, strict=True)
-    tokens = pad_sequence([torch.as_tensor(t)[len(t) - n :] for t, n in cut], batch_first=True)
+    cut = [torch.as_tensor(t).split([len(t) - n, n]) for t, n in zip(whole["tokens"], lengths, strict=True)]
+    tokens = pad_sequence([response for _, response in cut], batch_first=True)
+    keys = two_phase.context_keys([prompt for prompt, _ in cut])
     mask = pad_sequence([torch.as_tensor(x) for x in whole["loss_masks"]], batch_first=True)
     real = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
     prompts = [int(x) // size for x in whole[fields.group]]
     rewards = torch.tensor(whole["rewards"], dtype=torch.float64)
     places = _places(names, ranks, fields)
     rows = host_rows(names, prompts, rewards, mask, rule, fields, places)
-    found = two_phase.advantages_padded(objective, tokens, real, mask, torch.tensor(prompts), rows, "slime")
+    groups = torch.tensor(prompts)
+    found = two_phase.advantages_padded(objective, tokens, real, mask, groups, rows, "slime", context_keys=keys)
     return [x[:n] for x, n in zip(found, lengths, strict=True)]
 
 

@@ -10,7 +10,7 @@ advantages. From the first place to the second such a host carries one number pe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +27,11 @@ from tokcredit.adapters.capabilities import (
     require_independent_rows,
 )
 from tokcredit.adapters.rows import HostRows
+from tokcredit.blocks import tree
 from tokcredit.objective import Objective
 from tokcredit.protocol import Loss
 from tokcredit.rollouts import Rollouts
+from tokcredit.spans import Spans
 from tokcredit.stages.aggregation import Aggregation
 from tokcredit.stages.credit.group import per_token
 
@@ -204,7 +206,7 @@ def advantages_padded(
         group_ids: Integers ``(B,)``.
         rewards: float ``(B,)``, one trajectory per row; or trajectories and rewards.
         host: Name of the host for errors.
-        named: Per-token inputs by name, ``(B, T)`` each.
+        named: Per-token inputs by name, ``(B, T)`` each, and ``context_keys (B,)``.
 
     Returns:
         float ``(B, T)``.
@@ -214,7 +216,7 @@ def advantages_padded(
     """
     if isinstance(rewards, Tensor):
         rewards = HostRows(torch.arange(len(tokens), device=tokens.device), rewards)
-    dense = named.pop("token_rewards", rewards.token_rewards)
+    dense, keys = named.pop("token_rewards", rewards.token_rewards), named.pop("context_keys", None)
     outcomes = rewards.rewards
     if outcomes is None and dense is not None:
         outcomes = torch.zeros(len(tokens), device=tokens.device)
@@ -233,12 +235,24 @@ def advantages_padded(
         trajectory_ids=ordered(rewards.trajectory_ids),
         **arguments({name: ordered(x)[keep] for name, x in named.items()}),
     )
+    if keys is not None:
+        batch = batch.with_inputs(context_keys=ordered(keys))
     if dense is not None:
         # The host told rewards of tokens and outcomes apart, also where both have the same sum.
         batch = batch.with_inputs(token_rewards=ordered(dense)[keep])
     found = advantages(objective, batch, host)
     out = torch.zeros(tokens.shape, dtype=found.dtype, device=found.device).masked_scatter_(keep, found)
     return out if rewards.order is None else out.index_select(0, rewards.order.argsort())
+
+
+def context_keys(contexts: Sequence[Tensor]) -> Tensor:
+    """Return ``context_keys`` of rows, int64 ``[R]``.
+
+    Args:
+        contexts: Token ids of all that the policy saw before each row.
+    """
+    edges = torch.tensor([0, *(len(x) for x in contexts)]).cumsum(0)
+    return tree.context_keys(torch.cat([edges[:0], *(x.long() for x in contexts)]), Spans.from_cu_seqlens(edges))
 
 
 def group_ids(names: Iterable[Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """verifiers: the advantages of an objective in the nodes of traces, where prime-rl reads them.
 
 A row is a branch of a trace, and a trace is a trajectory. A message that several branches share trains in the first of
-them. Call :func:`assign` where prime-rl scores a group, in ``score_group`` of an ``Algorithm``. Tested with verifiers
+them. :func:`score_group` is what an ``Algorithm`` of prime-rl calls in its method of that name. Tested with verifiers
 0.4.0; prime-rl is not on PyPI.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from verifiers.v1.episode import Episode
 from verifiers.v1.trace import Branch, Trace
 
 from tokcredit.adapters import two_phase
@@ -61,7 +62,8 @@ def assign(
     masks = [[m and new for node, new in zip(b.nodes, first, strict=True) for m in node.mask] for _, b, first in rows]
     mask = pad_sequence([torch.tensor(x, dtype=torch.bool) for x in masks], batch_first=True)
     real = torch.arange(tokens.shape[1]) < torch.tensor([len(x) for x in masks])[:, None]
-    named = {}
+    # A branch begins with nothing before it, so its prefixes are all that the policy had seen.
+    named = {"context_keys": torch.zeros(len(rows), dtype=torch.int64)}
     for name, field in FIELDS.items():
         given = [getattr(branch, field) for _, branch, _ in rows]
         if all(x is not None for x in given):
@@ -79,6 +81,25 @@ def assign(
         for node, new in zip(branch.nodes, first, strict=True):
             if new:
                 node.advantages = [next(values) for m in node.mask if m]
+
+
+def score_group(objective: Objective, episodes: Iterable[Episode], *, turn_rewards: str | None = None) -> None:
+    """Set ``advantages`` of the traces of a cohort of prime-rl, which are one group.
+
+    Traces with an error, of agents that are not trained, and without sampled tokens are left as they are: those that
+    ``iter_trainable_traces`` of prime-rl leaves out.
+
+    Args:
+        objective: Its credit and token weights make the advantages.
+        episodes: The episodes of the cohort, as prime-rl passes them to ``Algorithm.score_group``.
+        turn_rewards: As in :func:`assign`.
+
+    Raises:
+        ValueError: As in :func:`assign`.
+    """
+    traces = [trace for episode in episodes for trace in episode.traces if not trace.has_error]
+    traces = [trace for trace in traces if trace.agent.trainable and any(any(node.mask) for node in trace.nodes)]
+    assign(objective, traces, [0] * len(traces), turn_rewards=turn_rewards)
 
 
 def _group(trace: Trace[Any, Any, Any]) -> tuple[str, str]:
