@@ -67,7 +67,7 @@ def test_distillation_page(tmp_path):
 
 def test_agents_page(tmp_path):
     found = blocks("docs/agents.md")
-    assert len(found) == 2
+    assert len(found) == 3
     for block in found:
         (shown,) = re.findall(r"^print.*  # (.*)$", block, re.M)
         assert run(block, tmp_path) == f"{shown}\n"
