@@ -174,7 +174,7 @@ def layouts(cache):
 
 COMPARED = (
     *("grpo", "gigpo", "kevin", "mt_grpo", "turn_progress", "process", "match_tir", "ppo", "reinforce_pp", "gspo"),
-    *("ctpo", "dr_grpo", "rloo", "opo", "ba", "dapo"),
+    *("ctpo", "dr_grpo", "rloo", "opo", "ba", "dapo", "tempo"),
 )
 
 
@@ -329,7 +329,9 @@ def test_recorded_episodes_are_read_by_the_report(acting, monkeypatch, rows):
     assert batch.whole.num_rows == 8 and (batch.trajectories is None) == (rows == "one")
     again = tc.methods.gigpo().prepare(batch).advantages
     torch.testing.assert_close(again, read.advantages, atol=1e-5, rtol=1e-5)
-    report(s.output, tc.methods.kevin())
+    assert batch.has_input("context_keys") == (rows == "call")
+    for method in ("kevin", "tempo"):
+        report(s.output, tc.methods.load(method))
 
 
 @pytest.mark.parametrize(
@@ -387,6 +389,7 @@ def test_the_rows_of_all_processes_are_gathered_with_their_turns(layouts, monkey
     together, mine = rank(1).gather(second, names)
     expected = tc.methods.gigpo().prepare(whole).advantages
     torch.testing.assert_close(tc.methods.gigpo().prepare(together).advantages, expected)
+    assert torch.equal(together.input("context_keys"), whole.input("context_keys"))
     assert mine.tolist() == list(range(first.num_rows, whole.num_rows))
     # Outcomes that equal the sums of the rewards of steps are not taken for the same rewards given twice.
     rows = torch.arange(2)
