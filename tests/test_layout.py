@@ -21,7 +21,7 @@ ALLOWED = {
 # Each layer imports its own modules and those of earlier layers.
 LAYERS = {
     "data": (
-        *("arguments", "spans", "layout", "groups", "selection", "trajectories", "turns"),
+        *("arguments", "spans", "layout", "groups", "pairing", "selection", "trajectories", "turns"),
         *("inputs", "settings", "schedule", "ops", "rollouts"),
     ),
     "blocks": ("blocks",),

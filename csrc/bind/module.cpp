@@ -50,6 +50,8 @@ PYBIND11_MODULE(_C, m) {
   bind_repack(m);
   bind_baseline(m);
   bind_pieces(m);
+  bind_pair_link(m);
+  bind_row_weights(m);
   bind_score(m);
   bind_memory(m);
 }

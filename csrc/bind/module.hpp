@@ -16,6 +16,8 @@ void bind_divergence(py::module_ &);
 void bind_repack(py::module_ &);
 void bind_baseline(py::module_ &);
 void bind_pieces(py::module_ &);
+void bind_pair_link(py::module_ &);
+void bind_row_weights(py::module_ &);
 void bind_score(py::module_ &);
 void bind_memory(py::module_ &);
 

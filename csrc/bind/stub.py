@@ -17,6 +17,7 @@ TYPES = {
     "py::tuple": "tuple[int, ...]",
     "py::dict": "dict[str, Any]",
     "py::function": "Callable[[int, str], Tensor]",
+    "std::vector<int>": "Sequence[int]",
     "std::vector<double>": "Sequence[float]",
     "double": "float",
     "bool": "bool",

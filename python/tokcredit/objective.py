@@ -391,7 +391,7 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
         further = {name: joined.of_tokens(rows.flat(x, name)) for name, x in further.items()}
         prepared = prepared.joined
     objective, batch = prepared.objective, prepared.batch
-    current = batch.flat(log_probs, "log_probs").detach()
+    current = batch.flat(log_probs.detach(), "log_probs")
     reference = current if _on_policy(objective, batch) else batch.input(_divisor(objective))
     log_ratio, window = objective.ratio(batch.spans, current, reference, prepared.credit), prepared.window
     compared = log_ratio.reference

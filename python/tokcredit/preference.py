@@ -17,6 +17,8 @@ from tokcredit import ops
 from tokcredit.arguments import row_numbers
 from tokcredit.blocks import segment
 from tokcredit.from_hidden import FromHidden
+from tokcredit.ops import Combine
+from tokcredit.pairing import Pairing
 from tokcredit.prepared import multiplied
 from tokcredit.protocol import Denominators, Loss, Metrics, check_variables
 from tokcredit.rollouts import Rollouts
@@ -82,6 +84,11 @@ class Preference(FromHidden):
         """True: the loss of a row depends on the other row of its pair."""
         return True
 
+    @property
+    def adds_log_probs(self) -> bool:
+        """Whether a score is the weighted sum of log-ratios of the row's tokens, or their mean, and nothing else."""
+        return self.transform is None and self.divergence is None and self.learned_weights is None
+
     @cached_property
     def required_inputs(self) -> frozenset[str]:
         """Those of the stages, and the reference."""
@@ -120,23 +127,28 @@ class Preference(FromHidden):
         rows = batch.detached()
         batch = self.trajectories_of(rows)
         weight_of_pairs = objective.pair_weights
-        pairs, groups = _pairs(batch, (2,) if weight_of_pairs is None else weight_of_pairs.sizes)
+        pairing = batch.pairing
+        _check_pairs(pairing, (2,) if weight_of_pairs is None else weight_of_pairs.sizes)
         for term in objective.pair_terms:
             term.check(batch)
-        signs = torch.ones_like(batch.outcome_rewards)
-        signs[torch.from_numpy(pairs[:, 1]).to(batch.device)] = -1
-        weights = multiplied(objective.token_weights, batch, signs[:, None])
         of_divergence = () if objective.divergence is None else objective.divergence.token_weights
+        weights = divergence_weights = None
+        if objective.token_weights or of_divergence:
+            signs = torch.ones_like(batch.outcome_rewards)[:, None]
+            signs[pairing.rows[:, 1]] = -1
+            weights = multiplied(objective.token_weights, batch, signs)
+            divergence_weights = multiplied(of_divergence, batch, signs)
         return PreparedPairs(
             objective,
             rows,
             batch,
-            pairs,
+            pairing.pairs,
+            pairing.rows,
             weights,
             _pair_weight(denominators, batch.num_groups),
-            multiplied(of_divergence, batch, signs[:, None]),
-            groups,
-            None if weight_of_pairs is None else weight_of_pairs(batch),
+            divergence_weights,
+            pairing.group,
+            None if weight_of_pairs is None else weight_of_pairs(batch).double(),
         )
 
     def loss(self, prepared: PreparedPairs, per_token: Tensor, /, **variables: Tensor) -> Loss:
@@ -152,43 +164,27 @@ class Preference(FromHidden):
             ValueError: A shape is wrong.
         """
         check_variables(prepared.objective.variables, per_token, variables)
-        objective, batch, rows = prepared.objective, prepared.whole, prepared.rows_of_pairs
-        given = {"log_probs": per_token, **variables}
-        log_probs, *others = (prepared.of_whole(prepared.batch.flat(x, name)) for name, x in given.items())
-        further = dict(zip(variables, others, strict=True))
-        scores = prepared.scores_of_whole(log_probs, further)
-        of_pairs = scores.index_select(0, rows[0]), scores.index_select(0, rows[1])
-        chosen, rejected = map(prepared.of_comparisons, of_pairs)
-        losses, terms = objective.link(chosen, rejected), {}
-        if objective.pair_terms:
-            seen = pair_stages.Pairs(
-                batch,
-                {"log_probs": log_probs, **further},
-                prepared.multiplier,
-                prepared.divisors,
-                rows,
-                of_pairs,
-                objective.link,
-            )
-        for term in objective.pair_terms:
-            x = term(seen)
-            terms[term.metric] = x.detach()
-            if term.coefficient:  # 0 times an infinite term is NaN
-                losses = losses + term.coefficient * prepared.of_comparisons(x)
-        # A loss of NaN, as infinity minus infinity or 0 times infinity is, has a NaN gradient.
-        losses = losses * torch.where(losses.isnan(), losses.detach(), 1)
-        if prepared.comparison_weights is not None:
-            losses = losses * prepared.comparison_weights.to(losses.dtype)
-        value = losses.sum() * prepared.pair_weight
-        detached, chosen, rejected = value.detach(), chosen.detach(), rejected.detach()
+        objective = prepared.objective
+        log_probs = prepared.of_whole(prepared.batch.flat(per_token, "log_probs"))
+        further = {name: prepared.of_whole(prepared.batch.flat(x, name)) for name, x in variables.items()}
+        terms: dict[str, Tensor] = {}
+        if objective.adds_log_probs and not objective.pair_terms and prepared.compares_pairs:
+            value, table = prepared.sums(log_probs, prepared.linked)
+        else:
+            scores = prepared.scores_of_whole(log_probs, further)
+            added, weights = prepared.added(scores, {"log_probs": log_probs, **further}, terms)
+            value, table = prepared.linked_scores(scores, weights)
+            value = value if added is None else value + added
+        detached = value.detach()
 
         def metrics() -> dict[str, Tensor]:
+            chosen, rejected = table[:, 1], table[:, 2]
             margins = chosen - rejected
             pairs = max(margins.numel(), 1)
             of_variables = {
-                f"{name}_{word}_mean": segment.sum(x.detach(), batch.spans).index_select(0, own).sum() / pairs
+                f"{name}_{word}_mean": segment.sum(x.detach(), prepared.whole.spans).index_select(0, own).sum() / pairs
                 for name, x in further.items()
-                for word, own in zip(("chosen", "rejected"), rows, strict=True)
+                for word, own in zip(("chosen", "rejected"), prepared.rows_of_pairs, strict=True)
             }
             return {
                 "loss": detached,
@@ -205,23 +201,13 @@ class Preference(FromHidden):
         return Loss(value, Metrics(metrics))
 
 
-def _pairs(batch: Rollouts, sizes: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the chosen and the rejected row of each pair, ``[P, 2]``, and the group of each pair, after checking both.
-
-    The rows of a group that have the higher rewards are chosen, half of them.
-    """
-    index, rewards = batch.group_index.cpu().numpy(), batch.outcome_rewards.cpu().numpy()
-    size = np.bincount(index, minlength=batch.num_groups)
-    if (wrong := size[~np.isin(size, sizes)]).size:
+def _check_pairs(pairing: Pairing, sizes: tuple[int, ...]) -> None:
+    """Check that groups have one of these sizes and that chosen rows have higher rewards than rejected ones."""
+    if wrong := sorted(pairing.sizes.difference(sizes)):
         expected = "groups of two rows" if sizes == (2,) else f"groups of {' or '.join(map(str, sizes))} rows"
         raise ValueError(f"group_ids: expected pairs, {expected}, got a group of {wrong[0]}")
-    order, half = np.lexsort((-rewards, index)), size // 2
-    first = size.cumsum() - size
-    if (rewards[order[first + half - 1]] == rewards[order[first + half]]).any():
+    if pairing.tied:
         raise ValueError("rewards: expected a higher reward for the chosen row of each pair, got equal ones")
-    group = np.repeat(np.arange(len(size)), half)
-    place = first[group] + np.arange(len(group)) - (half.cumsum() - half)[group]
-    return np.stack([order[place], order[place + half[group]]], 1), group
 
 
 def _pair_weight(denominators: Denominators, pairs: int) -> float:
@@ -243,17 +229,19 @@ class PreparedPairs:
         batch: The rows.
         whole: The trajectories; the batch itself if each row is one.
         pairs: int64 ``[P, 2]`` on the host, the chosen and the rejected trajectory of each pair.
+        rows: The same on the device of the batch.
         multiplier: Product of the token weights, ``[J, 1]``, or in the buffers of ``whole``, or None.
         pair_weight: Weight of each pair's loss.
         divergence_multiplier: Product of the token weights of the divergence, likewise.
         comparisons: int64 ``[P]`` on the host, ascending: scores of pairs with the same number are added.
-        comparison_weights: float, a further weight of each comparison, or None.
+        comparison_weights: float64, a further weight of each comparison, or None.
     """
 
     objective: Preference
     batch: Rollouts
     whole: Rollouts
     pairs: NDArray[np.int64]
+    rows: Tensor
     multiplier: Tensor | None
     pair_weight: float
     divergence_multiplier: Tensor | None
@@ -268,8 +256,13 @@ class PreparedPairs:
     @property
     def rows_of_pairs(self) -> tuple[Tensor, Tensor]:
         """Chosen and rejected trajectories, int64 ``[P]`` each."""
-        rows = torch.from_numpy(np.ascontiguousarray(self.pairs.T)).to(self.batch.device, non_blocking=True)
-        return rows[0], rows[1]
+        chosen, rejected = self.rows.unbind(1)
+        return chosen, rejected
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether each comparison is one pair."""
+        return not len(self.comparisons) or self.comparisons[-1] + 1 == len(self.comparisons)
 
     def of_whole(self, x: Tensor) -> Tensor:
         """Return per-token numbers of the batch in the buffers of ``whole``.
@@ -289,11 +282,10 @@ class PreparedPairs:
         Args:
             x: ``[P]``.
         """
-        count = int(self.comparisons[-1]) + 1 if len(self.comparisons) else 0
-        if count == len(self.comparisons):
+        if self.compares_pairs:
             return x
         index = torch.from_numpy(self.comparisons).to(x.device, non_blocking=True)
-        return x.new_zeros(count).index_add(0, index, x)
+        return x.new_zeros(int(self.comparisons[-1]) + 1).index_add(0, index, x)
 
     @property
     def advantages(self) -> Tensor:
@@ -348,14 +340,13 @@ class PreparedPairs:
             log_probs: As in :meth:`scores`.
             variables: As in :meth:`scores`.
         """
-        spans = self.whole.spans
-        weighing = pair_stages.weighing(spans, self.multiplier)
-        name, learned = self.objective.reference, self.objective.learned_weights
-        reference = torch.zeros_like(log_probs, requires_grad=False) if name is None else self.whole.input(name)
+        spans, learned = self.whole.spans, self.objective.learned_weights
         if learned is None:
-            scores, _ = ops.policy_loss(log_probs, weighing, "k1", reference=reference, weights=self.multiplier)
+            scores, _ = self.sums(log_probs)
         else:
+            weighing = pair_stages.weighing(spans, self.multiplier)
             wide = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+            reference = self._reference(log_probs)
             weighted = pair_stages.masked_product(wide - reference, variables[learned], weighing)
             scores = segment.weighted_sum(weighted, weighing, self.multiplier)
         if self.objective.transform is not None:
@@ -365,6 +356,76 @@ class PreparedPairs:
         if (divergence := self.objective.divergence) is not None:
             scores = scores + divergence(variables, spans, self.divergence_multiplier, self.rows_of_pairs[0])
         return scores
+
+    def _reference(self, log_probs: Tensor) -> Tensor:
+        name = self.objective.reference
+        return torch.zeros_like(log_probs, requires_grad=False) if name is None else self.whole.input(name)
+
+    def sums(self, log_probs: Tensor, combine: Combine | None = None) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum of log-ratios of each trajectory, or a function of these sums, with gradient.
+
+        Args:
+            log_probs: float ``[N]``, in the buffers of ``whole``.
+            combine: The function, or None.
+
+        Returns:
+            float ``[J]``, or the function's loss, and further numbers.
+        """
+        weighing, reference = pair_stages.weighing(self.whole.spans, self.multiplier), self._reference(log_probs)
+        return ops.policy_loss(log_probs, weighing, "k1", reference=reference, weights=self.multiplier, combine=combine)
+
+    def linked(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss of all pairs, its derivative to each sum, and loss and scores of each pair.
+
+        Args:
+            sums: float ``[J]``, whose means or which themselves are the scores.
+        """
+        divisors = self.whole.lengths if self.objective.normalization == "mean" else None
+        return self.objective.link.total(sums, self.rows, divisors, self.comparison_weights, self.pair_weight)
+
+    def linked_scores(self, scores: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the loss of all comparisons with its gradient to the scores, and loss and scores of each comparison.
+
+        Args:
+            scores: float ``[J]``.
+            weights: float64 ``[P]``, weights of the comparisons, or None.
+        """
+        rows = self.rows
+        if not self.compares_pairs:
+            both = (self.of_comparisons(scores.index_select(0, x)) for x in self.rows_of_pairs)
+            scores = torch.stack(tuple(both), 1).view(-1)
+            rows = torch.arange(scores.shape[0], device=scores.device).view(-1, 2)
+        link, scale = self.objective.link, self.pair_weight
+        return ops.combined(scores, lambda x: link.total(x, rows, None, weights, scale))
+
+    def added(
+        self, scores: Tensor, variables: Mapping[str, Tensor], values: dict[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return what the terms add to the loss, and the weights of the comparisons.
+
+        A pair has a weight of NaN where a term is NaN, so that its whole gradient is.
+
+        Args:
+            scores: float ``[J]``.
+            variables: The variables of the objective by name, float ``[N]`` each.
+            values: The value of each term in each pair is added to it, by name of its metric.
+        """
+        weights, rows, link = self.comparison_weights, self.rows_of_pairs, self.objective.link
+        if not self.objective.pair_terms:
+            return None, weights
+        of_pairs = scores.index_select(0, rows[0]), scores.index_select(0, rows[1])
+        seen = pair_stages.Pairs(self.whole, variables, self.multiplier, self.divisors, rows, of_pairs, link)
+        losses = scores.new_zeros(len(rows[0]))
+        for term in self.objective.pair_terms:
+            x = term(seen)
+            values[term.metric] = x.detach()
+            if term.coefficient:  # 0 times an infinite term is NaN
+                losses = losses + term.coefficient * x
+        undefined = torch.where(losses.isnan(), losses.detach(), 1)
+        losses, undefined = losses * undefined, undefined.double()
+        if weights is not None:
+            losses, undefined = losses * weights.to(losses.dtype), undefined * weights
+        return losses.sum() * self.pair_weight, undefined
 
     def with_denominators(
         self,
@@ -444,6 +505,7 @@ class PreparedPairs:
             batch,
             whole,
             inside[both],
+            torch.from_numpy(inside[both]).to(self.batch.device, non_blocking=True),
             taken(self.multiplier),
             self.pair_weight,
             taken(self.divergence_multiplier),

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from tokcredit.arguments import float_tensor, whole_number
@@ -121,32 +120,10 @@ class Denominators:
             lengths: int64 ``[R]``, training tokens of each row.
             signs: ``[R]``, sign of each row's outcome advantage, for an aggregation that reads it.
         """
-        wanted = aggregation.counts
-
-        def count(name: str, local: Callable[[], Tensor]) -> Tensor | None:
-            if name not in wanted:
-                return None
-            given = getattr(self, _ARGUMENTS[name])
-            return local() if given is None else torch.full((), given, dtype=torch.int64, device=lengths.device)
-
-        groups = batch.groups if aggregation.reads_signs or "groups" in wanted else None
-
-        def present() -> Tensor:
-            assert groups is not None
-            return groups.counting(lengths > 0).counts.count_nonzero()
-
-        return aggregation(
-            Counts(
-                tokens=count("tokens", lambda: lengths.sum(dtype=torch.float64)),
-                rows=count("rows", lengths.count_nonzero),
-                groups=count("groups", present),
-                dp_size=self.dp_size,
-                width=batch.longest if aggregation.reads_width else 0,
-                lengths=lengths,
-                signs=signs,
-                group_of_row=groups,
-            )
-        )
+        given = {name: getattr(self, _ARGUMENTS[name]) for name in aggregation.counts}
+        groups = batch.groups if aggregation.reads_signs or "groups" in given else None
+        width = batch.longest if aggregation.reads_width else 0
+        return aggregation(Counts(given, self.dp_size, width, lengths, signs, groups))
 
 
 class ObjectiveStage(Stage):

@@ -14,6 +14,7 @@ from tokcredit import inputs, ops
 from tokcredit.arguments import FLOATS, INTEGERS, describe, row_numbers, tensor
 from tokcredit.groups import Groups
 from tokcredit.layout import Layout
+from tokcredit.pairing import Pairing
 from tokcredit.selection import Section, Selection
 from tokcredit.spans import Spans, padded_lengths
 from tokcredit.trajectories import Joined, Trajectories, check_agreement, check_duplicates
@@ -349,6 +350,11 @@ class Rollouts(Layout):
         """The groups, in which only rows with a token that the policy chose count."""
         return self.groups.counting(self.nonempty)
 
+    @cached_property
+    def pairing(self) -> Pairing:
+        """The preference pairs, found once. On CUDA this waits for the device."""
+        return Pairing.of(self.group_index, self.num_groups, self.outcome_rewards)
+
     @property
     def group_index(self) -> Tensor:
         """Group of each row, from 0 to ``num_groups - 1``; int64 ``[R]``."""
@@ -528,7 +534,7 @@ class Rollouts(Layout):
             ValueError: Their shape or device is wrong.
         """
         tensor("rewards", rewards, FLOATS, tuple(self.rewards.shape), self.device)
-        return self._derived((), rewards=rewards if rewards.dtype == torch.float64 else rewards.float())
+        return self._derived(("pairing",), rewards=rewards if rewards.dtype == torch.float64 else rewards.float())
 
     def _derived(self, stale: tuple[str, ...], **changes: Any) -> Rollouts:
         """Return a batch with other attributes that are right by construction, without the stale cached ones."""
@@ -561,7 +567,7 @@ class Rollouts(Layout):
         spans = Spans.trusted(of_rows(self.begin), of_rows(self.end), self.num_tokens, mask)
         components = {"_components": of_rows(self.reward_components)} if "_components" in self.__dict__ else {}
         return self._derived(
-            ("sizes", "starts", *_OF_MASK, "_policy_spans"),
+            ("sizes", "starts", *_OF_MASK, "_policy_spans", "pairing"),
             cu_seqlens=spans,
             spans=spans,
             group_ids=of_rows(self.group_ids),

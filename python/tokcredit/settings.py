@@ -220,12 +220,14 @@ class Range:
         return value
 
     def _number(self, value: Any) -> float:
-        wanted: Any = numbers.Integral if self.kind == "whole number" else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, wanted):
-            raise TypeError
+        whole = self.kind == "whole number"
+        if type(value) is not (int if whole else float):
+            wanted: Any = numbers.Integral if whole else numbers.Real
+            if isinstance(value, bool) or not isinstance(value, wanted):
+                raise TypeError
         if not self._inside(value):
             raise ValueError
-        return int(value) if self.kind == "whole number" else float(value)
+        return int(value) if whole else float(value)
 
     def _inside(self, number: Any) -> bool:
         return (

@@ -59,8 +59,7 @@ class Spans:
         self._set(begin, end, size, self.mask)
 
     def _set(self, begin: Tensor, end: Tensor, size: int, mask: Tensor | None) -> None:
-        for name, value in (("begin", begin), ("end", end), ("size", size), ("mask", mask)):
-            object.__setattr__(self, name, value)
+        self.__dict__.update(begin=begin, end=end, size=size, mask=mask)
 
     @classmethod
     def trusted(cls, begin: Tensor, end: Tensor, size: int, mask: Tensor | None = None) -> Spans:

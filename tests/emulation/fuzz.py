@@ -683,6 +683,42 @@ def score_factor(d):
     }
 
 
+def pair_link(d):
+    dtype, count = d.choice(FLOATS[:2]), d.integer(0, 600)
+    functions = [d.integer(0, len(_C.LINK_FUNCTIONS) - 1) for _ in range(d.integer(0, 4))]
+    numbers = [
+        x for _ in functions for x in (d.choice([1.0, -0.5]), *(d.choice([0.5, 0.0, -1.0]) for _ in "cr"), 0.25, 0.5)
+    ]
+    rows = torch.randperm(2 * count + 3, generator=d.torch)[: 2 * count].view(-1, 2)
+    pairs = None if d.chance(0.3) else d.placed(rows)
+    size = 2 * count + (0 if pairs is None else 3)
+    return {
+        "scores": d.values(dtype, size),
+        "divisors": None if d.chance(0.5) else d.placed(torch.randint(0, 9, (size,), generator=d.torch)),
+        "pairs": pairs,
+        "weights": None if d.chance(0.5) else d.normal(torch.float64, count),
+        "functions": functions,
+        "numbers": numbers,
+        "scale": 0.25,
+        "total": d.empty(dtype),
+        "slopes": d.empty(dtype, size),
+        "table": d.empty(torch.float64, count, len(_C.PAIR_COLUMNS)),
+    }
+
+
+def row_weights(d):
+    rows, by_length = d.integer(1, 3000), d.chance(0.5)
+    return {
+        "lengths": d.placed(torch.randint(-1, 4, (rows,), generator=d.torch)),
+        "given": d.choice([-1, 0, 7]),
+        "counted": d.integer(0, 1),
+        "by_length": by_length,
+        "length": d.choice([1.0, 512.0]),
+        "factor": d.choice([1.0, 3.0]),
+        "y": d.empty(torch.float64, *([rows] if by_length else [])),
+    }
+
+
 GENERATORS = {
     "scan": scan,
     "tree_build": tree,
@@ -713,6 +749,8 @@ GENERATORS = {
     "log_deviation": log_deviation,
     "score_bounds": score_bounds,
     "score_factor": score_factor,
+    "pair_link": pair_link,
+    "row_weights": row_weights,
     "baseline": baseline,
 }
 assert GENERATORS.keys() == SIGNATURES.keys()
@@ -727,6 +765,7 @@ PLACES = {
     "depth",
     "ids",
     "scope",
+    "pairs",
     "wanted",
     "tokens",
     "chosen",

@@ -37,6 +37,8 @@ SIGNATURES = {
     "repack": "x source target length =y threads",
     "piece_offsets": "marks begin end cut =offset",
     "pieces": "marks begin end offset cut =piece_begin =piece_end =row =at",
+    "pair_link": "scores divisors pairs weights functions numbers scale =total =slopes =table",
+    "row_weights": "lengths given counted by_length length factor =y",
     "log_deviation": "x begin end mask quantile floor positive =y =statistics threads",
     "score_bounds": "score low high widen =below =above threads",
     "score_factor": "score log_ratio low_bound high_bound low high widen strength =y threads",

@@ -83,7 +83,6 @@ def test_defaults():
     assert tc.methods.d3s() == tc.Objective(
         filters=(
             varied_rows(tc.schedule.linear(0.25, 1.0)),
-            tc.filters.nonzero_advantage(),
             tc.filters.top_share(
                 tc.schedule.linear(0.2, 1.0),
                 tc.token_score.given("entropies"),

@@ -37,7 +37,7 @@ class balanced(Aggregation):
 
     def __call__(self, counts: Counts) -> Tensor:
         groups = counts.group_of_row
-        assert groups is not None and counts.signs is not None and counts.groups is not None
+        assert groups is not None and counts.signs is not None
         signs = counts.signs[:, 0]
         trained = counts.lengths > 0
         side = groups.index * 2 + (signs > 0)

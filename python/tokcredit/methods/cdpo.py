@@ -13,12 +13,13 @@ from torch.nn import functional
 from tokcredit import ops
 from tokcredit.arguments import float_tensor
 from tokcredit.blocks import log_probs, segment
+from tokcredit.ops import LinkTerm
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.settings import Range
 from tokcredit.stages.base import input_name, number, whole_number
 from tokcredit.stages.credit.group import per_token
-from tokcredit.stages.link import Link, logistic
+from tokcredit.stages.link import TermLink, logistic
 from tokcredit.stages.pair import Pairs, PairTerm, counterparts, masked_product, weighing
 from tokcredit.stages.token_weights import TokenWeight
 
@@ -68,11 +69,13 @@ class critical(TokenWeight):
 
 
 @dataclass(frozen=True)
-class nothing(Link):
+class nothing(TermLink):
     """0: the loss of a pair is that of its terms alone."""
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return torch.zeros_like(chosen)
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """None."""
+        return ()
 
 
 @dataclass(frozen=True)

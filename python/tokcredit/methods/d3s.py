@@ -19,10 +19,10 @@ from tokcredit.stages.filters import Filter
 
 @dataclass(frozen=True)
 class varied_rows(Filter):
-    """The rows of the whole batch whose advantages have the largest variance as a set.
+    """Those of the rows of the whole batch whose advantages have the largest variance as a set and are not 0.
 
-    ``round(share * rows)`` rows are kept, at least 2. Rows without a training token are neither counted nor kept.
-    Where advantages vary inside a row, their mean is taken.
+    ``round(share * rows)`` rows are in the set, at least 2. Rows without a training token are neither counted nor kept.
+    Where advantages vary inside a row, their mean is taken; the row is kept if one of them is not 0.
 
     Args:
         share: Share of the rows, above 0 and at most 1; may be a schedule or a controller.
@@ -37,9 +37,10 @@ class varied_rows(Filter):
     def __call__(self, batch: Rollouts, advantages: Tensor | None) -> Tensor:
         assert advantages is not None
         of_row = advantages[:, 0] if advantages.dim() == 2 else segment.mean(advantages, batch.spans)
-        candidates = Ids(batch.lengths.clamp(max=1).sub_(1), 1)
+        candidates = Ids(batch.nonempty_groups.scope.clamp(max=0), 1)
         wanted = select.Share(self.share, "nearest", least=2)
-        return select.maximum_variance(of_row, wanted, candidates)[:, None]
+        chosen = select.maximum_variance(of_row, wanted, candidates)[:, None]
+        return chosen & filters.nonzero_advantage()(batch, advantages)
 
 
 def d3s(
@@ -84,7 +85,6 @@ def d3s(
         credit.group_normalized(epsilon=epsilon),
         filters=(
             varied_rows(linear(rows_start, rows_end)),
-            filters.nonzero_advantage(),
             filters.top_share(
                 linear(tokens_start, tokens_end),
                 entropies,

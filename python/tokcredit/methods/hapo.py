@@ -88,19 +88,21 @@ class token_group_average(Credit):
     limit_padding: bool = flag(False)
 
     def __call__(self, batch: Rollouts) -> Tensor:
-        rewards, index = batch.rewards, batch.group_index
-        moments = segment.moment_table(rewards, batch.groups, ddof=0, weights=batch.lengths.double())
-        moments[:, 0].clamp_(min=2)  # a single token is no exception
-        advantages = segment.standardize(rewards, index, moments, "normalized", self.epsilon, torch.float64)
-        advantages.masked_fill_(~batch.nonempty, 0)
-        extreme = segment.maximum(advantages.abs(), batch.groups) >= self.limit
+        rewards, groups = batch.rewards, batch.nonempty_groups
+        # Each token counts twice, which changes no mean and no std, so that a single token is no exception.
+        moments = segment.moment_table(rewards, groups, ddof=0, weights=batch.lengths.double().mul_(2))
+        advantages = segment.standardize(rewards, groups.index, moments, "normalized", self.epsilon, torch.float64)
+        extreme = advantages.abs() >= self.limit
+        if not self.limit_padding and not bool(extreme.any()):
+            return advantages.to(rewards.dtype)[:, None]
+        extreme = segment.maximum(extreme.double(), groups) > 0
         if self.limit_padding:
             padded = segment.maximum((batch.lengths < batch.longest).double(), batch.groups) > 0
             mean, var = moments[:, 1], moments[:, 2]
             extreme |= padded & (mean.abs() >= self.limit * (var.sqrt() + self.epsilon))
         otherwise = self.otherwise(batch)
         advantages = advantages[:, None].to(otherwise.dtype)
-        return torch.where(extreme.index_select(0, index)[:, None], otherwise, advantages)
+        return torch.where(groups.per_row(extreme)[:, None], otherwise, advantages)
 
 
 @dataclass(frozen=True)

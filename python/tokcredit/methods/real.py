@@ -85,7 +85,6 @@ class group_mean(Aggregation):
         return aggregation.token_mean()
 
     def __call__(self, counts: Counts) -> Tensor:
-        assert counts.groups is not None
         return (counts.dp_size / (counts.lengths.clamp(min=1) * counts.groups.clamp(min=1)).double())[:, None]
 
 

@@ -28,9 +28,19 @@ from tokcredit.ops.logits import (
     logits_state,
     sums_of_state,
 )
+from tokcredit.ops.pair_link import LINK_FUNCTIONS, PAIR_COLUMNS, LinkTerm, combined, pair_link, pair_losses
 from tokcredit.ops.pieces import CUTS, pieces
-from tokcredit.ops.policy_loss import COORDINATES, GATED_VALUES, LOSS_STATS, SURROGATES, policy_loss, row_product
+from tokcredit.ops.policy_loss import (
+    COORDINATES,
+    GATED_VALUES,
+    LOSS_STATS,
+    SURROGATES,
+    Combine,
+    policy_loss,
+    row_product,
+)
 from tokcredit.ops.repack import repack
+from tokcredit.ops.row_weights import COUNTED, row_weights
 from tokcredit.ops.scan import scan
 from tokcredit.ops.score import log_deviation, score_bounds, score_factor
 from tokcredit.ops.segment import (
@@ -51,24 +61,30 @@ from tokcredit.ops.tree_pack import TreePackArrays, tree_pack
 
 __all__ = [
     "COORDINATES",
+    "COUNTED",
     "CUTS",
     "DIVERGENCES",
     "GATED_VALUES",
+    "LINK_FUNCTIONS",
     "LOSS_STATS",
     "MOMENTS",
     "MOST_TOP",
     "OUTSIDES",
+    "PAIR_COLUMNS",
     "REDUCTIONS",
     "ROUNDINGS",
     "STANDARDS",
     "SURROGATES",
+    "Combine",
     "DivergenceRows",
+    "LinkTerm",
     "LogitRows",
     "LogitSums",
     "TopRows",
     "TreePackArrays",
     "accumulated",
     "baseline",
+    "combined",
     "count",
     "divergence",
     "divergence_top",
@@ -84,12 +100,15 @@ __all__ = [
     "logits_state",
     "maximum_variance",
     "num_threads",
+    "pair_link",
+    "pair_losses",
     "pieces",
     "policy_loss",
     "repack",
     "row_affine",
     "row_between",
     "row_product",
+    "row_weights",
     "scan",
     "score_bounds",
     "score_factor",

@@ -10,12 +10,16 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_compiling
 from torch.library import define, impl, register_fake
 
 from tokcredit import _C
 
 # Types of arguments that are told at a glance to be no subclass of Tensor.
-_ORDINARY = frozenset({Tensor, int, float, bool, type(None)})
+_ORDINARY = frozenset({Tensor, int, float, bool, list, torch.dtype, type(None)})
 
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
@@ -42,14 +46,12 @@ def set_num_threads(count: int) -> None:
 
 def _watched(arguments: tuple[Any, ...]) -> bool:
     """Return whether torch must see a call: it compiles, traces, transforms or profiles, or a tensor is special."""
-    for x in arguments:
-        if type(x) not in _ORDINARY and isinstance(x, Tensor):
-            return True
     return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._profiler_enabled()
+        is_compiling()
+        or not _ORDINARY.issuperset(map(type, arguments))
+        or _len_torch_dispatch_stack() > 0
+        or peek_interpreter_stack() is not None
+        or _profiler_enabled()
         or not (arguments[0].is_cpu or arguments[0].is_cuda)
     )
 
@@ -125,6 +127,7 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_LARGE: int = _C.LARGE
 _TYPES: dict[torch.dtype, int] = {getattr(torch, name): number for number, name in enumerate(_C.TYPES)}
 
 
@@ -137,10 +140,9 @@ def result(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = Non
         dtype: Its dtype; that of ``like`` if None.
     """
     dtype = dtype or like.dtype
-    ours = type(like) is Tensor and like.is_cpu and dtype in _TYPES
-    if ours and math.prod(shape) * dtype.itemsize >= _C.LARGE:
+    if type(like) is Tensor and math.prod(shape) * dtype.itemsize >= _LARGE and like.is_cpu and dtype in _TYPES:
         return _C.empty(shape, _TYPES[dtype])
-    return like.new_empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def empty_cache() -> None:

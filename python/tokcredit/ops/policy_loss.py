@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from tokcredit import _C
 from tokcredit.ops.call import accumulated, num_threads, operation, plain, result
@@ -17,13 +19,15 @@ COORDINATES: tuple[str, ...] = _C.COORDINATES
 GATED_VALUES: tuple[str, ...] = _C.GATED_VALUES
 LOSS_STATS: tuple[str, ...] = _C.LOSS_STATS
 _SOURCES: tuple[str, ...] = _C.SOURCES
+_ABSENT: tuple[float, ...] = tuple(_C.OPERANDS.values())
 
 
 def _policy_loss_outputs(log_probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     begin, differentiate, dtype = arguments[3], arguments[17], accumulated(log_probs.dtype)
+    rows = begin.shape[0]
     return (
-        log_probs.new_empty(begin.shape, dtype=dtype),
-        log_probs.new_empty((begin.shape[0], len(LOSS_STATS)), dtype=torch.float64),
+        result(log_probs, (rows,), dtype),
+        result(log_probs, (rows, len(LOSS_STATS)), torch.float64),
         result(log_probs, log_probs.shape if differentiate else (0,), dtype),
     )
 
@@ -105,30 +109,43 @@ def row_product(x: Tensor, factor: Tensor, spans: Spans) -> Tensor:
     return _row_product(x.to(dtype), factor.to(dtype), spans.begin, spans.end, num_threads())
 
 
+Combine = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""A function of row values ``[R]``: a loss 0-d, its derivative to each value ``[R]``, and further numbers."""
+
+
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, arguments: tuple[Any, ...], total: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, log_probs: Tensor, arguments: tuple[Any, ...], total: bool, combine: Combine | None
+    ) -> tuple[Tensor, Tensor]:
         values, stats, slopes = _policy_loss(log_probs, *arguments)
+        ctx.of_rows = None
+        if combine is not None:
+            values, ctx.of_rows, stats = combine(values)
+            _scale_rows(slopes, ctx.of_rows, *arguments[3:5], num_threads())
+        elif total:
+            values = values.sum()
         ctx.save_for_backward(log_probs)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.slopes, ctx.arguments = slopes, arguments
-        return values.sum() if total else values, stats
+        return values, stats
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None
+            return None, None, None, None
         (log_probs,) = ctx.saved_tensors
         slopes, ctx.slopes = ctx.slopes, None
         # The first pass wrote them, so they are scaled where they lie and given away: no second buffer.
         if slopes is None:  # a second time through the same graph
             slopes = _policy_loss(log_probs, *ctx.arguments)[2]
-        elif torch.compiler.is_compiling():
+            if ctx.of_rows is not None:
+                _scale_rows(slopes, ctx.of_rows, *ctx.arguments[3:5], num_threads())
+        elif is_compiling():
             slopes = slopes.clone()
-        begin, end = ctx.arguments[3:5]
-        _scale_rows(slopes, grad, begin, end, num_threads())
-        return slopes.to(log_probs.dtype), None, None
+        _scale_rows(slopes, grad, *ctx.arguments[3:5], num_threads())
+        return slopes if slopes.dtype == log_probs.dtype else slopes.to(log_probs.dtype), None, None, None
 
 
 def _index(names: tuple[str, ...], argument: str, name: str) -> int:
@@ -162,6 +179,7 @@ def policy_loss(
     limit: float = inf,
     clamp: tuple[float, float] = (-inf, inf),
     total: bool = False,
+    combine: Combine | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the weighted surrogate summed over each row, and statistics of each row.
 
@@ -193,10 +211,11 @@ def policy_loss(
         limit: Where a KL estimate exceeds it, the estimate is held there and has no slope.
         clamp: Smallest and largest log-ratio.
         total: Whether to return the sum over rows, which saves a node of the graph.
+        combine: Another function of the rows' values to return in place of them, likewise.
 
     Returns:
         Values ``[R]``, or their sum 0-d, with a gradient to ``log_probs``, and statistics float64
-        ``[R, len(LOSS_STATS)]`` without one.
+        ``[R, len(LOSS_STATS)]`` without one. With ``combine`` its loss and its further numbers.
 
     Raises:
         ValueError: An unknown name, tensors of other shapes or dtypes, or ``cumulative`` with a ``log_ratio``.
@@ -212,9 +231,9 @@ def policy_loss(
     tensors: list[Tensor | None] = []
     numbers: list[float] = []
     operands = (log_ratio, advantages, weights, low, high, cap, outside_low, outside_high, given)
-    for x, absent in zip(operands, _C.OPERANDS.values(), strict=True):
+    for x, absent in zip(operands, _ABSENT, strict=True):
         if isinstance(x, Tensor):
-            tensors.append(x.to(dtype))
+            tensors.append(x if x.dtype == dtype else x.to(dtype))
             numbers.append(absent)
         else:
             tensors.append(None)
@@ -239,6 +258,9 @@ def policy_loss(
         num_threads(),
     )
     if differentiate:
-        return _PolicyLoss.apply(log_probs, arguments, total)
+        return _PolicyLoss.apply(log_probs, arguments, total, combine)
     values, stats, _ = _policy_loss(log_probs, *arguments)
+    if combine is not None:
+        loss, _, further = combine(values)
+        return loss, further
     return values.sum() if total else values, stats

@@ -13,7 +13,7 @@ from tokcredit.spans import Spans
 
 
 def _deviation_outputs(x: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
-    return result(x, x.shape, accumulated(x.dtype)), x.new_empty(4, dtype=torch.float64)
+    return result(x, x.shape, accumulated(x.dtype)), result(x, (4,), torch.float64)
 
 
 @operation(

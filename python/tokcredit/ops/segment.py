@@ -19,8 +19,8 @@ _MOMENTS, _COUNT = REDUCTIONS.index("moments"), REDUCTIONS.index("count")
 
 def _outputs(x: Tensor, segments: int, reduction: int) -> Tensor:
     if reduction == _MOMENTS:
-        return x.new_empty((segments, len(MOMENTS)), dtype=torch.float64)
-    return x.new_empty((segments,), dtype=torch.int64 if reduction == _COUNT else accumulated(x.dtype))
+        return result(x, (segments, len(MOMENTS)), torch.float64)
+    return result(x, (segments,), torch.int64 if reduction == _COUNT else accumulated(x.dtype))
 
 
 def _segment_rows_output(
@@ -46,7 +46,7 @@ def segment_rows(
 def _weighted_moments_output(
     x: Tensor, weights: Tensor, begin: Tensor, end: Tensor, mask: Tensor | None, ddof: float
 ) -> Tensor:
-    return x.new_empty((begin.shape[0], len(MOMENTS)), dtype=torch.float64)
+    return result(x, (begin.shape[0], len(MOMENTS)), torch.float64)
 
 
 @operation(
@@ -84,7 +84,7 @@ def segment_ids(x: Tensor, ids: Tensor, mask: Tensor | None, segments: int, redu
 def _standardize_output(
     x: Tensor, group: Tensor, moments: Tensor, standard: int, epsilon: float, dtype: torch.dtype
 ) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
+    return result(x, x.shape, dtype)
 
 
 @operation(

@@ -26,7 +26,7 @@ def _select_output(
     threads: int,
 ) -> Tensor:
     if ranks:
-        return x.new_empty((scopes,), dtype=accumulated(x.dtype))
+        return result(x, (scopes,), accumulated(x.dtype))
     return result(x, x.shape, torch.bool)
 
 
@@ -59,7 +59,7 @@ def select(
 
 
 def _maximum_variance_output(x: Tensor, *arguments: object) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.bool)
+    return result(x, x.shape, torch.bool)
 
 
 @operation(

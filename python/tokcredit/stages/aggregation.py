@@ -7,23 +7,24 @@ row is a trajectory.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from tokcredit import ops
 from tokcredit.groups import Groups
 from tokcredit.stages.base import Stage, whole_number
 
 
-class Counts(NamedTuple):
-    """What aggregations divide by. Only those that the stage declares are given; the others are None.
+@dataclass(frozen=True)
+class Counts:
+    """What aggregations divide by.
 
-    Attributes:
-        tokens: 0-d, training tokens over all ranks.
-        rows: 0-d, trajectories with a training token over all ranks.
-        groups: 0-d, groups with such a trajectory over all ranks.
+    Args:
+        given: For each count that the stage declares its number over all ranks, or None for that of this rank.
         dp_size: Ranks whose gradients the host averages.
         width: ``longest`` of the batch.
         lengths: int64 ``[J]``, training tokens of each trajectory of this rank.
@@ -31,14 +32,54 @@ class Counts(NamedTuple):
         group_of_row: Groups of this rank.
     """
 
-    tokens: Tensor | None
-    rows: Tensor | None
-    groups: Tensor | None
+    given: Mapping[str, int | None]
     dp_size: int
     width: int
     lengths: Tensor
     signs: Tensor | None
     group_of_row: Groups | None
+
+    def _given(self, name: str) -> int | None:
+        if name not in self.given:
+            raise ValueError(f"counts: expected {name} among those that the aggregation declares, got {self.given!r}")
+        return self.given[name]
+
+    def _number(self, given: int) -> Tensor:
+        return torch.full((), given, dtype=torch.int64, device=self.lengths.device)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Training tokens over all ranks; int64 0-d."""
+        given = self._given("tokens")
+        return self.lengths.sum() if given is None else self._number(given)
+
+    @property
+    def rows(self) -> Tensor:
+        """Trajectories with a training token over all ranks; int64 0-d."""
+        given = self._given("rows")
+        return self.lengths.count_nonzero() if given is None else self._number(given)
+
+    @property
+    def groups(self) -> Tensor:
+        """Groups with such a trajectory over all ranks; int64 0-d."""
+        given = self._given("groups")
+        if given is not None:
+            return self._number(given)
+        assert self.group_of_row is not None
+        return self.group_of_row.counting(self.lengths > 0).counts.count_nonzero()
+
+    def weights(self, counted: str, length: float | None = None) -> Tensor:
+        """Return ``dp_size / (count * length)``, the weight of each trajectory's tokens; what is 0 counts as 1.
+
+        Args:
+            counted: ``tokens``, or ``rows`` for trajectories with a training token.
+            length: Length of every trajectory, or None for its training tokens.
+
+        Returns:
+            float64 ``[J, 1]``, or 0-d with a length.
+        """
+        weights = ops.row_weights(self.lengths, counted, self._given(counted), length, self.dp_size)
+        return weights if weights.dim() == 0 else weights[:, None]
 
 
 class Aggregation(Stage):
@@ -80,9 +121,7 @@ class token_mean(Aggregation):
     counts: ClassVar[frozenset[str]] = frozenset({"tokens"})
 
     def __call__(self, counts: Counts) -> Tensor:
-        assert counts.tokens is not None
-        weight = counts.tokens.clamp(min=1).double().reciprocal_()
-        return weight if counts.dp_size == 1 else weight.mul_(counts.dp_size)
+        return counts.weights("tokens", 1)
 
 
 @dataclass(frozen=True)
@@ -103,9 +142,7 @@ class sequence_mean(Aggregation):
     counts: ClassVar[frozenset[str]] = frozenset({"rows"})
 
     def __call__(self, counts: Counts) -> Tensor:
-        assert counts.rows is not None
-        weights = (counts.lengths.clamp(min=1) * counts.rows.clamp(min=1)).double().reciprocal_()
-        return (weights if counts.dp_size == 1 else weights.mul_(counts.dp_size))[:, None]
+        return counts.weights("rows")
 
 
 @dataclass(frozen=True)
@@ -130,9 +167,7 @@ class sequence_sum(Aggregation):
         return self.length is None
 
     def __call__(self, counts: Counts) -> Tensor:
-        assert counts.rows is not None
-        length = self.length or max(counts.width, 1)
-        return counts.dp_size / (counts.rows.clamp(min=1) * length).double()
+        return counts.weights("rows", self.length or max(counts.width, 1))
 
 
 __all__ = ["Aggregation", "Counts", "sequence_mean", "sequence_sum", "token_mean", "token_sum"]

@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tokcredit import ops
+from tokcredit.ops import LinkTerm
 from tokcredit.stages.base import Stage, number
 
 
@@ -30,9 +33,62 @@ class Link(Stage):
         """
         raise NotImplementedError
 
+    def total(
+        self, scores: Tensor, pairs: Tensor, divisors: Tensor | None, weights: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss of all pairs, its derivative to each score, and loss and scores of each pair.
+
+        A pair whose loss is NaN, as infinity minus infinity or 0 times infinity is, has NaN derivatives.
+
+        Args:
+            scores: float ``[J]``, without gradient.
+            pairs: int64 ``[P, 2]``, the chosen and the rejected row of each pair.
+            divisors: int64 ``[J]``, what each score is divided by, 0 counting as 1, or None.
+            weights: float64 ``[P]``, weights of the pairs, or None.
+            scale: Factor of the loss.
+
+        Returns:
+            0-d, ``[J]`` and ``[P, 3]`` or more columns: loss, score of the chosen and of the rejected row.
+        """
+        with torch.enable_grad():
+            leaf = scores.detach().requires_grad_()
+            chosen, rejected = (leaf if divisors is None else leaf / divisors.clamp(min=1))[pairs].unbind(1)
+            losses = self(chosen, rejected)
+            total = (losses if weights is None else losses * weights.to(losses.dtype)).sum() * scale
+        (slopes,) = torch.autograd.grad(total, leaf)
+        undefined = losses.detach().isnan().repeat_interleave(2)
+        slopes.index_fill_(0, pairs.reshape(-1)[undefined], math.nan)
+        return total.detach(), slopes, torch.stack([losses, chosen, rejected], 1).detach()
+
+
+class TermLink(Link):
+    """Base of links that are a sum of functions of the scores; one native operation computes value and derivatives."""
+
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """The functions, at most four; see ``csrc/ops/pair_link.hpp``."""
+        raise NotImplementedError
+
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        return ops.pair_losses(chosen, rejected, self.terms)
+
+    def total(
+        self, scores: Tensor, pairs: Tensor, divisors: Tensor | None, weights: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same as the base.
+
+        Args:
+            scores: As in the base.
+            pairs: As in the base.
+            divisors: As in the base.
+            weights: As in the base.
+            scale: As in the base.
+        """
+        return ops.pair_link(scores, self.terms, pairs, divisors, weights, scale)
+
 
 @dataclass(frozen=True)
-class logistic(Link):
+class logistic(TermLink):
     """``-log sigmoid(beta * (chosen - rejected) - margin)``, with optional label smoothing.
 
     With ``z = beta * (chosen - rejected) - margin`` and label smoothing e::
@@ -49,12 +105,12 @@ class logistic(Link):
     margin: float = number(0.0, at_least=0)
     label_smoothing: float = number(0.0, at_least=0, below=0.5)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        z = self.beta * (chosen - rejected) - self.margin
-        loss = -functional.logsigmoid(z)
-        if self.label_smoothing:
-            loss = (1 - self.label_smoothing) * loss - self.label_smoothing * functional.logsigmoid(-z)
-        return loss
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """``-log sigmoid`` of the scaled difference, and of the opposite with label smoothing."""
+        b, e = self.beta, self.label_smoothing
+        right = LinkTerm("logistic", 1 - e, b, -b, -self.margin)
+        return (right, LinkTerm("logistic", e, -b, b, self.margin)) if e else (right,)
 
 
 @dataclass(frozen=True)
@@ -87,7 +143,7 @@ class alpha_logistic(Link):
 
 
 @dataclass(frozen=True)
-class robust(Link):
+class robust(TermLink):
     """The logistic loss without the bias of wrong labels; TRL's ``robust``.
 
     With ``z = beta * (chosen - rejected)`` and the share e of wrong labels::
@@ -105,13 +161,16 @@ class robust(Link):
     beta: float = number(0.1, above=0)
     label_smoothing: float = number(0.0, at_least=0, below=0.5)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        z, e = self.beta * (chosen - rejected), self.label_smoothing
-        return (e * functional.logsigmoid(-z) - (1 - e) * functional.logsigmoid(z)) / (1 - 2 * e)
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """``-log sigmoid`` of the scaled difference and of the opposite."""
+        b, e = self.beta, self.label_smoothing
+        right = LinkTerm("logistic", (1 - e) / (1 - 2 * e), b, -b)
+        return (right, LinkTerm("logistic", -e / (1 - 2 * e), -b, b)) if e else (right,)
 
 
 @dataclass(frozen=True)
-class squared(Link):
+class squared(TermLink):
     """IPO's ``(chosen - rejected - 1 / (2 beta))^2``.
 
     Args:
@@ -123,12 +182,14 @@ class squared(Link):
 
     beta: float = number(0.1, above=0)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return (chosen - rejected - 0.5 / self.beta).square()
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """The square."""
+        return (LinkTerm("square", 1, 1, -1, -0.5 / self.beta),)
 
 
 @dataclass(frozen=True)
-class hinge(Link):
+class hinge(TermLink):
     """``max(0, 1 - beta * (chosen - rejected))``.
 
     Args:
@@ -140,13 +201,14 @@ class hinge(Link):
 
     beta: float = number(0.1, above=0)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        loss = 1 - self.beta * (chosen - rejected)
-        return loss.where(~(loss <= 0), 0)  # NaN stays, with its gradient
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """What is missing to a scaled difference of 1."""
+        return (LinkTerm("hinge", 1, -self.beta, self.beta, 1),)
 
 
 @dataclass(frozen=True)
-class exo_pair(Link):
+class exo_pair(TermLink):
     """EXO's reverse KL between the policy's preference and smoothed labels.
 
     With ``q = sigmoid(beta * (chosen - rejected))`` and the label smoothing e::
@@ -164,14 +226,16 @@ class exo_pair(Link):
     beta: float = number(0.1, above=0)
     label_smoothing: float = number(0.001, above=0, below=0.5)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        z, e = self.beta * (chosen - rejected), self.label_smoothing
-        of_right = z.sigmoid() * (functional.logsigmoid(z) - math.log1p(-e))
-        return of_right + (-z).sigmoid() * (functional.logsigmoid(-z) - math.log(e))
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """Those of the right order and of the wrong one."""
+        b, e = self.beta, self.label_smoothing
+        right = LinkTerm("entropy", 1, b, -b, parameter=math.log1p(-e))
+        return right, LinkTerm("entropy", 1, -b, b, parameter=math.log(e))
 
 
 @dataclass(frozen=True)
-class nca_pair(Link):
+class nca_pair(TermLink):
     """NCA: ``-log sigmoid(beta * chosen) - (log sigmoid(-beta * chosen) + log sigmoid(-beta * rejected)) / 2``.
 
     Args:
@@ -183,13 +247,16 @@ class nca_pair(Link):
 
     beta: float = number(0.1, above=0)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        below = functional.logsigmoid(-self.beta * chosen) + functional.logsigmoid(-self.beta * rejected)
-        return -functional.logsigmoid(self.beta * chosen) - below / 2
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """One of the chosen score, and half of one that lowers each score."""
+        b = self.beta
+        lowered = LinkTerm("logistic", 0.5, -b, 0), LinkTerm("logistic", 0.5, 0, -b)
+        return (LinkTerm("logistic", 1, b, 0), *lowered)
 
 
 @dataclass(frozen=True)
-class bco_pair(Link):
+class bco_pair(TermLink):
     """BCO without a running mean: ``-log sigmoid(beta * chosen) - log sigmoid(-beta * rejected)``.
 
     Args:
@@ -201,12 +268,14 @@ class bco_pair(Link):
 
     beta: float = number(0.1, above=0)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return -functional.logsigmoid(self.beta * chosen) - functional.logsigmoid(-self.beta * rejected)
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """One of each score."""
+        return LinkTerm("logistic", 1, self.beta, 0), LinkTerm("logistic", 1, 0, -self.beta)
 
 
 @dataclass(frozen=True)
-class sppo_hard(Link):
+class sppo_hard(TermLink):
     """SPPO with certain labels: ``(chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2``.
 
     Args:
@@ -218,12 +287,14 @@ class sppo_hard(Link):
 
     beta: float = number(0.1, above=0)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return (chosen - 0.5 / self.beta).square() + (rejected + 0.5 / self.beta).square()
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """One square of each score."""
+        return LinkTerm("square", 1, 1, 0, -0.5 / self.beta), LinkTerm("square", 1, 0, 1, 0.5 / self.beta)
 
 
 @dataclass(frozen=True)
-class apo_zero(Link):
+class apo_zero(TermLink):
     """APO for a policy worse than the chosen responses: ``1 - sigmoid(beta * chosen) + sigmoid(beta * rejected)``.
 
     Args:
@@ -235,12 +306,14 @@ class apo_zero(Link):
 
     beta: float = number(0.1, above=0)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return 1 - (self.beta * chosen).sigmoid() + (self.beta * rejected).sigmoid()
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """``sigmoid(-beta * chosen) + sigmoid(beta * rejected)``, which is the same."""
+        return LinkTerm("sigmoid", 1, -self.beta, 0), LinkTerm("sigmoid", 1, 0, self.beta)
 
 
 @dataclass(frozen=True)
-class apo_down(Link):
+class apo_down(TermLink):
     """APO for a policy better than the chosen responses, which it makes less likely, but the rejected ones more so.
 
     ``sigmoid(beta * chosen) + 1 - sigmoid(beta * (chosen - rejected))``.
@@ -254,12 +327,14 @@ class apo_down(Link):
 
     beta: float = number(0.1, above=0)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return (self.beta * chosen).sigmoid() + 1 - (self.beta * (chosen - rejected)).sigmoid()
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """``sigmoid(beta * chosen) + sigmoid(-beta * (chosen - rejected))``, which is the same."""
+        return LinkTerm("sigmoid", 1, self.beta, 0), LinkTerm("sigmoid", 1, -self.beta, self.beta)
 
 
 @dataclass(frozen=True)
-class discopop(Link):
+class discopop(TermLink):
     """DiscoPOP's mixture of the logistic and the exponential loss. It is not monotone: its slope can be positive.
 
     With ``z = beta * (chosen - rejected)`` and ``k = sigmoid(z / tau)``::
@@ -277,14 +352,15 @@ class discopop(Link):
     beta: float = number(0.1, above=0)
     tau: float = number(0.05, above=0)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        z = self.beta * (chosen - rejected)
-        k = (z / self.tau).sigmoid()
-        return k * (-z).exp() - (1 - k) * functional.logsigmoid(z)
+    @property
+    def terms(self) -> tuple[LinkTerm, ...]:
+        """The mixture."""
+        return (LinkTerm("blend", 1, self.beta, -self.beta, parameter=self.tau),)
 
 
 __all__ = [
     "Link",
+    "TermLink",
     "alpha_logistic",
     "apo_down",
     "apo_zero",
