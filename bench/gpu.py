@@ -212,7 +212,7 @@ def packed(table, name, lengths, dtype):
         "score factor": (
             pair,
             2 * width + 4,
-            lambda x, y: ops.score_factor(x.float(), y.float(), 1.0, (0.2, 0.28, 1.0)),
+            lambda x, y: ops.score_factor(x.float(), y.float(), advantages, some, 1.0, (0.2, 0.28, 1.0)),
         ),
         "pieces": (lambda: (marks.clone(),), 2, lambda x: ops.pieces(x, spans, "before")),
     }

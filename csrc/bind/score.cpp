@@ -45,23 +45,30 @@ void score_bounds(const py::object &score, double low, double high, double widen
   call.run([&] { cpu::score_bounds(s, threads); }, [&](auto &queue) { cuda::score_bounds(s, queue); });
 }
 
-void score_factor(const py::object &score, const py::object &log_ratio, const py::object &low_bound,
-                  const py::object &high_bound, double low, double high, double widen, double strength,
-                  const py::object &y, int threads) {
+void score_factor(const py::object &score, const py::object &log_probs, const py::object &reference,
+                  const py::object &advantages, const py::object &begin, const py::object &end,
+                  const py::object &low_bound, const py::object &high_bound, double low, double high,
+                  double widen, double strength, double clamp_low, double clamp_high, const py::object &y,
+                  int threads) {
   Call call("score_factor");
   const Array h = numbers(call, "score", score);
   if (low_bound.is_none() != high_bound.is_none())
     call.fail("high_bound", "both bounds or none", "one");
-  const ScoreFactor s{h.type,
+  const Rows rows = call.rows(begin, end, py::none(), h.size);
+  const ScoreFactor s{rows,
+                      h.type,
                       h.data,
-                      call.read("log_ratio", log_ratio, h.type, h.size).data,
+                      call.read("log_probs", log_probs, h.type, h.size).data,
+                      call.optional("reference", reference, h.type, h.size).data,
+                      call.read("advantages", advantages, h.type, rows.count).data,
                       call.optional("low_bound", low_bound, h.type, h.size).data,
                       call.optional("high_bound", high_bound, h.type, h.size).data,
                       low,
                       high,
                       widen,
                       strength,
-                      h.size,
+                      clamp_low,
+                      clamp_high,
                       call.read("y", y, h.type, h.size).data};
   call.run([&] { cpu::score_factor(s, threads); }, [&](auto &queue) { cuda::score_factor(s, queue); });
 }

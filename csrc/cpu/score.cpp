@@ -39,8 +39,8 @@ void score_bounds(const ScoreBounds &s, int threads) {
 }
 
 void score_factor(const ScoreFactor &s, int threads) {
-  parallel(s.size, tokens_per_chunk, threads,
-           [&](int64_t first, int64_t last) { TOKCREDIT_CHOOSE(factor_tokens)(s, first, last); });
+  parallel(s.rows.count, row_grain(s.rows.count, s.rows.size), threads,
+           [&](int64_t first, int64_t last) { TOKCREDIT_CHOOSE(factor_rows)(s, first, last); });
 }
 
 } // namespace tokcredit::cpu

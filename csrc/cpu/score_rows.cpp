@@ -1,4 +1,5 @@
 #include "cpu/score_rows.hpp"
+#include "cpu/rows.hpp"
 #include "math/dispatch.hpp"
 #include "math/score.hpp"
 
@@ -50,19 +51,31 @@ void bounds_tokens(const ScoreBounds &s, int64_t first, int64_t last) {
   });
 }
 
-void factor_tokens(const ScoreFactor &s, int64_t first, int64_t last) {
+void factor_rows(const ScoreFactor &s, int64_t first, int64_t last) {
   with_number(s.type, [&](auto number) {
     using A = decltype(number);
     const FactorOf<A> of(s);
-    const A *h = static_cast<const A *>(s.score), *x = static_cast<const A *>(s.log_ratio),
-            *low = static_cast<const A *>(s.low_bound), *high = static_cast<const A *>(s.high_bound);
+    const A *h = static_cast<const A *>(s.score), *x = static_cast<const A *>(s.log_probs),
+            *o = static_cast<const A *>(s.reference), *low = static_cast<const A *>(s.low_bound),
+            *high = static_cast<const A *>(s.high_bound);
     A *__restrict y = static_cast<A *>(s.y);
-    if (low)
-      for (int64_t t = first; t < last; ++t)
-        y[t] = of(h[t], x[t], low[t], high[t]);
-    else
-      for (int64_t t = first; t < last; ++t)
-        y[t] = of(h[t], x[t]);
+    for (int64_t r = first; r < last; ++r) {
+      const A advantage = static_cast<const A *>(s.advantages)[r];
+      const int64_t begin = s.rows.begin[r], end = s.rows.end[r];
+      if (o)
+        for (int64_t t = begin; t < end; ++t)
+          y[t] = of.log_ratio(x[t], o[t]);
+      else
+        for (int64_t t = begin; t < end; ++t)
+          y[t] = of.log_ratio(x[t], A(0));
+      if (low)
+        for (int64_t t = begin; t < end; ++t)
+          y[t] = advantage * of(h[t], y[t], low[t], high[t]);
+      else
+        for (int64_t t = begin; t < end; ++t)
+          y[t] = advantage * of(h[t], y[t]);
+      clear_padding(s.rows, r, y);
+    }
   });
 }
 

@@ -10,6 +10,6 @@ TOKCREDIT_EACH_LEVEL(void log_tokens(const LogDeviation &d, int64_t first, int64
                      void distance_tokens(const LogDeviation &d, const Moments<Reduction::moments> &moments,
                                           const void *quantile, int64_t first, int64_t last);
                      void bounds_tokens(const ScoreBounds &s, int64_t first, int64_t last);
-                     void factor_tokens(const ScoreFactor &s, int64_t first, int64_t last);)
+                     void factor_rows(const ScoreFactor &s, int64_t first, int64_t last);)
 
 } // namespace tokcredit::cpu

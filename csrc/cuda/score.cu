@@ -98,22 +98,32 @@ template <class A> __global__ void __launch_bounds__(block_threads) bounds(Score
   });
 }
 
-template <class A> __global__ void __launch_bounds__(block_threads) factors(ScoreFactor s) {
+template <class A> __global__ void __launch_bounds__(block_threads) factors(ScoreFactor s, int64_t tiles) {
+  const int64_t place = blockIdx.x * int64_t(warps_per_block) + threadIdx.x / 32;
+  if (place >= tiles)
+    return;
   const FactorOf<A> of(s);
-  const Buffer<A> score(s.score, s.size), ratio(s.log_ratio, s.size), low(s.low_bound, s.size),
-      high(s.high_bound, s.size), y(s.y, s.size);
-  each_four(s.size, [&](int64_t t) {
-    const Quad<A> h = score.load(t), x = ratio.load(t);
-    if (!s.low_bound)
-      return y.store(t, map(h, [&](A v, int k) { return of(v, x.item[k]); }));
-    const Quad<A> below = low.load(t), above = high.load(t);
-    y.store(t, map(h, [&](A v, int k) { return of(v, x.item[k], below.item[k], above.item[k]); }));
-  });
-}
-
-template <class S> void launch_tokens(const S &s, void (*wide)(S), void (*narrow)(S), Queue &queue) {
-  launch("score", queue, s.type == Type::f64 ? wide : narrow, ceil_div(s.size, block_tokens), block_threads,
-         s);
+  const int64_t size = s.rows.size, from = place * tile_size;
+  const Buffer<A> score(s.score, size), log_probs(s.log_probs, size), reference(s.reference, size),
+      low(s.low_bound, size), high(s.high_bound, size), y(s.y, size);
+  each_piece<false>(
+      s.rows, from, min(from + tile_size, size),
+      [&](int64_t r, int64_t first, int64_t last, bool, bool) {
+        const A advantage = static_cast<const A *>(s.advantages)[r];
+        each_step<false>(first, last, [&](int64_t t) {
+          if (t + quad <= first || t >= last)
+            return;
+          const Quad<A> h = score.load(t), o = s.reference ? reference.load(t) : Quad<A>{};
+          const Quad<A> x = map(log_probs.load(t), [&](A v, int k) { return of.log_ratio(v, o.item[k]); });
+          const Quad<A> below = s.low_bound ? low.load(t) : Quad<A>{},
+                        above = s.low_bound ? high.load(t) : Quad<A>{};
+          store_quad(y.p, t, first, last, y.aligned, map(h, [&](A v, int k) {
+                       return advantage * (s.low_bound ? of(v, x.item[k], below.item[k], above.item[k])
+                                                       : of(v, x.item[k]));
+                     }));
+        });
+      },
+      [&](int64_t first, int64_t last) { fill_zero(y.p, first, last); });
 }
 
 } // namespace
@@ -139,11 +149,14 @@ void log_deviation(const LogDeviation &d, Queue &queue) {
 }
 
 void score_bounds(const ScoreBounds &s, Queue &queue) {
-  launch_tokens(s, bounds<double>, bounds<float>, queue);
+  launch("score", queue, s.type == Type::f64 ? bounds<double> : bounds<float>, ceil_div(s.size, block_tokens),
+         block_threads, s);
 }
 
 void score_factor(const ScoreFactor &s, Queue &queue) {
-  launch_tokens(s, factors<double>, factors<float>, queue);
+  const int64_t tiles = tiles_of(s.rows.size);
+  launch("score", queue, s.type == Type::f64 ? factors<double> : factors<float>,
+         ceil_div(tiles, warps_per_block), block_threads, s, tiles);
 }
 
 } // namespace tokcredit::cuda

@@ -87,11 +87,18 @@ template <class A> struct BoundsOf {
 
 // The factor, with the clip ranges.
 template <class A> struct FactorOf {
-  A low, high, low_growth, high_growth, strength;
+  A low, high, low_growth, high_growth, strength, clamp_low, clamp_high;
 
   TOKCREDIT_FN FactorOf(const ScoreFactor &s)
       : low(A(s.low)), high(A(s.high)), low_growth(A(growth(s.low, s.widen))),
-        high_growth(A(growth(s.high, s.widen))), strength(A(s.strength)) {}
+        high_growth(A(growth(s.high, s.widen))), strength(A(s.strength)), clamp_low(A(s.clamp_low)),
+        clamp_high(A(s.clamp_high)) {}
+
+  // Clamped; NaN stays.
+  TOKCREDIT_FN A log_ratio(A log_prob, A reference) const {
+    const A x = log_prob - reference;
+    return x < clamp_low ? clamp_low : x > clamp_high ? clamp_high : x;
+  }
 
   TOKCREDIT_FN A within(A h, A log_ratio, A below, A above) const {
     // How far the ratio has moved, twice.

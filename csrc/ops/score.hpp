@@ -42,26 +42,31 @@ struct ScoreBounds {
   void *above;
 };
 
-// A factor of advantages that depends on whether the ratio q lies in the inner half of its bounds:
-//     y[t] = 1 + strength h if (h > 0 and not inner) or (not h > 0 and inner), else 1
-// where `inner` is 1 - below / 2 < q < 1 + above / 2. The clip ranges `below` and `above` are those that
+// Advantages times a factor that depends on whether the ratio q lies in the inner half of its bounds:
+//     y[t] = advantages[row] (1 + strength h) if (h > 0 and not inner) or (not h > 0 and inner), else
+//     advantages[row]
+// and 0 outside of rows, where log q = clamp(log_probs - reference, clamp_low, clamp_high) and `inner` is
+// 1 - below / 2 < q < 1 + above / 2. The clip ranges `below` and `above` are those that
 // widen with the score, as in ScoreBounds, or where bounds of the log-ratio are given 1 - exp(low) and
 // exp(high) - 1.
 //
-//     h .5 .5 -.5 -.5   q 1 1.2 1 1.2   low .2   high .2   widen 0   strength 1   y 1 1.5 .5 1
+//     h .5 .5 -.5 -.5   q 1 1.2 1 1.2   low .2   high .2   widen 0   strength 1   advantages 2   y 2 3 1 2
 //
-// Must read and write: score, log_ratio, given bounds, y once.
+// Must read and write: score, log_probs, reference, given bounds, y once.
 struct ScoreFactor {
+  Rows rows; // the mask is not read
   Type type; // f32 or f64
   const void *score;
-  const void *log_ratio;
+  const void *log_probs;
+  const void *reference;  // [N], or null for 0
+  const void *advantages; // [R]
   const void *low_bound;  // [N], or null for both
   const void *high_bound; // [N]
   double low;
   double high;
   double widen;
   double strength;
-  int64_t size;
+  double clamp_low, clamp_high;
   void *y;
 };
 

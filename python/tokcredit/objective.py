@@ -400,14 +400,8 @@ def _evaluate(prepared: Prepared, log_probs: Tensor, further: Mapping[str, Tenso
     advantages = prepared.credit
     if any(scale.needs_bounds for scale in objective.scales):
         window = window.per_token(batch.spans)
-    of_rows, of_tokens = log_ratio.per_row, None
     for scale, signal in zip(objective.scales, prepared.signals, strict=True):
-        seen = of_rows if scale.takes_rows else None
-        if seen is None:
-            of_tokens = log_ratio.per_token(batch.spans, current) if of_tokens is None else of_tokens
-            seen = of_tokens
-        factor = scale(current, seen, prepared.credit, batch.spans, window, signal)
-        advantages = product(advantages, factor, batch.spans)
+        advantages = scale.scaled(advantages, current, log_ratio, prepared.credit, batch.spans, window, signal)
     weights = prepared.row_weights
     if prepared.multiplier is not None:
         wide = torch.promote_types(prepared.multiplier.dtype, ops.accumulated(log_probs.dtype))

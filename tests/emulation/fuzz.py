@@ -671,11 +671,18 @@ def score_bounds(d):
 
 
 def score_factor(d):
-    case = score_bounds(d)
-    dtype, size, bounds = case["score"].dtype, case["score"].numel(), d.chance(0.5)
+    rows, count, size = d.rows()
+    case, bounds = score_bounds(d), d.chance(0.5)
+    dtype = case["score"].dtype
     return {
         **case,
-        "log_ratio": d.normal(dtype, size, scale=0.2),
+        **rows,
+        "score": d.values(dtype, size),
+        "log_probs": d.normal(dtype, size, scale=0.2),
+        "reference": d.choice([None, d.normal(dtype, size, scale=0.2)]),
+        "advantages": d.values(dtype, count),
+        "clamp_low": d.choice([-0.5, -20.0]),
+        "clamp_high": 20.0,
         "low_bound": d.placed(-d.normal(dtype, size, scale=0.2).abs()) if bounds else None,
         "high_bound": d.placed(d.normal(dtype, size, scale=0.2).abs()) if bounds else None,
         "strength": d.choice([1.0, 0.5]),

@@ -41,7 +41,8 @@ SIGNATURES = {
     "row_weights": "lengths given counted by_length length factor =y",
     "log_deviation": "x begin end mask quantile floor positive =y =statistics threads",
     "score_bounds": "score low high widen =below =above threads",
-    "score_factor": "score log_ratio low_bound high_bound low high widen strength =y threads",
+    "score_factor": "score log_probs reference advantages begin end low_bound high_bound low high widen strength "
+    "clamp_low clamp_high =y threads",
     "baseline": "log_probs squares rewards begin end mask group groups epsilon =advantages =returns threads",
 }
 

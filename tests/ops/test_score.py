@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import score as reference
-from tokcredit import ops
+from tokcredit import Spans, ops
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -79,22 +79,32 @@ def test_bounds_and_factor_match_definition(dtype, low, high, widen):
         ]
         if low > 1e-4:
             assert {x == 1 for x in wanted} == {True, False}
-        by_ranges = ops.score_factor(h, log_ratio, 0.7, (low, high, widen))
+        spans = ragged.packed(300, 203)
+        wanted = [x * (2 if t < 300 else -3) for t, x in enumerate(wanted)]
+        rows = (torch.tensor([[2.0], [-3.0]], dtype=dtype), spans, 0.7)
+        by_ranges = ops.score_factor(h, log_ratio, *rows, (low, high, widen))
         assert by_ranges.tolist() == pytest.approx(wanted, rel=1e-6)
+        both = ops.score_factor(h, log_ratio - 0.5, *rows, (low, high, widen), reference=torch.full_like(h, -0.5))
+        assert both.tolist() == pytest.approx(wanted, rel=1e-6)
         if low <= 0.2:  # bounds at which no ratio is left do not say how wide the range was
-            by_bounds = ops.score_factor(h, log_ratio, 0.7, bounds=(below, above))
+            by_bounds = ops.score_factor(h, log_ratio, *rows, bounds=(below, above))
             assert by_bounds.tolist() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_factor_by_hand():
     h, log_ratio = torch.tensor([0.5, 0.5, -0.5, -0.5]), torch.tensor([1.0, 1.2, 1.0, 1.2]).log()
-    expected = pytest.approx([1, 1.5, 0.5, 1])
-    assert ops.score_factor(h, log_ratio, 1.0, (0.2, 0.2, 0.0)).tolist() == expected
+    rows = (torch.full((1, 1), 2.0), ragged.packed(4), 1.0)
+    expected = pytest.approx([2, 3, 1, 2])
+    assert ops.score_factor(h, log_ratio, *rows, (0.2, 0.2, 0.0)).tolist() == expected
     numbers = (math.log(0.8), math.log(1.2))
-    assert ops.score_factor(h, log_ratio, 1.0, bounds=numbers).tolist() == expected
-    assert ops.score_factor(h, log_ratio, 1.0, bounds=(torch.full((4,), numbers[0]), numbers[1])).tolist() == expected
-    unbounded = ops.score_factor(h, log_ratio, 1.0)
-    assert unbounded.tolist() == pytest.approx([1, 1, 0.5, 0.5])
+    assert ops.score_factor(h, log_ratio, *rows, bounds=numbers).tolist() == expected
+    assert ops.score_factor(h, log_ratio, *rows, bounds=(torch.full((4,), numbers[0]), numbers[1])).tolist() == expected
+    unbounded = ops.score_factor(h, log_ratio, *rows)
+    assert unbounded.tolist() == pytest.approx([2, 2, 1, 1])
+    clamped = ops.score_factor(h, log_ratio, *rows, (0.2, 0.2, 0.0), clamp=(0.0, 0.0))
+    assert clamped.tolist() == pytest.approx([2, 2, 1, 1])
+    gaps = Spans(torch.tensor([1]), torch.tensor([3]), 4)
+    assert ops.score_factor(h, log_ratio, rows[0], gaps, 1.0, (0.2, 0.2, 0.0)).tolist() == pytest.approx([0, 3, 1, 0])
 
 
 def test_bounds_by_hand():
@@ -118,7 +128,7 @@ def test_thread_count_does_not_change_bits():
     calls = {
         "log_deviation": (x, *spans.arrays, 0.8, 1e-8, False),
         "score_bounds": (h, 0.2, 0.3, 1.0),
-        "score_factor": (h, x, None, None, 0.2, 0.3, 1.0, 1.0),
+        "score_factor": (h, x, x / 2, h[:100], *spans.arrays[:2], None, None, 0.2, 0.3, 1.0, 1.0, -9.0, 9.0),
     }
     for name, arguments in calls.items():
         op = getattr(torch.ops.tokcredit, name).default
@@ -131,4 +141,8 @@ def test_opcheck():
     spans, h = ragged.packed(3, 1), torch.tensor([-1.0, 0.0, 0.5, 1.0])
     torch.library.opcheck(torch.ops.tokcredit.log_deviation.default, (h.abs(), *spans.arrays, 0.8, 1e-8, False, 1))
     torch.library.opcheck(torch.ops.tokcredit.score_bounds.default, (h, 0.2, 0.3, 1.0, 1))
-    torch.library.opcheck(torch.ops.tokcredit.score_factor.default, (h, h / 9, h - 2, h + 2, 0.0, 0.0, 0.0, 1.0, 1))
+    rows = (h[:2], *spans.arrays[:2])
+    torch.library.opcheck(
+        torch.ops.tokcredit.score_factor.default,
+        (h, h / 9, None, *rows, h - 2, h + 2, 0.0, 0.0, 0.0, 1.0, -9.0, 9.0, 1),
+    )

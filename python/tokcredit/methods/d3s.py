@@ -17,6 +17,9 @@ from tokcredit.stages.base import number
 from tokcredit.stages.filters import Filter
 
 
+_NONZERO = filters.nonzero_advantage()
+
+
 @dataclass(frozen=True)
 class varied_rows(Filter):
     """Those of the rows of the whole batch whose advantages have the largest variance as a set and are not 0.
@@ -40,7 +43,7 @@ class varied_rows(Filter):
         candidates = Ids(batch.nonempty_groups.scope.clamp(max=0), 1)
         wanted = select.Share(self.share, "nearest", least=2)
         chosen = select.maximum_variance(of_row, wanted, candidates)[:, None]
-        return chosen & filters.nonzero_advantage()(batch, advantages)
+        return chosen & _NONZERO(batch, advantages)
 
 
 def d3s(

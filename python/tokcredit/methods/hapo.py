@@ -18,6 +18,7 @@ from tokcredit.stages import aggregation
 from tokcredit.stages.base import flag, number, part
 from tokcredit.stages.clip import Clip, Window
 from tokcredit.stages.credit import Credit, group_normalized
+from tokcredit.stages.ratio import LogRatio
 from tokcredit.stages.scale import Scale
 from tokcredit.stages.token_score import TokenScore
 
@@ -174,7 +175,37 @@ class outside_center(Scale):
         signal: Tensor | None,
     ) -> Tensor:
         assert signal is not None
-        return ops.score_factor(signal, log_ratio, self.strength, window.ranges, (window.low, window.high))
+        one = torch.ones(spans.num_rows, 1, device=spans.device)
+        bounds = (window.low, window.high)
+        return ops.score_factor(signal, log_ratio, one, spans, self.strength, window.ranges, bounds)
+
+    def scaled(
+        self,
+        advantages: Tensor,
+        log_probs: Tensor,
+        log_ratio: LogRatio,
+        credit: Tensor,
+        spans: Spans,
+        window: Window,
+        signal: Tensor | None,
+    ) -> Tensor:
+        """Return the same as the base, in one pass where log-ratios are differences.
+
+        Args:
+            advantages: As in the base.
+            log_probs: As in the base.
+            log_ratio: As in the base.
+            credit: As in the base.
+            spans: As in the base.
+            window: As in the base.
+            signal: As in the base.
+        """
+        of, clamp = log_ratio.reference, log_ratio.clamp
+        if advantages.dim() == 1 or of is None or log_ratio.log_ratio is not None or log_ratio.cumulative:
+            return super().scaled(advantages, log_probs, log_ratio, credit, spans, window, signal)
+        assert signal is not None
+        bounds = (window.low, window.high)
+        return ops.score_factor(signal, log_probs, advantages, spans, self.strength, window.ranges, bounds, of, clamp)
 
 
 def hapo(

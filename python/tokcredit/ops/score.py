@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,51 +92,66 @@ def _factor_output(score: Tensor, *arguments: object) -> Tensor:
 
 
 @operation(
-    "score_factor(Tensor score, Tensor log_ratio, Tensor? low_bound, Tensor? high_bound, float low, float high, "
-    "float widen, float strength, int threads) -> Tensor",
+    "score_factor(Tensor score, Tensor log_probs, Tensor? reference, Tensor advantages, Tensor begin, Tensor end, "
+    "Tensor? low_bound, Tensor? high_bound, float low, float high, float widen, float strength, float clamp_low, "
+    "float clamp_high, int threads) -> Tensor",
     _factor_output,
 )
 def _score_factor(
     score: Tensor,
-    log_ratio: Tensor,
+    log_probs: Tensor,
+    reference: Tensor | None,
+    advantages: Tensor,
+    begin: Tensor,
+    end: Tensor,
     low_bound: Tensor | None,
     high_bound: Tensor | None,
-    low: float,
-    high: float,
-    widen: float,
-    strength: float,
-    threads: int,
+    *numbers: Any,
 ) -> Tensor:
     y = _factor_output(score)
-    if score.numel():
-        bounds = (plain(low_bound), plain(high_bound), low, high, widen)
-        _C.score_factor(score.contiguous(), log_ratio.contiguous(), *bounds, strength, y, threads)
+    if begin.numel() == 0:
+        return y.zero_()
+    *settings, threads = numbers
+    rows = (advantages.contiguous(), begin, end, plain(low_bound), plain(high_bound))
+    _C.score_factor(score.contiguous(), log_probs.contiguous(), plain(reference), *rows, *settings, y, threads)
     return y
 
 
 def score_factor(
     score: Tensor,
-    log_ratio: Tensor,
+    log_probs: Tensor,
+    advantages: Tensor,
+    spans: Spans,
     strength: float,
     ranges: tuple[float, float, float] | None = None,
     bounds: tuple[float | Tensor, float | Tensor] = (-math.inf, math.inf),
+    reference: Tensor | None = None,
+    clamp: tuple[float, float] = (-math.inf, math.inf),
 ) -> Tensor:
-    """Return the factor of advantages for a score, where it depends on the inner half of the bounds, ``[N]``.
+    """Return advantages times a factor for a score that depends on the inner half of the bounds of the ratio, ``[N]``.
 
     Definition: ``csrc/ops/score.hpp``. float64 where one of the tensors is.
 
     Args:
         score: float ``[N]``.
-        log_ratio: float ``[N]``.
+        log_probs: float ``[N]``, or log-ratios without ``reference``.
+        advantages: float ``[R, 1]``.
+        spans: The rows; their mask is not read.
         strength: Factor of the score.
         ranges: Lower and upper clip range and their growth, as in :func:`score_bounds`.
         bounds: Without ``ranges``, the bounds of the log-ratio, each one number or ``[N]``.
+        reference: float ``[N]``, log-probs that the ratio divides by, or None.
+        clamp: Smallest and largest log-ratio.
     """
-    dtype = accumulated(torch.promote_types(score.dtype, log_ratio.dtype))
+    dtype = score.dtype
+    for x in (log_probs, advantages) if reference is None else (log_probs, advantages, reference):
+        dtype = dtype if x.dtype == dtype else torch.promote_types(dtype, x.dtype)
+    dtype = accumulated(dtype)
     tensors: list[Tensor | None] = [None, None]
     if ranges is None and all(not isinstance(x, Tensor) for x in bounds):
         ranges = 1 - math.exp(bounds[0]), math.expm1(bounds[1]), 0.0
     elif ranges is None:
         tensors = [torch.as_tensor(x, device=score.device).to(dtype).expand(score.shape) for x in bounds]
         ranges = 0.0, 0.0, 0.0
-    return _score_factor(score.to(dtype), log_ratio.to(dtype), *tensors, *ranges, strength, num_threads())
+    given = (x if x is None or x.dtype == dtype else x.to(dtype) for x in (score, log_probs, reference, advantages))
+    return _score_factor(*given, spans.begin, spans.end, *tensors, *ranges, strength, *clamp, num_threads())

@@ -17,6 +17,8 @@ from tokcredit.spans import Spans
 from tokcredit.stages import within as predicate
 from tokcredit.stages.base import Stage, input_name, number, option
 from tokcredit.stages.clip import Window
+from tokcredit.stages.credit.group import product
+from tokcredit.stages.ratio import LogRatio
 
 
 class Scale(Stage):
@@ -73,6 +75,31 @@ class Scale(Stage):
             float ``[N]`` or ``[R, 1]``.
         """
         raise NotImplementedError
+
+    def scaled(
+        self,
+        advantages: Tensor,
+        log_probs: Tensor,
+        log_ratio: LogRatio,
+        credit: Tensor,
+        spans: Spans,
+        window: Window,
+        signal: Tensor | None,
+    ) -> Tensor:
+        """Return advantages times the factors, float ``[R, 1]`` or ``[N]``.
+
+        Args:
+            advantages: float ``[R, 1]`` or ``[N]``, times the factors of earlier scales.
+            log_probs: As in :meth:`__call__`.
+            log_ratio: Of the ratio stage.
+            credit: The advantages without factors, float ``[R, 1]`` or ``[N]``.
+            spans: As in :meth:`__call__`.
+            window: As in :meth:`__call__`.
+            signal: As in :meth:`__call__`.
+        """
+        seen = log_ratio.per_row if self.takes_rows else None
+        seen = log_ratio.per_token(spans, log_probs) if seen is None else seen
+        return product(advantages, self(log_probs, seen, credit, spans, window, signal), spans)
 
 
 @dataclass(frozen=True)
