@@ -54,6 +54,8 @@ def synthetic(name, batch, g):
         # Between what one probability and one other token of the rest's make.
         "squared_probs": chosen**2 + x * (1 - chosen) ** 2,
         "teacher_log_probs": -(x**2),
+        "teacher_top_ids": torch.stack([torch.arange(n) % 7, torch.arange(n) % 7 + 1], 1),
+        "teacher_top_log_probs": torch.stack([-1 - x, -2 - x], 1),
         "teacher_mask": rows % 3 != 2,
         "reverse_kl": x**2,
         "forward_kl": x**3,

@@ -91,6 +91,7 @@ COLLECTORS = {
     "policy_groups": "a forward pass of the policy before the update, whole groups at once",
     "reference": "a forward pass of the reference model",
     "teacher": "forward passes of the policy and of a teacher",
+    "teachers": "forward passes of two teachers",
     "told": "the trainer, which tells the teacher an answer or another attempt",
     "sampler": "the engine that samples",
     "continuations": "continuations sampled from inside a row",
@@ -111,6 +112,7 @@ COLLECTORS = {
     "revised_prompts": "forward passes of the reference model under two other prompts, over pairs",
     "activations": "activations of the reference model, over pairs",
     "response_text": "the text of the response, of pairs",
+    "instructions": "the trainer, which adds instructions to prompts of pairs that one response follows",
     "host": "another trainer, or the file that a trainer wrote",
     "user": "whoever makes the batch",
 }
@@ -202,6 +204,8 @@ for _entry in (
     Input("reverse_kl", "token", "float", "KL(policy || teacher) of the next-token distributions, nats", "teacher"),
     Input("forward_kl", "token", "float", "KL(teacher || policy) of the next-token distributions, nats", "teacher"),
     Input("teacher_log_probs", "token", "float", "log-probs under the teacher, nats", "teacher"),
+    Input("teacher_top_ids", "token", "integer", "most likely tokens of the teacher", "teacher", ("k",)),
+    Input("teacher_top_log_probs", "token", "float", "log-probs of teacher_top_ids, nats", "teacher", ("k",)),
     Input("teacher_mask", "row", "bool", "True for a row whose teacher was told more than its prompt", "told"),
     Input(
         "ref_forward_kl", "token", "float", "KL(reference || policy) of the next-token distributions, nats", "reference"
@@ -436,9 +440,15 @@ for _entry in (
         "token",
         "float",
         "sum over the vocabulary of the absolute difference of the probabilities of two teachers, 0 to 2",
-        "user",
+        "teachers",
     ),
-    Input("prompt_pairs", "row", "bool", "True for the rows of a pair that are one response under two prompts", "user"),
+    Input(
+        "prompt_pairs",
+        "row",
+        "bool",
+        "True for the rows of a pair that are one response under two prompts",
+        "instructions",
+    ),
     Input(
         "field_weights",
         "token",

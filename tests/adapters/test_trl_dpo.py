@@ -25,6 +25,11 @@ PARITY = {
     "sigmoid": (tc.methods.dpo(beta=0.3), dict(beta=0.3)),
     "sigmoid_norm": (tc.methods.sigmoid_norm(0.7), dict(loss_type=["sigmoid_norm"], beta=0.7)),
     "ipo": (tc.methods.ipo(0.3), dict(loss_type=["ipo"], beta=0.3)),
+    "weighted": (tc.mix("dpo", link=logistic(0.3), pair_weights="on_policy()"), dict(beta=0.3, use_weighting=True)),
+    "both": (
+        tc.Preference(link=tc.link.both(logistic(0.3), tc.link.hinge(0.3), 0.8, 0.3)),
+        dict(loss_type=["sigmoid", "hinge"], loss_weights=[0.8, 0.3], beta=0.3),
+    ),
     "robust": (tc.Preference(link=tc.link.robust(0.3, 0.1)), dict(loss_type=["robust"], beta=0.3, label_smoothing=0.1)),
 }
 """For each of TRL's losses the objective that has it, and TRL's settings."""

@@ -62,6 +62,23 @@ def test_links_of_large_and_undefined_scores(name):
     assert loss[0] < loss[1]
 
 
+def test_both():
+    """The weighted sum of two links; one with weight 0 does not count, even if it is not finite."""
+    chosen, rejected = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([0.1, 2.0], [-0.6, 1.0]))
+    link = tc.link.both(tc.link.hinge(), tc.link.logistic(0.3), 0.8, 0.3)
+    loss = link(chosen, rejected)
+    expected = 0.8 * tc.link.hinge()(chosen, rejected) + 0.3 * tc.link.logistic(0.3)(chosen, rejected)
+    torch.testing.assert_close(loss, expected)
+    for found, wanted in zip(
+        *(torch.autograd.grad(x.sum(), (chosen, rejected)) for x in (loss, expected)), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+    far = torch.tensor([-1e6], dtype=torch.float64)
+    assert not tc.link.discopop(1.0)(far, -far).isfinite()
+    assert tc.link.both(tc.link.discopop(1.0), tc.link.hinge(), 0.0, 1.0)(far, -far).item() == pytest.approx(2e5 + 1)
+    assert tc.link.both(first_weight=0.0, second_weight=0.0)(chosen, rejected).tolist() == [0.0, 0.0]
+
+
 def test_alpha_logistic():
     """AlphaPO on the means of the golden pair; an alpha near 0 is SimPO."""
     chosen, rejected = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (-1.7 / 3, -1.2))

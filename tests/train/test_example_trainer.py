@@ -78,6 +78,20 @@ def test_metrics_are_those_of_the_formula(on_pairs):
     assert len({len(x.tokens) for e in trainer._examples for x in e.responses}) > 1, "means are not over tokens"
 
 
+def test_reversed_pairs(on_pairs):
+    """The margin of the same pairs then falls."""
+    rows = [{"prompt": f"{a}=", "chosen": "ab", "rejected": "cd"} for a in range(8)]
+    trainer = ExampleTrainer(resolved(on_pairs(rows=rows, reverse_pairs=True)))
+    assert {tuple(x.text for x in e.responses) for e in trainer._examples} == {("cd", "ab")}
+    trainer.step(1)
+    e = trainer._examples[trainer._held_out[0]]
+    first = ExampleTrainer(resolved(on_pairs(rows=rows)))
+    rise = [log_prob(trainer, e.prompt, x.tokens) - log_prob(first, e.prompt, x.tokens) for x in e.responses]
+    assert rise[0] > rise[1]
+    with pytest.raises(ValueError, match="reverse_pairs: expected False because there are no pairs, got True"):
+        on_pairs(rows=completions(), reverse_pairs=True)
+
+
 def test_training_prefers_the_chosen_responses(on_pairs):
     """Of pairs that do not contradict each other, every step raises the margin."""
     rows = [{"prompt": f"{a}=", "chosen": "ab", "rejected": "cd"} for a in range(8)]
@@ -100,13 +114,12 @@ OTHER = [f"tiny(steps=0, seed={seed})" for seed in (1, 2)]
 def test_every_method_trains_by_name(method, on_pairs):
     objective = tc.methods.load(method)
     rows = PAIRS if isinstance(objective, tc.Preference) else completions()
-    others = {"teacher": "tiny(steps=0, seed=1)", "aligned": OTHER[0], "collectors": CollectorSettings(*OTHER)}
+    others = {
+        "teacher": "tiny(steps=0, seed=1)",
+        "aligned": OTHER[0],
+        "collectors": CollectorSettings(*OTHER, reverse_teacher=OTHER[1]),
+    }
     s = resolved(only_read(on_pairs(method, rows, **others), objective))
-    if given := objective.required_inputs & tc.inputs.names("user"):
-        message = f"method: expected .* whose inputs the trainer collects, got {method}, .* {min(given)}"
-        with pytest.raises(ValueError, match=message):
-            ExampleTrainer(s)
-        return
     of_rollouts = frozenset().union(*map(tc.inputs.names, example_trainer._SAMPLED)) - {"prompt_tokens"}
     if objective.required_inputs & of_rollouts:
         with pytest.raises(ValueError, match=f"method: expected one that reads no inputs of rollouts .* got {method}"):

@@ -23,13 +23,18 @@ from tokcredit.train import (
 )
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.experiment import resolved
+from tokcredit.train.instructions import instructions
+from tokcredit.train.trainer import Trainer
 
 POSITIVE, NEGATIVE = "tiny(steps=0, seed=1)", "tiny(steps=0, seed=2)"
 COLLECTORS = {
     "tgdpo": CollectorSettings(),
     "cdpo": CollectorSettings(positive=POSITIVE, negative=NEGATIVE, contrast=0.7),
     "t_reg": CollectorSettings(better_template="Good: {question}", worse_template="Bad {response}: {question}"),
+    "align_distil": CollectorSettings(reverse_teacher=NEGATIVE),
+    "mapl": CollectorSettings(instructions=3, instructions_template="{instructions}|{question}"),
 }
+TEACHERS = {"sstoken refreshed": "ema(0.5)", "align_distil": POSITIVE}
 SETTINGS = {
     "tab_po": ("variant=v1",),
     "sparse_po": (),
@@ -50,7 +55,7 @@ def made(on_pairs):  # noqa: F811
         defaults = {
             "objective": ObjectiveSettings(method, set=SETTINGS[name]),
             "collectors": COLLECTORS.get(method, CollectorSettings()),
-            "teacher": "ema(0.5)" if name == "sstoken refreshed" else None,
+            "teacher": TEACHERS.get(name),
             "aligned": POSITIVE if method == "tgdpo" else None,
         }
         return on_pairs(method, rows or (completions() if supervised else PAIRS), **(defaults | changes))
@@ -118,6 +123,101 @@ def test_log_probs_under_revised_prompts(made):
     # The token reward is above 0 where the better prompt makes the token likelier.
     reward = trainer.objective.pair_terms[0].reward(batch)
     assert ((reward > 0) == (batch.input("better_log_probs") > batch.input("worse_log_probs"))).all()
+
+
+def test_distances_of_two_teachers(made):
+    """In the batch, and in the loss with the divergence from the teacher that is made of both."""
+    trainer = ExampleTrainer(resolved(made("align_distil", sampling=SamplingSettings(prompts=4, temperature=0.8))))
+    examples, batch = batch_of(trainer)
+    both = [models.load(text)[0] for text in (POSITIVE, NEGATIVE)]
+    distances, losses = [], []
+    for e, x in rows_of(examples):
+        first, second, student = (logits(m, e.prompt, x.tokens)[0] / 0.8 for m in (*both, trainer.model))
+        distances.append((first.softmax(-1) - second.softmax(-1)).abs().sum(-1))
+        alpha = 10 * distances[-1] + 1e-3
+        target = (first + alpha[:, None] * (first - second)).log_softmax(-1)
+        divergence = (student.softmax(-1) * (student.log_softmax(-1) - target)).sum(-1)
+        losses.append((0.1 / alpha * divergence).mean())
+    check(batch, "teacher_distance", distances)
+    assert torch.cat(distances).std() > 0.01
+    assert trainer.step(1).metrics["loss"] == pytest.approx(float(sum(losses) / len(losses)), rel=1e-4)
+
+
+def test_two_teachers_on_rollouts(settings, uniform):
+    """Their distance is found before the update, and their extrapolation in the loss."""
+    others = {"teacher": POSITIVE, "collectors": COLLECTORS["align_distil"]}
+    trainer = Trainer(resolved(settings("align_distil", **others)))
+    step = trainer.step(1)
+    batch, (first, second) = step.update.prepared.batch, (models.load(x)[0] for x in (POSITIVE, NEGATIVE))
+    own = [t for t in batch.input("prompt_tokens")[0].tolist() if t >= 0]
+    tokens = batch.tokens[batch.begin[0] : batch.end[0]].tolist()
+    p, q = (logits(m, own, tokens)[0].softmax(-1) for m in (first, second))
+    found = batch.input("teacher_distance")[batch.begin[0] : batch.end[0]].double()
+    torch.testing.assert_close(found, (p - q).abs().sum(-1), rtol=1e-4, atol=1e-5)
+    assert step.metrics["grad_norm"] > 0 and step.metrics["reverse_kl_mean"] > 0
+
+
+def test_instructions_of_pairs(made):
+    """Every pair gives two pairs of prompts and a group of four, whose instructions hold where they should."""
+    rows = [{"prompt": f"{i}=", "chosen": "one two", "rejected": "three four five"} for i in range(8)]
+    trainer = ExampleTrainer(resolved(made("mapl", rows, steps=8)))
+    found, words = trainer._examples, trainer.tokenizer
+    assert [len(x.responses) for x in found] == [2, 2, 2, 4] * 8
+    assert [x.compares_prompts for x in found] == [False, True, True, False] * 8
+    assert all(len({4 * n + i in trainer._train for i in range(4)}) == 1 for n in range(8))
+    for n in range(8):
+        pair, first, second, four = found[4 * n : 4 * n + 4]
+        assert [x.text for x in first.responses + second.responses] == ["one two"] * 2 + ["three four five"] * 2
+        for made_of, (better, worse) in zip(pair.responses, (first.responses, second.responses), strict=True):
+            assert better.tokens == worse.tokens == made_of.tokens and better.question != worse.question
+            assert all(followed(better.question, made_of.text)) and not all(followed(worse.question, made_of.text))
+        z_best, worst, best, z_worst = four.responses
+        assert (best, worst) == tuple(pair.responses) and z_best.question == z_worst.question
+        assert all(followed(z_best.question, "one two"))
+        assert not any(followed(z_best.question, "three four five"))
+        for example in (first, second, four):
+            for question, prompt, _ in example.rows:
+                assert words.decode(prompt) == question and question.endswith(f"{n}=")
+    batch = trainer._batch([0, 1, 3])
+    assert batch.rewards.tolist() == [1, 0, 1, 0, 1, 1, 0, 0]
+    assert batch.input("prompt_pairs").tolist() == [False] * 2 + [True] * 2 + [False] * 4
+    shown = [row for x in (found[0], found[1], found[3]) for row in x.rows]
+    check(batch, "ref_log_probs", [log_probs(trainer.model, prompt, x.tokens) for _, prompt, x in shown])
+
+
+def followed(question, text):
+    """Whether a response follows each instruction of a prompt."""
+    known = {x.text: x.holds for x in instructions(["one two", "three four five"])}
+    asked = [f"{x}." for x in question.partition("|")[0].removesuffix(".").split(". ")]
+    assert 1 <= len(asked) <= 3 and len(set(asked)) == len(asked)
+    return [known[x](text) for x in asked]
+
+
+def test_every_text_follows_some_instructions_and_not_others():
+    for texts in (["", "a"], ["a b", "a  b"], ["12", "21"], ["x", "x"], ["a b c", "c b a"]):
+        known = instructions(texts)
+        assert len({x.text for x in known}) == len(known)
+        for text in texts:
+            assert {x.holds(text) for x in known} == {True, False}
+    told = {x.text for x in instructions(["a b c", "c b a"]) if x.holds("a b c") and not x.holds("c b a")}
+    assert told == {"Begin with the word a.", "End with the word c."}
+
+
+def test_instructions_that_do_not_fit_are_left_out(made):
+    """Of responses of one text no instruction tells them apart; a prompt may be too long for the model."""
+    rows = [
+        {"prompt": f"{i}=", "chosen": "ab", "rejected": "ab", "prompt_ids": [4 + i], "chosen_ids": [13, 14]}
+        | {"rejected_ids": [13, 14, 1]}
+        for i in range(8)
+    ]
+    trainer = ExampleTrainer(resolved(made("mapl", rows)))
+    assert [len(x.responses) for x in trainer._examples] == [2, 2, 2] * 8
+    assert "follow the same ones: 8" in trainer.introduction
+    long = CollectorSettings(instructions_template="{question}{instructions}" + "x" * 1100)
+    trainer = ExampleTrainer(resolved(made("mapl", collectors=long)))
+    assert len(trainer._examples) == len(PAIRS) and not any(x.compares_prompts for x in trainer._examples)
+    assert f"or the responses follow the same ones: {3 * len(PAIRS)}" in trainer.introduction
+    assert trainer.step(1).metrics["grad_norm"] > 0
 
 
 def said(role, content):
@@ -418,6 +518,26 @@ WRONG = {
         {"aligned": "tiny_tools(steps=0)"},
         r"aligned: expected the tokens of tiny\(steps=0\), got tiny_tools\(steps=0\)",
     ),
+    "no reverse": (
+        "align_distil",
+        {"collectors": CollectorSettings()},
+        "reverse_teacher: expected a model because of align_distil, got None",
+    ),
+    "moves": (
+        "align_distil",
+        {"teacher": "ema(0.5)"},
+        r"teacher: expected initial or a model because of align_distil, got ema\(0\.5\)",
+    ),
+    "other tokens": (
+        "align_distil",
+        {"collectors": CollectorSettings(reverse_teacher="tiny_tools(steps=0)")},
+        r"reverse_teacher: expected the tokens of tiny\(steps=0\), got tiny_tools\(steps=0\)",
+    ),
+    "not read either": (
+        "t_reg",
+        {"collectors": CollectorSettings(reverse_teacher=POSITIVE)},
+        "reverse_teacher: expected None because t_reg does not read it, got .tiny",
+    ),
     "absent": ("tgdpo", {"aligned": "./no"}, "aligned: expected .*, got './no'"),
 }
 
@@ -434,6 +554,10 @@ def test_settings_that_do_not_fit(name, made):
 def test_wrong_templates_and_kinds():
     with pytest.raises(ValueError, match=r"worse_template: expected a text with \{question\}, got 'x'"):
         CollectorSettings(worse_template="x")
+    with pytest.raises(
+        ValueError, match=r"instructions_template: expected .* and \{instructions\}, got '\{question\}'"
+    ):
+        CollectorSettings(instructions_template="{question}")
     with pytest.raises(ValueError, match="mask_activations: expected at least one kind, got none"):
         CollectorSettings(mask_activations=())
 

@@ -136,6 +136,125 @@ def update(llm: LLM, model: Any) -> None:
         raise RuntimeError("llm: expected no request in flight during a weight update, got some")
 
 
+def prompt_log_probs(llm: LLM, rows: Sequence[Sequence[int]], top_k: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return the log-prob of each token of some texts but the first, and the most likely tokens at each place.
+
+    The engine computes them at temperature 1.
+
+    Args:
+        llm: The engine. ``logprobs_mode`` must be ``processed_logprobs`` or ``raw_logprobs``, and ``max_logprobs`` at
+            least ``top_k``.
+        rows: Token ids of each text, at least two.
+        top_k: Number of most likely tokens.
+
+    Returns:
+        For each text of n tokens, log-probs float32 ``[n - 1]``, ids int64 ``[n - 1, top_k]`` and their log-probs.
+
+    Raises:
+        VLLMValidationError: A text fills the context of the engine.
+    """
+    params = SamplingParams(
+        max_tokens=1, temperature=0.0, prompt_logprobs=top_k, flat_logprobs=True, detokenize=False, ignore_eos=True
+    )
+    requests: Any = [{"prompt_token_ids": list(row)} for row in rows]
+    out = []
+    for row, output in zip(rows, llm.generate(requests, params, use_tqdm=False), strict=True):
+        found: Any = output.prompt_logprobs
+        # At each place the token itself, then the most likely ones; nothing at the first.
+        ids = torch.tensor(found.token_ids).view(len(row) - 1, top_k + 1)
+        values = torch.tensor(found.logprobs, dtype=torch.float32).view(len(row) - 1, top_k + 1)
+        out.append((values[:, 0], ids[:, 1:], values[:, 1:]))
+    return out
+
+
+class VllmTeacher:
+    """Scores responses with an engine that has the weights of a teacher.
+
+    Args:
+        llm: The engine, from :func:`engine`.
+        top_k: Number of most likely tokens.
+        vocabulary: Number of ids of the student, or None for those of the teacher. Padding beyond becomes -1.
+    """
+
+    def __init__(self, llm: LLM, top_k: int = 0, vocabulary: int | None = None) -> None:
+        self._llm, self._top_k, self._vocabulary = llm, top_k, vocabulary
+
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any, dtype: torch.dtype, top_k: int = 0, vocabulary: int | None = None
+    ) -> VllmTeacher:
+        """Return a teacher with a new engine on the device of the model, which is not read any more.
+
+        Args:
+            model: The teacher.
+            tokenizer: Its tokenizer.
+            dtype: Dtype of the engine.
+            top_k: Number of most likely tokens.
+            vocabulary: As above.
+        """
+        llm = engine(model, tokenizer, **_settings(model, dtype), max_logprobs=max(top_k, 1))
+        return cls(llm, top_k, vocabulary)
+
+    def __call__(self, batch: Rollouts) -> Rollouts:
+        """Return rows with ``teacher_log_probs``, ``teacher_top_ids`` and ``teacher_top_log_probs``.
+
+        Args:
+            batch: Packed rows with ``prompt_tokens``, or with the ``teacher_prompt_tokens`` that the teacher sees.
+
+        Raises:
+            VLLMValidationError: Prompt and response fill the context of the engine.
+        """
+        seen = "teacher_prompt_tokens" if batch.has_input("teacher_prompt_tokens") else "prompt_tokens"
+        prompts = [[t for t in row if t >= 0] for row in batch.input(seen).tolist()]
+        tokens, begin, end = batch.tokens.tolist(), batch.begin.tolist(), batch.end.tolist()
+        rows = [prompt + tokens[b:e] for prompt, b, e in zip(prompts, begin, end, strict=True)]
+        log_probs = torch.zeros(batch.num_tokens)
+        ids = torch.zeros(batch.num_tokens, self._top_k, dtype=torch.int64)
+        of_ids = torch.zeros(batch.num_tokens, self._top_k)
+        with awake(self._llm):
+            scored = prompt_log_probs(self._llm, rows, self._top_k)
+        for found, b, e in zip(scored, begin, end, strict=True):
+            for whole, part in zip((log_probs, ids, of_ids), found, strict=True):
+                whole[b:e] = part[len(part) - (e - b) :]
+        made = {"teacher_log_probs": torch.where(batch.response_mask, log_probs.to(batch.device), 0)}
+        if self._vocabulary is not None:
+            ids[ids >= self._vocabulary] = -1
+        if self._top_k:
+            made |= {"teacher_top_ids": ids.to(batch.device), "teacher_top_log_probs": of_ids.to(batch.device)}
+        return batch.with_inputs(**made)
+
+
+def _settings(model: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the settings of an engine beside a model that trains on the device of the model."""
+    settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
+    settings["max_model_len"] = -1  # as long as memory allows
+    if model.device.type == "cpu":
+        settings["enforce_eager"] = True  # compilation takes a minute and saves a tenth of the time
+        settings["kv_cache_memory_bytes"] = 1 << 30  # the default is nearly all memory of the machine
+    else:
+        settings["gpu_memory_utilization"] = 0.4  # the trainer has the rest, and this too while the engine sleeps
+        settings["enable_sleep_mode"] = True
+    return settings
+
+
+@contextmanager
+def awake(llm: LLM) -> Iterator[None]:
+    """Wake an engine that can sleep inside this context; outside it has no memory.
+
+    Args:
+        llm: The engine.
+    """
+    if not llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+        yield
+        return
+    if llm.llm_engine.is_sleeping():
+        llm.wake_up()
+    try:
+        yield
+    finally:
+        llm.sleep(level=1)
+
+
 class VllmSampler:
     """Samples continuations of token-id prefixes with an engine.
 
@@ -163,15 +282,7 @@ class VllmSampler:
             tokenizer: Its tokenizer.
             dtype: Dtype of the engine.
         """
-        settings: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")}
-        settings["max_model_len"] = -1  # as long as memory allows
-        if model.device.type == "cpu":
-            settings["enforce_eager"] = True  # compilation takes a minute and saves a tenth of the time
-            settings["kv_cache_memory_bytes"] = 1 << 30  # the default is nearly all memory of the machine
-        else:
-            settings["gpu_memory_utilization"] = 0.4  # the trainer has the rest, and this too while the engine sleeps
-            settings["enable_sleep_mode"] = True
-        return cls(model, engine(model, tokenizer, **settings))
+        return cls(model, engine(model, tokenizer, **_settings(model, dtype)))
 
     @property
     def device(self) -> torch.device:
@@ -180,21 +291,8 @@ class VllmSampler:
 
     def sync(self) -> None:
         """Copy the weights of the trained model into the engine."""
-        with self._awake():
+        with awake(self._llm):
             update(self._llm, self._model)
-
-    @contextmanager
-    def _awake(self) -> Iterator[None]:
-        """Wake an engine that can sleep inside this context; outside it has no memory."""
-        if not self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
-            yield
-            return
-        if self._llm.llm_engine.is_sleeping():
-            self._llm.wake_up()
-        try:
-            yield
-        finally:
-            self._llm.sleep(level=1)
 
     def sample(
         self,
@@ -231,7 +329,7 @@ class VllmSampler:
             spaces_between_special_tokens=False,
         )
         requests: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        with self._awake():
+        with awake(self._llm):
             outputs = self._llm.generate(requests, params, use_tqdm=False)
         if temperature == 0:
             for output in outputs:

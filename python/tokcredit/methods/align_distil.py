@@ -21,19 +21,21 @@ _BLOCK = 1 << 22  # elements of the temporaries of a block
 
 
 @torch.no_grad()
-def teacher_distance(logits: Tensor, other: Tensor) -> Tensor:
+def teacher_distance(logits: Tensor, other: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the ``teacher_distance`` of two teachers: ``sum over v of |softmax(logits)[v] - softmax(other)[v]|``.
 
     Args:
         logits: float ``(..., V)``, of the model trained by DPO.
         other: float ``(..., V)``, of the model trained by DPO with chosen and rejected responses swapped.
+        temperature: Positive; divides the logits of both.
 
     Returns:
         ``(...)``, float32, or float64 if one of the two is, from 0 to 2: twice the total variation.
 
     Raises:
-        ValueError: The shapes differ, the vocabularies among them.
+        ValueError: The shapes differ, the vocabularies among them, or the temperature is not positive.
     """
+    Range("number", above=0).checked("temperature", temperature)
     if float_tensor("logits", logits).shape != float_tensor("other", other).shape or not logits.dim():
         raise ValueError(f"other: expected {list(logits.shape)}, got {list(other.shape)}")
     if not logits.shape[-1]:
@@ -41,28 +43,32 @@ def teacher_distance(logits: Tensor, other: Tensor) -> Tensor:
     wide = torch.promote_types(torch.promote_types(logits.dtype, other.dtype), torch.float32)
     shape, width = logits.shape[:-1], logits.shape[-1]
     pairs = zip(*(x.reshape(-1, width).split(max(1, _BLOCK // max(width, 1))) for x in (logits, other)), strict=True)
-    blocks = [(a.to(wide).softmax(-1) - b.to(wide).softmax(-1)).abs().sum(-1) for a, b in pairs]
+    probs = ([(x.to(wide) / temperature).softmax(-1) for x in both] for both in pairs)
+    blocks = [(a - b).abs().sum(-1) for a, b in probs]
     return torch.cat(blocks).view(shape)
 
 
-def teacher(logits: Tensor, other: Tensor, strength: float = 10.0, epsilon: float = 1e-3) -> Mixture:
+def teacher(
+    logits: Tensor, other: Tensor, strength: float = 10.0, epsilon: float = 1e-3, temperature: float = 1.0
+) -> Mixture:
     """Return the teacher that lies beyond the model trained by DPO, away from the reversed one.
 
     It is ``logits + alpha * (logits - other)`` with ``alpha = strength * teacher_distance(logits, other) + epsilon``:
-    an argument of ``tokcredit.divergence.between(student, teacher, "reverse_kl")``.
+    an argument of ``tokcredit.divergence.between(student, teacher, "reverse_kl", temperature=temperature)``.
 
     Args:
         logits: float ``(..., V)``, of the model trained by DPO.
         other: float ``(..., V)``, of the reversed model.
         strength: As in :func:`align_distil`.
         epsilon: As in :func:`align_distil`.
+        temperature: As in :func:`teacher_distance`.
 
     Raises:
         ValueError: The shapes differ, or a setting is out of range.
     """
     Range("number", at_least=0).checked("strength", strength)
     Range("number", above=0).checked("epsilon", epsilon)
-    return Mixture(logits, other, strength * teacher_distance(logits, other) + epsilon)
+    return Mixture(logits, other, strength * teacher_distance(logits, other, temperature) + epsilon)
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,16 @@ class inverse_extrapolation(TokenWeight):
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
         return self.beta / (self.strength * batch.input(self.distance) + self.epsilon)
+
+    def teacher(self, logits: Tensor, other: Tensor, temperature: float = 1.0) -> Mixture:
+        """Return the teacher whose divergence has these weights; see :func:`teacher`.
+
+        Args:
+            logits: float ``(..., V)``, of the model trained by DPO.
+            other: float ``(..., V)``, of the reversed model.
+            temperature: As in :func:`teacher_distance`.
+        """
+        return teacher(logits, other, self.strength, self.epsilon, temperature)
 
 
 def align_distil(

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tokcredit import ops
 from tokcredit.ops import LinkTerm
-from tokcredit.stages.base import Stage, number
+from tokcredit.stages.base import Stage, number, part
 
 
 class Link(Stage):
@@ -358,6 +358,32 @@ class discopop(TermLink):
         return (LinkTerm("blend", 1, self.beta, -self.beta, parameter=self.tau),)
 
 
+@dataclass(frozen=True)
+class both(Link):
+    """``first_weight * first + second_weight * second``: TRL's ``loss_weights``.
+
+    Args:
+        first: A link.
+        second: Another link of the same scores.
+        first_weight: Factor of the first, at least 0.
+        second_weight: Factor of the second, at least 0.
+
+    References:
+        MPO, arXiv 2411.10442, whose third loss is ``pair.chosen_nll``.
+    """
+
+    first: Link = part(Link, logistic)
+    second: Link = part(Link, bco_pair)
+    first_weight: float = number(1.0, at_least=0)
+    second_weight: float = number(1.0, at_least=0)
+
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        weighted = ((self.first, self.first_weight), (self.second, self.second_weight))
+        # 0 times an infinite loss is NaN.
+        losses = [weight * link(chosen, rejected) for link, weight in weighted if weight]
+        return sum(losses, torch.zeros_like(chosen))
+
+
 __all__ = [
     "Link",
     "TermLink",
@@ -365,6 +391,7 @@ __all__ = [
     "apo_down",
     "apo_zero",
     "bco_pair",
+    "both",
     "discopop",
     "exo_pair",
     "hinge",

@@ -336,6 +336,28 @@ class PairWeight(Stage):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class on_policy(PairWeight):
+    """WPO's weight of a pair: how likely the policy is to write its two responses; TRL's ``use_weighting``.
+
+    With the policy's probabilities ``p(v)`` of all tokens v, and the means over the tokens of a response::
+
+        weight = product over both responses of exp(mean over t of (log p[t] - log sum over v of p(v)^2))
+
+    The policy is that before the update of the batch; a weight has no gradient.
+
+    References:
+        arXiv 2406.11827.
+    """
+
+    reads = frozenset({"old_log_probs", "squared_probs"})
+
+    def __call__(self, batch: Rollouts) -> Tensor:
+        aligned = batch.input("old_log_probs") - batch.input("squared_probs").log()
+        of_rows, groups = segment.mean(aligned, batch.spans), batch.groups
+        return of_rows.new_zeros(groups.count).index_add_(0, groups.index, of_rows).exp()
+
+
 __all__ = [
     "Divergence",
     "PairTerm",
@@ -347,6 +369,7 @@ __all__ = [
     "f_divergence",
     "length_desensitized",
     "masked_product",
+    "on_policy",
     "partners",
     "sequential_kl",
     "weighing",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from tokcredit import inputs, ops
 from tokcredit.blocks import divergence, log_probs
 from tokcredit.blocks.head import Head
+from tokcredit.methods.align_distil import inverse_extrapolation, teacher_distance
 from tokcredit.packing import TreePack
 from tokcredit.packing.output_layer import OutputLayer, output_layer
 from tokcredit.packing.predictions import Predicted, gather, scores
@@ -28,7 +30,14 @@ LEARNED = frozenset({"reward_masks", "divergence_masks"})
 """Variables that networks of their own give, from hidden states of the reference policy."""
 
 _DIVERGENCES = FROM_TEACHER | {"ref_forward_kl"}
-_OF_LOGITS = _DIVERGENCES | {"squared_probs", "token_probs", "disagreement", "padded_disagreement"}
+_OF_LOGITS = _DIVERGENCES | {
+    "teacher_top_ids",
+    "teacher_top_log_probs",
+    "squared_probs",
+    "token_probs",
+    "disagreement",
+    "padded_disagreement",
+}
 
 
 class ForwardPass:
@@ -49,6 +58,9 @@ class ForwardPass:
         masks: Networks of :data:`LEARNED` by name, or None.
         critic: Critic, or None.
         aligned: Aligned policy, or None.
+        reverse_teacher: Model that the teacher is extrapolated away from, or None.
+        extrapolation: Stage of the objective that makes one teacher of both, or None.
+        top_k: Number of most likely tokens of the teacher that are read.
     """
 
     def __init__(
@@ -65,11 +77,15 @@ class ForwardPass:
         *,
         critic: Critic | None = None,
         aligned: Any = None,
+        reverse_teacher: Any = None,
+        extrapolation: inverse_extrapolation | None = None,
+        top_k: int = 0,
     ) -> None:
         self._names, self._batch, self._temperature = frozenset(names), batch, temperature
         self._token_loss, self._hidden_only, self._masks = token_loss, hidden_only, masks
         self._policy, self._reference, self._teacher = policy, reference, teacher
         self._critic, self._aligned = critic, aligned
+        self._reverse_teacher, self._extrapolation, self._top_k = reverse_teacher, extrapolation, top_k
 
     @cached_property
     def layer(self) -> OutputLayer | None:
@@ -82,7 +98,8 @@ class ForwardPass:
     def distils_hidden(self) -> bool:
         """Whether the loss is that of hidden states of the policy and the teacher, :attr:`teacher_states`."""
         models = (self._policy, self._teacher)
-        divergent = self._hidden_only and isinstance(self._token_loss, Divergence)
+        of_one = self._extrapolation is None and not self._batch.has_input("teacher_top_ids")
+        divergent = self._hidden_only and isinstance(self._token_loss, Divergence) and of_one
         return divergent and all(output_layer(model) is not None for model in models)
 
     @property
@@ -183,19 +200,13 @@ class ForwardPass:
         assert predicted.logits is not None
         return predicted.logits
 
-    def _compared(self, between: Callable[..., Tensor], other: Tensor, packed: TreePack) -> Tensor:
-        """Return what a function of the logits of policy and another model gives at the tokens.
-
-        Models with the same tokens may have output layers that are padded to different numbers of ids.
-        """
-        own = self._logits
-        if own.shape[1] != other.shape[1]:
-            ids = min(own.shape[1], other.shape[1])
-            own, other = own[:, :ids], other[:, :ids]
+    def _compared(self, between: Callable[..., Tensor], others: Sequence[Tensor], packed: TreePack) -> Tensor:
+        """Return what a function of the logits of the policy and of other models gives at the tokens."""
+        own, *others = _of_same_ids(self._logits, *others)
         if packed is self._plan:
-            return packed.to_rows(between(own, other, temperature=self._temperature))
-        own, other = self._of_rows(own, self._plan), self._of_rows(other, packed)
-        return between(own, other, temperature=self._temperature)
+            return packed.to_rows(between(own, *others, temperature=self._temperature))
+        own, others = self._of_rows(own, self._plan), [self._of_rows(x, packed) for x in others]
+        return between(own, *others, temperature=self._temperature)
 
     @property
     def log_probs(self) -> Tensor:
@@ -269,15 +280,58 @@ class ForwardPass:
             return self._log_probs_of(self._teacher, self._taught)
 
     @cached_property
-    def _teacher_logits(self) -> tuple[Tensor, TreePack]:
+    def _teacher_top(self) -> tuple[Tensor, Tensor]:
+        """The most likely tokens of the teacher and their log-probs, ``[N, k]`` each."""
         packed = self._plan_of(self._teacher, self._taught)
-        return self._logits_of(self._teacher, packed), packed
+        logits = self._logits_of(self._teacher, packed)[:, : self._policy.config.vocab_size]
+        found = (logits.float() / self._temperature).log_softmax(-1).topk(self._top_k)
+        return self._of_rows(found.indices, packed), self._of_rows(found.values, packed)
+
+    @property
+    def teacher_top_ids(self) -> Tensor:
+        """The most likely tokens of the teacher, int64 ``[N, k]``."""
+        return self._teacher_top[0]
+
+    @property
+    def teacher_top_log_probs(self) -> Tensor:
+        """Their log-probs, ``[N, k]``, nats."""
+        return self._teacher_top[1]
+
+    @cached_property
+    def _teacher_logits(self) -> tuple[list[Tensor], TreePack]:
+        """Logits of the teacher, and of the reverse teacher if there is one, and the plan of both."""
+        packed = self._plan_of(self._teacher, self._taught)
+        models = [x for x in (self._teacher, self._reverse_teacher) if x is not None]
+        return [self._logits_of(model, packed) for model in models], packed
+
+    @property
+    def teacher_distance(self) -> Tensor:
+        """Distance of the two teachers at the tokens, from 0 to 2."""
+        logits, packed = self._teacher_logits
+        first, other = _of_same_ids(*logits)
+        return self._to_rows(teacher_distance(first, other, self._temperature), packed)
 
     def _from_teacher(self, kind: str) -> Tensor:
+        if self._batch.has_input("teacher_top_ids"):
+            return self._from_top()
         logits, packed = self._teacher_logits
-        if isinstance(self._token_loss, Divergence) and self._token_loss.variable == kind:
-            return self._compared(self._token_loss, logits, packed)
-        return self._compared(partial(divergence.between, kind=kind), logits, packed)
+        own = isinstance(self._token_loss, Divergence) and self._token_loss.variable == kind
+        between = self._token_loss if own else partial(divergence.between, kind=kind)
+        if (extrapolation := self._extrapolation) is None:
+            return self._compared(between, logits[:1], packed)
+
+        def beyond(student: Tensor, first: Tensor, other: Tensor, temperature: float) -> Tensor:
+            found: Tensor = between(student, extrapolation.teacher(first, other, temperature), temperature=temperature)
+            return found
+
+        return self._compared(beyond, logits, packed)
+
+    def _from_top(self) -> Tensor:
+        """Return the divergence of the token loss from the teacher whose most likely tokens the batch has."""
+        loss, batch = self._token_loss, self._batch
+        top = divergence.Top(batch.input("teacher_top_ids"), batch.input("teacher_top_log_probs"), loss.outside)
+        between: Divergence = dataclasses.replace(loss, top_k=None)
+        return between(self._of_rows(self._logits, self._plan), top, self._temperature, batch.response_mask)
 
     @cached_property
     def reverse_kl(self) -> Tensor:
@@ -298,7 +352,7 @@ class ForwardPass:
     def ref_forward_kl(self) -> Tensor:
         """``KL(reference || policy)`` of the next-token distributions, nats, with gradient to the policy."""
         logits, _, packed = self._of_reference
-        return self._compared(partial(divergence.between, kind="forward_kl"), logits, packed)
+        return self._compared(partial(divergence.between, kind="forward_kl"), [logits], packed)
 
     @cached_property
     def _of_reference(self) -> tuple[Tensor, list[Tensor], TreePack]:
@@ -339,7 +393,7 @@ class ForwardPass:
         return value
 
 
-_COLLECTORS = ("policy", "policy_groups", "reference", "teacher", "critic", "aligned")
+_COLLECTORS = ("policy", "policy_groups", "reference", "teacher", "teachers", "critic", "aligned")
 
 
 def collected() -> frozenset[str]:
@@ -368,6 +422,8 @@ def collect(
     *,
     critic: Critic | None = None,
     aligned: Any = None,
+    reverse_teacher: Any = None,
+    top_k: int = 0,
 ) -> Rollouts:
     """Return the batch with those of the required inputs that forward passes give.
 
@@ -377,12 +433,14 @@ def collect(
         required_inputs: Names of inputs; those with other collectors are left out.
         batch: Whole groups, packed, with ``prompt_tokens``.
         size: Largest number of rows of a forward pass, except for inputs that need a whole group at once.
-        policy: The policy before the update.
+        policy: The policy before the update. Of the teacher's most likely tokens it must have all.
         reference: Reference policy, for ``ref_log_probs`` and ``ref_forward_kl``.
         teacher: Model of the teacher, for its log-probs and the divergences from it.
         temperature: Logits of all models are divided by it.
         critic: Critic, for ``values``.
         aligned: Aligned policy, for ``aligned_log_probs``.
+        reverse_teacher: Second teacher, for ``teacher_distance``.
+        top_k: Number of tokens in ``teacher_top_ids``.
     """
     names = frozenset(required_inputs) & collected()
     if not names or batch.num_tokens == 0:
@@ -397,8 +455,8 @@ def collect(
         chosen = batch.selection(rows)
         assert chosen.tokens is not None
         places.append(chosen.tokens)
-        part, further = batch.take(chosen), {"critic": critic, "aligned": aligned}
-        forward = ForwardPass(names, part, policy, reference, teacher, temperature, **further)
+        further = {"critic": critic, "aligned": aligned, "reverse_teacher": reverse_teacher, "top_k": top_k}
+        forward = ForwardPass(names, batch.take(chosen), policy, reference, teacher, temperature, **further)
         for name in names:
             values[name].append(forward.read(name))
     back = torch.cat(places).argsort()
@@ -407,6 +465,12 @@ def collect(
         replayed = ops.spread(batch.input("replayed"), batch.all_spans)
         whole["old_log_probs"] = torch.where(replayed, batch.input("rollout_log_probs"), whole["old_log_probs"])
     return batch.with_inputs(**whole)
+
+
+def _of_same_ids(*logits: Tensor) -> list[Tensor]:
+    """Return logits of the ids that all models have; output layers may be padded to different numbers of them."""
+    ids = min(x.shape[1] for x in logits)
+    return [x if x.shape[1] == ids else x[:, :ids] for x in logits]
 
 
 def _joined(values: list[Tensor]) -> Tensor:

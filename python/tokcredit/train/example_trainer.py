@@ -15,7 +15,7 @@ from tokcredit import inputs
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Supervised
-from tokcredit.train import adapter, examples, fixed_collectors, policy, tasks, trainer, virtual_tokens
+from tokcredit.train import adapter, examples, fixed_collectors, instructions, policy, tasks, trainer, virtual_tokens
 from tokcredit.train import teacher as teaching
 from tokcredit.train.checkpoint import last
 from tokcredit.train.clock import Clock
@@ -68,11 +68,11 @@ class ExampleStep(NamedTuple):
     @property
     def columns(self) -> dict[str, list[Any]]:
         """Texts that are recorded of each response, by column."""
-        rows = [(example, response) for example in self.examples for response in example.responses]
+        rows = [row for example in self.examples for row in example.rows]
         return {
             "task": [self.source] * len(rows),
-            "prompt": [example.question for example, _ in rows],
-            "completion": [response.text for _, response in rows],
+            "prompt": [question for question, _, _ in rows],
+            "completion": [response.text for _, _, response in rows],
         }
 
 
@@ -163,10 +163,15 @@ class ExampleTrainer:
             raise ValueError(f"prompts: expected a multiple of the {count} processes, got {got}")
         self.model, self.tokenizer = policy.load(settings, self.accelerator)
         self._load()
-        teacher = teaching.made(settings, self.model, self.tokenizer)
+        loaded = (settings, self.model, self.tokenizer)
+        teacher, reverse = teaching.made(*loaded), teaching.reverse(*loaded)
+        self._teachers = (teacher.model if teacher else None, reverse)
         self._fixed_names = fixed_collectors.names() & self.objective.required_inputs
         reference = policy.reference(self.objective, self.model, self._fixed_names)
-        self.learner = Learner(settings, self.objective, self.model, reference, teacher, self.accelerator)
+        models = (self.model, reference, teacher)
+        self._scores = teaching.scores(settings, self.objective, teacher, *loaded[1:], self.accelerator)
+        further = {"reverse_teacher": reverse, "teacher_scores": self._scores}
+        self.learner = Learner(settings, self.objective, *models, self.accelerator, **further)
         self._tasks = self._measured_tasks(problems) if problems else None
         self._fixed = self._computed()
         self.accelerator.register_for_checkpointing(self)
@@ -178,8 +183,14 @@ class ExampleTrainer:
         assert path is not None
         self._path = path
         found, self._notes = examples.load(path, names, self.tokenizer, s.chat, s.sampling.max_tokens)
+        if s.reverse_pairs:
+            found = [x._replace(responses=x.responses[::-1]) for x in found]
         prefix = adapter.prefix(self.model)
         self._examples = [x._replace(prompt=[*prefix, *x.prompt]) for x in found]
+        if "prompt_pairs" in self.objective.required_inputs:
+            longest = getattr(self.model.config, "max_position_embeddings", None) or 0
+            self._examples, notes = instructions.levels(self._examples, s, self.tokenizer, prefix, longest)
+            self._notes += notes
         train, held_out = split(_Numbered.of(self._examples), s.held_out)
         if not train or not held_out:
             raise ValueError(
@@ -199,7 +210,7 @@ class ExampleTrainer:
         folder = s.output or Path()
         known = FixedInputs(self._fixed_names, self._examples, folder if last(folder) else None)
         blocks = [self._held_out, *(self._chosen(number) for number in range(1, s.steps + 1))]
-        collect = FixedCollectors(self._fixed_names, s, self.model, self.tokenizer)
+        collect = FixedCollectors(self._fixed_names, s, self.model, self.tokenizer, self._teachers)
         with self.accelerator.autocast():
             known.compute(blocks, collect, self.ranks)
         return known
@@ -244,12 +255,14 @@ class ExampleTrainer:
         return "\n".join([counts, *self._notes])
 
     def write(self, folder: Path) -> None:
-        """Write the inputs that do not change.
+        """Write the inputs that do not change, and from now on what is kept of the teacher.
 
         Args:
             folder: Folder of the run.
         """
         self._fixed.write(folder)
+        if self._scores:
+            self._scores.write(folder)
 
     def measure(self) -> dict[str, float]:
         """Return what is measured on held-out examples, and on the problems of the tasks if there are some, by name."""
@@ -298,6 +311,9 @@ class ExampleTrainer:
         made = batch_of([self._examples[i] for i in numbers], range(len(numbers)), self.accelerator.device)
         prompts = virtual_tokens.of_rejected(self.model, made.input("prompt_tokens"), made.rewards == 0)
         made = made.with_inputs(prompt_tokens=prompts)
+        if "prompt_pairs" in self.objective.required_inputs:
+            marks = [x.compares_prompts for i in numbers for x in [self._examples[i]] for _ in x.responses]
+            made = made.with_inputs(prompt_pairs=torch.tensor(marks, device=made.device))
         return self.learner.with_inputs(self._fixed.add(made, numbers))
 
 

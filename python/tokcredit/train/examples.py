@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,11 +30,15 @@ class Response(NamedTuple):
         text: Its text.
         tokens: Its token ids.
         mask: Which of them the policy chose.
+        question: Text of its own prompt, or None for that of the example.
+        prompt: Token ids of its own prompt, or None.
     """
 
     text: str
     tokens: list[int]
     mask: list[bool]
+    question: str | None = None
+    prompt: list[int] | None = None
 
 
 class Example(NamedTuple):
@@ -42,7 +47,7 @@ class Example(NamedTuple):
     Attributes:
         question: Text of the prompt.
         prompt: Its token ids.
-        responses: The responses, the best first.
+        responses: The responses, the best first. Of several, the first half are chosen.
         messages: The prompt, if it is a chat.
     """
 
@@ -50,6 +55,19 @@ class Example(NamedTuple):
     prompt: list[int]
     responses: list[Response]
     messages: tuple[Message, ...] = ()
+
+    @property
+    def rows(self) -> list[tuple[str, list[int], Response]]:
+        """Text and token ids of the prompt of each response, and the response."""
+        return [
+            (self.question if x.question is None else x.question, self.prompt if x.prompt is None else x.prompt, x)
+            for x in self.responses
+        ]
+
+    @property
+    def compares_prompts(self) -> bool:
+        """Whether the responses are one response under two prompts."""
+        return len(self.responses) == 2 and self.responses[0].tokens == self.responses[1].tokens
 
 
 class Examples(NamedTuple):
@@ -107,23 +125,51 @@ def load(path: Path, names: Sequence[str], tokenizer: Any, chat: ChatSettings, m
 
 
 def batch_of(examples: Sequence[Example], groups: Sequence[int], device: torch.device) -> Rollouts:
-    """Return the responses of some examples as packed rows, whose reward is 1 for the first response, else 0.
+    """Return the responses of some examples as packed rows, whose reward is 1 for a response that is chosen, else 0.
 
     Args:
         examples: The examples.
         groups: Group id of each.
         device: Device of the batch.
     """
-    rows = [(example, response) for example in examples for response in example.responses]
+    rows = [row for example in examples for row in example.rows]
     sizes = [len(example.responses) for example in examples]
     return Rollouts(
-        torch.tensor([t for _, x in rows for t in x.tokens], device=device),
-        torch.tensor([0, *(len(x.tokens) for _, x in rows)], device=device).cumsum(0),
+        torch.tensor([t for _, _, x in rows for t in x.tokens], device=device),
+        torch.tensor([0, *(len(x.tokens) for _, _, x in rows)], device=device).cumsum(0),
         torch.tensor(groups, device=device).repeat_interleave(torch.tensor(sizes, device=device)),
-        torch.tensor([float(i == 0) for size in sizes for i in range(size)], device=device),
-        torch.tensor([kept for _, x in rows for kept in x.mask], device=device),
-        extras={"prompt_tokens": left_padded([example.prompt for example, _ in rows], -1, device)[0]},
+        torch.tensor([float(2 * i < size) for size in sizes for i in range(size)], device=device),
+        torch.tensor([kept for _, _, x in rows for kept in x.mask], device=device),
+        extras={"prompt_tokens": left_padded([prompt for _, prompt, _ in rows], -1, device)[0]},
     )
+
+
+class RevisedPrompts:
+    """Token ids of prompts of examples whose question is another: the text, or the last message of a chat.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        chat: System prompt and arguments of the chat template.
+    """
+
+    def __init__(self, tokenizer: Any, chat: ChatSettings) -> None:
+        self._tokenizer, self._chat = tokenizer, chat
+
+    @cached_property
+    def _prompts(self) -> Prompts:
+        return Prompts(self._tokenizer, self._chat, "pairs")
+
+    def __call__(self, example: Example, revised: Callable[[str], str]) -> list[int]:
+        """Return the token ids of the prompt of an example.
+
+        Args:
+            example: The example.
+            revised: Function from its question to another.
+        """
+        if not example.messages:
+            return list(self._tokenizer(revised(example.question)).input_ids)
+        *before, last = example.messages
+        return self._prompts.templated((*before, last._replace(content=revised(last.content))))
 
 
 class _Reader:

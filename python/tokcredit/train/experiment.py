@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from tokcredit import __version__
 from tokcredit.files import WriteError, read_json, whole_folder, write
 from tokcredit.report import report
-from tokcredit.train import adapter, checkpoint, models, virtual_tokens
+from tokcredit.train import adapter, checkpoint, models, teacher_scores, virtual_tokens
 from tokcredit.train import example_trainer as on_examples
 from tokcredit.train import trainer as on_rollouts
 from tokcredit.train.curve import Curve
@@ -37,7 +37,7 @@ from tokcredit.train.trainer import Trainer
 _NUMBER = "[0-9]" * 6
 _FILES = (
     *("metrics.jsonl", "tensorboard", f"rollouts-{_NUMBER}.parquet", "curve.png", "tokenizer"),
-    "fixed_inputs.parquet",
+    *("fixed_inputs.parquet", teacher_scores.FOLDER),
     *(f"checkpoint-{_NUMBER}", "model", "report.html", "summary.json"),
 )
 NEUTRAL = frozenset({"output", "save_every", "micro_batch"})

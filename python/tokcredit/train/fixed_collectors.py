@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from tokcredit.methods.sparse_po import activation_masks
 from tokcredit.methods.tab_po import field_weights
 from tokcredit.rollouts import Rollouts
 from tokcredit.train import activations, adapter, collectors, models, virtual_tokens
-from tokcredit.train.examples import Example
-from tokcredit.train.prompts import Prompts, filled
+from tokcredit.train.examples import Example, RevisedPrompts
+from tokcredit.train.prompts import filled
 from tokcredit.train.scoring import left_padded, plan, predict
 from tokcredit.train.settings import CollectorSettings, Settings
 
@@ -27,15 +27,17 @@ _SETTINGS = {
     "revised_prompts": ("better_template", "worse_template"),
     "activations": ("mask_activations",),
     "response_text": (),
+    "instructions": ("instructions", "instructions_template"),
+    "teachers": ("reverse_teacher",),
 }
 """Settings that each collector reads."""
-OF_EXAMPLES = tuple(_SETTINGS)
+OF_EXAMPLES = tuple(name for name in _SETTINGS if name != "teachers")
 """Collectors that only training on examples has."""
 
 
 def names() -> frozenset[str]:
     """Return the names of the inputs that do not change in training."""
-    found = frozenset().union(*map(inputs.names, ("reference", "aligned", *OF_EXAMPLES)))
+    found = frozenset().union(*map(inputs.names, ("reference", "aligned", "teachers", *OF_EXAMPLES)))
     return frozenset(name for name in found if inputs.get(name).per == "token" and not inputs.get(name).axes)
 
 
@@ -80,11 +82,20 @@ class FixedCollectors:
         settings: Settings of the run.
         model: The policy before its first step, which is the reference policy.
         tokenizer: Its tokenizer.
+        teachers: The teacher and the reverse teacher, or two times None.
     """
 
-    def __init__(self, wanted: frozenset[str], settings: Settings, model: Any, tokenizer: Any) -> None:
-        self._wanted, self._settings = wanted, settings
+    def __init__(
+        self,
+        wanted: frozenset[str],
+        settings: Settings,
+        model: Any,
+        tokenizer: Any,
+        teachers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        self._wanted, self._settings, self._teachers = wanted, settings, teachers
         self._model, self._tokenizer = model, tokenizer
+        self._revise = RevisedPrompts(tokenizer, settings.chat)
         self._others: dict[str, Any] = {}
 
     def __call__(self, examples: Sequence[Example], batch: Rollouts) -> Rollouts:
@@ -94,7 +105,8 @@ class FixedCollectors:
             examples: The examples.
             batch: Their rows, from :func:`~tokcredit.train.examples.batch_of`.
         """
-        found = self._collect(self._wanted & inputs.names("reference"), batch, self._model)
+        known = inputs.names("reference") | inputs.names("teachers")
+        found = self._collect(self._wanted & known, batch, self._model)
         if "aligned_log_probs" in self._wanted:
             found["aligned_log_probs"] = self._log_probs(batch, self._beside("aligned"))
         if "contrastive_log_probs" in self._wanted:
@@ -114,7 +126,9 @@ class FixedCollectors:
     def _collect(self, wanted: frozenset[str], batch: Rollouts, reference: Any) -> dict[str, Tensor]:
         s = self._settings
         size, temperature = s.optimizer.micro_batch, s.sampling.temperature
-        found = collectors.collect(wanted, batch, size, None, reference, None, temperature)
+        teacher, reverse = self._teachers
+        models = (None, reference, teacher)
+        found = collectors.collect(wanted, batch, size, *models, temperature, reverse_teacher=reverse)
         return {name: found.input(name) for name in wanted}
 
     def _log_probs(self, batch: Rollouts, model: Any) -> Tensor:
@@ -161,23 +175,11 @@ class FixedCollectors:
         rows = [(example, response) for example in examples for response in example.responses]
         found = []
         for example, response in rows:
-            both = [self._asked(x, example, response.text) for x in (s.better_template, s.worse_template)]
+            words = [partial(_asked, x, response.text) for x in (s.better_template, s.worse_template)]
+            both = [self._revise(example, x) for x in words]
             fits = longest is None or max(map(len, both)) + len(response.tokens) <= longest
             found.append(both if fits else [example.prompt] * 2)
         return [left_padded(list(prompts), -1, batch.device)[0] for prompts in zip(*found, strict=True)]
-
-    @cached_property
-    def _prompts(self) -> Prompts:
-        return Prompts(self._tokenizer, self._settings.chat, "pairs")
-
-    def _asked(self, template: str, example: Example, response: str) -> list[int]:
-        """Return the token ids of a prompt whose question is revised."""
-        if not example.messages:
-            text = filled(template, question=example.question, response=response)
-            return list(self._tokenizer(text).input_ids)
-        *before, last = example.messages
-        content = filled(template, question=last.content, response=response)
-        return self._prompts.templated((*before, last._replace(content=content)))
 
     def _of_fields(self, answer: str, tokens: Sequence[int]) -> list[float]:
         offsets, text = _offsets(self._tokenizer, tokens)
@@ -185,6 +187,10 @@ class FixedCollectors:
         answer = answer if answer in text else text
         begin = text.rfind(answer)
         return field_weights(answer, [(a - begin, b - begin) for a, b in offsets])
+
+
+def _asked(template: str, response: str, question: str) -> str:
+    return filled(template, question=question, response=response)
 
 
 def _offsets(tokenizer: Any, tokens: Sequence[int]) -> tuple[list[tuple[int, int]], str]:

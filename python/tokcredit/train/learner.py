@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tokcredit import inputs, mismatch
 from tokcredit.from_hidden import FromHidden
+from tokcredit.methods.align_distil import inverse_extrapolation
 from tokcredit.prepared import multiplied
 from tokcredit.protocol import PreparedBatch, TrainingObjective
 from tokcredit.rollouts import Rollouts
@@ -29,6 +30,7 @@ from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import OptimizerSettings, Settings
 from tokcredit.train.side_optimizer import SideOptimizer
 from tokcredit.train.teacher import Teacher
+from tokcredit.train.teacher_scores import TeacherScores
 
 _MEANS = ("_mean", "_fraction")
 """Endings of metrics that are means over pairs, or over tokens where there are no pairs. Others add up over the
@@ -69,6 +71,8 @@ class Learner:
         accelerator: Devices and precision.
         critic: Critic that is trained beside the policy, or None.
         aligned: Aligned policy, or None.
+        reverse_teacher: Model that the teacher is extrapolated away from, or None.
+        teacher_scores: Gives batches what is kept of the teacher, or None.
 
     Attributes:
         state: State of the objective's controllers.
@@ -86,14 +90,19 @@ class Learner:
         *,
         critic: Critic | None = None,
         aligned: Any = None,
+        reverse_teacher: Any = None,
+        teacher_scores: TeacherScores | None = None,
     ) -> None:
         o = settings.optimizer
         self._settings, self._accelerator, self._ranks = settings, accelerator, Ranks(accelerator)
-        self._objective, self._model, self._teacher = objective, model, teacher
+        self._objective, self._model = objective, model
+        self._teacher, self._teacher_scores = teacher, teacher_scores
         self._models = (model, reference, teacher.model if teacher else None)
         self._masks = masks.networks(objective, model, settings.seed)
         self._trained: Any = torch.nn.ModuleList([model, self._masks]) if self._masks else model
-        self._further: dict[str, Any] = {"critic": critic, "aligned": aligned}
+        self._further: dict[str, Any] = {"critic": critic, "aligned": aligned, "reverse_teacher": reverse_teacher}
+        weights = getattr(objective, "token_weights", ())
+        self._extrapolation = next((x for x in weights if isinstance(x, inverse_extrapolation)), None)
         lr = settings.critic.critic_lr
         self._critic = SideOptimizer(critic, lr, o, self._ranks) if critic else None
         trained = [p for p in self._trained.parameters() if p.requires_grad]
@@ -128,7 +137,7 @@ class Learner:
             self._critic.load_state_dict(state["critic"])
 
     def with_inputs(self, batch: Rollouts, others: frozenset[str] = frozenset()) -> Rollouts:
-        """Return the rollouts with the inputs that forward passes give, but for those of the reference that they carry.
+        """Return the rollouts with the inputs that forward passes give, but for those of fixed models that they carry.
 
         Args:
             batch: Whole groups, packed, with ``prompt_tokens``.
@@ -137,7 +146,10 @@ class Learner:
         names, o = self._objective.required_inputs | others, self._settings.optimizer
         if o.epochs * o.minibatches > 1:
             names |= {"old_log_probs"}
-        names -= {name for name in inputs.names("reference") | inputs.names("aligned") if batch.has_input(name)}
+        if self._teacher_scores:
+            batch = self._teacher_scores(batch)
+        known = frozenset().union(*map(inputs.names, ("reference", "aligned", "teacher", "teachers")))
+        names -= {name for name in known if batch.has_input(name)}
         temperature = self._settings.sampling.temperature
         with self._accelerator.autocast():
             return collectors.collect(names, batch, o.micro_batch, *self._models, temperature, **self._further)
@@ -395,6 +407,7 @@ class Learner:
             token_loss=getattr(self._objective, "token_loss", None),
             hidden_only=hidden_only,
             masks=self._masks,
+            extrapolation=self._extrapolation,
             **self._further,
         )
 

@@ -231,7 +231,7 @@ class PrivilegedSettings(Declared):
 
 @dataclass(frozen=True)
 class CollectorSettings(Declared):
-    """Other models and prompts that methods on pairs read. A setting that the method does not read is refused."""
+    """Other models and prompts that some methods read. A setting that the method does not read is refused."""
 
     positive: str | None = None
     """Model of cdpo that was trained on right solutions, given like model."""
@@ -245,12 +245,22 @@ class CollectorSettings(Declared):
     """Prompt of t_reg that asks for a worse answer."""
     mask_activations: tuple[str, ...] = option(("mlp", "attention", "residual", "logits"), several=True)
     """Activations of the reference model from which sparse_po makes masks that are not learned."""
+    reverse_teacher: str | None = None
+    """Model of align_distil that was trained like its teacher, but with chosen and rejected responses swapped."""
+    instructions: int = whole_number(2, at_least=1)
+    """Number of instructions that mapl adds to a prompt."""
+    instructions_template: str = "{question}\n\n{instructions}\n"
+    """Prompt of mapl with instructions, with {question} and {instructions}."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("better_template", "worse_template"):
-            if "{question}" not in getattr(self, name):
-                raise ValueError(f"{name}: expected a text with {{question}}, got {getattr(self, name)!r}")
+        for name, parts in (
+            ("better_template", ["{question}"]),
+            ("worse_template", ["{question}"]),
+            ("instructions_template", ["{question}", "{instructions}"]),
+        ):
+            if any(part not in getattr(self, name) for part in parts):
+                raise ValueError(f"{name}: expected a text with {' and '.join(parts)}, got {getattr(self, name)!r}")
         if not self.mask_activations:
             raise ValueError("mask_activations: expected at least one kind, got none")
 
@@ -333,6 +343,8 @@ class Settings(Declared):
     pairs: Path | None = None
     """Pairs to train on in place of rollouts, for a preference method: JSONL of {"prompt", "chosen", "rejected"}, or a
     folder of datasets.Dataset.save_to_disk. prompts is then the number of pairs per step. Tasks are only measured."""
+    reverse_pairs: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Swap chosen and rejected of the pairs, as the reverse teacher of align_distil needs it."""
     completions: Path | None = None
     """The same for a supervised method, with {"prompt", "completion"}."""
     imitate: str = option("completion", "chosen", "rejected", "both")
@@ -341,6 +353,9 @@ class Settings(Declared):
     teacher: str | None = None
     """Teacher of a distilling method: a model with the same tokens, given like model; initial for the model before the
     first step; live for the model itself; ema(rate) for an average of its weights over the steps."""
+    teacher_engine: Literal["transformers", "vllm"] = "transformers"
+    """Where a teacher whose weights do not change is computed. vllm gives log-probs of the sampled tokens, and the most
+    likely tokens for a token loss such as js(0.5, top_k=20, top_of=teacher)."""
     aligned: str | None = None
     """Policy that was trained on preferences, for rto and tgdpo: a model with the same tokens, given like model."""
     reward_model: str | None = None
@@ -378,6 +393,8 @@ class Settings(Declared):
         super().__post_init__()
         if self.pairs and self.completions:
             raise ValueError(f"pairs, completions: expected one of them, got {self.pairs}, {self.completions}")
+        if self.reverse_pairs and not self.pairs:
+            raise ValueError("reverse_pairs: expected False because there are no pairs, got True")
         if self.imitate != "completion" and not self.completions:
             raise ValueError(f"imitate: expected completion because there are no completions, got {self.imitate}")
         if self.reward_model is None and self.reward_model_lr:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from tokcredit.expression import parse
 from tokcredit.rollouts import Rollouts
-from tokcredit.train import models
+from tokcredit.train import checkpoint, collectors, models, teacher_scores
 from tokcredit.train.problems import Problem
 from tokcredit.train.prompts import filled
 from tokcredit.train.scoring import left_padded
 from tokcredit.train.settings import PrivilegedSettings, Settings
+from tokcredit.train.teacher_scores import TeacherScores
 
 # Where the prompt ends with <think>, the thoughts begin with the response.
 _THOUGHT = re.compile(r"\A((?!<think>).)*?</think>\s*|<think>.*?(</think>|\Z)\s*", re.S)
@@ -28,10 +31,15 @@ class Teacher:
     Args:
         model: Causal language model, or the policy itself.
         rate: Share by which its weights move to those of the policy after every optimizer step; 0 leaves them.
+
+    Attributes:
+        model: The model, or None once an engine has its weights.
+        longest: Largest number of tokens of prompt and response, or None for no limit.
     """
 
     def __init__(self, model: Any, rate: float = 0.0) -> None:
         self.model, self._rate = model, rate
+        self.longest: int | None = getattr(model.config, "max_position_embeddings", None)
 
     @torch.no_grad()
     def follow(self, policy: Any) -> None:
@@ -97,6 +105,80 @@ def made(settings: Settings, policy: Any, tokenizer: Any) -> Teacher | None:
     if rate is not None or text == "initial":
         return Teacher(copy.deepcopy(policy), rate or 0.0)
     return Teacher(models.beside("teacher", text, tokenizer, settings.model).to(policy.device))
+
+
+def moves(text: str) -> bool:
+    """Return whether the weights of a teacher are others after a step.
+
+    Args:
+        text: The setting ``teacher``.
+    """
+    return text == "live" or rate_of(text) is not None
+
+
+def scores(
+    settings: Settings, objective: Any, teacher: Teacher | None, policy: Any, tokenizer: Any, accelerator: Accelerator
+) -> TeacherScores | None:
+    """Return the scores of the teacher that are kept, or None if its weights move or the objective reads none.
+
+    With an engine the model of the teacher is let go.
+
+    Args:
+        settings: Settings of the run.
+        objective: The objective.
+        teacher: From :func:`made`.
+        policy: The policy.
+        tokenizer: Tokenizer of the policy.
+        accelerator: Devices and precision.
+
+    Raises:
+        ValueError: The engine would have to give log-probs of all tokens.
+    """
+    names, top_k = teacher_scores.wanted(objective)
+    if teacher is None or settings.teacher is None or moves(settings.teacher):
+        return None
+    engine, model, temperature = settings.teacher_engine, teacher.model, settings.sampling.temperature
+    if top_k >= (ids := min(x.config.vocab_size for x in (policy, model))):
+        if engine == "vllm":
+            raise ValueError(f"token_loss: expected a top_k below {ids}, the tokens of the teacher, got {top_k}")
+        names, top_k = names - set(teacher_scores.TOP), 0
+    if not names:
+        return None
+    precision, size = settings.optimizer.precision, settings.optimizer.micro_batch
+    identity = (settings.teacher, teacher_scores.fingerprint(model), engine, precision, temperature, top_k)
+    compute: Callable[[Rollouts], Rollouts]
+    if engine == "vllm":
+        from tokcredit.adapters.vllm import VllmTeacher
+
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        compute = VllmTeacher.of(model, tokenizer, dtype, top_k, policy.config.vocab_size)
+        # The engine generates a token after every text.
+        teacher.model, teacher.longest = None, teacher.longest and teacher.longest - 1
+    else:
+
+        def compute(rows: Rollouts) -> Rollouts:
+            with accelerator.autocast():
+                return collectors.collect(names, rows, size, policy, None, model, temperature, top_k=top_k)
+
+    folder = settings.output or Path()
+    return TeacherScores(names, compute, str(identity), folder if checkpoint.last(folder) else None)
+
+
+def reverse(settings: Settings, policy: Any, tokenizer: Any) -> Any:
+    """Return the model that the teacher is extrapolated away from, or None without one.
+
+    Args:
+        settings: Settings of the run.
+        policy: The policy, on its device.
+        tokenizer: Tokenizer of the policy.
+
+    Raises:
+        ValueError: There is no such model, or it has other tokens.
+    """
+    given = settings.collectors.reverse_teacher
+    if given is None:
+        return None
+    return models.beside("reverse_teacher", given, tokenizer, settings.model).to(policy.device)
 
 
 class PrivilegedPrompts:

@@ -26,7 +26,17 @@ from tokcredit.rollouts import Rollouts
 from tokcredit.stages import term
 from tokcredit.stages.credit import Credit
 from tokcredit.stages.token_weights import tis
-from tokcredit.train import adapter, baselines, collectors, critic, fixed_collectors, implicit, policy, tasks
+from tokcredit.train import (
+    adapter,
+    baselines,
+    collectors,
+    critic,
+    fixed_collectors,
+    implicit,
+    policy,
+    tasks,
+    teacher_scores,
+)
 from tokcredit.train import teacher as teaching
 from tokcredit.train.clock import Clock
 from tokcredit.train.conversations import Conversations
@@ -172,8 +182,9 @@ def check_models(objective: Any, settings: Settings) -> None:
             raise ValueError(f"{name}: expected {expected} because of {method}, got None")
         if given is not None and not needed:
             raise ValueError(f"{name}: expected None because {method} has no {_MODELS[name]}, got {given}")
-    if settings.teacher is not None:
-        teaching.rate_of(settings.teacher)
+    if settings.teacher is not None and teaching.moves(settings.teacher) and _reads(objective, "teachers"):
+        raise ValueError(f"teacher: expected initial or a model because of {method}, got {settings.teacher}")
+    _check_engine(objective, settings)
     if chosen.critic is not None:
         if all(type(x).targets is Credit.targets for x in objective.credit.stages() if isinstance(x, Credit)):
             raise ValueError(
@@ -183,6 +194,32 @@ def check_models(objective: Any, settings: Settings) -> None:
             raise ValueError(
                 f"critic_warmup: expected fewer than the {settings.steps} steps, got {chosen.critic_warmup}"
             )
+
+
+def _check_engine(objective: Any, settings: Settings) -> None:
+    """Raise if the teacher cannot be in the engine that the settings say."""
+    method = settings.objective.method
+    if settings.teacher_engine == "transformers":
+        return
+    if settings.teacher is None:
+        raise ValueError(f"teacher_engine: expected transformers because {method} has no teacher, got vllm")
+    if find_spec("vllm") is None:
+        raise ValueError("teacher_engine: expected transformers because vllm is not installed, got vllm")
+    if teaching.moves(settings.teacher):
+        raise ValueError(f"teacher: expected initial or a model because teacher_engine is vllm, got {settings.teacher}")
+    if settings.sampling.temperature != 1:
+        got = settings.sampling.temperature
+        raise ValueError(f"temperature: expected 1, that of the teacher, because teacher_engine is vllm, got {got}")
+    if settings.adapter is not None and isinstance(adapter.config(settings.adapter), VirtualPrompt):
+        raise ValueError(f"adapter: expected lora because teacher_engine is vllm, got {settings.adapter}")
+    names, top_k = teacher_scores.wanted(objective)
+    read = objective.required_inputs & (inputs.names("teacher") | inputs.names("teachers"))
+    read |= collectors.FROM_TEACHER & set(objective.variables) - ({objective.token_loss.variable} if top_k else set())
+    if others := sorted(read - names):
+        raise ValueError(
+            f"teacher_engine: expected transformers because {method} reads {', '.join(others)}, got vllm, which gives "
+            f"log-probs of tokens, and divergences of a token loss with top_k and top_of=teacher"
+        )
 
 
 def only_read(settings: Settings, objective: Any) -> Settings:
@@ -196,6 +233,7 @@ def only_read(settings: Settings, objective: Any) -> Settings:
     return dataclasses.replace(
         settings,
         teacher=settings.teacher if distils(objective) else None,
+        teacher_engine=settings.teacher_engine if distils(objective) else "transformers",
         critic=settings.critic if _reads(objective, "critic") else CriticSettings(),
         collectors=fixed_collectors.read(objective, settings.collectors),
         privileged=settings.privileged if distils(objective) else PrivilegedSettings(),
@@ -362,13 +400,18 @@ class Trainer:
         self.rollout_collector = make(self.context)
         reference = policy.reference(self.objective, self.model)
         loaded = (settings, self.model, self.tokenizer)
-        further = {"critic": critic.made(*loaded), "aligned": policy.aligned(*loaded)}
+        self._scores = teaching.scores(settings, self.objective, teacher, *loaded[1:], self.accelerator)
+        further = {
+            "critic": critic.made(*loaded),
+            "aligned": policy.aligned(*loaded),
+            "reverse_teacher": teaching.reverse(*loaded),
+            "teacher_scores": self._scores,
+        }
         models = (self.model, reference, teacher)
         self.learner = Learner(settings, self.objective, *models, self.accelerator, **further)
         self.privileged = None
         if teacher:
-            longest = getattr(teacher.model.config, "max_position_embeddings", None)
-            self.privileged = teaching.PrivilegedPrompts(settings.privileged, self.context.prompt, longest)
+            self.privileged = teaching.PrivilegedPrompts(settings.privileged, self.context.prompt, teacher.longest)
         self.prober = Prober(self.context, self.learner.score)
         self.lengths = self._length_learner() if required_inputs & inputs.names("length_head") else None
         self.reward_model = implicit.made(settings, self.objective, self.model, self.tokenizer, self.accelerator)
@@ -481,11 +524,13 @@ class Trainer:
         return {"reward": f"{metrics['reward_mean']:.2f}", "length": f"{metrics['length_mean']:.0f}"}
 
     def write(self, folder: Path) -> None:
-        """Write nothing: the metrics and rollouts of the steps are all that there is.
+        """Write from now on what is kept of the teacher.
 
         Args:
             folder: Folder of the run.
         """
+        if self._scores:
+            self._scores.write(folder)
 
     def _pairs(self, collection: RolloutCollection, number: int) -> tuple[RolloutCollection, float]:
         """Return the collection without responses of equal reward, and the number of pairs that were skipped."""

@@ -6,6 +6,7 @@ kept per token, in the precomputed data set too.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ _DECIDED = {
     "f_divergence_type": _LOSS,
     "f_alpha_divergence_coef": _LOSS,
     "discopop_tau": _LOSS,
-    "use_weighting": "the objective's token weights weigh tokens",
+    "use_weighting": "the objective's pair weights weigh pairs",
     "ld_alpha": "the objective's token weights weigh tokens",
 }
 _REFERENCES = ("ref_chosen_logps", "ref_rejected_logps")
@@ -84,7 +85,11 @@ class CreditDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self.credit_objective = chosen_of(Preference, method, objective)
         require_defaults(args, DPOConfig, _DECIDED, "TRL")
         require_constant(self.credit_objective, "TRL", schedules=True)
-        require_inputs(self.credit_objective, {"ref_log_probs"}, "DPOTrainer")
+        require_inputs(self.credit_objective, {"ref_log_probs", "old_log_probs", "squared_probs"}, "DPOTrainer")
+        if "squared_probs" in self.credit_objective.required_inputs:
+            # TRL's output layer then gives them. Its weights are those of its own loss, which is not used.
+            args = copy.copy(args)
+            args.use_weighting = True
         super().__init__(model=model, args=args, **host)
         beta = getattr(self.credit_objective.link, "beta", self.beta)
         if args.beta not in (beta, DPOConfig.beta):
@@ -94,7 +99,7 @@ class CreditDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     @property
     def _reads_reference(self) -> bool:
-        return bool(self.credit_objective.required_inputs)
+        return "ref_log_probs" in self.credit_objective.required_inputs
 
     def _reference(self, inputs: dict[str, Any]) -> Tensor:
         """Return the log-probs of the reference, ``(B, T - 1)``."""
@@ -145,7 +150,11 @@ class CreditDPOTrainer(DPOTrainer):  # type: ignore[misc]
             (torch.arange(len(tokens), device=tokens.device) < len(pairs)).float(),
             inputs["attention_mask"][:, 1:],
             ref_log_probs=reference,
+            old_log_probs=log_probs.detach(),
         )
+        if self.use_weighting:
+            squared = recorder.read("log_sum_sq_probs", tokens.shape[1]).detach().exp()
+            batch = batch.with_inputs(squared_probs=squared)
         objective = self.credit_objective
         prepared = objective.prepare(batch, progress=progress(objective, self.state))
         loss, metrics = objective.loss(prepared, log_probs)

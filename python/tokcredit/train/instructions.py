@@ -1,0 +1,145 @@
+"""Examples of :func:`tokcredit.methods.mapl`: pairs under prompts with instructions that can be checked on a text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from tokcredit.train.examples import Example, Response, RevisedPrompts
+from tokcredit.train.prompts import filled
+from tokcredit.train.settings import Settings
+
+
+class Instruction(NamedTuple):
+    """What a response is asked for.
+
+    Attributes:
+        text: The instruction.
+        holds: Returns whether a response follows it.
+    """
+
+    text: str
+    holds: Callable[[str], bool]
+
+
+def instructions(texts: Sequence[str]) -> list[Instruction]:
+    """Return instructions about length, words, beginning and end.
+
+    Every text follows at least one of them, and does not follow at least one.
+
+    Args:
+        texts: The responses.
+    """
+    found: list[Instruction] = []
+    for unit, count in (("words", _words), ("characters", len)):
+        sizes = sorted({count(text) for text in texts})
+        at_least, at_most = [*sizes, sizes[-1] + 1], [*range(max(sizes[0] - 1, 0), sizes[0]), *sizes]
+        found += [Instruction(f"Use at least {n} {unit}.", partial(_at_least, count, n)) for n in at_least]
+        found += [Instruction(f"Use at most {n} {unit}.", partial(_at_most, count, n)) for n in at_most]
+    for word in sorted({word for text in texts for word in text.split()}):
+        found += [
+            Instruction(f"Use the word {word}.", partial(_contains, word)),
+            Instruction(f"Do not use the word {word}.", partial(_avoids, word)),
+            Instruction(f"Begin with the word {word}.", partial(_begins, word)),
+            Instruction(f"End with the word {word}.", partial(_ends, word)),
+        ]
+    return found
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def _at_least(count: Callable[[str], int], n: int, text: str) -> bool:
+    return count(text) >= n
+
+
+def _at_most(count: Callable[[str], int], n: int, text: str) -> bool:
+    return count(text) <= n
+
+
+def _contains(word: str, text: str) -> bool:
+    return word in text.split()
+
+
+def _avoids(word: str, text: str) -> bool:
+    return word not in text.split()
+
+
+def _begins(word: str, text: str) -> bool:
+    return text.split()[:1] == [word]
+
+
+def _ends(word: str, text: str) -> bool:
+    return text.split()[-1:] == [word]
+
+
+class Levels(NamedTuple):
+    """Examples of all levels.
+
+    Attributes:
+        examples: The pairs, each followed by those that are made of it.
+        notes: What was left out, for the user.
+    """
+
+    examples: list[Example]
+    notes: list[str]
+
+
+def levels(pairs: Iterable[Example], settings: Settings, tokenizer: Any, prefix: Sequence[int], longest: int) -> Levels:
+    """Return pairs of responses, each followed by pairs of prompts and a group of four that are made of it.
+
+    Instructions are drawn from :func:`instructions` of both responses. For a response, the better prompt has
+    instructions that it follows, and in the worse one some of them are replaced by others that it does not follow. In a
+    group of four, the instructions of the second prompt are those that the chosen response follows and the rejected one
+    does not. What cannot be made, or is too long for the model, is left out.
+
+    Args:
+        pairs: Pairs of a chosen and a rejected response.
+        settings: Settings of the run.
+        tokenizer: Tokenizer of the model.
+        prefix: Token ids that stand before every prompt.
+        longest: Largest number of tokens of prompt and response, or 0 for no limit.
+    """
+    chosen_settings, revise = settings.collectors, RevisedPrompts(tokenizer, settings.chat)
+    out: list[Example] = []
+    left_out = 0
+    for number, pair in enumerate(pairs):
+        out.append(pair)
+        draw = random.Random(f"{settings.seed}:{number}")
+        best, worst = pair.responses
+        known = instructions([best.text, worst.text])
+
+        def under(response: Response, asked: Sequence[Instruction], pair: Example = pair) -> Response:
+            text = " ".join(x.text for x in asked)
+
+            def revised(question: str) -> str:
+                return filled(chosen_settings.instructions_template, question=question, instructions=text)
+
+            prompt = [*prefix, *revise(pair, revised)]
+            return response._replace(question=revised(pair.question), prompt=prompt)
+
+        made = []
+        for response in (best, worst):
+            followed = [x for x in known if x.holds(response.text)]
+            others = [x for x in known if not x.holds(response.text)]
+            asked = draw.sample(followed, min(chosen_settings.instructions, len(followed)))
+            count = draw.randint(1, min(len(asked), len(others)))
+            refused = [*draw.sample(others, count), *asked[count:]]
+            draw.shuffle(refused)
+            made.append([under(response, asked), under(response, refused)])
+        telling = [x for x in known if x.holds(best.text) and not x.holds(worst.text)]
+        if telling:
+            asked = draw.sample(telling, min(chosen_settings.instructions, len(telling)))
+            made.append([under(best, asked), worst, best, under(worst, asked)])
+        fitting = [rows for rows in made if not longest or _fits(pair, rows, longest)]
+        out += [pair._replace(responses=rows) for rows in fitting]
+        left_out += 3 - len(fitting)
+    what = "groups with instructions left out because they are too long, or the responses follow the same ones"
+    return Levels(out, [f"{what}: {left_out}"] if left_out else [])
+
+
+def _fits(pair: Example, rows: list[Response], longest: int) -> bool:
+    return all(len(prompt) + len(x.tokens) <= longest for _, prompt, x in pair._replace(responses=rows).rows)
