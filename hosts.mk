@@ -5,7 +5,7 @@
 HOSTS := trl verl vllm others
 TESTS_trl := trl trl_rewards trl_dpo trl_sft trl_head tree_row
 TESTS_verl := verl verl_gates verl_head
-TESTS_vllm := vllm vllm_train
+TESTS_vllm := vllm vllm_train vllm_teacher
 TESTS_others := openrlhf skyrl areal tinker verifiers
 ENVIRONMENTS := $(HOSTS) bench
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokcredit as tc
 import torch
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -14,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 from tokcredit.adapters import vllm as adapter
 from tokcredit.train import ObjectiveSettings, OptimizerSettings, PrivilegedSettings, SamplingSettings, Settings
-from tokcredit.train.experiment import resolved
 from tokcredit.train.trainer import Trainer
 from transformers import LlamaForCausalLM
 
@@ -22,16 +22,16 @@ pytestmark = pytest.mark.usefixtures("engines_stay")
 TOP = "token_loss=forward_kl(top_k=5, top_of=teacher)"
 
 
-def larger():
-    """A teacher with twice the width of the student, and an output layer that is padded."""
+def larger(ids=16):
+    """A teacher with twice the width of the student, and an output layer that may be padded."""
     config = tiny.model().config
-    config.hidden_size, config.vocab_size = 128, 24
+    config.hidden_size, config.vocab_size = 128, ids
     torch.manual_seed(5)
     return LlamaForCausalLM(config).eval()
 
 
 def test_log_probs_and_top_tokens_of_texts():
-    model, rows = larger(), [[3, 4, 5, 6, 7], [3, 9], [3, *range(4, 16), *range(4, 16)]]
+    model, rows = larger(24), [[3, 4, 5, 6, 7], [3, 9], [3, *range(4, 16), *range(4, 16)]]
     llm = adapter.engine(model, tiny.tokenizer(), dtype="float32", max_model_len=64, enforce_eager=True, max_logprobs=5)
     for top_k in (5, 0):
         found = adapter.prompt_log_probs(llm, rows, top_k)
@@ -43,6 +43,18 @@ def test_log_probs_and_top_tokens_of_texts():
             assert ids.shape == of_ids.shape == (len(row) - 1, top_k)
             torch.testing.assert_close(of_ids, expected.topk(top_k).values, rtol=0, atol=1e-4)
             torch.testing.assert_close(of_ids, expected.gather(1, ids), rtol=0, atol=1e-4)
+    tokens = torch.tensor(rows[2][1:])
+    prompt = {"prompt_tokens": torch.tensor([[-1, 3]])}
+    batch = tc.Rollouts(tokens, torch.tensor([0, 24]), torch.zeros(1).long(), torch.zeros(1), extras=prompt)
+    given = adapter.VllmTeacher(llm, 5, 16)(batch)
+    ids, padding = given.input("teacher_top_ids"), found_ids(model, rows[2])
+    assert padding.any() and (ids == -1).equal(padding) and ids.max() < 16
+
+
+def found_ids(model, row):
+    """Which of the five most likely tokens at each place are padding."""
+    with torch.no_grad():
+        return model(torch.tensor([row])).logits[0, :-1].topk(5).indices >= 16
 
 
 def settings_of(folder, method, engine, **changes):
@@ -61,7 +73,7 @@ def settings_of(folder, method, engine, **changes):
         "optimizer": OptimizerSettings(lr=3e-3, precision="no"),
         "output": folder / engine,
     }
-    return resolved(Settings(**(defaults | changes)))
+    return Settings(**(defaults | changes))
 
 
 @pytest.mark.parametrize("method", ["opd", "iw_opd", "gkd", "sdft"])
@@ -83,7 +95,6 @@ def test_a_step_is_that_of_transformers(method, tmp_path):
         assert of_vllm.metrics[name] == pytest.approx(of_transformers.metrics[name], rel=1e-3, abs=1e-5)
     assert of_vllm.metrics["grad_norm"] > 1e-3
     assert trainer.learner._models[2] is None, "the engine has the only copy"
-    trainer.write(tmp_path)
     trainer._scores._compute = None
     again = trainer._scores(given)
     assert all(again.input(name).equal(given.input(name)) for name in names)

@@ -66,3 +66,29 @@ def test_scales_see_rows_of_a_micro_batch_as_in_the_whole():
     parts = [objective.loss(prepared.select(rows), current[rows]).loss for rows in pieces]
     torch.testing.assert_close(sum(parts), whole)
     assert whole != tc.Objective().loss(tc.Objective().prepare(batch), current).loss
+
+
+def test_teacher_log_ratio():
+    """The loss on sampled tokens has the gradient of sg(log p - log q) * log p, truncated ratios times it."""
+    batch, current = naive.random_batch()
+    batch = naive.with_inputs(batch, {"teacher_log_probs"})
+
+    def formula(batch, log_probs):
+        teacher, old = batch.input("teacher_log_probs"), batch.old_log_probs
+        rows = []
+        for tokens in naive.rows_of(batch):
+            gaps = [(log_probs[t] - teacher[t]).item() for t in tokens]
+            ratios = [min(math.exp((log_probs[t] - old[t]).item()), 1.5) for t in tokens]
+            rows.append([g * r * log_probs[t] for g, r, t in zip(gaps, ratios, tokens, strict=True)])
+        return naive.token_mean(batch, rows)
+
+    naive.check(tc.mix("sft", scales=("teacher_log_ratio()", "truncated_ratio(1.5)")), batch, current, formula)
+
+
+def test_a_teacher_that_agrees_has_no_gradient():
+    batch, current = naive.random_batch()
+    same = batch.with_inputs(teacher_log_probs=current.detach().clone())
+    objective = tc.mix("sft", scales="teacher_log_ratio()")
+    log_probs = current.detach().clone().requires_grad_()
+    objective.loss(objective.prepare(same), log_probs).loss.backward()
+    assert log_probs.grad.abs().max() == 0

@@ -41,8 +41,8 @@ def batch():
     )
 
 
-def told(privileged, longest=None, problems=None, responses=RESPONSES):
-    settings = PrivilegedSettings(privileged, TEMPLATE)
+def told(privileged, longest=None, problems=None, responses=RESPONSES, **changes):
+    settings = PrivilegedSettings(privileged, TEMPLATE, **changes)
     prompts = PrivilegedPrompts(settings, lambda problem: WORDS(problem.question).input_ids, longest)
     found = prompts(batch(), problems or [PROBLEMS[g] for g in GROUPS], responses)
     texts = [WORDS.decode([t for t in row if t >= 0]) for row in found.input("teacher_prompt_tokens").tolist()]
@@ -59,6 +59,28 @@ def test_the_teacher_is_told_the_first_other_attempt_that_succeeded():
     texts, mask = told("attempt")
     assert texts == ["8|1+2=", "4+4=", "44|1+2=", "8|1+2=", "7|4+4="]
     assert mask == [True, False, True, True, True]
+
+
+def remark(prompt, response, answer):
+    """Feedback on responses that do not end with 4."""
+    return None if response.endswith("4") else f"{response}is not{answer}"
+
+
+WITH_FEEDBACK = {"feedback": f"{__name__}:remark", "feedback_template": "{question}!{told}"}
+
+
+def test_feedback_is_told_where_no_other_attempt_succeeded():
+    texts, mask = told("feedback", **WITH_FEEDBACK)
+    assert texts == ["8|1+2=", "4+4=!<think>no</think> 7is not8", "44|1+2=", "8|1+2=", "7|4+4="]
+    assert mask == [True] * 5
+    texts, mask = told("feedback", responses=["12", "7", "<think>8", "44", "5"], **WITH_FEEDBACK)
+    assert texts[3] == "1+2=" and mask == [True, True, True, False, True]
+    with pytest.raises(TypeError, match="feedback: expected a text or None, got int"):
+        told("feedback", feedback=f"{__name__}:number")
+
+
+def number(prompt, response, answer):
+    return 3
 
 
 def test_an_attempt_without_anything_but_thoughts_is_passed_over():
@@ -158,6 +180,20 @@ def test_self_distillation_trains_and_resumes(settings, uniform, method, teacher
     assert lines[0] == lines[1] and all(line["grad_norm"] > 0 for line in lines[0])
 
 
+@pytest.mark.parametrize("method", ["sdpo", "sdft", "opsd"])
+@pytest.mark.parametrize("privileged", ["answer", "attempt", "feedback"])
+def test_methods_with_a_teacher_that_is_told_more(settings, uniform, method, privileged):
+    own = WITH_FEEDBACK if privileged == "feedback" else {}
+    given = PrivilegedSettings(privileged, TEMPLATE, **own)
+    trainer = Trainer(resolved(settings(method, teacher="ema(0.5)", privileged=given)))
+    step = trainer.step(1)
+    batch = step.update.prepared.batch
+    told = batch.input("teacher_mask")
+    assert told.any() and step.metrics["grad_norm"] > 0
+    longer = (batch.input("teacher_prompt_tokens") >= 0).sum(1) > (batch.input("prompt_tokens") >= 0).sum(1)
+    assert longer.equal(told), "the prompt of every row that is told anything is longer"
+
+
 @pytest.mark.parametrize("method", ["gkd", "sdpo", "tip"])
 def test_the_update_from_hidden_states_is_that_of_logits(settings, uniform, gradients, monkeypatch, method):
     """The trainer keeps no logits where the output layers of both models are linear."""
@@ -210,6 +246,11 @@ def test_a_prompt_must_not_be_too_long_for_the_teacher(settings, uniform, monkey
             },
             "group: expected at least 2 because the teacher is told another response of the group, got 1",
         ),
+        (
+            "sdpo",
+            {"teacher": "live", "privileged": PrivilegedSettings("feedback", feedback="uniform:digest2")},
+            "feedback: expected a function in uniform, got 'digest2'",
+        ),
         ("grpo", {"teacher": "live"}, "teacher: expected None because grpo has no teacher, got live"),
         (
             "opd",
@@ -222,6 +263,15 @@ def test_a_prompt_must_not_be_too_long_for_the_teacher(settings, uniform, monkey
 def test_settings_that_do_not_fit(settings, method, changes, message):
     with pytest.raises(ValueError, match=message):
         Trainer(resolved(settings(method, **changes)))
+
+
+def test_feedback_is_given_where_it_is_told():
+    with pytest.raises(ValueError, match="feedback: expected a function because privileged is feedback, got None"):
+        PrivilegedSettings("feedback")
+    with pytest.raises(ValueError, match="feedback: expected None because privileged is answer, got a:b"):
+        PrivilegedSettings("answer", feedback="a:b")
+    with pytest.raises(ValueError, match=r"feedback_template: expected a text with \{told\}, got '\{question\}'"):
+        PrivilegedSettings("feedback", feedback="a:b", feedback_template="{question}")
 
 
 def test_a_template_must_say_both():

@@ -96,7 +96,7 @@ def test_a_write_that_fails_keeps_nothing(tmp_path, monkeypatch):
         new.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tokcredit.train.record.pq.write_table", full)
+    monkeypatch.setattr("pyarrow.parquet.write_table", full)
     with pytest.raises(OSError, match="No space left on device"):
         scores(batch(("1", "2")))
     assert not list((tmp_path / "teacher").iterdir())

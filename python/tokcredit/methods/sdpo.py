@@ -32,8 +32,9 @@ def sdpo(token_loss: Divergence | None = None, ratio_cap: float = 2.0) -> Superv
     Differences from the released code:
         - Tokens that the policy did not choose stay visible to the teacher. The release hides them.
         - The weight ``min(p_old / p_engine, 2)`` is not applied; ``tc.mix("sdpo", token_weights="tis()")`` applies it.
-        - The loss on sampled tokens alone is not a setting here. ``tc.methods.opd()`` has its gradient at the first
-          update after sampling.
+        - The loss on sampled tokens alone is ``tc.mix("sdpo", token_loss="nll()", scales=("teacher_log_ratio()",
+          "truncated_ratio()"))``.
+        - The trust-region teacher, a mixture of the logits of the initial and the current policy, is left out.
     """
     return Supervised(
         js(0.5, top_k=100) if token_loss is None else token_loss,

@@ -190,4 +190,47 @@ class truncated_ratio(Scale):
         return log_ratio.clamp(-self.bound, self.bound).exp_().clamp_(max=self.cap)
 
 
-__all__ = ["Scale", "truncated_ratio", "within"]
+@dataclass(frozen=True)
+class teacher_log_ratio(Scale):
+    """The log-ratio of a teacher to the current policy: ``log q - log p`` of each token.
+
+    The negative log-likelihood with this scale has the expected gradient of ``KL(policy || teacher)`` of the next token
+    where the current policy samples, and ``truncated_ratio`` corrects for an older one. ``credit.distilled`` has the
+    log-ratio to the policy before the update.
+
+    Args:
+        to: Input with the log-probs of the teacher.
+    """
+
+    to: str = input_name("teacher_log_probs")
+
+    couples_tokens = False
+
+    @property
+    def required_inputs(self) -> frozenset[str]:
+        """The input that ``to`` names."""
+        return frozenset({self.to})
+
+    def signal(self, batch: Rollouts, window: Window) -> Tensor | None:
+        """Return the log-probs of the teacher, float ``[N]``.
+
+        Args:
+            batch: The rollouts.
+            window: Window of the clip stage.
+        """
+        return batch.input(self.to)
+
+    def __call__(
+        self,
+        log_probs: Tensor,
+        log_ratio: Tensor,
+        advantages: Tensor,
+        spans: Spans,
+        window: Window,
+        signal: Tensor | None,
+    ) -> Tensor:
+        assert signal is not None
+        return signal - log_probs
+
+
+__all__ = ["Scale", "teacher_log_ratio", "truncated_ratio", "within"]

@@ -212,20 +212,30 @@ class ToolSettings(Declared):
 class PrivilegedSettings(Declared):
     """What the teacher of a distilling method is told beside the prompt of the student."""
 
-    privileged: Literal["nothing", "answer", "attempt"] = "nothing"
-    """What the teacher is told: the answer of the problem, or the first other response of the group that succeeded.
-    The methods sdpo, sdft and opsd need one; their teacher is initial, live or ema(0.05)."""
+    privileged: Literal["nothing", "answer", "attempt", "feedback"] = "nothing"
+    """What the teacher is told: the answer of the problem; the first other response of the group that succeeded; or
+    that, and without one the feedback on the response itself. The methods sdpo, sdft and opsd need one; their teacher
+    is initial, live or ema(0.05)."""
     privileged_template: str = "{question}\n\nA correct solution:\n\n{told}\n\nNow solve the problem yourself.\n"
     """Question that the teacher sees, with {question} and {told}."""
+    feedback: str | None = None
+    """Feedback on a response: "package.module:function" of (prompt, response, answer) that returns a text, or None."""
+    feedback_template: str = "{question}\n\nFeedback on an earlier attempt:\n\n{told}\n\nNow solve the problem again.\n"
+    """Question that the teacher sees with feedback, with {question} and {told}."""
     success_reward: float = number(0.5, at_least=0)
     """Smallest reward of a successful attempt."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        missing = [name for name in ("{question}", "{told}") if name not in self.privileged_template]
-        if missing:
+        for name in ("privileged_template", "feedback_template"):
+            text = getattr(self, name)
+            if missing := [part for part in ("{question}", "{told}") if part not in text]:
+                raise ValueError(f"{name}: expected a text with {' and '.join(missing)}, got {text!r}")
+        wanted = self.privileged == "feedback"
+        if wanted != (self.feedback is not None):
+            expected = "a function" if wanted else "None"
             raise ValueError(
-                f"privileged_template: expected a text with {' and '.join(missing)}, got {self.privileged_template!r}"
+                f"feedback: expected {expected} because privileged is {self.privileged}, got {self.feedback}"
             )
 
 

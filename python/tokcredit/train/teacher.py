@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokcredit.expression import parse
 from tokcredit.rollouts import Rollouts
-from tokcredit.train import checkpoint, collectors, models, teacher_scores
+from tokcredit.train import checkpoint, collectors, imported, models, teacher_scores
 from tokcredit.train.problems import Problem
 from tokcredit.train.prompts import filled
 from tokcredit.train.scoring import left_padded
@@ -181,8 +181,20 @@ def reverse(settings: Settings, policy: Any, tokenizer: Any) -> Any:
     return models.beside("reverse_teacher", given, tokenizer, settings.model).to(policy.device)
 
 
+def feedback(path: str) -> Callable[..., Any]:
+    """Return the function of the user that gives feedback on a response.
+
+    Args:
+        path: The setting ``feedback``.
+
+    Raises:
+        ValueError: There is no such function, or it takes other arguments.
+    """
+    return imported.function(path, "feedback", ("prompt", "response", "answer"))
+
+
 class PrivilegedPrompts:
-    """Tells a teacher more than the student: the answer, or a successful attempt of the group.
+    """Tells a teacher more than the student: the answer, a successful attempt of the group, or feedback.
 
     Args:
         settings: What it is told, and in which words.
@@ -194,6 +206,7 @@ class PrivilegedPrompts:
         self, settings: PrivilegedSettings, prompt: Callable[[Problem], list[int]], longest: int | None
     ) -> None:
         self._settings, self._prompt, self._longest = settings, prompt, longest
+        self._feedback = None if settings.feedback is None else feedback(settings.feedback)
 
     def __call__(self, batch: Rollouts, problems: Sequence[Problem], responses: Sequence[str]) -> Rollouts:
         """Return the batch with ``teacher_mask``, and with ``teacher_prompt_tokens`` if the teacher is told anything.
@@ -212,27 +225,40 @@ class PrivilegedPrompts:
         own = [[t for t in row if t >= 0] for row in batch.input("prompt_tokens").tolist()]
         lengths, prompts, mask = (batch.end - batch.begin).tolist(), [], []
         for row, text in enumerate(told):
-            tokens = own[row] if text is None else self._prompt(self._asked(problems[row], text))
+            tokens = own[row] if text is None else self._prompt(text)
             fits = self._longest is None or len(tokens) + lengths[row] <= self._longest
             prompts.append(tokens if fits else own[row])
             mask.append(text is not None and fits)
         padded = left_padded(prompts, -1, batch.device)[0]
         return batch.with_inputs(teacher_prompt_tokens=padded, teacher_mask=torch.tensor(mask, device=batch.device))
 
-    def _told(self, row: int, batch: Rollouts, problems: Sequence[Problem], responses: Sequence[str]) -> str | None:
-        """Return what the teacher of a row is told, or None."""
-        if self._settings.privileged == "answer":
-            return problems[row].answer or None
+    def _told(self, row: int, batch: Rollouts, problems: Sequence[Problem], responses: Sequence[str]) -> Problem | None:
+        """Return the problem as the teacher of a row sees it, or None if there is nothing to tell."""
+        problem, s = problems[row], self._settings
+        if s.privileged == "answer":
+            return _asked(problem, s.privileged_template, problem.answer) if problem.answer else None
+        if text := self._attempt(row, batch, responses):
+            return _asked(problem, s.privileged_template, text)
+        if self._feedback is None:
+            return None
+        text = self._feedback(problem.question, responses[row], problem.answer)
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"feedback: expected a text or None, got {type(text).__name__}")
+        return _asked(problem, s.feedback_template, text) if text else None
+
+    def _attempt(self, row: int, batch: Rollouts, responses: Sequence[str]) -> str | None:
+        """Return the first other response of the group that succeeded, without its thoughts, or None."""
         same: Tensor = (batch.group_ids == batch.group_ids[row]) & (batch.rewards >= self._settings.success_reward)
         others = (_THOUGHT.sub("", responses[other]) for other in same.nonzero()[:, 0].tolist() if other != row)
         return next((text for text in others if text), None)
 
-    def _asked(self, problem: Problem, told: str) -> Problem:
-        """Return the problem with the question that the teacher sees."""
 
-        def words(question: str) -> str:
-            return filled(self._settings.privileged_template, question=question, told=told)
+def _asked(problem: Problem, template: str, told: str) -> Problem:
+    """Return the problem with the question that the teacher sees."""
 
-        *before, last = problem.messages or (None,)
-        messages = () if last is None else (*before, last._replace(content=words(last.content)))
-        return problem._replace(question=words(problem.question), messages=messages)
+    def words(question: str) -> str:
+        return filled(template, question=question, told=told)
+
+    *before, last = problem.messages or (None,)
+    messages = () if last is None else (*before, last._replace(content=words(last.content)))
+    return problem._replace(question=words(problem.question), messages=messages)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,7 +17,6 @@ from tokcredit.files import naming
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Divergence
 from tokcredit.train.ranks import processes
-from tokcredit.train.record import write_table
 
 FOLDER = "teacher"
 """Name of the folder with the scores, in the folder of a run."""
@@ -83,7 +80,7 @@ class TeacherScores:
         self._known: dict[bytes, tuple[Path, int]] = {}
         self._new: dict[bytes, Row] = {}
         for path in sorted((folder / FOLDER).glob("*.parquet")) if folder is not None else ():
-            keys = pq.read_table(path, columns=["row"])["row"].to_pylist()
+            keys = _table(path)["row"].to_pylist()
             self._known |= {key: (path, number) for number, key in enumerate(keys)}
 
     def write(self, folder: Path) -> None:
@@ -147,6 +144,10 @@ class TeacherScores:
         """Write the new rows into a file whose name is that of its first row and of this process."""
         if not self._new:
             return
+        import pyarrow as pa
+
+        from tokcredit.train.record import write_table
+
         assert self._folder is not None
         path = self._folder / f"{next(iter(self._new)).hex()}-{processes().process_index}.parquet"
         columns: dict[str, Any] = {
@@ -164,5 +165,7 @@ class TeacherScores:
 
 
 @lru_cache(4)
-def _table(path: Path) -> pa.Table:
-    return pq.read_table(path)
+def _table(path: Path) -> Any:
+    from pyarrow.parquet import read_table
+
+    return read_table(path)

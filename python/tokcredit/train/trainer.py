@@ -271,6 +271,8 @@ def _check_privileged(settings: Settings, objective: Any, collector: type[Rollou
         raise ValueError(f"privileged: expected nothing because rows are not whole responses to a prompt, got {told}")
     elif told == "attempt" and settings.sampling.group == 1:
         raise ValueError("group: expected at least 2 because the teacher is told another response of the group, got 1")
+    if settings.privileged.feedback is not None:
+        teaching.feedback(settings.privileged.feedback)
 
 
 def _check_group(settings: Settings, objective: Any) -> None:

@@ -1,0 +1,137 @@
+"""Train GRPO and a model that imitates itself with the answer in its prompt (OPSD), and draw docs/assets/distilled.svg.
+
+``python docs/distilled.py tiny`` takes half an hour of one core, ``python docs/distilled.py smollm2`` most of a day.
+After an interruption the same command continues. Each writes its rewards into docs/distilled.json and draws all that
+are there; ``python docs/distilled.py`` only draws.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot as plt
+from tokcredit.files import write
+from tokcredit.train import OptimizerSettings, PrivilegedSettings, SamplingSettings, Settings, compare, models, tiny
+from tokcredit.train.record import read_metrics
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "distilled.json"
+METHODS = {"grpo": "GRPO", "opsd": "OPSD, told the answer"}
+SEEDS = 3
+GREY = "#808080"  # read on white and on black
+COLORS = {"grpo": "#808080", "opsd": "#1f77b4"}
+
+
+def text(generator: random.Random, noise: float) -> str:
+    """Return the text of the warm-up of ``tiny``, half of the time with the sum before it and without mistakes.
+
+    Args:
+        generator: Source of randomness.
+        noise: Probability of a wrong column sum where the sum is not told.
+    """
+    if generator.random() < 0.5:
+        return tiny.addition(generator, noise)
+    right = tiny.addition(generator, 0.0)
+    return f"({right.partition('>')[2]}){right}"
+
+
+def start(folder: Path) -> Path:
+    """Return the folder of ``tiny`` after further warm-up on texts half of which have the sum before them.
+
+    Args:
+        folder: Folder to make it in, unless it is there.
+    """
+    if not folder.exists():
+        network, words = models.load("tiny")
+        tiny.warm(network, words, steps=200, noise=0.4, text=text, batch=32)
+        words.save_pretrained(folder.with_suffix(".new"))
+        network.save_pretrained(folder.with_suffix(".new"))
+        folder.with_suffix(".new").rename(folder)
+    return folder
+
+
+def settings(model: str) -> Settings:
+    """Return the settings of all runs of a model.
+
+    Args:
+        model: ``tiny`` or ``smollm2``.
+    """
+    folder = Path("runs") / f"distilled-{model}"
+    if model == "smollm2":
+        told = PrivilegedSettings("answer")
+        return Settings(model=model, teacher="initial", privileged=told, eval_every=5, output=folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Settings(
+        model=str(start(folder / "start")),
+        tasks=("addition(digits=2)",),
+        teacher="initial",
+        privileged=PrivilegedSettings("answer", "({told}){question}"),
+        sampling=SamplingSettings(prompts=16, max_tokens=28),
+        optimizer=OptimizerSettings(lr=3e-4, precision="no"),
+        steps=40,
+        eval_every=4,
+        eval_problems=200,
+        output=folder / "runs",
+    )
+
+
+def measured(folder: Path) -> dict[str, list[list[list[float]]]]:
+    """Return step and mean reward on held-out problems of each measurement of each run, by method.
+
+    Args:
+        folder: Folder of the comparison.
+    """
+    name = "held_out_reward_mean"
+    lines = {m: [read_metrics(folder / f"{m}-seed{seed}") for seed in range(SEEDS)] for m in METHODS}
+    return {
+        m: [[[x["step"], round(x[name], 4)] for x in run if name in x] for run in runs] for m, runs in lines.items()
+    }
+
+
+def draw(results: dict[str, dict[str, list[list[list[float]]]]]) -> None:
+    """Draw the mean over the seeds, and the range of the runs.
+
+    Args:
+        results: What :func:`measured` returns, by model.
+    """
+    matplotlib.rcParams |= {"svg.hashsalt": "tokcredit", "font.family": "DejaVu Sans"}
+    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 3.6), layout="constrained", squeeze=False)
+    for one, (model, of_methods) in zip(axes[0], results.items(), strict=True):
+        for method, runs in of_methods.items():
+            steps = [step for step, _ in runs[0]]
+            rewards = [[reward for _, reward in run] for run in runs]
+            columns = list(zip(*rewards, strict=True))
+            mean = [sum(column) / len(column) for column in columns]
+            one.plot(steps, mean, color=COLORS[method], label=METHODS[method])
+            one.fill_between(steps, *(list(map(f, columns)) for f in (min, max)), color=COLORS[method], alpha=0.2)
+        one.set_title(model, color=GREY)
+        one.set_xlabel("step", color=GREY)
+        one.set_ylabel("reward on held-out problems", color=GREY)
+        one.tick_params(colors=GREY)
+        one.legend(frameon=False, labelcolor=GREY)
+        for side in one.spines.values():
+            side.set_color(GREY)
+    figure.savefig(HERE / "assets/distilled.svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """Train, where a model is named, and draw."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for model in sys.argv[1:]:
+        if model not in ("tiny", "smollm2"):
+            raise SystemExit(f"model: expected tiny or smollm2, got {model}")
+        folder = compare(tuple(METHODS), settings(model), SEEDS)
+        if folder is None:
+            return
+        known[model] = measured(folder)
+        write(RESULTS, json.dumps(known) + "\n")
+    draw(known)
+
+
+if __name__ == "__main__":
+    main()
