@@ -21,9 +21,13 @@ from tokcredit.train.record import read_metrics
 HERE = Path(__file__).parent
 RESULTS = HERE / "distilled.json"
 METHODS = {"grpo": "GRPO", "opsd": "OPSD, told the answer"}
+METRICS = {
+    "reward_mean": "reward of sampled responses",
+    "held_out_reward_mean": "reward of greedy responses, held-out problems",
+}
 SEEDS = 3
 GREY = "#808080"  # read on white and on black
-COLORS = {"grpo": "#808080", "opsd": "#1f77b4"}
+COLORS = {"grpo": "#d97b29", "opsd": "#2a7fba"}
 
 
 def text(generator: random.Random, noise: float) -> str:
@@ -47,7 +51,7 @@ def start(folder: Path) -> Path:
     """
     if not folder.exists():
         network, words = models.load("tiny")
-        tiny.warm(network, words, steps=200, noise=0.4, text=text, batch=32)
+        tiny.warm(network, words, steps=400, noise=0.4, text=text)
         words.save_pretrained(folder.with_suffix(".new"))
         network.save_pretrained(folder.with_suffix(".new"))
         folder.with_suffix(".new").rename(folder)
@@ -79,42 +83,45 @@ def settings(model: str) -> Settings:
     )
 
 
-def measured(folder: Path) -> dict[str, list[list[list[float]]]]:
-    """Return step and mean reward on held-out problems of each measurement of each run, by method.
+def measured(folder: Path) -> dict[str, dict[str, list[list[list[float]]]]]:
+    """Return step and value of each measurement of each run, by metric and method.
 
     Args:
         folder: Folder of the comparison.
     """
-    name = "held_out_reward_mean"
     lines = {m: [read_metrics(folder / f"{m}-seed{seed}") for seed in range(SEEDS)] for m in METHODS}
     return {
-        m: [[[x["step"], round(x[name], 4)] for x in run if name in x] for run in runs] for m, runs in lines.items()
+        name: {
+            method: [[[line["step"], round(line[name], 4)] for line in run if name in line] for run in runs]
+            for method, runs in lines.items()
+        }
+        for name in METRICS
     }
 
 
-def draw(results: dict[str, dict[str, list[list[list[float]]]]]) -> None:
+def draw(results: dict[str, dict[str, dict[str, list[list[list[float]]]]]]) -> None:
     """Draw the mean over the seeds, and the range of the runs.
 
     Args:
         results: What :func:`measured` returns, by model.
     """
     matplotlib.rcParams |= {"svg.hashsalt": "tokcredit", "font.family": "DejaVu Sans"}
-    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 3.6), layout="constrained", squeeze=False)
-    for one, (model, of_methods) in zip(axes[0], results.items(), strict=True):
-        for method, runs in of_methods.items():
-            steps = [step for step, _ in runs[0]]
-            rewards = [[reward for _, reward in run] for run in runs]
-            columns = list(zip(*rewards, strict=True))
-            mean = [sum(column) / len(column) for column in columns]
-            one.plot(steps, mean, color=COLORS[method], label=METHODS[method])
-            one.fill_between(steps, *(list(map(f, columns)) for f in (min, max)), color=COLORS[method], alpha=0.2)
-        one.set_title(model, color=GREY)
-        one.set_xlabel("step", color=GREY)
-        one.set_ylabel("reward on held-out problems", color=GREY)
-        one.tick_params(colors=GREY)
-        one.legend(frameon=False, labelcolor=GREY)
-        for side in one.spines.values():
-            side.set_color(GREY)
+    size = (11, 3.4 * len(results))
+    figure, axes = plt.subplots(len(results), len(METRICS), figsize=size, layout="constrained", squeeze=False)
+    for row, (model, of_metrics) in zip(axes, results.items(), strict=True):
+        for one, (name, title) in zip(row, METRICS.items(), strict=True):
+            for method, runs in of_metrics[name].items():
+                steps = [step for step, _ in runs[0]]
+                columns = list(zip(*([value for _, value in run] for run in runs), strict=True))
+                color = COLORS[method]
+                one.plot(steps, [sum(x) / len(x) for x in columns], color=color, label=METHODS[method])
+                one.fill_between(steps, *([f(x) for x in columns] for f in (min, max)), color=color, alpha=0.2)
+            one.set_title(f"{model}: {title}", color=GREY, fontsize=11)
+            one.set_xlabel("step", color=GREY)
+            one.tick_params(colors=GREY)
+            one.legend(frameon=False, labelcolor=GREY)
+            for side in one.spines.values():
+                side.set_color(GREY)
     figure.savefig(HERE / "assets/distilled.svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
 

@@ -132,7 +132,7 @@ def align_distil(
         - None known. Its TVD is the sum of absolute differences, twice the total variation.
     Differences from the released code:
         - Its masks leave out the first token of a response, and count one after its end. Here all tokens count.
-        - Its off-policy form applies the temperature to the teacher alone; here it divides the logits of both.
+        - Its off-policy form applies the temperature to the teacher alone; here it divides the logits of all models.
         - Its other rewards, with a fixed extrapolation, are left out.
     """
     weight = inverse_extrapolation(beta, strength, epsilon)

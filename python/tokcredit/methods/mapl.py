@@ -66,6 +66,8 @@ def mapl(beta: float = 0.1, intra: float = 1.0, inter: float = 1.0) -> Preferenc
     References: arXiv 2505.12845; Rc-DPO, arXiv 2502.00814, for pairs of prompts.
     Differences from the paper:
         - The loss of four rows and the weights 1 are not verified; this is the recommended reading.
+        - The paper's instructions are not known in full. Those of the trainer are about length, words, beginning and
+          end.
         - The three losses have one denominator, the number of groups, so that a kind counts by its share of the batch.
     Differences from the released code:
         - There was none.

@@ -103,43 +103,61 @@ def levels(pairs: Iterable[Example], settings: Settings, tokenizer: Any, prefix:
         prefix: Token ids that stand before every prompt.
         longest: Largest number of tokens of prompt and response, or 0 for no limit.
     """
-    chosen_settings, revise = settings.collectors, RevisedPrompts(tokenizer, settings.chat)
+    made = _Maker(settings, tokenizer, prefix)
     out: list[Example] = []
     left_out = 0
     for number, pair in enumerate(pairs):
-        out.append(pair)
-        draw = random.Random(f"{settings.seed}:{number}")
-        best, worst = pair.responses
-        known = instructions([best.text, worst.text])
-
-        def under(response: Response, asked: Sequence[Instruction], pair: Example = pair) -> Response:
-            text = " ".join(x.text for x in asked)
-
-            def revised(question: str) -> str:
-                return filled(chosen_settings.instructions_template, question=question, instructions=text)
-
-            prompt = [*prefix, *revise(pair, revised)]
-            return response._replace(question=revised(pair.question), prompt=prompt)
-
-        made = []
-        for response in (best, worst):
-            followed = [x for x in known if x.holds(response.text)]
-            others = [x for x in known if not x.holds(response.text)]
-            asked = draw.sample(followed, min(chosen_settings.instructions, len(followed)))
-            count = draw.randint(1, min(len(asked), len(others)))
-            refused = [*draw.sample(others, count), *asked[count:]]
-            draw.shuffle(refused)
-            made.append([under(response, asked), under(response, refused)])
-        telling = [x for x in known if x.holds(best.text) and not x.holds(worst.text)]
-        if telling:
-            asked = draw.sample(telling, min(chosen_settings.instructions, len(telling)))
-            made.append([under(best, asked), worst, best, under(worst, asked)])
-        fitting = [rows for rows in made if not longest or _fits(pair, rows, longest)]
-        out += [pair._replace(responses=rows) for rows in fitting]
-        left_out += 3 - len(fitting)
+        groups = made.of_pair(pair, random.Random(f"{settings.seed}:{number}"))
+        fitting = [x for x in groups if not longest or _size(x) <= longest]
+        out += [pair, *fitting]
+        left_out += _GROUPS - len(fitting)
     what = "groups with instructions left out because they are too long, or the responses follow the same ones"
     return Levels(out, [f"{what}: {left_out}"] if left_out else [])
 
 
-def _fits(pair: Example, rows: list[Response], longest: int) -> bool:
-    return all(len(prompt) + len(x.tokens) <= longest for _, prompt, x in pair._replace(responses=rows).rows)
+_GROUPS = 3
+"""Number of examples that are made of a pair."""
+
+
+def _size(example: Example) -> int:
+    return max(len(prompt) + len(response.tokens) for _, prompt, response in example.rows)
+
+
+class _Maker:
+    """Makes examples of a pair.
+
+    Args:
+        settings: Settings of the run.
+        tokenizer: Tokenizer of the model.
+        prefix: Token ids that stand before every prompt.
+    """
+
+    def __init__(self, settings: Settings, tokenizer: Any, prefix: Sequence[int]) -> None:
+        self._count, self._template = settings.collectors.instructions, settings.collectors.instructions_template
+        self._revise, self._prefix = RevisedPrompts(tokenizer, settings.chat), prefix
+
+    def of_pair(self, pair: Example, draw: random.Random) -> list[Example]:
+        """Return a pair of prompts for each response, and a group of four if the responses follow different ones."""
+        best, worst = pair.responses
+        known = instructions([best.text, worst.text])
+        groups = []
+        for response in (best, worst):
+            followed, others = ([x for x in known if x.holds(response.text) is kept] for kept in (True, False))
+            asked = draw.sample(followed, min(self._count, len(followed)))
+            replaced = draw.randint(1, min(len(asked), len(others)))
+            refused = [*draw.sample(others, replaced), *asked[replaced:]]
+            draw.shuffle(refused)
+            groups.append([self._under(pair, response, x) for x in (asked, refused)])
+        if telling := [x for x in known if x.holds(best.text) and not x.holds(worst.text)]:
+            asked = draw.sample(telling, min(self._count, len(telling)))
+            groups.append([self._under(pair, best, asked), worst, best, self._under(pair, worst, asked)])
+        return [pair._replace(responses=rows) for rows in groups]
+
+    def _under(self, pair: Example, response: Response, asked: Sequence[Instruction]) -> Response:
+        """Return a response under the prompt of its pair with instructions."""
+        text = " ".join(x.text for x in asked)
+
+        def revised(question: str) -> str:
+            return filled(self._template, question=question, instructions=text)
+
+        return response._replace(question=revised(pair.question), prompt=[*self._prefix, *self._revise(pair, revised)])
