@@ -51,7 +51,7 @@ def start(folder: Path) -> Path:
     """
     if not folder.exists():
         network, words = models.load("tiny")
-        tiny.warm(network, words, steps=400, noise=0.4, text=text)
+        tiny.warm(network, words, steps=400, noise=0.4, text=text, batch=32)
         words.save_pretrained(folder.with_suffix(".new"))
         network.save_pretrained(folder.with_suffix(".new"))
         folder.with_suffix(".new").rename(folder)
@@ -76,7 +76,7 @@ def settings(model: str) -> Settings:
         privileged=PrivilegedSettings("answer", "({told}){question}"),
         sampling=SamplingSettings(prompts=16, max_tokens=28),
         optimizer=OptimizerSettings(lr=3e-4, precision="no"),
-        steps=40,
+        steps=24,
         eval_every=4,
         eval_problems=200,
         output=folder / "runs",

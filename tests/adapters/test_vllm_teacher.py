@@ -95,8 +95,9 @@ def test_a_step_is_that_of_transformers(method, tmp_path):
         assert of_vllm.metrics[name] == pytest.approx(of_transformers.metrics[name], rel=1e-3, abs=1e-5)
     assert of_vllm.metrics["grad_norm"] > 1e-3
     assert trainer.learner._models[2] is None, "the engine has the only copy"
-    trainer._scores._compute = None
-    again = trainer._scores(given)
+    scores = trainer.learner._teacher_scores
+    scores._compute = None
+    again = scores(given)
     assert all(again.input(name).equal(given.input(name)) for name in names)
 
 

@@ -56,19 +56,20 @@ def check(found, given):
 
 def test_rows_are_computed_once(tmp_path):
     compute = Counting()
-    scores = TeacherScores(NAMES, compute, "a")
+    scores = TeacherScores(NAMES, compute, "a", tmp_path)
     given = batch(("1+", "23"), ("1", "23"), ("1+", "23"), ("2+", "4"))
     check(scores(given), given)
     assert compute.rows == ["23", "23", "4"], "equal rows are computed once, those of another prompt apart"
     more = batch(("2+", "4"), ("1+", "[23"), ("1+", "235"), ("1+", "23"))
     check(scores(more), more)
     assert compute.rows[3:] == ["23", "235"], "another mask and another length are other rows"
-    assert not list(tmp_path.iterdir())
-    scores.write(tmp_path)
+    assert not list(tmp_path.iterdir()), "a run without a step has no folder"
+    (tmp_path / "settings.json").write_text("{}")
     third = batch(("9", "99"))
     scores(third)
     again = Counting()
     later = TeacherScores(NAMES, again, "a", tmp_path)
+    assert len(list((tmp_path / "teacher").iterdir())) == 1, "what was not written yet is in the first file"
     for x in (given, more, third):
         check(later(x), x)
     assert again.rows == [] and all(path.suffix == ".parquet" for path in (tmp_path / "teacher").iterdir())
@@ -78,9 +79,9 @@ def test_rows_are_computed_once(tmp_path):
         assert len(other.rows) == 3, "another teacher, and other inputs of it"
 
 
-def test_the_prompt_of_the_teacher_is_what_counts():
+def test_the_prompt_of_the_teacher_is_what_counts(tmp_path):
     compute = Counting()
-    scores = TeacherScores(NAMES, compute, "a")
+    scores = TeacherScores(NAMES, compute, "a", tmp_path)
     given = batch(("1", "23"), ("1", "23"))
     told = left_padded([[5], [6, 7]], -1, torch.device("cpu"))[0]
     scores(given)
@@ -89,8 +90,8 @@ def test_the_prompt_of_the_teacher_is_what_counts():
 
 
 def test_a_write_that_fails_keeps_nothing(tmp_path, monkeypatch):
-    scores = TeacherScores(NAMES, Counting(), "a")
-    scores.write(tmp_path)
+    (tmp_path / "settings.json").write_text("{}")
+    scores = TeacherScores(NAMES, Counting(), "a", tmp_path)
 
     def full(table, new, **settings):
         new.write_bytes(b"half")
@@ -171,12 +172,12 @@ def test_a_resumed_run_reads_what_is_kept(settings, uniform, method, tmp_path):
 
     first = Trainer(s)
     steps(first, (1,))
-    first.write(tmp_path)
+    (tmp_path / "settings.json").write_text("{}")
     checkpoint.save(first.accelerator, tmp_path, 1)
     expected = steps(first, (2,))
     second = Trainer(s)
     assert checkpoint.load(second.accelerator, tmp_path) == 1
-    second._scores._compute = None
+    second.learner._teacher_scores._compute = None
     assert steps(second, (2,)) == expected
     with pytest.raises(TypeError, match="not callable"):
         second.step(3)
@@ -185,14 +186,14 @@ def test_a_resumed_run_reads_what_is_kept(settings, uniform, method, tmp_path):
 def test_weights_that_move_are_not_kept(settings, uniform):
     for text in ("live", "ema(0.5)"):
         trainer = Trainer(resolved(settings("opd", teacher=text)))
-        assert trainer._scores is None and trainer.step(1).metrics["grad_norm"] >= 0
+        assert trainer.learner._teacher_scores is None and trainer.step(1).metrics["grad_norm"] >= 0
 
 
 def test_more_top_tokens_than_there_are(settings, uniform):
     """The divergence is then that of the vocabulary, and nothing is kept."""
     objective = ObjectiveSettings("gkd", set=("token_loss=js(0.5, top_k=900, top_of=teacher)",))
     trainer = Trainer(resolved(settings(objective=objective, teacher=OTHER)))
-    assert trainer._scores is None and trainer.step(1).metrics["grad_norm"] > 0
+    assert trainer.learner._teacher_scores is None and trainer.step(1).metrics["grad_norm"] > 0
 
 
 WRONG = {

@@ -283,7 +283,7 @@ class ForwardPass:
     def _teacher_top(self) -> tuple[Tensor, Tensor]:
         """The most likely tokens of the teacher and their log-probs, ``[N, k]`` each."""
         packed = self._plan_of(self._teacher, self._taught)
-        logits = self._logits_of(self._teacher, packed)[:, : self._policy.config.vocab_size]
+        logits = self._logits_of(self._teacher, packed)[:, : vocabulary(self._policy)]
         found = (logits.float() / self._temperature).log_softmax(-1).topk(self._top_k)
         return self._of_rows(found.indices, packed), self._of_rows(found.values, packed)
 
@@ -312,10 +312,10 @@ class ForwardPass:
         return self._to_rows(teacher_distance(first, other, self._temperature), packed)
 
     def _from_teacher(self, kind: str) -> Tensor:
-        if self._batch.has_input("teacher_top_ids"):
+        own = isinstance(self._token_loss, Divergence) and self._token_loss.variable == kind
+        if own and self._batch.has_input("teacher_top_ids"):
             return self._from_top()
         logits, packed = self._teacher_logits
-        own = isinstance(self._token_loss, Divergence) and self._token_loss.variable == kind
         between = self._token_loss if own else partial(divergence.between, kind=kind)
         if (extrapolation := self._extrapolation) is None:
             return self._compared(between, logits[:1], packed)
@@ -399,6 +399,16 @@ _COLLECTORS = ("policy", "policy_groups", "reference", "teacher", "teachers", "c
 def collected() -> frozenset[str]:
     """Return the names of the registered inputs whose collector is a forward pass."""
     return frozenset().union(*map(inputs.names, _COLLECTORS))
+
+
+def vocabulary(model: Any) -> int:
+    """Return the number of ids of a model, with those that pad its output layer.
+
+    Args:
+        model: Causal language model.
+    """
+    ids: int = model.config.get_text_config().vocab_size
+    return ids
 
 
 def computes(name: str) -> bool:

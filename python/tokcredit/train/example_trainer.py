@@ -169,8 +169,8 @@ class ExampleTrainer:
         self._fixed_names = fixed_collectors.names() & self.objective.required_inputs
         reference = policy.reference(self.objective, self.model, self._fixed_names)
         models = (self.model, reference, teacher)
-        self._scores = teaching.scores(settings, self.objective, teacher, *loaded[1:], self.accelerator)
-        further = {"reverse_teacher": reverse, "teacher_scores": self._scores}
+        scores = teaching.scores(settings, self.objective, teacher, *loaded[1:], self.accelerator)
+        further = {"reverse_teacher": reverse, "teacher_scores": scores}
         self.learner = Learner(settings, self.objective, *models, self.accelerator, **further)
         self._tasks = self._measured_tasks(problems) if problems else None
         self._fixed = self._computed()
@@ -255,14 +255,12 @@ class ExampleTrainer:
         return "\n".join([counts, *self._notes])
 
     def write(self, folder: Path) -> None:
-        """Write the inputs that do not change, and from now on what is kept of the teacher.
+        """Write the inputs that do not change.
 
         Args:
             folder: Folder of the run.
         """
         self._fixed.write(folder)
-        if self._scores:
-            self._scores.write(folder)
 
     def measure(self) -> dict[str, float]:
         """Return what is measured on held-out examples, and on the problems of the tasks if there are some, by name."""

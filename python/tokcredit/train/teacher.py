@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokcredit.expression import parse
 from tokcredit.rollouts import Rollouts
-from tokcredit.train import checkpoint, collectors, imported, models, teacher_scores
+from tokcredit.train import collectors, imported, models, teacher_scores
 from tokcredit.train.problems import Problem
 from tokcredit.train.prompts import filled
 from tokcredit.train.scoring import left_padded
@@ -138,7 +138,7 @@ def scores(
     if teacher is None or settings.teacher is None or moves(settings.teacher):
         return None
     engine, model, temperature = settings.teacher_engine, teacher.model, settings.sampling.temperature
-    if top_k >= (ids := min(x.config.vocab_size for x in (policy, model))):
+    if top_k >= (ids := min(map(collectors.vocabulary, (policy, model)))):
         if engine == "vllm":
             raise ValueError(f"token_loss: expected a top_k below {ids}, the tokens of the teacher, got {top_k}")
         names, top_k = names - set(teacher_scores.TOP), 0
@@ -151,7 +151,7 @@ def scores(
         from tokcredit.adapters.vllm import VllmTeacher
 
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        compute = VllmTeacher.of(model, tokenizer, dtype, top_k, policy.config.vocab_size)
+        compute = VllmTeacher.of(model, tokenizer, dtype, top_k, collectors.vocabulary(policy))
         # The engine generates a token after every text.
         teacher.model, teacher.longest = None, teacher.longest and teacher.longest - 1
     else:
@@ -160,8 +160,7 @@ def scores(
             with accelerator.autocast():
                 return collectors.collect(names, rows, size, policy, None, model, temperature, top_k=top_k)
 
-    folder = settings.output or Path()
-    return TeacherScores(names, compute, str(identity), folder if checkpoint.last(folder) else None)
+    return TeacherScores(names, compute, str(identity), settings.output or Path())
 
 
 def reverse(settings: Settings, policy: Any, tokenizer: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tokcredit.files import naming
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Divergence
+from tokcredit.train.folder import read_settings
 from tokcredit.train.ranks import processes
 
 FOLDER = "teacher"
@@ -59,38 +60,23 @@ class TeacherScores:
     """Gives batches the inputs that a teacher with fixed weights makes, and computes those of each response once.
 
     Rows are the same if prompt, tokens, mask, temperature and teacher are. Each call writes the rows that are new into
-    a file of their own, whole or not at all, once the run has a folder.
+    a file of their own, whole or not at all; a run that has no step yet writes nothing and keeps them for later.
 
     Args:
         names: Names of the inputs.
         compute: Returns rows with the inputs.
         teacher: Text that differs for other teachers and other settings of it.
-        folder: Folder of the run that is continued, whose scores are read, or None.
+        run: Folder of the run. What it has is read.
     """
 
-    def __init__(
-        self,
-        names: frozenset[str],
-        compute: Callable[[Rollouts], Rollouts],
-        teacher: str,
-        folder: Path | None = None,
-    ) -> None:
+    def __init__(self, names: frozenset[str], compute: Callable[[Rollouts], Rollouts], teacher: str, run: Path) -> None:
         self._names, self._compute, self._teacher = sorted(names), compute, f"{sorted(names)} {teacher}"
-        self._folder: Path | None = None
+        self._run = run
         self._known: dict[bytes, tuple[Path, int]] = {}
         self._new: dict[bytes, Row] = {}
-        for path in sorted((folder / FOLDER).glob("*.parquet")) if folder is not None else ():
+        for path in sorted((run / FOLDER).glob("*.parquet")) if read_settings(run) is not None else ():
             keys = _table(path)["row"].to_pylist()
             self._known |= {key: (path, number) for number, key in enumerate(keys)}
-
-    def write(self, folder: Path) -> None:
-        """Write what was computed so far into the folder of the run, and from now on what is new at once.
-
-        Args:
-            folder: Folder of the run.
-        """
-        self._folder = folder / FOLDER
-        self._flush()
 
     def __call__(self, batch: Rollouts) -> Rollouts:
         """Return a batch with the inputs.
@@ -109,8 +95,8 @@ class TeacherScores:
             for key, begin, end in zip(missing, found.begin.tolist(), found.end.tolist(), strict=True):
                 self._new[key] = {name: x[begin:end] for name, x in made.items()}
         rows = [self._row(key) for key in keys]
-        if self._folder is not None:
-            self._flush()
+        if self._new and (self._run / "settings.json").exists():
+            self._write()
         return batch.with_inputs(**{name: self._joined(name, rows, batch) for name in self._names})
 
     def _keys(self, batch: Rollouts) -> list[bytes]:
@@ -140,16 +126,13 @@ class TeacherScores:
             out[begin:end] = torch.from_numpy(row[name].reshape(end - begin, width).copy()).to(kind)
         return (out if name in TOP else out[:, 0]).to(batch.device)
 
-    def _flush(self) -> None:
+    def _write(self) -> None:
         """Write the new rows into a file whose name is that of its first row and of this process."""
-        if not self._new:
-            return
         import pyarrow as pa
 
         from tokcredit.train.record import write_table
 
-        assert self._folder is not None
-        path = self._folder / f"{next(iter(self._new)).hex()}-{processes().process_index}.parquet"
+        path = self._run / FOLDER / f"{next(iter(self._new)).hex()}-{processes().process_index}.parquet"
         columns: dict[str, Any] = {
             "row": pa.array(list(self._new), pa.binary()),
             "tokens": pa.array([len(x[self._names[0]]) for x in self._new.values()], pa.int64()),
@@ -158,7 +141,7 @@ class TeacherScores:
             kind = pa.list_(pa.int32() if name == TOP[0] else pa.float32())
             columns[name] = pa.array([x[name].reshape(-1) for x in self._new.values()], kind)
         with naming(path):
-            self._folder.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
         write_table(path, pa.table(columns))
         self._known |= {key: (path, number) for number, key in enumerate(self._new)}
         self._new = {}

@@ -402,12 +402,11 @@ class Trainer:
         self.rollout_collector = make(self.context)
         reference = policy.reference(self.objective, self.model)
         loaded = (settings, self.model, self.tokenizer)
-        self._scores = teaching.scores(settings, self.objective, teacher, *loaded[1:], self.accelerator)
         further = {
             "critic": critic.made(*loaded),
             "aligned": policy.aligned(*loaded),
             "reverse_teacher": teaching.reverse(*loaded),
-            "teacher_scores": self._scores,
+            "teacher_scores": teaching.scores(settings, self.objective, teacher, *loaded[1:], self.accelerator),
         }
         models = (self.model, reference, teacher)
         self.learner = Learner(settings, self.objective, *models, self.accelerator, **further)
@@ -526,13 +525,11 @@ class Trainer:
         return {"reward": f"{metrics['reward_mean']:.2f}", "length": f"{metrics['length_mean']:.0f}"}
 
     def write(self, folder: Path) -> None:
-        """Write from now on what is kept of the teacher.
+        """Write nothing: the metrics and rollouts of the steps are all that there is.
 
         Args:
             folder: Folder of the run.
         """
-        if self._scores:
-            self._scores.write(folder)
 
     def _pairs(self, collection: RolloutCollection, number: int) -> tuple[RolloutCollection, float]:
         """Return the collection without responses of equal reward, and the number of pairs that were skipped."""
