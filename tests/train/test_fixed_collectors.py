@@ -7,6 +7,7 @@ import tokcredit as tc
 import torch
 from test_example_trainer import PAIRS, completions, on_pairs  # noqa: F401 - a fixture
 from test_experiment import TIMES
+from tokcredit import report
 from tokcredit.methods.tab_po import field_weights
 from tokcredit.train import (
     CollectorSettings,
@@ -191,6 +192,15 @@ def followed(question, text):
     asked = [f"{x}." for x in question.partition("|")[0].removesuffix(".").split(". ")]
     assert 1 <= len(asked) <= 3 and len(set(asked)) == len(asked)
     return [known[x](text) for x in asked]
+
+
+def test_the_report_of_a_run_on_prompts(made):
+    """It shows pairs of prompts and groups of four under the method that trained on them."""
+    s = made("mapl", steps=1)
+    assert run(s)["steps"] == 1
+    found = report.read(s.output)
+    assert set(found.batch.groups.sizes.tolist()) == {2, 4}
+    assert found.batch.input("prompt_pairs").any() and (s.output / "report.html").exists()
 
 
 def test_every_text_follows_some_instructions_and_not_others():

@@ -263,6 +263,7 @@ def _columns(number: int, update: Update, model: Any) -> dict[str, Any]:
         "ref_log_probs": per_row(batch.ref_log_probs),
         "log_probs": per_row(update.log_probs),
         "entropies": per_row(batch.entropies),
+        "prompt_pairs": batch.input("prompt_pairs").tolist() if batch.has_input("prompt_pairs") else None,
         "advantages": per_row(update.prepared.advantages),
         "trajectory": None if batch.trajectory_ids is None else batch.trajectory_ids.tolist(),
         "context_keys": batch.input("context_keys").tolist() if batch.has_input("context_keys") else None,

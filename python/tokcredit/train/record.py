@@ -38,6 +38,7 @@ _ROLLOUTS = pa.schema(
             for name in ("rollout_log_probs", "old_log_probs", "ref_log_probs", "log_probs")
         ),
         ("entropies", pa.list_(pa.float32())),
+        ("prompt_pairs", pa.bool_()),
         ("advantages", pa.list_(pa.float32())),
         *((name, pa.list_(pa.int64() if name.endswith("_ids") else pa.float32())) for name in OF_TURNS),
         *((name, pa.list_(pa.string())) for name in ("answers", "states")),
