@@ -18,8 +18,8 @@ from tokcredit.train.record import read_metrics
 
 HERE = Path(__file__).parent
 SCRIPTS = ("tree", "scan", "credit", "loss", "pairs", "selection", "log_probs", "divergence", "head", "rollouts")
-SCRIPTS += ("packing", "end_to_end", "scaling")
-ONCE = ("divergence", "head", "packing", "end_to_end", "scaling")  # not repeated with tuned malloc
+SCRIPTS += ("packing", "sampling", "end_to_end", "scaling")
+ONCE = ("divergence", "head", "packing", "sampling", "end_to_end", "scaling")  # not repeated with tuned malloc
 METHOD = "prepare + loss, "  # begins the names of the methods in the results of end_to_end
 # With these settings memory that was freed stays with the process, so that a new result of the same size needs no new
 # pages.

@@ -8,11 +8,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria, StopStringCriteria
+from torch.nn import functional
+from transformers import StopStringCriteria
 
-from tokcredit.blocks import log_probs
 from tokcredit.decoding.temperature import AdaptiveTemperature
-from tokcredit.train.scoring import left_padded, prefill
+from tokcredit.train.generation import Generation
+
+_BLOCK = 256
+"""Tokens whose probabilities are added up together."""
 
 
 class Completions(NamedTuple):
@@ -89,7 +92,7 @@ class TransformersSampler:
         model: Causal language model that is trained.
         tokenizer: Its tokenizer, for the padding token and for texts to stop at.
         dtype: Dtype of the copy, or None to sample with the model itself.
-        batch: Largest number of rows generated at once.
+        batch: Largest number of rows generated at once; a row that has ended makes room for the next.
         adaptive: Temperature per token, which replaces the plain one when sampling at the same base temperature.
         stops: Tokens that end a response beside those of the model.
     """
@@ -131,108 +134,94 @@ class TransformersSampler:
     ) -> Completions:
         """Return continuations of prompts, sampled with torch's default generator.
 
+        Each row has random numbers of its own. Apart from the rounding of logits it depends neither on the other rows
+        nor on ``batch``.
+
         Args:
             prompts: Token ids of each prompt.
             count: Continuations of each prompt.
             max_tokens: Largest number of tokens of a continuation.
             temperature: Sampling temperature; 0 is greedy.
             stop: Texts that end a continuation, with the token that completes one of them.
-        """
-        step = max(1, self._batch // count)
-        parts = [
-            self._sample(prompts[i : i + step], count, max_tokens, temperature, stop)
-            for i in range(0, len(prompts), step)
-        ]
-        lengths = torch.cat([p.cu_seqlens.diff() for p in parts])
-        return Completions(
-            torch.cat([p.tokens for p in parts]),
-            torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
-            torch.cat([p.log_probs for p in parts]),
-            torch.cat([p.finished for p in parts]),
-        )
 
-    def _sample(
-        self, prompts: Sequence[Sequence[int]], count: int, max_tokens: int, temperature: float, stop: Sequence[str]
-    ) -> Completions:
-        device = self._model.device
-        ids, real = left_padded(prompts, self._pad, device)
-        width = ids.shape[1]
-        shared = prefill(self._model, ids, real)
-        if shared is not None:
-            shared.batch_repeat_interleave(count)
-        ids, real = ids.repeat_interleave(count, 0), real.repeat_interleave(count, 0)
-        sampled = _Sampled(temperature, self._adaptive)
-        stops = _Stops(self._tokenizer, stop, width) if stop else None
-        config, self._model.generation_config = (
-            self._model.generation_config,
-            GenerationConfig(
-                **({"do_sample": True, "top_k": 0} if temperature else {"do_sample": False}),
-                max_new_tokens=max_tokens,
-                eos_token_id=self._ends.tolist(),
-                pad_token_id=self._pad,
-            ),
-        )
-        try:
-            out = self._model.generate(
-                ids,
-                attention_mask=real.long(),
-                past_key_values=shared,
-                logits_processor=[sampled],
-                stopping_criteria=[stops] if stops else None,
-            )
-        finally:
-            self._model.generation_config = config
-        tokens = out[:, width:]
-        log_probs = sampled.finish(tokens)
-        ends = torch.isin(tokens, self._ends)
-        if stops:
-            ends |= stops.found()
-        finished = ends.any(1)
-        lengths = torch.where(finished, ends.int().argmax(1) + 1, tokens.shape[1])
-        inside = torch.arange(tokens.shape[1], device=device) < lengths[:, None]
+        Raises:
+            RuntimeError: A logit is NaN or infinite.
+        """
+        total, device = len(prompts) * count, self.device
+        uniforms = torch.rand(total, max_tokens, dtype=torch.float64).to(device) if temperature else None
+        tokens = torch.zeros(total, max_tokens, dtype=torch.int64, device=device)
+        log_probs = torch.zeros(total, max_tokens, device=device)
+        lengths = torch.zeros(total, dtype=torch.int64, device=device)
+        finished = torch.zeros(total, dtype=torch.bool, device=device)
+        stops = StopStringCriteria(self._tokenizer, list(stop)) if stop else None
+        generation = Generation(self._model, prompts, count, self._batch, max_tokens, self._pad)
+        while (logits := generation.advance()) is not None:
+            rows = generation.rows
+            place = lengths[rows]
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if uniforms is None:
+                new = logits.argmax(-1)
+                _check(logits.gather(1, new[:, None]))
+            else:
+                probs = self._scaled(logits, temperature).softmax(-1)
+                new = draw(probs, uniforms[rows, place])
+                log_probs[rows, place] = probs.gather(1, new[:, None])[:, 0].log().float()
+            tokens[rows, place] = new
+            lengths[rows] += 1
+            ended = torch.isin(new, self._ends)
+            if stops:
+                ended |= stops(_last(tokens[rows], lengths[rows], stops.maximum_token_len), None)
+            finished[rows] = ended
+            generation.keep(new, ~ended & (lengths[rows] < max_tokens))
+        inside = torch.arange(max_tokens, device=device) < lengths[:, None]
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         return Completions(tokens[inside], cu_seqlens, log_probs[inside], finished)
 
-
-class _Sampled(LogitsProcessor):  # type: ignore[misc]
-    """Divides logits by the temperature and keeps the log-prob of each sampled token. It stores one step's scores."""
-
-    def __init__(self, temperature: float, adaptive: AdaptiveTemperature | None) -> None:
-        self._temperature = temperature
-        self._adaptive = adaptive if adaptive is not None and adaptive.temperature == temperature else None
-        self._scores: Tensor | None = None
-        self._log_probs: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._record(input_ids[:, -1])
-        if self._temperature:
-            scores = self._adaptive(input_ids, scores) if self._adaptive else scores / self._temperature
-        self._scores = scores
-        return scores
-
-    def _record(self, tokens: Tensor) -> None:
-        if self._scores is not None:
-            values = log_probs.from_logits(self._scores, tokens) if self._temperature else torch.zeros(len(tokens))
-            self._log_probs.append(values.to(tokens.device, torch.float32))
-
-    def finish(self, tokens: Tensor) -> Tensor:
-        """Return the log-probs of all tokens, ``(B, T)``, after the last was sampled."""
-        self._record(tokens[:, -1])
-        return torch.stack(self._log_probs, 1)
+    def _scaled(self, logits: Tensor, temperature: float) -> Tensor:
+        """Return the logits divided by the temperature."""
+        if self._adaptive is not None and self._adaptive.temperature == temperature:
+            return self._adaptive(logits.new_empty(len(logits), 0, dtype=torch.int64), logits)
+        return logits / temperature
 
 
-class _Stops(StoppingCriteria):  # type: ignore[misc]
-    """Ends rows at some texts and records where."""
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Return a token of each distribution: the first one up to which the probability is more than ``uniforms``.
 
-    def __init__(self, tokenizer: Any, texts: Sequence[str], width: int) -> None:
-        self._complete, self._width = StopStringCriteria(tokenizer, list(texts)), width
-        self._found: list[Tensor] = []
+    Probabilities are added up in float64, first those of blocks of tokens, then those inside the block found.
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **others: Any) -> Tensor:
-        # Without the prompt, whose text may contain the beginning of a stop text.
-        self._found.append(self._complete(input_ids[:, self._width :], scores))
-        return self._found[-1]
+    Args:
+        probs: float ``(n, V)``, probabilities of the tokens, up to a factor.
+        uniforms: float64 ``[n]``, at least 0 and less than 1.
 
-    def found(self) -> Tensor:
-        """Return whether each token completed a text, bool ``(B, T)``."""
-        return torch.stack(self._found, 1)
+    Returns:
+        int64 ``[n]``; the probability of each token is above 0.
+
+    Raises:
+        RuntimeError: A probability is NaN or infinite.
+    """
+    blocks = functional.pad(probs, (0, -probs.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    edges = blocks.sum(2, dtype=torch.float64).cumsum(1)
+    _check(edges[:, -1])
+    block, level = _found(edges, uniforms[:, None] * edges[:, -1:])
+    inside = blocks[torch.arange(len(probs), device=probs.device), block[:, 0]].double().cumsum(1)
+    within, _ = _found(inside, level)
+    return (block * _BLOCK + within)[:, 0]
+
+
+def _found(sums: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first place where sums exceed a level, at most the last place where they rise, and the level above."""
+    top = torch.nextafter(sums[:, -1:], sums.new_zeros(()))
+    place = torch.searchsorted(sums, level.minimum(top), right=True)
+    before = sums.gather(1, (place - 1).clamp(min=0)).where(place > 0, 0.0)
+    return place, (level - before).clamp(min=0)
+
+
+def _check(values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise RuntimeError("sampler: expected finite logits, got NaN or infinity; are the weights of the model finite?")
+
+
+def _last(tokens: Tensor, lengths: Tensor, number: int) -> Tensor:
+    """Return so many last tokens of each row, with ids outside of any vocabulary before its first."""
+    place = lengths[:, None] + torch.arange(-number, 0, device=tokens.device)
+    return tokens.gather(1, place.clamp(min=0)).masked_fill(place < 0, 2**62)
