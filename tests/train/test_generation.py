@@ -74,8 +74,8 @@ def test_waiting_prompts_join_before_all_rows_have_ended():
     together = [rows for rows, tokens in calls if tokens == 1]
     one_after_another = made.cu_seqlens.diff().view(-1, 8).amax(1) - 1
     assert max(together) == 8 and len(together) < 0.8 * one_after_another.sum()
-    # Rows that have ended leave the memory when others join.
-    assert model.widest <= 2 + 2 * 20
+    # Rows that have ended leave the memory when others join. One column is always masked.
+    assert model.widest <= 1 + 2 + 2 * 20
 
 
 KINDS = {

@@ -52,6 +52,8 @@ class Generation:
         self._flexible = is_supported(model)
         self._prefix = self._shared() if self._flexible else None
         self._skip = 0 if self._prefix is None else self._prefix.get_seq_length()
+        # Without a masked column there is no mask, and torch's attention of grouped queries is slower then on a CPU.
+        self._masked = int(model.device.type == "cpu" and self._flexible)
         self.rows = torch.zeros(0, dtype=torch.int64, device=model.device)
         self._tokens = self.rows
         self._mask = torch.ones(0, 0, dtype=torch.bool, device=model.device)
@@ -115,7 +117,7 @@ class Generation:
         ids, real = left_padded(unshared, self._pad, self._model.device)
         mask = functional.pad(real, (self._skip, 0), value=True)
         logits, cache = self._forward(ids, mask, self._prefixed(number))
-        mask = mask.repeat_interleave(self._count, 0)
+        mask = functional.pad(mask, (self._masked, 0)).repeat_interleave(self._count, 0)
         begin = 0
         if len(self.rows):
             # Rows that have ended began earlier.
@@ -126,7 +128,8 @@ class Generation:
             self._cache = row_cache(cache, self._most) if self._flexible else cache
         if self._flexible:
             for layer, new in zip(self._cache.layers, cache.layers, strict=True):
-                layer.join(*(x.repeat_interleave(self._count, 0) for x in (new.keys, new.values)), begin)
+                padded = (functional.pad(x, (0, 0, self._masked, 0)) for x in (new.keys, new.values))
+                layer.join(*(x.repeat_interleave(self._count, 0) for x in padded), begin)
         else:
             cache.batch_repeat_interleave(self._count)
         width = max(mask.shape[1], self._mask.shape[1])
