@@ -20,13 +20,13 @@ from tokcredit.train import (
     ProbeSettings,
     compare,
     fixed_collectors,
-    learner,
+    micro_batches,
     run,
 )
 from tokcredit.train import trainer as trainer_module
 from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
-from tokcredit.train.learner import learning_rate
+from tokcredit.train.learning_rate import learning_rate
 from tokcredit.train.record import read_metrics, smoothed
 from tokcredit.train.scoring import score
 from tokcredit.train.trainer import Trainer, distils, only_read
@@ -282,11 +282,11 @@ def test_parts_of_coupled_rows_hold_whole_groups(method):
         assert sorted(np.concatenate(parts).tolist()) == list(range(5 * size))
         return [len(set(batch.group_ids[rows].tolist())) for rows in parts]
 
-    assert groups_of(learner._units(np.arange(5 * size), batch, True)) == [1] * 5
+    assert groups_of(micro_batches.units(np.arange(5 * size), batch, True)) == [1] * 5
     for rows, expected in ((1, [1] * 5), (size, [1] * 5), (2 * size + 1, [2, 2, 1]), (99, [5])):
-        assert groups_of(learner.micro_batches(torch.arange(5 * size), batch, rows, True)) == expected
+        assert groups_of(micro_batches.micro_batches(torch.arange(5 * size), batch, rows, True)) == expected
     # Other objectives are cut anywhere.
-    parts = learner.micro_batches(torch.arange(5 * size), batch, 3)
+    parts = micro_batches.micro_batches(torch.arange(5 * size), batch, 3)
     assert [len(rows) for rows in parts] == [3] * (5 * size // 3) + [5 * size % 3]
 
 

@@ -15,7 +15,7 @@ from tokcredit.methods.prime import implicit_process, outcome_loss
 from tokcredit.rollouts import Rollouts
 from tokcredit.stages.filters import Filter
 from tokcredit.train import adapter, collectors
-from tokcredit.train.learner import micro_batches
+from tokcredit.train.micro_batches import micro_batches
 from tokcredit.train.policy import another
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import Settings

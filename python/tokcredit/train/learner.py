@@ -26,19 +26,15 @@ from tokcredit.stages.token_weights import importance
 from tokcredit.train import collectors, masks, nonfinite, virtual_tokens
 from tokcredit.train.clock import Clock
 from tokcredit.train.critic import Critic
+from tokcredit.train.learning_rate import learning_rate
+from tokcredit.train.micro_batches import joined, micro_batches, units
 from tokcredit.train.ranks import Ranks
-from tokcredit.train.settings import OptimizerSettings, Settings
+from tokcredit.train.settings import Settings
 from tokcredit.train.side_optimizer import SideOptimizer
 from tokcredit.train.teacher import Teacher
 from tokcredit.train.teacher_scores import TeacherScores
+from tokcredit.train.totals import Totals
 
-_MEANS = ("_mean", "_fraction")
-"""Endings of metrics that are means over pairs, or over tokens where there are no pairs. Others add up over the
-micro-batches of an optimizer step."""
-_OVER_TOKENS = frozenset({"entropy_mean"})
-"""Means over tokens in any case."""
-_COUNTS = frozenset({"tokens", "pairs", "nonfinite_log_probs"})
-"""Metrics that also add up over the optimizer steps of a step."""
 _LIMIT = 10
 """Number of optimizer steps in a row whose skipping ends the run; the settings name it too."""
 
@@ -185,7 +181,7 @@ class Learner:
             batch: As in :meth:`update`.
         """
         prepared = self._over_ranks(self._prepare(batch, 1.0))
-        totals = _Totals(self._metrics_of_nothing(prepared))
+        totals = Totals(self._metrics_of_nothing(prepared))
         for rows in self._micro_batches(prepared):
             totals.add(self._pass(prepared.select(rows), Clock(), backward=False)[1])
         return totals.metrics(self._ranks, 1)
@@ -310,13 +306,13 @@ class Learner:
     ) -> tuple[dict[str, float], Tensor, list[str]]:
         o, batch = self._settings.optimizer, prepared.batch
         log_probs = torch.full((batch.num_tokens,), torch.nan, device=batch.device)
-        totals, steps, norms, critic_norms = _Totals(self._metrics_of_nothing(prepared)), 0, 0.0, 0.0
+        totals, steps, norms, critic_norms = Totals(self._metrics_of_nothing(prepared)), 0, 0.0, 0.0
         skipped: list[str] = []
-        units = _units(np.arange(batch.num_rows), batch, self._objective.couples_rows)
+        together = units(np.arange(batch.num_rows), batch, self._objective.couples_rows)
         for epoch in range(o.epochs):
-            order = np.random.default_rng([self._settings.seed, number, epoch]).permutation(len(units))
+            order = np.random.default_rng([self._settings.seed, number, epoch]).permutation(len(together))
             for numbers in np.array_split(order, o.minibatches):
-                chosen, whole = _joined([units[i] for i in numbers]), o.minibatches == 1
+                chosen, whole = joined([together[i] for i in numbers]), o.minibatches == 1
                 part = prepared if whole else self._over_ranks(prepared.select(chosen))
                 parts = self._micro_batches(part)
                 if not self._ranks.any(bool(parts)):
@@ -459,82 +455,3 @@ class Learner:
             }
         )
         return part.with_denominators(**{name: int(x) for name, x in counts.items()}, dp_size=self._ranks.count)
-
-
-class _Totals:
-    """Metrics of the micro-batches of a step, added up."""
-
-    def __init__(self, zeros: Mapping[str, float]) -> None:
-        self._sums = dict.fromkeys(zeros, 0.0)
-
-    def add(self, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._sums[name] += value * metrics[self._over(name)] if name.endswith(_MEANS) else value
-
-    def _over(self, name: str) -> str:
-        return "pairs" if "pairs" in self._sums and name not in _OVER_TOKENS else "tokens"
-
-    def metrics(self, ranks: Ranks, steps: int) -> dict[str, float]:
-        """Return means over pairs or tokens, counts, and means over the optimizer steps, over all processes."""
-        sums = ranks.sum({name: torch.tensor(value, dtype=torch.float64) for name, value in self._sums.items()})
-        out = {}
-        for name, total in sums.items():
-            if name == "tokens":
-                continue
-            if name.endswith(_MEANS):
-                if count := sums[self._over(name)]:
-                    out[name] = total / count
-            else:
-                out[name] = total if name in _COUNTS else total / (max(steps, 1) * ranks.count)
-        return out
-
-
-def _units(rows: NDArray[np.int64], batch: Rollouts, coupled: bool) -> list[NDArray[np.int64]]:
-    """Return what stays together in a part: the rows of each group if they are coupled, else those of a trajectory."""
-    if not coupled and batch.trajectories is None:
-        return list(rows[:, None])
-    of = batch.group_index.cpu().numpy() if coupled or batch.trajectories is None else batch.trajectories.number
-    return [rows[of[rows] == unit] for unit in np.unique(of[rows])]
-
-
-def _joined(units: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate([np.empty(0, dtype=np.int64), *units])
-
-
-def micro_batches(chosen: Tensor, batch: Rollouts, size: int, coupled: bool = False) -> list[NDArray[np.int64]]:
-    """Return rows, some at a time, those of a group side by side because they share a prompt.
-
-    A group of coupled rows, or a trajectory, that is larger than ``size`` is a part of its own.
-
-    Args:
-        chosen: Integers ``[M]``, numbers of rows.
-        batch: The batch.
-        size: Largest number of rows of a part.
-        coupled: Whether the rows of a group stay together.
-    """
-    rows = chosen.cpu().numpy()
-    rows = rows[batch.group_index.cpu().numpy()[rows].argsort(kind="stable")]
-    parts: list[list[NDArray[np.int64]]] = []
-    filled = size
-    for unit in _units(rows, batch, coupled):
-        if filled + len(unit) > size or not parts:
-            parts.append([])
-            filled = 0
-        parts[-1].append(unit)
-        filled += len(unit)
-    return [_joined(units) for units in parts]
-
-
-def learning_rate(settings: OptimizerSettings, number: int, steps: int) -> float:
-    """Return the learning rate of a step. It rises over the warm-up, then stays, or falls to 0 after the last step.
-
-    Args:
-        settings: Settings of the optimizer.
-        number: Number of the step, from 1.
-        steps: Number of steps of the run.
-    """
-    if number <= settings.warmup:
-        return settings.lr * number / settings.warmup
-    left = (steps - number + 1) / max(steps - settings.warmup, 1)
-    factor = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[settings.schedule]
-    return settings.lr * factor
