@@ -1,7 +1,7 @@
 # `make train`: the main job; `make test`: the whole suite.  Everything is installed into .venv on first use.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(shell find csrc python -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -path '*/assets/*') CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc python -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -path '*/assets/*' -o -path '*/studies/*') CMakeLists.txt pyproject.toml
 
 # GNU OpenMP threads that spin while another program runs slow each other down many times; this bounds the spinning.
 export GOMP_SPINCOUNT ?= 10000
@@ -9,7 +9,7 @@ export GOMP_SPINCOUNT ?= 10000
 # Kernels for the GPU of this machine, if it has one; a wheel for others is built with plain pip.
 BUILD := $(if $(wildcard /dev/nvidia0),-C cmake.define.TOKCREDIT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native,-C cmake.define.TOKCREDIT_CUDA=OFF)
 
-.PHONY: train test test-emulated test-aarch64 wheel sanitize fuzz lint bench bench-quick docs clean
+.PHONY: train study test test-emulated test-aarch64 wheel sanitize fuzz lint bench bench-quick docs clean
 
 .venv/tools: constraints.txt
 	$(PYTHON) -m venv .venv
@@ -49,6 +49,12 @@ wheel: build/sdist/made
 
 train: .venv/installed
 	$(BIN)/tokcredit train --resume $(ARGS)
+
+# Methods with tuned learning rates and several seeds: STUDY=tiny takes about an hour on one core, smollm2 days. It
+# goes on where it was stopped. `python docs/evidence.py runs/study-tiny` then takes the results into docs/evidence.md.
+STUDY ?= tiny
+study: .venv/installed
+	$(BIN)/tokcredit study $(STUDY) $(ARGS)
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

@@ -15,6 +15,7 @@ import pytest
 from pages import PAGES, ROOT, blocks
 
 sys.path.insert(0, str(ROOT / "docs"))
+import evidence
 import outputs
 
 
@@ -53,6 +54,14 @@ def test_readme(tmp_path):
 def test_what_pages_print(name):
     page = (ROOT / f"docs/{name}.md").read_text()
     assert outputs.filled(page) == page
+
+
+def test_evidence_page():
+    """Its tables are those of the committed results, and each experiment has its plot."""
+    text = evidence.PAGE.read_text()
+    assert evidence.filled(text) == text
+    plots = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert plots and all((ROOT / "docs" / plot).exists() for plot in plots)
 
 
 def test_methods_page(tmp_path):
@@ -190,6 +199,7 @@ def test_commands_are_understood(arguments, monkeypatch):
         (train, "run"),
         (train, "compare"),
         (train, "merge"),
+        (train, "study"),
         (analyze, "run"),
         (analyze, "compress"),
         (pairs, "run"),

@@ -128,7 +128,7 @@ def test_settings_of_commands(words, cls, owner, setting, rule, tmp_path, monkey
     is_number = rule.kind in ("number", "whole number")
     assert not is_number or any(x is not None for x in limits), "every number has a range"
     monkeypatch.chdir(tmp_path)
-    for function in ("train.run", "train.compare", "analyze.run", "report.run"):
+    for function in ("train.run", "train.compare", "train.study", "analyze.run", "report.run"):
         monkeypatch.setattr(f"tokcredit.{function}", None)
     required = [p.name for p in inspect.signature(cls).parameters.values() if p.default is p.empty and p.name != "path"]
     paths = ["nowhere"] if "path" in rules(cls) else []

@@ -23,7 +23,7 @@ from tokcredit import analyze, exits, kernels, options, pairs, train
 from tokcredit.analyze import Attribute, CompressSettings, Divergent, Shift
 from tokcredit.pairs import PairsSettings
 from tokcredit.settings import Declared, option, whole_number
-from tokcredit.train import ComparisonSettings, MergeSettings, Settings
+from tokcredit.train import ComparisonSettings, MergeSettings, Settings, StudySettings
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,11 @@ def _compare(settings: _Flat[Settings], comparison: _Flat[ComparisonSettings]) -
     return train.compare(comparison.methods, settings, comparison.seeds) is None
 
 
+def _study(settings: _Flat[StudySettings]) -> bool:
+    """Run a study: arms with tuned learning rates and several seeds, compared with a baseline."""
+    return train.study(settings) is None
+
+
 def _inspect(settings: _Flat[InspectSettings]) -> None:
     """Show the advantage of every token and where it comes from: one prompt in the terminal, or all in an HTML page."""
     from tokcredit.report import run
@@ -156,6 +161,7 @@ _COMMANDS: dict[str, Callable[..., bool | None]] = {
     "merge": _merge,
     "methods": methods,
     "pairs": _pairs,
+    "study": _study,
     "train": _train,
 }
 """The commands by name; each returns whether it was stopped before its end."""

@@ -16,7 +16,6 @@ from tokcredit.stages import aggregation, clip, credit, filters, token_score
 from tokcredit.stages.base import number
 from tokcredit.stages.filters import Filter
 
-
 _NONZERO = filters.nonzero_advantage()
 
 

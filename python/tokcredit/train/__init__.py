@@ -25,6 +25,7 @@ from tokcredit.train.settings import (
     ReplaySettings,
     SamplingSettings,
     Settings,
+    StudySettings,
     ToolSettings,
 )
 
@@ -41,10 +42,12 @@ __all__ = [
     "ReplaySettings",
     "SamplingSettings",
     "Settings",
+    "StudySettings",
     "ToolSettings",
     "compare",
     "merge",
     "run",
+    "study",
 ]
 
 
@@ -80,6 +83,20 @@ def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Pat
     from tokcredit.train import comparison
 
     return comparison.compare(methods, settings, seeds)
+
+
+def study(settings: StudySettings) -> Path | None:
+    """Run what is missing of a study and write its results; see :func:`tokcredit.train.study_runs.study`.
+
+    Args:
+        settings: Which study, in which folder, and how many runs at a time.
+
+    Returns:
+        The folder, or None if the study was stopped before its end.
+    """
+    from tokcredit.train import study_runs
+
+    return study_runs.study(settings)
 
 
 def merge(settings: MergeSettings) -> None:

@@ -23,7 +23,7 @@ from tokcredit.environments import grids
 from tokcredit.expression import construct, parse
 from tokcredit.files import naming, read_json, whole_folder
 from tokcredit.settings import Range, nearest
-from tokcredit.train import adapter, tools
+from tokcredit.train import adapter, algorithms, tools
 from tokcredit.train import tiny as tiny_model
 
 _Count = Annotated[int, Range("whole number", at_least=0)]
@@ -95,8 +95,9 @@ def load(model: str) -> tuple[Any, Any]:
     """Return a model in float32, and its tokenizer.
 
     Args:
-        model: ``smollm2``; ``tiny(steps=..., noise=..., seed=...)``, ``tiny_tools(...)`` or ``tiny_agent(...)``; or a
-            folder or hub name for ``from_pretrained``. The folder of an adapter is merged into the model that it names.
+        model: ``smollm2``; ``tiny(steps=..., noise=..., seed=..., text=...)``, ``tiny_tools(...)`` or
+            ``tiny_agent(...)``; or a folder or hub name for ``from_pretrained``. The folder of an adapter is merged
+            into the model that it names.
 
     Raises:
         ValueError: There is no such model, the settings of a built-in one are wrong, or the cache of the model holds
@@ -230,16 +231,25 @@ def _convert_smollm2(target: Path) -> None:
         tokenizer.save_pretrained(target)
 
 
-def tiny(steps: _Count = 300, noise: _Probability = 0.4, seed: _Count = 0) -> Path:
-    """Return the folder of a small model that adds numbers; see :mod:`tokcredit.train.tiny`.
+def tiny(
+    steps: _Count = 300,
+    noise: _Probability = 0.4,
+    seed: _Count = 0,
+    text: Literal["addition", "sums", "letters"] = "addition",
+) -> Path:
+    """Return the folder of a small model that solves a kind of problem; see :mod:`tokcredit.train.tiny`.
 
     Args:
         steps: Steps of warm-up training; 0 leaves the model random.
-        noise: Probability of a wrong column sum in the warm-up text.
+        noise: Probability of a wrong step, for example of a wrong column sum, in the warm-up text.
         seed: Seed of the weights and of the text.
+        text: Kind of the warm-up text: addition in columns, or one of :mod:`tokcredit.train.algorithms`.
     """
-    make = functools.partial(_warmed, tiny_model.addition, steps=steps, noise=noise, seed=seed)
-    return _cached(f"tiny-{steps}-{noise}-{seed}", make)
+    written: Callable[[random.Random, float], str] = tiny_model.addition
+    if text != "addition":
+        written = algorithms.Texts(text)
+    make = functools.partial(_warmed, written, steps=steps, noise=noise, seed=seed)
+    return _cached(f"tiny-{'' if text == 'addition' else f'{text}-'}{steps}-{noise}-{seed}", make)
 
 
 def tiny_tools(steps: _Count = 300, noise: _Probability = 0.4, seed: _Count = 0) -> Path:

@@ -446,3 +446,15 @@ class ComparisonSettings(Declared):
     """Names of methods."""
     seeds: int = whole_number(3, at_least=1)
     """Number of runs per method, with seeds from that of the settings on."""
+
+
+@dataclass(frozen=True)
+class StudySettings(Declared):
+    """Which study is run."""
+
+    study: tyro.conf.Positional[str] = "tiny"
+    """Study of this package, "tiny" or "smollm2", or a JSON file."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Folder of the study; runs/study-NAME by default."""
+    jobs: int = whole_number(1, at_least=1)
+    """Largest number of runs at a time."""

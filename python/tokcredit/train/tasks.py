@@ -1,4 +1,4 @@
-"""Sources of problems: reasoning_gym data sets, JSONL files, column addition, and chains for a calculator."""
+"""Sources of problems: reasoning_gym data sets, JSONL files, generated problems, and environments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokcredit.expression import Call, call_with, parse
 from tokcredit.rewards import answers, matching
 from tokcredit.rewards.bounded import BoundedCalls
 from tokcredit.settings import Range, nearest
-from tokcredit.train import imported, tools, worlds
+from tokcredit.train import algorithms, imported, tools, worlds
 from tokcredit.train.judging import BoundedReward
 from tokcredit.train.problems import Message, Problem, Problems, split
 from tokcredit.train.records import Record, messages, of_file
@@ -135,6 +135,27 @@ def _addition(digits: _Count = 2, size: _Count = 2000, seed: int = 0) -> list[Pr
     return problems
 
 
+def _sums(terms: _Count = algorithms.SIZES["sums"], size: _Count = 2000, seed: int = 0) -> list[Problem]:
+    """Return problems such as ``7+5+8=``; see :func:`algorithms.sums`."""
+    return _drawn("sums", terms, size, seed)
+
+
+def _letters(length: _Count = algorithms.SIZES["letters"], size: _Count = 2000, seed: int = 0) -> list[Problem]:
+    """Return problems such as ``abba:b=``; see :func:`algorithms.letters`."""
+    return _drawn("letters", length, size, seed)
+
+
+def _drawn(kind: str, steps: int, size: int, seed: int) -> list[Problem]:
+    """Return problems of a kind; the last number of a response is compared."""
+    generator = random.Random(seed)
+
+    def reward(answer: str, response: str) -> float:
+        return float(_judged_number(response) == answer)
+
+    solved = (algorithms.DRAWS[kind](generator, steps, algorithms.never) for _ in range(size))
+    return [Problem(kind, x.question, x.answer, functools.partial(reward, x.answer)) for x in solved]
+
+
 def _calculator(operations: _Count = 2, digits: _Count = 1, size: _Count = 2000, seed: int = 0) -> list[Problem]:
     """Return problems such as ``(7+5)*3=`` for a model that calls a calculator; ``<answer>`` is compared."""
     generator = random.Random(seed)
@@ -154,10 +175,12 @@ _TASKS: dict[str, Callable[..., list[Problem]]] = {
     "jsonl": _jsonl,
     "choices": _choices,
     "addition": _addition,
+    "sums": _sums,
+    "letters": _letters,
     "calculator": _calculator,
     **worlds.TASKS,
 }
-_GENERATED = ("addition", "calculator", *worlds.TASKS)
+_GENERATED = ("addition", "sums", "letters", "calculator", *worlds.TASKS)
 
 
 def _problems(text: str, seed: int) -> list[Problem]:
