@@ -187,6 +187,13 @@ def test_real_runs(write, uniform):
     [
         ({"seeds": []}, "seeds: expected at least one, got none"),
         ({"seeds": [9]}, "tuning_seeds: expected other seeds than those of seeds, got [9]"),
+        ({"seeds": [0, 1, 0]}, "seeds: expected different seeds, got [0, 1, 0]"),
+        ({"seeds": [0.5]}, "seeds: expected whole numbers at least 0, got (0.5,)"),
+        ({"lr": [1e-4, 0]}, "lr: expected numbers above 0, got (0.0001, 0)"),
+        ({"threshold": "high"}, "threshold: expected a number, got 'high'"),
+        ({"gradient_steps": 1}, "gradient_steps: expected 0, or at least 2 for a variance, got 1"),
+        ({"experiments": {"once": ONCE | {"arms": {"a": 1}}}}, "arms: expected options by name, got {'a': 1}"),
+        ({"options": OPTIONS + " --pairs x"}, "once: a: expected --tasks without --pairs and --completions"),
         ({"steps": 3}, "unexpected keyword argument 'steps'"),
         ({"experiments": 3}, "study: expected the form that docs/runs.md shows"),
         ({"options": OPTIONS + " --lr 1"}, "once: a: expected no --output, --resume, --lr and --seed"),

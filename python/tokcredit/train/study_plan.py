@@ -32,6 +32,7 @@ import tyro
 
 from tokcredit import options
 from tokcredit.files import read_json
+from tokcredit.settings import Declared, number, whole_number
 from tokcredit.train.experiment import resolved
 from tokcredit.train.folder import plain
 from tokcredit.train.settings import Settings
@@ -42,7 +43,7 @@ NAMED = Path(__file__).parent / "studies"
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Declared):
     """Arms that answer one question.
 
     Attributes:
@@ -58,12 +59,15 @@ class Experiment:
     arms: dict[str, str]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.arms, dict) or not all(isinstance(text, str) for text in self.arms.values()):
+            raise TypeError(f"arms: expected options by name, got {self.arms!r}")
         if self.baseline not in self.arms:
             raise ValueError(f"baseline: expected one of {', '.join(self.arms)}, got {self.baseline!r}")
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Declared):
     """What is compared, and how.
 
     Attributes:
@@ -77,17 +81,22 @@ class Study:
     """
 
     options: str
-    lr: list[float]
-    tuning_seeds: list[int]
-    seeds: list[int]
-    threshold: float
-    gradient_steps: int
+    lr: tuple[float, ...] = number(above=0, several=True)
+    tuning_seeds: tuple[int, ...] = whole_number(at_least=0, several=True)
+    seeds: tuple[int, ...] = whole_number(at_least=0, several=True)
+    threshold: float = number(infinite=True)
+    gradient_steps: int = whole_number(at_least=0)
     experiments: dict[str, Experiment]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient_steps == 1:
+            raise ValueError("gradient_steps: expected 0, or at least 2 for a variance, got 1")
         for name in ("lr", "tuning_seeds", "seeds", "experiments"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected at least one, got none")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected different seeds, got {list(self.seeds)}")
         if both := set(self.seeds) & set(self.tuning_seeds):
             raise ValueError(f"tuning_seeds: expected other seeds than those of seeds, got {sorted(both)}")
 
@@ -107,6 +116,8 @@ def _settings(text: str, where: str) -> Settings:
         raise ValueError(f"experiments: {where}: {error}") from None
     if made.output or made.resume or made.optimizer.lr or made.seed:
         raise ValueError(f"experiments: {where}: expected no --output, --resume, --lr and --seed, got {text}")
+    if made.trains_on_examples:
+        raise ValueError(f"experiments: {where}: expected --tasks without --pairs and --completions, got {text}")
     try:
         objective = made.objective.build()
     except (TypeError, ValueError) as error:
