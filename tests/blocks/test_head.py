@@ -327,6 +327,8 @@ def test_second_derivative_is_refused():
         (ValueError, {"tile_bytes": 0}, "tile_bytes"),
         (TypeError, {"chosen": torch.zeros(2)}, "chosen: expected int32 or int64"),
         (TypeError, {"chosen": 3}, "chosen: expected torch.Tensor, got int"),
+        (TypeError, {"rows": [0, 1]}, "rows: expected torch.Tensor, got list"),
+        (TypeError, {"squares": torch.ones(3)}, r"squares: expected True or False, got float32 \[3\]"),
         (ValueError, {"chosen": torch.zeros(2, 5, dtype=torch.long)}, r"chosen: expected int32 or int64 \[3, 5\]"),
         (ValueError, {"chosen": torch.zeros((), dtype=torch.long)}, r"chosen: expected int32 or int64 \[1\]"),
         (TypeError, {"unknown": 1}, "unknown"),

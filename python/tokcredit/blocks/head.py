@@ -211,7 +211,7 @@ def positions(
         rows = (flat != -1).nonzero()[:, 0]
         every = rows.numel() == flat.numel()
     else:
-        tensor("rows", rows, (torch.int64,), (rows.numel(),), hidden.device)
+        tensor("rows", instance("rows", rows, Tensor), (torch.int64,), (rows.numel(),), hidden.device)
         every = False
     h, temperature = hidden.reshape(flat.numel(), hidden.shape[-1]), None
     if isinstance(head.temperature, Tensor):
@@ -319,6 +319,8 @@ def _two_passes(
 ) -> tuple[Tensor, ...]:
     h, head, tiles, rows = positions(hidden, weight, bias, tokens, rows, settings)
     tiles.chosen = chosen_ids(chosen, tokens, rows)
+    if not isinstance(squares, bool):
+        raise TypeError(f"squares: expected True or False, got {describe(squares)}")
     with torch.autocast(hidden.device.type, enabled=False):
         found = _TwoPasses.apply(h, head.weight, head.bias, tiles, squares)
     return tuple(scattered(x, rows, tokens.shape) for x in found if x is not None)
