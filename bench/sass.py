@@ -57,11 +57,11 @@ ALONG = r"LDG.E R\d+, .*\+0x(80|100|180)\]|CCTL.IVALL|ST.E.STRONG.GPU|FFMA.*1\.9
 
 STREAMS = {
     "logits": [
-        Stream(r"forward<bf16, 512>", 512, 2, stores=False),
-        Stream(r"forward<float, 512>", 256, 4, stores=False),
-        Stream(r"backward<bf16, bf16>", 512, 4),
-        Stream(r"backward<float, float>", 256, 8),
-        Stream(r"backward<float, bf16>", 256, 6),
+        Stream(r"forward<bf16, 512, false>", 512, 2, stores=False),
+        Stream(r"forward<float, 512, false>", 256, 4, stores=False),
+        Stream(r"backward<bf16, bf16, false>", 512, 4),
+        Stream(r"backward<float, float, false>", 256, 8),
+        Stream(r"backward<float, bf16, false>", 256, 6),
     ],
     # From a mixture of two teachers: three rows are read. Of Jensen-Shannon's two passes over the rows the first.
     "divergence": [

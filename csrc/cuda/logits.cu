@@ -77,6 +77,14 @@ __device__ void numbers(const Vector<T> &v, A (&x)[width], int from = 0) {
     x[from + k] = load(v.item[k]);
 }
 
+// Without a softcap the compiler knows so: the formula takes registers.
+template <bool caps, class A> __device__ Scaling<A> scaling_in(const Logits &in, int64_t i) {
+  Scaling<A> scaling = scaling_of<A>(in, i);
+  if (!caps)
+    scaling.doubled = 0;
+  return scaling;
+}
+
 template <class A, int width> __device__ void cap(const Scaling<A> &scaling, A (&x)[width]) {
   if (scaling.doubled > 0) {
 #pragma unroll
@@ -86,8 +94,8 @@ template <class A, int width> __device__ void cap(const Scaling<A> &scaling, A (
 }
 
 // With `state`, that of LogitsState, only this is written.
-template <class T, int threads>
-__global__ void __launch_bounds__(threads) forward(LogitsForward f, const double *before, double *state) {
+template <class T, int threads, bool caps>
+__global__ void __launch_bounds__(threads, 1) forward(LogitsForward f, const double *before, double *state) {
   using A = accumulate_t<T>;
   using Reduce = cub::BlockReduce<Sums<A>, threads>;
   __shared__ typename Reduce::TempStorage scratch;
@@ -95,7 +103,7 @@ __global__ void __launch_bounds__(threads) forward(LogitsForward f, const double
   constexpr int width = Vector<T>::width;
   const Logits &in = f.in;
   const int64_t i = blockIdx.x;
-  const Scaling<A> scaling = scaling_of<A>(in, i);
+  const Scaling<A> scaling = scaling_in<caps, A>(in, i);
   const A scale = A(log2_e * scaling.factor);
   const T *x = static_cast<const T *>(in.logits) + begin_of(in.places, i);
   const int64_t token = token_of(in, i);
@@ -200,14 +208,14 @@ template <class A> struct Correction {
   int column;
 };
 
-template <class T, class G>
+template <class T, class G, bool caps>
 __global__ void __launch_bounds__(512, sizeof(T) == 8 ? 1 : 0)
     backward(LogitsBackward b, Correction<accumulate_t<T>> *corrections) {
   using A = accumulate_t<T>;
   constexpr int width = Vector<G>::width, loads = int(sizeof(T) / sizeof(G));
   const Logits &in = b.in;
   const int64_t i = blockIdx.x, vocabulary = in.vocabulary;
-  const Scaling<A> scaling = scaling_of<A>(in, i);
+  const Scaling<A> scaling = scaling_in<caps, A>(in, i);
   const Incoming<A> incoming(b, i, scaling.slope);
   const T *x = static_cast<const T *>(in.logits) + begin_of(in.places, i);
   G *grad = static_cast<G *>(b.grad) + begin_of(b.grad_places, i);
@@ -371,7 +379,11 @@ void run(const LogitsForward &f, const double *before, double *state, Queue &que
   with_float(f.in.type, [&](auto t) {
     using T = typename decltype(t)::type;
     with_threads<T>(f.in, [&](auto threads) {
-      launch("logits", queue, forward<T, decltype(threads)::value>, f.in.rows, threads, f, before, state);
+      if (f.in.softcap < INFINITY)
+        launch("logits", queue, forward<T, 128, true>, f.in.rows, 128, f, before, state);
+      else
+        launch("logits", queue, forward<T, decltype(threads)::value, false>, f.in.rows, threads, f, before,
+               state);
     });
   });
 }
@@ -391,9 +403,10 @@ void logits_gradient(const LogitsBackward &b, Queue &queue) {
     Entry *corrections = nullptr;
     if (b.grad_chosen && b.in.choices > 0)
       corrections = static_cast<Entry *>(queue.allocate(b.in.rows * b.in.choices * int64_t(sizeof(Entry))));
+    const auto kernel = b.in.softcap < INFINITY ? backward<T, typename decltype(g)::type, true>
+                                                : backward<T, typename decltype(g)::type, false>;
     with_threads<T>(b.in, [&](auto threads) {
-      launch("logits", queue, backward<T, typename decltype(g)::type>, b.in.rows, int(threads), b,
-             corrections);
+      launch("logits", queue, kernel, b.in.rows, int(threads), b, corrections);
     });
   });
 }
