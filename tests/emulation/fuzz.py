@@ -122,7 +122,7 @@ def scan(d):
         "exclusive": d.chance(0.5),
         "y": d.empty(out, size),
         "carry_out": d.empty(out, count),
-        "decays": d.choice([None, d.normal(torch.float64, count, scale=0.5)]),
+        "decays": d.choice([None, d.normal(torch.float64, count).clamp_(-1, 1)]),
     }
 
 

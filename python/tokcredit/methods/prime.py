@@ -75,19 +75,20 @@ class implicit_process(Credit):
             raise ValueError("group_ids: expected at least two trajectories in each group for prime, got one")
         rows, last = last_tokens(batch)
         given = batch.input("implicit_rewards")
-        q = (self.beta * given.double()).masked_fill(~batch.response_mask, 0).index_fill(0, last, 0)
-        size_to_go = ops.scan(q, spans, reverse=True)[0].abs()
-        q = q / (segment.maximum(size_to_go, Spans.single(len(q), batch.device)).clamp(min=0) + 1e-6)
+        q = (self.beta * given.double()).masked_fill_(~batch.response_mask, 0).index_fill_(0, last, 0)
+        size_to_go = ops.scan(q, spans, reverse=True)[0].abs_()
+        q /= segment.maximum(size_to_go, Spans.single(len(q), batch.device)).clamp(min=0) + 1e-6
         others = (size - 1).clamp(min=1)
         own = size / others
 
         def mean_of_others(x: Tensor) -> Tensor:
             return groups.per_row(segment.sum(x, groups)) / others
 
-        dense = ops.spread(own, spans) * q - ops.spread(mean_of_others(segment.mean(q, spans)), spans)
+        shift = -self.process * mean_of_others(segment.mean(q, spans))
+        dense = ops.row_affine(q, self.process * own, shift, spans)
         accuracy = batch.rewards.double()
         final = (own * accuracy - mean_of_others(accuracy)).index_select(0, rows)
-        rewards = (self.process * dense).index_add(0, last, self.outcome * final)
+        rewards = dense.index_add(0, last, self.outcome * final)
         return ops.scan(rewards, spans, reverse=True)[0].to(torch.promote_types(given.dtype, batch.rewards.dtype))
 
 

@@ -53,8 +53,8 @@ class aligned_rewards(Credit):
         outcome = batch.outcome_rewards
         aligned, ref = batch.input("aligned_log_probs"), batch.input("ref_log_probs")
         dtype = torch.promote_types(torch.promote_types(aligned.dtype, ref.dtype), outcome.dtype)
-        further = self.scale * (aligned.to(dtype) - ref)
-        further = torch.where(batch.response_mask, further.clamp(-self.bound, self.bound), 0)
+        further = (aligned.to(dtype) - ref).mul_(self.scale).clamp_(-self.bound, self.bound)
+        further.masked_fill_(~batch.response_mask, 0)
         if not bool(further.isfinite().all()):
             raise ValueError(
                 "aligned_log_probs, ref_log_probs: expected numbers whose clipped difference is finite at tokens that "
@@ -63,7 +63,8 @@ class aligned_rewards(Credit):
         if batch.token_rewards is not None:
             further = further + batch.token_rewards
         excess = outcome - outcome.clamp(-self.outcome_bound, self.outcome_bound)
-        further = further - at_last_tokens(excess.to(further.dtype), batch.spans)
+        if bool((excess != 0).any()):
+            further = further - at_last_tokens(excess.to(further.dtype), batch.spans)
         return batch.with_inputs(token_rewards=further)
 
 

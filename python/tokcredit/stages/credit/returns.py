@@ -292,7 +292,10 @@ class gae(Credit):
         steps, dtype = Steps.of(batch, self.unit), torch.promote_types(rewards.dtype, values.dtype)
         if self.unit == "turn":
             values = values.index_select(0, batch.turns.first)
-        if bool((wrong := (steps.number >= 0) & ~values.isfinite()).any()):
+        wrong = ~values.isfinite()
+        if self.unit == "token":
+            wrong &= ops.spread(torch.ones_like(batch.begin, dtype=torch.bool), batch.spans)
+        if bool(wrong.any()):
             raise ValueError(
                 f"values: expected finite numbers at tokens that the policy chose, got {values[wrong][0].item()}"
             )
