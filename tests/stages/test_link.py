@@ -1,5 +1,7 @@
 import math
+from dataclasses import dataclass
 
+import naive
 import pytest
 import tokcredit as tc
 import torch
@@ -90,3 +92,44 @@ def test_alpha_logistic():
     for alpha in (0.0, 1e-9, -1e-9):
         near = tc.link.alpha_logistic(2.5, 0.3, alpha)(chosen, rejected)
         torch.testing.assert_close(near, tc.link.logistic(2.5, 0.3)(chosen, rejected))
+
+
+@dataclass(frozen=True)
+class own_logistic(tc.link.Link):
+    """A user's link, which torch differentiates."""
+
+    beta: float = 0.3
+
+    def __call__(self, chosen, rejected):
+        return -torch.nn.functional.logsigmoid(self.beta * (chosen - rejected))
+
+
+@dataclass(frozen=True)
+class no_link(tc.link.Link):
+    def __call__(self, chosen, rejected):
+        return torch.zeros_like(chosen)
+
+
+@pytest.mark.parametrize("normalization", ["sum", "mean"])
+def test_a_link_of_a_user(normalization):
+    batch, current = naive.random_pairs(pairs=4)
+    batch = naive.with_inputs(batch, {"ref_log_probs"})
+    objectives = [tc.Preference(normalization=normalization, link=x) for x in (own_logistic(), tc.link.logistic(0.3))]
+    naive.check_same(objectives, batch, current)
+    nothing, grad = naive.gradient(tc.Preference(link=no_link()), batch, current)
+    assert nothing.loss == 0 and not grad.any()
+
+
+@pytest.mark.parametrize("link", [own_logistic(), tc.link.logistic(0.3), tc.link.discopop(), tc.link.squared()])
+def test_nan_reaches_every_token_of_its_pair(link):
+    batch, current = naive.random_pairs(pairs=3)
+    batch = naive.with_inputs(batch, {"ref_log_probs"})
+    pair = batch.pairing.pairs[0].tolist()
+    current = current.clone()
+    token = int(batch.begin[pair[1]]) + batch.response_mask[int(batch.begin[pair[1]]) :].nonzero()[0]
+    current.view(-1)[token] = math.nan
+    out, grad = naive.gradient(tc.Preference(link=link), batch, current)
+    rows = naive.rows_of(batch)
+    assert out.loss.isnan()
+    for r in range(batch.num_rows):
+        assert batch.flat(grad)[rows[r]].isnan().all() == (r in pair or not len(rows[r]))

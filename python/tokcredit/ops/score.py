@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,14 +105,20 @@ def _score_factor(
     end: Tensor,
     low_bound: Tensor | None,
     high_bound: Tensor | None,
-    *numbers: Any,
+    low: float,
+    high: float,
+    widen: float,
+    strength: float,
+    clamp_low: float,
+    clamp_high: float,
+    threads: int,
 ) -> Tensor:
     y = _factor_output(score)
     if begin.numel() == 0:
         return y.zero_()
-    *settings, threads = numbers
-    rows = (advantages.contiguous(), begin, end, plain(low_bound), plain(high_bound))
-    _C.score_factor(score.contiguous(), log_probs.contiguous(), plain(reference), *rows, *settings, y, threads)
+    rows = (plain(reference), advantages.contiguous(), begin, end)
+    bounds = (plain(low_bound), plain(high_bound), low, high, widen, strength, clamp_low, clamp_high)
+    _C.score_factor(score.contiguous(), log_probs.contiguous(), *rows, *bounds, y, threads)
     return y
 
 

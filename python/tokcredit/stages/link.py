@@ -55,7 +55,7 @@ class Link(Stage):
             chosen, rejected = (leaf if divisors is None else leaf / divisors.clamp(min=1))[pairs].unbind(1)
             losses = self(chosen, rejected)
             total = (losses if weights is None else losses * weights.to(losses.dtype)).sum() * scale
-        (slopes,) = torch.autograd.grad(total, leaf)
+        slopes = torch.autograd.grad(total, leaf)[0] if total.requires_grad else torch.zeros_like(scores)
         undefined = losses.detach().isnan().repeat_interleave(2)
         slopes.index_fill_(0, pairs.reshape(-1)[undefined], math.nan)
         return total.detach(), slopes, torch.stack([losses, chosen, rejected], 1).detach()
