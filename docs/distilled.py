@@ -1,6 +1,6 @@
 """Train GRPO and a model that imitates itself with the answer in its prompt (OPSD), and draw docs/assets/distilled.svg.
 
-``python docs/distilled.py tiny`` takes ten minutes of one core, ``python docs/distilled.py smollm2`` most of a day.
+``python docs/distilled.py tiny`` takes ten minutes of one core, ``python docs/distilled.py smollm2`` many hours.
 After an interruption the same command continues. Each writes its rewards into docs/distilled.json and draws all that
 are there; ``python docs/distilled.py`` only draws.
 """
