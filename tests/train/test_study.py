@@ -264,7 +264,7 @@ def arm(*finals, lr=1e-4, gradient=None):
     return {"lr": lr, "tuning": [], "gradient": gradient, "runs": runs}
 
 
-def test_the_table_by_hand():
+def test_the_table_by_hand(monkeypatch):
     results = {
         "threshold": 0.3,
         "experiments": {
@@ -281,10 +281,13 @@ def test_the_table_by_hand():
             "c": arm(0.4, 0.2),
         },
     }
-    _, a, b, c = study_report.rows(results, "x")
+    assert [row[5] for row in study_report.rows(results, "x")[1:]] == ["-", "too few seeds", "too few seeds"]
+    monkeypatch.setattr(study_report, "_ENOUGH", 2)
+    header, a, b, c = study_report.rows(results, "x")
     assert a == ("`a`", "0.0001", "0.500 [0.500, 0.500]", "-", "-", "-", "100k (2 of 2)", "25%", "0.25")
     assert b[3:7] == ("+0.150 [+0.100, +0.200]", "2 of 2", "better", "50k (2 of 2)")
     assert c[2:7] == ("0.300 [0.200, 0.400]", "-0.200 [-0.300, -0.100]", "0 of 2", "worse", "100k (1 of 2)")
+    assert study_report.summary([header, a, b, c], "a") == "Compared with `a`: better: `b`; worse: `c`."
 
 
 def test_the_interval_covers_the_mean():

@@ -251,8 +251,8 @@ def test_another_reward():
         (
             ["no_such_data"],
             0.2,
-            "tasks: expected jsonl, choices, addition, calculator, minigrid, textarena, environment or a reasoning_gym "
-            "data set, got 'no_such_data'",
+            "tasks: expected jsonl, choices, addition, sums, letters, calculator, minigrid, textarena, environment or "
+            "a reasoning_gym data set, got 'no_such_data'",
         ),
         (["products(digits=1)"], 0.2, "tasks: products: expected settings among min_terms, .*, got digits"),
         (["products(min_terms=0)"], 0.2, "tasks: products: expected .*, got .*min_terms=0: min_terms must be positive"),

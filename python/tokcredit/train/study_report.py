@@ -13,7 +13,10 @@ from scipy.stats import bootstrap
 
 from tokcredit.files import whole, write
 
-_BY_SIGN = {1: "better", 0: "no difference shown", -1: "worse"}
+_VERDICTS = {1: "better", 0: "no difference shown", -1: "worse", None: "too few seeds"}
+"""Verdicts by the sign of the interval of the difference."""
+_ENOUGH = 5
+"""Smallest number of seeds for a verdict."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -70,11 +73,11 @@ def _row(
         differences = [a - b for a, b in zip(finals, base, strict=True)]
         low, high = interval(differences)
         better = sum(x > 0 for x in differences)
-        sign = int(low > 0) - int(high < 0)
+        sign = int(low > 0) - int(high < 0) if len(runs) >= _ENOUGH else None
         compared = (
             f"{statistics.mean(differences):+.3f} [{low:+.3f}, {high:+.3f}]",
             f"{better} of {len(runs)}",
-            _BY_SIGN[sign],
+            _VERDICTS[sign],
         )
     return (
         f"`{name}`",
@@ -105,22 +108,40 @@ def table(found: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rest))
 
 
+def summary(found: Sequence[Sequence[str]], baseline: str) -> str:
+    """Return the arms of a table by their verdict, as a sentence.
+
+    Args:
+        found: Header and rows of the table.
+        baseline: Name of the baseline.
+    """
+    verdicts = found[0].index("verdict")
+    groups = {verdict: [row[0] for row in found[1:] if row[verdicts] == verdict] for verdict in _VERDICTS.values()}
+    parts = [f"{verdict}: {', '.join(arms)}" for verdict, arms in groups.items() if arms]
+    return f"Compared with `{baseline}`: {'; '.join(parts)}." if parts else f"`{baseline}` alone."
+
+
 def markdown(results: Mapping[str, Any], plots: str) -> str:
-    """Return a section for each experiment: its question, options, table and plot.
+    """Return the size of a study, and for each experiment its question, verdicts, table, plot and options.
 
     Args:
         results: Results of a study.
         plots: Place of the plots, with ``{}`` for the name of the experiment.
     """
-    sections = []
+    seeds, rates = results["seeds"], ", ".join(f"{lr:g}" for lr in results["lr"])
+    sections = [
+        f"Seeds {', '.join(map(str, seeds))}; learning rates {rates}, tried on {len(results['tuning_seeds'])} other seeds."
+    ]
     for name, experiment in results["experiments"].items():
-        arms = "\n".join(f"| `{arm}` | `{given['options']}` |" for arm, given in experiment["arms"].items())
+        found = rows(results, name)
+        arms = [(f"`{arm}`", f"`{given['options']}`") for arm, given in experiment["arms"].items()]
         sections += [
             f"### {experiment['question']}",
-            table(rows(results, name)),
+            summary(found, experiment["baseline"]),
+            table(found),
             f"![{experiment['question']}]({plots.format(name)})",
             f"Options of all arms: `{results['options']} {experiment['options']}`",
-            f"| arm | further options |\n| --- | --- |\n{arms}",
+            table([("arm", "further options"), *arms]),
         ]
     return "\n\n".join(sections)
 
