@@ -209,7 +209,7 @@ template <class A> struct Correction {
 };
 
 template <class T, class G, bool caps>
-__global__ void __launch_bounds__(512, sizeof(T) == 8 ? 1 : 0)
+__global__ void __launch_bounds__(512, 1)
     backward(LogitsBackward b, Correction<accumulate_t<T>> *corrections) {
   using A = accumulate_t<T>;
   constexpr int width = Vector<G>::width, loads = int(sizeof(T) / sizeof(G));
@@ -258,18 +258,19 @@ __global__ void __launch_bounds__(512, sizeof(T) == 8 ? 1 : 0)
                          incoming.every - its, from_entropy, from_square) *
              double(c.slope));
   };
-  if (incoming.choices > 0) { // before the gradient lies over the logits
-    for (int64_t k = threadIdx.x; k < incoming.choices; k += blockDim.x) {
-      const int64_t id = incoming.ids[k], column = column_of(in, id);
-      bool writes = column >= 0 && id != token;
-      for (int64_t l = 0; l < k && writes; ++l)
-        writes = incoming.ids[l] != id;
-      corrections[i * in.choices + k] = {writes ? of_id(id, load(x[column])) : A(0),
-                                         writes ? int(column) : -1};
-    }
-    __syncthreads();
-  }
+  // Before the gradient lies over the logits, and once: numbers in double take registers.
+  __shared__ A of_token;
   const int own = int(column_of(in, token));
+  if (threadIdx.x == 0 && own >= 0)
+    of_token = of_id(token, load(x[own]));
+  for (int64_t k = threadIdx.x; k < incoming.choices; k += blockDim.x) {
+    const int64_t id = incoming.ids[k], column = column_of(in, id);
+    bool writes = column >= 0 && id != token;
+    for (int64_t l = 0; l < k && writes; ++l)
+      writes = incoming.ids[l] != id;
+    corrections[i * in.choices + k] = {writes ? of_id(id, load(x[column])) : A(0), writes ? int(column) : -1};
+  }
+  __syncthreads();
   // The gradient of a vector's logits.
   const auto found = [&](int j, const A(&logits)[width]) {
     A out[width];
@@ -283,14 +284,9 @@ __global__ void __launch_bounds__(512, sizeof(T) == 8 ? 1 : 0)
         out[k] = slope(logits[k]);
     }
     if (unsigned(own - j) < unsigned(width)) {
-      A logit = 0;
 #pragma unroll
       for (int k = 0; k < width; ++k)
-        logit = j + k == own ? logits[k] : logit;
-      const A instead = of_id(token, logit);
-#pragma unroll
-      for (int k = 0; k < width; ++k)
-        out[k] = j + k == own ? instead : out[k];
+        out[k] = j + k == own ? of_token : out[k];
     }
     Vector<G> stored;
 #pragma unroll
@@ -309,7 +305,7 @@ __global__ void __launch_bounds__(512, sizeof(T) == 8 ? 1 : 0)
     const Vectors<G> vectors(grad, vocabulary, whole);
     vectors.each_single([&](int j) {
       const A logit = load(x[j]);
-      store(grad + j, j == own ? of_id(token, logit) : of_logit(logit));
+      store(grad + j, j == own ? of_token : of_logit(logit));
     });
     vectors.each_vector(
         [&](int j, int k) {
