@@ -159,7 +159,9 @@ def build(batch: Rollouts) -> PrefixTree:
         batch = batch.whole
     parts = pieces(batch) if batch.has_input("context_keys") else None
     if parts is None:
-        return PrefixTree(batch, *ops.tree_build(batch.tokens, batch.all_spans, batch.group_index, batch.num_groups))
+        arrays = ops.tree_build(batch.tokens, batch.all_spans, batch.group_index, batch.num_groups)
+        leaf, parent, group, depth, length, count, degree, size = arrays
+        return PrefixTree(batch, leaf, parent, group, depth, length, count, degree, size)
     leaf, parent, tree, depth, length, _, degree, size = ops.tree_build(
         batch.tokens, parts.spans, parts.tree, len(parts.group)
     )
