@@ -117,8 +117,9 @@ def _score_factor(
     if begin.numel() == 0:
         return y.zero_()
     rows = (plain(reference), advantages.contiguous(), begin, end)
-    bounds = (plain(low_bound), plain(high_bound), low, high, widen, strength, clamp_low, clamp_high)
-    _C.score_factor(score.contiguous(), log_probs.contiguous(), *rows, *bounds, y, threads)
+    bounds = (plain(low_bound), plain(high_bound))
+    numbers = (low, high, widen, strength, clamp_low, clamp_high)
+    _C.score_factor(score.contiguous(), log_probs.contiguous(), *rows, *bounds, *numbers, y, threads)
     return y
 
 
