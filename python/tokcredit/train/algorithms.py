@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -78,10 +79,11 @@ SIZES = {"sums": 6, "letters": 8}
 """Usual size of a problem of each kind, which the warm-up texts have."""
 
 
-class Texts(NamedTuple):
+@dataclass(frozen=True)
+class Texts:
     """Warm-up texts of a kind of problem, for :func:`tokcredit.train.tiny.warm`.
 
-    Attributes:
+    Args:
         kind: Name of the kind.
     """
 

@@ -245,9 +245,7 @@ def tiny(
         seed: Seed of the weights and of the text.
         text: Kind of the warm-up text: addition in columns, or one of :mod:`tokcredit.train.algorithms`.
     """
-    written: Callable[[random.Random, float], str] = tiny_model.addition
-    if text != "addition":
-        written = algorithms.Texts(text)
+    written = tiny_model.addition if text == "addition" else algorithms.Texts(text)
     make = functools.partial(_warmed, written, steps=steps, noise=noise, seed=seed)
     return _cached(f"tiny-{'' if text == 'addition' else f'{text}-'}{steps}-{noise}-{seed}", make)
 

@@ -72,21 +72,21 @@ class Study(Declared):
 
     Attributes:
         options: Options of all runs.
+        experiments: Experiments by name.
         lr: Learning rates, of which each arm takes the best.
         tuning_seeds: Seeds of the runs that choose it.
         seeds: Seeds of the runs that are compared.
         threshold: Held-out reward whose cost in tokens is reported.
         gradient_steps: Number of batches from which the variance of the gradient is estimated; 0 for none.
-        experiments: Experiments by name.
     """
 
     options: str
+    experiments: dict[str, Experiment]
     lr: tuple[float, ...] = number(above=0, several=True)
     tuning_seeds: tuple[int, ...] = whole_number(at_least=0, several=True)
     seeds: tuple[int, ...] = whole_number(at_least=0, several=True)
     threshold: float = number(infinite=True)
     gradient_steps: int = whole_number(at_least=0)
-    experiments: dict[str, Experiment]
 
     def __post_init__(self) -> None:
         super().__post_init__()
