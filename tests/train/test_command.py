@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from tokcredit import train
 from tokcredit.cli import main
+from tokcredit.train.compatibility import checked
 from tokcredit.train.experiment import resolved
-from tokcredit.train.trainer import Trainer, checked
+from tokcredit.train.trainer import Trainer
 
 OPTIONS = [
     *("--model", "tiny(steps=0)", "--tasks", "addition(digits=1)", "--reward", "uniform:digest", "--precision", "no"),

@@ -20,10 +20,11 @@ from tokcredit.train import (
     example_trainer,
     run,
 )
+from tokcredit.train.compatibility import only_read
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.experiment import resolved
 from tokcredit.train.record import read_metrics
-from tokcredit.train.trainer import Trainer, only_read
+from tokcredit.train.trainer import Trainer
 
 PAIRS = [
     {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "x" * (1 + (a + 2 * b) % 3) + str(a - b)}

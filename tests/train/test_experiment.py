@@ -19,17 +19,19 @@ from tokcredit.train import (
     PrivilegedSettings,
     ProbeSettings,
     compare,
+    compatibility,
     fixed_collectors,
     micro_batches,
     run,
 )
 from tokcredit.train import trainer as trainer_module
 from tokcredit.train.clock import Clock
+from tokcredit.train.compatibility import distils, only_read
 from tokcredit.train.experiment import resolved
 from tokcredit.train.learning_rate import learning_rate
 from tokcredit.train.record import read_metrics, smoothed
 from tokcredit.train.scoring import score
-from tokcredit.train.trainer import Trainer, distils, only_read
+from tokcredit.train.trainer import Trainer
 from uniform import UniformSampler, digest
 
 TIMES = {"seconds", "sample_seconds", "train_seconds", "credit_seconds"}
@@ -294,13 +296,13 @@ def test_parts_of_coupled_rows_hold_whole_groups(method):
 def test_methods_that_are_compared_have_only_the_models_that_they_read(settings, method):
     others = {"teacher": "initial", "aligned": "initial", "reward_model": "initial", "critic": CriticSettings("head")}
     s = settings(method, privileged=PrivilegedSettings("answer"), **others)
-    trainer_module.checked(resolved(only_read(s, tc.methods.load(method))))
+    compatibility.checked(resolved(only_read(s, tc.methods.load(method))))
 
 
 def test_a_group_of_coupled_rows_must_fit_a_micro_batch(settings):
     message = "micro_batch: expected at least 4, the size of a group, because the objective compares .*, got 3"
     with pytest.raises(ValueError, match=message):
-        trainer_module.checked(resolved(settings("real")))
+        compatibility.checked(resolved(settings("real")))
 
 
 def killed(settings):
@@ -366,9 +368,9 @@ def test_a_folder_is_not_overwritten(settings):
 
 def test_a_correction_for_the_engine_is_added_once():
     """Without vllm installed, the objective that ``--sampler vllm`` trains is built by the same function."""
-    added = trainer_module._corrected(tc.methods.grpo())
+    added = compatibility._corrected(tc.methods.grpo())
     assert added == tc.mix("grpo", token_weights="tis")
-    assert trainer_module._corrected(added) == added
+    assert compatibility._corrected(added) == added
     bypass = {"bypass_mode": True, "loss_type": "reinforce", "rollout_rs": "token_k2", "rollout_rs_threshold": 0.1}
     for corrected in (
         tc.mix("grpo", ratio="token(to='rollout_log_probs')"),
@@ -377,9 +379,9 @@ def test_a_correction_for_the_engine_is_added_once():
         tc.rollout_correction.from_verl(tc.methods.grpo(), bypass),
         tc.methods.dppo_tv(),
     ):
-        assert trainer_module._corrected(corrected) == corrected
+        assert compatibility._corrected(corrected) == corrected
     regularized = tc.mix("grpo", terms="kl(0.1, to='rollout_log_probs')")
-    assert trainer_module._corrected(regularized).token_weights == (tc.token_weights.tis(),)
+    assert compatibility._corrected(regularized).token_weights == (tc.token_weights.tis(),)
 
 
 PRESETS = [

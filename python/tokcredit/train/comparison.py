@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tokcredit.files import WriteError, write
+from tokcredit.train.compatibility import only_read
 from tokcredit.train.curve import Curve, curve_of
 from tokcredit.train.experiment import NEUTRAL, check_folder, checked, read_summary, resolved, run
 from tokcredit.train.folder import locked
 from tokcredit.train.ranks import check_launch, on_main, processes
 from tokcredit.train.record import draw_curves, read_metrics
 from tokcredit.train.settings import Settings
-from tokcredit.train.trainer import only_read
 
 
 def compare(methods: tuple[str, ...], settings: Settings, seeds: int = 3) -> Path | None:

@@ -15,7 +15,16 @@ from tokcredit import inputs
 from tokcredit.preference import Preference
 from tokcredit.rollouts import Rollouts
 from tokcredit.supervised import Supervised
-from tokcredit.train import adapter, examples, fixed_collectors, instructions, policy, tasks, trainer, virtual_tokens
+from tokcredit.train import (
+    adapter,
+    compatibility,
+    examples,
+    fixed_collectors,
+    instructions,
+    policy,
+    tasks,
+    virtual_tokens,
+)
 from tokcredit.train import teacher as teaching
 from tokcredit.train.checkpoint import last
 from tokcredit.train.clock import Clock
@@ -102,14 +111,14 @@ def checked(settings: Settings) -> tuple[Any, Problems | None]:
         raise ValueError(
             f"method: expected a {wanted} method because of {option}, got {settings.objective.method}, which is another"
         )
-    trainer.check_collected(objective, settings.objective.method, ("user", "host"))
+    compatibility.check_collected(objective, settings.objective.method, ("user", "host"))
     sampled = frozenset().union(*map(inputs.names, _SAMPLED)) - {"prompt_tokens"}
     if of_rollouts := sorted(objective.required_inputs & sampled):
         raise ValueError(
             f"method: expected one that reads no inputs of rollouts because of {option}, got "
             f"{settings.objective.method}, which requires {', '.join(of_rollouts)}"
         )
-    trainer.check_models(objective, settings)
+    compatibility.check_models(objective, settings)
     fixed_collectors.check(objective, settings)
     _check_read(settings, option)
     if not settings.tasks:
@@ -225,7 +234,7 @@ class ExampleTrainer:
         settings = dataclasses.replace(self.settings, sampling=sampling)
         context = SamplingContext(settings, problems, self.tokenizer, sampler, self.ranks)
         context.prompt.prefix = adapter.prefix(self.model)
-        return context, trainer.collector(settings, frozenset(), problems)(context)
+        return context, compatibility.collector(settings, frozenset(), problems)(context)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on beside weights, for a checkpoint."""

@@ -22,9 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from tokcredit import __version__
 from tokcredit.files import WriteError, read_json, whole_folder, write
 from tokcredit.report import report
-from tokcredit.train import adapter, checkpoint, models, teacher_scores, virtual_tokens
-from tokcredit.train import example_trainer as on_examples
-from tokcredit.train import trainer as on_rollouts
+from tokcredit.train import adapter, checkpoint, compatibility, example_trainer, models, teacher_scores, virtual_tokens
 from tokcredit.train.curve import Curve
 from tokcredit.train.example_trainer import ExampleTrainer
 from tokcredit.train.folder import check, locked, plain, write_settings
@@ -106,7 +104,7 @@ def checked(settings: Settings) -> None:
         TypeError: A setting of the method has the wrong type.
         ValueError: A setting is wrong.
     """
-    (on_examples.checked if settings.trains_on_examples else on_rollouts.checked)(settings)
+    (example_trainer.checked if settings.trains_on_examples else compatibility.checked)(settings)
 
 
 def _run(settings: Settings, folder: Path) -> dict[str, float] | None:

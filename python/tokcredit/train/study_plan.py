@@ -33,10 +33,10 @@ import tyro
 from tokcredit import options
 from tokcredit.files import read_json
 from tokcredit.settings import Declared, number, whole_number
+from tokcredit.train.compatibility import only_read
 from tokcredit.train.experiment import resolved
 from tokcredit.train.folder import plain
 from tokcredit.train.settings import Settings
-from tokcredit.train.trainer import only_read
 
 NAMED = Path(__file__).parent / "studies"
 """Folder of the studies that come with the package."""
