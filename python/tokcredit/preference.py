@@ -403,7 +403,7 @@ class PreparedPairs:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return what the terms add to the loss, and the weights of the comparisons.
 
-        A pair has a weight of NaN where a term is NaN, so that its whole gradient is.
+        A comparison has a weight of NaN where its loss with the terms is NaN, so that its whole gradient is.
 
         Args:
             scores: float ``[J]``.
@@ -415,13 +415,15 @@ class PreparedPairs:
             return None, weights
         of_pairs = scores.index_select(0, rows[0]), scores.index_select(0, rows[1])
         seen = pair_stages.Pairs(self.whole, variables, self.multiplier, self.divisors, rows, of_pairs, link)
-        losses = scores.new_zeros(len(rows[0]))
+        chosen, rejected = (self.of_comparisons(x.detach()) for x in of_pairs)
+        losses = torch.zeros_like(chosen)
         for term in self.objective.pair_terms:
             x = term(seen)
             values[term.metric] = x.detach()
             if term.coefficient:  # 0 times an infinite term is NaN
-                losses = losses + term.coefficient * x
-        undefined = torch.where(losses.isnan(), losses.detach(), 1)
+                losses = losses + term.coefficient * self.of_comparisons(x)
+        total = losses.detach() + link(chosen, rejected)
+        undefined = torch.where(total.isnan(), total, 1)
         losses, undefined = losses * undefined, undefined.double()
         if weights is not None:
             losses, undefined = losses * weights.to(losses.dtype), undefined * weights

@@ -78,7 +78,7 @@ def test_the_rows_of_an_episode_are_one_rollout(tmp_path):
         for name, x in mine.items():
             assert np.array_equal(x, other[name], equal_nan=getattr(x, "dtype", None) == np.float32), name
     assert json.dumps(summarize(whole)) == json.dumps(summarize(cut))
-    with pytest.raises(ValueError, match="trajectory_ids: expected one row in each trajectory"):
+    with pytest.raises(ValueError, match="context_keys: expected for trajectories of several rows"):
         report.compute(run, ["tempo"])
 
 

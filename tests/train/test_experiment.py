@@ -13,6 +13,7 @@ import torch
 from tokcredit import cli, train
 from tokcredit.stages.credit.group import per_token
 from tokcredit.train import (
+    CollectorSettings,
     CriticSettings,
     ObjectiveSettings,
     OptimizerSettings,
@@ -162,7 +163,7 @@ def test_every_method_trains(settings, uniform, method):
     optimizer = OptimizerSettings(lr=1e-3, micro_batch=rows, precision="no", epochs=2, minibatches=2, schedule="linear")
     probes = ProbeSettings(continuations=2, interval=2, step_end="e", answers=2, answer_tokens=3)
     others = {"teacher": "tiny(steps=0, seed=1)", "aligned": "tiny(steps=0, seed=2)", "critic": CriticSettings("head")}
-    others["reward_model"] = "initial"
+    others |= {"reward_model": "initial", "collectors": CollectorSettings(reverse_teacher="tiny(steps=0, seed=3)")}
     s = settings(method, optimizer=optimizer, steps=2, probes=probes, reward=reward, **others)
     s = only_read(s, objective)
     if "teacher_mask" in objective.required_inputs:
@@ -469,6 +470,6 @@ def test_smoothing_has_no_start_up_bias():
 
 
 def test_an_engine_that_is_not_installed_is_named_at_once(settings, monkeypatch):
-    monkeypatch.setattr("tokcredit.train.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("tokcredit.train.compatibility.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="sampler: expected transformers because vllm is not installed, got vllm"):
         run(settings(sampling=dataclasses.replace(settings().sampling, sampler="vllm")))

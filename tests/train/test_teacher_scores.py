@@ -221,14 +221,14 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_engines_that_do_not_fit(settings, monkeypatch, name):
-    monkeypatch.setattr("tokcredit.train.trainer.find_spec", lambda name: object())
+    monkeypatch.setattr("tokcredit.train.compatibility.find_spec", lambda name: object())
     method, changes, message = WRONG[name]
     with pytest.raises(ValueError, match=f"^{message}"):
         Trainer(resolved(settings(method, **({"teacher": OTHER, "teacher_engine": "vllm"} | changes))))
 
 
 def test_an_engine_that_is_not_installed(settings, monkeypatch):
-    monkeypatch.setattr("tokcredit.train.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("tokcredit.train.compatibility.find_spec", lambda name: None)
     s = settings("opd", teacher=OTHER, teacher_engine="vllm")
     with pytest.raises(ValueError, match="teacher_engine: expected transformers because vllm is not installed"):
         Trainer(resolved(dataclasses.replace(s)))

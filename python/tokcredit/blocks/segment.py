@@ -283,7 +283,7 @@ def standardize(
         float ``[M]``.
 
     Raises:
-        TypeError: A tensor has the wrong dtype.
+        TypeError: A tensor or ``dtype`` has the wrong dtype.
         ValueError: ``standard`` is unknown, a shape is wrong, or a group is out of range.
     """
     if standard not in ops.STANDARDS:
@@ -291,6 +291,8 @@ def standardize(
     instance("x", x, Tensor)
     for name, found in (("group", group), ("moments", moments)):
         instance(name, found, Tensor)
+    if dtype not in (None, torch.float32, torch.float64):
+        raise TypeError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype!r}")
     return ops.standardize(x, group, moments, ops.STANDARDS.index(standard), epsilon, dtype or x.dtype)
 
 
