@@ -405,7 +405,7 @@ def test_the_correction_of_the_command_line_is_applied_and_measured(tmp_path, mo
             g = torch.Generator().manual_seed(len(made.tokens))
             return made._replace(log_probs=made.log_probs + 0.1 * torch.randn(len(made.tokens), generator=g))
 
-    monkeypatch.setattr(trainer_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(compatibility, "find_spec", lambda name: True)
     monkeypatch.setattr(Trainer, "_vllm", lambda trainer, dtype: Noisy(trainer.model, trainer.tokenizer))
     words = "train --method grpo --model tiny(steps=0) --sampler vllm --prompts 2 --group 4 --max-tokens 6 --steps 1"
     words += " --reward uniform:digest --tasks addition(digits=1) --micro-batch 4 --precision no"
