@@ -49,9 +49,10 @@ TOKCREDIT_FN Curve blend(double x, double parameter) {
                power = std::exp(-x);
   // 0 times infinity far below 0, where all of the weight is on the other function.
   const auto of_power = [&](double factor) { return factor == 0 ? 0 : factor * power; };
+  const auto of_log = [&](double factor) { return factor == 0 ? 0 : factor * s.log; };
   return {of_power(k.of) - k.of_minus * s.log,
-          of_power(first - k.of) + first * s.log - k.of_minus * s.of_minus,
-          of_power(second - 2 * first + k.of) + second * s.log + 2 * first * s.of_minus +
+          of_power(first - k.of) + of_log(first) - k.of_minus * s.of_minus,
+          of_power(second - 2 * first + k.of) + of_log(second) + 2 * first * s.of_minus +
               k.of_minus * s.of * s.of_minus};
 }
 

@@ -40,7 +40,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("name", TERMS)
-@pytest.mark.parametrize("x", [-1e4, -800.0, 0.0, 800.0, 1e4])
+@pytest.mark.parametrize("x", [-math.inf, -1e4, -800.0, 0.0, 800.0, 1e4, math.inf])
 def test_large_scores(name, x):
     """The value is that of torch where torch's is finite, and no derivative is NaN."""
     terms = (LinkTerm(name, 1, 1, 0, 0, 0.5),)
