@@ -14,8 +14,13 @@ template <class A> __global__ void __launch_bounds__(threads) all_pairs(PairLink
   double total = 0;
   for (int64_t p = threadIdx.x; p < l.count; p += threads) {
     const int64_t chosen = row_of(l, p, 0), rejected = row_of(l, p, 1);
-    if (chosen >= 0 && chosen < l.rows && rejected >= 0 && rejected < l.rows)
+    if (chosen >= 0 && chosen < l.rows && rejected >= 0 && rejected < l.rows) {
       total += link_pair<A>(l, p);
+    } else { // an error would mean to wait for the device
+      for (int i = 0; i < pair_columns; ++i)
+        l.table[p * pair_columns + i] = double(NAN);
+      total = double(NAN);
+    }
   }
   __shared__ double part[threads];
   part[threadIdx.x] = total;

@@ -2,8 +2,9 @@
 // pair p, each score divided by the divisor of its row (at least 1), and a sum over the terms of the link:
 //     loss[p] = sum of weight f(chosen * score[c] + rejected * score[r] + shift)
 //     total = scale * sum over p of weights[p] loss[p],   slopes[row] = the derivative of total to the score
-// A pair whose loss is NaN has NaN slopes. Rows of no pair have slope 0. Of two pairs of one row the later
-// one sets its slope.
+// A pair whose loss is NaN has NaN slopes. Rows of no pair have slope 0. No row is in two pairs. A row
+// outside [0, J) is an error; on CUDA, where an error would mean to wait for the device, total and the
+// pair's row of the table are NaN.
 //
 //     f            value
 //     logistic     -log sigmoid(x)

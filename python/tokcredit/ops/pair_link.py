@@ -79,7 +79,8 @@ def pair_link(
     Args:
         scores: float32 or float64 ``[J]``.
         terms: The terms of the link, at most four.
-        pairs: int64 ``[P, 2]``, the chosen and the rejected row of each pair; None for rows ``2 p`` and ``2 p + 1``.
+        pairs: int64 ``[P, 2]``, the chosen and the rejected row of each pair, all of them different; None for rows
+            ``2 p`` and ``2 p + 1``.
         divisors: int64 ``[J]``, what each score is divided by, 0 counting as 1, or None.
         weights: float64 ``[P]``, weights of the pairs, or None.
         scale: Factor of the loss.
