@@ -115,7 +115,7 @@ def _compare(settings: _Flat[Settings], comparison: _Flat[ComparisonSettings]) -
 
 
 def _study(settings: _Flat[StudySettings]) -> bool:
-    """Run a study: arms with tuned learning rates and several seeds, compared with a baseline."""
+    """Run a study: sets of options, each with a tuned learning rate and several seeds, compared with a baseline."""
     return train.study(settings) is None
 
 

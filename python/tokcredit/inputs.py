@@ -112,7 +112,7 @@ COLLECTORS = {
     "revised_prompts": "forward passes of the reference model under two other prompts, over pairs",
     "activations": "activations of the reference model, over pairs",
     "response_text": "the text of the response, of pairs",
-    "instructions": "the trainer, which adds instructions to prompts of pairs that one response follows",
+    "instructions": "the trainer, which adds instructions to the prompts of pairs",
     "host": "another trainer, or the file that a trainer wrote",
     "user": "whoever makes the batch",
 }

@@ -1,4 +1,4 @@
-"""Contexts by name: a chain hash of the tokens that the policy had seen, and rows cut where contexts are the same."""
+"""Keys of contexts, a hash of the tokens that the policy had seen, and rows cut where contexts are the same."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def _after(tokens: Tensor, spans: Spans, start: Tensor) -> Tensor:
 
 
 def context_keys(tokens: Tensor, spans: Spans, start: Tensor | None = None) -> Tensor:
-    """Return the keys of contexts, a hash of all their tokens in order; for ``context_keys`` of a batch.
+    """Return the key of each context, a hash of all its tokens in order; for the input ``context_keys`` of a batch.
 
-    ``h[0] = start; h[t + 1] = H(h[t], tokens[t])``: equal contexts have equal keys, however they are cut::
+    ``h[0] = start; h[t + 1] = H(h[t], tokens[t])``. Equal contexts have equal keys, also if they are hashed in parts::
 
         key = context_keys(prompt, spans)
         context_keys(observation, spans, start=context_keys(action, spans, start=key))  # of the next call
@@ -60,7 +60,7 @@ def context_keys(tokens: Tensor, spans: Spans, start: Tensor | None = None) -> T
         start: int64 ``[R]``, the keys of the contexts before these tokens, or None for no tokens before.
 
     Returns:
-        int64 ``[R]``. Different contexts have different keys but with a probability of about 2^-64 for each pair.
+        int64 ``[R]``. Two different contexts have the same key with a probability of about 2^-64.
     """
     require_spans("spans", spans)
     instance("tokens", tokens, Tensor)

@@ -8,8 +8,8 @@ The logits exist one tile at a time. With ``h`` a hidden state, ``W`` and ``b`` 
     entropies = -sum(p * log(p) for p in softmax(z))
     squares = sum(p * p for p in softmax(z))
 
-Positions without a token (-1) are taken out before the first product: what their hidden states hold, NaN included,
-reaches neither result nor gradient. All products are those of torch.
+Positions without a token (-1) are removed before the first matrix product, so their hidden states, even NaN, change
+neither results nor gradients. All matrix products are torch's.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def log_probs_and_entropies(
 ) -> tuple[Tensor, ...]:
     """Return the log-prob of each token and the entropy of its distribution, with gradients.
 
-    The backward pass computes the logits again, tile by tile, and only of positions that have a gradient: four matrix
+    The backward pass computes the logits again, tile by tile, for the positions that have a gradient: four matrix
     products in all. A second derivative is not available. Under autocast, hidden states, weight and bias are cast to
     its dtype. Inside a function that ``torch.compile`` compiles this is one operation of its graph; with a shard it
     breaks the graph.
@@ -262,12 +262,12 @@ def log_probs_and_entropies(
         rows: int64, indices into ``tokens.reshape(-1)`` of the positions that take part. None takes all whose token is
             not -1, and on CUDA waits for the device to find them.
         squares: Whether the sum of squared probabilities of each position is a third result.
-        chosen: int32 or int64 ``[K]``, or ``(..., K)`` with others at each position: further ids whose log-probs are
-            the last result, 0 for an id of -1.
+        chosen: int32 or int64 ``[K]``, or ``(..., K)`` with others at each position: further ids, whose log-probs are
+            the last result; 0 for an id of -1.
         settings: ``temperature``, ``softcap``, ``scale``, ``vocabulary``, ``logits_dtype``, ``tile_bytes`` and
             ``shard`` of :class:`Head`. With a shard, all processes of its group call this and the backward pass
-            together with the same hidden states and tokens; each gets the whole gradient of the hidden states and that
-            of its rows of weight and bias.
+            together with the same hidden states and tokens; each gets the whole gradient of the hidden states and the
+            gradient of its own rows of weight and bias.
 
     Returns:
         Two tensors ``(...)``, then a third with ``squares``, then ``(..., K)`` with ``chosen``: float32, or float64 for

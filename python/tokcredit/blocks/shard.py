@@ -14,15 +14,16 @@ from tokcredit.arguments import float_tensor, whole_number
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """The rows of an output layer's weight that this process has, of those of all processes of a group.
+    """Which rows of an output layer's weight each process of a group has.
 
     The rows of the first process belong to the first ids, those of the second to the next ids, and so on.
 
     Args:
         sizes: Rows of the weight of each process, in order of the ids. They may differ.
         group: The processes; None for all.
-        sums_hidden: Whether each process gets the whole gradient of the hidden states. False for its own part of it,
-            where what made the hidden states adds the parts up, as Megatron's gather of a divided sequence does.
+        sums_hidden: Whether each process gets the whole gradient of the hidden states. With False it gets the part from
+            its own ids. Use this where the operation before sums the parts, as Megatron's gather does with sequence
+            parallelism.
 
     Raises:
         RuntimeError: ``torch.distributed`` is not initialized.
@@ -103,7 +104,7 @@ class Shard:
         return found if squares else found._replace(squares=None)
 
     def sum_(self, hidden: Tensor) -> None:
-        """Add up the gradient of the hidden states over the processes, in place, where that is wanted.
+        """Add up the gradient of the hidden states over the processes, in place, if ``sums_hidden``.
 
         Args:
             hidden: The part of it from the ids of this shard.

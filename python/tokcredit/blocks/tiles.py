@@ -29,12 +29,12 @@ class Head:
         scale: Positive factor of the logits before the softcap, as in Cohere's models.
         vocabulary: Number of ids, at most V; further rows of the weight are padding and are left out. None for V.
         logits_dtype: dtype of a tile of logits: that of the weight or, for a weight in half precision, float32. None
-            takes float32 on CUDA and the dtype of the weight on the CPU, where float32 takes a float32 copy of the
+            takes float32 on CUDA and the dtype of the weight on the CPU, where float32 needs a float32 copy of the
             weight.
-        tile_bytes: Largest memory for one tile of logits, over which their gradient lies; 256 MiB on the CPU and 2 GiB
-            on CUDA if None. Gradients of hidden states and weight are not counted.
-        shard: Which rows of the layer's weight ``weight`` and ``bias`` are, where they are divided among processes.
-            ``vocabulary`` and all ids then count the rows of all of them. None if they are whole.
+        tile_bytes: Largest number of bytes of one tile of logits; their gradient is written over them. None takes
+            256 MiB on the CPU and 2 GiB on CUDA. Gradients of hidden states and weight are not counted.
+        shard: For a layer whose rows are divided among processes: which of them ``weight`` and ``bias`` have.
+            ``vocabulary`` and all ids then refer to the whole layer. None for a layer that is not divided.
 
     Raises:
         TypeError: A tensor has the wrong dtype.

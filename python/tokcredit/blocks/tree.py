@@ -142,9 +142,9 @@ def build(batch: Rollouts) -> PrefixTree:
     Rows are compared by token id up to their own end, masked tokens included. Equal rows share their leaf, and a row
     that is a prefix of another ends at an inner node. The cost is linear in the shared prefixes.
 
-    With ``context_keys`` rows are compared by all that the policy had seen. A row is cut where the context of another
-    row of its group begins, so that a token has the same node whether its trajectory is one row or several.
-    Trajectories of several rows are taken as ``batch.whole``, whose layout the results then have.
+    With ``context_keys`` rows are compared by all tokens that the policy had seen. A row is cut where the tokens so far
+    are the context of another row of its group, so a token has the same node whether its trajectory is one row or
+    several. For trajectories of several rows, the trees are those of ``batch.whole``, and results have its layout.
 
     Args:
         batch: The rollouts, with whole groups.

@@ -78,7 +78,7 @@ def igpo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Objective:
-    """IGPO: a turn's reward is the rise of the policy's probability of the true answer, the last turn's the outcome.
+    """IGPO: a turn's reward is the rise of the true answer's probability; that of the last turn is the outcome.
 
     With ``p[k]`` the exp of the mean log-prob of the true answer after turn k, and ``R`` the total reward::
 

@@ -14,7 +14,7 @@ def ipo(
     token_weights: tuple[TokenWeight, ...] = (),
     transform: Transform | None = None,
 ) -> Preference:
-    """IPO: the log-ratios of chosen and rejected response are regressed to a difference of ``1 / (2 beta)``.
+    """IPO: the difference of the log-ratios of chosen and rejected response is regressed to ``1 / (2 beta)``.
 
     With ``w`` the token weights, 1 by default::
 

@@ -64,8 +64,8 @@ def iw_opd(
         - None known; clip ranges and dual clip are as TRL's index of papers gives them.
     Differences from the released code:
         - TRL's loss is ``-A * log p`` without a ratio. Its gradient is that of the first update after sampling here.
-        - TRL's ``a[t]`` has the log-probs of the engine that sampled, where it reports them: ``credit.distilled(
-          of="rollout_log_probs")`` inside ``ahead_weighted``.
+        - TRL computes ``a[t]`` from the log-probs of the engine that sampled, if the engine reports them. This is
+          ``credit.distilled(of="rollout_log_probs")`` inside ``ahead_weighted``.
         - TRL raises an error where the teacher's log-prob is missing (NaN). Here the advantages of the row become NaN.
     """
     return Objective(

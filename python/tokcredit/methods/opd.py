@@ -29,7 +29,7 @@ def opd(coefficient: float = 1.0, discount: float = 0.0) -> Objective:
         - None known.
     Differences from the released code:
         - Tinker sums over the tokens. Here the loss is their mean.
-        - SDPO, TRL and prime-rl also have a form with the current policy in place of the old one in A:
+        - SDPO, TRL and prime-rl also have a form whose A has the current policy in place of the old one:
           ``tc.mix("sft", scales=("teacher_log_ratio()", "truncated_ratio()"))``.
         - With a discount, Tinker's code counts tokens that the policy did not choose as steps. Here they are skipped.
         - A token at which the teacher's log-prob is missing (NaN) makes loss and gradient NaN.

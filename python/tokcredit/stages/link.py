@@ -360,16 +360,16 @@ class discopop(TermLink):
 
 @dataclass(frozen=True)
 class both(Link):
-    """``first_weight * first + second_weight * second``: TRL's ``loss_weights``.
+    """The weighted sum of two links, ``first_weight * first + second_weight * second``: TRL's ``loss_weights``.
 
     Args:
         first: A link.
-        second: Another link of the same scores.
+        second: Another link, for the same scores: both for sums over tokens, or both for means.
         first_weight: Factor of the first, at least 0.
         second_weight: Factor of the second, at least 0.
 
     References:
-        MPO, arXiv 2411.10442, whose third loss is ``pair.chosen_nll``.
+        MPO, arXiv 2411.10442. Its third loss is ``pair.chosen_nll``.
     """
 
     first: Link = part(Link, logistic)

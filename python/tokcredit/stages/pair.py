@@ -344,7 +344,7 @@ class on_policy(PairWeight):
 
         weight = product over both responses of exp(mean over t of (log p[t] - log sum over v of p(v)^2))
 
-    The policy is that before the update of the batch; a weight has no gradient.
+    All probabilities are those of the policy before the update, and the weight has no gradient.
 
     References:
         arXiv 2406.11827.

@@ -194,9 +194,10 @@ class truncated_ratio(Scale):
 class teacher_log_ratio(Scale):
     """The log-ratio of a teacher to the current policy: ``log q - log p`` of each token.
 
-    The negative log-likelihood with this scale has the expected gradient of ``KL(policy || teacher)`` of the next token
-    where the current policy samples, and ``truncated_ratio`` corrects for an older one. ``credit.distilled`` has the
-    log-ratio to the policy before the update.
+    ``q`` is the teacher's probability of the token, and ``p`` that of the current policy. If the current policy sampled
+    the tokens, the negative log-likelihood with this scale has, in expectation, the gradient of
+    ``KL(policy || teacher)`` of the next token. If an older policy sampled them, add ``truncated_ratio``.
+    ``credit.distilled`` has the log-ratio to the policy before the update.
 
     Args:
         to: Input with the log-probs of the teacher.

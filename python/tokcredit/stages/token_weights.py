@@ -268,10 +268,11 @@ def _turns(batch: Rollouts) -> tuple[Spans, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class turn_mean(TokenWeight):
-    """Equal weights of the turns of a trajectory: ``L / (K * l)``.
+    """``L / (K * l)``, with which all turns of a trajectory have the same weight.
 
-    L tokens of a trajectory train, in K turns, and l of them are in the turn of the token. With
-    ``aggregation.sequence_mean`` the loss is the mean over trajectories of the mean over turns of the mean over tokens.
+    L is the number of tokens of the trajectory that train, K the number of turns with such tokens, and l the number of
+    such tokens in the token's own turn. With ``aggregation.sequence_mean`` the loss is the mean over trajectories of
+    the mean over turns of the mean over tokens.
     """
 
     def __call__(self, batch: Rollouts, advantages: Tensor) -> Tensor:
@@ -283,10 +284,11 @@ class turn_mean(TokenWeight):
 
 @dataclass(frozen=True)
 class turn_count(TokenWeight):
-    """Token losses divided by the number of turns: ``mean(K) / K``, with K the turns of the trajectory that train.
+    """``mean(K) / K``, which divides token losses by the number of turns of their trajectory.
 
-    With ``aggregation.token_mean`` the loss is ``1/J * sum over the trajectories of (sum of token losses) / (K * c)``,
-    with J trajectories and c the mean number of tokens in a turn of the batch.
+    K is the number of turns of the trajectory with tokens that train, and ``mean(K)`` its mean over the trajectories of
+    the batch. With ``aggregation.token_mean`` the loss is ``1/J * sum over the trajectories of (sum of token losses) /
+    (K * c)``, with J trajectories and c the mean number of tokens in a turn of the batch.
     """
 
     whole_batch: ClassVar[bool] = True

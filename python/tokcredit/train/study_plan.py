@@ -8,14 +8,15 @@ A study is a JSON file, in which an arm is a text of options of ``tokcredit trai
       "threshold": 0.6, "gradient_steps": 20,
       "experiments": {
         "reuse": {
-          "question": "Which ratio bears several updates per batch?",
+          "question": "Ratios, four updates per batch",
           "options": "--minibatches 4", "baseline": "grpo",
           "arms": {"grpo": "--method grpo", "ctpo": "--method ctpo"}
         }
       }
     }
 
-Options of an experiment follow those of the study, and those of an arm come last; the last one of each name counts.
+An arm has the options of the study, then those of its experiment, then its own. If an option occurs twice, the last one
+counts.
 """
 
 from __future__ import annotations

@@ -49,10 +49,10 @@ class _LogProbs:
 
 
 def use_head() -> None:
-    """Let the fused output layer of TRL's trainers be computed by :mod:`tokcredit.head`, in this process.
+    """Compute the fused output layer of TRL's trainers with :mod:`tokcredit.head`, in this process.
 
-    Where a trainer asks for more than log-probs and entropies, as those of DPO and SFT ask for mean logits and
-    accuracies, the function stays TRL's, and so it does under ZeRO-3.
+    TRL's own function is used where a trainer asks for more than log-probs and entropies (those of DPO and SFT ask for
+    mean logits and accuracies), and with ZeRO-3.
 
     Raises:
         RuntimeError: This version of TRL has no such layer.
