@@ -111,7 +111,7 @@ Total = Callable[[Tensor, Tensor], Tensor]
 
 
 class OnePass(torch.autograd.Function):
-    """Base of a loss whose gradients are computed in the forward pass and multiplied in the backward pass.
+    """Base of a loss whose gradients are computed in the forward pass, and scaled in the backward pass.
 
     The first three arguments of ``forward`` are hidden states, weight and bias; it leaves their gradients in
     ``ctx.gradients`` and the weight in ``ctx.weight``.
@@ -345,8 +345,8 @@ def separable_loss(
         weight: As in :func:`log_probs_and_entropies`.
         tokens: As in :func:`log_probs_and_entropies`.
         slopes: Called for one tile after another with the positions int64 ``[m]`` and their log-probs and entropies;
-            returns the derivatives of the loss to both, ``[m]`` each, one of which may be None for 0. Where both are 0,
-            the hidden state does not reach the gradient of the weight.
+            returns the derivatives of the loss with respect to both, ``[m]`` each; one may be None for 0. Where both
+            are 0, the hidden state does not reach the gradient of the weight.
         total: Called once with all log-probs and entropies, in the shape of ``tokens``; returns the loss, 0-d.
         bias: float ``[V]`` or None.
         settings: As in :func:`log_probs_and_entropies`.
