@@ -36,7 +36,8 @@ void logits(const LogitsForward &f, int threads) { run(f, TOKCREDIT_CHOOSE(logit
 void logits_state(const LogitsState &s, int threads) { run(s, TOKCREDIT_CHOOSE(logits_state_rows), threads); }
 
 void logits_gradient(const LogitsBackward &b, int threads) {
-  run(b, TOKCREDIT_CHOOSE(logits_gradient_rows), threads);
+  if (b.in.vocabulary)
+    run(b, TOKCREDIT_CHOOSE(logits_gradient_rows), threads);
 }
 
 } // namespace tokcredit::cpu

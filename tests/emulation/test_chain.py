@@ -29,7 +29,7 @@ def waits_of_scan(emulator, spans, reverse=False):
     x, y, last = torch.ones(spans.size), torch.empty(spans.size), torch.empty(spans.num_rows)
 
     def run():
-        emulator.module.scan(x, spans.begin, spans.end, None, 1.0, None, reverse, False, y, last, 1)
+        emulator.module.scan(x, spans.begin, spans.end, None, 1.0, None, None, reverse, False, y, last, 1)
 
     waits = emulator.longest_chain(run)
     assert torch.equal(last, spans.lengths.float())
