@@ -36,7 +36,7 @@ EACH = 0.5 + torch.arange(24, dtype=torch.float64) / 7
 
 
 CAPPED = {"softcap": 2.0, "scale": 0.5, "temperature": EACH, "tile_bytes": 8 * V * 5}
-PADDED = {"vocabulary": 9, "temperature": 0.7, "rows": torch.tensor([1, 2, 8])}
+PADDED = {"vocabulary": 9, "temperature": 0.7, "rows": torch.tensor([1, 2, 8]), "shard": None}
 
 
 CHOSEN = {"squares": True, "chosen": torch.tensor([3, -1, 7]), "tile_bytes": 8 * V * 5}

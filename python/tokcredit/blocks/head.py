@@ -282,7 +282,8 @@ def log_probs_and_entropies(
 
         hidden, weight = hidden.to(dtype_of(hidden)), weight.to(dtype_of(weight))
         bias = None if bias is None else bias.to(dtype_of(bias))
-        return head_op.log_probs_and_entropies(hidden, weight, tokens, bias, rows, squares, chosen, **settings)
+        whole = {name: x for name, x in settings.items() if name != "shard"}
+        return head_op.log_probs_and_entropies(hidden, weight, tokens, bias, rows, squares, chosen, **whole)
     return _two_passes(hidden, weight, tokens, bias, rows, squares, chosen, settings)
 
 
