@@ -243,6 +243,32 @@ def test_the_variance_of_the_gradient(settings, gradients, uniform):
     assert study_results._gradient(one) == pytest.approx({k: float(v) for k, v in expected.items()}, abs=2e-3)
 
 
+@pytest.mark.parametrize("stepped", [[1, 3, 4], [2]])
+def test_steps_without_gradient_are_no_batches(tmp_path, settings, stepped):
+    one = dataclasses.replace(settings("grpo"), output=tmp_path)
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer, gradients, lines = torch.optim.AdamW([weight], lr=1e-30), [], [{"step": 0}]
+    for number in range(1, 6):
+        norm = 0.0
+        if number in stepped:
+            weight.grad = torch.tensor([1.0, number, -2.0], dtype=torch.float64)
+            gradients.append(weight.grad)
+            norm = float(weight.grad.norm())
+            optimizer.step()
+        lines.append({"step": number, "grad_norm": norm})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "checkpoint-000005").mkdir()
+    torch.save(optimizer.state_dict(), tmp_path / "checkpoint-000005" / "optimizer.bin")
+    if len(stepped) < 2:
+        assert study_results._gradient(one) is None
+        return
+    weights, found = torch.tensor([0.81, 0.9, 1.0]).double() / 2.71, torch.stack(gradients)
+    mean, double = weights @ found, weights.square().sum()
+    variance = (weights @ (found - mean).square().sum(1)) / (1 - double)
+    expected = {"mean_squared_norm": float(mean.square().sum() - double * variance), "variance": float(variance)}
+    assert study_results._gradient(one) == pytest.approx(expected, rel=1e-6)
+
+
 def test_branch_tokens(tmp_path):
     # Both rows of the first group begin with 5 and then branch; those of the second are equal.
     table = {"tokens": [[5, 6], [5, 7, 8], [1, 2], [1, 2]], "group": [0, 0, 1, 1], "reward": [1.0, 0.0, 0.0, 0.0]}

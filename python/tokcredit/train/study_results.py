@@ -149,14 +149,18 @@ def _branch_fraction(folder: Path) -> float:
     return float(tree.build(batch).is_branch.double().mean())
 
 
-def _gradient(one: Settings) -> dict[str, float]:
+def _gradient(one: Settings) -> dict[str, float] | None:
     """Return the squared norm of the mean gradient of a batch, and the total variance of that gradient.
+
+    Steps without any gradient, in which AdamW does nothing, are left out; None if fewer than two are left.
 
     With weights ``w[t]`` of AdamW's mean ``m = sum(w * g)``, the weighted variance is ``sum(w * |g|^2) - |m|^2``, and
     ``1 - sum(w^2)`` of it is missing because ``m`` is a mean of the same gradients.
     """
     folder = one.output or Path()
-    norms = [line["grad_norm"] for line in read_metrics(folder)[1:]]
+    norms = [norm for line in read_metrics(folder)[1:] if (norm := line["grad_norm"])]
+    if len(norms) < 2:
+        return None
     weights = [(1 - _BETA) * _BETA**age / (1 - _BETA ** len(norms)) for age in reversed(range(len(norms)))]
     saved = torch.load(folder / f"checkpoint-{checkpoint.last(folder):06}" / "optimizer.bin", weights_only=True)
     corrected = 1 - _BETA ** len(norms)
