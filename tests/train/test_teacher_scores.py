@@ -65,7 +65,7 @@ def test_rows_are_computed_once(tmp_path):
     assert compute.rows[3:] == ["23", "235"], "another mask and another length are other rows"
     assert not list(tmp_path.iterdir()), "a run without a step has no folder"
     (tmp_path / "settings.json").write_text("{}")
-    third = batch(("9", "99"))
+    third = batch(("9", "99"), ("9", ""))
     scores(third)
     again = Counting()
     later = TeacherScores(NAMES, again, "a", tmp_path)

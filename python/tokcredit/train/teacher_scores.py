@@ -116,7 +116,8 @@ class TeacherScores:
         path, number = self._known[key]
         table = _table(path)
         length = table["tokens"][number].as_py()
-        return {name: np.asarray(table[name][number].values).reshape(length, -1) for name in self._names}
+        values = {name: np.asarray(table[name][number].values) for name in self._names}
+        return {name: x.reshape(length, x.size // max(length, 1)) for name, x in values.items()}
 
     def _joined(self, name: str, rows: Sequence[Row], batch: Rollouts) -> Tensor:
         width = next((x[name].reshape(len(x[name]), -1).shape[1] for x in rows if len(x[name])), 1)
