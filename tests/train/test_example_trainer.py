@@ -51,6 +51,15 @@ def completions():
     return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in PAIRS]
 
 
+def test_a_teacher_in_an_engine_is_let_go(on_pairs, monkeypatch):
+    def in_engine(settings, objective, teacher, *others):
+        teacher.model = None
+
+    monkeypatch.setattr("tokcredit.train.teacher.scores", in_engine)
+    trainer = ExampleTrainer(resolved(on_pairs("gkd", completions(), teacher="tiny(steps=0, seed=1)")))
+    assert trainer._teachers == (None, None)
+
+
 @torch.no_grad()
 def log_prob(trainer, prompt, response, model=None):
     """Log-prob of a response, one row at a time, without the code of the trainer."""

@@ -174,11 +174,11 @@ class ExampleTrainer:
         self._load()
         loaded = (settings, self.model, self.tokenizer)
         teacher, reverse = teaching.made(*loaded), teaching.reverse(*loaded)
-        self._teachers = (teacher.model if teacher else None, reverse)
         self._fixed_names = fixed_collectors.names() & self.objective.required_inputs
         reference = policy.reference(self.objective, self.model, self._fixed_names)
         models = (self.model, reference, teacher)
         scores = teaching.scores(settings, self.objective, teacher, *loaded[1:], self.accelerator)
+        self._teachers = (teacher.model if teacher else None, reverse)  # with an engine there is no model any more
         further = {"reverse_teacher": reverse, "teacher_scores": scores}
         self.learner = Learner(settings, self.objective, *models, self.accelerator, **further)
         self._tasks = self._measured_tasks(problems) if problems else None
