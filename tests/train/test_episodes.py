@@ -399,6 +399,23 @@ def test_the_rows_of_all_processes_are_gathered_with_their_turns(layouts, monkey
     assert rank(1).gather(equal, frozenset())[0].whole.rewards.tolist() == [2.0] * 4
 
 
+@pytest.mark.parametrize("turns", [(3, 1), (1, 3)])
+def test_processes_whose_dialogues_have_one_turn_each(turns, monkeypatch):
+    sent = []
+    monkeypatch.setattr("tokcredit.train.ranks.gather_object", lambda found: sent.append(found[0]) or sent)
+    for index, count in enumerate(turns):
+        made = [Dialogue(Problem("t", "q", "", float), [7]) for _ in range(2)]
+        for d in made:
+            for k in range(count):
+                d.say([k], [-1.0], "", True)
+                d.hear([9] * (k + 1 < count))
+        batch = Layout(made, True, torch.device("cpu")).batch([index] * 2, torch.tensor([1.0, 0.0]))
+        accelerator = type("of", (), {"process_index": index, "num_processes": 2, "device": torch.device("cpu")})
+        together, mine = Ranks(accelerator).gather(batch, frozenset())
+    assert together.whole.num_rows == 4 and len(mine) == 2 * turns[1]
+    assert tc.tree.build(together).batch.num_rows == 4
+
+
 def slice_of(batch, low, high):
     return [r for r, t in enumerate(batch.trajectory_ids.tolist()) if low <= t < high]
 

@@ -115,7 +115,7 @@ class Layout:
     """
 
     def __init__(self, dialogues: Sequence[Dialogue], per_turn: bool, device: torch.device) -> None:
-        self._dialogues, self._device = dialogues, device
+        self._dialogues, self._per_turn, self._device = dialogues, per_turn, device
         self._rows: list[_Row] = []
         for number, d in enumerate(dialogues):
             if per_turn:
@@ -163,7 +163,8 @@ class Layout:
         # An episode has the same number in all processes, which share the groups.
         count = len(dialogues) // len(set(group_ids))
         ids = [group * count + number % count for number, group in enumerate(group_ids)]
-        known = {"context_keys": self._keys(prompts)} if len(self._rows) > len(dialogues) else {}
+        # All processes have the same inputs, also one whose dialogues have a turn each.
+        known = {"context_keys": self._keys(prompts)} if self._per_turn else {}
         return Rollouts(
             self.of_tokens([d.tokens for d in dialogues]),
             lengths.cumsum(0),
