@@ -8,7 +8,7 @@ import pytest
 import tokcredit as tc
 import torch
 import torch.multiprocessing as mp
-from tokcredit.train import CriticSettings, ObjectiveSettings, OptimizerSettings
+from tokcredit.train import CriticSettings, ObjectiveSettings, OptimizerSettings, SamplingSettings
 from tokcredit.train.clock import Clock
 from tokcredit.train.experiment import resolved
 from tokcredit.train.folder import locked
@@ -97,6 +97,20 @@ def one_rank_of_a_folder(rank, s, port, folder):
     torch.distributed.destroy_process_group()
 
 
+def one_rank_of_pairs(rank, s, port, folder):
+    """A step in which the second rank has no two responses with different rewards."""
+    join(rank, port)
+    trainer = Trainer(resolved(s))
+
+    def rewards(problems, texts):
+        return [float(i % 2 == 0 and rank == 0) for i in range(len(texts))]
+
+    rewards.failures = lambda: 0
+    trainer.context.rewards = rewards
+    torch.save(trainer.step(1).metrics, folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -119,6 +133,16 @@ def test_two_ranks_equal_one(settings, tmp_path):
         for name in metrics:
             assert first[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), (method, name)
         assert (p0 - gradient).norm() < 1e-4 * gradient.norm(), method
+
+
+@pytest.mark.slow
+def test_a_rank_without_pairs(settings, tmp_path):
+    s = settings("dpo", sampling=SamplingSettings(prompts=2, group=2, max_tokens=6), reward=None)
+    mp.spawn(one_rank_of_pairs, (s, free_port(), tmp_path), nprocs=2)
+    for metrics in (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)):
+        assert metrics["pairs"] == metrics["pairs_skipped"] == 1 and metrics["grad_norm"] > 0
+        assert metrics["length_mean"] == metrics["tokens"] / 2 and metrics["rows_with_gradient_fraction"] == 1
+        assert metrics["reward_mean"] == 0.25
 
 
 @pytest.mark.slow

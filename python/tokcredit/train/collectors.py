@@ -453,7 +453,9 @@ def collect(
         top_k: Number of tokens in ``teacher_top_ids``.
     """
     names = frozenset(required_inputs) & collected()
-    if not names or batch.num_tokens == 0:
+    if batch.num_tokens == 0:  # of a process that has no pair of a step
+        return batch.with_inputs(**{name: _nothing(name, batch) for name in names})
+    if not names:
         return batch
     order = batch.group_index.argsort(stable=True)
     order = order[(batch.end > batch.begin)[order]]
@@ -475,6 +477,16 @@ def collect(
         replayed = ops.spread(batch.input("replayed"), batch.all_spans)
         whole["old_log_probs"] = torch.where(replayed, batch.input("rollout_log_probs"), whole["old_log_probs"])
     return batch.with_inputs(**whole)
+
+
+_DTYPES = {"float": torch.float32, "integer": torch.int64, "bool": torch.bool}
+
+
+def _nothing(name: str, batch: Rollouts) -> Tensor:
+    """Return an input of a batch without tokens."""
+    entry = inputs.get(name)
+    size = 0 if entry.per == "token" else batch.num_rows
+    return torch.zeros(size, *(1 for _ in entry.axes), dtype=_DTYPES[entry.dtype], device=batch.device)
 
 
 def _of_same_ids(*logits: Tensor) -> list[Tensor]:

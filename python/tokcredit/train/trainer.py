@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from tokcredit import inputs
 from tokcredit.blocks import segment
@@ -198,7 +197,7 @@ class Trainer:
         if self.adaptive and not update.skipped:
             everything, _ = self.ranks.gather(batch, frozenset({"entropies"}))
             self.adaptive.statistics = self.deviation.statistics(everything)
-        metrics = update.metrics | pairs | learned | self.ranks.mean(self._measured(collection, update))
+        metrics = update.metrics | pairs | learned | self._measured(collection, update)
         failures = torch.tensor(self.context.rewards.failures())
         metrics |= self.ranks.sum({"tokens": batch.lengths.sum(), "reward_failures": failures})
         if self.settings.critic.critic is not None:
@@ -246,24 +245,26 @@ class Trainer:
             )
         return paired, counts["skipped"]
 
-    def _measured(self, collection: RolloutCollection, update: Update) -> dict[str, Tensor]:
-        """Return the means that describe the rollouts of this process."""
+    def _measured(self, collection: RolloutCollection, update: Update) -> dict[str, float]:
+        """Return the means that describe the rollouts of all processes, some of which may have no pair of a step."""
         batch = update.prepared.batch.whole
         groups, outcomes = Groups.of(collection.outcome_groups), collection.outcomes.double()
         mixed = segment.maximum(outcomes, groups) > segment.minimum(outcomes, groups)
         out = {
-            "reward_mean": outcomes.mean(),
-            "length_mean": batch.lengths.double().mean(),
-            "finished_fraction": collection.finished.double().mean(),
-            "groups_mixed_fraction": mixed.double().mean(),
-            "rows_with_gradient_fraction": update.prepared.has_gradient.double().mean(),
+            "reward_mean": outcomes,
+            "length_mean": batch.lengths,
+            "finished_fraction": collection.finished,
+            "groups_mixed_fraction": mixed,
+            "rows_with_gradient_fraction": update.prepared.has_gradient,
         }
         if batch.has_input("old_log_probs") and batch.has_input("rollout_log_probs"):
             gap = (batch.input("old_log_probs") - batch.input("rollout_log_probs")).abs()
-            out["rollout_log_prob_gap_mean"] = segment.mean(gap, batch.spans).double().mean()
+            out["rollout_log_prob_gap_mean"] = segment.mean(gap, batch.spans)
         if batch.has_input("turn_rewards"):
-            out["turn_reward_sum_mean"] = batch.input("turn_rewards").double().sum() / batch.num_rows
-        return out
+            out["turn_reward_sum_mean"] = segment.sum(batch.input("turn_rewards").double(), batch.all_spans)
+        sums = self.ranks.sum({name: x.double().sum() for name, x in out.items()})
+        counts = self.ranks.sum({name: torch.tensor(len(x)) for name, x in out.items()})
+        return {name: total / counts[name] for name, total in sums.items()}
 
     def _with_inputs(self, collection: RolloutCollection, number: int) -> Rollouts:
         """Return the rollouts with all inputs that the objective requires."""
