@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -58,6 +59,14 @@ def test_a_teacher_in_an_engine_is_let_go(on_pairs, monkeypatch):
     monkeypatch.setattr("tokcredit.train.teacher.scores", in_engine)
     trainer = ExampleTrainer(resolved(on_pairs("gkd", completions(), teacher="tiny(steps=0, seed=1)")))
     assert trainer._teachers == (None, None)
+
+
+def test_fewer_held_out_examples_than_processes(on_pairs, monkeypatch):
+    monkeypatch.setattr(example_trainer, "Ranks", lambda _: SimpleNamespace(index=0, count=2))
+    with pytest.raises(
+        ValueError, match=r"^eval_problems, held_out: expected at least 2 held-out examples, .* got 1 of"
+    ):
+        ExampleTrainer(resolved(on_pairs(eval_problems=1)))
 
 
 @torch.no_grad()

@@ -207,6 +207,11 @@ class ExampleTrainer:
             )
         self._train = [x.number for x in train]
         self._held_out = [x.number for x in spaced(held_out, s.eval_problems)]
+        if (got := len(self._held_out)) < (count := self.ranks.count):
+            raise ValueError(
+                f"eval_problems, held_out: expected at least {count} held-out examples, one for each process, "
+                f"got {got} of {path}"
+            )
         digest = hashlib.sha256()
         for example in self._examples:
             digest.update(repr((example.prompt, example.responses)).encode(errors="surrogatepass"))
