@@ -236,9 +236,9 @@ def measure(table: Table, n: int, d: int, v: int, dtype: torch.dtype, device: st
 def lines_of_memory(table: Table, n: int, d: int, v: int, dtype: torch.dtype) -> list[str]:
     """Return the peak memory of ours beside that of its formula: a tile of logits, and the two gradients."""
     head = tc.head.Head(torch.empty(v, d, dtype=dtype))
-    size, blocks = dtype.itemsize, -(-n // head.block_rows)
-    # A sum over several blocks is float32.
-    summed = 4 * v * d if blocks > 1 and size < 4 else 0
+    size, tiles = dtype.itemsize, -(-n // head.tile_rows)
+    # A sum over several tiles is float32.
+    summed = 4 * v * d if tiles > 1 and size < 4 else 0
     formula = (size * min(n, head.tile_rows) * v + summed + size * (n + v) * d) / 2**20
     found = {r.provider: r for r in table.results if r.operation.endswith(str(dtype).removeprefix("torch."))}
     bare, lines = found["three bare products"].milliseconds, []
