@@ -47,10 +47,10 @@ def statistics(tiles: Tiles, squares: bool) -> ops.LogitSums:
         tiles: The products.
         squares: Whether sums of squared probabilities are wanted.
     """
-    results = [tiles.statistics(tiles.logits(*at), *at, squares) for at in tiles.pieces()]
+    parts = list(tiles.pieces()) or [(0, 0)]
+    results = [tiles.statistics(tiles.logits(*at), *at, squares) for at in parts]
     tiles.free()
-    nothing = tiles.statistics(tiles.weight.new_empty(0, tiles.weight.shape[0]), 0, 0, squares)
-    columns: list[Any] = [None if x[0] is None else torch.cat(x) for x in zip(nothing, *results, strict=True)]
+    columns: list[Any] = [None if x[0] is None else torch.cat(x) for x in zip(*results, strict=True)]
     return ops.LogitSums(*columns)
 
 
@@ -178,6 +178,7 @@ def positions(
     tokens: Tensor,
     rows: Tensor | None,
     settings: dict[str, Any],
+    chosen: Tensor | None = None,
 ) -> tuple[Tensor, Head, Tiles, Tensor]:
     """Return the hidden states of positions with a token, the output layer, its tiles, and these positions.
 
@@ -188,6 +189,7 @@ def positions(
         tokens: As there.
         rows: As there.
         settings: Those of :class:`Head`.
+        chosen: As in :func:`log_probs_and_entropies`.
 
     Raises:
         TypeError: A dtype is wrong.
@@ -220,8 +222,16 @@ def positions(
         temperature = head.temperature.detach().reshape(-1)[rows]
     if not every:
         h, flat = h.index_select(0, rows), flat.index_select(0, rows)
-    h = h.contiguous()
-    return h, head, Tiles(head, h.detach(), flat.long().contiguous(), temperature), rows
+    h, ids = h.contiguous(), None if chosen is None else _chosen(chosen, tokens, rows)
+    return h, head, Tiles(head, h.detach(), flat.long().contiguous(), temperature, ids), rows
+
+
+def _chosen(chosen: Tensor, tokens: Tensor, rows: Tensor) -> Tensor:
+    """Return the further ids of some positions, int64 ``[n, K]``."""
+    instance("chosen", chosen, Tensor)
+    size = chosen.shape[-1] if chosen.dim() else 1
+    tensor("chosen", chosen, INTEGERS, (*(tokens.shape if chosen.dim() > 1 else ()), size), tokens.device)
+    return chosen.long().expand(*tokens.shape, size).reshape(tokens.numel(), size).index_select(0, rows)
 
 
 def scattered(x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
@@ -287,26 +297,6 @@ def log_probs_and_entropies(
     return _two_passes(hidden, weight, tokens, bias, rows, squares, chosen, settings)
 
 
-def chosen_ids(chosen: Tensor | None, tokens: Tensor, rows: Tensor) -> Tensor | None:
-    """Return further ids of the positions that take part, int64 ``[n, K]``, or None.
-
-    Args:
-        chosen: As in :func:`log_probs_and_entropies`.
-        tokens: As there.
-        rows: int64 ``[n]``, the positions.
-
-    Raises:
-        TypeError: The dtype is wrong.
-        ValueError: The shape is wrong.
-    """
-    if chosen is None:
-        return None
-    instance("chosen", chosen, Tensor)
-    size = chosen.shape[-1] if chosen.dim() else 1
-    tensor("chosen", chosen, INTEGERS, (*(tokens.shape if chosen.dim() > 1 else ()), size), tokens.device)
-    return chosen.long().expand(*tokens.shape, size).reshape(tokens.numel(), size).index_select(0, rows)
-
-
 @ops.uncompiled
 def _two_passes(
     hidden: Tensor,
@@ -318,8 +308,7 @@ def _two_passes(
     chosen: Tensor | None,
     settings: dict[str, Any],
 ) -> tuple[Tensor, ...]:
-    h, head, tiles, rows = positions(hidden, weight, bias, tokens, rows, settings)
-    tiles.chosen = chosen_ids(chosen, tokens, rows)
+    h, head, tiles, rows = positions(hidden, weight, bias, tokens, rows, settings, chosen)
     if not isinstance(squares, bool):
         raise TypeError(f"squares: expected True or False, got {describe(squares)}")
     with torch.autocast(hidden.device.type, enabled=False):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokcredit.blocks.head import chosen_ids, gradients, positions, scattered, statistics
+from tokcredit.blocks.head import gradients, positions, scattered, statistics
 from tokcredit.ops.call import accumulated, operation, result
 from tokcredit.ops.logits import LogitSums
 
@@ -56,8 +56,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     *settings, squares = arguments
     with torch.autocast(hidden.device.type, enabled=False):
-        *_, tiles, rows = positions(hidden, weight, bias, tokens, rows, _named(*settings))
-        tiles.chosen = chosen_ids(chosen, tokens, rows)
+        *_, tiles, rows = positions(hidden, weight, bias, tokens, rows, _named(*settings), chosen)
         found = statistics(tiles, squares)
     dtype = accumulated(hidden.dtype)
     return tuple(hidden.new_empty(0, dtype=dtype) if x is None else scattered(x, rows, tokens.shape) for x in found)
@@ -88,8 +87,7 @@ def _gradient(
     # Without attributes such as `main_grad`: an operation of a graph may change no other tensor.
     hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(hidden.device.type, enabled=False):
-        *_, tiles, rows = positions(hidden, weight, bias, tokens, rows, _named(*settings))
-        tiles.chosen = chosen_ids(chosen, tokens, rows)
+        *_, tiles, rows = positions(hidden, weight, bias, tokens, rows, _named(*settings), chosen)
         own: list[Any] = [None if x is None else x.flatten(0, tokens.dim() - 1)[rows] for x in numbers]
         wanted = (of_hidden, of_weight, of_bias)
         found = list(gradients(tiles, wanted, LogitSums(*own[:5]), tuple(own[5:])))
