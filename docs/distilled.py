@@ -1,6 +1,6 @@
 """Train GRPO and a model that imitates itself with the answer in its prompt (OPSD), and draw docs/assets/distilled.svg.
 
-``python docs/distilled.py tiny`` takes ten minutes of one core, ``python docs/distilled.py smollm2`` many hours.
+``python docs/distilled.py tiny`` takes ten minutes of one core, ``python docs/distilled.py smollm2`` an hour.
 After an interruption the same command continues. Each writes its rewards into docs/distilled.json and draws all that
 are there; ``python docs/distilled.py`` only draws.
 """
@@ -26,6 +26,7 @@ METRICS = {
     "held_out_reward_mean": "reward of greedy responses, held-out problems",
 }
 SEEDS = 3
+SMOLLM2_TASKS = ("chain_sum", "products")
 GREY = "#808080"  # read on white and on black
 COLORS = {"grpo": "#d97b29", "opsd": "#2a7fba"}
 
@@ -66,8 +67,18 @@ def settings(model: str) -> Settings:
     """
     folder = Path("runs") / f"distilled-{model}"
     if model == "smollm2":
-        told = PrivilegedSettings("answer")
-        return Settings(model=model, teacher="initial", privileged=told, eval_every=5, output=folder)
+        told = PrivilegedSettings("answer", "{question}\nThe answer is {told}.")
+        return Settings(
+            model=model,
+            tasks=tuple(f"{name}(min_terms=2, max_terms=2, min_digits=1, max_digits=1)" for name in SMOLLM2_TASKS),
+            teacher="initial",
+            privileged=told,
+            sampling=SamplingSettings(prompts=8),
+            optimizer=OptimizerSettings(lr=2e-5),
+            steps=30,
+            eval_every=5,
+            output=folder,
+        )
     folder.mkdir(parents=True, exist_ok=True)
     return Settings(
         model=str(start(folder / "start")),

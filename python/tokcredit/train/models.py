@@ -55,10 +55,13 @@ _RECIPES = {
         tasks=(
             "chain_sum(min_terms=2, max_terms=2, min_digits=1, max_digits=1)",
             "products(min_terms=2, max_terms=2, min_digits=1, max_digits=1)",
+            "basic_arithmetic(min_terms=2, max_terms=2, min_digits=1, max_digits=2, operators=['+'],"
+            " allow_parentheses=False, allow_negation=False)",
         ),
-        steps=30,
+        steps=50,
+        prompts=12,
         max_tokens=24,
-        lr=2e-5,
+        lr=1e-5,
     ),
     "tiny_agent": Recipe(tasks=("minigrid('Empty-Random-6x6')",), steps=40, max_tokens=4, lr=3e-4, precision="no"),
     "tiny_tools": Recipe(tasks=("calculator()",), steps=60, prompts=32, max_tokens=16, lr=4e-4, precision="no"),
