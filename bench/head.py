@@ -6,6 +6,8 @@ a probability above 0.99, goes into the results.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 
 import tokcredit as tc
@@ -63,6 +65,25 @@ def verl_triton():
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     return lambda *inputs: linear_cross_entropy(*inputs, 1.0, "none", None)[0]
+
+
+def prime_rl():
+    """The output layer of prime-rl's trainer, in chunks of 8,192 tokens as there, from a checkout.
+
+    Its file is loaded alone: the package around it imports models that need torchtitan.
+    """
+    trainer = importlib.util.find_spec("prime_rl.trainer")
+    path = os.path.join(trainer.submodule_search_locations[0], "models", "layers", "lm_head.py")
+    spec = importlib.util.spec_from_file_location("prime_rl_lm_head", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    layer = module.FusedOutputLinear(1, 1, 8192)
+
+    def run(hidden, weight, tokens):
+        inputs = hidden[None], tokens[None], torch.ones(1, len(tokens), device=hidden.device)
+        return torch.func.functional_call(layer, {"weight": weight}, inputs)["logprobs"][0]
+
+    return run
 
 
 def liger_scaled():
@@ -128,6 +149,7 @@ def of_log_probs(device: str) -> Losses:
         "TRL": lambda: trl(32_768),  # as its trainers
         "TRL, one chunk": lambda: trl(1 << 20),
         "verl": verl,
+        "prime-rl": prime_rl,
         "Liger, scaled cross-entropy": liger_scaled,
     }
     return installed(makers | ({"verl, Triton": verl_triton} if device == "cuda" else {}))

@@ -34,7 +34,8 @@
 // student, teacher, other and grad have one float type; values, entropies and their gradient are float32, or
 // float64 when the logits are; so are weights. `saved` is float64 [rows, 3]: the logsumexp of both, and what
 // the row's gradient subtracts. Where a probability is above 1/2, elements are computed in double: what is
-// left to 1 keeps its digits. No (rows, vocabulary) temporary.
+// left to 1 keeps its digits. No (rows, vocabulary) temporary; on the CPU a divergence from a mixture keeps
+// three numbers for each token of one row, per thread.
 #pragma once
 #include "ops/array.hpp"
 

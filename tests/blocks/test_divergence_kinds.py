@@ -201,6 +201,19 @@ def test_dtypes_and_sizes(kind, share, vocabulary, dtype, tolerance, step):
     torch.testing.assert_close(grad.double(), expected[2], rtol=step, atol=atol)
 
 
+@pytest.mark.parametrize("kind", ["js", "skew_forward", "skew_reverse"])
+@pytest.mark.parametrize("share", [0.01, 1 / 16, 0.3, 15 / 16, 0.99])
+@pytest.mark.parametrize("apart", [0.1, 1.0, 6.0])
+def test_shares_and_distances_in_float32(kind, share, apart):
+    """Logs of probabilities that differ by 50 and more, and shares on both sides of where logs take fewer steps."""
+    student, teacher = pair(2, 1100, torch.float32, apart=apart)
+    student[0, 3] = teacher[1, 1050] = -INF
+    values, _, grad = with_gradient(student, teacher, kind, share)
+    exact, _, slope = reference(student, teacher, kind, share)
+    torch.testing.assert_close(values.double(), exact, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(grad.double(), slope, rtol=1e-5, atol=2e-7)
+
+
 @EACH_KIND
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("offset", [1e4, -1e4])
