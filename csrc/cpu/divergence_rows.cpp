@@ -121,8 +121,9 @@ template <Divergence kind, class A> constexpr bool keeps = has_mixture(kind) && 
 // Exponentials of both distributions, the logits' difference less `apart`, and what the exponentials of each
 // block are relative to.
 template <class A> struct Kept {
-  A *student, *teacher, *between, *bases;
+  A *student{}, *teacher{}, *between{}, *bases{};
 
+  Kept() = default;
   Kept(A *memory, int64_t vocabulary)
       : student(memory), teacher(student + padded(vocabulary)), between(teacher + padded(vocabulary)),
         bases(between + padded(vocabulary)) {}
@@ -318,7 +319,7 @@ void forward(const DivergenceForward &f, const MixtureLogs &mixture, A *memory, 
   saved[0] = saved[1] = saved[2] = 0;
   if (!f.in.mask || f.in.mask[i]) {
     const Row<A> row(f.in, i);
-    const Kept<A> kept(memory, f.in.vocabulary);
+    const Kept<A> kept = keeps<kind, A> ? Kept<A>(memory, f.in.vocabulary) : Kept<A>();
     const Both<A> sums = sums_of<kind>(row, kept, inverse);
     const Sums<A> &student = sums.student, &teacher = sums.teacher;
     saved[0] = student.logsumexp(inverse);
