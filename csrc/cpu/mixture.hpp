@@ -9,9 +9,9 @@ namespace {
 
 // Of half = log(q / p) / 2, with g(z) = log cosh z and z = log(share / (1 - share)) / 2:
 //     log(m / p) = half + g(half + z) - g(z);   log(q / m) = half - g(half + z) + g(z)
-// g is a quotient of polynomials in z^2, within 1.3e-7 * min(g, 1/2) of it up to `widest`. The difference of
-// the two values is y times such a quotient, y = (half + z)^2 - z^2 = half * (half + 2 z): it keeps its
-// digits where half is small.
+// g is a quotient of polynomials in z^2, minimax, within 1.3e-7 * min(g, 1/2) of it up to `widest`. The
+// difference of the two values is y times such a quotient, y = (half + z)^2 - z^2 = half * (half + 2 z): it
+// keeps its digits where half is small.
 struct MixtureLogs {
   static constexpr int degree = 6;
   static constexpr double widest = 8; // beyond it g(z) = |z| - log(2) in float

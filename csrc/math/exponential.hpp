@@ -60,8 +60,8 @@ TOKCREDIT_FN float power_of_two(float x) {
 }
 TOKCREDIT_FN double power_of_two(double x) { return std::exp2(x); }
 
-// 2^x for x from -127, where it is 0, to 127; within 2 ulp where the result is a normal number. In fewer
-// steps than exp.
+// 2^x for x from -127, where it is 0, to 127; within a factor of 1 + 2e-7 where the result is a normal
+// number. In fewer steps than exp.
 template <class A> TOKCREDIT_FN A power_of_two_from(A x) {
   // Adding 1.5 * 2^23 + 127 leaves the nearest integer n and the offset of exponents in the low bits.
   const A shifted = x + 12583039.0f, r = x - (shifted - 12583039.0f);
