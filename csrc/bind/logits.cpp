@@ -1,8 +1,16 @@
 #include "ops/logits.hpp"
 #include "bind/module.hpp"
+#include <cmath>
+#include <cstdio>
 
 namespace tokcredit::bind {
 namespace {
+
+std::string written(double x) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%g", x);
+  return digits;
+}
 
 Logits inputs(Call &call, const py::object &logits, const py::object &tokens, double temperature,
               const py::object &temperatures, double scale, double softcap, const py::object &chosen,
@@ -16,8 +24,9 @@ Logits inputs(Call &call, const py::object &logits, const py::object &tokens, do
     call.fail("tokens", "int64 or int32 [" + std::to_string(rows) + "]", text(of_rows));
   if (!(scale > 0))
     call.fail("scale", "a positive number", std::to_string(scale));
-  if (!(softcap > 0))
-    call.fail("softcap", "a positive number", std::to_string(softcap));
+  const double least = least_softcap(scale), most = most_softcap(scale);
+  if (!(softcap >= least && softcap <= most) && softcap != INFINITY)
+    call.fail("softcap", written(least) + " to " + written(most) + ", or infinity", written(softcap));
   if (ids < 0)
     ids = values.columns; // they are the whole vocabulary
   if (first < 0 || first > ids)

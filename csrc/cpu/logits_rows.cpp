@@ -54,7 +54,7 @@ double total(const double *by_lane) {
 // The values v of a block of n logits, and with `slopes` the derivatives of tanh.
 template <class A> void cap(A doubled, int64_t n, A *values, A *slopes) {
   for (int64_t k = 0; k < n; k += lanes) {
-    const Capped<Pack<A>> c = capped(Pack<A>(values + k) * Pack<A>(doubled));
+    const Capped<Pack<A>> c = capped(Pack<A>(values + k), Pack<A>(doubled));
     c.value.store(values + k, lanes);
     if (slopes)
       c.slope.store(slopes + k, lanes);
@@ -166,7 +166,7 @@ template <class T, class G> void backward(const LogitsBackward &b, int64_t i) {
     const double its = incoming.of_id(id), spread = p > 0 ? from_entropy * p * (log_p + entropy) : p;
     const double of_z =
         -its * std::expm1(log_p) - (incoming.every - its) * p - spread + from_square * p * (p - square);
-    return A(scaling.doubled > 0 ? of_z * double(capped(logit * scaling.doubled).slope) : of_z);
+    return A(scaling.doubled > 0 ? of_z * double(capped(logit, scaling.doubled).slope) : of_z);
   };
   A values[block], slopes[block];
   for (int64_t j = 0; j < b.in.vocabulary; j += block) {

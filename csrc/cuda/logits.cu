@@ -89,7 +89,7 @@ template <class A, int width> __device__ void cap(const Scaling<A> &scaling, A (
   if (scaling.doubled > 0) {
 #pragma unroll
     for (int k = 0; k < width; ++k)
-      x[k] = capped(x[k] * scaling.doubled).value;
+      x[k] = capped(x[k], scaling.doubled).value;
   }
 }
 
@@ -246,13 +246,13 @@ __global__ void __launch_bounds__(512, 1)
                        A(from_square)};
   const auto of_logit = [&](A logit) {
     if (scaling.doubled > 0) {
-      const Capped<A> c = capped(logit * scaling.doubled);
+      const Capped<A> c = capped(logit, scaling.doubled);
       return slope(c.value) * c.slope;
     }
     return slope(logit);
   };
   const auto of_id = [&](int64_t id, A logit) {
-    const Capped<A> c = scaling.doubled > 0 ? capped(logit * scaling.doubled) : Capped<A>{logit, A(1)};
+    const Capped<A> c = scaling.doubled > 0 ? capped(logit, scaling.doubled) : Capped<A>{logit, A(1)};
     const double its = incoming.of_id(id);
     return A(slope_of_id(double(c.value) * scaling.factor - logsumexp, entropy, square, its,
                          incoming.every - its, from_entropy, from_square) *

@@ -24,16 +24,18 @@ TOKCREDIT_FN int64_t column_of(const Logits &in, int64_t id) {
   return is_id(in, id) && id >= in.first && id - in.first < in.vocabulary ? id - in.first : -1;
 }
 
-// tanh(x / 2), and its derivative to x / 2. -inf stays -inf.
+// tanh(x / 2) with x = logit * doubled, and its derivative to x / 2. A logit of -inf stays -inf; a finite
+// one may have an x of -inf.
 template <class A> struct Capped {
   A value, slope;
 };
-template <class A> TOKCREDIT_FN Capped<A> capped(A x) {
+template <class A> TOKCREDIT_FN Capped<A> capped(A logit, A doubled) {
+  const A x = logit * doubled;
   // By exp(-|x|) - 1, which keeps the digits of a small x.
   const Exponentials<A> e = exponentials(choose(x < A{}, x, -x));
   const A sum = e.value + A(1.0f), size = -e.less_one / sum;
   const A value = choose(x < A{}, -size, size);
-  return {choose(x == A(-float(INFINITY)), x, value), A(4.0f) * e.value / (sum * sum)};
+  return {choose(logit == A(-float(INFINITY)), logit, value), A(4.0f) * e.value / (sum * sum)};
 }
 
 // z = v * factor, where v is the logit, or tanh(doubled * logit / 2) with a softcap.
@@ -41,7 +43,7 @@ template <class A> struct Scaling {
   double factor, slope; // slope: dz / dlogit, without that of tanh
   A doubled;            // 0 without softcap
 
-  TOKCREDIT_FN A value(A logit) const { return doubled > 0 ? capped(logit * doubled).value : logit; }
+  TOKCREDIT_FN A value(A logit) const { return doubled > 0 ? capped(logit, doubled).value : logit; }
 };
 template <class A> TOKCREDIT_FN Scaling<A> scaling_of(const Logits &in, int64_t i) {
   const double inverse =

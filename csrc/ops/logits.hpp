@@ -14,7 +14,8 @@
 //
 // A token of -1 marks a row that takes no part: it is not read, its outputs and its gradient are 0. A chosen
 // id of -1 stands for none: its output is 0. Any other id outside [0, ids) is an error; on CUDA, where an
-// error would mean to wait for the device, its row is NaN. A softcap leaves a logit of -inf as it is.
+// error would mean to wait for the device, its row is NaN. A softcap leaves a logit of -inf as it is. It is
+// infinity for none, or from least_softcap to most_softcap, where float32 holds all numbers that it leads to.
 //
 // The gradient, with a, h, q and c[k] = grad_log_probs[i], grad_entropies[i], grad_squares[i] and
 // grad_chosen[i][k] (null for 0), H = entropies[i], S = squares[i] and s[j] = 1 - tanh(x[j] / softcap)^2:
@@ -41,6 +42,9 @@
 #include "ops/places.hpp"
 
 namespace tokcredit {
+
+constexpr double least_softcap(double scale) { return 1e-20 * (scale > 1 ? scale : 1); }
+constexpr double most_softcap(double scale) { return 1e20 * (scale < 1 ? scale : 1); }
 
 struct Logits {
   int64_t rows;

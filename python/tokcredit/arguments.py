@@ -94,6 +94,21 @@ def float_tensor(name: str, x: Any) -> Tensor:
     return x
 
 
+def constant(name: str, x: Tensor) -> Tensor:
+    """Return ``x`` after checking that it requires no gradient, which it would silently not get.
+
+    Args:
+        name: Argument name for the error.
+        x: The tensor.
+
+    Raises:
+        ValueError: It requires gradient.
+    """
+    if x.requires_grad:
+        raise ValueError(f"{name}: expected a tensor without gradient, got one that requires it")
+    return x
+
+
 def per_token(name: str, x: Any, size: int, device: torch.device) -> Tensor:
     """Return ``x`` after checking that it is a float tensor ``[size]`` on the device.
 

@@ -318,6 +318,8 @@ def test_second_derivative_is_refused():
         (ValueError, {"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         (ValueError, {"temperature": torch.ones(2)}, r"temperature: expected a number or \[3\]"),
         (ValueError, {"softcap": -1.0}, "softcap: expected a positive number"),
+        (ValueError, {"softcap": 1e39}, r"softcap: expected None or 1e-20 to 1e\+20 at this scale, got 1e\+39"),
+        (ValueError, {"softcap": 1e-20, "scale": 2.0}, r"softcap: expected None or 2e-20 to 1e\+20 at this scale"),
         (ValueError, {"scale": math.nan}, "scale: expected a positive number"),
         (TypeError, {"softcap": torch.ones(4)}, r"softcap: expected a positive number, got float32 \[4\]"),
         (TypeError, {"temperature": None}, "temperature: expected a positive number, got NoneType"),

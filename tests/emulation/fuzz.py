@@ -445,8 +445,9 @@ def scale_rows(d):
 def logits(d):
     rows, vocabulary, dtype = d.integer(1, 12), d.choice([1, 2, 7, 33, 500, 5003, 4096]), d.choice(FLOATS)
     x = d.normal(dtype, rows, vocabulary, scale=d.choice([0.1, 2, 30]))
-    if d.chance(0.3):
-        x[:, d.integer(0, vocabulary - 1)] = -math.inf
+    for least in (-math.inf, torch.finfo(dtype).min):
+        if d.chance(0.3):
+            x[:, d.integer(0, vocabulary - 1)] = least
     out = accumulated(dtype)
     tokens = [d.choice([-1, d.integer(0, vocabulary - 1), d.integer(0, vocabulary - 1)]) for _ in range(rows)]
     choices = d.choice([None, None, 0, 1, 3, 40])
@@ -457,7 +458,7 @@ def logits(d):
         "temperature": d.choice([1.0, 0.7, 2.0]),
         "temperatures": d.choice([None, d.placed(d.normal(out, rows).abs() + 0.5)]),
         "scale": d.choice([1.0, 0.5]),
-        "softcap": d.choice([math.inf, math.inf, 5.0]),
+        "softcap": d.choice([math.inf, math.inf, 5.0, 0.5, 1e18]),
         "chosen": None if chosen is None else d.placed(chosen),
         "log_probs": d.empty(out, rows),
         "entropies": d.empty(out, rows),

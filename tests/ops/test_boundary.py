@@ -578,6 +578,8 @@ WRONG = {
         ("temperatures", {"temperatures": floats(4).double()}),
         ("scale", {"scale": 0.0}),
         ("softcap", {"softcap": math.nan}),
+        ("softcap", {"softcap": 1e39}),
+        ("softcap", {"softcap": 1e-39}),
         ("chosen", {"chosen": integers(0, 1, -1, V, 3, 3, 5, 0).view(4, 2)}),
         ("chosen", {"chosen": integers(0, 1, -1, -2, 3, 3, 5, 0).view(4, 2)}),
         ("chosen", {"chosen": integers(0, 1, 2, 3)}),

@@ -1,6 +1,7 @@
 """The operation on rows of logits against its definition in float64: all results, settings, parts, and layouts."""
 
 import math
+import re
 
 import pytest
 import ragged
@@ -197,6 +198,44 @@ def test_softcap_keeps_the_digits_of_small_and_large_logits(dtype, softcap):
     found = ops.logits_forward(logits, rows).chosen.double()
     tolerance = 1e-13 if dtype == torch.float64 else 3e-7
     torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [0.5, 1.0, 1.9, 5.0])
+def test_the_smallest_finite_logit_stays_finite_under_a_softcap(dtype, softcap):
+    logits = torch.tensor([[torch.finfo(dtype).min, 0.0, -math.inf]], dtype=dtype)
+    rows = ops.LogitRows(torch.tensor([1]), softcap=softcap, chosen=torch.tensor([[0, 2]]))
+    found = ops.logits_forward(logits, rows, squares=True)
+    lowest = -softcap - math.log1p(math.exp(-softcap))
+    assert found.chosen[0].tolist() == [pytest.approx(lowest, rel=1e-6), -math.inf]
+    assert found.log_probs[0].item() == pytest.approx(lowest + softcap, rel=1e-6)
+    state = ops.logits_state(logits, rows, 0, 3)
+    assert ops.sums_of_state(state, rows, dtype).chosen[0, 0].item() == pytest.approx(lowest, rel=1e-6)
+    grad = gradient(logits, rows, slopes(rows, dtype))
+    assert grad.isfinite().all() and grad[0, 0] == grad[0, 2] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 4.0, 0.25])
+def test_the_range_of_a_softcap(dtype, scale):
+    """A softcap at the upper limit caps nothing; under one at the lower limit all ids are equally likely."""
+    logits, rows, _ = sample("plain", dtype, v=40)
+    rows = rows._replace(scale=scale)
+    plain = ops.logits_forward(logits, rows, squares=True)
+    low, high = 1e-20 * max(scale, 1), 1e20 * min(scale, 1)
+    for found, expected in zip(ops.logits_forward(logits, rows._replace(softcap=high), True), plain, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    given = slopes(rows, dtype)
+    large = gradient(logits, rows._replace(softcap=high), given)
+    torch.testing.assert_close(large, gradient(logits, rows, given), rtol=1e-4, atol=1e-5)
+    small = ops.logits_forward(logits, rows._replace(softcap=low))
+    taken = rows.tokens != -1
+    assert small.log_probs[taken].tolist() == pytest.approx([-math.log(40)] * int(taken.sum()), rel=1e-6)
+    for wrong in (high * 1.01, low * 0.99, 1e39, 1e-39):
+        with pytest.raises(
+            ValueError, match=re.escape(f"softcap: expected {low:g} to {high:g}, or infinity, got {wrong:g}")
+        ):
+            ops.logits_forward(logits, rows._replace(softcap=wrong))
 
 
 def test_softcap_and_temperature_of_huge_logits_keep_their_digits():

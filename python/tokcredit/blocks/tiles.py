@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import FLOATS, describe, float_tensor, instance, tensor, whole_number
+from tokcredit.arguments import FLOATS, constant, describe, float_tensor, instance, tensor, whole_number
 from tokcredit.blocks.main_grad import main_grad, replaced
 from tokcredit.blocks.shard import Shard
 
@@ -25,7 +25,8 @@ class Head:
         weight: float ``[V, d]``.
         bias: float ``[V]`` of the same dtype, or None. An id with a bias of -inf has probability 0.
         temperature: Positive; a number, or float ``[N]`` without gradient for one per position.
-        softcap: Positive bound of the logits, as in Gemma 2, or None.
+        softcap: Bound of the logits, as in Gemma 2, or None. Itself and divided by the scale from 1e-20 to 1e20: a
+            larger one has no effect on logits, and float32 could not hold its numbers.
         scale: Positive factor of the logits before the softcap, as in Cohere's models.
         vocabulary: Number of ids, at most V; further rows of the weight are padding and are left out. None for V.
         logits_dtype: dtype of a tile of logits: that of the weight or, for a weight in half precision, float32. None
@@ -60,9 +61,7 @@ class Head:
         for name in ("temperature", "softcap", "scale"):
             x = getattr(self, name)
             if name == "temperature" and isinstance(x, Tensor):
-                tensor(name, x, FLOATS, (x.numel(),), self.weight.device)
-                if x.requires_grad:
-                    raise ValueError("temperature: expected a tensor without gradient, got one that requires it")
+                constant(name, tensor(name, x, FLOATS, (x.numel(),), self.weight.device))
                 if x.is_cpu and not bool((x > 0).all()):
                     raise ValueError(f"temperature: expected positive numbers, got {x[~(x > 0)].tolist()[:4]}")
             elif x is None and name == "softcap":
@@ -71,6 +70,9 @@ class Head:
                 raise TypeError(f"{name}: expected a positive number, got {describe(x)}")
             elif not (x > 0 and math.isfinite(x)):
                 raise ValueError(f"{name}: expected a positive number, got {x}")
+        low, high = 1e-20 * max(self.scale, 1), 1e20 * min(self.scale, 1)
+        if self.softcap is not None and not low <= self.softcap <= high:
+            raise ValueError(f"softcap: expected None or {low:g} to {high:g} at this scale, got {self.softcap:g}")
         rows = self.weight.shape[0]
         if self.shard is not None:
             sizes, own = instance("shard", self.shard, Shard).sizes, self.shard.rank
