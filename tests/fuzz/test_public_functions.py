@@ -336,6 +336,43 @@ def test_well_formed_arguments_pass(name):
     function(*well_formed.values()) if name in POSITIONAL else function(**well_formed)
 
 
+def floating(found):
+    """The float tensors of a result."""
+    if isinstance(found, torch.Tensor):
+        return [found] if found.is_floating_point() else []
+    return [x for part in found for x in floating(part)] if isinstance(found, (tuple, list)) else []
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_argument_without_gradient_is_documented(name):
+    """What requires gradient gets it, or is refused, or the docstring says that there is none."""
+    function, well_formed = CALLS[name]
+    module, _, short = name.partition(",")[0].rpartition(".")
+    documented = {"tree": tree.PrefixTree, "values": values}.get(module)  # of which CALLS has lambdas
+    text = " ".join((inspect.getdoc(getattr(documented, short, function)) or "").split())
+    for key, x in well_formed.items():
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            continue
+        own = x.clone().requires_grad_()
+        given = {**well_formed, key: own}
+        try:
+            results = floating(function(*given.values()) if name in POSITIONAL else function(**given))
+        except ValueError as error:
+            assert str(error).startswith(f"{key}: expected a tensor without gradient")
+            continue
+        total = sum((result.double().sum() for result in results), torch.zeros(()))
+        got = total.requires_grad and torch.autograd.grad(total, own, allow_unused=True)[0] is not None
+        assert got or not results or "without gradient" in text, key
+
+
+def test_a_trace_with_gradient_is_refused():
+    trace = torch.full((R,), 0.9)
+    function, well_formed = CALLS["scan.generalized_advantages"]
+    function(**{**well_formed, "trace": trace})
+    with pytest.raises(ValueError, match="trace: expected a tensor without gradient, got one that requires it"):
+        function(**{**well_formed, "trace": trace.requires_grad_()})
+
+
 @pytest.mark.parametrize("name", CALLS)
 @given(data=st.data())
 @settings(suppress_health_check=list(HealthCheck))

@@ -331,7 +331,7 @@ def disagreement(logits: Tensor, batch: Rollouts, padded: bool = False) -> Tenso
         result = (D - min(D)) / (max(D) - min(D) + 1e-8)
 
     ``min`` and ``max`` are over the positions of the group at which at least two rows chose a token. Other positions
-    have 0.
+    have 0. The result is without gradient.
 
     Args:
         logits: float ``[N, V]`` or ``(B, T, V)``, each position's logits for the token at that position.

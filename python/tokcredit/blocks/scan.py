@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokcredit import ops
-from tokcredit.arguments import FLOATS, instance, per_token, tensor
+from tokcredit.arguments import FLOATS, constant, instance, per_token, tensor
 from tokcredit.spans import Spans, require_spans
 
 
@@ -105,11 +105,15 @@ def generalized_advantages(
         values: float ``[N]``, the critic's value before each token.
         spans: The rows.
         discount: gamma.
-        trace: lambda. 1 gives returns minus values, 0 the one-step difference. A float ``[R]`` has one for each row.
+        trace: lambda. 1 gives returns minus values, 0 the one-step difference. A float ``[R]`` without gradient has one
+            for each row.
         bootstrap: float ``[R]``, the value after the last token of each row, or None for 0 (the row ended).
 
     Returns:
-        float ``[N]``.
+        float ``[N]``. It has gradients to ``rewards``, ``values`` and ``bootstrap``.
+
+    Raises:
+        ValueError: A shape is wrong, or ``trace`` requires gradient.
 
     References:
         Schulman et al., arXiv 1506.02438.
@@ -121,5 +125,5 @@ def generalized_advantages(
     values = values.to(torch.promote_types(rewards.dtype, values.dtype))
     delta = following(values, spans, bootstrap).mul_(discount).add_(rewards).sub_(values)
     if isinstance(trace, Tensor):
-        trace = tensor("trace", trace, FLOATS, (spans.num_rows,), spans.device).double()
+        trace = constant("trace", tensor("trace", trace, FLOATS, (spans.num_rows,), spans.device)).double()
     return ops.scan(delta, spans, decay=discount * trace, reverse=True)[0]

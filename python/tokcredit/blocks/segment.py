@@ -132,7 +132,7 @@ def weighted_sum(x: Tensor, spans: Spans, weights: Tensor | None = None, total: 
     Args:
         x: float ``[N]``.
         spans: The rows.
-        weights: float ``[N]`` per token, ``[R, 1]`` per row or 0-d, or None for 1.
+        weights: float ``[N]`` per token, ``[R, 1]`` per row or 0-d, without gradient; or None for 1.
         total: Whether to return the sum over all rows.
 
     Returns:
@@ -178,7 +178,7 @@ def mean(x: Tensor, by: By) -> Tensor:
 
 
 def var(x: Tensor, by: By, ddof: float = 1.0) -> Tensor:
-    """Return the variance of each segment; 0 where there are ``ddof`` elements or fewer.
+    """Return the variance of each segment, without gradient; 0 where there are ``ddof`` elements or fewer.
 
     The variance of equal numbers is exactly 0.
 
@@ -209,7 +209,9 @@ class Moments(NamedTuple):
 
 
 def moments(x: Tensor, by: By, ddof: float = 1.0) -> Moments:
-    """Return count, mean, variance, minimum and maximum of each segment, computed in one pass in float64.
+    """Return count, mean, variance, minimum and maximum of each segment, without gradient.
+
+    They are computed in one pass in float64.
 
     Args:
         x: float ``[N]``, ``[R]`` or ``[M]``.
@@ -220,7 +222,9 @@ def moments(x: Tensor, by: By, ddof: float = 1.0) -> Moments:
 
 
 def moment_table(x: Tensor, by: By, ddof: float = 1.0, weights: Tensor | None = None) -> Tensor:
-    """Return the moments of each segment as one tensor, float64 ``[segments, 5]``, columns as in :class:`Moments`.
+    """Return the moments of each segment as one tensor, float64 ``[segments, 5]``, without gradient.
+
+    The columns are those of :class:`Moments`.
 
     Args:
         x: float ``[N]``, ``[R]`` or ``[M]``.
@@ -269,7 +273,7 @@ def standardize(
     ====================  =======================
 
     In a group of fewer than two rows ``m`` is 0, ``s`` is 1, and ``"leave_one_out"`` gives 0. A numerator of 0 gives 0
-    whatever it is divided by. Computed in float64.
+    whatever it is divided by. Computed in float64, without gradient.
 
     Args:
         x: float32 or float64 ``[M]``.
@@ -297,7 +301,7 @@ def standardize(
 
 
 def minimum(x: Tensor, by: By) -> Tensor:
-    """Return the smallest element of each segment; +inf for an empty one, NaN if an element is NaN.
+    """Return the smallest element of each segment, without gradient; +inf for an empty one, NaN if an element is NaN.
 
     Args:
         x: float ``[N]``, ``[R]`` or ``[M]``.
@@ -307,7 +311,7 @@ def minimum(x: Tensor, by: By) -> Tensor:
 
 
 def maximum(x: Tensor, by: By) -> Tensor:
-    """Return the largest element of each segment; -inf for an empty one, NaN if an element is NaN.
+    """Return the largest element of each segment, without gradient; -inf for an empty one, NaN if an element is NaN.
 
     Args:
         x: float ``[N]``, ``[R]`` or ``[M]``.

@@ -72,7 +72,7 @@ class PrefixTree:
     visits: Visits | None = None
 
     def expand(self, body: Tensor | None = None, head: Tensor | None = None, row: Tensor | None = None) -> Tensor:
-        """Return per-token numbers from numbers of nodes and rows.
+        """Return per-token numbers from numbers of nodes and rows, without gradient.
 
         For a token of row r and node v: ``row[r] + body[v] + (head[v] if it is the node's first token else 0)``.
 

@@ -19,7 +19,7 @@ def _rewards(tree: PrefixTree, rewards: Tensor | None) -> Tensor:
 
 
 def monte_carlo(tree: PrefixTree, rewards: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
-    """Return the mean reward of the rows through each node.
+    """Return the mean reward of the rows through each node, without gradient.
 
     Args:
         tree: The prefix trees.
@@ -35,7 +35,8 @@ def monte_carlo(tree: PrefixTree, rewards: Tensor | None = None, counted: Tensor
 def monte_carlo_change(tree: PrefixTree, rewards: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
     """Return the mean reward of the rows through each node minus that of the rows through its parent.
 
-    It is what :func:`temporal_difference` gives for the values of :func:`monte_carlo`, rounded only once.
+    It is what :func:`temporal_difference` gives for the values of :func:`monte_carlo`, rounded only once, and without
+    gradient.
 
     Args:
         tree: The prefix trees.
@@ -100,7 +101,7 @@ def monte_carlo_ends(tree: PrefixTree, rewards: Tensor | None = None, counted: T
 def mean_of_children(tree: PrefixTree, rewards: Tensor | None = None) -> Tensor:
     """Return the mean value of each node's children, where a row that ends at the node counts as a child.
 
-    Branches weigh equally, however many rows they hold: the estimate of SPO-tree.
+    Branches weigh equally, however many rows they hold: the estimate of SPO-tree. It is without gradient.
 
     Args:
         tree: The prefix trees.
@@ -125,7 +126,7 @@ def leave_one_out(tree: PrefixTree, rewards: Tensor | None = None) -> Tensor:
     """Return, for each token, the mean reward of the *other* rows through the token's node.
 
     Where no other row passes, the value is that of the deepest earlier node that another row shares. It is 0 in a group
-    of one.
+    of one, and without gradient.
 
     Args:
         tree: The prefix trees.
@@ -167,6 +168,8 @@ def temporal_difference(tree: PrefixTree, value: Tensor) -> Tensor:
 
 def fold_means(parent: Tensor, leaf: Tensor, x: Tensor) -> Tensor:
     """Return the values of any forest: a node without children has its own value, another the mean of its children.
+
+    They are without gradient.
 
     On CUDA this waits for the device to check the forest.
 

@@ -83,7 +83,7 @@ def sensitivity(
 
         score[i] = mean over j of |project(x[i] + step * u[j]) - project(x[i] - step * u[j])| / (2 * step)
 
-    Computed in float32 at least; in half precision a coordinate may not move at all. No gradient is computed.
+    Computed in float32 at least; in half precision a coordinate may not move at all. The result is without gradient.
 
     Args:
         project: Maps ``[N, d]`` to ``[N, e]`` token by token, for example the projector of a vision-language model.

@@ -43,7 +43,7 @@ def agreement(query: Tensor, keys: Tensor, k: int, layout: str = "half", rotated
     """Return how far the keys that each chunk prefers agree with those that the head prefers.
 
     ``agreement[h, i]`` is the share of the k keys with the largest ``q[i] . k[t, i]`` that are among the k keys
-    with the largest ``q . k[t]``; k is at most t. Ties go to the lower index.
+    with the largest ``q . k[t]``; k is at most t. Ties go to the lower index. The result is without gradient.
 
     Args:
         query: float ``[H, d]``, of one decoding step.
@@ -102,6 +102,8 @@ def dominant(agreement: Tensor, threshold: float = 0.8, least: int = 16, most: i
 
 def scores(query: Tensor, keys: Tensor, chunks: Tensor, layout: str = "half", rotated: int | None = None) -> Tensor:
     """Return the score of each cached key: the sum of ``q[i] . k[t, i]`` over the chosen chunks of the head.
+
+    It is without gradient.
 
     Args:
         query: float ``[H, d]``, of one decoding step.

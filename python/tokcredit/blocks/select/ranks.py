@@ -135,6 +135,8 @@ def quota(name: str, k: int | Tensor | Share, spans: Spans) -> Tensor:
 def kth(x: Tensor, rank: int | Tensor, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
     """Return the value of a rank in each scope, counted from 0 at the smallest; NaN if the scope is too small.
 
+    It is without gradient.
+
     Args:
         x: float ``[N]``.
         rank: For all scopes, or int64 ``[scopes]``.
@@ -159,6 +161,8 @@ def _place(q: float, spans: Spans, by: Ids) -> Tensor:
 def quantile(x: Tensor, q: float, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
     """Return the q-quantile of each scope, interpolated linearly between ranks; NaN for an empty scope.
 
+    It is without gradient.
+
     Args:
         x: float ``[N]``.
         q: From 0 to 1.
@@ -177,6 +181,8 @@ def quantile(x: Tensor, q: float, spans: Spans, by: Ids | Groups | None = None) 
 
 def quantile_nearest(x: Tensor, q: float, spans: Spans, by: Ids | Groups | None = None) -> Tensor:
     """Return the element of rank ``round(q * (n - 1))`` of each scope, halves to even; NaN for an empty scope.
+
+    It is without gradient.
 
     Args:
         x: float ``[N]``.
