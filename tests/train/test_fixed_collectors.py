@@ -23,8 +23,12 @@ from tokcredit.train import (
     run,
 )
 from tokcredit.train.example_trainer import ExampleTrainer
+from tokcredit.train.examples import Example
+from tokcredit.train.examples import batch_of as batch_of_examples
 from tokcredit.train.experiment import resolved
+from tokcredit.train.fixed_collectors import FixedCollectors
 from tokcredit.train.instructions import instructions
+from tokcredit.train.problems import Message
 from tokcredit.train.trainer import Trainer
 
 POSITIVE, NEGATIVE = "tiny(steps=0, seed=1)", "tiny(steps=0, seed=2)"
@@ -576,3 +580,45 @@ def test_a_method_is_compared_with_one_that_reads_no_other_model(made, tmp_path)
     folder = compare(("dpo", "tgdpo"), made("tgdpo", steps=1, output=tmp_path / "compared"), seeds=1)
     known = [json.loads((folder / f"{x}-seed0/settings.json").read_text()) for x in ("dpo", "tgdpo")]
     assert [x["aligned"] for x in known] == [None, POSITIVE]
+
+
+def test_revised_prompts_are_those_of_each_response(made):
+    """A response under a prompt of its own, as in MAPL, is asked for that prompt's question, better and worse."""
+    trainer = ExampleTrainer(resolved(made("t_reg")))
+    words, wanted = trainer.tokenizer, frozenset({"better_log_probs", "worse_log_probs"})
+    first, second = (x for x in trainer._examples[0].responses)
+    own = first._replace(question="9+9=", prompt=words("9+9=").input_ids)
+    text = trainer._examples[0]._replace(responses=[own, second])
+    words.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    asked, other = (Message("user", x) for x in ("3+3=", "7+7="))
+    chat = Example("3+3=", words("[3+3=]").input_ids, [first._replace(messages=(other,)), second], (asked,))
+    collect = FixedCollectors(wanted, trainer.settings, trainer.model, words)
+    for example, forms in ((text, "{}"), (chat, "[{}]")):
+        questions = ("9+9=" if example is text else "7+7=", example.question)
+        found = collect._revised([example], batch_of_examples([example], range(1), torch.device("cpu")))
+        for prompt_of, row in zip((better, worse), found, strict=True):
+            expected = [prompt_of(q, x) for q, x in zip(questions, example.responses, strict=True)]
+            assert [words.decode(p[p >= 0]) for p in row] == [forms.format(x) for x in expected]
+
+
+def better(question, response):
+    return f"Good: {question}"
+
+
+def worse(question, response):
+    return f"Bad {response.text}: {question}"
+
+
+def test_instructions_of_chats_are_in_the_messages_of_the_response(made, monkeypatch, tmp_path):
+    rows = [
+        {"prompt": [said("user", f"{i}=")], "chosen": [said("assistant", "a b")], "rejected": [said("assistant", "c")]}
+        for i in range(8)
+    ]
+    network, words = models.load("tiny(steps=0)")
+    words.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    monkeypatch.setattr(models, "load", lambda model: (network, words))
+    trainer = ExampleTrainer(resolved(made("mapl", rows, output=tmp_path / "chats")))
+    own = [x for example in trainer._examples for x in example.responses if x.prompt is not None]
+    assert len(own) == 8 * 6
+    for x in own:
+        assert words(f"[{x.messages[-1].content}]").input_ids == x.prompt and x.messages[-1].content != ""

@@ -32,6 +32,7 @@ class Response(NamedTuple):
         mask: Which of them the policy chose.
         question: Text of its own prompt, or None for that of the example.
         prompt: Token ids of its own prompt, or None.
+        messages: Its own prompt, if it is a chat.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Response(NamedTuple):
     mask: list[bool]
     question: str | None = None
     prompt: list[int] | None = None
+    messages: tuple[Message, ...] = ()
 
 
 class Example(NamedTuple):
@@ -63,6 +65,25 @@ class Example(NamedTuple):
             (self.question if x.question is None else x.question, self.prompt if x.prompt is None else x.prompt, x)
             for x in self.responses
         ]
+
+    def under_own_prompts(self) -> list[Example]:
+        """Return an example of each response, with the prompt of that response."""
+        return [
+            Example(
+                question, prompt, [x._replace(question=None, prompt=None, messages=())], x.messages or self.messages
+            )
+            for question, prompt, x in self.rows
+        ]
+
+    def revised(self, words: Callable[[str], str]) -> Example:
+        """Return the example with another question: the text, and the last message of a chat.
+
+        Args:
+            words: Function from the question to another.
+        """
+        *before, last = self.messages or (None,)
+        messages = () if last is None else (*before, last._replace(content=words(last.content)))
+        return self._replace(question=words(self.question), messages=messages)
 
     @property
     def compares_prompts(self) -> bool:
@@ -145,7 +166,7 @@ def batch_of(examples: Sequence[Example], groups: Sequence[int], device: torch.d
 
 
 class RevisedPrompts:
-    """Token ids of prompts of examples whose question is another: the text, or the last message of a chat.
+    """Token ids of prompts of examples whose question is another; see :meth:`Example.revised`.
 
     Args:
         tokenizer: Tokenizer of the model.
@@ -159,17 +180,15 @@ class RevisedPrompts:
     def _prompts(self) -> Prompts:
         return Prompts(self._tokenizer, self._chat, "pairs")
 
-    def __call__(self, example: Example, revised: Callable[[str], str]) -> list[int]:
+    def __call__(self, example: Example) -> list[int]:
         """Return the token ids of the prompt of an example.
 
         Args:
-            example: The example.
-            revised: Function from its question to another.
+            example: The example after :meth:`Example.revised`.
         """
         if not example.messages:
-            return list(self._tokenizer(revised(example.question)).input_ids)
-        *before, last = example.messages
-        return self._prompts.templated((*before, last._replace(content=revised(last.content))))
+            return list(self._tokenizer(example.question).input_ids)
+        return self._prompts.templated(example.messages)
 
 
 class _Reader:

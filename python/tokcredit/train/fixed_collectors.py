@@ -169,14 +169,15 @@ class FixedCollectors:
     def _revised(self, examples: Sequence[Example], batch: Rollouts) -> list[Tensor]:
         """Return the prompts that ask for a better and for a worse answer, int64 ``[R, P]`` each.
 
-        A response that is too long for the model under one of them keeps its own prompt under both.
+        They are revised prompts of the responses, also where these differ in an example. A response that is too long
+        for the model under one of them keeps its own prompt under both.
         """
         s, longest = self._settings.collectors, getattr(self._model.config, "max_position_embeddings", None)
-        rows = [(example, response) for example in examples for response in example.responses]
         found = []
-        for example, response in rows:
+        for example in (own for x in examples for own in x.under_own_prompts()):
+            (response,) = example.responses
             words = [partial(_asked, x, response.text) for x in (s.better_template, s.worse_template)]
-            both = [self._revise(example, x) for x in words]
+            both = [self._revise(example.revised(x)) for x in words]
             fits = longest is None or max(map(len, both)) + len(response.tokens) <= longest
             found.append(both if fits else [example.prompt] * 2)
         return [left_padded(list(prompts), -1, batch.device)[0] for prompts in zip(*found, strict=True)]

@@ -160,4 +160,6 @@ class _Maker:
         def revised(question: str) -> str:
             return filled(self._template, question=question, instructions=text)
 
-        return response._replace(question=revised(pair.question), prompt=[*self._prefix, *self._revise(pair, revised)])
+        own = pair.revised(revised)
+        prompt = [*self._prefix, *self._revise(own)]
+        return response._replace(question=own.question, prompt=prompt, messages=own.messages)
