@@ -84,6 +84,31 @@ def test_autocast():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"chosen": torch.tensor(3)}, r"chosen: expected int32 or int64 \[1\], got int64 \[\]"),
+        ({"chosen": torch.zeros(2, 5, dtype=torch.long)}, r"chosen: expected int32 or int64 \[4, 6, 5\], got"),
+        ({"weight": torch.zeros(D, dtype=torch.float64)}, r"weight: expected float \[V, d\], got"),
+        ({"hidden": torch.zeros((), dtype=torch.float64)}, r"hidden: expected \[4, 6, 5\], got float64 \[\]"),
+        ({"tokens": torch.tensor(1)}, "hidden: expected "),
+        ({"bias": torch.tensor(1.0, dtype=torch.float64)}, "bias: expected "),
+        ({"temperature": torch.tensor(1.0, dtype=torch.float64)}, "temperature: expected "),
+    ],
+    ids=str,
+)
+def test_wrong_shapes_have_the_errors_of_the_function(wrong, message):
+    hidden, weight, bias, tokens = layer()
+    given = {"hidden": hidden, "weight": weight, "bias": bias, "tokens": tokens} | wrong
+
+    def f(given):
+        return sum(x.sum() for x in tc.head.log_probs_and_entropies(**given))
+
+    for call in (f, compiled(f)):
+        with pytest.raises(ValueError, match=message):
+            call(given)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, where a graph continues
 def test_a_compiled_model_with_the_layer_and_a_loss_inside():
     objective = tc.mix("gspo", terms=("entropy(0.1)",))

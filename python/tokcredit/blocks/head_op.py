@@ -37,9 +37,9 @@ def _outputs(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     dtype, shape = accumulated(hidden.dtype), tokens.shape
-    # A schema has no optional results.
+    # A schema has no optional results. No shape is wrong here: the operation itself says what it expects.
     of_squares = shape if arguments[-1] else (0,)
-    of_chosen = (0,) if chosen is None else (*shape, chosen.shape[-1])
+    of_chosen = (0,) if chosen is None else (*shape, *chosen.shape[-1:])
     shapes = (shape, shape, of_squares, of_chosen)
     return (*(result(hidden, x, dtype) for x in shapes), result(hidden, shape, torch.float64))
 
@@ -64,7 +64,7 @@ def _forward(
 
 def _gradient_outputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     wanted = arguments[-3:]
-    inputs = zip((hidden, weight, weight[:, 0]), wanted, strict=True)
+    inputs = zip((hidden, weight, weight if bias is None else bias), wanted, strict=True)
     return tuple(result(x, x.shape if asked else (0,)) for x, asked in inputs)
 
 
