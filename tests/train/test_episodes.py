@@ -293,7 +293,7 @@ def test_what_happens_to_a_failed_episode(acting, policy, rows):
     tools = ToolSettings(turns=5, episode_rows=rows)
     trainer = made(acting, TROUBLE, on_reward_error=policy, tools=tools)
     whole = trainer.rollout_collector.collect(1)
-    collection = whole.judged()
+    collection = whole.judged(trainer.ranks)
     assert trainer.context.rewards.failures() == 2
     lost = whole.batch.trajectory_ids % 4 == 1
     assert not whole.batch.input("turn_rewards")[lost.repeat_interleave(whole.batch.end - whole.batch.begin)].any()

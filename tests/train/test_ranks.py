@@ -45,6 +45,7 @@ def update(settings, rank, ranks):
     # Entropies that are far apart, because methods rank by them.
     generator = torch.Generator().manual_seed(1)
     names = {"entropies", "values", "value_targets"} & (trainer.objective.required_inputs | {"entropies"})
+    names |= {"rollout_log_probs"}
     drawn = {name: torch.rand(whole.num_tokens, generator=generator) for name in sorted(names)}
     mine = whole.with_inputs(**drawn).select(whole.group_ids % ranks == rank)
     learned = {}
@@ -111,6 +112,37 @@ def one_rank_of_pairs(rank, s, port, folder):
     torch.distributed.destroy_process_group()
 
 
+def one_rank_without_rewards(rank, runs, port, folder):
+    """Steps in which no response of the second rank has a reward, and one in which its reward function fails."""
+    join(rank, port)
+    found = []
+    for s in runs:
+        trainer = Trainer(resolved(s))
+
+        def rewards(problems, texts):
+            return [float(i % 3 == 0) if rank == 0 else float("nan") for i in range(len(texts))]
+
+        rewards.failures = lambda: 0
+        trainer.context.rewards = rewards
+        metrics = trainer.step(1).metrics
+        found.append({name: x for name, x in metrics.items() if "seconds" not in name})
+
+    def failing(problems, texts):
+        if rank == 1:
+            raise ValueError("no reward")
+        return [0.5] * len(texts)
+
+    trainer.context.rewards = failing
+    errors = []
+    for call in (trainer.measure, lambda: trainer.step(2)):
+        try:
+            call()
+        except Exception as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    torch.save((found, errors), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -143,6 +175,21 @@ def test_a_rank_without_pairs(settings, tmp_path):
         assert metrics["pairs"] == metrics["pairs_skipped"] == 1 and metrics["grad_norm"] > 0
         assert metrics["length_mean"] == metrics["tokens"] / 2 and metrics["rows_with_gradient_fraction"] == 1
         assert metrics["reward_mean"] == 0.25
+
+
+@pytest.mark.slow
+def test_a_rank_without_rewards(settings, tmp_path):
+    methods = ("grpo", "remax", "rae", "lenvm", "igpo")
+    runs = [settings(method) for method in methods]
+    runs += [settings("ppo", critic=CriticSettings("head")), settings("prime", reward_model="initial")]
+    mp.spawn(one_rank_without_rewards, (runs, free_port(), tmp_path), nprocs=2)
+    (first, other), (second, own) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for s, metrics, again in zip(runs, first, second, strict=True):
+        assert metrics.keys() == again.keys(), s.objective.method
+        assert metrics == pytest.approx(again, nan_ok=True) and metrics["grad_norm"] > 0, s.objective.method
+        assert metrics["reward_mean"] == 0.5
+    assert own == ["ValueError: no reward"] * 2
+    assert other == ["RuntimeError: expected no error in any process, got process 1: " + own[0]] * 2
 
 
 @pytest.mark.slow

@@ -2,12 +2,12 @@ import dataclasses
 import io
 import os
 import signal
-import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from meeting import in_both
 from test_experiment import numbers
 from tokcredit.methods.r3 import dominance
 from tokcredit.train import ObjectiveSettings, ReplaySettings, SamplingSettings, Settings, run, tasks, tiny
@@ -18,7 +18,7 @@ from tokcredit.train.sampler import Completions
 from tokcredit.train.trainer import Trainer
 
 WORDS = tiny.tokenizer()
-ALONE = SimpleNamespace(index=0, count=1, exchange=list)
+ALONE = SimpleNamespace(index=0, count=1, exchange=list, together=lambda function: function())
 
 
 class Scripted:
@@ -139,35 +139,21 @@ def test_state_survives_a_file():
         assert got[0] == got[1] and sum(row[2] for row in got[0]) == 2
 
 
-def test_processes_share_what_they_store():
-    barrier, halves = threading.Barrier(2), [None, None]
+def test_processes_share_what_they_store(monkeypatch):
+    script = [(["y1", "n1", "n2"], ["n3", "n4", "n5"]), (["n6"] * 3, ["y2"] * 3), (["y"] * 3, ["n"] * 3)]
 
-    def exchange(index, objects):
-        halves[index] = objects
-        barrier.wait(60)
-        both = halves[0] + halves[1]
-        barrier.wait(60)
-        return both
+    def collected(ranks):
+        c = collector(ranks)
+        made = (collect(c, number, *responses) for number, responses in enumerate(script, start=1))
+        return [(x, dict(c.state_dict()["totals"])) for x in made]
 
-    two = [collector(SimpleNamespace(index=i, count=2, exchange=lambda x, i=i: exchange(i, x))) for i in (0, 1)]
-    one, script = (
-        collector(),
-        [(["y1", "n1", "n2"], ["n3", "n4", "n5"]), (["n6"] * 3, ["y2"] * 3), (["y"] * 3, ["n"] * 3)],
-    )
-    for number, responses in enumerate(script, start=1):
-        got = [None, None]
-
-        def work(i, number=number, responses=responses, got=got):
-            got[i] = collect(two[i], number, *responses)
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-        [t.start() for t in threads]
-        [t.join() for t in threads]
-        whole = collect(one, number, *responses)
+    steps = zip(collected(ALONE), *in_both(monkeypatch, collected), strict=True)
+    for (whole, totals), *both in steps:
+        got = [x for x, _ in both]
         assert sorted(rows(got[0]) + rows(got[1])) == sorted(rows(whole))
         groups = [set(x.batch.group_ids.tolist()) for x in got]
         assert not groups[0] & groups[1] and groups[0] | groups[1] == set(whole.batch.group_ids.tolist())
-        assert two[0].state_dict()["totals"] == two[1].state_dict()["totals"] == one.state_dict()["totals"]
+        assert both[0][1] == both[1][1] == totals
 
 
 def never(prompt, response, answer):

@@ -51,7 +51,9 @@ class Roles(RoleBaselines):
             problems: Problem of each row.
         """
         if not batch.has_input("role_ids"):
-            numbers = torch.tensor([self._tasks.index(p.task) for p in problems], device=batch.device)
+            numbers = torch.tensor(
+                [self._tasks.index(p.task) for p in problems], dtype=torch.int64, device=batch.device
+            )
             batch = batch.with_inputs(role_ids=numbers)
         everything, mine = self._ranks.gather(batch, frozenset({"role_ids"}))
         return self(everything).input("role_baselines")[mine.to(batch.device)]

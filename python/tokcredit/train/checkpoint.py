@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from tokcredit.files import naming
+from tokcredit.train.ranks import Ranks
 
 
 def save(accelerator: Accelerator, folder: Path, step: int) -> None:
@@ -28,12 +29,11 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
     accelerator.wait_for_everyone()
+    ranks = Ranks(accelerator)
     with naming(target):
         try:
-            accelerator.save_state(str(work), safe_serialization=False)
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                work.rename(target)
+            ranks.together(lambda: accelerator.save_state(str(work), safe_serialization=False))
+            ranks.together(lambda: work.rename(target) if accelerator.is_main_process else None)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
@@ -60,8 +60,7 @@ def load(accelerator: Accelerator, folder: Path) -> int:
     """
     step = last(folder)
     if step:
-        accelerator.load_state(str(folder / _name(step)))
-        accelerator.wait_for_everyone()
+        Ranks(accelerator).together(lambda: accelerator.load_state(str(folder / _name(step))))
         if accelerator.is_main_process:
             _keep_only(folder, step)  # A process that was killed may have left an earlier one.
     return step

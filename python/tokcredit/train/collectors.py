@@ -453,8 +453,8 @@ def collect(
         top_k: Number of tokens in ``teacher_top_ids``.
     """
     names = frozenset(required_inputs) & collected()
-    if batch.num_tokens == 0:  # of a process that has no pair of a step
-        return batch.with_inputs(**{name: _nothing(name, batch) for name in names})
+    if batch.num_tokens == 0:  # of a process that has no row of a step
+        return batch.with_inputs(**{name: _nothing(name, batch, policy) for name in names})
     if not names:
         return batch
     order = batch.group_index.argsort(stable=True)
@@ -482,11 +482,12 @@ def collect(
 _DTYPES = {"float": torch.float32, "integer": torch.int64, "bool": torch.bool}
 
 
-def _nothing(name: str, batch: Rollouts) -> Tensor:
+def _nothing(name: str, batch: Rollouts, policy: Any) -> Tensor:
     """Return an input of a batch without tokens."""
     entry = inputs.get(name)
     size = 0 if entry.per == "token" else batch.num_rows
-    return torch.zeros(size, *(1 for _ in entry.axes), dtype=_DTYPES[entry.dtype], device=batch.device)
+    width = policy.config.get_text_config().hidden_size if name == "hidden_states" else 1
+    return torch.zeros(size, *(width for _ in entry.axes), dtype=_DTYPES[entry.dtype], device=batch.device)
 
 
 def _of_same_ids(*logits: Tensor) -> list[Tensor]:

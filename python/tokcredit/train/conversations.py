@@ -47,13 +47,8 @@ class Conversations(Dialogues[Dialogue]):
         if without := sorted({p.task for p in everything if p.calls is None}):
             raise ValueError(f"tasks: expected only tasks with tools, such as calculator(), got {without}")
 
-    def collect(self, number: int) -> RolloutCollection:
-        """Return the rewarded conversations of a step.
-
-        Args:
-            number: Number of the step, from 1.
-        """
-        made, groups = self._collected(number)
+    def _collect(self, number: int) -> RolloutCollection:
+        made, groups = self._sampled(number)
         layout = self._layout(made)
         rewards = torch.tensor(self._judged(made), device=self._context.sampler.device)
         batch = layout.batch(groups, rewards)
@@ -96,5 +91,7 @@ class Conversations(Dialogues[Dialogue]):
 
     def _judged(self, made: Sequence[Dialogue]) -> list[float]:
         context = self._context
+        if not made:
+            return []
         texts = context.tokenizer.batch_decode([d.tokens for d in made], skip_special_tokens=True)
         return context.rewards([d.problem for d in made], texts)

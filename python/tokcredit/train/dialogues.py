@@ -229,7 +229,7 @@ class Dialogues(RolloutCollector, Generic[D]):
         """
         raise NotImplementedError
 
-    def _collected(self, number: int) -> tuple[list[D], list[int]]:
+    def _sampled(self, number: int) -> tuple[list[D], list[int]]:
         """Return the dialogues of a step and the group of each."""
         s, context = self._context.settings.sampling, self._context
         groups, chosen = context.chosen(number)

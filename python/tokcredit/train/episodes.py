@@ -88,13 +88,8 @@ class Episodes(Dialogues[Episode]):
             raise ValueError(f"tasks: expected only tasks with an environment, such as minigrid(), got {without}")
         self.stop = ("\n",) if context.tokenizer.chat_template is None else ()
 
-    def collect(self, number: int) -> RolloutCollection:
-        """Return the rewarded episodes of a step.
-
-        Args:
-            number: Number of the step, from 1.
-        """
-        made, groups = self._collected(number)
+    def _collect(self, number: int) -> RolloutCollection:
+        made, groups = self._sampled(number)
         layout, device = self._layout(made), self._context.sampler.device
         totals = torch.tensor([e.total for e in made], device=device)
         batch = layout.batch(groups, torch.tensor([e.outcome for e in made], device=device))

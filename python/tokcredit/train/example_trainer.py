@@ -173,7 +173,8 @@ class ExampleTrainer:
         self.model, self.tokenizer = policy.load(settings, self.accelerator)
         self._load()
         loaded = (settings, self.model, self.tokenizer)
-        teacher, reverse = teaching.made(*loaded), teaching.reverse(*loaded)
+        teacher = teaching.made(*loaded)
+        reverse = policy.beside("reverse_teacher", settings.collectors.reverse_teacher, *loaded)
         self._fixed_names = fixed_collectors.names() & self.objective.required_inputs
         reference = policy.reference(self.objective, self.model, self._fixed_names)
         models = (self.model, reference, teacher)
@@ -298,8 +299,8 @@ class ExampleTrainer:
         with clock("train"):
             batch = self._batch(mine)
             update = self.learner.update(batch, number, clock)
-        metrics = update.metrics | self.ranks.mean({"length_mean": batch.lengths.double().mean()})
-        metrics |= self.ranks.sum({"tokens": batch.lengths.sum()})
+        sums = self.ranks.sum({"tokens": batch.lengths.sum(), "rows": torch.tensor(batch.num_rows)})
+        metrics = update.metrics | {"tokens": sums["tokens"], "length_mean": sums["tokens"] / sums["rows"]}
         self.learner.observe(metrics)
         seconds = clock.seconds["train_seconds"]
         chosen = [self._examples[i] for i in mine]
@@ -320,6 +321,9 @@ class ExampleTrainer:
         return nth([self._train], range((number - 1) * count, number * count), self.settings.seed)
 
     def _batch(self, numbers: Sequence[int]) -> Rollouts:
+        return self.ranks.together(lambda: self._scored(numbers))
+
+    def _scored(self, numbers: Sequence[int]) -> Rollouts:
         made = batch_of([self._examples[i] for i in numbers], range(len(numbers)), self.accelerator.device)
         prompts = virtual_tokens.of_rejected(self.model, made.input("prompt_tokens"), made.rewards == 0)
         made = made.with_inputs(prompt_tokens=prompts)

@@ -8,8 +8,9 @@ import os
 import platform
 import resource
 import signal
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from tokcredit.files import WriteError, read_json, whole_folder, write
 from tokcredit.report import report
 from tokcredit.train import adapter, checkpoint, compatibility, example_trainer, models, teacher_scores, virtual_tokens
 from tokcredit.train.curve import Curve
-from tokcredit.train.example_trainer import ExampleTrainer
+from tokcredit.train.example_trainer import ExampleStep, ExampleTrainer
 from tokcredit.train.folder import check, locked, plain, write_settings
 from tokcredit.train.learner import Update
 from tokcredit.train.ranks import check_launch, on_main
 from tokcredit.train.record import OF_TURNS, Record, read_metrics
 from tokcredit.train.settings import Settings, is_due
-from tokcredit.train.trainer import Trainer
+from tokcredit.train.trainer import Step, Trainer
 
 _NUMBER = "[0-9]" * 6
 _FILES = (
@@ -109,8 +110,7 @@ def checked(settings: Settings) -> None:
 
 def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
     trainer: Trainer | ExampleTrainer = ExampleTrainer(settings) if settings.trains_on_examples else Trainer(settings)
-    steps, held_out = settings.steps, trainer.curve.held_out
-    main = trainer.accelerator.is_main_process
+    steps, ranks, main = settings.steps, trainer.ranks, trainer.accelerator.is_main_process
     done = checkpoint.load(trainer.accelerator, folder)
     if main and not done:
         _introduce(settings, trainer)
@@ -124,46 +124,69 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
             if last or is_due(number, settings.eval_every):
                 line |= trainer.measure()
             new.append(line)
-            if main:
-                # A run that cannot take its first step has written nothing, and its folder is free.
-                record = record or _begin(settings, trainer, done)
-                while new:
-                    record.metrics(new.pop(0))
-                if last or is_due(number, settings.rollouts_every):
-                    record.rollouts(number, _columns(number, step.update, trainer.model) | step.columns)
-                if held_out in line:
-                    record.curve(trainer.curve)
-                for text in step.update.skipped:
-                    bar.write(f"step {number}: skipped an update because of {text}")
+            # A run that cannot take its first step has written nothing, and its folder is free.
+            record = ranks.together(partial(_recorded, record, trainer, done, new, step) if main else lambda: None)
+            new = []
+            for text in step.update.skipped if main else ():
+                bar.write(f"step {number}: skipped an update because of {text}")
             bar.update()
             bar.set_postfix(_shown(line, trainer))
-            stop = trainer.ranks.any(bool(stopping))
+            stop = ranks.any(bool(stopping))
             if last or stop or is_due(number, settings.save_every):
                 checkpoint.save(trainer.accelerator, folder, number)
             if stop and not last:
                 bar.write(f"stopped after step {number}; --resume continues")
                 return None
-    if main:
-        record = record or _begin(settings, trainer, done)
-        record.close()
-        with whole_folder(folder / "model") as model:
-            adapter.save(trainer.model, model)
-            trainer.tokenizer.save_pretrained(model)
-        report(folder, trainer.objective)
-        write(folder / "summary.json", json.dumps(_summary(folder, trainer.curve), indent=2) + "\n")
-        _print_summary(folder, trainer.curve)
-    trainer.accelerator.wait_for_everyone()
+    ranks.together(lambda: _finish(record or _begin(trainer, done), trainer) if main else None)
     return read_summary(folder)
 
 
-def _begin(settings: Settings, trainer: Trainer | ExampleTrainer, done: int) -> Record:
+def _begin(trainer: Trainer | ExampleTrainer, done: int) -> Record:
     """Write the settings, from when on the folder has a run, and return the record of its further steps."""
+    settings = trainer.settings
     folder = settings.output or Path()
     write_settings(folder, plain(settings))
     with whole_folder(folder / "tokenizer") as words:
         trainer.tokenizer.save_pretrained(words)
     trainer.write(folder)
     return Record(folder, done + 1 if done else 0, _header(settings, trainer))
+
+
+def _recorded(
+    record: Record | None,
+    trainer: Trainer | ExampleTrainer,
+    done: int,
+    lines: Sequence[Mapping[str, float]],
+    step: Step | ExampleStep,
+) -> Record:
+    """Write metrics and, where they are due, the rollouts of a step and the learning curve; return the record.
+
+    Args:
+        record: The record so far, or None before the first step.
+        trainer: The trainer.
+        done: Number of steps before this run was continued.
+        lines: Metrics, the last of which are those of the step.
+        step: The step.
+    """
+    record, settings, number = record or _begin(trainer, done), trainer.settings, int(lines[-1]["step"])
+    for line in lines:
+        record.metrics(line)
+    if number == settings.steps or is_due(number, settings.rollouts_every):
+        record.rollouts(number, _columns(number, step.update, trainer.model) | step.columns)
+    if trainer.curve.held_out in lines[-1]:
+        record.curve(trainer.curve)
+    return record
+
+
+def _finish(record: Record, trainer: Trainer | ExampleTrainer) -> None:
+    """Write what a run leaves at its end, and print the summary."""
+    record.close()
+    with whole_folder(record.folder / "model") as model:
+        adapter.save(trainer.model, model)
+        trainer.tokenizer.save_pretrained(model)
+    report(record.folder, trainer.objective)
+    write(record.folder / "summary.json", json.dumps(_summary(record.folder, trainer.curve), indent=2) + "\n")
+    _print_summary(record.folder, trainer.curve)
 
 
 def read_summary(folder: Path) -> dict[str, float] | None:

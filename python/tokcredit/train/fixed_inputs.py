@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -63,6 +62,16 @@ class FixedInputs:
         for block in blocks:
             missing.append([i for i in dict.fromkeys(block) if i not in seen])
             seen |= set(block)
+        found = ranks.exchange(ranks.together(lambda: self._computed(missing, collect, ranks)))
+        self._known |= dict(found)
+
+    def _computed(
+        self,
+        missing: Sequence[Sequence[int]],
+        collect: Callable[[Sequence[Example], Rollouts], Rollouts],
+        ranks: Ranks,
+    ) -> list[tuple[int, dict[str, NDArray[np.float32]]]]:
+        """Return the inputs of this process's share of some examples, by their numbers."""
         found = []
         with tqdm(total=sum(map(len, missing)), desc="inputs", unit="example", disable=ranks.index > 0) as bar:
             for part in missing:
@@ -73,7 +82,7 @@ class FixedInputs:
                     rows = {name: batch.input(name).cpu().split(list(map(self._tokens, mine))) for name in self._names}
                     found += [(i, {name: rows[name][n].float().numpy() for name in rows}) for n, i in enumerate(mine)]
                 bar.update(len(part))
-        self._known |= dict(gather_object(found)) if ranks.count > 1 else dict(found)
+        return found
 
     def add(self, batch: Rollouts, numbers: Sequence[int]) -> Rollouts:
         """Return a batch of examples with the inputs.

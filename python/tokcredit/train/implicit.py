@@ -58,8 +58,10 @@ class RewardModel:
         Raises:
             ValueError: A reward is not from 0 to 1.
         """
-        first = self._collected(batch, "ref_log_probs", reference=self._reference)
-        metrics = self._learn(batch, first)
+        first, chosen = self._ranks.together(
+            lambda: (self._collected(batch, "ref_log_probs", reference=self._reference), self._chosen(batch))
+        )
+        metrics = self._learn(batch.with_inputs(ref_log_probs=first), chosen)
         now = self._collected(batch, "aligned_log_probs", aligned=self._model)
         return batch.with_inputs(implicit_rewards=now - first), metrics
 
@@ -68,18 +70,37 @@ class RewardModel:
             found = collectors.collect({name}, batch, self._size, None, temperature=self._temperature, **model)
         return found.input(name)
 
-    def _learn(self, batch: Rollouts, reference: Tensor) -> dict[str, float]:
+    def _chosen(self, batch: Rollouts) -> Tensor:
+        """Return which trajectories it learns from."""
         chosen = batch.whole.nonempty
         for stage in self._filters:
             chosen = chosen & stage(batch.whole, None)[:, 0]
-        known = self._ranks.sum({"count": chosen.sum()})
-        if not known["count"]:
+        return chosen
+
+    def _learn(self, batch: Rollouts, chosen: Tensor) -> dict[str, float]:
+        count = self._ranks.sum({"count": chosen.sum()})["count"]
+        if not count:
             return {}
+        total = self._ranks.together(lambda: self._add_gradient(batch, chosen, count))
+        norm = self._optimizer.clip()
+        value = self._ranks.sum({"loss": total})["loss"]
+        if finite := math.isfinite(norm + value):
+            self._optimizer.step()
+        self._optimizer.forget()
+        return {"reward_model_loss": value if finite else math.nan, "reward_model_grad_norm": norm}
+
+    def _add_gradient(self, batch: Rollouts, chosen: Tensor, count: float) -> Tensor:
+        """Add the gradient of the loss over the chosen trajectories of this process, and return their part of it.
+
+        Args:
+            batch: The rollouts of this process, with ``ref_log_probs``.
+            chosen: bool, which trajectories count.
+            count: Number of chosen trajectories in all processes.
+        """
         if batch.trajectories is not None:
             chosen = batch.trajectories.divided.of_rows(chosen)
         rows = (chosen & batch.nonempty).nonzero()[:, 0]
         total = torch.zeros((), dtype=torch.float64, device=batch.device)
-        batch = batch.with_inputs(ref_log_probs=reference)
         for part in micro_batches(rows, batch, self._size):
             some = batch.select(part)
             whole = some.whole
@@ -88,15 +109,10 @@ class RewardModel:
                 ratio = forward.log_probs - some.input("ref_log_probs")
             if some.trajectories is not None:
                 ratio = some.trajectories.joined.of_tokens(ratio)
-            loss = outcome_loss(ratio, whole.spans, whole.rewards, self._beta) * (whole.num_rows / known["count"])
+            loss = outcome_loss(ratio, whole.spans, whole.rewards, self._beta) * (whole.num_rows / count)
             (loss * self._ranks.count).backward()
             total += loss.detach()
-        norm = self._optimizer.clip()
-        value = self._ranks.sum({"loss": total})["loss"]
-        if finite := math.isfinite(norm + value):
-            self._optimizer.step()
-        self._optimizer.forget()
-        return {"reward_model_loss": value if finite else math.nan, "reward_model_grad_norm": norm}
+        return total
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights that are trained, and the state of the optimizer, for a checkpoint."""

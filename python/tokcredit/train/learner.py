@@ -244,21 +244,25 @@ class Learner:
         )
 
     def _mismatch(self, prepared: PreparedBatch, log_probs: Tensor) -> dict[str, float]:
-        """Return how far the engine that sampled is from the policy, if that is known; means over processes.
+        """Return how far the engine that sampled is from the policy, over the rows of all processes, if that is known.
 
         A batch without old log-probs is used for one optimizer step, so those of its pass over the rows are the same.
         """
         batch = prepared.batch
         if batch.rollout_log_probs is None:
             return {}
-        old, spans = batch.old_log_probs, batch.spans
-        if old is None:
-            old, spans = log_probs, spans.with_mask(batch.response_mask & ~log_probs.isnan())
-        chosen = (x for x in getattr(self._objective, "token_weights", ()) if isinstance(x, importance))
-        weights = multiplied(chosen, batch, batch.rewards[:, None])  # which no importance weight reads
-        found = mismatch.statistics(old, batch.rollout_log_probs, spans, weights)
-        sums = self._ranks.sum({name: x.cpu() for name, x in found.items()})
-        return {f"mismatch_{name}": float(x) / self._ranks.count for name, x in sums.items()}
+        without = batch.old_log_probs is None
+        if without:
+            batch = batch.with_inputs(old_log_probs=log_probs)
+        corrections = [x for x in getattr(self._objective, "token_weights", ()) if isinstance(x, importance)]
+        names = frozenset({"old_log_probs", "rollout_log_probs"})
+        batch, _ = self._ranks.gather(batch, names.union(*(x.required_inputs for x in corrections)))
+        old, spans = batch.input("old_log_probs"), batch.spans
+        if without:
+            spans = spans.with_mask(batch.response_mask & ~old.isnan())
+        weights = multiplied(corrections, batch, batch.rewards[:, None])  # which no importance weight reads
+        found = mismatch.statistics(old, batch.input("rollout_log_probs"), spans, weights)
+        return {f"mismatch_{name}": float(x) for name, x in found.items()}
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Move the controllers of the objective by the metrics of a step.
@@ -275,14 +279,13 @@ class Learner:
             self.state.observe(self._objective, metrics)
 
     def _prepare(self, batch: Rollouts, progress: float) -> PreparedBatch:
-        prepared: Any
+        def prepared(whole: Rollouts) -> Any:
+            return self._ranks.together(lambda: self._objective.prepare(whole, progress=progress, state=self.state))
+
         if self._ranks.count == 1 or not self._objective.compares_groups:
-            prepared = self._objective.prepare(batch, progress=progress, state=self.state)
-        else:
-            everything, mine = self._ranks.gather(batch, self._objective.required_inputs)
-            prepared = self._objective.prepare(everything, progress=progress, state=self.state).select(mine)
-            prepared = dataclasses.replace(prepared, batch=batch)
-        return prepared
+            return prepared(batch)
+        everything, mine = self._ranks.gather(batch, self._objective.required_inputs)
+        return dataclasses.replace(prepared(everything).select(mine), batch=batch)
 
     def _parameters(self) -> dict[str, Tensor]:
         """Return the parameters of the policy, of its masks and of its critic by name."""

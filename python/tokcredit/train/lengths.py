@@ -66,6 +66,8 @@ class LengthLearner:
     def update(self, batch: Rollouts, finished: Tensor) -> float:
         """Fit the head to the rows that the model ended, and return the loss before that, or 0 without such rows.
 
+        The loss is the mean over the tokens of these rows in all processes.
+
         Rows cut at the length limit do not show how long they would have been. If a loss or a gradient is not finite,
         the head stays as it is and the loss is NaN.
 
@@ -75,20 +77,25 @@ class LengthLearner:
         """
         first = 0.0
         part = batch.select(finished)
-        if not self._ranks.any(part.num_tokens > 0):
+        tokens = part.lengths.sum()
+        total = self._ranks.sum({"tokens": tokens})["tokens"]
+        if not total:
             return first
+        # The gradients of the processes are averaged with equal weights.
+        share = float(tokens) * self._ranks.count / total
         target = length.targets(part.spans, self._gamma)
         hidden = part.input("hidden_states")
         for i in range(self._passes):
-            loss = length.squared(self.head(hidden), target, part.spans)
+            loss = length.squared(self.head(hidden), target, part.spans) * share
             self._optimizer.zero_grad()
             loss.backward()
             self._ranks.average_gradients(self.head)
             norm = nn.utils.get_total_norm([p.grad for p in self.head.parameters() if p.grad is not None])
-            if self._ranks.any(not bool(norm.isfinite() & loss.isfinite())):
+            value = self._ranks.mean({"loss": loss})["loss"]
+            if not math.isfinite(float(norm) + value):
                 return math.nan
             self._optimizer.step()
-            first = float(loss.detach()) if i == 0 else first
+            first = value if i == 0 else first
         return first
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from tokcredit import inputs
 from tokcredit.train import adapter, models
+from tokcredit.train.ranks import Ranks
 from tokcredit.train.settings import Settings
 
 
@@ -22,8 +23,10 @@ def load(settings: Settings, accelerator: Accelerator) -> tuple[Any, Any]:
     Raises:
         ValueError: There is no such model, or the adapter does not fit it.
     """
-    with accelerator.main_process_first():
-        model, tokenizer = models.load(settings.model)
+    ranks = Ranks(accelerator)
+    # The main process goes first, because it may have to make or download the model.
+    first = ranks.together(lambda: models.load(settings.model) if accelerator.is_main_process else None)
+    model, tokenizer = ranks.together(lambda: first or models.load(settings.model))
     if settings.adapter is not None:
         adapter.add(model, settings.adapter, settings.seed)
         adapter.keep_apart(model, accelerator)
@@ -47,6 +50,24 @@ def reference(objective: Any, model: Any, known: frozenset[str] = frozenset()) -
     return model if adapter.has_one(model) else copy.deepcopy(model)
 
 
+def beside(option: str, source: str | None, settings: Settings, model: Any, tokenizer: Any) -> Any:
+    """Return another model with the tokens of the policy, on its device, or None without one.
+
+    Args:
+        option: Name of the setting, for errors.
+        source: A model as :func:`tokcredit.train.models.load` takes it, or None.
+        settings: Settings of the run.
+        model: The policy, on its device.
+        tokenizer: Tokenizer of the policy.
+
+    Raises:
+        ValueError: There is no such model, or it has other tokens.
+    """
+    if source is None:
+        return None
+    return models.beside(option, source, tokenizer, settings.model).to(model.device)
+
+
 def another(option: str, source: str, settings: Settings, model: Any, tokenizer: Any) -> Any:
     """Return a model that is trained beside the policy, with an adapter of its own if the policy has one.
 
@@ -62,24 +83,7 @@ def another(option: str, source: str, settings: Settings, model: Any, tokenizer:
     """
     if source == "initial":
         return copy.deepcopy(model)
-    made = models.beside(option, source, tokenizer, settings.model).to(model.device)
+    made = beside(option, source, settings, model, tokenizer)
     if settings.adapter is not None:
         adapter.add(made, settings.adapter, settings.seed)
     return made
-
-
-def aligned(settings: Settings, model: Any, tokenizer: Any) -> Any:
-    """Return the aligned policy that the settings say, or None without one.
-
-    Args:
-        settings: Settings of the run.
-        model: The policy, on its device.
-        tokenizer: Tokenizer of the policy.
-
-    Raises:
-        ValueError: There is no such model, or it has other tokens.
-    """
-    given = settings.aligned
-    if given is None:
-        return None
-    return models.beside("aligned", given, tokenizer, settings.model).to(model.device)

@@ -152,7 +152,7 @@ class Prober:
 
     def _rollouts(self, prompts: list[list[int]], rows: list[list[int]]) -> Rollouts:
         device = self._context.sampler.device
-        lengths = torch.tensor([len(row) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         return Rollouts(
             torch.tensor([t for row in rows for t in row], dtype=torch.int64, device=device),
             torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device),

@@ -117,6 +117,31 @@ class Ranks:
         """
         return self.sum({"flag": torch.tensor(float(flag))})["flag"] > 0
 
+    def together(self, function: Callable[[], T]) -> T:
+        """Call a function that exchanges nothing; return its result, or raise an error in all processes if one fails.
+
+        A process that fails by itself would leave the others waiting for it. All processes must call it.
+
+        Args:
+            function: The function.
+
+        Raises:
+            RuntimeError: The function failed in other processes only. Where it failed, its own error is raised.
+        """
+        if self.count == 1:
+            return function()
+        results: list[T] = []
+        failed: Exception | None = None
+        try:
+            results.append(function())
+        except Exception as error:
+            failed = error
+        if self.any(failed is not None):
+            texts = [] if failed is None else [f"process {self.index}: {type(failed).__name__}: {failed}"]
+            others = "; ".join(self.exchange(texts))
+            raise failed or RuntimeError(f"expected no error in any process, got {others}")
+        return results[0]
+
     def exchange(self, objects: list[T]) -> list[T]:
         """Return the objects of all processes, in the order of the processes. All processes must call it.
 

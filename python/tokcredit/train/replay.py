@@ -140,6 +140,12 @@ class Replay(SingleTurn):
         Args:
             number: Number of the step, from 1.
         """
+        made = super().collect(number)
+        for prompt, response in self._context.ranks.exchange(list(_new_responses(made))):
+            self._buffer.add(prompt, response)
+        return made
+
+    def _collect(self, number: int) -> RolloutCollection:
         context, sampling = self._context, self._context.settings.sampling
         groups, chosen = context.chosen(number)
         generators = [np.random.default_rng([context.settings.seed, number, n]) for n in groups]
@@ -148,7 +154,7 @@ class Replay(SingleTurn):
             for n, p, generator in zip(groups, chosen, generators, strict=True)
             for problem in self._reflections(p, generator)
         }
-        made = self.responses(number, [*groups, *again], [*chosen, *again.values()])
+        made = self._responses(number, [*groups, *again], [*chosen, *again.values()])
         plain = len(chosen) * sampling.group
         made = made._replace(
             outcomes=made.outcomes[:plain],
@@ -163,8 +169,6 @@ class Replay(SingleTurn):
             for i, (p, generator) in enumerate(zip(chosen, generators, strict=True))
             if judged[i] and right[i] in (0, judged[i])
         }
-        for prompt, response in context.ranks.exchange(list(_new_responses(made))):
-            self._buffer.add(prompt, response)
         return self._joined(
             made,
             [row for row, responses in joining.items() for _ in responses],

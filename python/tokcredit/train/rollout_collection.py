@@ -48,17 +48,23 @@ class RolloutCollection(NamedTuple):
     dropped: Tensor
     columns: Mapping[str, list[Any]] = MappingProxyType({})
 
-    def judged(self) -> RolloutCollection:
+    def judged(self, ranks: Ranks) -> RolloutCollection:
         """Return the collection without dropped rows and without responses whose outcome is NaN.
 
+        There may be no row left in a process if there is one in another.
+
+        Args:
+            ranks: The processes, all of which must call it.
+
         Raises:
-            RewardError: No row is left.
+            RewardError: No row is left in any process.
         """
         kept, responses = (~self.dropped).nonzero()[:, 0].tolist(), (~self.outcomes.isnan()).nonzero()[:, 0]
+        left = ranks.sum({"rows": torch.tensor(len(kept)), "responses": torch.tensor(len(responses))})
+        if not left["rows"] or not left["responses"]:
+            raise RewardError("on_reward_error: expected a reward of at least one response of the step, got none")
         if len(kept) == self.batch.num_rows and len(responses) == len(self.outcomes):
             return self
-        if not kept or not len(responses):
-            raise RewardError("on_reward_error: expected a reward of at least one response of the step, got none")
         return self._rows(kept)._replace(
             outcomes=self.outcomes[responses],
             outcome_groups=self.outcome_groups[responses],
@@ -169,7 +175,8 @@ class SamplingContext:
             cu_seqlens: int64 ``[R + 1]``.
         """
         rows = tokens.split(cu_seqlens.diff().tolist())
-        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
+        # Of no rows the tokenizer would make the text of an empty one.
+        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True)) if rows else []
 
     def evaluate(self, attempt: Callable[[Sequence[Problem]], list[float]]) -> float:
         """Return the mean reward on held-out problems, over all processes, without those whose reward is NaN.
@@ -182,7 +189,7 @@ class SamplingContext:
         """
         chosen = self.problems.measured(self.settings.eval_problems)[self.ranks.index :: self.ranks.count]
         self.sampler.sync()
-        rewards = torch.tensor(attempt(chosen), dtype=torch.float64)
+        rewards = torch.tensor(self.ranks.together(lambda: attempt(chosen)), dtype=torch.float64)
         total = self.ranks.sum({"reward": rewards.nansum(), "count": rewards.isnan().logical_not().sum()})
         if not total["count"]:
             raise RewardError("on_reward_error: expected a reward of at least one held-out response, got none")
@@ -200,11 +207,15 @@ class RolloutCollector:
         self._context = context
 
     def collect(self, number: int) -> RolloutCollection:
-        """Return the rewarded rollouts of a step.
+        """Return the rewarded rollouts of a step. All processes must call it, and fail together.
 
         Args:
             number: Number of the step, from 1.
         """
+        return self._context.ranks.together(lambda: self._collect(number))
+
+    def _collect(self, number: int) -> RolloutCollection:
+        """Return the rewarded rollouts of a step, without an exchange with other processes."""
         raise NotImplementedError
 
     def attempt(self, problems: Sequence[Problem]) -> list[float]:
@@ -234,15 +245,10 @@ class RolloutCollector:
 class SingleTurn(RolloutCollector):
     """Collects several independent responses to every prompt."""
 
-    def collect(self, number: int) -> RolloutCollection:
-        """Return the rewarded rollouts of a step.
+    def _collect(self, number: int) -> RolloutCollection:
+        return self._responses(number, *self._context.chosen(number))
 
-        Args:
-            number: Number of the step, from 1.
-        """
-        return self.responses(number, *self._context.chosen(number))
-
-    def responses(self, number: int, groups: Sequence[int], chosen: Sequence[Problem]) -> RolloutCollection:
+    def _responses(self, number: int, groups: Sequence[int], chosen: Sequence[Problem]) -> RolloutCollection:
         """Return rewarded responses to some problems.
 
         Args:

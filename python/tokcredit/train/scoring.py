@@ -23,16 +23,17 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device
     """Return prompts as one tensor with padding on the left.
 
     Args:
-        prompts: Token ids of each prompt; at least one prompt.
+        prompts: Token ids of each prompt; there may be no prompt.
         pad: Token id of the padding.
         device: Device of the tensors.
 
     Returns:
         int64 ``(B, P)``, and bool ``(B, P)``, True where there is no padding.
     """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    width = max(map(len, prompts), default=0)
+    rows = [[pad] * (width - len(p)) + list(p) for p in prompts]
+    ids = torch.tensor(rows, dtype=torch.int64, device=device).view(len(rows), width)
+    lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64, device=device)
     return ids, torch.arange(width, device=device) >= width - lengths[:, None]
 
 

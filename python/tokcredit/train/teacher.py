@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tokcredit.expression import parse
 from tokcredit.rollouts import Rollouts
-from tokcredit.train import collectors, imported, models, teacher_scores
+from tokcredit.train import collectors, imported, teacher_scores
+from tokcredit.train.policy import beside
 from tokcredit.train.problems import Problem
 from tokcredit.train.prompts import filled
 from tokcredit.train.scoring import left_padded
@@ -104,7 +105,7 @@ def made(settings: Settings, policy: Any, tokenizer: Any) -> Teacher | None:
     rate = rate_of(text)
     if rate is not None or text == "initial":
         return Teacher(copy.deepcopy(policy), rate or 0.0)
-    return Teacher(models.beside("teacher", text, tokenizer, settings.model).to(policy.device))
+    return Teacher(beside("teacher", text, settings, policy, tokenizer))
 
 
 def moves(text: str) -> bool:
@@ -161,23 +162,6 @@ def scores(
                 return collectors.collect(names, rows, size, policy, None, model, temperature, top_k=top_k)
 
     return TeacherScores(names, compute, str(identity), settings.output or Path())
-
-
-def reverse(settings: Settings, policy: Any, tokenizer: Any) -> Any:
-    """Return the model that the teacher is extrapolated away from, or None without one.
-
-    Args:
-        settings: Settings of the run.
-        policy: The policy, on its device.
-        tokenizer: Tokenizer of the policy.
-
-    Raises:
-        ValueError: There is no such model, or it has other tokens.
-    """
-    given = settings.collectors.reverse_teacher
-    if given is None:
-        return None
-    return models.beside("reverse_teacher", given, tokenizer, settings.model).to(policy.device)
 
 
 def feedback(path: str) -> Callable[..., Any]:

@@ -106,8 +106,8 @@ class Trainer:
         loaded = (settings, self.model, self.tokenizer)
         further = {
             "critic": critic.made(*loaded),
-            "aligned": policy.aligned(*loaded),
-            "reverse_teacher": teaching.reverse(*loaded),
+            "aligned": policy.beside("aligned", settings.aligned, *loaded),
+            "reverse_teacher": policy.beside("reverse_teacher", settings.collectors.reverse_teacher, *loaded),
             "teacher_scores": teaching.scores(settings, self.objective, teacher, *loaded[1:], self.accelerator),
         }
         models = (self.model, reference, teacher)
@@ -183,9 +183,10 @@ class Trainer:
         """
         clock = Clock()
         with clock("sample"):
-            collection = self.rollout_collector.collect(number).judged()
+            collection = judged = self.rollout_collector.collect(number).judged(self.ranks)
             if "greedy_rewards" in self.objective.required_inputs:
-                collection = baselines.with_greedy(collection, self.rollout_collector.attempt)
+                attempt = self.rollout_collector.attempt
+                collection = self.ranks.together(lambda: baselines.with_greedy(judged, attempt))
             pairs: dict[str, float] = {}
             if isinstance(self.objective, Preference):
                 collection, pairs["pairs_skipped"] = self._pairs(collection, number)
@@ -268,6 +269,17 @@ class Trainer:
 
     def _with_inputs(self, collection: RolloutCollection, number: int) -> Rollouts:
         """Return the rollouts with all inputs that the objective requires."""
+        batch = self.ranks.together(lambda: self._scored(collection, number))
+        if self.roles:
+            batch = batch.with_inputs(role_baselines=self.roles.of(batch, collection.problems))
+        if self.lengths:
+            batch = batch.with_inputs(length_values=self.lengths.values(batch))
+        if "value_targets" in self.objective.required_inputs:
+            batch = batch.with_inputs(value_targets=self.objective.credit.targets(batch))
+        return batch
+
+    def _scored(self, collection: RolloutCollection, number: int) -> Rollouts:
+        """Return the rollouts with the inputs that need no other process."""
         wanted, others = self.objective.required_inputs, frozenset[str]()
         if self.adaptive:
             others |= {"entropies"}
@@ -289,12 +301,6 @@ class Trainer:
                 after, first = self.prober.answers_of_turns(batch, collection.problems, log_probs_of)
                 names = (f"{prefix}answer_log_probs", f"{prefix}initial_answer_log_probs")
                 batch = batch.with_inputs(**dict(zip(names, (after, first), strict=True)))
-        if self.roles:
-            batch = batch.with_inputs(role_baselines=self.roles.of(batch, collection.problems))
-        if self.lengths:
-            batch = batch.with_inputs(length_values=self.lengths.values(batch))
-        if "value_targets" in wanted:
-            batch = batch.with_inputs(value_targets=self.objective.credit.targets(batch))
         return batch
 
     def _length_learner(self) -> LengthLearner:

@@ -61,12 +61,7 @@ class Trees(RolloutCollector):
             expected = f"less than {s.max_tokens} tokens above the last of {levels} levels"
             raise ValueError(f"segment: expected {expected}, got {self._segment} on each")
 
-    def collect(self, number: int) -> RolloutCollection:
-        """Return the edges of the trees of a step.
-
-        Args:
-            number: Number of the step, from 1.
-        """
+    def _collect(self, number: int) -> RolloutCollection:
         context = self._context
         groups, chosen = context.chosen(number)
         prompts = [context.prompt(p) for p in chosen]
