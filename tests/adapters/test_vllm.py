@@ -4,6 +4,7 @@ import os
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokcredit as tc
@@ -73,6 +74,33 @@ def test_update_reaches_every_layer(pair):
         made = sampler.sample(PROMPTS, 4, 12, 1.0)
         torch.testing.assert_close(made.log_probs, expected(model, PROMPTS, made, 4), rtol=0, atol=1e-4)
         assert (before.log_probs - expected(model, PROMPTS, before, 4)).abs().max() > 0.05, "the weights did not move"
+
+
+def test_of_two_engines_on_a_gpu_the_first_sleeps_once_it_is_made(monkeypatch):
+    """vLLM lets one engine of a process sleep, here without a GPU: what the engines are asked for is recorded."""
+    used, made, slept = [0], [], []
+
+    class Engine:
+        def __init__(self, model, words, **settings):
+            made.append(settings)
+            used[0] += settings["enable_sleep_mode"]
+            config = SimpleNamespace(logprobs_mode="processed_logprobs", **settings)
+            state = SimpleNamespace(model_config=config)
+            self.llm_engine = SimpleNamespace(vllm_config=state, is_sleeping=lambda: self in slept)
+
+        def sleep(self, level):
+            slept.append(self)
+
+    allocator = SimpleNamespace(get_current_usage=lambda: used[0])
+    monkeypatch.setattr("vllm.device_allocator.get_mem_allocator_instance", lambda: allocator)
+    monkeypatch.setattr(adapter, "engine", Engine)
+    model = SimpleNamespace(device=torch.device("cuda"))
+    sampler = adapter.VllmSampler.of(model, None, torch.bfloat16)
+    teacher = adapter.VllmTeacher.of(model, None, torch.bfloat16, top_k=3)
+    assert slept == [sampler._llm] and [x["enable_sleep_mode"] for x in made] == [True, False]
+    assert [x["gpu_memory_utilization"] for x in made] == [0.4, 0.2] and made[1]["max_logprobs"] == 3
+    with adapter.awake(teacher._llm):
+        assert slept == [sampler._llm]
 
 
 def test_an_engine_that_can_sleep_is_awake_only_when_used(pair, monkeypatch):

@@ -192,8 +192,7 @@ class VllmTeacher:
             top_k: Number of most likely tokens.
             vocabulary: As above.
         """
-        llm = engine(model, tokenizer, **_settings(model, dtype), max_logprobs=max(top_k, 1))
-        return cls(llm, top_k, vocabulary)
+        return cls(_resting(model, tokenizer, dtype, max_logprobs=max(top_k, 1)), top_k, vocabulary)
 
     def __call__(self, batch: Rollouts) -> Rollouts:
         """Return rows with ``teacher_log_probs``, ``teacher_top_ids`` and ``teacher_top_log_probs``.
@@ -231,10 +230,22 @@ def _settings(model: Any, dtype: torch.dtype) -> dict[str, Any]:
     if model.device.type == "cpu":
         settings["enforce_eager"] = True  # compilation takes a minute and saves a tenth of the time
         settings["kv_cache_memory_bytes"] = 1 << 30  # the default is nearly all memory of the machine
-    else:
-        settings["gpu_memory_utilization"] = 0.4  # the trainer has the rest, and this too while the engine sleeps
-        settings["enable_sleep_mode"] = True
+        return settings
+    from vllm.device_allocator import get_mem_allocator_instance
+
+    # Only one engine of a process can sleep: vLLM's allocator does not tell the memory of several apart.
+    sleeps = get_mem_allocator_instance().get_current_usage() == 0
+    settings["enable_sleep_mode"] = sleeps
+    # The trainer has the rest, and also the share of an engine that sleeps.
+    settings["gpu_memory_utilization"] = 0.4 if sleeps else 0.2
     return settings
+
+
+def _resting(model: Any, tokenizer: Any, dtype: torch.dtype, **further: Any) -> LLM:
+    """Return an engine on the device of a model, which sleeps if it can, so that another one fits beside it."""
+    llm = engine(model, tokenizer, **_settings(model, dtype), **further)
+    with awake(llm):
+        return llm
 
 
 @contextmanager
@@ -282,7 +293,7 @@ class VllmSampler:
             tokenizer: Its tokenizer.
             dtype: Dtype of the engine.
         """
-        return cls(model, engine(model, tokenizer, **_settings(model, dtype)))
+        return cls(model, _resting(model, tokenizer, dtype))
 
     @property
     def device(self) -> torch.device:
