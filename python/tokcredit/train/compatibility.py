@@ -43,8 +43,14 @@ def _with_length(objective: Any, longest: int) -> Any:
     return objective
 
 
+def _sampler_differs(settings: Settings) -> bool:
+    """Return whether a setting makes the probabilities of the sampler differ from those of the policy."""
+    s = settings.sampling
+    return s.sampler == "vllm" or s.staleness > 0 or settings.sampler_precision != settings.optimizer.precision
+
+
 def _corrected(objective: Any) -> Any:
-    """Return the objective with a token weight for an engine whose probabilities differ, unless it already has one."""
+    """Return the objective with a token weight for a sampler whose probabilities differ, unless it already has one."""
     corrections = (x for x in objective.stages() if x.kind in ("filter", "token_weight", "ratio", "scale"))
     if any("rollout_log_probs" in x.required_inputs for x in corrections):
         return objective
@@ -80,8 +86,8 @@ def checked(settings: Settings) -> tuple[Any, Problems, type[RolloutCollector]]:
             raise ValueError(f"adapter: expected lora because the sampler is vllm, got {settings.adapter}")
         if settings.sampling.adaptive:
             raise ValueError(f"adaptive: expected 0 because the sampler is vllm, got {settings.sampling.adaptive}")
-        if settings.objective.token_weights is None:
-            objective = _corrected(objective)
+    if _sampler_differs(settings) and settings.objective.token_weights is None:
+        objective = _corrected(objective)
     check_collected(objective, settings.objective.method, ("user", "host", *fixed_collectors.OF_EXAMPLES))
     check_models(objective, settings)
     fixed_collectors.check(objective, settings)

@@ -42,7 +42,7 @@ from tokcredit.train.settings import Settings
 from tokcredit.train.virtual_tokens import VirtualPrompt
 
 _OF_ROLLOUTS = (
-    "sampler",
+    *("sampler", "staleness"),
     *("reward_model", "reward_model_lr"),
     *("group", "adaptive", "widths", "segment", "epochs", "minibatches"),
     *(
@@ -53,7 +53,7 @@ _OF_ROLLOUTS = (
 )
 """Settings that only rollouts read."""
 _OF_TASKS = (
-    *("sampling_batch", "reward", "on_reward_error"),
+    *("sampling_batch", "sampling_precision", "reward", "on_reward_error"),
     *(f.name for f in dataclasses.fields(Settings().tools)),
 )
 """Settings that are read where tasks are measured."""
@@ -231,7 +231,7 @@ class ExampleTrainer:
         return known
 
     def _measured_tasks(self, problems: Problems) -> tuple[SamplingContext, RolloutCollector]:
-        half = self.settings.optimizer.precision == "bf16"
+        half = self.settings.sampler_precision == "bf16"
         dtype, batch = torch.bfloat16 if half else None, self.settings.sampling.sampling_batch
         sampler = TransformersSampler(self.model, self.tokenizer, dtype, batch)
         # No limit of the examples is none of sampling.

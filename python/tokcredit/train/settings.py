@@ -75,8 +75,14 @@ class SamplingSettings(Declared):
     """How rollouts are sampled."""
 
     sampler: Literal["transformers", "vllm"] = "transformers"
-    """Engine that samples. With vllm the token weight tis() is added unless the objective already
-    corrects for the engine or token weights are given, because the engine's probabilities differ from the trainer's."""
+    """Engine that samples. With vllm, and with staleness or a sampling_precision other than precision, probabilities of
+    the sampler differ from the policy's: the token weight tis() is added unless the objective already corrects for that
+    or token weights are given; "--token-weights" without a value gives none."""
+    staleness: int = whole_number(0, at_least=0)
+    """Number of steps by which the weights that sample are older than the policy, as in asynchronous training. The
+    first steps sample with the first weights."""
+    sampling_precision: Literal["auto", "no", "bf16"] = "auto"
+    """Dtype of the weights that sample: float32 or bfloat16; auto takes that of precision."""
     prompts: int = whole_number(0, at_least=0)
     """Number of prompts per step; 0 takes the number that suits the model."""
     group: int = whole_number(8, at_least=1)
@@ -318,7 +324,7 @@ class OptimizerSettings(Declared):
     micro_batch: int = whole_number(16, at_least=1)
     """Rows of one forward and backward pass. It changes memory and speed, not results."""
     precision: Literal["auto", "no", "bf16"] = "auto"
-    """Mixed precision of training, and dtype of the sampling model; auto takes what suits the model."""
+    """Mixed precision of training; auto takes what suits the model."""
 
 
 @dataclass(frozen=True)
@@ -411,6 +417,12 @@ class Settings(Declared):
             raise ValueError(
                 f"reward_model_lr: expected 0 because there is no reward model, got {self.reward_model_lr}"
             )
+
+    @property
+    def sampler_precision(self) -> str:
+        """Precision of the weights that sample: that of training, unless another one was chosen."""
+        chosen = self.sampling.sampling_precision
+        return self.optimizer.precision if chosen == "auto" else chosen
 
     @property
     def trains_on_examples(self) -> bool:

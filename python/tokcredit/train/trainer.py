@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from tokcredit.train.clock import Clock
 from tokcredit.train.curve import REWARDS
 from tokcredit.train.learner import Learner, Update
 from tokcredit.train.lengths import LengthHead, LengthLearner
+from tokcredit.train.older_weights import OlderWeights
 from tokcredit.train.probes import Prober
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.rollout_collection import RolloutCollection, SamplingContext
@@ -88,7 +90,7 @@ class Trainer:
         self.ranks = Ranks(self.accelerator)
         self.model, self.tokenizer = policy.load(settings, self.accelerator)
         teacher = teaching.made(settings, self.model, self.tokenizer)
-        s, half = settings.sampling, settings.optimizer.precision == "bf16"
+        s, half = settings.sampling, settings.sampler_precision == "bf16"
         deviations = (x for x in self.objective.stages() if isinstance(x, entropy_deviation))
         self.deviation = next(deviations, entropy_deviation())
         literal = self.deviation.literal_sign
@@ -99,6 +101,7 @@ class Trainer:
         else:
             dtype = torch.bfloat16 if half else None
             sampler = TransformersSampler(self.model, self.tokenizer, dtype, s.sampling_batch, self.adaptive)
+        self.older = OlderWeights(self.model, s.staleness) if s.staleness else None
         self.context = SamplingContext(settings, self.problems, self.tokenizer, sampler, self.ranks)
         self.context.prompt.prefix = adapter.prefix(self.model)
         self.rollout_collector = make(self.context)
@@ -132,6 +135,7 @@ class Trainer:
         """Return what the next step depends on beside weights, for a checkpoint."""
         return {
             "temperature": self.adaptive.statistics if self.adaptive else None,
+            "older_weights": self.older.state_dict() if self.older else None,
             "rollout_collector": self.rollout_collector.state_dict(),
             "lengths": self.lengths.state_dict() if self.lengths else None,
             "skipped": dict(self._skipped),
@@ -148,6 +152,8 @@ class Trainer:
         """
         if self.adaptive:
             self.adaptive.statistics = state["temperature"]
+        if self.older:
+            self.older.load_state_dict(state["older_weights"])
         if self.lengths:
             self.lengths.load_state_dict(state["lengths"])
         if self.reward_model:
@@ -183,10 +189,7 @@ class Trainer:
         """
         clock = Clock()
         with clock("sample"):
-            collection = judged = self.rollout_collector.collect(number).judged(self.ranks)
-            if "greedy_rewards" in self.objective.required_inputs:
-                attempt = self.rollout_collector.attempt
-                collection = self.ranks.together(lambda: baselines.with_greedy(judged, attempt))
+            collection = self._collected(number)
             pairs: dict[str, float] = {}
             if isinstance(self.objective, Preference):
                 collection, pairs["pairs_skipped"] = self._pairs(collection, number)
@@ -211,6 +214,17 @@ class Trainer:
             self._count(number, "length head", metrics["length_loss"], metrics)
         seconds = clock.seconds["sample_seconds"] + clock.seconds["train_seconds"]
         return Step(collection, update, {**metrics, **clock.seconds, "seconds": seconds})
+
+    def _collected(self, number: int) -> RolloutCollection:
+        """Return the rollouts of a step, sampled with the weights that the settings say."""
+        with self.older.in_place() if self.older else nullcontext():
+            collection = judged = self.rollout_collector.collect(number).judged(self.ranks)
+            if "greedy_rewards" in self.objective.required_inputs:
+                attempt = self.rollout_collector.attempt
+                collection = self.ranks.together(lambda: baselines.with_greedy(judged, attempt))
+        if self.older:  # continuations of the rollouts are those of the policy
+            self.context.sampler.sync()
+        return collection
 
     def _count(self, number: int, model: str, loss: float, metrics: dict[str, float]) -> None:
         """Count an update of a model beside the policy as skipped if its loss is not finite, or stop the run."""
