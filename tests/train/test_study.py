@@ -215,7 +215,7 @@ def test_a_baseline_is_an_arm(write):
 
 
 def test_an_unknown_study_is_named(tmp_path):
-    with pytest.raises(ValueError, match="study: expected smollm2, tiny or a JSON file, got 'tny'"):
+    with pytest.raises(ValueError, match="study: expected smollm2, tiny, tiny_async or a JSON file, got 'tny'"):
         study(StudySettings("tny", tmp_path / "x"))
 
 
@@ -226,6 +226,23 @@ def test_arms_of_the_studies_of_the_package(name):
     arms = list(plan.arms())
     assert len(plan.seeds) >= 5 and all(isinstance(made, Settings) for _, _, made in arms)
     assert {"grpo", "dapo", "tempo", "ctpo", "ba", "hapo", "ppo"} <= {made.objective.method for _, _, made in arms}
+
+
+def test_the_arms_of_the_study_of_samplers():
+    """Where the sampler differs from the policy, the baseline alone is without a correction."""
+    plan = study_plan.read("tiny_async")
+    assert len(plan.seeds) >= 5
+    for name, experiment in plan.experiments.items():
+        arms = {arm: made for of, arm, made in plan.arms() if of == name}
+        differs = {
+            x: made.sampling.staleness > 0 or made.sampling.sampling_precision != "auto" for x, made in arms.items()
+        }
+        uncorrected = {
+            x
+            for x, made in arms.items()
+            if differs[x] and "rollout_log_probs" not in made.objective.build().required_inputs
+        }
+        assert uncorrected == ({experiment.baseline} if any(differs.values()) else set())
 
 
 def test_the_variance_of_the_gradient(settings, gradients, uniform):

@@ -129,7 +129,8 @@ def markdown(results: Mapping[str, Any], plots: str) -> str:
         plots: Place of the plots, with ``{}`` for the name of the experiment.
     """
     seeds, rates = ", ".join(map(str, results["seeds"])), ", ".join(f"{lr:g}" for lr in results["lr"])
-    sections = [f"Seeds {seeds}; learning rates {rates}, tried on {len(results['tuning_seeds'])} other seeds."]
+    tuning = len(results["tuning_seeds"])
+    sections = [f"Seeds {seeds}; learning rates {rates}, tried on {tuning} other seed{'s' * (tuning > 1)}."]
     for name, experiment in results["experiments"].items():
         found = rows(results, name)
         arms = [(f"`{arm}`", f"`{given['options']}`") for arm, given in experiment["arms"].items()]
