@@ -379,6 +379,7 @@ def test_a_correction_for_the_engine_is_added_once():
         tc.mix("grpo", token_weights="within('ratio', 'min', 1e-4)"),
         tc.rollout_correction.from_verl(tc.methods.grpo(), bypass),
         tc.methods.dppo_tv(),
+        tc.methods.dpo(),
     ):
         assert compatibility._corrected(corrected) == corrected
     regularized = tc.mix("grpo", terms="kl(0.1, to='rollout_log_probs')")

@@ -50,7 +50,12 @@ def _sampler_differs(settings: Settings) -> bool:
 
 
 def _corrected(objective: Any) -> Any:
-    """Return the objective with a token weight for a sampler whose probabilities differ, unless it already has one."""
+    """Return the objective with a token weight for a sampler whose probabilities differ, unless it already has one.
+
+    Token weights of a preference method weigh its score, and its pairs may come from any policy.
+    """
+    if isinstance(objective, Preference):
+        return objective
     corrections = (x for x in objective.stages() if x.kind in ("filter", "token_weight", "ratio", "scale"))
     if any("rollout_log_probs" in x.required_inputs for x in corrections):
         return objective

@@ -76,8 +76,8 @@ class SamplingSettings(Declared):
 
     sampler: Literal["transformers", "vllm"] = "transformers"
     """Engine that samples. With vllm, and with staleness or a sampling_precision other than precision, probabilities of
-    the sampler differ from the policy's: the token weight tis() is added unless the objective already corrects for that
-    or token weights are given; "--token-weights" without a value gives none."""
+    the sampler differ from the policy's: the token weight tis() is added, except to a preference method, unless the
+    objective already corrects for that or token weights are given; "--token-weights" without a value gives none."""
     staleness: int = whole_number(0, at_least=0)
     """Number of steps by which the weights that sample are older than the policy, as in asynchronous training. The
     first steps sample with the first weights."""
