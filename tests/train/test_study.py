@@ -105,7 +105,10 @@ def done(monkeypatch):
         folder = settings.output
         (folder / "settings.json").write_text(json.dumps(plain(settings)))
         lines = [{"step": 0, "held_out_reward_mean": 0.1}]
-        lines += [{"step": n, "tokens": 50.0, "grad_norm": 1.0 + n % 2, "seconds": 1.0} for n in (1, 2)]
+        lines += [
+            {"step": n, "tokens": 50.0, "grad_norm": 1.0 + n % 2, "mismatch_k3_kl": n / 8, "seconds": 1.0}
+            for n in (1, 2)
+        ]
         lines[-1]["held_out_reward_mean"] = score(settings)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         table = {"tokens": [[5, 6], [5, 7]], "group": [0, 0], "reward": [1.0, 0.0]}
@@ -139,7 +142,7 @@ def test_the_runs_of_a_study(write, done):
         assert [run["held_out"] for run in arm["runs"]] == [[0.1, 0.6], [0.1, 0.61]]
         assert arm["runs"][0] | {"held_out": 0} == {
             **{"seed": 0, "steps": [0, 2], "tokens": [0, 100], "held_out": 0},
-            **{"branch_fraction": 0.5, "seconds": 2.0},
+            **{"branch_fraction": 0.5, "sampler_divergence": 0.19, "seconds": 2.0},
         }
     assert (folder / "once.svg").exists() and "| `b` |" in (folder / "report.md").read_text()
 
@@ -301,6 +304,7 @@ def arm(*finals, lr=1e-4, gradient=None):
             "tokens": [0, 50_000, 100_000],
             "held_out": [0.1, x / 2, x],
             "branch_fraction": 0.25,
+            "sampler_divergence": 0.001 * (n + 1),
         }
         for n, x in enumerate(finals)
     ]
@@ -309,7 +313,7 @@ def arm(*finals, lr=1e-4, gradient=None):
 
 def test_the_table_by_hand(monkeypatch):
     results = {
-        "threshold": 0.3,
+        **{"threshold": 0.3, "gradient_steps": 20},
         "experiments": {
             "x": {
                 "question": "?",
@@ -331,6 +335,9 @@ def test_the_table_by_hand(monkeypatch):
     assert b[3:7] == ("+0.150 [+0.100, +0.200]", "2 of 2", "better", "50k (2 of 2)")
     assert c[2:7] == ("0.300 [0.200, 0.400]", "-0.200 [-0.300, -0.100]", "0 of 2", "worse", "100k (1 of 2)")
     assert study_report.summary([header, a, b, c], "a") == "Compared with `a`: better: `b`; worse: `c`."
+    assert header[-1] == "signal / noise"
+    header, *rest = study_report.rows(results | {"gradient_steps": 0}, "x")
+    assert header[-1] == "sampler divergence" and {row[-1] for row in rest} == {"1.5e-03"}
 
 
 def test_the_interval_covers_the_mean():

@@ -57,7 +57,7 @@ def rows(results: Mapping[str, Any], experiment: str) -> list[tuple[str, ...]]:
     base = _finals(arms[chosen["baseline"]])
     header = (
         *("arm", "lr", "held-out reward", f"minus {chosen['baseline']}", "better seeds", "verdict"),
-        *(f"tokens to {results['threshold']:g}", "branch tokens", "signal / noise"),
+        *(f"tokens to {results['threshold']:g}", "branch tokens", _last_column(results)),
     )
     return [header, *(_row(name, arm, base, arm is arms[chosen["baseline"]], results) for name, arm in arms.items())]
 
@@ -86,8 +86,13 @@ def _row(
         *compared,
         tokens,
         f"{statistics.mean(run['branch_fraction'] for run in runs):.0%}",
-        _signal(arm["gradient"]),
+        _signal(arm["gradient"]) if results["gradient_steps"] else _divergence(runs),
     )
+
+
+def _last_column(results: Mapping[str, Any]) -> str:
+    """Return what is reported of an arm at last: of its gradient, if that was measured, or of its sampler."""
+    return "signal / noise" if results["gradient_steps"] else "sampler divergence"
 
 
 def _finals(arm: Mapping[str, Any]) -> list[float]:
@@ -96,6 +101,10 @@ def _finals(arm: Mapping[str, Any]) -> list[float]:
 
 def _signal(gradient: Mapping[str, float] | None) -> str:
     return "-" if gradient is None else f"{gradient['mean_squared_norm'] / gradient['variance']:.2f}"
+
+
+def _divergence(runs: Sequence[Mapping[str, Any]]) -> str:
+    return f"{statistics.mean(run['sampler_divergence'] for run in runs):.1e}"
 
 
 def table(found: Sequence[Sequence[str]]) -> str:

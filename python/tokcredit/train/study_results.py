@@ -120,9 +120,14 @@ class Results:
 
 
 def _run(one: Settings) -> dict[str, Any]:
-    """Return the curve of a run, with the tokens that it has trained on, and the share of branch tokens at its end."""
+    """Return the curve of a run, with the tokens that it has trained on.
+
+    Beside it are the share of branch tokens at its end, and the mean over its steps of the divergence (k3) of the
+    sampler from the policy, per token.
+    """
     folder, name = one.output or Path(), REWARDS.held_out
     lines = read_metrics(folder)
+    divergences = [line["mismatch_k3_kl"] for line in lines if "mismatch_k3_kl" in line]
     tokens = list(itertools.accumulate(line.get("tokens", 0.0) for line in lines))
     measured = [
         (line["step"], int(total), line[name]) for line, total in zip(lines, tokens, strict=True) if name in line
@@ -133,6 +138,7 @@ def _run(one: Settings) -> dict[str, Any]:
         "tokens": [total for _, total, _ in measured],
         "held_out": [round(reward, 4) for _, _, reward in measured],
         "branch_fraction": round(_branch_fraction(folder), 4),
+        "sampler_divergence": float(f"{statistics.mean(divergences or [0.0]):.2g}"),
         "seconds": round(sum(line.get("seconds", 0.0) for line in lines), 1),
     }
 
