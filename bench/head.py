@@ -277,7 +277,8 @@ def lines_of_accuracy() -> list[str]:
     """Return a table of errors in bfloat16."""
     lines = [
         "Errors in bfloat16 against float64, of 1,024 tokens, width 128 and 4,096 ids. Half of the tokens have a "
-        "probability above 0.99:",
+        "probability above 0.99. `dh` and `dW` are the errors of the gradients of the hidden states and of the weight, "
+        "relative to their norms; a *float32 tile* holds its logits in float32:",
         "",
         "| provider | log-prob, largest error | dh | dh where p > 0.99 | dW |",
         "| --- | --- | --- | --- | --- |",

@@ -324,16 +324,16 @@ def test_the_table_by_hand(monkeypatch):
         },
         "arms": {
             "a": arm(0.5, 0.5, gradient={"mean_squared_norm": 1.0, "variance": 4.0}),
-            "b": arm(0.7, 0.6),
-            "c": arm(0.4, 0.2),
+            "b": arm(0.7, 0.696),
+            "c": arm(0.3, 0.298),
         },
     }
     assert [row[5] for row in study_report.rows(results, "x")[1:]] == ["-", "too few seeds", "too few seeds"]
     monkeypatch.setattr(study_report, "_ENOUGH", 2)
     header, a, b, c = study_report.rows(results, "x")
     assert a == ("`a`", "0.0001", "0.500 [0.500, 0.500]", "-", "-", "-", "100k (2 of 2)", "25%", "0.25")
-    assert b[3:7] == ("+0.150 [+0.100, +0.200]", "2 of 2", "better", "50k (2 of 2)")
-    assert c[2:7] == ("0.300 [0.200, 0.400]", "-0.200 [-0.300, -0.100]", "0 of 2", "worse", "100k (1 of 2)")
+    assert b[3:7] == ("+0.198 [+0.173, +0.223]", "2 of 2", "better", "50k (2 of 2)")
+    assert c[2:7] == ("0.299 [0.298, 0.300]", "-0.201 [-0.214, -0.188]", "0 of 2", "worse", "100k (1 of 2)")
     assert study_report.summary([header, a, b, c], "a") == "Compared with `a`: better: `b`; worse: `c`."
     assert header[-1] == "signal / noise"
     header, *rest = study_report.rows(results | {"gradient_steps": 0}, "x")
@@ -344,6 +344,9 @@ def test_the_interval_covers_the_mean():
     low, high = study_report.interval([0.1, 0.2, 0.3, 0.4, 0.5])
     assert 0.1 < low < 0.3 < high < 0.5 and low + high == pytest.approx(0.6, abs=0.02)
     assert study_report.interval([0.5, 0.5]) == (0.5, 0.5)
+    of_differences = study_report.interval_of_differences
+    assert of_differences([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3 - 2.776445 * 0.5**0.5, 3 + 2.776445 * 0.5**0.5))
+    assert of_differences([-0.5, -0.5]) == of_differences([-0.5]) == (-0.5, -0.5)
 
 
 @pytest.mark.parametrize("kind", ["sums", "letters"])
