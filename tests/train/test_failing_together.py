@@ -3,12 +3,15 @@
 import copy
 import functools
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tokcredit as tc
 import torch
 from meeting import in_both
+from tokcredit.files import WriteError
 from tokcredit.train import checkpoint, collectors, models, policy, tiny
 from tokcredit.train.baselines import Roles
 from tokcredit.train.example_trainer import ExampleTrainer
@@ -19,6 +22,8 @@ from tokcredit.train.lengths import LengthHead, LengthLearner
 from tokcredit.train.ranks import Ranks
 from tokcredit.train.rollout_collection import RolloutCollection, RolloutCollector, SamplingContext
 from tokcredit.train.scoring import left_padded
+from tokcredit.train.settings import PrivilegedSettings
+from tokcredit.train.teacher import PrivilegedPrompts
 
 NAN = float("nan")
 ALONE = Ranks(SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu")))
@@ -120,6 +125,27 @@ def test_checkpoints_fail_together(monkeypatch, tmp_path):
     refused(in_both(monkeypatch, load))
 
 
+def test_an_earlier_checkpoint_that_cannot_be_removed(monkeypatch, tmp_path):
+    def stuck(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty", str(path))
+
+    def save(ranks):
+        ranks._accelerator.save_state = lambda path, safe_serialization: Path(path).mkdir(exist_ok=True)
+        checkpoint.save(ranks._accelerator, tmp_path, 3)
+
+    def load(ranks):
+        ranks._accelerator.load_state = lambda path: None
+        checkpoint.load(ranks._accelerator, tmp_path)
+
+    (tmp_path / "checkpoint-000002").mkdir()
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", stuck)
+    own, other = in_both(monkeypatch, save)
+    assert isinstance(own, WriteError) and "checkpoint-000003" in str(own) and isinstance(other, RuntimeError)
+    own, other = in_both(monkeypatch, load)
+    assert isinstance(own, OSError) and isinstance(other, RuntimeError) and "process 0: OSError" in str(other)
+
+
 @pytest.mark.parametrize("broken", [0, 1])
 def test_models_that_one_process_cannot_load(monkeypatch, broken):
     def load(name):
@@ -141,6 +167,25 @@ def test_the_objective_refuses_rows_in_all_processes(monkeypatch):
         return learner._prepare(None, 0.0)
 
     refused(in_both(monkeypatch, prepare))
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_passes_fail_together(monkeypatch, update):
+    """For example where the memory of one process is full."""
+    optimizer = SimpleNamespace(epochs=1, minibatches=1)
+
+    def run(ranks):
+        learner = Learner.__new__(Learner)
+        learner._ranks, learner._settings = ranks, SimpleNamespace(optimizer=optimizer, seed=0)
+        learner._objective = SimpleNamespace(couples_rows=False)
+        learner._metrics_of_nothing = lambda prepared: {}
+        learner._micro_batches = lambda prepared: [np.array([0, 1])]
+        learner._prepare = learner._over_ranks = lambda prepared, *_: prepared
+        learner._pass = lambda *_: failing(ranks)
+        prepared = SimpleNamespace(batch=unequal(), select=lambda rows: None)
+        return learner._optimize(prepared, 1, None) if update else learner.measure(prepared)
+
+    refused(in_both(monkeypatch, run))
 
 
 def unequal():
@@ -222,5 +267,8 @@ def test_what_a_process_without_rows_computes():
     policy = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=5)))
     nothing = collectors.collect({"hidden_states", "old_log_probs"}, unequal().select([]), 4, policy)
     assert nothing.input("hidden_states").shape == (0, 5) and nothing.input("old_log_probs").shape == (0,)
+    told = PrivilegedPrompts(PrivilegedSettings("answer"), lambda problem: [1], None)
+    empty = unequal().with_inputs(prompt_tokens=torch.zeros(2, 3, dtype=torch.int64)).select([])
+    assert told(empty, [], []).input("teacher_mask").shape == (0,)
     tasks = [SimpleNamespace(task="a")]
     assert Roles(tasks, ALONE).of(unequal().select([]), []).shape == (0,)

@@ -233,6 +233,7 @@ def _settings(model: Any, dtype: torch.dtype) -> dict[str, Any]:
         return settings
     from vllm.device_allocator import get_mem_allocator_instance
 
+    gc.collect()  # an engine without references would be counted
     # Only one engine of a process can sleep: vLLM's allocator does not tell the memory of several apart.
     sleeps = get_mem_allocator_instance().get_current_usage() == 0
     settings["enable_sleep_mode"] = sleeps

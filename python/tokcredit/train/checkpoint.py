@@ -37,9 +37,7 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-    if accelerator.is_main_process:
-        _keep_only(folder, step)
-    accelerator.wait_for_everyone()
+        ranks.together(lambda: _keep_only(folder, step) if accelerator.is_main_process else None)
 
 
 def last(folder: Path) -> int:
@@ -58,11 +56,11 @@ def load(accelerator: Accelerator, folder: Path) -> int:
         accelerator: Accelerator that holds what is restored.
         folder: Folder of the run.
     """
-    step = last(folder)
+    step, ranks = last(folder), Ranks(accelerator)
     if step:
-        Ranks(accelerator).together(lambda: accelerator.load_state(str(folder / _name(step))))
-        if accelerator.is_main_process:
-            _keep_only(folder, step)  # A process that was killed may have left an earlier one.
+        ranks.together(lambda: accelerator.load_state(str(folder / _name(step))))
+        # A process that was killed may have left an earlier one.
+        ranks.together(lambda: _keep_only(folder, step) if accelerator.is_main_process else None)
     return step
 
 

@@ -62,7 +62,7 @@ class RewardModel:
             lambda: (self._collected(batch, "ref_log_probs", reference=self._reference), self._chosen(batch))
         )
         metrics = self._learn(batch.with_inputs(ref_log_probs=first), chosen)
-        now = self._collected(batch, "aligned_log_probs", aligned=self._model)
+        now = self._ranks.together(lambda: self._collected(batch, "aligned_log_probs", aligned=self._model))
         return batch.with_inputs(implicit_rewards=now - first), metrics
 
     def _collected(self, batch: Rollouts, name: str, **model: Any) -> Tensor:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -182,8 +183,9 @@ class Learner:
         """
         prepared = self._over_ranks(self._prepare(batch, 1.0))
         totals = Totals(self._metrics_of_nothing(prepared))
-        for rows in self._micro_batches(prepared):
-            totals.add(self._pass(prepared.select(rows), Clock(), backward=False)[1])
+        passes = partial(self._passes, prepared, self._micro_batches(prepared), Clock(), backward=False)
+        for _, metrics in self._ranks.together(passes):
+            totals.add(metrics)
         return totals.metrics(self._ranks, 1)
 
     def update(self, batch: Rollouts, number: int, clock: Clock) -> Update:
@@ -320,11 +322,10 @@ class Learner:
                 parts = self._micro_batches(part)
                 if not self._ranks.any(bool(parts)):
                     continue
-                measured = []
-                for rows in parts:
-                    micro, metrics = self._pass(part.select(rows), clock)
+                found = self._ranks.together(partial(self._passes, part, parts, clock))
+                for rows, (micro, _) in zip(parts, found, strict=True):
                     log_probs[batch.selection(rows if whole else chosen[rows]).tokens] = micro
-                    measured.append(metrics)
+                measured = [metrics for _, metrics in found]
                 self._ranks.average_gradients(self._trained)
                 norm = float(self._accelerator.clip_grad_norm_(self._trained.parameters(), o.max_grad_norm))
                 critic_norm = self._critic.clip() if self._critic else 0.0
@@ -409,6 +410,12 @@ class Learner:
             extrapolation=self._extrapolation,
             **self._further,
         )
+
+    def _passes(
+        self, prepared: PreparedBatch, parts: Sequence[NDArray[np.int64]], clock: Clock, backward: bool = True
+    ) -> list[tuple[Tensor, dict[str, float]]]:
+        """Return what :meth:`_pass` returns of each micro-batch."""
+        return [self._pass(prepared.select(rows), clock, backward) for rows in parts]
 
     def _pass(self, part: PreparedBatch, clock: Clock, backward: bool = True) -> tuple[Tensor, dict[str, float]]:
         """Add the gradient of a micro-batch if it is wanted; return its log-probs and its metrics."""

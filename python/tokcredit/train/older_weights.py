@@ -22,7 +22,7 @@ class OlderWeights:
     def __init__(self, model: Any, steps: int) -> None:
         self._steps = steps
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._kept = deque[list[Tensor]](maxlen=steps + 1)
+        self._kept = deque[list[Tensor]]()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -30,6 +30,8 @@ class OlderWeights:
 
         In the first steps these are the weights of the first one.
         """
+        if len(self._kept) > self._steps:
+            self._kept.popleft()
         self._kept.append([p.detach().clone() for p in self._trained])
         self._give(self._kept[0])
         try:

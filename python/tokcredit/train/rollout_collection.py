@@ -188,7 +188,7 @@ class SamplingContext:
             RewardError: All rewards are NaN.
         """
         chosen = self.problems.measured(self.settings.eval_problems)[self.ranks.index :: self.ranks.count]
-        self.sampler.sync()
+        self.ranks.together(self.sampler.sync)
         rewards = torch.tensor(self.ranks.together(lambda: attempt(chosen)), dtype=torch.float64)
         total = self.ranks.sum({"reward": rewards.nansum(), "count": rewards.isnan().logical_not().sum()})
         if not total["count"]:

@@ -465,7 +465,7 @@ class StudySettings(Declared):
     """Which study is run."""
 
     study: tyro.conf.Positional[str] = "tiny"
-    """Study of this package, "tiny", "tiny_async" or "smollm2", or the path of a JSON file."""
+    """Study of this package, "tiny", "tiny_again", "tiny_async" or "smollm2", or the path of a JSON file."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Folder of the study; runs/study-NAME by default."""
     jobs: int = whole_number(1, at_least=1)

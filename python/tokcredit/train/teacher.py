@@ -213,7 +213,8 @@ class PrivilegedPrompts:
             prompts.append(tokens if fits else own[row])
             mask.append(text is not None and fits)
         padded = left_padded(prompts, -1, batch.device)[0]
-        return batch.with_inputs(teacher_prompt_tokens=padded, teacher_mask=torch.tensor(mask, device=batch.device))
+        told_rows = torch.tensor(mask, dtype=torch.bool, device=batch.device)
+        return batch.with_inputs(teacher_prompt_tokens=padded, teacher_mask=told_rows)
 
     def _told(self, row: int, batch: Rollouts, problems: Sequence[Problem], responses: Sequence[str]) -> Problem | None:
         """Return the problem as the teacher of a row sees it, or None if there is nothing to tell."""

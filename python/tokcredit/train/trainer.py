@@ -223,7 +223,7 @@ class Trainer:
                 attempt = self.rollout_collector.attempt
                 collection = self.ranks.together(lambda: baselines.with_greedy(judged, attempt))
         if self.older:  # continuations of the rollouts are those of the policy
-            self.context.sampler.sync()
+            self.ranks.together(self.context.sampler.sync)
         return collection
 
     def _count(self, number: int, model: str, loss: float, metrics: dict[str, float]) -> None:
