@@ -58,7 +58,7 @@ _RECIPES = {
             "basic_arithmetic(min_terms=2, max_terms=2, min_digits=1, max_digits=2, operators=['+'],"
             " allow_parentheses=False, allow_negation=False)",
         ),
-        steps=50,
+        steps=40,
         prompts=12,
         max_tokens=24,
         lr=1e-5,
