@@ -187,7 +187,8 @@ def measure_hidden(table, rows, width, vocabulary, dtype, kind, share):
     for label, provider in providers.items():
         for found, truth in zip(provider(*student, *teacher), exact, strict=True):
             error = (found.double() - truth).norm() / truth.norm()
-            assert error < (3e-2 if dtype == torch.bfloat16 else 1e-3), f"{label}, {kind}: error of {error:.1e}"
+            limit = 1e-3 if dtype == torch.float32 else 3e-2 if label == "tokcredit" else 6e-2
+            assert error < limit, f"{label}, {kind}: error of {error:.1e}"
     table.measure(
         f"{kind} from hidden states, {str(dtype).removeprefix('torch.')}",
         f"{rows} x {width} x {vocabulary}",
