@@ -33,11 +33,11 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
     with naming(target):
         try:
             ranks.together(lambda: accelerator.save_state(str(work), safe_serialization=False))
-            ranks.together(lambda: work.rename(target) if accelerator.is_main_process else None)
+            ranks.on_main(lambda: work.rename(target))
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
-        ranks.together(lambda: _keep_only(folder, step) if accelerator.is_main_process else None)
+        ranks.on_main(lambda: _keep_only(folder, step))
 
 
 def last(folder: Path) -> int:
@@ -60,7 +60,7 @@ def load(accelerator: Accelerator, folder: Path) -> int:
     if step:
         ranks.together(lambda: accelerator.load_state(str(folder / _name(step))))
         # A process that was killed may have left an earlier one.
-        ranks.together(lambda: _keep_only(folder, step) if accelerator.is_main_process else None)
+        ranks.on_main(lambda: _keep_only(folder, step))
     return step
 
 

@@ -125,7 +125,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
                 line |= trainer.measure()
             new.append(line)
             # A run that cannot take its first step has written nothing, and its folder is free.
-            record = ranks.together(partial(_recorded, record, trainer, done, new, step) if main else lambda: None)
+            record = ranks.on_main(partial(_recorded, record, trainer, done, new, step))
             new = []
             for text in step.update.skipped if main else ():
                 bar.write(f"step {number}: skipped an update because of {text}")
@@ -137,7 +137,7 @@ def _run(settings: Settings, folder: Path) -> dict[str, float] | None:
             if stop and not last:
                 bar.write(f"stopped after step {number}; --resume continues")
                 return None
-    ranks.together(lambda: _finish(record or _begin(trainer, done), trainer) if main else None)
+    ranks.on_main(lambda: _finish(record or _begin(trainer, done), trainer))
     return read_summary(folder)
 
 

@@ -25,7 +25,7 @@ def load(settings: Settings, accelerator: Accelerator) -> tuple[Any, Any]:
     """
     ranks = Ranks(accelerator)
     # The main process goes first, because it may have to make or download the model.
-    first = ranks.together(lambda: models.load(settings.model) if accelerator.is_main_process else None)
+    first = ranks.on_main(lambda: models.load(settings.model))
     model, tokenizer = ranks.together(lambda: first or models.load(settings.model))
     if settings.adapter is not None:
         adapter.add(model, settings.adapter, settings.seed)

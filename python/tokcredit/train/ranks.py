@@ -142,6 +142,19 @@ class Ranks:
             raise failed or RuntimeError(f"expected no error in any process, got {others}")
         return results[0]
 
+    def on_main(self, function: Callable[[], T]) -> T | None:
+        """Call a function in the main process only; return its result there, and None in the others.
+
+        Unlike the function :func:`on_main`, its result need not pickle. All processes must call it.
+
+        Args:
+            function: The function, which exchanges nothing.
+
+        Raises:
+            RuntimeError: The function failed; in the main process its own error is raised.
+        """
+        return self.together(lambda: function() if self.index == 0 else None)
+
     def exchange(self, objects: list[T]) -> list[T]:
         """Return the objects of all processes, in the order of the processes. All processes must call it.
 
